@@ -1,0 +1,49 @@
+# Everything runs in one environment, which launch/install.py makes and keeps current; a second call costs seconds.
+#   make quickstart ARGS="--config.seed=1"      make test ARGS="-k losses"      make setup VENV=/tmp/venv
+
+VENV ?= .venv
+ARGS ?=
+PYTHON := $(VENV)/bin/python
+
+# Any Python 3 starts the installer, which then picks the right one (a pyenv shim may exist and not run).
+define bootstrap
+@for python in python3.11 python3 python3.12 python3.13; do \
+	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null; then exec "$$python" $(1); fi; \
+done; echo "No Python 3 found. On Debian 12: sudo apt-get install python3.11-venv"; exit 1
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-vulkan quickstart test test-slow lint format doctor clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: setup-vulkan  ## set up everything, then clone -> trained, evaluated, filmed policy; starts or continues
+	$(PYTHON) launch/train.py --config=configs/quickstart.py --resume $(ARGS)
+
+test: setup  ## set up everything, then the tests
+	$(PYTHON) -m pytest $(ARGS)
+
+test-slow: setup  ## the tests that take minutes each
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+lint: setup  ## ruff: rules and formatting, changes nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+format: setup  ## ruff: format and mend what it can
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+setup:  ## system packages, virtual environment, pinned packages, this package
+	$(call bootstrap,launch/install.py --venv "$(VENV)")
+
+setup-vulkan:
+	$(call bootstrap,launch/install.py --venv "$(VENV)" --need-vulkan)
+
+doctor:  ## check this machine and explain each failure with its remedy
+	$(call bootstrap,launch/doctor.py)
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf "$(VENV)" .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""Packaging of stare_jax. Ranges here say what the code works with; requirements.txt pins what is tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="stare_jax",
+    version="0.1.0",
+    description="Stage-aware reinforcement fine-tuning of vision-language-action models in JAX",
+    packages=find_packages(include=["stare_jax", "stare_jax.*"]),
+    package_data={"stare_jax": ["**/*.json", "**/*.npz", "**/*.html", "**/*.txt"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.3,<3",
+        "array_record>=0.8,<0.9",
+        "chex>=0.1.91,<0.2",
+        "fast_simplification>=0.1.9,<0.3",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.15,<0.3",
+        "gymnasium>=1.0,<2",
+        "imageio>=2.37,<3",
+        "imageio-ffmpeg>=0.6,<0.9",
+        "jax>=0.10.2,<0.12",
+        "mani_skill>=3.0.1,<3.1",
+        "matplotlib>=3.10,<4",
+        "ml_collections>=1.1,<2",
+        "numpy>=2.1,<3",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11,<14",
+        "rich>=14,<16",
+        "safetensors>=0.6,<0.9",
+        "sapien>=3.0.3,<3.1",
+        "tensorboardX>=2.6.4,<3",
+        "tensorflow-datasets>=4.9.9,<5",
+        "torch>=2.7,<3",
+        "tqdm>=4.67,<5",
+        "transformers>=5,<6",
+        "trimesh>=4.6,<6",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda12]>=0.10.2,<0.12"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        "rlds": ["tensorflow>=2.20,<3"],
+        "wandb": ["wandb>=0.19,<1"],
+        "reference": ["timm>=1,<2"],
+        "test": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "rlax>=0.1.8,<0.2", "ruff>=0.17,<0.18"],
+    },
+)

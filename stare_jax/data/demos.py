@@ -1,0 +1,177 @@
+"""Demonstrations: successful episodes of an expert, some of them disturbed, so that a policy sees recoveries, too.
+
+The noise is added to what is executed; what is stored, and imitated, is what the expert would have done (C.2).
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from stare_jax.data.norm_stats import NORM_STATS_FILE, dataset_statistics, write_statistics
+from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import DatasetError, Manifest
+from stare_jax.data.seeds import DEMO_SEEDS, first_seed
+from stare_jax.data.writer import DatasetWriter
+from stare_jax.envs.base import VecEnv
+from stare_jax.logging import Interrupted, progress
+from stare_jax.rollout.collect import Act, Rollout, collect_episodes
+
+SOURCE = "expert"
+
+
+@dataclasses.dataclass(frozen=True)
+class DemosConfig:
+    """How many demonstrations, and how they are made."""
+
+    num_demos: int = 100
+    """successful episodes to collect."""
+    noise_scales: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+    """(standard deviation of the noise in the action's unit, share of the demonstrations); shares need not sum to 1."""
+    seed: int = 0
+    """of the run: picks the simulator seeds (`data.seeds`) and the noise."""
+    idle_translation: float = 0.01
+    """largest norm of an idle action's translation, in the action's unit; negative keeps idle actions."""
+    idle_rotation: float = 0.06
+    """largest norm of an idle action's rotation, in the action's unit."""
+    chunk_episodes: int = 32
+    """episodes collected between two writes, which is what an interruption loses."""
+    max_attempts: int = 10
+    """episodes tried per demonstration wanted, before giving up on the expert."""
+
+    def __post_init__(self):
+        for name in ("num_demos", "chunk_episodes", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        scales = [scale for scale, _ in self.noise_scales]
+        if not scales or min(scales) < 0 or len(set(scales)) < len(scales):
+            raise ValueError(f"noise_scales: got scales {scales}, expected at least one, each once, none negative")
+        if min(share for _, share in self.noise_scales) <= 0:
+            raise ValueError(f"noise_scales: got {self.noise_scales}, expected positive shares")
+        first_seed(DEMO_SEEDS, self.seed)
+
+
+def demo_quotas(config: DemosConfig) -> dict[float, int]:
+    """Returns how many demonstrations each noise scale gets: the shares of `num_demos`, by largest remainder."""
+    shares = np.array([share for _, share in config.noise_scales])
+    exact = config.num_demos * shares / shares.sum()
+    quotas = np.floor(exact).astype(int)
+    largest_first = np.argsort(quotas - exact, kind="stable")
+    quotas[largest_first[: config.num_demos - quotas.sum()]] += 1
+    return {scale: int(quota) for (scale, _), quota in zip(config.noise_scales, quotas, strict=True)}
+
+
+def add_noise(scale: float, action_mask: np.ndarray, rng: np.random.Generator) -> Callable:
+    """Returns a `perturb` of `collect_episodes`: independent normal noise in the dimensions of the mask `[A]`."""
+
+    def perturb(action: np.ndarray, is_first: np.ndarray) -> np.ndarray:
+        del is_first
+        noise = scale * rng.standard_normal(action.shape)
+        return np.where(action_mask, action + noise, action).astype(np.float32)
+
+    return perturb
+
+
+def collect_demos(
+    env: VecEnv,
+    act: Act,
+    config: DemosConfig,
+    directory: str | os.PathLike,
+    *,
+    control_mode: str = "",
+    action_mask: Sequence[bool] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    clock: Callable[[str], contextlib.AbstractContextManager] | None = None,
+) -> Dataset:
+    """Collects demonstrations into a data set, or continues one that was interrupted, and writes its statistics.
+
+    Equal configs collect the same seeds in the same chunks, with the same noise, interrupted or not. A data set that
+    is complete is returned as it is; with a larger `num_demos` it grows.
+
+    Args:
+        env: the simulator.
+        act: the expert.
+        config: how many.
+        directory: of the data set.
+        control_mode: of the simulator, for the manifest.
+        action_mask: bool `[A]`, the dimensions that are continuous: they get noise and are normalised. All but the
+            last, the gripper, if None.
+        should_stop: polled; where it answers True the chunk in progress is dropped.
+        clock: passed to the collector.
+
+    Raises:
+        Interrupted: `should_stop` said so; calling again continues.
+        DatasetError: the expert fails too often, or the folder holds something else.
+    """
+    mask = np.arange(env.action_dim) < env.action_dim - 1 if action_mask is None else np.asarray(action_mask, bool)
+    stats_file = Path(directory) / NORM_STATS_FILE
+    idle = {"translation": config.idle_translation, "rotation": config.idle_rotation}
+    with (
+        DatasetWriter(
+            directory,
+            env_id=env.env_id,
+            control_mode=control_mode,
+            settings={"source": SOURCE, "seed": config.seed, "horizon": env.horizon},
+            filters={"idle": idle} if config.idle_translation >= 0 else {},
+            episodes_per_shard=None,
+        ) as writer,
+        progress(config.num_demos, "demonstrations", "episode") as bar,
+    ):
+        bar.update(len(writer.manifest.episodes))
+        while (chunk := _next_chunk(config, writer.manifest)) is not None:
+            scale, seeds = chunk
+            stats_file.unlink(missing_ok=True)  # statistics are those of a complete data set, or absent
+            rollout = collect_episodes(
+                env,
+                act,
+                seeds,
+                stop_at_success=True,
+                perturb=add_noise(scale, mask, np.random.default_rng(seeds[0])) if scale else None,
+                on_episode=lambda e, episode: bar.update(int(episode.signals.success.any())),
+                should_stop=should_stop,
+                clock=clock,
+            )
+            if not rollout.is_complete:
+                num_done = len(writer.manifest.episodes)
+                raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {directory}")
+            _append_successes(writer, rollout, seeds, scale)
+    dataset = Dataset(directory)
+    if not stats_file.exists():
+        write_statistics(directory, {env.env_id: dataset_statistics(dataset, action_mask=mask)})
+    return dataset
+
+
+def _next_chunk(config: DemosConfig, manifest: Manifest) -> tuple[float, list[int]] | None:
+    """Returns the noise scale and seeds of the next episodes to try; None if there are enough."""
+    num_done = Counter(episode.noise_scale for episode in manifest.episodes)
+    missing = {
+        scale: quota - num_done[scale] for scale, quota in demo_quotas(config).items() if quota > num_done[scale]
+    }
+    if not missing:
+        return None
+    num_attempts = manifest.progress.get("num_attempts", 0)
+    if num_attempts >= config.max_attempts * config.num_demos:
+        raise DatasetError(
+            f"the expert succeeded in only {len(manifest.episodes)} of {num_attempts} episodes of {manifest.env_id}, "
+            f"and {config.num_demos} were asked for (missing by noise scale: {missing})"
+        )
+    scale, num_missing = next(iter(missing.items()))
+    first = first_seed(DEMO_SEEDS, config.seed) + num_attempts
+    return scale, list(range(first, first + min(num_missing, config.chunk_episodes)))
+
+
+def _append_successes(writer: DatasetWriter, rollout: Rollout, seeds: Sequence[int], scale: float) -> None:
+    for e, seed in enumerate(seeds):
+        episode = jax.tree.map(lambda leaf, e=e: leaf[e], rollout.trajectory)
+        if (episode.signals.success & episode.valid).any():
+            instruction = rollout.instructions[e]
+            writer.append(episode, instruction=instruction, seed=seed, source=SOURCE, noise_scale=scale)
+    before: dict[str, Any] = writer.manifest.progress
+    added = {"num_attempts": len(seeds), "num_steps": rollout.num_steps, "num_dropped": rollout.num_dropped}
+    writer.flush(progress={name: before.get(name, 0) + value for name, value in added.items()})

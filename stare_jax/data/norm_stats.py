@@ -1,0 +1,136 @@
+"""Quantiles of a data set's actions and states, in the file format of OpenVLA's `dataset_statistics.json`.
+
+{"<data set>": {"action": {"mean", "std", "max", "min", "q01", "q99": [A floats], "mask": [A bools]},
+                "proprio": {the same without mask, [S floats]},
+                "num_transitions": int, "num_trajectories": int}}
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stare_jax.data.filters import imitation_frames
+from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import DatasetError, replace_text
+from stare_jax.types import Array, NormStats
+
+NORM_STATS_FILE = "norm_stats.json"
+
+
+def compute_statistics(
+    action: Array, state: Array, *, num_trajectories: int, action_mask: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """Returns the statistics of one data set, JSON-able.
+
+    Quantiles are those of `numpy.quantile` with linear interpolation over all transitions.
+
+    Args:
+        action: float32 `[F, A]`, raw.
+        state: float32 `[F, S]`, raw.
+        num_trajectories: how many episodes the transitions are of.
+        action_mask: bool `[A]`, which dimensions are to be normalised; all but the last, the gripper, if None.
+
+    Raises:
+        ValueError: there are no transitions, a value is not finite, or lengths differ.
+    """
+    action, state = np.asarray(action, np.float64), np.asarray(state, np.float64)
+    if not len(action) or len(action) != len(state):
+        raise ValueError(f"norm_stats: got {len(action)} actions and {len(state)} states, expected equally many, >= 1")
+    action_dim = action.shape[1]
+    mask = [True] * (action_dim - 1) + [False] if action_mask is None else [bool(x) for x in action_mask]
+    if len(mask) != action_dim:
+        raise ValueError(f"action_mask: got {len(mask)} values, expected {action_dim}, the action's dimensions")
+    return {
+        "action": _describe(action, "action") | {"mask": mask},
+        "proprio": _describe(state, "state"),
+        "num_transitions": len(action),
+        "num_trajectories": int(num_trajectories),
+    }
+
+
+def dataset_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = None) -> dict[str, Any]:
+    """Returns `compute_statistics` of the frames that are imitated."""
+    frames = [dataset.frame(int(i), with_images=False) for i in imitation_frames(dataset)]
+    action, state = (np.stack([frame[name] for frame in frames]) for name in ("action", "state"))
+    return compute_statistics(action, state, num_trajectories=dataset.num_episodes, action_mask=action_mask)
+
+
+def _describe(values: np.ndarray, name: str) -> dict[str, list[float]]:
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name}: got a value that is not finite, expected finite values only")
+    columns = {
+        "mean": values.mean(axis=0),
+        "std": values.std(axis=0),
+        "max": values.max(axis=0),
+        "min": values.min(axis=0),
+        "q01": np.quantile(values, 0.01, axis=0),
+        "q99": np.quantile(values, 0.99, axis=0),
+    }
+    return {column: value.tolist() for column, value in columns.items()}
+
+
+def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: int) -> NormStats:
+    """Returns what policies need of a data set's statistics.
+
+    Args:
+        statistics: of one data set, in the file's format. A missing mask means that all dimensions are normalised;
+            missing "proprio" is right for policies without a state.
+        action_dim: A.
+        state_dim: S.
+
+    Raises:
+        ValueError: an entry is missing or has another length; the message names it, got and expected.
+    """
+    action = statistics.get("action")
+    if action is None:
+        raise ValueError(f"norm_stats: got fields {sorted(statistics)}, expected 'action' among them")
+    state = statistics.get("proprio", {"q01": [], "q99": []})
+    mask = action.get("mask", [True] * action_dim)
+    return NormStats(
+        action_q01=_column(action, "action.q01", action_dim),
+        action_q99=_column(action, "action.q99", action_dim),
+        action_mask=_column({"mask": mask}, "action.mask", action_dim).astype(bool),
+        state_q01=_column(state, "proprio.q01", state_dim),
+        state_q99=_column(state, "proprio.q99", state_dim),
+    )
+
+
+def _column(table: Mapping[str, Sequence[float]], name: str, size: int) -> np.ndarray:
+    values = np.asarray(table.get(name.split(".")[1], ()), np.float32)
+    if values.shape != (size,):
+        raise ValueError(f"norm_stats {name}: got {len(values)} values, expected {size}")
+    return values
+
+
+def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes `norm_stats.json`: a map from the name of a data set to its statistics."""
+    replace_text(Path(directory) / NORM_STATS_FILE, json.dumps(statistics, indent=2) + "\n")
+
+
+def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int, key: str | None = None) -> NormStats:
+    """Reads the statistics of a data set, or of one of several in a file such as OpenVLA's.
+
+    Args:
+        path: a data set's folder, or the file.
+        action_dim: A.
+        state_dim: S.
+        key: name of the data set; needed where the file has several.
+
+    Raises:
+        DatasetError: there is no such file, or no such key.
+        ValueError: a length is wrong.
+    """
+    path = Path(path)
+    path = path / NORM_STATS_FILE if path.is_dir() else path
+    if not path.exists():
+        raise DatasetError(f"{path} is missing: without its statistics no policy can be trained on the data set")
+    content = json.loads(path.read_text())
+    if key is None and len(content) == 1:
+        (key,) = content
+    if key not in content:
+        raise DatasetError(f"{path}: got key {key!r}, expected one of {sorted(content)}")
+    return to_norm_stats(content[key], action_dim=action_dim, state_dim=state_dim)

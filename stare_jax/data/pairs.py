@@ -1,0 +1,212 @@
+"""Preference pairs from rollouts of a policy: success beats failure, a further stage beats one less far.
+
+Both trajectories of a pair have the same instruction and, as long as there are such pairs, the same initial state,
+which is the same seed of the simulator. Equal outcomes make no pair.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import DatasetError, replace_text
+from stare_jax.data.seeds import PAIR_SEEDS, first_seed
+from stare_jax.stages import TaskSpec, separate
+from stare_jax.types import PreferencePair, Signals, Trajectory
+
+PAIRS_FILE = "pairs.json"
+KINDS = ("success, same start", "stage, same start", "success, other start", "stage, other start")
+"""What decides, and whether both began in the same initial state; in the order in which pairs are taken."""
+SAME_START_KINDS = KINDS[:2]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """How many preference pairs, and from which rollouts."""
+
+    num_pairs: int = 50
+    """pairs wanted; fewer are reported, none is an error."""
+    rollouts_per_seed: int = 4
+    """episodes from each initial state."""
+    max_rollouts: int = 400
+    """episodes at most; rollouts end earlier once there are enough pairs that start alike."""
+    temperature: float = 1.0
+    """of the policy that acts; a higher one tells more trajectories apart."""
+    max_reuse: int = 2
+    """pairs that one trajectory may be in."""
+    seed: int = 0
+    """of the run: picks the simulator seeds (`data.seeds`)."""
+    chunk_seeds: int = 8
+    """initial states tried between two writes, which is what an interruption loses."""
+
+    def __post_init__(self):
+        for name in ("num_pairs", "max_rollouts", "max_reuse", "chunk_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.rollouts_per_seed < 2:
+            raise ValueError(f"rollouts_per_seed: got {self.rollouts_per_seed}, expected at least 2, to make a pair of")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: got {self.temperature}, expected more than 0, greedy rollouts are alike")
+        first_seed(PAIR_SEEDS, self.seed)
+
+
+class Outcome(NamedTuple):
+    """How an episode began and what it came to."""
+
+    instruction: str
+    seed: int
+    success: bool
+    num_completed: int
+    """stages completed, 0 .. K."""
+
+
+class Pair(NamedTuple):
+    """Indices of two episodes of a data set, the first preferred."""
+
+    chosen: int
+    rejected: int
+    kind: str
+    """one of `KINDS`."""
+
+
+def make_pairs(
+    outcomes: Sequence[Outcome], *, num_pairs: int, max_reuse: int = 2, kinds: Sequence[str] = KINDS
+) -> list[Pair]:
+    """Pairs episodes by the rules of this module; the same outcomes always give the same pairs.
+
+    Kinds are taken in their order. Within a kind, episodes that are in fewer pairs come first, then those that come
+    first in `outcomes`.
+
+    Args:
+        outcomes: of all episodes.
+        num_pairs: pairs wanted.
+        max_reuse: pairs that an episode may be in.
+        kinds: those of `KINDS` that are wanted.
+
+    Returns:
+        At most `num_pairs` pairs, no two alike.
+    """
+    groups = defaultdict(list)
+    for i, outcome in enumerate(outcomes):
+        groups[outcome.instruction, outcome.seed].append(i)
+        groups[outcome.instruction].append(i)
+    num_uses = Counter()
+    pairs: dict[tuple[int, int], Pair] = {}
+    for kind, limit in itertools.product(kinds, range(1, max_reuse + 1)):
+        for i, outcome in enumerate(outcomes):
+            start = (outcome.instruction, outcome.seed)
+            for j in groups[start if kind in SAME_START_KINDS else outcome.instruction]:
+                if len(pairs) == num_pairs or num_uses[i] >= limit:
+                    break
+                if num_uses[j] < limit and (i, j) not in pairs and _kind(outcome, outcomes[j]) == kind:
+                    pairs[i, j] = Pair(i, j, kind)
+                    num_uses.update((i, j))
+    return list(pairs.values())
+
+
+def _kind(better: Outcome, worse: Outcome) -> str | None:
+    """Returns the kind of pair that two outcomes of one instruction make, None if they make none in this order."""
+    by_success = better.success and not worse.success
+    by_stage = better.success == worse.success and better.num_completed > worse.num_completed
+    if not (by_success or by_stage):
+        return None
+    start = "same" if better.seed == worse.seed else "other"
+    return f"{'success' if by_success else 'stage'}, {start} start"
+
+
+def measure_outcomes(
+    spec: TaskSpec, signals: Signals, valid: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
+) -> list[Outcome]:
+    """Returns what episodes came to.
+
+    Args:
+        spec: the task.
+        signals: leaves `[E, T, ...]`.
+        valid: bool `[E, T]`.
+        instructions: `[E]`.
+        seeds: `[E]`.
+    """
+    num_completed = np.asarray(_count_completed(spec)(signals, valid))
+    success = (np.asarray(signals.success) & valid).any(axis=1)
+    rows = zip(instructions, seeds, success.tolist(), num_completed.tolist(), strict=True)
+    return [Outcome(*row) for row in rows]
+
+
+@functools.lru_cache(maxsize=16)
+def _count_completed(spec: TaskSpec) -> Callable:
+    return jax.jit(jax.vmap(lambda signals, valid: separate(spec, signals, valid).completed.sum()))
+
+
+def dataset_outcomes(dataset: Dataset, spec: TaskSpec) -> list[Outcome]:
+    """Returns the outcomes of all episodes of a data set."""
+    signals, valid = dataset.signals(max(row.length for row in dataset.episodes))
+    return measure_outcomes(
+        spec, signals, valid, [row.instruction for row in dataset.episodes], [row.seed for row in dataset.episodes]
+    )
+
+
+def write_pairs(directory: str | os.PathLike, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> None:
+    """Writes `pairs.json` beside the rollouts.
+
+    Raises:
+        DatasetError: there is no pair, with the outcomes that explain it.
+    """
+    if not pairs:
+        num_success = sum(outcome.success for outcome in outcomes)
+        stages = dict(sorted(Counter(outcome.num_completed for outcome in outcomes).items()))
+        raise DatasetError(
+            f"{directory}: {len(outcomes)} rollouts give no preference pair: {num_success} succeeded, and by the "
+            f"number of stages completed they are {stages}; more rollouts or a higher temperature may differ more"
+        )
+    content = {"counts": count_kinds(pairs), "pairs": [pair._asdict() for pair in pairs]}
+    replace_text(Path(directory) / PAIRS_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_pairs(directory: str | os.PathLike) -> list[Pair]:
+    """Reads `pairs.json`.
+
+    Raises:
+        DatasetError: there is none, or it is not one.
+    """
+    path = Path(directory) / PAIRS_FILE
+    try:
+        return [Pair(**pair) for pair in json.loads(path.read_text())["pairs"]]
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path} is missing: the rollouts have not been paired yet") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path} cannot be read: {error!r}") from error
+
+
+def count_kinds(pairs: Sequence[Pair]) -> dict[str, int]:
+    """Returns how many pairs there are of each of `KINDS`."""
+    counts = Counter(pair.kind for pair in pairs)
+    return {kind: counts[kind] for kind in KINDS}
+
+
+def load_pairs(dataset: Dataset, pairs: Sequence[Pair], *, horizon: int) -> PreferencePair:
+    """Reads pairs into memory.
+
+    Args:
+        dataset: the rollouts.
+        pairs: P pairs, all of them or those of a minibatch.
+        horizon: number of actions N to pad to.
+
+    Returns:
+        NumPy leaves `[P, ...]`; the reference log-probabilities are zeros, for the trainer to fill in.
+    """
+    chosen = _stack([dataset.episode(pair.chosen, horizon)[0] for pair in pairs])
+    rejected = _stack([dataset.episode(pair.rejected, horizon)[0] for pair in pairs])
+    return PreferencePair(chosen, rejected, np.zeros_like(chosen.logp), np.zeros_like(rejected.logp))
+
+
+def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trajectories)

@@ -1,0 +1,128 @@
+"""What one record of a shard holds, as bytes: msgpack maps with NumPy arrays inside, images as PNG.
+
+A frame is one state with the action taken in it; an episode is everything of a trajectory but its observations.
+"""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+from PIL import Image
+
+from stare_jax.types import Observation, Signals, Trajectory
+
+_ARRAY = 1
+_PNG = 2
+# Level 1 takes a third of the time of the default level for files that are 15 % larger.
+_PNG_LEVEL = 1
+
+
+def pack(record: Mapping[str, Any]) -> bytes:
+    """Returns a map of strings to scalars, strings, bytes, arrays and further maps as bytes; bit-exact for arrays."""
+    return msgpack.packb(record, default=_encode)
+
+
+def unpack(data: bytes, *, with_images: bool = True) -> dict[str, Any]:
+    """Returns what `pack` was given, arrays read-only; images as the PNG files they are unless `with_images`."""
+    return msgpack.unpackb(data, ext_hook=_decode if with_images else _decode_arrays)
+
+
+def encode_image(image: np.ndarray) -> msgpack.ExtType:
+    """Returns a uint8 `[H, W, 3]` image as PNG, which loses nothing."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png", compress_level=_PNG_LEVEL)
+    return msgpack.ExtType(_PNG, buffer.getvalue())
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    value = np.asarray(value)
+    if value.dtype.hasobject:
+        raise TypeError(f"record: got an array of {value.dtype}, expected numbers")
+    return msgpack.ExtType(_ARRAY, msgpack.packb((value.dtype.str, value.shape, value.tobytes())))
+
+
+def _decode(code: int, data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data))) if code == _PNG else _decode_arrays(code, data)
+
+
+def _decode_arrays(code: int, data: bytes) -> Any:
+    if code == _PNG:
+        return data
+    dtype, shape, content = msgpack.unpackb(data)
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def frame_record(trajectory: Trajectory, t: int, *, episode: int, length: int) -> dict[str, Any]:
+    """Returns the record of state `t`: observation, the action taken in it, and whether there is one.
+
+    Args:
+        trajectory: one episode, unbatched.
+        t: index of the state, 0 .. length.
+        episode: index of the episode in the data set.
+        length: number of actions of the episode; the last state has none, and zeros in its place.
+    """
+    observation = trajectory.observation
+    has_action = t < length
+    return {
+        "episode": episode,
+        "t": t,
+        "images": {name: encode_image(images[t]) for name, images in observation.images.items()},
+        "state": observation.state[t],
+        "tokens": observation.tokens[t],
+        "token_mask": observation.token_mask[t],
+        "action": trajectory.action[t] if has_action else np.zeros_like(trajectory.action[0]),
+        "has_action": has_action,
+    }
+
+
+def frame_observation(record: Mapping[str, Any]) -> Observation:
+    """Returns the observation of a frame's record."""
+    return Observation(record["images"], record["state"], record["tokens"], record["token_mask"])
+
+
+def episode_record(trajectory: Trajectory, meta: Mapping[str, Any], *, length: int) -> dict[str, Any]:
+    """Returns the record of an episode: `length` + 1 states of signals, `length` actions, and `meta`."""
+    return dict(meta) | {
+        "length": length,
+        "signals": {name: value[: length + 1] for name, value in trajectory.signals._asdict().items()},
+        "action": trajectory.action[:length],
+        "action_tokens": trajectory.action_tokens[:length],
+        "logp": trajectory.logp[:length],
+        "value": trajectory.value[: length + 1],
+    }
+
+
+def pad_trajectory(record: Mapping[str, Any], observation: Observation, *, num_actions: int) -> Trajectory:
+    """Returns an episode padded with zeros to `num_actions` actions, as `rollout.collect` pads.
+
+    Args:
+        record: the record of the episode.
+        observation: leaves `[length + 1, ...]`.
+        num_actions: N of the result, at least the episode's length.
+    """
+    num_states = num_actions + 1
+    images = {name: _pad(image, num_states) for name, image in observation.images.items()}
+    return Trajectory(
+        observation=Observation(images, *(_pad(leaf, num_states) for leaf in observation[1:])),
+        signals=pad_signals(record, num_states=num_states),
+        valid=np.arange(num_states) <= record["length"],
+        action=_pad(record["action"], num_actions),
+        action_tokens=_pad(record["action_tokens"], num_actions),
+        logp=_pad(record["logp"], num_actions),
+        value=_pad(record["value"], num_states),
+    )
+
+
+def pad_signals(record: Mapping[str, Any], *, num_states: int) -> Signals:
+    """Returns the signals of an episode's record, padded with zeros to `[num_states, ...]`."""
+    return Signals(**{name: _pad(value, num_states) for name, value in record["signals"].items()})
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    padded = np.zeros((size, *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    return padded

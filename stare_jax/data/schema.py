@@ -1,0 +1,149 @@
+"""The folder that a data set is.
+
+    manifest.json                what is inside; the only file that says which shards exist
+    norm_stats.json              quantiles for normalisation (`data.norm_stats`), once collection is complete
+    frames-00000.array_record    one record a state: observation, action (`records.frame_record`)
+    episodes-00000.array_record  one record an episode: signals, actions, outcome (`records.episode_record`)
+
+Shards come in pairs that hold the same episodes. A shard is written under a temporary name, closed, renamed, and only
+then named in a new manifest that replaces the old one in one step. So whatever is not in the manifest is not data: it
+is what an interrupted writer left behind.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMAT = "stare_jax/dataset"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+
+class DatasetError(RuntimeError):
+    """A data set that cannot be read or continued; the message names the file or the field."""
+
+
+class ShardFile(NamedTuple):
+    """One file of a shard."""
+
+    name: str
+    num_records: int
+    num_bytes: int
+    sha256: str
+
+
+class Shard(NamedTuple):
+    """Two files that hold the same episodes."""
+
+    frames: ShardFile
+    episodes: ShardFile
+
+
+class Episode(NamedTuple):
+    """What the manifest says of an episode."""
+
+    seed: int
+    """of the simulator, which gives the initial state."""
+    instruction: str
+    source: str
+    """who acted: "expert", or the checkpoint."""
+    noise_scale: float
+    """standard deviation of the noise added to the executed, not to the stored, actions."""
+    success: bool
+    length: int
+    """number of actions; an episode has `length` + 1 frames."""
+
+
+class Manifest(NamedTuple):
+    """The content of `manifest.json`."""
+
+    env_id: str
+    control_mode: str
+    settings: dict[str, Any]
+    """how the data were made; a writer that continues has to have the same."""
+    filters: dict[str, Any]
+    """what readers leave out, with thresholds: the shards hold everything."""
+    packages: dict[str, str | None]
+    progress: dict[str, Any]
+    """how far the collection is, for whoever continues it."""
+    shapes: dict[str, list[int]]
+    """of an observation's and an action's leaves: `image/<camera>`, `state`, `tokens`, `action`, `action_tokens`."""
+    shards: tuple[Shard, ...]
+    episodes: tuple[Episode, ...]
+
+
+def read_manifest(directory: str | os.PathLike) -> Manifest:
+    """Reads the manifest of a data set.
+
+    Raises:
+        DatasetError: there is none, or it is not one that this version reads.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    if not path.exists():
+        raise DatasetError(f"{directory} is not a data set: it has no {MANIFEST_FILE}")
+    try:
+        content = json.loads(path.read_text())
+        found = (content["format"], content["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path} cannot be read: {error!r}") from error
+    if found != (FORMAT, FORMAT_VERSION):
+        raise DatasetError(f"{path}: got format {found[0]} {found[1]}, expected {FORMAT} {FORMAT_VERSION}")
+    try:
+        values = {name: content[name] for name in Manifest._fields}
+        shards = tuple(Shard(**{k: ShardFile(**file) for k, file in shard.items()}) for shard in values["shards"])
+        episodes = tuple(Episode(**episode) for episode in values["episodes"])
+    except (KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: wrong or missing field: {error}") from error
+    return Manifest(**values | {"shards": shards, "episodes": episodes})
+
+
+def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
+    """Replaces the manifest of a data set in one step."""
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION} | manifest._asdict()
+    content["instructions"] = sorted({episode.instruction for episode in manifest.episodes})
+    content["num_episodes"] = len(manifest.episodes)
+    content["num_frames"] = sum(shard.frames.num_records for shard in manifest.shards)
+    content["shards"] = [{name: file._asdict() for name, file in shard._asdict().items()} for shard in manifest.shards]
+    content["episodes"] = [episode._asdict() for episode in manifest.episodes]
+    replace_text(Path(directory) / MANIFEST_FILE, _format_json(content))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that whoever reads it, at any moment, sees all of the old text or all of the new."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes renames within a directory survive a crash of the machine."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Returns the checksum of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _format_json(content: Mapping[str, Any]) -> str:
+    """Returns JSON with a line for every field, and for every entry of a list of objects: easy to read and to grep."""
+    lines = []
+    for name, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            text = json.dumps(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

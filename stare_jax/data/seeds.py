@@ -1,0 +1,32 @@
+"""Which episodes may use which simulator seeds, so that no phase trains on what another one is judged by.
+
+    evaluation             0 ..  99,999,999
+    demonstrations  100,000,000 .. 199,999,999
+    pairs           200,000,000 .. 299,999,999
+    ppo             300,000,000 .. 399,999,999
+
+Within a region every run seed (0 .. 99) has a slot of a million seeds, one for each episode in the order of collection.
+"""
+
+REGION_SIZE = 100_000_000
+SLOT_SIZE = 1_000_000
+
+EVALUATION_SEEDS = 0
+DEMO_SEEDS = 1 * REGION_SIZE
+PAIR_SEEDS = 2 * REGION_SIZE
+PPO_SEEDS = 3 * REGION_SIZE
+
+
+def first_seed(region: int, run_seed: int) -> int:
+    """Returns the first simulator seed of a run within a region.
+
+    Args:
+        region: one of the constants of this module.
+        run_seed: the run's own seed, in [0, 100).
+    Raises:
+        ValueError: the run seed has no slot in the region.
+    """
+    num_slots = REGION_SIZE // SLOT_SIZE
+    if not 0 <= run_seed < num_slots:
+        raise ValueError(f"seed: got {run_seed}, expected 0 <= seed < {num_slots}")
+    return region + run_seed * SLOT_SIZE

@@ -1,0 +1,242 @@
+"""Writes a data set shard by shard, so that an interruption costs the open shard and nothing else."""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from stare_jax.data import records, schema
+from stare_jax.data.schema import DatasetError, Episode, Manifest, Shard, ShardFile
+from stare_jax.logging import versions
+from stare_jax.types import Trajectory
+
+_log = logging.getLogger(__name__)
+
+# A group is what is decompressed at once: one record, because batches read single frames.
+_WRITER_OPTIONS = "group_size:1"
+
+
+class DatasetWriter:
+    """Appends episodes to a data set, a new one or one that exists; use it in a `with`, or call `close`.
+
+    The data set grows when a shard is closed: every `episodes_per_shard` episodes, and at `flush` and `close`.
+    Leaving the `with` by an exception drops the open shard.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        env_id: str,
+        control_mode: str = "",
+        settings: Mapping[str, Any] | None = None,
+        filters: Mapping[str, Any] | None = None,
+        episodes_per_shard: int | None = 64,
+    ):
+        """Opens a data set to append to.
+
+        Args:
+            directory: made if it does not exist. What an interrupted writer left there is removed, and said.
+            env_id: of the environment.
+            control_mode: of the environment; says what an action means.
+            settings: how the data are made, JSON-able; to continue, they have to be the same.
+            filters: what readers are to leave out, with thresholds, JSON-able; likewise.
+            episodes_per_shard: episodes after which a shard is closed; None closes one at `flush` only.
+        Raises:
+            DatasetError: the folder holds a data set of another kind, or another process is writing to it.
+        """
+        if episodes_per_shard is not None and episodes_per_shard < 1:
+            raise ValueError(f"episodes_per_shard: got {episodes_per_shard}, expected at least 1")
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._episodes_per_shard = episodes_per_shard
+        self._lock = _lock(self._directory)
+        self._open: tuple[ArrayRecordWriter, ArrayRecordWriter] | None = None
+        self._pending: list[Episode] = []
+        try:
+            identity = _json_round_trip(
+                {
+                    "env_id": env_id,
+                    "control_mode": control_mode,
+                    "settings": dict(settings or {}),
+                    "filters": dict(filters or {}),
+                }
+            )
+            self._manifest = _open_manifest(self._directory, identity)
+            _remove_leftovers(self._directory, self._manifest)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is safely on disk; the episodes of the open shard are not in it."""
+        return self._manifest
+
+    def append(
+        self, trajectory: Trajectory, *, instruction: str, seed: int, source: str, noise_scale: float = 0.0
+    ) -> None:
+        """Adds an episode.
+
+        Args:
+            trajectory: one episode, unbatched, NumPy leaves, padded or not; padding is not stored.
+            instruction: the task in words.
+            seed: the simulator's, from which the initial state follows.
+            source: who acted.
+            noise_scale: of the noise that was added to the executed actions.
+        Raises:
+            ValueError: the episode is empty, `valid` is not a prefix, or a leaf has another shape than the data set's.
+        """
+        valid = np.asarray(trajectory.valid)
+        length = int(valid.sum()) - 1
+        if length < 1 or not valid[: length + 1].all():
+            raise ValueError(f"trajectory.valid: got {valid}, expected a prefix of at least two valid states")
+        self._check_shapes(trajectory)
+        episode = len(self._manifest.episodes) + len(self._pending)
+        success = bool(np.asarray(trajectory.signals.success)[: length + 1].any())
+        row = Episode(int(seed), instruction, source, float(noise_scale), success, length)
+        frames_writer, episodes_writer = self._open = self._open or self._open_shard()
+        for t in range(length + 1):
+            frame = records.frame_record(trajectory, t, episode=episode, length=length)
+            frames_writer.write(records.pack(frame))
+        episodes_writer.write(records.pack(records.episode_record(trajectory, row._asdict(), length=length)))
+        self._pending.append(row)
+        if len(self._pending) == self._episodes_per_shard:
+            self.flush()
+
+    def flush(self, *, progress: Mapping[str, Any] | None = None) -> None:
+        """Closes the open shard, so that its episodes are in the data set.
+
+        Args:
+            progress: replaces the manifest's `progress` together with the new episodes; None leaves it.
+        """
+        manifest = self._manifest
+        if progress is not None:
+            manifest = manifest._replace(progress=dict(progress))
+        if self._open is not None:
+            for writer in self._open:
+                writer.close()
+            shard = Shard(*(self._finish_file(path) for path in self._shard_paths()))
+            schema.sync_directory(self._directory)
+            manifest = manifest._replace(
+                shards=(*manifest.shards, shard), episodes=(*manifest.episodes, *self._pending)
+            )
+            self._open, self._pending = None, []
+        if manifest != self._manifest:
+            schema.write_manifest(self._directory, manifest)
+        self._manifest = manifest
+
+    def close(self) -> None:
+        """Closes the open shard and lets others write to the data set."""
+        try:
+            self.flush()
+        finally:
+            self._unlock()
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        for writer in self._open or ():
+            writer.close()
+        _remove_leftovers(self._directory, self._manifest, say=False)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _check_shapes(self, trajectory: Trajectory) -> None:
+        shapes = trajectory_shapes(trajectory)
+        for name, image in trajectory.observation.images.items():
+            if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
+                raise ValueError(f"image/{name}: got {image.dtype} {image.shape}, expected uint8 [T, H, W, 3]")
+        expected = self._manifest.shapes
+        if not expected:
+            self._manifest = self._manifest._replace(shapes=shapes)
+        elif shapes != expected:
+            names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+            differences = [f"{name}: got {shapes.get(name)}, expected {expected.get(name)}" for name in names]
+            raise ValueError(f"trajectory does not fit {self._directory}: " + "; ".join(differences))
+
+    def _shard_paths(self) -> tuple[Path, Path]:
+        number = len(self._manifest.shards)
+        return tuple(self._directory / f"{kind}-{number:05d}.array_record" for kind in ("frames", "episodes"))
+
+    def _open_shard(self) -> tuple[ArrayRecordWriter, ArrayRecordWriter]:
+        return tuple(ArrayRecordWriter(str(_partial(path)), _WRITER_OPTIONS) for path in self._shard_paths())
+
+    def _finish_file(self, path: Path) -> ShardFile:
+        partial = _partial(path)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        num_frames = sum(episode.length + 1 for episode in self._pending)
+        num_records = num_frames if path.name.startswith("frames") else len(self._pending)
+        entry = ShardFile(path.name, num_records, partial.stat().st_size, schema.sha256(partial))
+        partial.rename(path)
+        return entry
+
+
+def trajectory_shapes(trajectory: Trajectory) -> dict[str, list[int]]:
+    """Returns the shapes of one step, by name, as the manifest has them."""
+    observation = trajectory.observation
+    leaves = {f"image/{name}": image for name, image in observation.images.items()}
+    leaves |= {"state": observation.state, "tokens": observation.tokens}
+    leaves |= {"action": trajectory.action, "action_tokens": trajectory.action_tokens}
+    return {name: list(leaf.shape[1:]) for name, leaf in leaves.items()}
+
+
+def _open_manifest(directory: Path, identity: dict[str, Any]) -> Manifest:
+    if not (directory / schema.MANIFEST_FILE).exists():
+        if any(directory.glob("*.array_record")):
+            raise DatasetError(f"{directory} has shards but no {schema.MANIFEST_FILE}: not a data set to continue")
+        packages = versions()["packages"]
+        manifest = Manifest(**identity, packages=packages, progress={}, shapes={}, shards=(), episodes=())
+        schema.write_manifest(directory, manifest)
+        return manifest
+    manifest = schema.read_manifest(directory)
+    for name, expected in identity.items():
+        if (found := getattr(manifest, name)) != expected:
+            raise DatasetError(
+                f"{directory} cannot be continued: its {name} is {found}, not {expected}; "
+                "choose another folder, or the settings it was begun with"
+            )
+    return manifest
+
+
+def _remove_leftovers(directory: Path, manifest: Manifest, *, say: bool = True) -> None:
+    known = {file.name for shard in manifest.shards for file in shard}
+    for path in sorted((*directory.glob("*.array_record"), *directory.glob("*.partial"))):
+        if path.name not in known:
+            if say:
+                _log.warning("removing %s, which an interrupted writer left unfinished", path)
+            path.unlink()
+
+
+def _lock(directory: Path) -> int:
+    """Keeps a second writer out for as long as this process lives; the system lets go of the lock if it is killed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise DatasetError(f"{directory}: another process is writing to this data set") from error
+    return descriptor
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _json_round_trip(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,46 @@
+"""What the library asks of a simulator: a batch of environments that step together and reset one by one."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from stare_jax.types import Observation, Signals
+
+
+class EnvStep(NamedTuple):
+    """The state each environment is in after a call; leaves are NumPy, `[B, ...]`, owned by the caller."""
+
+    observation: Observation
+    """raw, with empty prompts (`L = 0`)."""
+    signals: Signals
+    alive: np.ndarray
+    """bool `[B]`: False where the simulator died or hung in this call. It has been restarted; its episode is lost, the
+    row's other values mean nothing, and the environment has to be reset next."""
+
+
+class VecEnv(Protocol):
+    """`num_envs` environments of one task in lock-step.
+
+    `step` resets the environments named in `reset_seeds` (index -> seed) and steps all the others with their row of
+    `action`; rows of environments that are reset are ignored. An environment never resets itself.
+    """
+
+    env_id: str
+    num_envs: int
+    horizon: int
+    action_dim: int
+    instructions: Sequence[str]
+    """`[B]`, of the current episodes."""
+
+    def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
+        """Resets all environments. `reproducible` pays for a reset after which equal actions give equal states."""
+        ...
+
+    def step(
+        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+    ) -> EnvStep:
+        """Steps with float32 `[B, A]` actions in the simulator's units; `reproducible` is about the resets."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,187 @@
+"""A point gripper that pushes a block to a goal on a plane, in pure JAX: learning tests and algorithm studies in seconds.
+
+Gripper and block are discs. An action moves the gripper by up to `MAX_STEP` metres; where it would overlap the block,
+the block yields along the line of centres, so that it has to be pushed from behind and steered. Stages, costs and
+potentials are those of `PushCube-v1` with thresholds of this size.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.envs.base import EnvStep
+from stare_jax.stages.spec import TaskSpec
+from stare_jax.stages.tasks import get_task
+from stare_jax.types import Array, NormStats, Observation, Signals
+
+ENV_ID = "ToyPush-v0"
+INSTRUCTION = "push the block to the goal"
+HORIZON = 30
+ACTION_DIM = 2
+STATE_DIM = 6
+
+MAX_STEP = 0.02
+GRIPPER_RADIUS = 0.01
+BLOCK_RADIUS = 0.02
+SUCCESS_DISTANCE = 0.025
+WORKSPACE = 0.2
+HEIGHT = 0.02
+NUM_SUBSTEPS = 4
+
+
+class ToyState(NamedTuple):
+    """Positions in metres, `[2]` each; `is_contact` says whether the last action touched the block."""
+
+    gripper: Array
+    block: Array
+    goal: Array
+    is_contact: Array
+
+
+def task_spec() -> TaskSpec:
+    """Returns the stages of the push family with thresholds for this plane."""
+    push = get_task("PushCube-v1")
+    params = dataclasses.replace(push.params, delta_reach=0.04, delta_goal=0.035, d_reach=0.05, d_push=0.05)
+    return dataclasses.replace(push, env_id=ENV_ID, instruction=INSTRUCTION, params=params)
+
+
+def norm_stats() -> NormStats:
+    """Returns the ranges of actions and states."""
+    return NormStats(
+        action_q01=np.full(ACTION_DIM, -1.0, np.float32),
+        action_q99=np.full(ACTION_DIM, 1.0, np.float32),
+        action_mask=np.ones(ACTION_DIM, bool),
+        state_q01=np.full(STATE_DIM, -WORKSPACE, np.float32),
+        state_q99=np.full(STATE_DIM, WORKSPACE, np.float32),
+    )
+
+
+def reset_state(seed: Array) -> ToyState:
+    """Draws an episode's start: block near the centre, goal to its right, gripper to its left."""
+    key_block, key_goal, key_gripper = jax.random.split(jax.random.key(seed), 3)
+    block = jax.random.uniform(key_block, (2,), minval=-0.03, maxval=0.03)
+    goal = block + _offset(key_goal, distance=(0.06, 0.09), max_angle=0.6)
+    gripper = block - _offset(key_gripper, distance=(0.05, 0.09), max_angle=0.9)
+    return ToyState(gripper, block, goal, jnp.array(False))
+
+
+def _offset(key: Array, *, distance: tuple[float, float], max_angle: float) -> Array:
+    """Draws a vector `[2]` of a length in `distance` that points to the right, at most `max_angle` radians off."""
+    key_length, key_angle = jax.random.split(key)
+    length = jax.random.uniform(key_length, (), minval=distance[0], maxval=distance[1])
+    angle = jax.random.uniform(key_angle, (), minval=-max_angle, maxval=max_angle)
+    return length * jnp.array([jnp.cos(angle), jnp.sin(angle)])
+
+
+def step_state(state: ToyState, action: Array) -> ToyState:
+    """Moves the gripper by `MAX_STEP * clip(action, -1, 1)` and the block out of its way."""
+    velocity = MAX_STEP * jnp.clip(action, -1.0, 1.0) / NUM_SUBSTEPS
+    gripper, block, is_contact = state.gripper, state.block, jnp.array(False)
+    for _ in range(NUM_SUBSTEPS):
+        gripper = jnp.clip(gripper + velocity, -WORKSPACE, WORKSPACE)
+        offset = block - gripper
+        distance = jnp.linalg.norm(offset)
+        touches = distance < GRIPPER_RADIUS + BLOCK_RADIUS
+        normal = offset / jnp.maximum(distance, 1e-6)
+        block = jnp.where(touches, gripper + (GRIPPER_RADIUS + BLOCK_RADIUS) * normal, block)
+        is_contact |= touches
+    return ToyState(gripper, block, state.goal, is_contact)
+
+
+def measure(state: ToyState) -> tuple[Array, Signals]:
+    """Returns the observed state `[S]` (gripper, block, goal) and the signals."""
+    upright = jnp.array([1.0, 0.0, 0.0, 0.0])
+    block = jnp.append(state.block, HEIGHT)
+    signals = Signals(
+        tcp_pos=jnp.append(state.gripper, HEIGHT),
+        tcp_quat=upright,
+        obj_pos=block,
+        obj_quat=upright,
+        grasp_pos=block,
+        goal_pos=jnp.append(state.goal, HEIGHT),
+        goal_quat=upright,
+        is_grasped=jnp.array(False),
+        is_contact=state.is_contact,
+        success=jnp.linalg.norm(state.block - state.goal) < SUCCESS_DISTANCE,
+        support_z=jnp.float32(HEIGHT),
+    )
+    return jnp.concatenate([state.gripper, state.block, state.goal]), signals
+
+
+def expert_action(signals: Signals, *, speed: float = 1.0) -> np.ndarray:
+    """Acts in closed loop: goes behind the block, as seen from the goal, then pushes along the line.
+
+    Args:
+        signals: NumPy leaves `[B, ...]`.
+        speed: fraction of the largest step that it uses.
+
+    Returns:
+        float32 `[B, 2]` in [-1, 1].
+    """
+    gripper, block, goal = (x[:, :2] for x in (signals.tcp_pos, signals.obj_pos, signals.goal_pos))
+    forward = (goal - block) / np.maximum(np.linalg.norm(goal - block, axis=-1, keepdims=True), 1e-6)
+    offset = gripper - block
+    along = np.sum(offset * forward, axis=-1, keepdims=True)
+    sideways = offset - along * forward
+    is_behind = (along < 0) & (np.linalg.norm(sideways, axis=-1, keepdims=True) < 0.3 * -along)
+    target = np.where(is_behind, block, block - 2 * BLOCK_RADIUS * forward)
+    action = (target - gripper) / MAX_STEP
+    return (speed * action / np.maximum(np.abs(action).max(axis=-1, keepdims=True), 1.0)).astype(np.float32)
+
+
+@jax.jit
+def _reset(seeds):
+    state = jax.vmap(reset_state)(seeds)
+    return state, jax.vmap(measure)(state)
+
+
+@jax.jit
+def _step(state, action, seeds, is_reset):
+    def one(state, action, seed, is_reset):
+        moved, fresh = step_state(state, action), reset_state(seed)
+        return jax.tree.map(lambda a, b: jnp.where(is_reset, a, b), fresh, moved)
+
+    state = jax.vmap(one)(state, action, seeds, is_reset)
+    return state, jax.vmap(measure)(state)
+
+
+class ToyPush:
+    """`VecEnv` of this plane; see `envs.base`."""
+
+    env_id = ENV_ID
+    horizon = HORIZON
+    action_dim = ACTION_DIM
+
+    def __init__(self, num_envs: int):
+        self.num_envs = num_envs
+        self.instructions = (INSTRUCTION,) * num_envs
+
+    def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
+        del reproducible  # Every reset is.
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
+        self._state, measured = _reset(np.asarray(seeds, np.uint32))
+        return self._observe(measured)
+
+    def step(
+        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+    ) -> EnvStep:
+        del reproducible
+        seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
+        for i, seed in (reset_seeds or {}).items():
+            seeds[i], is_reset[i] = seed, True
+        self._state, measured = _step(self._state, np.asarray(action, np.float32), seeds, is_reset)
+        return self._observe(measured)
+
+    def close(self) -> None:
+        del self._state
+
+    def _observe(self, measured) -> EnvStep:
+        state, signals = jax.device_get(measured)
+        no_tokens = np.zeros((self.num_envs, 0), np.int32)
+        observation = Observation(images={}, state=state, tokens=no_tokens, token_mask=no_tokens.astype(bool))
+        return EnvStep(observation, signals, np.ones(self.num_envs, bool))

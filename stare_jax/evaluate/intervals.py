@@ -1,0 +1,99 @@
+"""Confidence intervals of success rates, from counts; plain floats in and out."""
+
+import math
+from typing import NamedTuple
+
+Z_95 = 1.959963984540054
+
+
+class Estimate(NamedTuple):
+    """A rate or a difference of rates with its confidence interval; NaN where nothing was counted."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_interval(num_successes: float, num_trials: float, *, z: float = Z_95) -> Estimate:
+    """Wilson's score interval of a proportion.
+
+        (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),    p = num_successes / num_trials
+
+    Args:
+        num_successes: in [0, num_trials]; not whole where a rate is spread over fewer distinct trials.
+        num_trials: number of independent trials n.
+        z: quantile of the normal distribution, 1.96 for 95 %.
+
+    Reference: Wilson, Probable inference, the law of succession, and statistical inference, JASA 1927.
+
+    Raises:
+        ValueError: the successes are not in [0, num_trials].
+    """
+    if not 0 <= num_successes <= num_trials:
+        raise ValueError(f"num_successes: got {num_successes}, expected 0 <= num_successes <= {num_trials}")
+    if num_trials == 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    rate = num_successes / num_trials
+    centre = rate + z**2 / (2 * num_trials)
+    half_width = z * math.sqrt(rate * (1 - rate) / num_trials + z**2 / (4 * num_trials**2))
+    scale = 1 + z**2 / num_trials
+    # The limits of 0 and n successes are exactly 0 and 1; rounding would miss them.
+    low = 0.0 if num_successes == 0 else (centre - half_width) / scale
+    high = 1.0 if num_successes == num_trials else (centre + half_width) / scale
+    return Estimate(rate, low, high)
+
+
+def paired_difference(num_gained: float, num_lost: float, num_pairs: float, *, z: float = Z_95) -> Estimate:
+    """Tango's score interval of the difference of two proportions measured on the same pairs.
+
+    With b pairs won only by the first, c only by the second, and d a hypothetical difference, the limits are where
+
+        (b - c - n d) / √(n (2 q(d) + d (1 - d))) = ± z
+
+    and q(d), the maximum-likelihood probability of a pair won only by the second, is the larger root of
+    2n q² + ((2n - b + c) d - b - c) q - c d (1 - d) = 0. Unlike the normal interval it has a width, z² / (n + z²) to
+    either side, where both agree on every pair.
+
+    Args:
+        num_gained: b, pairs where the first succeeds and the second fails.
+        num_lost: c, pairs where the second succeeds and the first fails.
+        num_pairs: n, all pairs.
+        z: quantile of the normal distribution, 1.96 for 95 %.
+
+    Reference: Tango, Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design, Statistics in Medicine 1998.
+
+    Raises:
+        ValueError: the counts are negative or b + c exceeds n.
+    """
+    if min(num_gained, num_lost) < 0 or num_gained + num_lost > num_pairs:
+        raise ValueError(f"num_gained, num_lost: got {num_gained}, {num_lost}, expected a sum of at most {num_pairs}")
+    if num_pairs == 0:
+        return Estimate(math.nan, math.nan, math.nan)
+    value = (num_gained - num_lost) / num_pairs
+
+    def score(difference: float) -> float:
+        return _tango_score(difference, num_gained, num_lost, num_pairs)
+
+    # The score falls with the difference, from at least 0 at -1 to at most 0 at 1, and is 0 at the estimate.
+    return Estimate(value, _bisect(score, z, -1.0, value), _bisect(score, -z, value, 1.0))
+
+
+def _tango_score(difference: float, num_gained: float, num_lost: float, num_pairs: float) -> float:
+    b, c, n, d = num_gained, num_lost, num_pairs, difference
+    linear = (2 * n - b + c) * d - b - c
+    root = math.sqrt(max(0.0, linear**2 + 8 * n * c * d * (1 - d)))
+    q = (root - linear) / (4 * n)
+    variance = n * (2 * q + d * (1 - d))
+    distance = b - c - n * d
+    if variance <= 0:
+        return math.copysign(math.inf, distance) if distance else 0.0
+    return distance / math.sqrt(variance)
+
+
+def _bisect(falling_fn, target: float, low: float, high: float) -> float:
+    """Returns where a falling function crosses `target` in [low, high], or the end that is nearest to it."""
+    for _ in range(60):  # halves an interval of 2 to below double precision
+        middle = (low + high) / 2
+        low, high = (middle, high) if falling_fn(middle) > target else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,17 @@
+"""What a run tells its user and its files: metrics, metadata, progress, tables, where the time went, interruptions.
+
+Imports nothing else of the library, so that every layer with a loop may use it.
+"""
+
+from stare_jax.logging.clock import Clock as Clock
+from stare_jax.logging.clock import Interrupted as Interrupted
+from stare_jax.logging.clock import Interruption as Interruption
+from stare_jax.logging.metrics import METRICS_FILE as METRICS_FILE
+from stare_jax.logging.metrics import Writer as Writer
+from stare_jax.logging.metrics import make_writer as make_writer
+from stare_jax.logging.metrics import read_metrics as read_metrics
+from stare_jax.logging.metrics import versions as versions
+from stare_jax.logging.metrics import write_metadata as write_metadata
+from stare_jax.logging.terminal import print_table as print_table
+from stare_jax.logging.terminal import progress as progress
+from stare_jax.logging.terminal import say as say

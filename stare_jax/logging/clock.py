@@ -1,0 +1,98 @@
+"""Where the time of a loop goes, and how it is asked to stop."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_AREA_NAMES = {"env": "simulator"}
+_AREA_ORDER = ("env", "policy", "update", "data")
+
+
+class Clock:
+    """Wall-clock seconds by area of work: `with clock("env"): ...`.
+
+    Every moment is charged to one area, the innermost that is open, and to "other" where none is.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter):
+        self._now = now
+        self._open: list[str] = []
+        self.reset()
+
+    @contextlib.contextmanager
+    def __call__(self, area: str) -> Iterator[None]:
+        self._charge()
+        self._open.append(area)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._open.pop()
+
+    def reset(self) -> None:
+        """Starts again from zero; areas that are open stay open."""
+        self._seconds: dict[str, float] = {}
+        self._mark = self._now()
+
+    def seconds(self) -> dict[str, float]:
+        """Returns seconds by area since the last reset, "other" last; their sum is the time that has passed."""
+        self._charge()
+        areas = [area for area in _AREA_ORDER if area in self._seconds]
+        areas += [area for area in self._seconds if area not in (*areas, "other")]
+        return {area: self._seconds[area] for area in areas} | {"other": self._seconds.get("other", 0.0)}
+
+    def fractions(self) -> dict[str, float]:
+        """Returns `seconds()` as fractions of the time that has passed; zeros where none has."""
+        seconds = self.seconds()
+        total = sum(seconds.values())
+        return {area: value / total if total > 0 else 0.0 for area, value in seconds.items()}
+
+    def line(self) -> str:
+        """Returns where the time went in words: `simulator 61 %  policy 14 %  update 22 %  other 3 %`."""
+        return "  ".join(f"{_AREA_NAMES.get(area, area)} {100 * part:.0f} %" for area, part in self.fractions().items())
+
+    def _charge(self) -> None:
+        now = self._now()
+        area = self._open[-1] if self._open else "other"
+        self._seconds[area] = self._seconds.get(area, 0.0) + now - self._mark
+        self._mark = now
+
+
+class Interrupted(Exception):
+    """A loop was asked to stop and has saved what it needs to go on."""
+
+
+class Interruption:
+    """While open, SIGINT and SIGTERM set `requested` instead of ending the process; a second signal ends it.
+
+    Loops poll `requested`, save, and raise `Interrupted`. Outside the main thread, where Python allows no handlers,
+    it does nothing.
+
+    Raises:
+        KeyboardInterrupt: at the second signal, wherever the program is then.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            raise KeyboardInterrupt(f"second signal ({name})")
+        self.requested = True
+        # os.write, because print is not safe in a signal handler.
+        os.write(2, f"\n{name}: stopping after this step and saving; once more to stop at once\n".encode())

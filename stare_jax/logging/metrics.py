@@ -1,0 +1,194 @@
+"""Metrics and metadata of a run: JSON lines, TensorBoard, W&B; configuration and versions."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+_HEADER_KEYS = ("step", "phase", "wall_time")
+
+
+class Writer:
+    """Appends metrics to `metrics.jsonl` and passes them on to TensorBoard and W&B where these were asked for.
+
+    `writer(step, {"ppo/clip_frac": 0.1}, phase="ppo")` writes one JSON object: step, phase, wall_time (seconds since
+    the epoch) and the metrics, non-finite ones as null. Make one with `make_writer`; close it, or use it in a `with`.
+    """
+
+    def __init__(self, directory: str | Path | None, sinks: Sequence[Any] = ()):
+        self._file = None if directory is None else _open_to_append(Path(directory) / METRICS_FILE)
+        self._sinks = list(sinks)
+
+    def __call__(self, step: int, metrics: Mapping[str, Any], *, phase: str = "run") -> None:
+        """Writes one line of metrics.
+
+        Args:
+            step: optimiser steps or iterations of the phase so far.
+            metrics: scalars by name, `area/quantity`.
+            phase: which phase of the run they belong to; steps are counted within a phase.
+
+        Raises:
+            ValueError: a name is not `area/quantity`.
+        """
+        if wrong := [name for name in metrics if "/" not in name]:
+            raise ValueError(f"metrics: names must be 'area/quantity', got {wrong}")
+        if self._file is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        line = dict(zip(_HEADER_KEYS, (int(step), phase, time.time()), strict=True))
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for sink in self._sinks:
+            sink(int(step), values, phase)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def make_writer(directory: str | Path, *, tensorboard: bool = True, wandb: Mapping[str, Any] | None = None) -> Writer:
+    """Opens the metrics of a run directory; earlier lines are kept. Only process 0 of a multi-host run writes.
+
+    Args:
+        directory: the run directory, made if it does not exist.
+        tensorboard: also write `tb/<phase>/`.
+        wandb: keyword arguments of `wandb.init`; None leaves W&B out.
+    """
+    import jax
+
+    if jax.process_index() != 0:
+        return Writer(None)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    sinks: list[Any] = [_TensorBoard(directory / "tb")] if tensorboard else []
+    if wandb is not None:
+        sinks.append(_Wandb(directory, wandb))
+    return Writer(directory, sinks)
+
+
+def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run directory's `metrics.jsonl` in order of writing, nulls as NaN; [] without a file."""
+    path = Path(directory) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if _is_json(line)]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+
+def _open_to_append(path: Path):
+    """Opens a JSONL file at its end; a last line that a killed process left torn is ended, or cut off if unreadable."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        whole, _, torn = content.rpartition(b"\n")
+        with path.open("rb+") as file:
+            if _is_json(torn.decode(errors="replace")):
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            else:
+                file.truncate(len(whole) + 1 if whole else 0)
+    return path.open("a")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+class _TensorBoard:
+    """One event directory per phase, because each phase counts its own steps."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._writers: dict[str, Any] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
+        if phase not in self._writers:
+            from tensorboardX import SummaryWriter
+
+            self._writers[phase] = SummaryWriter(str(self._directory / phase), flush_secs=10)
+        for name, value in metrics.items():
+            self._writers[phase].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class _Wandb:
+    """W&B wants one increasing step per run, so every phase logs a step of its own beside its metrics."""
+
+    def __init__(self, directory: Path, arguments: Mapping[str, Any]):
+        import wandb
+
+        self._run = wandb.init(dir=str(directory), **arguments)
+
+    def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
+        self._run.log({f"{phase}/step": step} | {f"{phase}/{name}": value for name, value in metrics.items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "grain", "array_record") + (
+    "mani_skill",
+    "sapien",
+    "torch",
+    "stare_jax",
+)
+
+
+def write_metadata(directory: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json` (the run's whole configuration) and `versions.json` (`versions()`) into a run directory."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    (directory / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """Returns what is needed to repeat a run: packages, git commit, devices, platform; None where unknown."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "packages": {name: _package_version(name) for name in _PACKAGES},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

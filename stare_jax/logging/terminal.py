@@ -1,0 +1,134 @@
+"""What a loop shows while it runs: progress, lines that do not tear it, tables."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+_num_open_lines = 0
+
+
+@contextlib.contextmanager
+def progress(
+    total: int | None,
+    desc: str,
+    unit: str = "it",
+    *,
+    stream: Any = None,
+    interval: float = 10.0,
+    now: Callable[[], float] = time.monotonic,
+) -> Iterator[Any]:
+    """Shows how far a loop is: `with progress(100, "sft", "step") as bar: bar.update(1, loss=0.3)`. May be nested.
+
+    On a terminal a tqdm bar. Elsewhere a plain line with count, rate, remaining time and postfix at most every
+    `interval` seconds and one at the end; an inner loop that ends within `interval` seconds prints none.
+
+    Args:
+        total: number of units, or None where it is not known.
+        desc: what the loop does.
+        unit: what is counted.
+        stream: where to print; standard error if None.
+        interval: seconds between two plain lines.
+        now: the clock of the plain lines.
+    """
+    global _num_open_lines
+    stream = stream or sys.stderr
+    if stream.isatty():
+        # leave=None keeps only the outermost bar on the screen.
+        with tqdm(total=total, desc=desc, unit=unit, file=stream, dynamic_ncols=True, leave=None) as bar:
+            yield _Bar(bar)
+        return
+    lines = _Lines(total, desc, unit, stream=stream, interval=interval, now=now)
+    _num_open_lines += 1
+    try:
+        yield lines
+    finally:
+        _num_open_lines -= 1
+        lines.finish(is_outermost=_num_open_lines == 0)
+
+
+def say(text: str = "") -> None:
+    """Prints a line to standard output without tearing the bars of `progress`."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class _Bar:
+    def __init__(self, bar: tqdm):
+        self._bar = bar
+
+    def update(self, n: int = 1, **postfix: Any) -> None:
+        if postfix:
+            self._bar.set_postfix(postfix, refresh=False)
+        self._bar.update(n)
+
+
+class _Lines:
+    def __init__(self, total: int | None, desc: str, unit: str, *, stream: Any, interval: float, now: Callable):
+        self._total, self._desc, self._unit = total, desc, unit
+        self._stream, self._interval, self._now = stream, interval, now
+        self._start = self._last_print = now()
+        self._count = 0
+        self._postfix: dict[str, Any] = {}
+
+    def update(self, n: int = 1, **postfix: Any) -> None:
+        self._count += n
+        self._postfix |= postfix
+        if self._now() - self._last_print >= self._interval:
+            self._print()
+
+    def finish(self, *, is_outermost: bool) -> None:
+        if is_outermost or self._now() - self._start >= self._interval:
+            self._print()
+
+    def _print(self) -> None:
+        self._last_print = self._now()
+        elapsed = self._last_print - self._start
+        rate = self._count / elapsed if elapsed > 0 else 0.0
+        parts = [f"{self._desc}: {self._count}{'' if self._total is None else f'/{self._total}'} {self._unit}"]
+        parts.append(f"{rate:.3g} {self._unit}/s")
+        if self._total is not None and 0 < self._count < self._total and rate > 0:
+            parts.append(f"ETA {tqdm.format_interval((self._total - self._count) / rate)}")
+        else:
+            parts.append(f"{tqdm.format_interval(elapsed)} elapsed")
+        parts += [f"{name}={_short(value)}" for name, value in self._postfix.items()]
+        print(", ".join(parts), file=self._stream, flush=True)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "", stream: Any = None) -> None:
+    """Prints a table: wrapped to the width of a terminal, else in plain aligned columns that nothing cuts off.
+
+    Args:
+        header: names of the columns; the first is aligned left, the others right.
+        rows: one cell a column; shown with `str`.
+        title: printed above the table.
+        stream: where to print; standard output if None.
+    """
+    stream = stream or sys.stdout
+    cells = [[str(cell) for cell in row] for row in rows]
+    if stream.isatty():
+        import rich.box
+        import rich.console
+        import rich.table
+        import rich.text
+
+        table = rich.table.Table(title=title or None, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        for index, name in enumerate(header):
+            table.add_column(rich.text.Text(name), justify="right" if index else "left")
+        for row in cells:
+            table.add_row(*map(rich.text.Text, row))
+        rich.console.Console(file=stream).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    lines = [title] if title else []
+    for row in [list(header), ["-" * width for width in widths], *cells]:
+        aligned = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(aligned).rstrip())
+    print("\n".join(lines), file=stream, flush=True)

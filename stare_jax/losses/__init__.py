@@ -1,0 +1,22 @@
+"""Losses and returns, as pure functions of arrays."""
+
+from stare_jax.losses.imitation import flow_matching_loss, soft_cross_entropy, soft_labels, token_cross_entropy
+from stare_jax.losses.ppo import clipped_surrogate, explained_variance, ppo_loss, value_loss
+from stare_jax.losses.preference import sta_tpo_loss, tpo_loss
+from stare_jax.losses.returns import discounted_returns, gae, whiten
+
+__all__ = [
+    "clipped_surrogate",
+    "discounted_returns",
+    "explained_variance",
+    "flow_matching_loss",
+    "gae",
+    "ppo_loss",
+    "soft_cross_entropy",
+    "soft_labels",
+    "sta_tpo_loss",
+    "token_cross_entropy",
+    "tpo_loss",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,190 @@
+"""Proximal policy optimisation (equation 2). STA-PPO (algorithm 2) is the same loss on the GAE of shaped rewards."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from stare_jax.types import Array
+
+
+def ppo_loss(
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    value: Array,
+    old_value: Array,
+    return_: Array,
+    entropy: Array,
+    valid: Array | None = None,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+    value_coef: float = 1.0,
+    value_clip_eps: float | None = None,
+    huber_delta: float | None = None,
+    entropy_coef: float = 0.0,
+) -> tuple[Array, dict[str, Array]]:
+    """Returns policy loss + value_coef value loss - entropy_coef entropy (2), and metrics `ppo/...`.
+
+    All arrays have one shape `[...]`, a minibatch of decisions in any arrangement; means are over the valid ones.
+    Only `logp`, `value` and `entropy` carry a gradient.
+
+    Args:
+      logp: log pi_theta'(a_t|s_t), summed over the action's tokens or chunk.
+      old_logp: the same under the policy that acted.
+      advantage: GAE, usually whitened.
+      value: V(s_t) now.
+      old_value: V(s_t) when the action was taken.
+      return_: target of the value.
+      entropy: of the policy in s_t, nats.
+      valid: bool, which decisions exist; None for all.
+      clip_eps: epsilon; the ratio is clipped to [1 - clip_eps, 1 + clip_eps_high].
+      clip_eps_high: None for `clip_eps`.
+      dual_clip: see `clipped_surrogate`.
+      value_coef: weight of the value loss.
+      value_clip_eps: see `value_loss`.
+      huber_delta: see `value_loss`.
+      entropy_coef: weight of the entropy bonus.
+
+    Returns:
+      The scalar loss and a flat dict of float32 scalars.
+    """
+    arrays = (logp, old_logp, advantage, value, old_value, return_, entropy)
+    chex.assert_equal_shape(arrays)
+    chex.assert_type(arrays, float)
+    if valid is None:
+        valid = jnp.ones(jnp.shape(logp), bool)
+    chex.assert_shape(valid, logp.shape, custom_message="valid")
+    chex.assert_type(valid, bool, custom_message="valid")
+    # What a padded row holds must not even overflow: an infinity times a zero gradient is NaN.
+    arrays = (jnp.where(valid, jnp.asarray(array, jnp.float32), 0.0) for array in arrays)
+    logp, old_logp, advantage, value, old_value, return_, entropy = arrays
+    old_logp, advantage, old_value, return_ = jax.lax.stop_gradient((old_logp, advantage, old_value, return_))
+
+    clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+    log_ratio = logp - old_logp
+    ratio = jnp.exp(log_ratio)
+    surrogate = clipped_surrogate(ratio, advantage, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
+    policy = _mean(-surrogate, valid)
+    critic = _mean(value_loss(value, old_value, return_, clip_eps=value_clip_eps, huber_delta=huber_delta), valid)
+    mean_entropy = _mean(entropy, valid)
+    loss = policy + value_coef * critic - entropy_coef * mean_entropy
+    metrics = {
+        "ppo/loss": loss,
+        "ppo/policy_loss": policy,
+        "ppo/value_loss": critic,
+        "ppo/entropy": mean_entropy,
+        "ppo/explained_variance": explained_variance(value, return_, valid),
+        **_ratio_metrics(log_ratio, ratio, valid, clip_eps, clip_eps_high),
+    }
+    return loss, {name: jax.lax.stop_gradient(jnp.asarray(value, jnp.float32)) for name, value in metrics.items()}
+
+
+def clipped_surrogate(
+    ratio: Array,
+    advantage: Array,
+    *,
+    clip_eps: float,
+    clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Array:
+    """Returns min(p A, clip(p, 1 - eps, 1 + eps_high) A) (2), to be maximised, `[...]`.
+
+    Args:
+      ratio: `[...]` p = pi_theta'(a|s) / pi_theta(a|s).
+      advantage: `[...]` A.
+      clip_eps: eps.
+      clip_eps_high: None for `clip_eps`; a larger one lets unlikely actions gain more (DAPO, arXiv:2503.14476).
+      dual_clip: c > 1 bounds the surrogate of negative advantages from below by c A (arXiv:1912.09729); None for no
+        bound.
+
+    Raises:
+      ValueError: `dual_clip` is not above 1.
+    """
+    chex.assert_equal_shape((ratio, advantage))
+    chex.assert_type((ratio, advantage), float)
+    clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
+    clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps_high)
+    surrogate = jnp.minimum(ratio * advantage, clipped_ratio * advantage)
+    if dual_clip is None:
+        return surrogate
+    if not dual_clip > 1:
+        raise ValueError(f"dual_clip is {dual_clip}, expected a number above 1.")
+    return jnp.where(advantage < 0, jnp.maximum(surrogate, dual_clip * advantage), surrogate)
+
+
+def value_loss(
+    value: Array,
+    old_value: Array,
+    return_: Array,
+    *,
+    clip_eps: float | None = None,
+    huber_delta: float | None = None,
+) -> Array:
+    """Returns (R - V)^2 / 2 elementwise, `[...]`.
+
+    Args:
+      value: `[...]` V now.
+      old_value: `[...]` V when the action was taken.
+      return_: `[...]` R.
+      clip_eps: the larger of this loss and the loss of V clipped to `old_value` +- clip_eps; None for no clipping.
+      huber_delta: errors beyond it count linearly, delta (|R - V| - delta / 2); None for none.
+    """
+    chex.assert_equal_shape((value, old_value, return_))
+    chex.assert_type((value, old_value, return_), float)
+    loss = _huber(return_ - value, huber_delta)
+    if clip_eps is None:
+        return loss
+    clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
+    return jnp.maximum(loss, _huber(return_ - clipped, huber_delta))
+
+
+def explained_variance(value: Array, return_: Array, valid: Array | None = None) -> Array:
+    """Returns 1 - Var(R - V) / Var(R) over the valid entries: 1 is a perfect critic, 0 a constant one.
+
+    Args:
+      value: `[...]` V.
+      return_: `[...]` R; 0 is returned where its variance is 0.
+      valid: bool `[...]`; None for all.
+    """
+    chex.assert_equal_shape((value, return_))
+    chex.assert_type((value, return_), float)
+    valid = jnp.ones(jnp.shape(value), bool) if valid is None else valid
+    total = _variance(return_, valid)
+    # Equal returns have a variance of rounding errors, of which 1 - Var / Var would make any number.
+    is_constant = total <= 1e-12 * _mean(jnp.square(return_), valid)
+    return jnp.where(is_constant, 0.0, 1.0 - _variance(return_ - value, valid) / jnp.where(is_constant, 1.0, total))
+
+
+def _ratio_metrics(
+    log_ratio: Array, ratio: Array, valid: Array, clip_eps: float, clip_eps_high: float
+) -> dict[str, Array]:
+    mean_ratio = _mean(ratio, valid)
+    is_clipped = (ratio < 1.0 - clip_eps) | (ratio > 1.0 + clip_eps_high)
+    return {
+        # The k3 estimator of KL(old || new): never negative, and of low variance.
+        "ppo/approx_kl": _mean(ratio - 1.0 - log_ratio, valid),
+        "ppo/clip_frac": _mean(is_clipped, valid),
+        "ppo/ratio_mean": mean_ratio,
+        # Padded rows take part as the mean, which is never the extreme.
+        "ppo/ratio_min": jnp.min(jnp.where(valid, ratio, mean_ratio)),
+        "ppo/ratio_max": jnp.max(jnp.where(valid, ratio, mean_ratio)),
+    }
+
+
+def _huber(error: Array, delta: float | None) -> Array:
+    square = 0.5 * jnp.square(error)
+    if delta is None:
+        return square
+    size = jnp.abs(error)
+    return jnp.where(size <= delta, square, delta * (size - 0.5 * delta))
+
+
+def _mean(values: Array, valid: Array) -> Array:
+    """Mean of the valid values, 0 where there are none."""
+    return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def _variance(values: Array, valid: Array) -> Array:
+    return _mean(jnp.square(values - _mean(values, valid)), valid)

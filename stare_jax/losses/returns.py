@@ -1,0 +1,97 @@
+"""Advantages and returns of one trajectory of N decisions, t = 0 .. N-1."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from stare_jax.types import Array
+
+
+def gae(
+    reward_t: Array,
+    discount_t: Array,
+    value_t: Array,
+    next_value_t: Array,
+    *,
+    gae_lambda: float,
+    truncated_t: Array | None = None,
+) -> tuple[Array, Array]:
+    """Generalised advantage estimation (the GAE of equation 2; Schulman et al., 2015, arXiv:1506.02438).
+
+        delta_t = r_t + discount_t V(s_{t+1}) - V(s_t)
+        A_t = delta_t + discount_t lambda (1 - truncated_t) A_{t+1}
+
+    Args:
+      reward_t: `[N]` r_t, or the shaped r'_t.
+      discount_t: `[N]` 0 after a true termination and gamma elsewhere, a bootstrapped time limit included; gamma^m for
+        a chunk of m executed steps.
+      value_t: `[N]` V(s_t).
+      next_value_t: `[N]` V of the state that a_t led to, also where the simulator has reset since.
+      gae_lambda: lambda of the exponential mean, 0.95 in the paper.
+      truncated_t: bool `[N]` steps that are an episode's last one for another reason than its termination: the sum does
+        not run on into the next episode. None for nowhere.
+
+    Returns:
+      Advantages and returns A_t + V(s_t), float32 `[N]` each.
+    """
+    arrays = (reward_t, discount_t, value_t, next_value_t)
+    chex.assert_rank(arrays, 1)
+    chex.assert_equal_shape(arrays)
+    chex.assert_type(arrays, float)
+    reward_t, discount_t, value_t, next_value_t = (jnp.asarray(array, jnp.float32) for array in arrays)
+    decay_t = gae_lambda * discount_t
+    if truncated_t is not None:
+        chex.assert_shape(truncated_t, reward_t.shape, custom_message="truncated_t")
+        chex.assert_type(truncated_t, bool, custom_message="truncated_t")
+        decay_t = jnp.where(truncated_t, 0.0, decay_t)
+    delta_t = reward_t + discount_t * next_value_t - value_t
+    advantage_t = _discounted_sum(delta_t, decay_t, jnp.float32(0.0))
+    return advantage_t, advantage_t + value_t
+
+
+def discounted_returns(reward_t: Array, discount_t: Array, bootstrap_value: Array | float = 0.0) -> Array:
+    """Returns G_t = r_t + discount_t G_{t+1}, float32 `[N]`.
+
+    Args:
+      reward_t: `[N]`.
+      discount_t: `[N]`, 0 after a true termination.
+      bootstrap_value: scalar G_N, the value of the state that the last action led to.
+    """
+    chex.assert_rank((reward_t, discount_t), 1)
+    chex.assert_equal_shape((reward_t, discount_t))
+    chex.assert_type((reward_t, discount_t), float)
+    chex.assert_rank(bootstrap_value, 0)
+    reward_t, discount_t = jnp.asarray(reward_t, jnp.float32), jnp.asarray(discount_t, jnp.float32)
+    return _discounted_sum(reward_t, discount_t, jnp.float32(bootstrap_value))
+
+
+def whiten(values: Array, valid: Array | None = None, *, epsilon: float = 1e-5) -> Array:
+    """Returns (x - mean) / (std + epsilon) over the valid entries, float32 `[...]`, 0 elsewhere.
+
+    Args:
+      values: `[...]`, any shape; a whole batch of advantages, say.
+      valid: bool `[...]` entries that count; None for all.
+      epsilon: keeps the division finite where all entries are equal.
+    """
+    chex.assert_type(values, float)
+    values = jnp.asarray(values, jnp.float32)
+    if valid is None:
+        valid = jnp.ones(values.shape, bool)
+    chex.assert_shape(valid, values.shape, custom_message="valid")
+    chex.assert_type(valid, bool, custom_message="valid")
+    count = jnp.maximum(jnp.sum(valid), 1)
+    mean = jnp.sum(jnp.where(valid, values, 0.0)) / count
+    centred = jnp.where(valid, values - mean, 0.0)
+    return centred / (jnp.sqrt(jnp.sum(jnp.square(centred)) / count) + epsilon)
+
+
+def _discounted_sum(value_t: Array, decay_t: Array, last: Array) -> Array:
+    """`[N]` y_t = value_t + decay_t y_{t+1} with y_N = last."""
+
+    def step(following, inputs):
+        value, decay = inputs
+        total = value + decay * following
+        return total, total
+
+    _, sum_t = jax.lax.scan(step, last, (value_t, decay_t), reverse=True)
+    return sum_t

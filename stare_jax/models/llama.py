@@ -1,0 +1,188 @@
+"""The Llama decoder: RMSNorm, rotary positions (rotate-half), grouped heads, SwiGLU, and a KV cache of static shape."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stare_jax.models.attention import KeyValue, attend
+from stare_jax.models.vit import Execution, scan_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_dim: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    """1e-6 as in OpenVLA's Hugging Face checkpoints, not Llama 2's 1e-5."""
+
+    def __post_init__(self):
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f"num_heads: got {self.num_heads}, expected an even share of width {self.width}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of {self.num_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+
+class Cache(NamedTuple):
+    """What decoding one more token needs of the tokens before it; every array has a leading axis of layers."""
+
+    prefix: KeyValue
+    """`[layers, B, P, K, D]`, complete: only read."""
+    suffix: KeyValue
+    """`[layers, B, M, K, D]`, filled from the left as tokens are decoded."""
+
+
+class Context(NamedTuple):
+    """What all layers share in one call."""
+
+    cos: jax.Array
+    """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the new tokens."""
+    sin: jax.Array
+    masks: tuple[jax.Array, ...]
+    """bool `[B, T, S]`, one for each segment of keys."""
+    index: jax.Array | int = 0
+    """decoding only: the slot of the suffix that the new token fills."""
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin of `position · theta^(-2i/D)`, float32 `[B, T, 1, D]`, halves repeated.
+
+    Args:
+        positions: int32 `[B, T]`.
+        head_dim: D, even.
+        theta: base of the frequencies.
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * jnp.tile(frequency, 2)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `[B, T, H, D]` in the rotate-half convention, pairing dimension i with i + D/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x²) + eps)` in float32, cast back, times the scale."""
+
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class LlamaBlock(nn.Module):
+    """One decoder layer."""
+
+    config: LlamaConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, KeyValue]:
+        """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
+        cfg = self.config
+        types = dict(use_bias=False, dtype=self.execution.dtype, param_dtype=self.execution.param_dtype)
+        norm = partial(RMSNorm, cfg.norm_eps, self.execution.param_dtype)
+        normed = norm(name="input_norm")(x)
+        query = nn.DenseGeneral((cfg.num_heads, cfg.head_dim), name="q_proj", **types)(normed)
+        key = nn.DenseGeneral((cfg.num_kv_heads, cfg.head_dim), name="k_proj", **types)(normed)
+        value = nn.DenseGeneral((cfg.num_kv_heads, cfg.head_dim), name="v_proj", **types)(normed)
+        query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        new = KeyValue(key, value)
+        if cache is None:
+            segments = [new]
+        else:
+            new = jax.tree.map(partial(_write, index=context.index), cache.suffix, new)
+            segments = [cache.prefix, new]
+        attended = attend(query, segments, context.masks)
+        x = x + nn.DenseGeneral(cfg.width, axis=(-2, -1), name="o_proj", **types)(attended)
+        normed = norm(name="post_norm")(x)
+        gate = nn.silu(nn.Dense(cfg.mlp_dim, name="gate_proj", **types)(normed))
+        up = nn.Dense(cfg.mlp_dim, name="up_proj", **types)(normed)
+        return x + nn.Dense(cfg.width, name="down_proj", **types)(gate * up), new
+
+
+def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
+    """Writes `[B, 1, K, D]` into slot `index` of `[B, M, K, D]`."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=1)
+
+
+class Llama(nn.Module):
+    """Token embedding, layers with the final norm, and output projection: three functions of one set of parameters."""
+
+    config: LlamaConfig
+    execution: Execution
+
+    def setup(self):
+        cfg, exe = self.config, self.execution
+        init = nn.initializers.normal(0.02)
+        self.embed_tokens = self.param("embed_tokens", init, (cfg.vocab_size, cfg.width), exe.param_dtype)
+        self.lm_head = self.param("lm_head", init, (cfg.width, cfg.vocab_size), exe.param_dtype)
+        self.layers = scan_layers(LlamaBlock, cfg.depth, exe, num_scanned=1, num_broadcast=1)(cfg, exe)
+        self.norm = RMSNorm(cfg.norm_eps, exe.param_dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the embeddings `[..., width]` of token ids `[...]`."""
+        return self.embed_tokens[tokens].astype(self.execution.dtype)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Runs a whole sequence.
+
+        Args:
+            x: `[B, T, width]` embeddings.
+            mask: bool `[B, T, T]`, True where a query (row) may look at a key (column).
+            positions: int32 `[B, T]`.
+
+        Returns:
+            Hidden states after the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`.
+        """
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x, kept = self.layers(x, None, Context(cos, sin, (mask,)))
+        return self.norm(x), kept
+
+    def decode(
+        self, x: jax.Array, cache: Cache, prefix_mask: jax.Array, position: jax.Array, index: jax.Array | int
+    ) -> tuple[jax.Array, Cache]:
+        """Runs one more token against a cache.
+
+        Args:
+            x: `[B, 1, width]` embedding of the token.
+            cache: keys and values of the prefix, and of the `index` tokens decoded since.
+            prefix_mask: bool `[B, P]`, False on padding of the prefix.
+            position: int32 `[B]` of this token.
+            index: how many tokens were decoded before this one, in [0, M).
+
+        Returns:
+            Hidden state after the final norm `[B, 1, width]` and the cache with this token in slot `index`.
+        """
+        cos, sin = rotary_angles(position[:, None], self.config.head_dim, self.config.rope_theta)
+        num_slots = cache.suffix.key.shape[2]
+        suffix_mask = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
+        context = Context(cos, sin, (prefix_mask[:, None], suffix_mask), index)
+        x, suffix = self.layers(x, cache, context)
+        return self.norm(x), cache._replace(suffix=suffix)
+
+    def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
+        """Returns float32 logits `[..., stop - start]` of the token ids in [start, stop)."""
+        kernel = self.lm_head[:, start:stop].astype(hidden.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)

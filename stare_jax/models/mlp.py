@@ -1,0 +1,125 @@
+"""A small policy over the state alone, for algorithm studies in seconds: the same `Policy` record as the large ones."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from stare_jax.losses import soft_cross_entropy, soft_labels
+from stare_jax.models.heads import ValueHead, decode_bins, encode_bins, sample_bins, score_bins
+from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
+from stare_jax.models.policy import ActionScore, Decision, Policy
+from stare_jax.types import NormStats, Observation
+
+SHARDING_RULES = (
+    (r"trunk_\d+/kernel", P(None, "fsdp")),
+    (r"logits/kernel", P("fsdp", None)),
+    (r"value_head/layer_\d+/kernel", P(None, "fsdp")),
+    (r"value_head/out/kernel|bias", P()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPConfig:
+    """Sizes of the network: an actor with independent bins per action dimension and a critic that shares nothing."""
+
+    state_dim: int = 6
+    action_dim: int = 2
+    num_bins: int = 12
+    """ids per action dimension; the last two share a centre (`models.heads`), so there are `num_bins` - 1 values."""
+    hidden_dims: tuple[int, ...] = (64, 64)
+    value_dims: tuple[int, ...] = (64, 64)
+    label_width: float = 0.0
+    """standard deviation of the imitation target in bins; 0 is one-hot."""
+
+    def __post_init__(self):
+        for name, least in (("state_dim", 1), ("action_dim", 1), ("num_bins", 3), ("label_width", 0.0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {least}")
+        for name in ("hidden_dims", "value_dims"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected widths >= 1")
+
+
+class ActorCritic(nn.Module):
+    """Logits `[B, A, num_bins]` and values `[B]` of normalised states `[B, S]`."""
+
+    config: MLPConfig
+
+    @nn.compact
+    def __call__(self, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cfg = self.config
+        x = state
+        for i, dim in enumerate(cfg.hidden_dims):
+            x = nn.tanh(nn.Dense(dim, name=f"trunk_{i}")(x))
+        # A small last layer starts from nearly uniform actions.
+        init = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
+        logits = nn.Dense(cfg.action_dim * cfg.num_bins, kernel_init=init, name="logits")(x)
+        value = ValueHead(cfg.value_dims, name="value_head")(state)
+        return logits.reshape(-1, cfg.action_dim, cfg.num_bins), value
+
+
+def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
+    """Builds the policy record; normalisation statistics are baked in.
+
+    Args:
+        config: sizes.
+        norm_stats: of actions `[A]` and states `[S]`.
+    """
+    network = ActorCritic(config)
+    num_bins = config.num_bins
+
+    def apply(params, observation):
+        return network.apply({"params": params}, normalize_state(jnp.asarray(observation.state), norm_stats))
+
+    def init(key):
+        return network.init(key, jnp.zeros((1, config.state_dim)))["params"]
+
+    def sample(params, observation, key, *, temperature=1.0):
+        logits, value = apply(params, observation)
+        bins = sample_bins(key, logits, temperature)
+        logp, _ = score_bins(logits, bins, temperature)
+        action = unnormalize_action(decode_bins(bins, num_bins=num_bins), norm_stats)
+        return Decision(action, bins, logp, value)
+
+    def log_prob(params, observation, action_tokens, *, temperature=1.0):
+        logits, value = apply(params, observation)
+        logp, entropy = score_bins(logits, action_tokens, temperature)
+        return ActionScore(logp, entropy, value)
+
+    def imitation_loss(params, observation, action):
+        logits, _ = apply(params, observation)
+        unit = normalize_action(jnp.asarray(action), norm_stats)
+        # Centres are (b + 1/2) bin widths above -1.
+        target = (unit + 1.0) * (num_bins - 1) / 2.0 - 0.5
+        labels = soft_labels(target, num_bins=num_bins - 1, width=config.label_width)
+        labels = jnp.pad(labels, [(0, 0), (0, 0), (0, 1)])
+        is_right = jnp.argmax(logits, axis=-1) == encode_bins(unit, num_bins=num_bins)
+        return soft_cross_entropy(logits, labels).sum(axis=-1), {"accuracy": is_right.mean(axis=-1)}
+
+    def tokenize(instructions, state):
+        del instructions
+        return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
+
+    def observation_shape(batch_size):
+        return Observation(
+            images={},
+            state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
+            tokens=jax.ShapeDtypeStruct((batch_size, 0), jnp.int32),
+            token_mask=jax.ShapeDtypeStruct((batch_size, 0), jnp.bool_),
+        )
+
+    return Policy(
+        init=init,
+        sample=sample,
+        log_prob=log_prob,
+        value=lambda params, observation: apply(params, observation)[1],
+        imitation_loss=imitation_loss,
+        tokenize=tokenize,
+        observation_shape=observation_shape,
+        action_dim=config.action_dim,
+        sharding_rules=SHARDING_RULES,
+    )

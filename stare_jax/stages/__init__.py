@@ -1,0 +1,25 @@
+"""STARE: stage labels, costs, potentials and shaped rewards of one trajectory. Callers `jax.vmap` and `jax.jit`."""
+
+from stare_jax.stages.costs import stage_costs
+from stare_jax.stages.potentials import potentials
+from stare_jax.stages.separate import Separation, StageCarry, init_stage, separate, stage_mask, step_stage
+from stare_jax.stages.shaping import shape_rewards, success_rewards
+from stare_jax.stages.spec import StageParams, TaskSpec
+from stare_jax.stages.tasks import TASKS, get_task
+
+__all__ = [
+    "Separation",
+    "StageCarry",
+    "StageParams",
+    "TASKS",
+    "TaskSpec",
+    "get_task",
+    "init_stage",
+    "potentials",
+    "separate",
+    "shape_rewards",
+    "stage_costs",
+    "stage_mask",
+    "step_stage",
+    "success_rewards",
+]

@@ -1,0 +1,108 @@
+"""Quantities derived from `Signals`, never stored: distances, height, slip, how long a grasp has lasted.
+
+The functions of one state take leaves with any leading axes; those of a history take `[T, ...]`, one whole episode.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from stare_jax.stages import geometry
+from stare_jax.types import Array, Signals
+
+_TRAILING = Signals(
+    tcp_pos=(3,),
+    tcp_quat=(4,),
+    obj_pos=(3,),
+    obj_quat=(4,),
+    grasp_pos=(3,),
+    goal_pos=(3,),
+    goal_quat=(4,),
+    is_grasped=(),
+    is_contact=(),
+    success=(),
+    support_z=(),
+)
+_BOOLEAN = ("is_grasped", "is_contact", "success")
+
+
+def as_signals(signals: Signals, leading: tuple[int, ...]) -> Signals:
+    """Returns the signals as JAX arrays, float32 and bool, after checking every field's shape and type.
+
+    Args:
+      signals: leaves `[*leading, ...]`.
+      leading: `()` for one state, `(T,)` for a trajectory.
+
+    Raises:
+      AssertionError: a field has another shape or type; the message names it.
+    """
+    fields = {}
+    for name, value in signals._asdict().items():
+        is_boolean = name in _BOOLEAN
+        chex.assert_shape(value, leading + getattr(_TRAILING, name), custom_message=f"signals.{name}")
+        chex.assert_type(value, bool if is_boolean else float, custom_message=f"signals.{name}")
+        fields[name] = jnp.asarray(value, bool if is_boolean else jnp.float32)
+    return Signals(**fields)
+
+
+def num_states(signals: Signals) -> int:
+    """Returns T of signals with leaves `[T, ...]`."""
+    chex.assert_rank(signals.success, 1, custom_message="signals.success")
+    return signals.success.shape[0]
+
+
+def as_valid(valid: Array | None, num_steps: int) -> Array:
+    """Returns the bool `[T]` mask of existing steps; None means that all `num_steps` exist."""
+    if valid is None:
+        return jnp.ones(num_steps, bool)
+    chex.assert_shape(valid, (num_steps,), custom_message="valid")
+    chex.assert_type(valid, bool, custom_message="valid")
+    return jnp.asarray(valid)
+
+
+def reach_distance(signals: Signals) -> Array:
+    """Returns ||x_ee - x_obj||, measured to the point of the object to be reached, `[...]`."""
+    return geometry.safe_norm(signals.tcp_pos - signals.grasp_pos)
+
+
+def goal_distance(signals: Signals) -> Array:
+    """Returns ||x_obj - x_goal||, `[...]`."""
+    return geometry.safe_norm(signals.obj_pos - signals.goal_pos)
+
+
+def horizontal_goal_distance(signals: Signals) -> Array:
+    """Returns the horizontal distance of the object to the goal, `[...]`."""
+    return geometry.safe_norm(geometry.horizontal(signals.obj_pos - signals.goal_pos))
+
+
+def height(signals: Signals) -> Array:
+    """Returns h, the object's height above where it rested at the start, `[...]`."""
+    return signals.obj_pos[..., 2] - signals.support_z
+
+
+def displacement(signals: Signals) -> Array:
+    """Returns x_obj(t) - x_obj(t-1), `[T, 3]`, 0 at t = 0."""
+    return _difference(signals.obj_pos)
+
+
+def consecutive_grasp(signals: Signals) -> Array:
+    """Returns for how many steps in a row, ending at t, the object has been held, float32 `[T]`."""
+    steps = jnp.arange(signals.is_grasped.shape[0])
+    last_open = jax.lax.cummax(jnp.where(signals.is_grasped, -1, steps))
+    return (steps - last_open).astype(jnp.float32)
+
+
+def slip(signals: Signals, *, slip_tol: float) -> Array:
+    """Returns where the grasp slipped, bool `[T]`, False at t = 0.
+
+    The object was held and no longer is, or it is held throughout the step and moved by more than `slip_tol` metres in
+    the end-effector's frame.
+    """
+    was_grasped = jnp.concatenate([jnp.zeros(1, bool), signals.is_grasped[:-1]])
+    in_hand = geometry.rotate_inverse(signals.tcp_quat, signals.obj_pos - signals.tcp_pos)
+    moved = geometry.safe_norm(_difference(in_hand)) > slip_tol
+    return was_grasped & (~signals.is_grasped | moved)
+
+
+def _difference(position_t: Array) -> Array:
+    return jnp.diff(position_t, axis=0, prepend=position_t[:1])

@@ -1,0 +1,103 @@
+"""Stage potentials Phi_k (equation 4 and appendix E): how far the active stage has come, in [0, 1].
+
+A potential is (params, signals `[T]`) -> `[T]`; sigma is the logistic function.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from stare_jax.stages import geometry, measures
+from stare_jax.stages.separate import Separation
+from stare_jax.stages.spec import StageParams, TaskSpec
+from stare_jax.types import Array, Signals
+
+
+def potentials(spec: TaskSpec, signals: Signals, separation: Separation) -> Array:
+    """Returns Phi(s_t), the potential of the stage that is active at t (4, appendix E), float32 `[T]` in [0, 1].
+
+    With `params.progressive` it is (k + Phi_k) / K, which no completed stage lowers. Where the stage is switched off in
+    `params.enabled`, it keeps its value of the step before (0 at t = 0), so that the switch adds no jump of its own.
+
+    Args:
+      spec: the task.
+      signals: leaves `[T, ...]`.
+      separation: of the same trajectory.
+
+    Differs from the paper: the progressive form, which is off by default.
+    """
+    num_states = measures.num_states(signals)
+    signals = measures.as_signals(signals, (num_states,))
+    stage_t = separation.stage_t
+    chex.assert_shape(stage_t, (num_states,), custom_message="separation.stage_t")
+    chex.assert_type(stage_t, jnp.int32, custom_message="separation.stage_t")
+    by_stage = jnp.stack([potential_fn(spec.params, signals) for potential_fn in spec.potential_fns])
+    potential_t = jnp.take_along_axis(by_stage, stage_t[None], axis=0)[0]
+    if spec.params.progressive:
+        potential_t = (stage_t + potential_t) / spec.num_stages
+    if spec.params.enabled is not None:
+        potential_t = _hold(potential_t, jnp.array(spec.params.enabled, bool)[stage_t])
+    return potential_t
+
+
+def reach_potential(params: StageParams, signals: Signals) -> Array:
+    """Reach: sigma(1 - ||x_ee - x_obj|| / d_reach) (4)."""
+    return _closeness(measures.reach_distance(signals), params.d_reach)
+
+
+def lasting_grasp_potential(params: StageParams, signals: Signals) -> Array:
+    """Grasp (pick-place): beta_1 grasped + beta_2 tanh(consec_grasp / tau)."""
+    lasting = jnp.tanh(measures.consecutive_grasp(signals) / params.tau)
+    return params.beta1 * signals.is_grasped + params.beta2 * lasting
+
+
+def transport_potential(params: StageParams, signals: Signals) -> Array:
+    """Transport: sigma(1 - ||x_obj - x_goal|| / d_trans) + beta_3 grasped."""
+    return _closeness(measures.goal_distance(signals), params.d_trans) + params.beta3 * signals.is_grasped
+
+
+def place_potential(params: StageParams, signals: Signals) -> Array:
+    """Place: sigma(1 - ||x_obj - x_goal|| / d_place) + beta_4 g(R_obj, R_goal)."""
+    alignment = geometry.rotation_alignment(signals.obj_quat, signals.goal_quat)
+    return _closeness(measures.goal_distance(signals), params.d_place) + params.beta4 * alignment
+
+
+def contact_potential(params: StageParams, signals: Signals) -> Array:
+    """Contact: beta_1 contact."""
+    return params.beta1 * signals.is_contact.astype(jnp.float32)
+
+
+def push_potential(params: StageParams, signals: Signals) -> Array:
+    """Push and pull: sigma(1 - ||x_obj - x_goal|| / d_push)."""
+    return _closeness(measures.goal_distance(signals), params.d_push)
+
+
+def goal_potential(params: StageParams, signals: Signals) -> Array:
+    """Goal: 1 where the object is horizontally closer to the goal than `delta_goal`, else 0."""
+    return (measures.horizontal_goal_distance(signals) < params.delta_goal).astype(jnp.float32)
+
+
+def grasp_potential(params: StageParams, signals: Signals) -> Array:
+    """Grasp (lift-upright): beta_1 grasped."""
+    return params.beta1 * signals.is_grasped.astype(jnp.float32)
+
+
+def lift_potential(params: StageParams, signals: Signals) -> Array:
+    """Lift: sigma(h / h_lift), h the height above where the object rested."""
+    return jax.nn.sigmoid(measures.height(signals) / params.h_lift)
+
+
+def upright_potential(params: StageParams, signals: Signals) -> Array:
+    """Upright: |cos| of the angle between the object's `up_axis` and the vertical."""
+    return geometry.uprightness(signals.obj_quat, params.up_axis)
+
+
+def _closeness(distance: Array, scale: float) -> Array:
+    return jax.nn.sigmoid(1.0 - distance / scale)
+
+
+def _hold(value_t: Array, enabled_t: Array) -> Array:
+    """`[T]` the value at the last step up to t where it was enabled, 0 before there is one."""
+    steps = jnp.arange(value_t.shape[0])
+    last_enabled = jax.lax.cummax(jnp.where(enabled_t, steps, -1))
+    return jnp.where(last_enabled >= 0, value_t[jnp.maximum(last_enabled, 0)], 0.0)

@@ -1,0 +1,181 @@
+"""Checkpoints: parameters, optimiser, normalisation statistics and counters; the only file that knows Orbax.
+
+    <directory>/<step>/{params, optimizer, norm_stats}  and the JSON of `extra` in the metadata
+
+Parameters are an item of their own, so that a policy can be loaded without the optimiser. A step whose writing was
+killed is not seen by anything here and is removed when the directory is opened for writing.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from stare_jax.train.sharding import path_name
+from stare_jax.types import NormStats, PyTree, TrainState
+
+_MAX_NAMES = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or does not fit; the message names the paths, got and expected."""
+
+
+class Restored(NamedTuple):
+    """What `restore` found."""
+
+    state: TrainState
+    extra: dict[str, Any]
+    norm_stats: NormStats
+
+
+class Checkpoints:
+    """The checkpoints of one phase, newest `keep` kept; saving goes on in the background. Use it in a `with`."""
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep: got {keep}, expected >= 1")
+        self._directory = Path(directory).absolute()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.iterdir():
+            if path.name.isdigit() and not _is_complete(path):
+                shutil.rmtree(path)
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory,
+            # Which steps to save is the caller's choice; Orbax's own default skips some.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, state: TrainState, *, extra: dict[str, Any], norm_stats: NormStats) -> None:
+        """Starts to save; returns when the arrays are copied, so that the caller may go on and donate them.
+
+        Args:
+            step: its name; a step that is there already is left as it is.
+            state: arrays of any sharding.
+            extra: JSON-able counters of the loop.
+            norm_stats: of the policy.
+        """
+        if step in complete_steps(self._directory):
+            return
+        items = {
+            "params": state.params,
+            "optimizer": {"step": state.step, "opt_state": state.opt_state},
+            "norm_stats": jax.tree.map(np.asarray, norm_stats._asdict()),
+        }
+        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=extra, force=True)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def complete_steps(directory: str | Path) -> list[int]:
+    """Returns the steps of the complete checkpoints of a directory, ascending."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
+
+
+def restore(directory: str | Path, like: TrainState, *, step: int | None = None) -> Restored:
+    """Loads a whole train state, onto whatever mesh `like` is on.
+
+    Args:
+        directory: of the phase's checkpoints.
+        like: a state, or `jax.ShapeDtypeStruct`s with shardings, of the same shapes.
+        step: which one; None takes the latest.
+
+    Raises:
+        CheckpointError: none there, or other paths, shapes or dtypes than `like`.
+    """
+    path = _step_path(directory, step)
+    like_items = {"params": like.params, "optimizer": {"step": like.step, "opt_state": like.opt_state}}
+    items = _load(path, {**like_items, "norm_stats": _norm_stats_like(path)})
+    optimizer = items["optimizer"]
+    state = TrainState(step=optimizer["step"], params=items["params"], opt_state=optimizer["opt_state"])
+    return Restored(state, load_extra(directory, step=step), NormStats(**items["norm_stats"]))
+
+
+def load_params(directory: str | Path, like_params: PyTree, *, step: int | None = None) -> PyTree:
+    """Loads the parameters alone; arguments and errors as for `restore`."""
+    return _load(_step_path(directory, step), {"params": like_params})["params"]
+
+
+def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
+    """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
+    path = _step_path(directory, step)
+    return NormStats(**_load(path, {"norm_stats": _norm_stats_like(path)})["norm_stats"])
+
+
+def load_extra(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
+    """Loads the counters that were saved with a checkpoint."""
+    return dict(ocp.checkpointables_metadata(_step_path(directory, step)).custom_metadata)
+
+
+def _is_complete(path: Path) -> bool:
+    return (path / "_CHECKPOINT_METADATA").exists() and (path / "commit_success.txt").exists()
+
+
+def _step_path(directory: str | Path, step: int | None) -> Path:
+    steps = complete_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        wanted = "any checkpoint" if step is None else f"step {step}"
+        raise CheckpointError(f"{directory}: got complete checkpoints of the steps {steps}, expected {wanted}")
+    return Path(directory).absolute() / str(steps[-1] if step is None else step)
+
+
+def _norm_stats_like(path: Path) -> dict[str, np.ndarray]:
+    stored = ocp.checkpointables_metadata(path).metadata["norm_stats"]
+    return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+
+
+def _load(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
+    stored = ocp.checkpointables_metadata(path).metadata
+    if missing := sorted(set(like) - set(stored)):
+        raise CheckpointError(f"{path}: got the items {sorted(stored)}, expected also {missing}")
+    _check(path, {name: stored[name] for name in like}, like)
+    return ocp.load_checkpointables(path, jax.tree.map(_abstract, like))
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    return leaf
+
+
+def _check(path: Path, stored: dict[str, PyTree], like: dict[str, PyTree]) -> None:
+    """Compares names, shapes and dtypes, because Orbax's own complaint names neither path nor shape."""
+    got, expected = _describe(stored), _describe(like)
+    problems = [f"{name}: not in the checkpoint" for name in expected if name not in got]
+    problems += [f"{name}: only in the checkpoint" for name in got if name not in expected]
+    problems += [
+        f"{name}: got {got[name]}, expected {expected[name]}"
+        for name in expected
+        if name in got and got[name] != expected[name]
+    ]
+    if problems:
+        shown = [
+            *problems[:_MAX_NAMES],
+            *([f"and {len(problems) - _MAX_NAMES} more"] if len(problems) > _MAX_NAMES else []),
+        ]
+        raise CheckpointError(f"{path} does not fit:\n  " + "\n  ".join(shown))
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}

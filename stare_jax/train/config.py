@@ -1,0 +1,94 @@
+"""Frozen dataclasses <-> nested plain dicts, so that defaults live beside the code they configure.
+
+`configs/*.py` turn the dict into an `ml_collections.ConfigDict` and change what differs; `from_dict` turns it back and
+names the path of whatever does not fit.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the field, what it got and what was expected."""
+
+
+def to_dict(config: Any) -> Any:
+    """Returns a dataclass as nested dicts, tuples and scalars."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return tuple(to_dict(item) for item in config)
+    return config
+
+
+def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> Any:
+    """Builds the dataclass `cls` from nested mappings.
+
+    Args:
+      cls: a frozen dataclass whose annotations are scalars, tuples, dataclasses or unions of them.
+      values: a mapping with the dataclass's fields; fields left out keep their defaults.
+      path: where this mapping stands, for the message of an error.
+    Raises:
+      ConfigError: for an unknown field, a value of the wrong type, or one that the dataclass itself refuses.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    arguments = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(typing.get_args(hint), value, path)
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: got {value!r}, expected the fields of {hint.__name__}")
+        return from_dict(hint, value, path=path)
+    if origin is tuple:
+        return _convert_tuple(typing.get_args(hint), value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and hint is not Any:
+        exact = type(value) is hint if hint in (int, bool, float) else isinstance(value, hint)
+        if not exact:
+            raise ConfigError(f"{path}: got {value!r}, expected {hint.__name__}")
+    return value
+
+
+def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path}: got {value!r}, expected a sequence")
+    if len(hints) == 2 and hints[1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    if hints and len(hints) != len(value):
+        raise ConfigError(f"{path}: got {len(value)} items {value!r}, expected {len(hints)}")
+    return tuple(_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+
+
+def _convert_union(hints: tuple, value: Any, path: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    candidates = [hint for hint in hints if hint is not type(None)]
+    errors = []
+    for hint in candidates:
+        try:
+            return _convert(hint, value, path)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    names = " or ".join(getattr(hint, "__name__", str(hint)) for hint in candidates)
+    raise ConfigError(f"{path}: got {value!r}, expected {names}; " + "; ".join(str(error) for error in errors))

@@ -1,0 +1,112 @@
+"""Imitation: supervised fine-tuning on expert actions."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from stare_jax.logging import Clock, Interrupted, progress
+from stare_jax.models.policy import Policy
+from stare_jax.train.checkpoint import Checkpoints
+from stare_jax.train.compilations import num_compilations
+from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
+from stare_jax.train.sharding import check_batch_size
+from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
+from stare_jax.train.steps import SFTBatch, check_microbatch, make_sft_step
+from stare_jax.types import Array, Observation, PyTree
+
+PHASE = "sft"
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning; the defaults are the paper's (B.1)."""
+
+    num_steps: int = 30_000
+    batch_size: int = 64
+    microbatch_size: int | None = None
+    """rows in one forward and backward pass; None takes the whole batch."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
+    log_every: int = 20
+    """steps."""
+    checkpoint_every: int = 1000
+    """steps."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+        check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
+
+
+def train_sft(
+    policy: Policy,
+    params: PyTree,
+    batches: Callable[[int], Iterator[tuple[Observation, Array]]],
+    config: SFTConfig,
+    run: Run,
+) -> PyTree:
+    """Trains on batches of expert actions and returns the parameters.
+
+    Args:
+        policy: whose `imitation_loss` is minimised.
+        params: to start from; not consumed.
+        batches: called with the number of steps already taken, returns an iterator over (observation `[B, ...]` with
+            prompts, action float32 `[B, A]`) from there on.
+        config: see `SFTConfig`.
+        run: see `Run`.
+
+    Raises:
+        Interrupted: `run.should_stop` asked for it; a checkpoint has been saved.
+        FloatingPointError: the loss is not finite.
+    """
+    # ---- Set-up -----------------------------------------------------------------------------------------------------
+    check_batch_size("batch_size", config.batch_size, run.mesh)
+    tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
+    state, _ = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
+    step_fn = jax.jit(make_sft_step(policy, tx, config), donate_argnums=0)
+    first = int(state.step)
+    batch_iterator = batches(first)
+    clock, pending, compiled = Clock(), [], None
+
+    with (
+        Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
+        progress(config.num_steps - first, PHASE, "step") as bar,
+    ):
+        for step in range(first + 1, config.num_steps + 1):
+            # ---- Update ---------------------------------------------------------------------------------------------
+            with clock("data"):
+                batch = SFTBatch(*next(batch_iterator))
+            with clock("update"):
+                state, metrics = step_fn(state, place(batch, run.mesh))
+            pending.append(metrics)
+            compiled = num_compilations() if compiled is None else compiled
+            is_stopping = run.should_stop()
+
+            # ---- Report ---------------------------------------------------------------------------------------------
+            if step % config.log_every == 0 or step == config.num_steps or is_stopping:
+                with clock("update"):
+                    pending = jax.device_get(pending)
+                check_finite([m["sft/loss"] for m in pending], phase=PHASE, first_step=step - len(pending) + 1)
+                means = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
+                seconds = clock.seconds()
+                rate = len(pending) * config.batch_size / sum(seconds.values())
+                run.writer(
+                    step,
+                    means
+                    | {f"time/{area}_s": value for area, value in seconds.items()}
+                    | {"perf/frames_per_s": rate, "perf/compilations": num_compilations() - compiled},
+                    phase=PHASE,
+                )
+                bar.update(len(pending), loss=means["sft/loss"])
+                compiled, pending = num_compilations(), []
+                clock.reset()
+
+            # ---- Save -----------------------------------------------------------------------------------------------
+            if step % config.checkpoint_every == 0 or step == config.num_steps or is_stopping:
+                checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
+            if is_stopping and step < config.num_steps:
+                raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {config.num_steps}")
+    return state.params

@@ -1,0 +1,134 @@
+"""What a training loop is given (`Run`) and what it moves forward (`TrainState`)."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from stare_jax.train import checkpoint, sharding
+from stare_jax.train.optimizer import split_params
+from stare_jax.types import NormStats, PyTree, TrainState
+
+
+def _write_nothing(step: int, metrics: Mapping[str, Any], *, phase: str) -> None:
+    del step, metrics, phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where a phase writes, when it stops, and on which devices it works."""
+
+    directory: Path
+    """the run directory; a phase keeps its checkpoints in `<directory>/<phase>/checkpoints`."""
+    norm_stats: NormStats
+    """of the policy; saved with every checkpoint."""
+    writer: Callable[..., None] = _write_nothing
+    """writer(step, {"area/quantity": float}, phase="sft"); see `logging.make_writer`."""
+    should_stop: Callable[[], bool] = lambda: False
+    """polled once a step: the loop saves and raises `logging.Interrupted`."""
+    mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+    resume: bool = False
+    """go on from the phase's latest checkpoint, if there is one."""
+
+
+def checkpoint_directory(run: Run, phase: str) -> Path:
+    """Returns where a phase keeps its checkpoints."""
+    return Path(run.directory) / phase / "checkpoints"
+
+
+def abstract_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    freeze: Sequence[str] = (),
+) -> TrainState:
+    """Returns shapes and shardings of a train state, without allocating anything.
+
+    Args:
+        params: nested dict of arrays or `jax.ShapeDtypeStruct`s.
+        tx: see `optimizer.make_optimizer`; it sees the trainable parameters alone.
+        mesh: where the state is to live.
+        rules: see `sharding.tree_shardings`.
+        freeze: see `OptimizerConfig`.
+    """
+    shapes = jax.eval_shape(functools.partial(_build, tx=tx, freeze=freeze), params)
+    shardings = sharding.tree_shardings(shapes, mesh, rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def create_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    freeze: Sequence[str] = (),
+) -> TrainState:
+    """Copies parameters to their devices and makes the optimiser state there; arguments as for `abstract_state`."""
+    layout = abstract_state(params, tx, mesh=mesh, rules=rules, freeze=freeze)
+    # Without out_shardings, the moments that tx.init makes under jit end up on one device.
+    shardings = jax.tree.map(lambda x: x.sharding, layout)
+    return jax.jit(functools.partial(_build, tx=tx, freeze=freeze), out_shardings=shardings)(params)
+
+
+def _build(params: PyTree, *, tx: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
+    trainable, _ = split_params(params, freeze)
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable))
+
+
+def start_phase(
+    phase: str,
+    run: Run,
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    rules: sharding.Rules,
+    freeze: Sequence[str],
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state a phase starts in, and the counters of the checkpoint it goes on from ({} without one).
+
+    Raises:
+        CheckpointError: not resuming, but the phase has checkpoints here already.
+    """
+    layout = {"mesh": run.mesh, "rules": rules, "freeze": freeze}
+    directory = checkpoint_directory(run, phase)
+    steps = checkpoint.complete_steps(directory)
+    if not steps:
+        return create_state(params, tx, **layout), {}
+    if not run.resume:
+        raise checkpoint.CheckpointError(
+            f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
+        )
+    restored = checkpoint.restore(directory, abstract_state(params, tx, **layout))
+    return restored.state, restored.extra
+
+
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts a batch onto the mesh, cut along its leading axis."""
+    return jax.device_put(tree, sharding.batch_sharding(mesh))
+
+
+def check_finite(losses: Sequence[float] | np.ndarray, *, phase: str, first_step: int) -> None:
+    """Stops a run whose loss is not finite.
+
+    Args:
+        losses: of consecutive optimiser steps.
+        phase: whose.
+        first_step: number of the first of them.
+
+    Raises:
+        FloatingPointError: names the step.
+    """
+    for offset, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"{phase}: the loss of step {first_step + offset} is {loss}")

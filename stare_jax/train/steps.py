@@ -1,0 +1,252 @@
+"""The optimiser steps of the three phases: `make_*_step(policy, tx, config)` -> pure (state, batch) -> (state, metrics).
+
+A batch whose forward and backward pass does not fit into memory is cut into microbatches whose gradients are added up;
+the gradient is that of the whole batch, the metrics are means over its parts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stare_jax.losses import ppo_loss, sta_tpo_loss, tpo_loss
+from stare_jax.models.policy import Policy
+from stare_jax.train.optimizer import merge_params, split_params
+from stare_jax.types import Array, Observation, PyTree, TrainState
+
+Metrics = dict[str, Array]
+
+
+class SFTBatch(NamedTuple):
+    """Expert actions."""
+
+    observation: Observation
+    """leaves `[B, ...]`."""
+    action: Array
+    """float32 `[B, A]`, raw."""
+
+
+class DecisionBatch(NamedTuple):
+    """Decisions of rollouts, in any order."""
+
+    observation: Observation
+    """leaves `[B, ...]`."""
+    action_tokens: Array
+    """`[B, ...]`."""
+    old_logp: Array
+    """float32 `[B]`, and likewise below."""
+    old_value: Array
+    advantage: Array
+    return_: Array
+    valid: Array
+    """bool `[B]`: False in rows that only fill up the batch."""
+
+
+class ScoredTrajectory(NamedTuple):
+    """One side of B preference pairs, with all that does not depend on the parameters that are trained."""
+
+    observation: Observation
+    """leaves `[B, N, ...]` of the states in which actions were taken."""
+    action_tokens: Array
+    """`[B, N, ...]`."""
+    ref_logp: Array
+    """float32 `[B, N]`."""
+    valid: Array
+    """bool `[B, N]`."""
+    stage_mask: Array
+    """bool `[B, K, N]`."""
+    stage_cost: Array
+    """float32 `[B, K]`."""
+    completed: Array
+    """bool `[B, K]`."""
+
+
+class PairBatch(NamedTuple):
+    """Preference pairs."""
+
+    chosen: ScoredTrajectory
+    rejected: ScoredTrajectory
+
+
+def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
+    """Raises ValueError unless `microbatch_size` is None or divides the batch size, whose config field is `name`."""
+    if microbatch_size is not None and (microbatch_size < 1 or size % microbatch_size):
+        raise ValueError(f"microbatch_size: got {microbatch_size}, expected a divisor of {name} = {size}, or None")
+
+
+def make_sft_step(policy: Policy, tx: optax.GradientTransformation, config) -> Callable:
+    """Imitation: (state, `SFTBatch`) -> the mean of `policy.imitation_loss`; config is an `SFTConfig`."""
+
+    def loss_fn(params, batch):
+        loss, metrics = policy.imitation_loss(params, batch.observation, batch.action)
+        means = {f"sft/{name}": value.mean() for name, value in metrics.items()}
+        return loss.mean(), means | {"sft/loss": loss.mean()}
+
+    def step(state, batch):
+        weight = jnp.ones(batch.action.shape[0])
+        grads, metrics = _gradients(loss_fn, state, batch, weight, config)
+        return _apply(state, grads, tx, config), metrics | _norms(grads)
+
+    return step
+
+
+def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, config) -> Callable:
+    """PPO (2): (state, `DecisionBatch`, train_policy) -> the loss of `ppo_loss`; config is a `PPOConfig`.
+
+    Where the approximate KL divergence of the batch is above `config.target_kl` the step changes nothing and says so in
+    `ppo/stopped`. `train_policy` False moves the value head alone.
+    """
+
+    def loss_fn(params, batch):
+        score = policy.log_prob(params, batch.observation, batch.action_tokens, temperature=config.temperature)
+        data = (score.logp, batch.old_logp, batch.advantage, score.value, batch.old_value, batch.return_)
+        return ppo_loss(
+            *data,
+            score.entropy,
+            batch.valid,
+            clip_eps=config.clip_eps,
+            value_coef=config.value_coef,
+            value_clip_eps=config.value_clip_eps,
+            huber_delta=config.huber_delta,
+            entropy_coef=config.entropy_coef,
+        )
+
+    def step(state, batch, train_policy):
+        grads, metrics = _gradients(loss_fn, state, batch, batch.valid.astype(jnp.float32), config)
+        is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
+
+        def move(state):
+            return _apply(state, grads, tx, config, train_policy=train_policy)
+
+        state = jax.lax.cond(is_far, lambda state: state, move, state)
+        return state, metrics | _norms(grads) | {"ppo/stopped": is_far.astype(jnp.float32)}
+
+    return step
+
+
+def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> Callable:
+    """TPO and STA-TPO (1, 6): (state, `PairBatch`) -> the preference loss; config is a `TPOConfig`.
+
+    The loss couples all decisions of a pair. With `config.microbatch_size` set, a first pass without gradient gives the
+    derivative of the loss by every log-probability, which weights the gradients of the second pass; this is exact.
+    """
+
+    def step(state, batch):
+        trainable, frozen = split_params(state.params, config.optimizer.freeze)
+        decisions = _decisions(batch)
+        shape = (*batch.chosen.valid.shape[:1], 2, *batch.chosen.valid.shape[1:])
+
+        def logp_fn(params, decisions):
+            return policy.log_prob(merge_params(params, frozen), *decisions).logp
+
+        def loss_of_logp(logp):
+            return _preference_loss(logp.reshape(shape), batch, config)
+
+        if config.microbatch_size is None:
+            grads, metrics = jax.grad(lambda params: loss_of_logp(logp_fn(params, decisions)), has_aux=True)(trainable)
+        else:
+            size = batch.chosen.valid.size * 2
+            parts = _cut(decisions, config.microbatch_size)
+            logp = _uncut(jax.lax.map(lambda part: logp_fn(trainable, part), parts), size)
+            weight, metrics = jax.grad(loss_of_logp, has_aux=True)(logp)
+            grads = _sum_over_parts(
+                lambda part, weight: jax.grad(lambda params: jnp.vdot(logp_fn(params, part), weight))(trainable),
+                (parts, _cut(weight, config.microbatch_size)),
+            )
+        return _apply(state, grads, tx, config), metrics | _norms(grads)
+
+    return step
+
+
+def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metrics]:
+    """The loss of `[B, 2, N]` log-probabilities, chosen first."""
+    chosen, rejected = batch
+    scores = (logp[:, 0], chosen.ref_logp, logp[:, 1], rejected.ref_logp, chosen.valid, rejected.valid)
+    if config.variant == "tpo":
+        return tpo_loss(*scores, beta=config.beta)
+    return sta_tpo_loss(
+        *scores,
+        chosen.stage_mask,
+        rejected.stage_mask,
+        chosen.stage_cost,
+        rejected.stage_cost,
+        chosen.completed,
+        rejected.completed,
+        beta=config.beta,
+        cost_coef=config.cost_coef,
+        stage_norm=config.stage_norm,
+        margin=config.margin,
+    )
+
+
+def _decisions(batch: PairBatch) -> tuple[Observation, Array]:
+    """Observations and tokens of both sides, `[B * 2 * N, ...]`; rows stay with their pair, and so on their device."""
+
+    def flatten(chosen, rejected):
+        both = jnp.stack([chosen, rejected], axis=1)
+        return both.reshape(-1, *both.shape[3:])
+
+    sides = [(side.observation, side.action_tokens) for side in batch]
+    return jax.tree.map(flatten, *sides)
+
+
+def _gradients(loss_fn, state: TrainState, batch: PyTree, weight: Array, config) -> tuple[PyTree, Metrics]:
+    """Gradient of the trainable parameters and metrics; parts of a batch count by their sum of `weight` `[B]`."""
+    trainable, frozen = split_params(state.params, config.optimizer.freeze)
+
+    def grad_fn(part):
+        return jax.grad(lambda params: loss_fn(merge_params(params, frozen), part), has_aux=True)(trainable)
+
+    if config.microbatch_size is None:
+        return grad_fn(batch)
+    total = jnp.maximum(weight.sum(), 1e-8)
+
+    def share(part, weight):
+        fraction = weight.sum() / total
+        return jax.tree.map(lambda x: jnp.where(fraction > 0, fraction * x, 0.0), grad_fn(part))
+
+    return _sum_over_parts(share, (_cut(batch, config.microbatch_size), _cut(weight, config.microbatch_size)))
+
+
+def _cut(tree: PyTree, size: int) -> PyTree:
+    """Cuts leaves `[D, ...]` into `[ceil(D / size), size, ...]`, filled up with zeros.
+
+    Rows are dealt out in turn, so that every part has rows of every device.
+    """
+
+    def one(x):
+        num_parts = -(-x.shape[0] // size)
+        x = jnp.pad(x, [(0, num_parts * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(size, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, tree)
+
+
+def _uncut(parts: Array, size: int) -> Array:
+    """The inverse of `_cut` for one array of `size` rows."""
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[:size]
+
+
+def _sum_over_parts(fn: Callable, parts: tuple) -> PyTree:
+    """Returns the sum of fn(*part) over the leading axis of `parts`, in float32, one part in memory at a time."""
+    shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, fn(*part)), None
+
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return total
+
+
+def _apply(state: TrainState, grads: PyTree, tx: optax.GradientTransformation, config, **extra) -> TrainState:
+    trainable, frozen = split_params(state.params, config.optimizer.freeze)
+    updates, opt_state = tx.update(grads, state.opt_state, trainable, **extra)
+    params = merge_params(optax.apply_updates(trainable, updates), frozen)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def _norms(grads: PyTree) -> Metrics:
+    return {"grad/norm": optax.tree.norm(grads)}

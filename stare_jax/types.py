@@ -1,0 +1,109 @@
+"""The records everyone shares. Every shape is written here, once.
+
+Axes: `B` environments or samples, `T = N + 1` states, `N` actions, `A` action dimensions, `S` state dimensions,
+`L` prompt tokens, `H, W` pixels. Functions of the library are written for one trajectory; batches carry leading axes
+in front of the shapes below. Arrays are NumPy on the host and JAX on devices: the records do not care.
+
+Units: metres, radians, seconds. Quaternions are unit, `wxyz`. Frames are the simulator's world frame.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+
+Array = Any  # numpy.ndarray or jax.Array
+PyTree = Any
+
+
+class Observation(NamedTuple):
+    """What a policy sees, in raw units; policies normalise inside."""
+
+    images: dict[str, Array]
+    """camera name -> uint8 `[H, W, 3]` RGB. Empty for policies that read the state alone."""
+    state: Array
+    """float32 `[S]` proprioception (and object poses for state-only tasks); `S` may be 0."""
+    tokens: Array
+    """int32 `[L]` prompt ids, padded; simulators give `L = 0`, `Policy.tokenize` fills them in."""
+    token_mask: Array
+    """bool `[L]`, False on padding."""
+
+
+class Signals(NamedTuple):
+    """Privileged measurements of one state, from which stages, costs and potentials are computed."""
+
+    tcp_pos: Array
+    """float32 `[3]` tool centre point, x_ee."""
+    tcp_quat: Array
+    """float32 `[4]`."""
+    obj_pos: Array
+    """float32 `[3]` centre of the manipulated object, x_obj."""
+    obj_quat: Array
+    """float32 `[4]`, R_obj."""
+    grasp_pos: Array
+    """float32 `[3]` the point of the object that the end-effector should reach."""
+    goal_pos: Array
+    """float32 `[3]` the object's centre when the task is done, x_goal."""
+    goal_quat: Array
+    """float32 `[4]`, R_goal; the object's own orientation at reset where the task asks for none."""
+    is_grasped: Array
+    """bool: both fingers hold the object."""
+    is_contact: Array
+    """bool: the robot touched the object during the control step that led here."""
+    success: Array
+    """bool: the environment's own success flag."""
+    support_z: Array
+    """float32: height of the object's centre at rest at the start of the episode."""
+
+
+class Trajectory(NamedTuple):
+    """One episode of up to `N` actions, padded; the action `a_t` is taken in state `s_t`, t = 0 .. N-1."""
+
+    observation: Observation
+    """leaves `[N + 1, ...]`."""
+    signals: Signals
+    """leaves `[N + 1, ...]`."""
+    valid: Array
+    """bool `[N + 1]`, a prefix: which states exist. Action t exists iff state t + 1 does: `valid[1:]`.
+    An episode lost to a dead simulator has no valid state at all."""
+    action: Array
+    """float32 `[N, A]` in the simulator's units."""
+    action_tokens: Array
+    """int32 `[N, A]`, or whatever else `Policy.log_prob` needs to score the action again."""
+    logp: Array
+    """float32 `[N]` log-probability of the action under the policy that took it; 0 where no policy did."""
+    value: Array
+    """float32 `[N + 1]` that policy's value of each valid state; 0 where there is none."""
+
+
+class PreferencePair(NamedTuple):
+    """Two trajectories of the same instruction, the first preferred, with the reference policy's log-probabilities."""
+
+    chosen: Trajectory
+    rejected: Trajectory
+    chosen_ref_logp: Array
+    """float32 `[N]`."""
+    rejected_ref_logp: Array
+    """float32 `[N]`."""
+
+
+class NormStats(NamedTuple):
+    """Quantiles of a data set, for `models.normalize`."""
+
+    action_q01: Array
+    """float32 `[A]`, and likewise below."""
+    action_q99: Array
+    action_mask: Array
+    """bool `[A]`: False where the dimension passes through unnormalised."""
+    state_q01: Array
+    """float32 `[S]`."""
+    state_q99: Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that an optimiser step reads and writes."""
+
+    step: Array
+    """int32 scalar: optimiser steps taken."""
+    params: PyTree
+    opt_state: PyTree

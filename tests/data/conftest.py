@@ -1,0 +1,72 @@
+import jax
+import numpy as np
+import pytest
+
+from stare_jax.types import Observation, Signals, Trajectory
+
+
+def _make_trajectory(
+    seed=0, *, length=3, horizon=5, size=8, state_dim=4, action_dim=7, num_tokens=0, success=True, contact_at=None
+):
+    """An episode of random numbers, padded with zeros as the collector pads; the object is far from the gripper."""
+    rng = np.random.default_rng(seed)
+    num_states = horizon + 1
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    steps = np.arange(num_states)
+    position = normal(num_states, 3)
+    trajectory = Trajectory(
+        observation=Observation(
+            images={"base_camera": rng.integers(0, 256, (num_states, size, size, 3), dtype=np.uint8)},
+            state=normal(num_states, state_dim),
+            tokens=rng.integers(0, 99, (num_states, num_tokens), dtype=np.int32),
+            token_mask=np.ones((num_states, num_tokens), bool),
+        ),
+        signals=Signals(
+            tcp_pos=position + 10,
+            tcp_quat=normal(num_states, 4),
+            obj_pos=position,
+            obj_quat=normal(num_states, 4),
+            grasp_pos=position,
+            goal_pos=position + 5,
+            goal_quat=normal(num_states, 4),
+            is_grasped=np.zeros(num_states, bool),
+            is_contact=np.zeros(num_states, bool) if contact_at is None else steps == contact_at,
+            success=(steps == length) & success,
+            support_z=np.full(num_states, 0.5, np.float32),
+        ),
+        valid=np.ones(num_states, bool),
+        action=normal(horizon, action_dim),
+        action_tokens=rng.integers(0, 256, (horizon, action_dim), dtype=np.int32),
+        logp=normal(horizon),
+        value=normal(num_states),
+    )
+    exists = jax.tree.map(
+        lambda leaf: np.arange(len(leaf)) < (length + 1 if len(leaf) == num_states else length), trajectory
+    )
+    return jax.tree.map(
+        lambda leaf, is_real: np.where(is_real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, np.zeros_like(leaf)),
+        trajectory,
+        exists,
+    )
+
+
+@pytest.fixture
+def make_trajectory():
+    return _make_trajectory
+
+
+@pytest.fixture
+def assert_same():
+    """Says whether two trees are equal to the bit."""
+
+    def check(got, expected):
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+            a, b = np.asarray(a), np.asarray(b)
+            assert a.dtype == b.dtype and a.shape == b.shape, (path, a.dtype, a.shape, b.dtype, b.shape)
+            assert a.tobytes() == b.tobytes(), path
+
+    return check

@@ -1,0 +1,185 @@
+"""Writing and reading back: round trip, shapes, damage."""
+
+import json
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import DatasetError
+from stare_jax.data.writer import DatasetWriter
+
+META = {"instruction": "push the cube", "seed": 7, "source": "expert", "noise_scale": 0.15}
+
+
+@pytest.fixture
+def write(tmp_path, make_trajectory):
+    """Writes episodes of lengths 1, 2, 3, ... in shards of two."""
+
+    def write(num_episodes, directory=tmp_path / "demos", **writer_args):
+        arguments = {"env_id": "PushCube-v1", "episodes_per_shard": 2} | writer_args
+        with DatasetWriter(directory, **arguments) as writer:
+            for i in range(num_episodes):
+                writer.append(make_trajectory(i, length=i + 1), **META | {"seed": i})
+        return directory
+
+    return write
+
+
+@pytest.mark.parametrize("num_tokens", [0, 6])
+def test_round_trip_is_exact(tmp_path, make_trajectory, assert_same, num_tokens):
+    written = [make_trajectory(i, length=length, num_tokens=num_tokens) for i, length in enumerate((1, 5, 3))]
+    with DatasetWriter(tmp_path, env_id="PushCube-v1", control_mode="pd_ee_delta_pose", episodes_per_shard=2) as writer:
+        for i, trajectory in enumerate(written):
+            writer.append(trajectory, **META | {"seed": i})
+    dataset = Dataset(tmp_path)
+    assert (dataset.num_episodes, dataset.num_frames) == (3, 2 + 6 + 4)
+    for i, trajectory in enumerate(written):
+        read, meta = dataset.episode(i, horizon=5)
+        assert_same(read, trajectory)
+        assert meta == META | {"seed": i, "success": True, "length": (1, 5, 3)[i]}
+
+
+def test_padding_is_not_stored(tmp_path, make_trajectory, assert_same):
+    short, long = make_trajectory(1, length=3, horizon=3), make_trajectory(1, length=3, horizon=3)
+    padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.full_like(leaf[:1], 9)]), long)
+    padded = padded._replace(valid=np.append(long.valid, False))
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        writer.append(padded, **META)
+    assert_same(Dataset(tmp_path).episode(0)[0], short)
+
+
+def test_manifest_says_what_is_inside(write):
+    directory = write(3, settings={"seed": 0}, filters={"idle": {"translation": 0.01, "rotation": 0.06}})
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["num_episodes"] == 3 and manifest["num_frames"] == 2 + 3 + 4
+    assert manifest["instructions"] == ["push the cube"]
+    assert manifest["filters"] == {"idle": {"translation": 0.01, "rotation": 0.06}}
+    assert [episode["seed"] for episode in manifest["episodes"]] == [0, 1, 2]
+    assert [shard["frames"]["num_records"] for shard in manifest["shards"]] == [5, 4]
+    assert manifest["packages"]["numpy"] == np.__version__
+    assert manifest["shapes"]["image/base_camera"] == [8, 8, 3]
+    names = {file["name"] for shard in manifest["shards"] for file in shard.values()}
+    assert names | {"manifest.json"} == {path.name for path in directory.iterdir()}
+
+
+def test_frames_are_states_with_the_action_taken_there(write, make_trajectory):
+    dataset = Dataset(write(3))
+    trajectory = make_trajectory(2, length=3)
+    first = int(dataset.first_frame[2])
+    frames = [dataset.frame(first + t) for t in range(4)]
+    assert [frame["t"] for frame in frames] == [0, 1, 2, 3]
+    assert {frame["episode"] for frame in frames} == {2}
+    assert [frame["has_action"] for frame in frames] == [True, True, True, False]
+    np.testing.assert_array_equal(np.stack([f["action"] for f in frames[:3]]), trajectory.action[:3])
+    np.testing.assert_array_equal(frames[3]["action"], 0)
+    np.testing.assert_array_equal(frames[3]["images"]["base_camera"], trajectory.observation.images["base_camera"][3])
+    assert dataset.frame(first, with_images=False)["images"]["base_camera"].startswith(b"\x89PNG")
+    with pytest.raises(IndexError, match="got 9, expected 0 <= index < 9"):
+        dataset.frame(9)
+
+
+def test_signals_of_all_episodes(write, make_trajectory, assert_same):
+    dataset = Dataset(write(3))
+    signals, valid = dataset.signals(5)
+    expected = [make_trajectory(i, length=i + 1) for i in range(3)]
+    assert_same(signals, jax.tree.map(lambda *rows: np.stack(rows), *[row.signals for row in expected]))
+    assert_same(valid, np.stack([row.valid for row in expected]))
+    with pytest.raises(ValueError, match="horizon: got 2, expected at least 3"):
+        dataset.signals(2)
+    with pytest.raises(ValueError, match="horizon: got 2, expected at least the 3 actions of episode 2"):
+        dataset.episode(2, horizon=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 16}, r"image/base_camera: got \[16, 16, 3\], expected \[8, 8, 3\]"),
+        ({"action_dim": 8}, r"action: got \[8\], expected \[7\]"),
+        ({"num_tokens": 3}, r"tokens: got \[3\], expected \[0\]"),
+    ],
+)
+def test_other_shapes_are_refused(tmp_path, make_trajectory, arguments, message):
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        writer.append(make_trajectory(), **META)
+        with pytest.raises(ValueError, match=message):
+            writer.append(make_trajectory(**arguments), **META)
+
+
+def test_wrong_trajectories_are_refused(tmp_path, make_trajectory):
+    good = make_trajectory()
+    floats = {"base_camera": good.observation.images["base_camera"].astype(np.float32)}
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        with pytest.raises(ValueError, match="valid: .* expected a prefix of at least two"):
+            writer.append(good._replace(valid=np.zeros(6, bool)), **META)
+        with pytest.raises(ValueError, match="valid: .* expected a prefix"):
+            writer.append(good._replace(valid=np.array([1, 0, 1, 0, 0, 0], bool)), **META)
+        with pytest.raises(ValueError, match="image/base_camera: got float32"):
+            writer.append(good._replace(observation=good.observation._replace(images=floats)), **META)
+    assert Dataset(tmp_path).num_episodes == 0
+
+
+def _shard(directory, kind="frames", number=1):
+    return directory / f"{kind}-{number:05d}.array_record"
+
+
+def _flip_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "damaged: got .* bytes": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "its checksum is not": _flip_byte,
+}
+
+
+@pytest.mark.parametrize("kind", ["frames", "episodes"])
+@pytest.mark.parametrize("message", DAMAGE)
+def test_broken_shard_is_named_or_skipped(write, make_trajectory, assert_same, caplog, message, kind):
+    directory = write(5)
+    path = _shard(directory, kind)
+    DAMAGE[message](path)
+    with pytest.raises(DatasetError, match=f"{path.name}.*{message}.*skip_broken"):
+        Dataset(directory)
+    with caplog.at_level(logging.WARNING):
+        dataset = Dataset(directory, skip_broken=True)
+    assert path.name in caplog.text and "leaving out its 2 episodes" in caplog.text
+    assert [episode.seed for episode in dataset.episodes] == [0, 1, 4]
+    assert_same(dataset.episode(2, horizon=5)[0], make_trajectory(4, length=5))
+
+
+def test_damage_is_found_when_read_without_checksums(tmp_path, make_trajectory):
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        writer.append(make_trajectory(size=64), **META)
+    path = _shard(tmp_path, number=0)
+    content = bytearray(path.read_bytes())
+    content[20_000] ^= 1  # within the first of four images of 12 kB of noise
+    path.write_bytes(content)
+    dataset = Dataset(tmp_path, verify=False)
+    with pytest.raises(DatasetError, match=f"{path.name} is damaged"):
+        dataset.episode(0)
+
+
+def test_folders_that_are_not_data_sets(tmp_path, write):
+    with pytest.raises(DatasetError, match=r"nowhere is not a data set: it has no manifest\.json"):
+        Dataset(tmp_path / "nowhere")
+    directory = write(1)
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(DatasetError, match="got format stare_jax/dataset 99, expected stare_jax/dataset 1"):
+        Dataset(directory)
+    manifest.write_text(text.replace('"length"', '"len"'))
+    with pytest.raises(DatasetError, match="wrong or missing field"):
+        Dataset(directory)
+    manifest.write_text(text[:100])
+    with pytest.raises(DatasetError, match=r"manifest\.json cannot be read"):
+        Dataset(directory)
+    manifest.unlink()
+    with pytest.raises(DatasetError, match="has shards but no"):
+        DatasetWriter(directory, env_id="PushCube-v1")
