@@ -159,7 +159,7 @@ def install_packages(venv: Path) -> None:
     requirements = ROOT / "requirements.txt"
     text = requirements.read_text()
     torch = f"torch=={read_pins(text)['torch']}"
-    if "torch" not in installed(venv) and not os.path.exists("/proc/driver/nvidia/version"):
+    if "torch" not in installed(venv) and not system.has_nvidia_gpu():
         print(
             "  No NVIDIA driver here: the CPU build of torch (200 MB) is enough. If pip's index serves only the CUDA\n"
             "  build (several GB, works as well), name a CPU index (pytorch.org, Get Started) and start over."

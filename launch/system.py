@@ -73,10 +73,14 @@ def lavapipe_icd() -> str | None:
     return next((p for p in icd_files() if os.path.basename(p).startswith("lvp_icd")), None)
 
 
+def has_nvidia_gpu() -> bool:
+    """True where the NVIDIA kernel driver offers a GPU."""
+    return bool(glob.glob("/dev/nvidia[0-9]*"))
+
+
 def has_nvidia_vulkan() -> bool:
-    """True where an NVIDIA kernel driver runs and its Vulkan driver is installed; containers often lack the second."""
-    has_icd = any("nvidia" in os.path.basename(p) for p in icd_files())
-    return has_icd and os.path.exists("/proc/driver/nvidia/version")
+    """True where an NVIDIA GPU and its Vulkan driver are there (containers often lack the second)."""
+    return has_nvidia_gpu() and any(os.path.basename(p).startswith("nvidia") for p in icd_files())
 
 
 def mesa_version() -> tuple[int, ...] | None:

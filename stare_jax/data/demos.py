@@ -16,12 +16,15 @@ import numpy as np
 
 from stare_jax.data.norm_stats import NORM_STATS_FILE, dataset_statistics, write_statistics
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import DatasetError, Manifest
+from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
 from stare_jax.data.seeds import DEMO_SEEDS, first_seed
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.experts import Expert, execution_noise
 from stare_jax.logging import Interrupted, progress
+from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes
+from stare_jax.types import Signals
 
 SOURCE = "expert"
 
@@ -33,7 +36,8 @@ class DemosConfig:
     num_demos: int = 100
     """successful episodes to collect."""
     noise_scales: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
-    """(standard deviation of the noise in the action's unit, share of the demonstrations); shares need not sum to 1."""
+    """(standard deviation of the noise as a fraction of the action's range, share of the demonstrations that gets it);
+    shares need not sum to 1."""
     seed: int = 0
     """of the run: picks the simulator seeds (`data.seeds`) and the noise."""
     idle_translation: float = 0.01
@@ -67,20 +71,45 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
     return {scale: int(quota) for (scale, _), quota in zip(config.noise_scales, quotas, strict=True)}
 
 
-def add_noise(scale: float, action_mask: np.ndarray, rng: np.random.Generator) -> Callable:
-    """Returns a `perturb` of `collect_episodes`: independent normal noise in the dimensions of the mask `[A]`."""
+def is_collected(directory: str | os.PathLike, config: DemosConfig, *, env_id: str | None = None) -> bool:
+    """Says whether a folder holds all that `collect_demos` would collect, so that no simulator need be started.
 
-    def perturb(action: np.ndarray, is_first: np.ndarray) -> np.ndarray:
-        del is_first
-        noise = scale * rng.standard_normal(action.shape)
-        return np.where(action_mask, action + noise, action).astype(np.float32)
+    Args:
+        directory: of the data set, which need not exist.
+        config: what is wanted.
+        env_id: of which task; None takes any.
+    """
+    directory = Path(directory)
+    if not (directory / MANIFEST_FILE).exists() or not (directory / NORM_STATS_FILE).exists():
+        return False
+    manifest = read_manifest(directory)
+    is_alike = manifest.settings.get("seed") == config.seed and manifest.filters == _filters(config)
+    is_alike &= env_id in (None, manifest.env_id)
+    return is_alike and not _missing(config, manifest)
 
-    return perturb
+
+def expert_act(expert: Expert) -> Act:
+    """Returns an expert as `collect_episodes` wants it: one memory an environment, no tokens, no log-probabilities."""
+    memories: list[Any] = []
+
+    def act(observation, signals, instructions, is_first):
+        del instructions
+        memories.extend([None] * (len(is_first) - len(memories)))
+        actions = []
+        for i, is_new in enumerate(is_first):
+            memory = expert.init() if is_new or memories[i] is None else memories[i]
+            action, memories[i] = expert.act(Signals(*(leaf[i] for leaf in signals)), memory)
+            actions.append(action)
+        action = np.stack(actions).astype(np.float32)
+        no_logp = np.zeros(len(action), np.float32)
+        return Decision(action, np.zeros(action.shape, np.int32), no_logp, no_logp), observation
+
+    return act
 
 
 def collect_demos(
     env: VecEnv,
-    act: Act,
+    expert: Expert,
     config: DemosConfig,
     directory: str | os.PathLike,
     *,
@@ -96,12 +125,11 @@ def collect_demos(
 
     Args:
         env: the simulator.
-        act: the expert.
+        expert: of the task; see `envs.experts.make_expert`.
         config: how many.
         directory: of the data set.
         control_mode: of the simulator, for the manifest.
-        action_mask: bool `[A]`, the dimensions that are continuous: they get noise and are normalised. All but the
-            last, the gripper, if None.
+        action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
         should_stop: polled; where it answers True the chunk in progress is dropped.
         clock: passed to the collector.
 
@@ -109,16 +137,15 @@ def collect_demos(
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the expert fails too often, or the folder holds something else.
     """
-    mask = np.arange(env.action_dim) < env.action_dim - 1 if action_mask is None else np.asarray(action_mask, bool)
+    act = expert_act(expert)
     stats_file = Path(directory) / NORM_STATS_FILE
-    idle = {"translation": config.idle_translation, "rotation": config.idle_rotation}
     with (
         DatasetWriter(
             directory,
             env_id=env.env_id,
             control_mode=control_mode,
             settings={"source": SOURCE, "seed": config.seed, "horizon": env.horizon},
-            filters={"idle": idle} if config.idle_translation >= 0 else {},
+            filters=_filters(config),
             episodes_per_shard=None,
         ) as writer,
         progress(config.num_demos, "demonstrations", "episode") as bar,
@@ -132,7 +159,7 @@ def collect_demos(
                 act,
                 seeds,
                 stop_at_success=True,
-                perturb=add_noise(scale, mask, np.random.default_rng(seeds[0])) if scale else None,
+                perturb=execution_noise(np.random.default_rng(seeds[0]), scale, expert.noise_range) if scale else None,
                 on_episode=lambda e, episode: bar.update(int(episode.signals.success.any())),
                 should_stop=should_stop,
                 clock=clock,
@@ -143,16 +170,26 @@ def collect_demos(
             _append_successes(writer, rollout, seeds, scale)
     dataset = Dataset(directory)
     if not stats_file.exists():
-        write_statistics(directory, {env.env_id: dataset_statistics(dataset, action_mask=mask)})
+        write_statistics(directory, {env.env_id: dataset_statistics(dataset, action_mask=action_mask)})
     return dataset
+
+
+def _filters(config: DemosConfig) -> dict[str, Any]:
+    if config.idle_translation < 0:
+        return {}
+    return {"idle": {"translation": config.idle_translation, "rotation": config.idle_rotation}}
+
+
+def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:
+    """Returns how many demonstrations are still wanted, by noise scale, where any are."""
+    num_done = Counter(episode.noise_scale for episode in manifest.episodes)
+    missing = {scale: quota - num_done[scale] for scale, quota in demo_quotas(config).items()}
+    return {scale: number for scale, number in missing.items() if number > 0}
 
 
 def _next_chunk(config: DemosConfig, manifest: Manifest) -> tuple[float, list[int]] | None:
     """Returns the noise scale and seeds of the next episodes to try; None if there are enough."""
-    num_done = Counter(episode.noise_scale for episode in manifest.episodes)
-    missing = {
-        scale: quota - num_done[scale] for scale, quota in demo_quotas(config).items() if quota > num_done[scale]
-    }
+    missing = _missing(config, manifest)
     if not missing:
         return None
     num_attempts = manifest.progress.get("num_attempts", 0)

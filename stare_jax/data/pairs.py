@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError, replace_text
 from stare_jax.data.seeds import PAIR_SEEDS, first_seed
@@ -148,7 +149,7 @@ def _count_completed(spec: TaskSpec) -> Callable:
 
 def dataset_outcomes(dataset: Dataset, spec: TaskSpec) -> list[Outcome]:
     """Returns the outcomes of all episodes of a data set."""
-    signals, valid = dataset.signals(max(row.length for row in dataset.episodes))
+    signals, valid = dataset.signals()
     return measure_outcomes(
         spec, signals, valid, [row.instruction for row in dataset.episodes], [row.seed for row in dataset.episodes]
     )
@@ -192,21 +193,33 @@ def count_kinds(pairs: Sequence[Pair]) -> dict[str, int]:
     return {kind: counts[kind] for kind in KINDS}
 
 
-def load_pairs(dataset: Dataset, pairs: Sequence[Pair], *, horizon: int) -> PreferencePair:
+def load_pairs(
+    dataset: Dataset, pairs: Sequence[Pair], *, horizon: int, tokenize: Tokenize | None = None
+) -> PreferencePair:
     """Reads pairs into memory.
 
     Args:
         dataset: the rollouts.
         pairs: P pairs, all of them or those of a minibatch.
         horizon: number of actions N to pad to.
+        tokenize: `Policy.tokenize`, of a policy that reads other prompts than the one that acted; None keeps the
+            prompts that were stored.
 
     Returns:
         NumPy leaves `[P, ...]`; the reference log-probabilities are zeros, for the trainer to fill in.
     """
-    chosen = _stack([dataset.episode(pair.chosen, horizon)[0] for pair in pairs])
-    rejected = _stack([dataset.episode(pair.rejected, horizon)[0] for pair in pairs])
+
+    def load(index: int) -> Trajectory:
+        trajectory, row = dataset.episode(index, horizon)
+        if tokenize is None:
+            return trajectory
+        valid, observation = trajectory.valid[:, None], trajectory.observation
+        tokens, token_mask = tokenize([row["instruction"]] * len(valid), observation.state)
+        prompted = observation._replace(tokens=np.where(valid, tokens, 0), token_mask=valid & token_mask)
+        return trajectory._replace(observation=prompted)
+
+    def stack(indices: Sequence[int]) -> Trajectory:
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(load, indices))
+
+    chosen, rejected = stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs])
     return PreferencePair(chosen, rejected, np.zeros_like(chosen.logp), np.zeros_like(rejected.logp))
-
-
-def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trajectories)

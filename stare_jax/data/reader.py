@@ -93,21 +93,27 @@ class Dataset:
         observation = stack_observations(frames)
         return records.pad_trajectory(record, observation, num_actions=horizon), self.episodes[index]._asdict()
 
-    def signals(self, horizon: int) -> tuple[Signals, np.ndarray]:
+    def signals(self, horizon: int | None = None) -> tuple[Signals, np.ndarray]:
         """Reads what the stages are computed from, without decoding an image.
 
         Args:
-            horizon: number of actions N to pad to, at least that of the longest episode.
+            horizon: number of actions N to pad to; that of the longest episode if None.
+
         Returns:
             Signals `[E, N + 1]` and valid bool `[E, N + 1]` of all episodes.
+
+        Raises:
+            DatasetError: there is no episode.
+            ValueError: an episode is longer than `horizon`.
         """
         if self.num_episodes == 0:
             raise DatasetError(f"{self.directory}: the data set has no episode")
+        lengths = np.array([row.length for row in self.episodes])
+        horizon = int(lengths.max()) if horizon is None else horizon
+        if lengths.max() > horizon:
+            raise ValueError(f"horizon: got {horizon}, expected at least {lengths.max()}, that of the longest episode")
         rows = [self.episode_record(i) for i in range(self.num_episodes)]
         padded = [records.pad_signals(row, num_states=horizon + 1) for row in rows]
-        lengths = np.array([row["length"] for row in rows])
-        if lengths.max() > horizon:
-            raise ValueError(f"horizon: got {horizon}, expected at least {lengths.max()}, the longest episode")
         return Signals(*map(np.stack, zip(*padded, strict=True))), np.arange(horizon + 1) <= lengths[:, None]
 
     def _read(

@@ -51,7 +51,7 @@ class Episode(NamedTuple):
     source: str
     """who acted: "expert", or the checkpoint."""
     noise_scale: float
-    """standard deviation of the noise added to the executed, not to the stored, actions."""
+    """of the noise added to the executed, not to the stored, actions; a fraction of their range."""
     success: bool
     length: int
     """number of actions; an episode has `length` + 1 frames."""

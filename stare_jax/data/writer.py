@@ -89,7 +89,7 @@ class DatasetWriter:
             instruction: the task in words.
             seed: the simulator's, from which the initial state follows.
             source: who acted.
-            noise_scale: of the noise that was added to the executed actions.
+            noise_scale: of the noise that was added to the executed actions, a fraction of their range.
         Raises:
             ValueError: the episode is empty, `valid` is not a prefix, or a leaf has another shape than the data set's.
         """
@@ -101,11 +101,15 @@ class DatasetWriter:
         episode = len(self._manifest.episodes) + len(self._pending)
         success = bool(np.asarray(trajectory.signals.success)[: length + 1].any())
         row = Episode(int(seed), instruction, source, float(noise_scale), success, length)
+        # All is encoded before anything is written, so that an error leaves no part of an episode in the shard.
+        frames = [
+            records.pack(records.frame_record(trajectory, t, episode=episode, length=length)) for t in range(length + 1)
+        ]
+        record = records.pack(records.episode_record(trajectory, row._asdict(), length=length))
         frames_writer, episodes_writer = self._open = self._open or self._open_shard()
-        for t in range(length + 1):
-            frame = records.frame_record(trajectory, t, episode=episode, length=length)
-            frames_writer.write(records.pack(frame))
-        episodes_writer.write(records.pack(records.episode_record(trajectory, row._asdict(), length=length)))
+        for frame in frames:
+            frames_writer.write(frame)
+        episodes_writer.write(record)
         self._pending.append(row)
         if len(self._pending) == self._episodes_per_shard:
             self.flush()

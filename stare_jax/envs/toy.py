@@ -1,4 +1,4 @@
-"""A point gripper that pushes a block to a goal on a plane, in pure JAX: learning tests and algorithm studies in seconds.
+"""A point gripper pushes a block to a goal on a plane, in pure JAX: learning tests and algorithm studies in seconds.
 
 Gripper and block are discs. An action moves the gripper by up to `MAX_STEP` metres; where it would overlap the block,
 the block yields along the line of centres, so that it has to be pushed from behind and steered. Stages, costs and

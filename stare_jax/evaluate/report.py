@@ -44,9 +44,8 @@ def print_report(run_directory: str | Path) -> None:
     if not results:
         print(f"{run_directory}: no evaluation yet")
         return
-    print_table(
-        *_rates_table(results), title=f"{results[0].evaluation.info.env_id}: % of episodes, 95 % Wilson interval"
-    )
+    env_id = results[0].evaluation.info.env_id
+    print_table(*_rates_table(results), title=f"{env_id}, with 95 % Wilson intervals")
     print()
     print_table(*_stages_table(results), title="P(stage | the stage before), % and counts")
     if len(results) > 1:

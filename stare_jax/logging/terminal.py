@@ -71,7 +71,7 @@ class _Lines:
         self._total, self._desc, self._unit = total, desc, unit
         self._stream, self._interval, self._now = stream, interval, now
         self._start = self._last_print = now()
-        self._count = 0
+        self._count, self._printed_count = 0, -1
         self._postfix: dict[str, Any] = {}
 
     def update(self, n: int = 1, **postfix: Any) -> None:
@@ -81,11 +81,12 @@ class _Lines:
             self._print()
 
     def finish(self, *, is_outermost: bool) -> None:
-        if is_outermost or self._now() - self._start >= self._interval:
+        is_long = self._now() - self._start >= self._interval
+        if (is_outermost or is_long) and self._printed_count != self._count:
             self._print()
 
     def _print(self) -> None:
-        self._last_print = self._now()
+        self._last_print, self._printed_count = self._now(), self._count
         elapsed = self._last_print - self._start
         rate = self._count / elapsed if elapsed > 0 else 0.0
         parts = [f"{self._desc}: {self._count}{'' if self._total is None else f'/{self._total}'} {self._unit}"]

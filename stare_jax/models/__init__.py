@@ -1,0 +1,38 @@
+"""Networks as records of pure functions."""
+
+from stare_jax.models.mlp import MLPConfig, make_mlp
+from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b, openvla_tiny
+from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
+from stare_jax.types import NormStats
+
+
+def make_policy(config: OpenVLAConfig | MLPConfig, norm_stats: NormStats) -> Policy:
+    """Builds the policy that a configuration describes, with the statistics of the data it is trained on baked in.
+
+    Args:
+        config: of the network; its type chooses it.
+        norm_stats: quantiles of actions `[A]` and states `[S]`.
+
+    Raises:
+        TypeError: no network has such a configuration.
+    """
+    makers = {OpenVLAConfig: make_openvla, MLPConfig: make_mlp}
+    if type(config) not in makers:
+        expected = ", ".join(sorted(cls.__name__ for cls in makers))
+        raise TypeError(f"config: got {type(config).__name__}, expected one of {expected}")
+    return makers[type(config)](config, norm_stats)
+
+
+__all__ = [
+    "ActionScore",
+    "Decision",
+    "MLPConfig",
+    "OpenVLAConfig",
+    "Policy",
+    "make_mlp",
+    "make_openvla",
+    "make_policy",
+    "openvla_7b",
+    "openvla_tiny",
+    "with_prompt",
+]

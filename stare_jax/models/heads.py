@@ -52,6 +52,12 @@ def decode_bins(bins: Array, *, num_bins: int = NUM_BINS) -> jax.Array:
     return centers[jnp.clip(bins, 0, num_bins - 2)]
 
 
+def bin_coordinate(unit_action: Array, *, num_bins: int = NUM_BINS) -> jax.Array:
+    """Returns where normalised actions lie in units of bins, float32: the centre of bin b is at b, for soft labels."""
+    clipped = jnp.clip(jnp.asarray(unit_action, jnp.float32), -1.0, 1.0)
+    return (clipped + 1.0) * ((num_bins - 1) / 2.0) - 0.5
+
+
 def scale_logits(logits: Array, temperature: Array | float) -> jax.Array:
     """Returns the float32 logits of the distribution at `temperature`; those at temperature 1 where it is 0.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend
-from stare_jax.models.vit import Execution, scan_layers
+from stare_jax.models.layers import Execution, Linear, scan_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,25 +101,22 @@ class LlamaBlock(nn.Module):
     def __call__(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, KeyValue]:
         """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
         cfg = self.config
-        types = dict(use_bias=False, dtype=self.execution.dtype, param_dtype=self.execution.param_dtype)
-        norm = partial(RMSNorm, cfg.norm_eps, self.execution.param_dtype)
-        normed = norm(name="input_norm")(x)
-        query = nn.DenseGeneral((cfg.num_heads, cfg.head_dim), name="q_proj", **types)(normed)
-        key = nn.DenseGeneral((cfg.num_kv_heads, cfg.head_dim), name="k_proj", **types)(normed)
-        value = nn.DenseGeneral((cfg.num_kv_heads, cfg.head_dim), name="v_proj", **types)(normed)
-        query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
-        new = KeyValue(key, value)
-        if cache is None:
-            segments = [new]
-        else:
+        linear = partial(Linear, execution=self.execution, use_bias=False)
+        normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
+        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(normed), context.cos, context.sin)
+        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(normed), context.cos, context.sin)
+        new = KeyValue(key, linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(normed))
+        segments = [new]
+        if cache is not None:
             new = jax.tree.map(partial(_write, index=context.index), cache.suffix, new)
             segments = [cache.prefix, new]
         attended = attend(query, segments, context.masks)
-        x = x + nn.DenseGeneral(cfg.width, axis=(-2, -1), name="o_proj", **types)(attended)
-        normed = norm(name="post_norm")(x)
-        gate = nn.silu(nn.Dense(cfg.mlp_dim, name="gate_proj", **types)(normed))
-        up = nn.Dense(cfg.mlp_dim, name="up_proj", **types)(normed)
-        return x + nn.Dense(cfg.width, name="down_proj", **types)(gate * up), new
+        x = x + linear((cfg.width,), num_in_axes=2, name="o_proj")(attended)
+        normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
+        gated = nn.silu(linear((cfg.mlp_dim,), name="gate_proj")(normed)) * linear((cfg.mlp_dim,), name="up_proj")(
+            normed
+        )
+        return x + linear((cfg.width,), name="down_proj")(gated), new
 
 
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -138,48 +135,46 @@ class Llama(nn.Module):
         init = nn.initializers.normal(0.02)
         self.embed_tokens = self.param("embed_tokens", init, (cfg.vocab_size, cfg.width), exe.param_dtype)
         self.lm_head = self.param("lm_head", init, (cfg.width, cfg.vocab_size), exe.param_dtype)
-        self.layers = scan_layers(LlamaBlock, cfg.depth, exe, num_scanned=1, num_broadcast=1)(cfg, exe)
+        self.layers = scan_layers(LlamaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)(cfg, exe)
         self.norm = RMSNorm(cfg.norm_eps, exe.param_dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings `[..., width]` of token ids `[...]`."""
         return self.embed_tokens[tokens].astype(self.execution.dtype)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, KeyValue]:
-        """Runs a whole sequence.
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Runs a whole sequence; padding takes no position, so it changes nothing for the tokens after it.
 
         Args:
             x: `[B, T, width]` embeddings.
-            mask: bool `[B, T, T]`, True where a query (row) may look at a key (column).
-            positions: int32 `[B, T]`.
+            mask: bool `[B, T]`, False on padding; the first token is real.
 
         Returns:
             Hidden states after the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`.
         """
+        positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x, kept = self.layers(x, None, Context(cos, sin, (mask,)))
+        is_causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        x, kept = self.layers(x, None, Context(cos, sin, (is_causal & mask[:, None],)))
         return self.norm(x), kept
 
-    def decode(
-        self, x: jax.Array, cache: Cache, prefix_mask: jax.Array, position: jax.Array, index: jax.Array | int
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, x: jax.Array, cache: Cache, mask: jax.Array, index: jax.Array | int) -> tuple[jax.Array, Cache]:
         """Runs one more token against a cache.
 
         Args:
             x: `[B, 1, width]` embedding of the token.
             cache: keys and values of the prefix, and of the `index` tokens decoded since.
-            prefix_mask: bool `[B, P]`, False on padding of the prefix.
-            position: int32 `[B]` of this token.
+            mask: bool `[B, P]` of the prefix, False on padding.
             index: how many tokens were decoded before this one, in [0, M).
 
         Returns:
             Hidden state after the final norm `[B, 1, width]` and the cache with this token in slot `index`.
         """
-        cos, sin = rotary_angles(position[:, None], self.config.head_dim, self.config.rope_theta)
+        positions = mask.sum(axis=1, keepdims=True, dtype=jnp.int32) + index
+        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         num_slots = cache.suffix.key.shape[2]
-        suffix_mask = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
-        context = Context(cos, sin, (prefix_mask[:, None], suffix_mask), index)
-        x, suffix = self.layers(x, cache, context)
+        is_decoded = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
+        x, suffix = self.layers(x, cache, Context(cos, sin, (mask[:, None], is_decoded), index))
         return self.norm(x), cache._replace(suffix=suffix)
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:

@@ -1,196 +1,273 @@
-"""OpenVLA: two vision towers, a projector, a Llama decoder that speaks in action bins, and a value head.
+"""OpenVLA as a policy: its configuration, its presets, and the pure functions around the network.
 
-The sequence is `[BOS] + patches + text`, causal throughout; the text is right-aligned, so that its last token, which
-predicts the first action token and carries the value, stands at the same place in every row of a batch.
+Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from stare_jax.models.heads import NUM_BINS, ValueHead
-from stare_jax.models.llama import Cache, Llama, LlamaConfig
-from stare_jax.models.vit import ConvStem, Execution, ViT, ViTConfig, stem_stride
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenVLAConfig:
-    """Everything that `make_openvla` needs to know; `openvla_7b()` and `openvla_tiny()` are the presets."""
-
-    dino: ViTConfig
-    siglip: ViTConfig
-    projector_dim: int
-    """width of the projector's first hidden layer."""
-    llm: LlamaConfig
-    action_vocab_end: int
-    """action bin `b` is token `action_vocab_end - 1 - b`."""
-    tokenizer: str
-    """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
-    prompt_template: str
-    """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt."""
-    prompt_length: int
-    """tokens of the padded prompt, including BOS and the token that predicts the first action."""
-    camera: str = "base_camera"
-    image_size: int = 224
-    resize: str = "cubic"
-    """`jax.image.resize` method for cameras of another size; antialiased and rounded to uint8, as PIL does."""
-    stem: tuple[int, ...] = ()
-    """channels of a convolutional stem that both towers read instead of the image; empty has none."""
-    action_dim: int = 7
-    state_dim: int = 0
-    label_width: float = 0.0
-    """standard deviation of the imitation target in bins; 0 is one-hot."""
-    restrict_logits: bool = False
-    """whether the imitation loss normalises over the action tokens alone, as sampling always does."""
-    value_dims: tuple[int, ...] = (512, 128)
-    value_stop_gradient: bool = False
-    """whether the value's gradient stays out of the decoder."""
-    execution: Execution = Execution()
-    decode_unroll: int = 1
-    """action tokens per iteration of the decoding loop."""
-
-    def __post_init__(self):
-        stride = stem_stride(self.stem)
-        for name, tower in (("dino", self.dino), ("siglip", self.siglip)):
-            if self.image_size % (stride * tower.patch_size):
-                raise ValueError(
-                    f"image_size: got {self.image_size}, expected a multiple of {stride * tower.patch_size}, "
-                    f"the stem's stride {stride} times {name}.patch_size {tower.patch_size}"
-                )
-        if self.dino.patch_size != self.siglip.patch_size:
-            raise ValueError(f"siglip.patch_size: got {self.siglip.patch_size}, expected dino's {self.dino.patch_size}")
-        if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
-            raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as both share the stem")
-        if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
-            raise ValueError(
-                f"action_vocab_end: got {self.action_vocab_end}, expected in ({NUM_BINS}, {self.llm.vocab_size}]"
-            )
-        if "{instruction}" not in self.prompt_template:
-            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
-        if "{state}" in self.prompt_template and not self.state_dim:
-            raise ValueError(
-                f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
-            )
-        for name, low in (("label_width", 0), ("state_dim", 0), ("action_dim", 1), ("prompt_length", 3)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {low}")
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // (stem_stride(self.stem) * self.dino.patch_size)) ** 2
+from stare_jax.losses.imitation import soft_cross_entropy, soft_labels
+from stare_jax.models.heads import (
+    NUM_BINS,
+    bin_coordinate,
+    decode_bins,
+    encode_bins,
+    sample_bins,
+    score_bins,
+)
+from stare_jax.models.layers import Execution
+from stare_jax.models.llama import LlamaConfig
+from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
+from stare_jax.models.openvla_network import OpenVLA, OpenVLAConfig, preprocess
+from stare_jax.models.policy import ActionScore, Decision, Policy
+from stare_jax.models.tokenizer import (
+    OPENVLA_TEMPLATE,
+    Tokenizer,
+    bin_state,
+    encode_prompt,
+    format_prompt,
+    make_tokenizer,
+)
+from stare_jax.models.vit import ViTConfig
+from stare_jax.types import NormStats, Observation
 
 
-class Projector(nn.Module):
-    """Three linear layers with exact GELU between them, from the towers' features to the decoder's width."""
+def openvla_7b(tokenizer: str = "openvla/openvla-7b", **changes) -> OpenVLAConfig:
+    """Returns OpenVLA-7B as published: DINOv2 ViT-L/14 with registers, SigLIP So400m/14, Llama 2 7B.
 
-    hidden_dim: int
-    width: int
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        types = dict(dtype=self.execution.dtype, param_dtype=self.execution.param_dtype)
-        x = nn.gelu(nn.Dense(self.hidden_dim, name="fc1", **types)(x), approximate=False)
-        x = nn.gelu(nn.Dense(self.width, name="fc2", **types)(x), approximate=False)
-        return nn.Dense(self.width, name="fc3", **types)(x)
-
-
-class OpenVLA(nn.Module):
-    """The network. Images come in normalised for each tower; actions go in and out as bins."""
-
-    config: OpenVLAConfig
-
-    def setup(self):
-        cfg, exe = self.config, self.config.execution
-        self.stem = ConvStem(cfg.stem, exe) if cfg.stem else None
-        self.dino = ViT(cfg.dino, exe)
-        self.siglip = ViT(cfg.siglip, exe)
-        self.projector = Projector(cfg.projector_dim, cfg.llm.width, exe)
-        self.llm = Llama(cfg.llm, exe)
-        self.value_head = ValueHead(cfg.value_dims)
-
-    def vision(self, pixels: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Returns both towers' features, DINO's first, `[B, patches, width_dino + width_siglip]`."""
-        if self.stem is not None:
-            pixels = (self.stem(pixels[0]),) * 2
-        return jnp.concatenate([self.dino(pixels[0]), self.siglip(pixels[1])], axis=-1)
-
-    def embed_prompt(self, pixels: tuple[jax.Array, jax.Array], tokens: jax.Array, token_mask: jax.Array):
-        """Returns embeddings `[B, P, width]`, bool mask `[B, P]` and int32 positions `[B, P]`, P = patches + L.
-
-        Args:
-            pixels: float32 `[B, H, W, 3]` normalised for DINO and for SigLIP.
-            tokens: int32 `[B, L]`: BOS, padding, text.
-            token_mask: bool `[B, L]`, False on padding.
-        """
-        patches = self.projector(self.vision(pixels))
-        text = self.llm.embed(tokens)
-        embeds = jnp.concatenate([text[:, :1], patches.astype(text.dtype), text[:, 1:]], axis=1)
-        is_patch = jnp.ones(patches.shape[:2], bool)
-        mask = jnp.concatenate([token_mask[:, :1], is_patch, token_mask[:, 1:]], axis=1)
-        return embeds, mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-
-    def prefill(self, pixels, tokens, token_mask):
-        """Returns the last hidden state `[B, width]`, a cache with room for the actions, and its mask `[B, P]`."""
-        embeds, mask, positions = self.embed_prompt(pixels, tokens, token_mask)
-        hidden, prefix = self.llm(embeds, _causal(mask), positions)
-        num_slots = max(self.config.action_dim - 1, 1)  # the last action token is never fed back
-        suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], num_slots, *x.shape[3:]), x.dtype), prefix)
-        return hidden[:, -1], Cache(prefix, suffix), mask
-
-    def decode(self, bins: jax.Array, cache: Cache, mask: jax.Array, index: jax.Array | int):
-        """Feeds action bins int32 `[B]`, the action's dimension `index`; returns the hidden state and the cache."""
-        embeds = self.llm.embed(self.token_ids(bins))[:, None]
-        position = mask.sum(axis=1, dtype=jnp.int32) + index
-        hidden, cache = self.llm.decode(embeds, cache, mask, position, index)
-        return hidden[:, 0], cache
-
-    def score(self, pixels, tokens, token_mask, bins: jax.Array) -> jax.Array:
-        """Returns the hidden states `[B, A, width]` that predict each action token, the tokens before it given."""
-        embeds, mask, _ = self.embed_prompt(pixels, tokens, token_mask)
-        actions = self.llm.embed(self.token_ids(bins[:, :-1]))
-        embeds = jnp.concatenate([embeds, actions], axis=1)
-        mask = jnp.concatenate([mask, jnp.ones(actions.shape[:2], bool)], axis=1)
-        hidden, _ = self.llm(embeds, _causal(mask), jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1)
-        return hidden[:, -bins.shape[1] :]
-
-    def token_ids(self, bins: jax.Array) -> jax.Array:
-        """Returns the vocabulary's ids of action bins."""
-        return self.config.action_vocab_end - 1 - bins
-
-    def action_logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 logits `[..., 256]` of the action bins, in the order of the bins."""
-        stop = self.config.action_vocab_end
-        return self.llm.logits(hidden, stop - NUM_BINS, stop)[..., ::-1]
-
-    def all_logits(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 logits `[..., vocab_size]` of all tokens."""
-        return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
-
-    def value(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 `[B]` from the hidden state `[B, width]` of the last prompt token."""
-        return self.value_head(jax.lax.stop_gradient(hidden) if self.config.value_stop_gradient else hidden)
-
-    def __call__(self, pixels, tokens, token_mask, bins):
-        """Returns action logits `[B, A, 256]` and values `[B]`; touches every parameter, for initialisation."""
-        hidden = self.score(pixels, tokens, token_mask, bins)
-        return self.action_logits(hidden), self.value(hidden[:, 0])
+    Args:
+        tokenizer: folder (or hub name) of the checkpoint's tokenizer; read when the first prompt is tokenised.
+        **changes: fields of `OpenVLAConfig` to replace.
+    """
+    config = OpenVLAConfig(
+        dino=ViTConfig(
+            width=1024,
+            depth=24,
+            num_heads=16,
+            mlp_dim=4096,
+            num_prefix=5,
+            layer_scale=1e-5,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        ),
+        siglip=ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304),
+        projector_dim=8704,
+        llm=LlamaConfig(vocab_size=32064, width=4096, depth=32, num_heads=32, num_kv_heads=32, mlp_dim=11008),
+        action_vocab_end=32000,
+        tokenizer=tokenizer,
+        prompt_template=OPENVLA_TEMPLATE,
+        prompt_length=40,
+        camera="3rd_view_camera",
+        execution=Execution(dtype="bfloat16", param_dtype="bfloat16", remat="full"),
+    )
+    return dataclasses.replace(config, **changes)
 
 
-def _causal(mask: jax.Array) -> jax.Array:
-    """Returns bool `[B, T, T]`: keys that exist and do not come after the query."""
-    return jnp.tril(jnp.ones((mask.shape[1],) * 2, bool)) & mask[:, None, :]
+def openvla_tiny(state_dim: int = 0, **changes) -> OpenVLAConfig:
+    """Returns the same network at about a million parameters, for 64x64 images and training from scratch on CPUs.
+
+    Args:
+        state_dim: dimensions of the state that the prompt shows, binned; 0 shows none.
+        **changes: fields of `OpenVLAConfig` to replace.
+    """
+    tower = ViTConfig(width=64, depth=3, num_heads=2, mlp_dim=256, patch_size=2)
+    config = OpenVLAConfig(
+        dino=dataclasses.replace(tower, num_prefix=2, layer_scale=1.0),
+        siglip=tower,
+        projector_dim=256,
+        llm=LlamaConfig(vocab_size=896, width=96, depth=3, num_heads=4, num_kv_heads=4, mlp_dim=256),
+        action_vocab_end=896,
+        tokenizer="words",
+        prompt_template="{instruction} {state}" if state_dim else "{instruction}",
+        prompt_length=12 + state_dim,
+        image_size=64,
+        stem=(32, 64),
+        state_dim=state_dim,
+        label_width=5.0,
+        restrict_logits=True,
+        value_dims=(128, 64),
+        execution=Execution(unroll=8),
+        decode_unroll=8,
+    )
+    return dataclasses.replace(config, **changes)
 
 
-def preprocess(images: jax.Array, config: OpenVLAConfig) -> tuple[jax.Array, jax.Array]:
-    """Resizes uint8 images `[B, H, W, 3]` where needed and normalises them for each tower, float32."""
-    size = config.image_size
-    pixels = images.astype(jnp.float32)
-    if images.shape[1:3] != (size, size):
-        shape = (images.shape[0], size, size, 3)
-        pixels = jnp.clip(jnp.round(jax.image.resize(pixels, shape, config.resize, antialias=True)), 0.0, 255.0)
-    towers = (config.dino, config.siglip)
-    return tuple((pixels / 255.0 - np.float32(t.mean)) / np.float32(t.std) for t in towers)
+def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
+    """Builds the policy record; normalisation statistics are baked in.
+
+    Args:
+        config: sizes and choices.
+        norm_stats: of actions `[A]` and states `[S]`.
+
+    Raises:
+        ValueError: the statistics are of another number of dimensions than the config.
+    """
+    for name, size in (("action_q01", config.action_dim), ("state_q01", config.state_dim)):
+        if np.shape(getattr(norm_stats, name)) != (size,):
+            raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(norm_stats, name))}, expected ({size},)")
+    network = OpenVLA(config)
+
+    def apply(params, *args, method):
+        return network.apply({"params": params}, *args, method=method)
+
+    def prompt(observation):
+        pixels = preprocess(jnp.asarray(observation.images[config.camera]), config)
+        return pixels, jnp.asarray(observation.tokens), jnp.asarray(observation.token_mask)
+
+    def init(key):
+        blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
+        return network.init(key, *prompt(blank), jnp.zeros((1, config.action_dim), jnp.int32))["params"]
+
+    def sample(params, observation, key, *, temperature=1.0):
+        keys = jax.random.split(key, config.action_dim)
+        hidden, cache, mask = apply(params, *prompt(observation), method="prefill")
+        value = apply(params, hidden, method="value")
+
+        def decode_next(carry, inputs):
+            bins, cache = carry
+            index, step_key = inputs
+            hidden, cache = apply(params, bins, cache, mask, index, method="decode")
+            logits = apply(params, hidden, method="action_logits")
+            bins = sample_bins(step_key, logits, temperature)
+            return (bins, cache), (bins, logits)
+
+        logits = apply(params, hidden, method="action_logits")
+        bins = sample_bins(keys[0], logits, temperature)
+        _, (later_bins, later_logits) = jax.lax.scan(
+            decode_next,
+            (bins, cache),
+            (jnp.arange(config.action_dim - 1), keys[1:]),
+            unroll=min(config.decode_unroll, max(config.action_dim - 1, 1)),
+        )
+        bins = jnp.concatenate([bins[None], later_bins]).T
+        logits = jnp.concatenate([logits[None], later_logits]).swapaxes(0, 1)
+        logp, _ = score_bins(logits, bins, temperature)
+        return Decision(unnormalize_action(decode_bins(bins), norm_stats), bins, logp, value)
+
+    def log_prob(params, observation, action_tokens, *, temperature=1.0):
+        hidden = apply(params, *prompt(observation), jnp.asarray(action_tokens), method="score")
+        logp, entropy = score_bins(apply(params, hidden, method="action_logits"), action_tokens, temperature)
+        return ActionScore(logp, entropy, apply(params, hidden[:, 0], method="value"))
+
+    def value(params, observation):
+        hidden, _, _ = apply(params, *prompt(observation), method="prefill")
+        return apply(params, hidden, method="value")
+
+    def imitation_loss(params, observation, action):
+        unit = normalize_action(jnp.asarray(action), norm_stats)
+        bins = encode_bins(unit)
+        hidden = apply(params, *prompt(observation), bins, method="score")
+        logits, labels = apply(params, hidden, method="action_logits"), _action_labels(unit, bins, config)
+        if config.restrict_logits:
+            loss = soft_cross_entropy(logits, labels)
+        else:
+            loss = soft_cross_entropy(apply(params, hidden, method="all_logits"), _in_vocabulary(labels, config))
+        greedy = jnp.argmax(logits, axis=-1)
+        error = jnp.abs(decode_bins(greedy) - jnp.clip(unit, -1.0, 1.0))
+        metrics = {"token_accuracy": jnp.mean(greedy == bins, axis=-1), "l1": jnp.mean(error, axis=-1)}
+        return loss.mean(axis=-1), metrics
+
+    return Policy(
+        init=init,
+        sample=sample,
+        log_prob=log_prob,
+        value=value,
+        imitation_loss=imitation_loss,
+        tokenize=make_tokenize(config, norm_stats),
+        observation_shape=functools.partial(observation_shape, config),
+        action_dim=config.action_dim,
+        sharding_rules=sharding_rules(config),
+    )
+
+
+def _action_labels(unit_action: jax.Array, bins: jax.Array, config: OpenVLAConfig) -> jax.Array:
+    """Returns target probabilities `[B, A, 256]` of normalised actions `[B, A]`, whose bins are given."""
+    if config.label_width == 0:
+        return jax.nn.one_hot(bins, NUM_BINS)
+    # The last two ids decode to the same action: soft targets are spread over the 255 centres.
+    labels = soft_labels(bin_coordinate(unit_action), num_bins=NUM_BINS - 1, width=config.label_width)
+    return jnp.pad(labels, [(0, 0), (0, 0), (0, 1)])
+
+
+def _in_vocabulary(labels: jax.Array, config: OpenVLAConfig) -> jax.Array:
+    """Places probabilities of bins `[..., 256]` at their token ids, `[..., vocab_size]`."""
+    before, after = config.action_vocab_end - NUM_BINS, config.llm.vocab_size - config.action_vocab_end
+    return jnp.pad(labels[..., ::-1], [(0, 0)] * (labels.ndim - 1) + [(before, after)])
+
+
+def observation_shape(config: OpenVLAConfig, batch_size: int) -> Observation:
+    """Returns the shapes of what the policy reads, as jax.ShapeDtypeStruct; cameras of other sizes are resized."""
+    size, length = config.image_size, config.prompt_length
+    return Observation(
+        images={config.camera: jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)},
+        state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
+        tokens=jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
+        token_mask=jax.ShapeDtypeStruct((batch_size, length), jnp.bool_),
+    )
+
+
+def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
+    """Returns `Policy.tokenize`; the tokenizer is loaded when the first prompt comes, so shapes need no files."""
+
+    @functools.cache
+    def tokenizer() -> Tokenizer:
+        loaded = make_tokenizer(config.tokenizer)
+        free = config.action_vocab_end - NUM_BINS
+        if config.tokenizer == "words" and loaded.vocab_size > free:
+            raise ValueError(f"action_vocab_end: got {free} ids below the actions, expected >= {loaded.vocab_size}")
+        return loaded
+
+    @functools.lru_cache(maxsize=1024)
+    def encode(prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        return encode_prompt(tokenizer(), prompt, length=config.prompt_length)
+
+    def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if "{state}" in config.prompt_template:
+            state_bins = bin_state(normalize_state(np.asarray(state, np.float32), norm_stats))
+        else:
+            state_bins = [()] * len(instructions)
+        prompts = [
+            format_prompt(config.prompt_template, text, row) for text, row in zip(instructions, state_bins, strict=True)
+        ]
+        rows = [encode(prompt) for prompt in prompts]
+        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+    return tokenize
+
+
+def sharding_rules(config: OpenVLAConfig) -> tuple[tuple[str, P], ...]:
+    """Returns (regex, PartitionSpec) over the axes `fsdp` and `tensor`; a leading None is the axis of layers.
+
+    Heads and hidden units are split over `tensor`, the other side of each product over `fsdp`; vectors of the model's
+    width are replicated.
+    """
+    rules = (
+        (r"llm/embed_tokens$", P("tensor", "fsdp")),
+        (r"llm/lm_head$", P("fsdp", "tensor")),
+        (r"llm/layers/[qkv]_proj/kernel$", P(None, "fsdp", "tensor", None)),
+        (r"llm/layers/o_proj/kernel$", P(None, "tensor", None, "fsdp")),
+        (r"llm/layers/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
+        (r"llm/layers/down_proj/kernel$", P(None, "tensor", "fsdp")),
+        (r"norm/scale$", P()),
+        (r"(dino|siglip)/blocks/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
+        (r"(dino|siglip)/blocks/qkv/bias$", P(None, None, "tensor", None)),
+        (r"(dino|siglip)/blocks/proj/kernel$", P(None, "tensor", None, "fsdp")),
+        (r"(dino|siglip)/blocks/fc1/kernel$", P(None, "fsdp", "tensor")),
+        (r"(dino|siglip)/blocks/fc1/bias$", P(None, "tensor")),
+        (r"(dino|siglip)/blocks/fc2/kernel$", P(None, "tensor", "fsdp")),
+        (r"(dino|siglip)/blocks/((proj|fc2)/bias|norm[12]/(scale|bias)|ls[12])$", P()),
+        (r"(dino|siglip)/(pos_embed|cls_token|reg_token|patch_embed/bias)$", P()),
+        (r"(dino|siglip)/patch_embed/kernel$", P(None, None, None, "fsdp")),
+        (r"projector/fc[13]/kernel$", P("fsdp", "tensor")),
+        (r"projector/fc2/kernel$", P("tensor", "fsdp")),
+        (r"projector/fc1/bias$", P("tensor")),
+        (r"projector/fc[23]/bias$", P()),
+        (r"value_head/layer_\d+/(kernel|bias)$|value_head/out/kernel$", P()),
+    )
+    return (*rules, (r"stem/conv_\d+/(kernel|bias)$", P())) if config.stem else rules

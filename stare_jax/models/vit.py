@@ -1,7 +1,7 @@
 """Vision transformers as timm builds them: DINOv2 with registers and LayerScale, and SigLIP.
 
-Only what OpenVLA runs is here: the output of the second-to-last block, without the final norm. The last block, the final
-norm and SigLIP's attention pool exist in checkpoints but hold no parameters of ours; converters keep them aside.
+Only what OpenVLA runs is here: the output of the second-to-last block, without the final norm. The last block, the
+final norm and SigLIP's attention pool exist in checkpoints but hold no parameters of ours; converters keep them aside.
 """
 
 import dataclasses
@@ -12,58 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend
+from stare_jax.models.layers import Execution, Linear, scan_layers
 
 LAYER_NORM_EPS = 1e-6
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a stack of layers is computed, apart from what it computes."""
-
-    dtype: str = "float32"
-    """of activations and matrix products."""
-    param_dtype: str = "float32"
-    remat: str = "none"
-    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep matrix products)."""
-    unroll: int = 1
-    """layers per iteration of the scan over layers."""
-
-    def __post_init__(self):
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise ValueError(f"remat: got {self.remat!r}, expected one of {('none', *REMAT_POLICIES)}")
-        if self.unroll < 1:
-            raise ValueError(f"unroll: got {self.unroll}, expected at least 1")
-
-
-def scan_layers(block: type[nn.Module], depth: int, execution: Execution, num_broadcast: int, num_scanned: int = 0):
-    """Returns `block` repeated `depth` times with parameters stacked on a leading axis.
-
-    Args:
-        block: module class whose call maps (carry, *scanned, *broadcast) to (carry, output).
-        depth: number of layers.
-        execution: unrolling and rematerialisation.
-        num_broadcast: arguments that every layer gets as they are.
-        num_scanned: arguments, before those, with a leading axis of layers.
-    """
-    if execution.remat != "none":
-        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[execution.remat])
-    return nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0,) * num_scanned + (nn.broadcast,) * num_broadcast,
-        length=depth,
-        unroll=min(execution.unroll, depth),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of one tower; the defaults of every field but the sizes are timm's."""
+    """One tower."""
 
     width: int
     depth: int
@@ -73,11 +29,11 @@ class ViTConfig:
     patch_size: int = 14
     """in pixels of the tower's input: of the image, or of the stem's output where there is a stem."""
     num_prefix: int = 0
-    """a class token and registers, `num_prefix` in all, in front of the patches; dropped from the output."""
+    """a class token and registers, together, in front of the patches; dropped from the output."""
     layer_scale: float | None = None
     """initial value of LayerScale's vectors; None has none."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """of RGB in [0, 1], for normalising images."""
+    """of RGB in [0, 1], for normalising images, and `std` likewise."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
@@ -88,53 +44,23 @@ class ViTConfig:
 
 
 def patchify(image: jax.Array, patch_size: int) -> jax.Array:
-    """Cuts `[B, H, W, C]` into row-major patches `[B, (H/p)(W/p), p·p·C]`."""
+    """Cuts `[B, H, W, C]` into row-major patches `[B, (H/p)(W/p), p, p, C]`."""
     batch, height, width, channels = image.shape
     rows, columns = height // patch_size, width // patch_size
     cut = image.reshape(batch, rows, patch_size, columns, patch_size, channels)
-    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size * patch_size * channels)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size, patch_size, channels)
 
 
-class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel size, as one matrix product; `[B, H, W, C]` to `[B, patches, width]`."""
+def strided_windows(image: jax.Array) -> jax.Array:
+    """Cuts `[B, H, W, C]` into the 3x3 windows of a convolution of stride 2, `[B, H/2, W/2, 3, 3, C]`.
 
-    width: int
-    patch_size: int
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        shape = (self.patch_size, self.patch_size, image.shape[-1], self.width)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1, 2))
-        kernel = self.param("kernel", init, shape, self.execution.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), self.execution.param_dtype)
-        patches, kernel, bias = nn.dtypes.promote_dtype(
-            patchify(image, self.patch_size), kernel, bias, dtype=self.execution.dtype
-        )
-        return patches @ kernel.reshape(-1, self.width) + bias
-
-
-class StridedConv(nn.Module):
-    """A 3x3 convolution of stride 2 that pads below and right, as nine shifted views and one matrix product.
-
-    XLA's CPU convolution takes twice as long in the backward pass.
+    Window (i, j) starts at pixel (2i, 2j); zeros are added below and right. With the product that follows this is the
+    convolution, at half the cost of the backward pass of XLA's own on CPUs.
     """
-
-    width: int
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """Maps `[B, H, W, C]` to `[B, H/2, W/2, width]`."""
-        batch, height, width, channels = image.shape
-        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2))
-        kernel = self.param("kernel", init, (3, 3, channels, self.width), self.execution.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,), self.execution.param_dtype)
-        image, kernel, bias = nn.dtypes.promote_dtype(image, kernel, bias, dtype=self.execution.dtype)
-        padded = jnp.pad(image, ((0, 0), (0, 1), (0, 1), (0, 0)))
-        shifts = [padded[:, i : i + height - 1 : 2, j : j + width - 1 : 2] for i in range(3) for j in range(3)]
-        out = jnp.concatenate(shifts, axis=-1).reshape(-1, 9 * channels) @ kernel.reshape(-1, self.width) + bias
-        return out.reshape(batch, height // 2, width // 2, self.width)
+    _, height, width, _ = image.shape
+    padded = jnp.pad(image, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    rows = [[padded[:, i : i + height : 2, j : j + width : 2] for j in range(3)] for i in range(3)]
+    return jnp.stack([jnp.stack(row, axis=3) for row in rows], axis=3)
 
 
 class ConvStem(nn.Module):
@@ -146,11 +72,11 @@ class ConvStem(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         """Maps `[B, H, W, 3]` to `[B, H/s, W/s, channels[-1]]`, s = `stem_stride(channels)`."""
-        batch, height, width, _ = image.shape
-        x = PatchEmbed(self.channels[0], 4, self.execution, name="patch_embed")(image)
-        x = nn.gelu(x, approximate=False).reshape(batch, height // 4, width // 4, self.channels[0])
-        for i, channels in enumerate(self.channels[1:]):
-            x = nn.gelu(StridedConv(channels, self.execution, name=f"conv_{i}")(x), approximate=False)
+        conv = partial(Linear, execution=self.execution, num_in_axes=3)
+        x = conv(self.channels[:1], name="conv_0")(patchify(image, 4))
+        x = nn.gelu(x, approximate=False).reshape(x.shape[0], image.shape[1] // 4, image.shape[2] // 4, -1)
+        for i, channels in enumerate(self.channels[1:], start=1):
+            x = nn.gelu(conv((channels,), name=f"conv_{i}")(strided_windows(x)), approximate=False)
         return x
 
 
@@ -167,19 +93,19 @@ class ViTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        cfg = self.config
-        types = dict(dtype=self.execution.dtype, param_dtype=self.execution.param_dtype)
-        norm = partial(nn.LayerNorm, epsilon=LAYER_NORM_EPS, use_fast_variance=False, **types)
-        qkv = nn.DenseGeneral((3, cfg.num_heads, cfg.width // cfg.num_heads), name="qkv", **types)(
-            norm(name="norm1")(x)
-        )
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        attended = attend(query, [KeyValue(key, value)], [None])
-        x = x + self._scaled(nn.DenseGeneral(cfg.width, axis=(-2, -1), name="proj", **types)(attended), "ls1")
-        hidden = nn.gelu(nn.Dense(cfg.mlp_dim, name="fc1", **types)(norm(name="norm2")(x)), approximate=False)
-        return x + self._scaled(nn.Dense(cfg.width, name="fc2", **types)(hidden), "ls2"), None
+        cfg, linear = self.config, partial(Linear, execution=self.execution)
+        heads = (cfg.num_heads, cfg.width // cfg.num_heads)
+        qkv = linear((3, *heads), name="qkv")(self._norm(x, "norm1"))
+        attended = attend(qkv[:, :, 0], [KeyValue(qkv[:, :, 1], qkv[:, :, 2])], [None])
+        x = x + self._scale(linear((cfg.width,), num_in_axes=2, name="proj")(attended), "ls1")
+        hidden = nn.gelu(linear((cfg.mlp_dim,), name="fc1")(self._norm(x, "norm2")), approximate=False)
+        return x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2"), None
 
-    def _scaled(self, x: jax.Array, name: str) -> jax.Array:
+    def _norm(self, x: jax.Array, name: str) -> jax.Array:
+        types = {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
+        return nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name, **types)(x)
+
+    def _scale(self, x: jax.Array, name: str) -> jax.Array:
         """Applies LayerScale, where the tower has it."""
         if self.config.layer_scale is None:
             return x
@@ -196,9 +122,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         """Maps normalised images (or stem features) `[B, H, W, C]` to patch features `[B, patches, width]`."""
-        cfg, param_dtype = self.config, self.execution.param_dtype
-        x = PatchEmbed(cfg.width, cfg.patch_size, self.execution, name="patch_embed")(image)
-        init = nn.initializers.normal(0.02)
+        cfg, param_dtype, init = self.config, self.execution.param_dtype, nn.initializers.normal(0.02)
+        embed = Linear((cfg.width,), self.execution, num_in_axes=3, name="patch_embed")
+        x = embed(patchify(image, cfg.patch_size))
         x = x + self.param("pos_embed", init, (1, *x.shape[1:]), param_dtype).astype(x.dtype)
         if cfg.num_prefix:  # after the positions: timm's `no_embed_class`
             tokens = [self.param("cls_token", init, (1, 1, cfg.width), param_dtype)]
@@ -206,6 +132,5 @@ class ViT(nn.Module):
                 tokens.append(self.param("reg_token", init, (1, cfg.num_prefix - 1, cfg.width), param_dtype))
             prefix = jnp.concatenate(tokens, axis=1).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:])), x], axis=1)
-        blocks = scan_layers(ViTBlock, cfg.depth - 1, self.execution, num_broadcast=0)
-        x, _ = blocks(cfg, self.execution, name="blocks")(x)
+        x, _ = scan_layers(ViTBlock, cfg.depth - 1, self.execution)(cfg, self.execution, name="blocks")(x)
         return x[:, cfg.num_prefix :]

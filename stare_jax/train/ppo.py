@@ -1,8 +1,11 @@
 """Interaction: PPO, and STA-PPO, which is PPO on rewards shaped by the potentials of stages."""
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,7 +24,7 @@ from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
 from stare_jax.train.steps import DecisionBatch, check_microbatch, make_ppo_step
-from stare_jax.types import PyTree
+from stare_jax.types import PyTree, Trajectory
 
 PHASE = "ppo"
 
@@ -104,11 +107,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     check_batch_size("minibatch_size", config.minibatch_size, run.mesh)
     num_minibatches = config.num_epochs * math.ceil(config.num_episodes * env.horizon / config.minibatch_size)
     tx = make_optimizer(config.optimizer, num_steps=config.num_iterations * num_minibatches)
-    state, counters = start_phase(
-        PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze
-    )
+    state, counters = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
     step_fn = jax.jit(make_ppo_step(policy, tx, config), donate_argnums=0)
-    annotate = jax.jit(make_annotate(spec, config))
+    prepare = make_prepare(spec, config)
     seeds = first_seed(PPO_SEEDS, config.seed) + np.arange(config.num_episodes)
     first, num_env_steps = counters.get("iteration", 0), counters.get("env_steps", 0)
     clock, compiled = Clock(), None
@@ -138,50 +139,139 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
             if not rollout.is_complete:
                 save(iteration)
                 raise Interrupted(f"{PHASE}: stopped and saved after {iteration} of {config.num_iterations} iterations")
+            if rollout.num_dropped == config.num_episodes:
+                raise RuntimeError(f"{PHASE}: iteration {iteration + 1} lost all of its {config.num_episodes} episodes")
             num_env_steps += rollout.num_steps
 
             # ---- Annotate and update --------------------------------------------------------------------------------
-            train_policy = np.bool_(iteration >= config.value_warmup_iterations)
-            pending = []
             with clock("update"):
-                trajectory = rollout.trajectory
-                annotation, advantage = jax.device_get(
-                    annotate(trajectory.signals, trajectory.valid, trajectory.value)
-                )
-                order = np.random.default_rng((config.seed, iteration))
-                for batch in minibatches(rollout, annotation, advantage, config, order):
-                    state, metrics = step_fn(state, place(batch, run.mesh), train_policy)
-                    pending.append(metrics)
-                    is_stopped = config.target_kl is not None and bool(metrics["ppo/stopped"])
-                    if is_stopped or run.should_stop():
-                        break
-                pending = jax.device_get(pending)
+                batch = prepare(rollout)
+                state, updates = _update(state, batch, step_fn, config, run, iteration)
+            check_finite([m["ppo/loss"] for m in updates], phase=f"{PHASE}, iteration {iteration + 1}", first_step=1)
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            check_finite(
-                [m["ppo/loss"] for m in pending], phase=f"{PHASE} iteration {iteration + 1}", first_step=1
-            )
-            metrics = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]} if pending else {}
             compiled = num_compilations() if compiled is None else compiled
-            metrics |= rollout_metrics(rollout, annotation, spec) | {
+            metrics = {name: float(np.mean([m[name] for m in updates])) for name in updates[0]}
+            metrics |= rollout_metrics(rollout, batch.annotation, spec) | {
                 "env/steps": num_env_steps,
-                "ppo/num_minibatches": len(pending),
+                "ppo/num_minibatches": len(updates),
                 "perf/compilations": num_compilations() - compiled,
                 "perf/env_steps_per_s": rollout.num_steps / sum(clock.seconds().values()),
                 **{f"time/{area}_s": seconds for area, seconds in clock.seconds().items()},
             }
             run.writer(iteration + 1, metrics, phase=PHASE)
-            say(report_line(iteration + 1, metrics, config) + " | " + clock.line())
-            bar.update(1, success=metrics["env/success"], kl=metrics.get("ppo/approx_kl", 0.0))
+            say(f"{report_line(iteration + 1, metrics, config)} | {clock.line()}")
+            bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
             compiled = num_compilations()
             clock.reset()
 
             # ---- Save -----------------------------------------------------------------------------------------------
-            is_last = iteration + 1 == config.num_iterations
-            if (iteration + 1) % config.checkpoint_every == 0 or is_last or run.should_stop():
+            is_last, is_stopping = iteration + 1 == config.num_iterations, run.should_stop()
+            if (iteration + 1) % config.checkpoint_every == 0 or is_last or is_stopping:
                 save(iteration + 1)
-            if run.should_stop() and not is_last:
-                raise Interrupted(
-                    f"{PHASE}: stopped and saved after {iteration + 1} of {config.num_iterations} iterations"
-                )
+            if is_stopping and not is_last:
+                raise Interrupted(f"{PHASE}: stopped and saved after iteration {iteration + 1}/{config.num_iterations}")
     return state.params
+
+
+class PPOBatch(NamedTuple):
+    """Episodes and what is to be learned from them."""
+
+    trajectory: Trajectory
+    """NumPy leaves `[E, ...]`."""
+    annotation: Annotation
+    """NumPy leaves `[E, ...]`."""
+    advantage: np.ndarray
+    """float32 `[E, N]`, whitened over the actions that exist."""
+
+
+def make_prepare(spec: TaskSpec, config: PPOConfig) -> Callable[[Rollout], PPOBatch]:
+    """Returns a function that annotates all episodes of a rollout in one compiled call."""
+
+    @jax.jit
+    def annotate(signals, valid, value):
+        annotation = jax.vmap(
+            functools.partial(
+                annotate_episode,
+                spec=spec,
+                shaping=config.shaping,
+                gamma=config.gamma,
+                gae_lambda=config.gae_lambda,
+                time_limit=config.time_limit,
+                terminal_potential=config.terminal_potential,
+            )
+        )(signals, valid, value)
+        return annotation, whiten(annotation.advantage_t, annotation.valid_t)
+
+    def prepare(rollout):
+        trajectory = rollout.trajectory
+        return PPOBatch(trajectory, *jax.device_get(annotate(trajectory.signals, trajectory.valid, trajectory.value)))
+
+    return prepare
+
+
+def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iterator[DecisionBatch]:
+    """Yields the decisions of a batch once, shuffled, in minibatches of one size, the last filled up with rows that
+    are not valid."""
+    episode, t = np.nonzero(batch.annotation.valid_t)
+    order = rng.permutation(len(episode))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
+        at = (episode[rows], t[rows])
+        yield DecisionBatch(
+            observation=jax.tree.map(lambda x, at=at: x[at], batch.trajectory.observation),
+            action_tokens=batch.trajectory.action_tokens[at],
+            old_logp=batch.trajectory.logp[at],
+            old_value=batch.trajectory.value[at],
+            advantage=batch.advantage[at],
+            return_=batch.annotation.return_t[at],
+            valid=np.arange(size) < len(chosen),
+        )
+
+
+def _update(state, batch: PPOBatch, step_fn, config: PPOConfig, run: Run, iteration: int):
+    """Returns the state after the epochs of an iteration, and the metrics of every minibatch."""
+    train_policy = np.bool_(iteration >= config.value_warmup_iterations)
+    rng = np.random.default_rng((config.seed, iteration))
+    epochs = (minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
+    updates = []
+    for minibatch in itertools.chain.from_iterable(epochs):
+        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy)
+        updates.append(metrics)
+        if (config.target_kl is not None and metrics["ppo/stopped"]) or run.should_stop():
+            break
+    return state, jax.device_get(updates)
+
+
+def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
+    """Returns what the episodes of a rollout say about the policy and its critic; lost episodes do not count."""
+    valid = rollout.trajectory.valid
+    is_episode, valid_t = valid.any(axis=1), annotation.valid_t
+    num_episodes = int(is_episode.sum())
+    num_successes = int(annotation.reward_t.any(axis=1).sum())
+    completed = annotation.completed[is_episode].mean(axis=0)
+    value = rollout.trajectory.value[:, :-1]
+    return {
+        "env/success": num_successes / num_episodes,
+        "env/num_successes": num_successes,
+        "env/num_episodes": num_episodes,
+        "env/num_dropped": rollout.num_dropped,
+        "env/episode_length": valid_t.sum() / num_episodes,
+        "env/return_raw": annotation.reward_t.sum() / num_episodes,
+        "env/return_shaped": annotation.shaped_reward_t.sum() / num_episodes,
+        **{f"env/completed_{name}": float(rate) for name, rate in zip(spec.stage_names, completed, strict=True)},
+        "ppo/explained_variance": float(explained_variance(value, annotation.return_t, valid_t)),
+    }
+
+
+def report_line(iteration: int, metrics: dict[str, float], config: PPOConfig) -> str:
+    """Returns what a user wants to know about an iteration, on one line."""
+    return (
+        f"{PHASE} {iteration}/{config.num_iterations}  "
+        f"success {metrics['env/num_successes']:.0f}/{metrics['env/num_episodes']:.0f} "
+        f"({100 * metrics['env/success']:.0f} %)  return {metrics['env/return_shaped']:.2f}  "
+        f"kl {metrics['ppo/approx_kl']:.4f}  clip {metrics['ppo/clip_frac']:.2f}  "
+        f"ev {metrics['ppo/explained_variance']:.2f}  entropy {metrics['ppo/entropy']:.2f}  "
+        f"{metrics['env/steps']} steps"
+    )

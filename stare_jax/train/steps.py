@@ -1,4 +1,4 @@
-"""The optimiser steps of the three phases: `make_*_step(policy, tx, config)` -> pure (state, batch) -> (state, metrics).
+"""The optimiser steps of the phases: `make_*_step(policy, tx, config)` -> pure (state, batch) -> (state, metrics).
 
 A batch whose forward and backward pass does not fit into memory is cut into microbatches whose gradients are added up;
 the gradient is that of the whole batch, the metrics are means over its parts.

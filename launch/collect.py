@@ -1,0 +1,252 @@
+"""Collects demonstrations of an expert, and preference pairs from the rollouts of a trained policy.
+
+    python launch/collect.py --task=PushCube-v1 --demos=100 --out=data/pushcube
+    python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --out=data/pushcube
+    python launch/collect.py --pairs=50 --checkpoint=runs/quickstart/sft --out=data/pushcube
+
+Demonstrations go to OUT/demos, rollouts and their pairs to OUT/pairs, each a data set (stare_jax/data/schema.py) with a
+picture of some episodes, episodes.png. Ctrl-C or SIGTERM stops; the same command goes on, and with a larger number adds
+to what is there. `--config.demos_from=OUT/demos` trains on the demonstrations.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import numpy as np
+
+from stare_jax.data.demos import DemosConfig, collect_demos, is_collected
+from stare_jax.data.pairs import PairsConfig, count_kinds
+from stare_jax.data.reader import Dataset
+from stare_jax.data.rollouts import collect_pairs
+from stare_jax.data.schema import DatasetError
+from stare_jax.data.summary import contact_sheet, summarize_stages
+from stare_jax.envs import EnvConfig, make_vec_env
+from stare_jax.envs.experts import make_expert
+from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.models import make_policy
+from stare_jax.models.policy import Policy
+from stare_jax.rollout.collect import policy_act
+from stare_jax.stages import TASKS, TaskSpec, get_task
+from stare_jax.train.checkpoint import CheckpointError, load_norm_stats, load_params
+from stare_jax.train.config import ConfigError, from_dict
+from stare_jax.train.ipi import IPIConfig
+from stare_jax.train.sharding import make_mesh, tree_shardings
+from stare_jax.types import PyTree
+
+DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
+
+
+class UsageError(ValueError):
+    """Arguments that do not make sense together."""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
+    add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
+    add("--pairs", type=int, metavar="N", help="preference pairs to make; needs --checkpoint")
+    add("--checkpoint", type=Path, metavar="RUN/PHASE", help="the policy to roll out, e.g. runs/quickstart/sft")
+    add("--task", choices=TASKS, metavar="ENV_ID", help=f"one of {', '.join(TASKS)} (default: {ENV.env_id})")
+    add("--seed", type=int, default=0, help="of the run, 0 to 99: picks the simulator's seeds (default: 0)")
+    add("--workers", type=int, help=f"simulator processes (default: {ENV.num_workers})")
+    add("--horizon", type=int, help=f"actions an episode may take (default: {ENV.horizon})")
+    add("--image-size", type=int, metavar="PIXELS", help=f"0 for no images (default: {ENV.image_size})")
+    add("--state", choices=("none", "tcp"), help=f"proprioception to store (default: {ENV.use_state})")
+    demos = parser.add_argument_group("demonstrations")
+    add = demos.add_argument
+    add(
+        "--noise",
+        type=parse_noise,
+        default=DEMOS.noise_scales,
+        metavar="SCALE[:SHARE],...",
+        help="standard deviations of the noise on executed actions, in the action's unit, and the share of the "
+        "demonstrations that gets each (default: 0)",
+    )
+    pairs = parser.add_argument_group("pairs")
+    add = pairs.add_argument
+    add("--temperature", type=float, default=PAIRS.temperature, help=f"of the policy (default: {PAIRS.temperature})")
+    add(
+        "--rollouts-per-seed",
+        type=int,
+        default=PAIRS.rollouts_per_seed,
+        metavar="N",
+        help=f"episodes from each initial state (default: {PAIRS.rollouts_per_seed})",
+    )
+    add(
+        "--max-rollouts",
+        type=int,
+        default=PAIRS.max_rollouts,
+        metavar="N",
+        help=f"episodes at most (default: {PAIRS.max_rollouts})",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.demos is None and arguments.pairs is None:
+        parser.error("nothing to collect: give --demos=N, or --pairs=N with --checkpoint=RUN/PHASE")
+    if (arguments.pairs is None) != (arguments.checkpoint is None):
+        parser.error("--pairs and --checkpoint go together: the pairs are made of the rollouts of a policy")
+    return arguments
+
+
+def parse_noise(text: str) -> tuple[tuple[float, float], ...]:
+    """Parses `0:0.4,0.15:0.6`, or a single scale."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((float(scale), float(*share or ["1"])) for scale, *share in pairs)
+    except (TypeError, ValueError) as error:
+        message = f"got {text!r}, expected SCALE:SHARE,SCALE:SHARE,... such as 0:0.4,0.15:0.6"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
+    """Returns the simulator's configuration: `base` with what the command line changes."""
+    given = {
+        "env_id": arguments.task,
+        "num_workers": arguments.workers,
+        "horizon": arguments.horizon,
+        "image_size": arguments.image_size,
+        "use_state": arguments.state,
+    }
+    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+
+
+def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
+    """Collects demonstrations and says what they are."""
+    directory = arguments.out / "demos"
+    config = DemosConfig(num_demos=arguments.demos, noise_scales=arguments.noise, seed=arguments.seed)
+    env = env_config(arguments, ENV)
+    spec, clock = get_task(env.env_id), Clock()
+    if is_collected(directory, config, env_id=env.env_id):
+        say(f"{directory} holds all of these already")
+        dataset = Dataset(directory)
+    else:
+        expert = make_expert(env.env_id)
+        mode = env.resolved_control_mode
+        with contextlib.closing(start(env)) as simulator:
+            dataset = collect_demos(
+                simulator, expert, config, directory, control_mode=mode, should_stop=should_stop, clock=clock
+            )
+    report(dataset, spec, clock)
+
+
+def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
+    """Rolls out a policy, pairs its episodes and says what they are."""
+    directory = arguments.out / "pairs"
+    run, policy, params = load_policy(arguments.checkpoint)
+    config = PairsConfig(
+        num_pairs=arguments.pairs,
+        rollouts_per_seed=arguments.rollouts_per_seed,
+        max_rollouts=arguments.max_rollouts,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+    )
+    env = env_config(arguments, run.env)
+    if changed := [
+        name for name in ("env_id", "image_size", "use_state") if getattr(env, name) != getattr(run.env, name)
+    ]:
+        raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}; leave it out")
+    spec, clock = get_task(env.env_id), Clock()
+    act = policy_act(policy, params, jax.random.key(config.seed), temperature=config.temperature)
+    mode = env.resolved_control_mode
+    source = str(arguments.checkpoint)
+    with contextlib.closing(start(env)) as simulator:
+        dataset, pairs = collect_pairs(
+            simulator,
+            act,
+            spec,
+            config,
+            directory,
+            source=source,
+            control_mode=mode,
+            should_stop=should_stop,
+            clock=clock,
+        )
+    report(dataset, spec, clock)
+    print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
+    if len(pairs) < config.num_pairs:
+        say(f"these are {len(pairs)} of {config.num_pairs}; a larger --max-rollouts or --temperature may give the rest")
+
+
+def load_policy(checkpoint: Path) -> tuple[IPIConfig, Policy, PyTree]:
+    """Loads a phase of a run: the run's configuration, the policy and its parameters."""
+    file = checkpoint.resolve().parent / "config.json"
+    if not file.exists():
+        raise UsageError(f"{checkpoint}: expected a phase of a run, such as runs/quickstart/sft; {file} does not exist")
+    config = from_dict(IPIConfig, json.loads(file.read_text()))
+    policy = make_policy(config.model, load_norm_stats(checkpoint / "checkpoints"))
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    shardings = tree_shardings(shapes, make_mesh(data=1), policy.sharding_rules)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return config, policy, load_params(checkpoint / "checkpoints", like)
+
+
+def start(env: EnvConfig):
+    say(f"starting {env.num_workers} simulators of {env.env_id}")
+    return make_vec_env(env)
+
+
+def report(dataset: Dataset, spec: TaskSpec, clock: Clock) -> None:
+    """Prints tables of a data set and draws some of its episodes."""
+    lengths = np.array([episode.length for episode in dataset.episodes])
+    groups = sorted(Counter(episode.noise_scale for episode in dataset.episodes).items())
+    progress = dataset.manifest.progress
+    rows = [
+        ("episodes", dataset.num_episodes),
+        ("successful", sum(episode.success for episode in dataset.episodes)),
+        *((f"with noise {scale:g}", number) for scale, number in groups if scale or len(groups) > 1),
+        ("episodes tried", progress["num_attempts"]),
+        ("lost with a simulator", progress["num_dropped"]),
+        ("actions: mean", f"{lengths.mean():.1f}"),
+        ("actions: 90 % quantile", f"{np.quantile(lengths, 0.9):.0f}"),
+        ("actions: maximum", lengths.max()),
+        ("frames", dataset.num_frames),
+    ]
+    print_table([str(dataset.directory), ""], rows)
+    header = ["stage", "completed", "steps", "skipped", "cost"]
+    stages = [
+        (row.name, f"{row.completed:.0%}", f"{row.num_steps:.1f}", f"{row.skipped:.0%}", f"{row.cost:.4f}")
+        for row in summarize_stages(dataset, spec)
+    ]
+    print_table(header, stages)
+    if any(name.startswith("image/") for name in dataset.manifest.shapes):
+        path = dataset.directory / "episodes.png"
+        contact_sheet(dataset, spec).save(path)
+        say(f"some episodes: {path}")
+    if sum(clock.seconds().values()) > 1:
+        say(clock.line())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    command = shlex.join(["python", *sys.argv] if argv is None else ["python", sys.argv[0], *argv])
+    try:
+        with Interruption() as interruption:
+            if arguments.demos is not None:
+                make_demos(arguments, lambda: interruption.requested)
+            if arguments.pairs is not None:
+                make_pairs(arguments, lambda: interruption.requested)
+    except Interrupted as stopped:
+        say(f"{stopped}\ngo on with: {command}")
+        return 130
+    except (UsageError, ConfigError, CheckpointError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

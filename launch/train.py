@@ -1,0 +1,60 @@
+"""Trains, evaluates and films a policy: imitation, preference, interaction (IPI).
+
+    python launch/train.py --config=configs/quickstart.py
+    python launch/train.py --config=configs/quickstart.py --config.ppo.gamma=0.98 --workdir=runs/gamma98
+    python launch/train.py --config=configs/quickstart.py --resume
+    python launch/train.py --config=configs/ipi_widowx.py --plan
+
+Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that configs/*.py can import configs.common
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Which run: a file of configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; runs/<name of the config> if not given.")
+_RESUME = flags.DEFINE_bool("resume", False, "Go on with the run in the run directory, or begin if there is none.")
+_PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"got arguments {argv[1:]}, expected flags only")
+    # Workers and this process share the cores; torch and sapien never need JAX's devices.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from stare_jax.data.schema import DatasetError
+    from stare_jax.logging import Interrupted, say
+    from stare_jax.train.checkpoint import CheckpointError
+    from stare_jax.train.config import ConfigError, from_dict
+    from stare_jax.train.ipi import IPIConfig, run_ipi
+    from stare_jax.train.plan import print_plan
+    from stare_jax.train.sharding import ShardingError
+
+    values = _CONFIG.value.to_dict()
+    workdir = Path(_WORKDIR.value or ROOT / "runs" / values.pop("name"))
+    values.pop("name", None)
+    try:
+        config = from_dict(IPIConfig, values)
+        if _PLAN.value:
+            print_plan(config)
+            return 0
+        say(f"report: {run_ipi(config, workdir, resume=_RESUME.value)}")
+    except Interrupted as stopped:
+        say(f"{stopped}\ngo on with: {' '.join(['python', *sys.argv])}{'' if _RESUME.value else ' --resume'}")
+        return 130
+    except (ConfigError, CheckpointError, DatasetError, ShardingError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

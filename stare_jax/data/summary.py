@@ -1,0 +1,88 @@
+"""What is in a data set, at a glance: a table of its stages and a picture of its episodes."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw
+
+from stare_jax.data.reader import Dataset
+from stare_jax.stages import Separation, TaskSpec, separate, stage_costs, stage_mask
+
+_TILE = 128
+_CAPTION = 14
+
+
+class StageSummary(NamedTuple):
+    """One stage over all episodes of a data set."""
+
+    name: str
+    completed: float
+    """share of the episodes that complete it."""
+    num_steps: float
+    """mean number of states, over the episodes that have any in it."""
+    skipped: float
+    """share of the episodes that have no state in it."""
+    cost: float
+    """mean cost l_k (3), over the episodes that have any state in it; NaN if none has, and so for `num_steps`."""
+
+
+def summarize_stages(dataset: Dataset, spec: TaskSpec) -> list[StageSummary]:
+    """Returns a summary of every stage of the task."""
+    signals, valid = dataset.signals()
+    separation, length, cost = jax.device_get(_annotate(spec)(signals, valid))
+    has_steps = length > 0
+    number = has_steps.sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        num_steps, mean_cost = length.sum(axis=0) / number, (cost * has_steps).sum(axis=0) / number
+    columns = (spec.stage_names, separation.completed.mean(axis=0), num_steps, 1 - has_steps.mean(axis=0), mean_cost)
+    return [StageSummary(name, *map(float, values)) for name, *values in zip(*columns, strict=True)]
+
+
+def contact_sheet(dataset: Dataset, spec: TaskSpec, *, num_episodes: int = 6, num_columns: int = 8) -> Image.Image:
+    """Draws episodes as rows of frames, first to last, with the step and its stage below each.
+
+    Args:
+        dataset: with images; the first camera is shown.
+        spec: the task.
+        num_episodes: rows, spread over the data set.
+        num_columns: frames of an episode, spread over its length.
+
+    Raises:
+        ValueError: the data set has no images.
+    """
+    if not any(name.startswith("image/") for name in dataset.manifest.shapes):
+        raise ValueError(f"{dataset.directory}: got no camera, expected one to show")
+    separation: Separation = jax.device_get(_annotate(spec)(*dataset.signals())[0])
+    rows = np.unique(np.linspace(0, dataset.num_episodes - 1, num_episodes).round().astype(int))
+    height = _TILE + _CAPTION
+    sheet = Image.new("RGB", (num_columns * _TILE, len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, index in enumerate(rows):
+        episode = dataset.episodes[index]
+        for column, t in enumerate(np.unique(np.linspace(0, episode.length, num_columns).round().astype(int))):
+            image = next(iter(dataset.frame(int(dataset.first_frame[index] + t))["images"].values()))
+            corner = (column * _TILE, row * height)
+            sheet.paste(_fit(Image.fromarray(image)), corner)
+            name = spec.stage_names[separation.stage_t[index, t]]
+            outcome = (" success" if episode.success else " failure") if t == episode.length else ""
+            draw.text((corner[0] + 2, corner[1] + _TILE + 1), f"{index}: {t} {name}{outcome}", fill="black")
+    return sheet
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    scale = _TILE / max(image.size)
+    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
+    return image.resize((round(image.width * scale), round(image.height * scale)), kind)
+
+
+@functools.lru_cache(maxsize=4)
+def _annotate(spec: TaskSpec) -> Callable:
+    def annotate(signals, valid):
+        separation = separate(spec, signals, valid)
+        length = stage_mask(separation, spec.num_stages, valid).sum(axis=-1)
+        return separation, length, stage_costs(spec, signals, separation, valid)
+
+    return jax.jit(jax.vmap(annotate))

@@ -1,0 +1,85 @@
+"""What all transformer stacks here are made of: how they are computed, a linear layer, a scan over layers."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a stack of layers is computed, apart from what it computes."""
+
+    dtype: str = "float32"
+    """of activations and matrix products."""
+    param_dtype: str = "float32"
+    remat: str = "none"
+    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep matrix products)."""
+    unroll: int = 1
+    """layers per iteration of the scan over layers."""
+
+    def __post_init__(self):
+        if self.remat not in ("none", *REMAT_POLICIES):
+            raise ValueError(f"remat: got {self.remat!r}, expected one of {('none', *REMAT_POLICIES)}")
+        if self.unroll < 1:
+            raise ValueError(f"unroll: got {self.unroll}, expected at least 1")
+
+
+class Linear(nn.Module):
+    """`y = x W + b` over the last `num_in_axes` axes of x; the kernel keeps its axes, such as heads, apart.
+
+    All other axes are merged first: one large matrix product, whose weight gradient is twice as fast on CPUs as that of
+    a product with several batch axes.
+    """
+
+    features: tuple[int, ...]
+    execution: Execution
+    num_in_axes: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[..., *in]` to `[..., *features]`."""
+        batch_shape, in_shape = x.shape[: -self.num_in_axes], x.shape[-self.num_in_axes :]
+        fan_in, fan_out = math.prod(in_shape), math.prod(self.features)
+        init = nn.initializers.normal(fan_in**-0.5)
+        kernel = self.param("kernel", init, (*in_shape, *self.features), self.execution.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, self.execution.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.execution.dtype)
+        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)
+        if bias is not None:
+            y = y + bias.reshape(-1)
+        return y.reshape(*batch_shape, *self.features)
+
+
+def scan_layers(
+    block: type[nn.Module], depth: int, execution: Execution, *, num_scanned: int = 0, num_shared: int = 0
+) -> Any:
+    """Returns a module class that applies `block` `depth` times, its parameters stacked on a leading axis.
+
+    Args:
+        block: module class whose call maps (carry, *scanned, *shared) to (carry, output).
+        depth: number of layers.
+        execution: unrolling and rematerialisation.
+        num_scanned: how many arguments have a leading axis of layers.
+        num_shared: how many arguments, after those, every layer gets as they are.
+    """
+    if execution.remat != "none":
+        block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[execution.remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0,) * num_scanned + (nn.broadcast,) * num_shared,
+        length=depth,
+        unroll=min(execution.unroll, depth),
+    )

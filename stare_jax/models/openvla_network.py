@@ -1,0 +1,190 @@
+"""The network of OpenVLA: two vision towers, a projector, a Llama decoder that speaks in action bins, a value head.
+
+The sequence is `[BOS] + patches + text + actions`, causal throughout. The text is right-aligned, so that its last
+token, which predicts the first action token and carries the value, stands at the same place in every row of a batch.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.models.heads import NUM_BINS, ValueHead
+from stare_jax.models.layers import Execution, Linear
+from stare_jax.models.llama import Cache, Llama, LlamaConfig
+from stare_jax.models.vit import ConvStem, ViT, ViTConfig, stem_stride
+
+Pixels = tuple[jax.Array, jax.Array]
+"""float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenVLAConfig:
+    """Everything that `make_openvla` needs to know; `openvla_7b()` and `openvla_tiny()` are the presets."""
+
+    dino: ViTConfig
+    siglip: ViTConfig
+    projector_dim: int
+    """width of the projector's first hidden layer."""
+    llm: LlamaConfig
+    action_vocab_end: int
+    """action bin `b` is token `action_vocab_end - 1 - b`."""
+    tokenizer: str
+    """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
+    prompt_template: str
+    """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt."""
+    prompt_length: int
+    """tokens of the padded prompt, including BOS and the token that predicts the first action."""
+    camera: str = "base_camera"
+    image_size: int = 224
+    resize: str = "cubic"
+    """`jax.image.resize` method for cameras of another size; antialiased and rounded to uint8, as PIL does."""
+    stem: tuple[int, ...] = ()
+    """channels of a convolutional stem that both towers read instead of the image; empty has none."""
+    action_dim: int = 7
+    state_dim: int = 0
+    label_width: float = 0.0
+    """standard deviation of the imitation target in bins; 0 is one-hot."""
+    restrict_logits: bool = False
+    """whether the imitation loss normalises over the action tokens alone, as sampling always does."""
+    value_dims: tuple[int, ...] = (512, 128)
+    value_stop_gradient: bool = False
+    """whether the value's gradient stays out of the decoder."""
+    execution: Execution = Execution()
+    decode_unroll: int = 1
+    """action tokens per iteration of the decoding loop."""
+
+    def __post_init__(self):
+        stride = stem_stride(self.stem) * self.dino.patch_size
+        if self.siglip.patch_size != self.dino.patch_size:
+            raise ValueError(f"siglip.patch_size: got {self.siglip.patch_size}, expected dino's {self.dino.patch_size}")
+        if self.image_size % stride:
+            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")
+        if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
+            raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as the stem is shared")
+        if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
+            expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
+            raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
+        if "{instruction}" not in self.prompt_template:
+            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
+        if "{state}" in self.prompt_template and not self.state_dim:
+            raise ValueError(
+                f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
+            )
+        for name, least in (("label_width", 0), ("state_dim", 0), ("action_dim", 1), ("prompt_length", 3)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {least}")
+
+
+class Projector(nn.Module):
+    """Three linear layers with exact GELU between them, from the towers' features to the decoder's width."""
+
+    hidden_dim: int
+    width: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.gelu(Linear((self.hidden_dim,), self.execution, name="fc1")(x), approximate=False)
+        x = nn.gelu(Linear((self.width,), self.execution, name="fc2")(x), approximate=False)
+        return Linear((self.width,), self.execution, name="fc3")(x)
+
+
+class OpenVLA(nn.Module):
+    """The network. Images come in normalised for each tower; actions go in and come out as bins."""
+
+    config: OpenVLAConfig
+
+    def setup(self):
+        cfg, execution = self.config, self.config.execution
+        self.stem = ConvStem(cfg.stem, execution) if cfg.stem else None
+        self.dino = ViT(cfg.dino, execution)
+        self.siglip = ViT(cfg.siglip, execution)
+        self.projector = Projector(cfg.projector_dim, cfg.llm.width, execution)
+        self.llm = Llama(cfg.llm, execution)
+        self.value_head = ValueHead(cfg.value_dims)
+
+    def vision(self, pixels: Pixels) -> jax.Array:
+        """Returns both towers' features, DINO's first, `[B, patches, width_dino + width_siglip]`."""
+        if self.stem is not None:
+            pixels = (self.stem(pixels[0]),) * 2
+        return jnp.concatenate([self.dino(pixels[0]), self.siglip(pixels[1])], axis=-1)
+
+    def embed_prompt(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns embeddings `[B, P, width]` of BOS, patches and text, and their mask bool `[B, P]`, P = patches + L.
+
+        Args:
+            pixels: normalised images.
+            tokens: int32 `[B, L]`: BOS, padding, text.
+            token_mask: bool `[B, L]`, False on padding.
+        """
+        patches, text = self.projector(self.vision(pixels)), self.llm.embed(tokens)
+        embeds = jnp.concatenate([text[:, :1], patches.astype(text.dtype), text[:, 1:]], axis=1)
+        is_patch = jnp.ones(patches.shape[:2], bool)
+        return embeds, jnp.concatenate([token_mask[:, :1], is_patch, token_mask[:, 1:]], axis=1)
+
+    def prefill(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, Cache, jax.Array]:
+        """Runs the prompt.
+
+        Returns:
+            The hidden state `[B, width]` of the last prompt token, a cache with room for the action tokens that are fed
+            back (all but the last), and the prompt's mask bool `[B, P]`.
+        """
+        embeds, mask = self.embed_prompt(pixels, tokens, token_mask)
+        hidden, prefix = self.llm(embeds, mask)
+        num_slots = max(self.config.action_dim - 1, 1)
+        suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], num_slots, *x.shape[3:]), x.dtype), prefix)
+        return hidden[:, -1], Cache(prefix, suffix), mask
+
+    def decode(self, bins: jax.Array, cache: Cache, mask: jax.Array, index: jax.Array) -> tuple[jax.Array, Cache]:
+        """Feeds the bins int32 `[B]` of action dimension `index`; returns the next hidden state and the cache."""
+        embeds = self.llm.embed(self.token_ids(bins))[:, None]
+        hidden, cache = self.llm.decode(embeds, cache, mask, index)
+        return hidden[:, 0], cache
+
+    def score(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
+        """Returns the hidden states `[B, A, width]` that predict each action token, given the ones before it.
+
+        The first of them is that of the last prompt token.
+        """
+        embeds, mask = self.embed_prompt(pixels, tokens, token_mask)
+        actions = self.llm.embed(self.token_ids(bins[:, :-1]))
+        embeds = jnp.concatenate([embeds, actions], axis=1)
+        mask = jnp.concatenate([mask, jnp.ones(actions.shape[:2], bool)], axis=1)
+        hidden, _ = self.llm(embeds, mask)
+        return hidden[:, -bins.shape[1] :]
+
+    def token_ids(self, bins: jax.Array) -> jax.Array:
+        """Returns the vocabulary's ids of action bins."""
+        return self.config.action_vocab_end - 1 - bins
+
+    def action_logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[..., 256]` of the action bins, in the order of the bins."""
+        stop = self.config.action_vocab_end
+        return self.llm.logits(hidden, stop - NUM_BINS, stop)[..., ::-1]
+
+    def all_logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[..., vocab_size]` of all tokens."""
+        return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
+
+    def value(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 `[B]` from the hidden state `[B, width]` of the last prompt token."""
+        return self.value_head(jax.lax.stop_gradient(hidden) if self.config.value_stop_gradient else hidden)
+
+    def __call__(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array):
+        """Returns action logits `[B, A, 256]` and values `[B]`; touches every parameter, for initialisation."""
+        hidden = self.score(pixels, tokens, token_mask, bins)
+        return self.action_logits(hidden), self.value(hidden[:, 0])
+
+
+def preprocess(image: jax.Array, config: OpenVLAConfig) -> Pixels:
+    """Resizes uint8 images `[B, H, W, 3]` where needed and normalises them for each tower."""
+    size = config.image_size
+    pixels = image.astype(jnp.float32)
+    if image.shape[1:3] != (size, size):
+        resized = jax.image.resize(pixels, (image.shape[0], size, size, 3), config.resize, antialias=True)
+        pixels = jnp.clip(jnp.round(resized), 0.0, 255.0)
+    towers = (config.dino, config.siglip)
+    return tuple((pixels / 255.0 - np.float32(tower.mean)) / np.float32(tower.std) for tower in towers)

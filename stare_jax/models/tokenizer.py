@@ -1,0 +1,119 @@
+"""Prompts as token ids: OpenVLA's template, the Hugging Face tokenizer of a checkpoint, and a small built-in one."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+OPENVLA_TEMPLATE = "In: What action should the robot take to {instruction}?\nOut:"
+OPENVLA_STATE_TEMPLATE = "In: What action should the robot take to {instruction}? State: {state};\nOut:"
+NUM_STATE_BINS = 256
+
+_WORDS = """
+a an and apart arm at away back banana basket behind below beside block blue bottom bowl box brown can carrot center
+cloth close corner cube cup down drawer drop edge eggplant end first forward front from goal grasp gray green grip
+gripper hold in inside into it its lay left lift line lower mark middle move next object off on onto open orange out
+over peg pick place plate press pull purple push put raise reach red region release right robot roll rotate second set
+side slide small spoon stack stand state sticky stop table take target task tcp the then to top touch toward towel
+tower turn under until up upright vertical white with yellow
+"""
+
+
+class Tokenizer(NamedTuple):
+    """What building a prompt needs of a tokenizer."""
+
+    encode: Callable[[str], list[int]]
+    """text -> ids, without any special token."""
+    bos_id: int
+    pad_id: int
+    answer_id: int
+    """the lone space that stands between the prompt and the first action token; 29871 for Llama."""
+    vocab_size: int
+    """number of ids in use, action tokens excluded or not."""
+
+
+def word_tokenizer() -> Tokenizer:
+    """Returns a tokenizer of lower-case words, of the integers below 256, and of bytes for all else.
+
+    A word outside the vocabulary becomes a space and its UTF-8 bytes, so different words never share their ids.
+    """
+    specials = 4  # padding, BOS, EOS, answer
+    first_number = specials + 256
+    vocabulary = {str(n): first_number + n for n in range(NUM_STATE_BINS)}
+    for word in _WORDS.split():
+        vocabulary[word] = specials + 256 + len(vocabulary)
+
+    def encode(text: str) -> list[int]:
+        ids = []
+        for word in re.findall(r"[^\W_]+|[^\w\s]|_", text.lower()):
+            known = vocabulary.get(word)
+            ids.extend([known] if known is not None else [specials + byte for byte in f" {word}".encode()])
+        return ids
+
+    return Tokenizer(encode, bos_id=1, pad_id=0, answer_id=3, vocab_size=first_number + len(vocabulary))
+
+
+def huggingface_tokenizer(folder: str) -> Tokenizer:
+    """Returns the tokenizer that a checkpoint folder carries.
+
+    Raises:
+        ValueError: its vocabulary has no lone space ("▁"), which OpenVLA puts before the actions.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answer_id = tokenizer.convert_tokens_to_ids("▁")
+    if answer_id is None or answer_id == tokenizer.unk_token_id:
+        raise ValueError(f"tokenizer {folder!r}: got no token '▁', expected a Llama vocabulary")
+    # Padding is masked out, so a tokenizer without a padding token may as well repeat BOS.
+    pad_id = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    return Tokenizer(encode, tokenizer.bos_token_id, pad_id, answer_id, len(tokenizer))
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """Returns the built-in tokenizer for "words", else that of the checkpoint folder `name`."""
+    return word_tokenizer() if name == "words" else huggingface_tokenizer(name)
+
+
+def bin_state(unit_state: np.ndarray) -> np.ndarray:
+    """Returns pi0.5's bin of each normalised state in [-1, 1], int32 in [0, 256), equally wide."""
+    return np.clip((np.asarray(unit_state) + 1.0) * (NUM_STATE_BINS / 2), 0, NUM_STATE_BINS - 1).astype(np.int32)
+
+
+def format_prompt(template: str, instruction: str, state_bins: Sequence[int]) -> str:
+    """Fills a template: the instruction in lower case, the state as integers with spaces between."""
+    return template.format(instruction=instruction.strip().lower(), state=" ".join(str(int(b)) for b in state_bins))
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays a prompt out as `[BOS, padding.., text.., answer]`.
+
+    The text is right-aligned so that the token that predicts the first action is the last of every row of a batch, and
+    BOS leads every row because the image patches follow it.
+
+    Args:
+        tokenizer: how text becomes ids.
+        prompt: the text.
+        length: L, total number of tokens.
+
+    Returns:
+        Token ids int32 `[L]` and a mask bool `[L]`, False on padding.
+
+    Raises:
+        ValueError: the prompt needs more than `length` tokens.
+    """
+    ids = tokenizer.encode(prompt)
+    if ids[-1:] != [tokenizer.answer_id]:
+        ids = [*ids, tokenizer.answer_id]
+    if len(ids) + 1 > length:
+        raise ValueError(f"prompt_length: got {length}, expected at least {len(ids) + 1} for {prompt!r}")
+    tokens = np.full(length, tokenizer.pad_id, np.int32)
+    tokens[0] = tokenizer.bos_id
+    tokens[length - len(ids) :] = ids
+    mask = np.zeros(length, bool)
+    mask[0] = True
+    mask[length - len(ids) :] = True
+    return tokens, mask

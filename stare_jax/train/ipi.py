@@ -1,0 +1,273 @@
+"""IPI (4.4): imitation, preference, interaction, in this order, each from the weights of the one before.
+
+What a run has finished is on disk and is not done again: demonstrations, rollouts, checkpoints, evaluations. A run that
+was stopped anywhere goes on from there.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stare_jax.convert.openvla import load_openvla
+from stare_jax.data.batches import imitation_batches
+from stare_jax.data.demos import DemosConfig, collect_demos, expert_act, is_collected
+from stare_jax.data.norm_stats import read_norm_stats
+from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
+from stare_jax.data.reader import Dataset
+from stare_jax.data.rollouts import collect_pairs
+from stare_jax.envs import EnvConfig, make_vec_env
+from stare_jax.envs.base import VecEnv
+from stare_jax.evaluate.protocol import EvalConfig, evaluate
+from stare_jax.evaluate.record import evaluation_file, record_evaluation
+from stare_jax.evaluate.report import print_report, write_report
+from stare_jax.logging import Clock, Interruption, make_writer, say, write_metadata
+from stare_jax.models import OpenVLAConfig, Policy, make_policy
+from stare_jax.rollout.collect import policy_act
+from stare_jax.stages import StageParams, TaskSpec, get_task
+from stare_jax.train.checkpoint import load_norm_stats, load_params
+from stare_jax.train.config import ConfigError, to_dict
+from stare_jax.train.ppo import PPOConfig, train_ppo
+from stare_jax.train.sft import SFTConfig, train_sft
+from stare_jax.train.sharding import make_mesh, tree_shardings
+from stare_jax.train.state import CHECKPOINTS, Run
+from stare_jax.train.tpo import TPOConfig, train_tpo
+from stare_jax.types import NormStats, PyTree
+
+PHASES = ("sft", "tpo", "ppo")
+FIXED_FIELDS = ("env", "model", "stages", "demos", "seed", "init_from", "demos_from")
+"""what has to be the same when a run goes on; the rest may change between phases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Over how many devices; see `sharding.make_mesh`."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IPIConfig:
+    """A whole run."""
+
+    env: EnvConfig
+    model: OpenVLAConfig
+    stages: StageParams
+    demos: DemosConfig = DemosConfig()
+    sft: SFTConfig = SFTConfig()
+    pairs: PairsConfig = PairsConfig()
+    tpo: TPOConfig = TPOConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    phases: tuple[str, ...] = PHASES
+    """which phases to run, in this order."""
+    init_from: str = ""
+    """what the first phase starts from: a phase's folder of another run (`runs/x/sft`), or the folder of a Hugging Face
+    checkpoint of the model; empty starts from random weights."""
+    demos_from: str = ""
+    """folder of a data set of demonstrations; empty collects them from the expert."""
+    seed: int = 0
+    """of the initial weights and of the order of demonstrations."""
+
+    def __post_init__(self):
+        expected = tuple(phase for phase in PHASES if phase in self.phases)
+        if not self.phases or tuple(self.phases) != expected:
+            raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+
+
+class Experiment:
+    """What the phases of a run share; the simulators start when they are first needed, and live as long as the run."""
+
+    def __init__(self, config: IPIConfig, directory: Path, stack: contextlib.ExitStack):
+        self.config, self.directory, self._stack = config, directory, stack
+        self.spec: TaskSpec = dataclasses.replace(get_task(config.env.env_id), params=config.stages)
+        self._interruption = stack.enter_context(Interruption())
+        self.writer = stack.enter_context(make_writer(directory))
+        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
+
+    def should_stop(self) -> bool:
+        return self._interruption.requested
+
+    @functools.cached_property
+    def simulator(self) -> VecEnv:
+        return self._stack.enter_context(contextlib.closing(make_vec_env(self.config.env)))
+
+    @functools.cached_property
+    def norm_stats(self) -> NormStats:
+        checkpoints = Path(self.config.init_from) / CHECKPOINTS
+        if self.config.init_from and checkpoints.is_dir():
+            return load_norm_stats(checkpoints)
+        sizes = {"action_dim": self.config.model.action_dim, "state_dim": self.config.model.state_dim}
+        return read_norm_stats(self.demonstrations.directory, **sizes, key=self.config.env.env_id)
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        return make_policy(self.config.model, self.norm_stats)
+
+    @functools.cached_property
+    def run(self) -> Run:
+        return Run(self.directory, self.norm_stats, self.writer, self.should_stop, self.mesh, resume=True)
+
+    @functools.cached_property
+    def demonstrations(self) -> Dataset:
+        """The demonstrations to imitate: given, on disk from before, or collected now."""
+        config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
+        if config.demos_from or is_collected(directory, config.demos):
+            return Dataset(directory)
+        clock = Clock()
+        demos = collect_demos(
+            self.simulator,
+            expert_act(config.env.env_id),
+            config.demos,
+            directory,
+            control_mode=config.env.control_mode,
+            should_stop=self.should_stop,
+            clock=clock,
+        )
+        self.report_collection("demos", demos, clock)
+        return demos
+
+    def report_collection(self, phase: str, dataset: Dataset, clock: Clock) -> None:
+        """Says how much was collected and where the time went."""
+        num_steps = dataset.manifest.progress["num_steps"]
+        metrics = {"env/num_episodes": dataset.num_episodes, "env/steps": num_steps}
+        metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
+        self.writer(dataset.num_episodes, metrics, phase=phase)
+        say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
+
+
+def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -> Path:
+    """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
+
+    Args:
+        config: see `IPIConfig`.
+        directory: the run directory.
+        resume: go on with what is in the directory; without it the directory has to be new.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; what is finished is safe, and `resume` goes on from there.
+        ConfigError: the directory holds a run already, or one of another configuration.
+    """
+    directory = Path(directory)
+    open_directory(config, directory, resume=resume)
+    trainers = {"sft": _train_sft, "tpo": _train_tpo, "ppo": _train_ppo}
+    with contextlib.ExitStack() as stack:
+        experiment = Experiment(config, directory, stack)
+        for phase in config.phases:
+            params = _run_phase(experiment, phase, trainers[phase])
+            _evaluate_phase(experiment, phase, params)
+    report = write_report(directory)
+    print_report(directory)
+    return report
+
+
+def open_directory(config: IPIConfig, directory: Path, *, resume: bool) -> None:
+    """Makes a run directory, or checks that the one there is of the same model, task and data.
+
+    Raises:
+        ConfigError: names the fields that differ, or says that there is a run.
+    """
+    file, ours = directory / "config.json", json.loads(json.dumps(to_dict(config)))
+    if file.exists():
+        if not resume:
+            raise ConfigError(f"{directory}: holds a run already; --resume goes on with it, --workdir chooses another")
+        changed = _differences(json.loads(file.read_text()), ours, "config")
+        if refused := [line for line in changed if line.split(".")[1].split()[0] in FIXED_FIELDS]:
+            raise ConfigError(f"{directory}: holds a run of another configuration: {'; '.join(refused)}")
+        for line in changed:
+            say(f"changed since the run began: {line}")
+    write_metadata(directory, ours)
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted({*old, *new})
+        return [line for name in names for line in _differences(old.get(name), new.get(name), f"{path}.{name}")]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+
+
+def _run_phase(experiment: Experiment, phase: str, train: Callable[[Experiment, PyTree], PyTree]) -> PyTree:
+    """Returns the parameters at the end of a phase, from disk if it has been finished with this configuration."""
+    section = json.loads(json.dumps(to_dict(getattr(experiment.config, phase))))
+    finished = experiment.directory / phase / "finished.json"
+    if finished.exists() and json.loads(finished.read_text()) == section:
+        return load_params(experiment.directory / phase / CHECKPOINTS, _abstract_params(experiment))
+    evaluation_file(experiment.directory, phase).unlink(missing_ok=True)
+    params = train(experiment, _starting_params(experiment, phase))
+    finished.write_text(json.dumps(section, indent=2) + "\n")
+    return params
+
+
+def _starting_params(experiment: Experiment, phase: str) -> PyTree:
+    """The weights of the last finished phase before this one, or what the configuration starts from."""
+    like = _abstract_params(experiment)
+    earlier = [experiment.directory / name for name in PHASES[: PHASES.index(phase)]]
+    source = next((path for path in reversed(earlier) if (path / "finished.json").exists()), None)
+    source = source or (Path(experiment.config.init_from) if experiment.config.init_from else None)
+    if source is None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        return jax.jit(experiment.policy.init, out_shardings=shardings)(jax.random.key(experiment.config.seed))
+    if (source / CHECKPOINTS).is_dir():
+        return load_params(source / CHECKPOINTS, like)
+    return load_openvla(source, experiment.config.model, like)
+
+
+def _abstract_params(experiment: Experiment) -> PyTree:
+    shapes = jax.eval_shape(experiment.policy.init, jax.random.key(0))
+    shardings = tree_shardings(shapes, experiment.mesh, experiment.policy.sharding_rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
+    config, policy = experiment.config, experiment.policy
+
+    def batches(start_step):
+        order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
+        return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
+
+    return train_sft(policy, params, batches, config.sft, experiment.run)
+
+
+def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
+    config, policy, clock = experiment.config, experiment.policy, Clock()
+    act = policy_act(policy, params, jax.random.key(config.pairs.seed), temperature=config.pairs.temperature)
+    rollouts, pairs = collect_pairs(
+        experiment.simulator,
+        act,
+        experiment.spec,
+        config.pairs,
+        experiment.directory / "data" / "pairs",
+        source="sft",
+        control_mode=config.env.control_mode,
+        should_stop=experiment.should_stop,
+        clock=clock,
+    )
+    experiment.report_collection("pairs", rollouts, clock)
+    say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {count_kinds(pairs)}")
+    loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
+    return train_tpo(policy, params, loaded, experiment.spec, config.tpo, experiment.run)
+
+
+def _train_ppo(experiment: Experiment, params: PyTree) -> PyTree:
+    config = experiment.config.ppo
+    return train_ppo(experiment.policy, params, experiment.simulator, experiment.spec, config, experiment.run)
+
+
+def _evaluate_phase(experiment: Experiment, phase: str, params: PyTree) -> None:
+    """Evaluates a phase and shows some of its episodes, unless that has been done."""
+    if evaluation_file(experiment.directory, phase).exists():
+        return
+    config, clock = experiment.config.evaluation, Clock()
+    shared = {"desc": f"evaluate {phase}", "should_stop": experiment.should_stop, "clock": clock}
+    evaluation, rollout = evaluate(experiment.policy, params, experiment.simulator, experiment.spec, config, **shared)
+    say(f"evaluate {phase}: {config.num_episodes} episodes | {clock.line()}")
+    shown = {"num_videos": config.num_videos, "gamma": experiment.config.ppo.gamma}
+    record_evaluation(experiment.directory, phase, evaluation, rollout, experiment.spec, **shown)

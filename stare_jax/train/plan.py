@@ -1,0 +1,119 @@
+"""What a run is made of, without allocating any of it: shapes and sizes of state and batches, phase by phase."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.logging import print_table
+from stare_jax.models import make_policy
+from stare_jax.models.normalize import identity_stats
+from stare_jax.models.policy import Policy
+from stare_jax.train.ipi import PHASES, IPIConfig
+from stare_jax.train.optimizer import make_optimizer
+from stare_jax.train.sharding import make_mesh
+from stare_jax.train.state import abstract_state
+from stare_jax.train.steps import (
+    DecisionBatch,
+    PairBatch,
+    ScoredTrajectory,
+    SFTBatch,
+    make_ppo_step,
+    make_sft_step,
+    make_tpo_step,
+)
+from stare_jax.types import PyTree, TrainState
+
+_NUM_STAGES = 4
+
+
+class PhasePlan(NamedTuple):
+    """Trees of `jax.ShapeDtypeStruct`."""
+
+    state: TrainState
+    batch: PyTree
+    metrics: PyTree
+    """what one step returns beside the new state."""
+
+
+def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
+    """Traces one optimiser step of every phase of a run on shapes alone.
+
+    Raises:
+        ShardingError: the rules, the mesh and the model do not fit.
+        TypeError, ValueError: a step does not fit its batch.
+    """
+    stats = identity_stats(config.model.action_dim, config.model.state_dim)
+    policy = make_policy(config.model, stats)
+    mesh = make_mesh(data=1)  # Shapes do not depend on how many devices there are.
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    steps = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}
+    plans = {}
+    for phase in config.phases:
+        section = getattr(config, phase)
+        tx = make_optimizer(section.optimizer, num_steps=1)
+        layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": section.optimizer.freeze}
+        state = abstract_state(params, tx, **layout)
+        batch = _batch(phase, policy, config)
+        extra = (np.bool_(True),) if phase == "ppo" else ()
+        _, metrics = jax.eval_shape(steps[phase](policy, tx, section), state, batch, *extra)
+        plans[phase] = PhasePlan(state, batch, metrics)
+    return plans
+
+
+def _batch(phase: str, policy: Policy, config: IPIConfig) -> PyTree:
+    """The batch of one optimiser step, as shapes."""
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def reshaped(tree, *leading):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype), tree)
+
+    size, dim = 1, policy.action_dim
+    observation = policy.observation_shape(size)
+    if phase == "sft":
+        size = config.sft.batch_size
+        return SFTBatch(reshaped(observation, size), array(size, dim))
+    if phase == "ppo":
+        size = config.ppo.minibatch_size
+        tokens = array(size, dim, dtype=jnp.int32)
+        return DecisionBatch(
+            reshaped(observation, size), tokens, *(array(size) for _ in range(4)), array(size, dtype=bool)
+        )
+    size, steps = config.tpo.batch_size, config.env.horizon
+    side = ScoredTrajectory(
+        observation=reshaped(observation, size, steps),
+        action_tokens=array(size, steps, dim, dtype=jnp.int32),
+        ref_logp=array(size, steps),
+        valid=array(size, steps, dtype=bool),
+        stage_mask=array(size, _NUM_STAGES, steps, dtype=bool),
+        stage_cost=array(size, _NUM_STAGES),
+        completed=array(size, _NUM_STAGES, dtype=bool),
+    )
+    return PairBatch(side, side)
+
+
+def print_plan(config: IPIConfig) -> None:
+    """Prints parameters, optimiser state and batch of each phase."""
+    rows = []
+    for phase, plan in plan_run(config).items():
+        params = jax.tree.leaves(plan.state.params)
+        rows.append(
+            (
+                phase,
+                f"{sum(leaf.size for leaf in params):,}",
+                _gib(plan.state.params),
+                _gib(plan.state.opt_state),
+                f"{max(leaf.shape[0] for leaf in jax.tree.leaves(plan.batch))}",
+                _gib(plan.batch),
+            )
+        )
+    header = ("phase", "parameters", "weights", "optimiser", "batch", "batch size")
+    print_table(header, rows, title=f"{config.env.env_id}, phases {', '.join(p for p in PHASES if p in config.phases)}")
+
+
+def _gib(tree: PyTree) -> str:
+    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes > 2**28 else f"{num_bytes / 2**20:.2f} MiB"

@@ -1,0 +1,181 @@
+"""Preference: TPO on whole trajectories, and STA-TPO stage by stage."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+
+from stare_jax.logging import Clock, Interrupted, progress
+from stare_jax.models.policy import Policy
+from stare_jax.stages import TaskSpec
+from stare_jax.train.annotate import action_stages
+from stare_jax.train.checkpoint import Checkpoints
+from stare_jax.train.compilations import num_compilations
+from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
+from stare_jax.train.sharding import check_batch_size
+from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
+from stare_jax.train.steps import PairBatch, ScoredTrajectory, make_tpo_step
+from stare_jax.types import PreferencePair, PyTree, Trajectory
+
+PHASE = "tpo"
+
+
+@dataclasses.dataclass(frozen=True)
+class TPOConfig:
+    """TPO and STA-TPO; learning rate and optimiser are the paper's (B.2)."""
+
+    variant: str = "sta_tpo"
+    """"sta_tpo" (6), or "tpo" (1)."""
+    num_epochs: int = 5
+    batch_size: int = 4
+    """pairs of one optimiser step."""
+    microbatch_size: int | None = None
+    """decisions in one forward and backward pass; None takes all of a batch of pairs."""
+    beta: float = 0.1
+    cost_coef: float = 10.0
+    """lambda, weight of the stage costs (STA-TPO)."""
+    stage_norm: str = "K"
+    """see `losses.sta_tpo_loss`, and likewise below."""
+    margin: str = "paper"
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, freeze=(VALUE_PARAMS,))
+    reference_batch_size: int = 64
+    """decisions that the reference policy scores at a time, once, before the first step."""
+    seed: int = 0
+    """of the order of pairs."""
+    log_every: int = 1
+    """steps."""
+    checkpoint_every: int = 100
+    """steps."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        counts = ("num_epochs", "batch_size", "reference_batch_size", "log_every", "checkpoint_every")
+        for name in (*counts, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+        if self.microbatch_size is not None and self.microbatch_size < 1:
+            raise ValueError(f"microbatch_size: got {self.microbatch_size}, expected >= 1 or None")
+        if not self.beta > 0:
+            raise ValueError(f"beta: got {self.beta}, expected > 0")
+        if not self.cost_coef >= 0:
+            raise ValueError(f"cost_coef: got {self.cost_coef}, expected >= 0")
+        choices = {
+            "variant": ("sta_tpo", "tpo"),
+            "stage_norm": ("K", "valid"),
+            "margin": ("paper", "offset", "relabel"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+
+
+def train_tpo(
+    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, config: TPOConfig, run: Run
+) -> PyTree:
+    """Trains on preference pairs and returns the parameters.
+
+    Args:
+        policy: whose `log_prob` is compared.
+        params: to start from, and at the same time the frozen reference policy; not consumed. The log-probabilities
+            that the pairs bring along are not used.
+        pairs: NumPy leaves `[P, ...]`.
+        spec: the task's stages.
+        config: see `TPOConfig`.
+        run: see `Run`.
+
+    Raises:
+        Interrupted: `run.should_stop` asked for it; a checkpoint has been saved.
+        FloatingPointError: the loss is not finite.
+    """
+    # ---- Set-up -----------------------------------------------------------------------------------------------------
+    check_batch_size("batch_size", config.batch_size, run.mesh)
+    num_pairs = len(pairs.chosen.valid)
+    num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
+    tx = make_optimizer(config.optimizer, num_steps=num_steps)
+    state, _ = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
+    step_fn = jax.jit(make_tpo_step(policy, tx, config), donate_argnums=0)
+    reference = jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params))
+    scored = score_pairs(policy, reference, pairs, spec, batch_size=config.reference_batch_size)
+    del reference
+    first = int(state.step)
+    clock, pending, compiled = Clock(), [], None
+
+    with (
+        Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
+        progress(num_steps - first, PHASE, "step") as bar,
+    ):
+        for step in range(first + 1, num_steps + 1):
+            # ---- Update ---------------------------------------------------------------------------------------------
+            with clock("data"):
+                rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
+                batch = jax.tree.map(lambda x, rows=rows: x[rows], scored)
+            with clock("update"):
+                state, metrics = step_fn(state, place(batch, run.mesh))
+            pending.append(metrics)
+            compiled = num_compilations() if compiled is None else compiled
+            is_stopping, is_last = run.should_stop(), step == num_steps
+
+            # ---- Report ---------------------------------------------------------------------------------------------
+            if step % config.log_every == 0 or is_last or is_stopping:
+                with clock("update"):
+                    pending = jax.device_get(pending)
+                check_finite([m["tpo/loss"] for m in pending], phase=PHASE, first_step=step - len(pending) + 1)
+                metrics = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
+                metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
+                metrics["perf/compilations"] = num_compilations() - compiled
+                run.writer(step, metrics, phase=PHASE)
+                bar.update(len(pending), loss=metrics["tpo/loss"], accuracy=metrics["tpo/accuracy"])
+                compiled, pending = num_compilations(), []
+                clock.reset()
+
+            # ---- Save -----------------------------------------------------------------------------------------------
+            if step % config.checkpoint_every == 0 or is_last or is_stopping:
+                checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
+            if is_stopping and not is_last:
+                raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")
+    return state.params
+
+
+def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:
+    """Returns the pairs of one optimiser step, int `[batch_size]`.
+
+    Batches are cut from epochs laid end to end, each a permutation of its own, so that all pairs are seen equally often
+    and the step number alone says which come next.
+    """
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {e: np.random.default_rng((seed, e)).permutation(num_pairs) for e in np.unique(position // num_pairs)}
+    return np.array([orders[p // num_pairs][p % num_pairs] for p in position])
+
+
+def score_pairs(policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, *, batch_size: int) -> PairBatch:
+    """Computes what stays the same throughout training: reference log-probabilities, stage masks and costs.
+
+    Args:
+        policy: of the reference.
+        params: of the reference.
+        pairs: NumPy leaves `[P, ...]`.
+        spec: the task's stages.
+        batch_size: decisions scored at a time.
+
+    Returns:
+        NumPy leaves `[P, ...]`.
+    """
+    stages = jax.jit(jax.vmap(functools.partial(action_stages, spec=spec)))
+    log_prob = jax.jit(lambda params, *decisions: policy.log_prob(params, *decisions).logp)
+
+    def score(trajectory: Trajectory) -> ScoredTrajectory:
+        observation = jax.tree.map(lambda x: x[:, :-1], trajectory.observation)
+        valid = trajectory.valid[:, 1:]
+        ref_logp = np.zeros(valid.shape, np.float32)
+        pair, t = np.nonzero(valid)
+        for start in range(0, len(pair), batch_size):
+            rows = np.arange(start, start + batch_size) % len(pair)
+            at = (pair[rows], t[rows])
+            decisions = (jax.tree.map(lambda x, at=at: x[at], observation), trajectory.action_tokens[at])
+            ref_logp[at] = log_prob(params, *decisions)
+        mask, cost, completed = jax.device_get(stages(trajectory.signals, trajectory.valid))
+        return ScoredTrajectory(observation, trajectory.action_tokens, ref_logp, valid, mask, cost, completed)
+
+    return PairBatch(score(pairs.chosen), score(pairs.rejected))

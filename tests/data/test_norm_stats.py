@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+
+from stare_jax.data.norm_stats import (
+    compute_statistics,
+    dataset_statistics,
+    read_norm_stats,
+    to_norm_stats,
+    write_statistics,
+)
+from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import DatasetError
+from stare_jax.data.writer import DatasetWriter
+from stare_jax.models.normalize import normalize_action
+
+
+def test_quantiles_by_hand():
+    # 11 values 0, 1, ..., 10: the q-quantile is at position q * (11 - 1), linearly between neighbours: 0.1 and 9.9.
+    ramp = np.arange(11, dtype=np.float32)
+    action = np.stack([ramp, np.full(11, 0.25, np.float32), np.where(ramp > 4, 1.0, -1.0)], axis=1)
+    statistics = compute_statistics(action, -ramp[:, None], num_trajectories=2)
+    np.testing.assert_allclose(statistics["action"]["q01"], [0.1, 0.25, -1.0], rtol=1e-6)
+    np.testing.assert_allclose(statistics["action"]["q99"], [9.9, 0.25, 1.0], rtol=1e-6)
+    assert statistics["action"]["mask"] == [True, True, False]
+    np.testing.assert_allclose(statistics["action"]["mean"][:2], [5.0, 0.25])
+    np.testing.assert_allclose(statistics["action"]["std"][:2], [np.sqrt(10.0), 0.0])  # variance (11^2 - 1) / 12
+    np.testing.assert_allclose([statistics["proprio"][name][0] for name in ("min", "max", "q01")], [-10, 0, -9.9])
+    assert (statistics["num_transitions"], statistics["num_trajectories"]) == (11, 2)
+
+    stats = to_norm_stats(statistics, action_dim=3, state_dim=1)
+    assert {leaf.dtype.name for leaf in stats} == {"float32", "bool"}
+    # A dimension that never changes is normalised to 0, and one out of the mask passes through.
+    np.testing.assert_allclose(normalize_action(action[5], stats), [0.0, 0.0, 1.0], atol=1e-6)
+
+
+def test_file_round_trip(tmp_path):
+    rng = np.random.default_rng(0)
+    statistics = compute_statistics(
+        rng.random((20, 4)), rng.random((20, 2)), num_trajectories=1, action_mask=[True, False, True, True]
+    )
+    write_statistics(tmp_path, {"PushCube-v1": statistics})
+    expected = to_norm_stats(statistics, action_dim=4, state_dim=2)
+    for path in (tmp_path, tmp_path / "norm_stats.json"):
+        stats = read_norm_stats(path, action_dim=4, state_dim=2)
+        for got, want in zip(stats, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(stats.action_mask, [True, False, True, True])
+
+
+def test_file_of_several_data_sets_needs_a_key(tmp_path):
+    # As published: several data sets, and a mask that may be missing.
+    row = {"action": {"q01": [0.0, 0.0], "q99": [1.0, 2.0]}, "proprio": {"q01": [], "q99": []}}
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"bridge_orig": row, "fractal": row}))
+    with pytest.raises(DatasetError, match=r"got key None, expected one of \['bridge_orig', 'fractal'\]"):
+        read_norm_stats(tmp_path, action_dim=2, state_dim=0)
+    with pytest.raises(DatasetError, match="got key 'bridge'"):
+        read_norm_stats(tmp_path, action_dim=2, state_dim=0, key="bridge")
+    stats = read_norm_stats(tmp_path, action_dim=2, state_dim=0, key="bridge_orig")
+    np.testing.assert_array_equal(stats.action_mask, [True, True])
+    np.testing.assert_array_equal(stats.action_q99, [1, 2])
+    with pytest.raises(DatasetError, match=r"elsewhere.* is missing"):
+        read_norm_stats(tmp_path / "elsewhere", action_dim=2, state_dim=0)
+
+
+def test_wrong_lengths_are_named():
+    statistics = compute_statistics(np.zeros((2, 7)), np.zeros((2, 3)), num_trajectories=1)
+    with pytest.raises(ValueError, match=r"norm_stats action\.q01: got 7 values, expected 8"):
+        to_norm_stats(statistics, action_dim=8, state_dim=3)
+    with pytest.raises(ValueError, match=r"norm_stats proprio\.q01: got 3 values, expected 9"):
+        to_norm_stats(statistics, action_dim=7, state_dim=9)
+    statistics["action"]["mask"] = [True]
+    with pytest.raises(ValueError, match=r"norm_stats action\.mask: got 1 values, expected 7"):
+        to_norm_stats(statistics, action_dim=7, state_dim=3)
+    del statistics["action"]["q99"]
+    with pytest.raises(ValueError, match=r"norm_stats action\.q99: got 0 values, expected 7"):
+        to_norm_stats(statistics, action_dim=7, state_dim=3)
+    with pytest.raises(ValueError, match=r"got fields \['proprio'\], expected 'action'"):
+        to_norm_stats({"proprio": {}}, action_dim=7, state_dim=3)
+
+
+def test_impossible_data_are_refused():
+    with pytest.raises(ValueError, match="got 0 actions and 0 states"):
+        compute_statistics(np.zeros((0, 7)), np.zeros((0, 3)), num_trajectories=0)
+    with pytest.raises(ValueError, match="got 2 actions and 3 states"):
+        compute_statistics(np.zeros((2, 7)), np.zeros((3, 3)), num_trajectories=1)
+    with pytest.raises(ValueError, match="action_mask: got 2 values, expected 7"):
+        compute_statistics(np.zeros((2, 7)), np.zeros((2, 3)), num_trajectories=1, action_mask=[True, True])
+    with pytest.raises(ValueError, match="state: got a value that is not finite"):
+        compute_statistics(np.zeros((2, 7)), np.full((2, 3), np.nan), num_trajectories=1)
+
+
+def test_statistics_of_a_data_set_leave_out_idle_actions(tmp_path, make_trajectory):
+    trajectory = make_trajectory(length=3)
+    trajectory.action[1] = 0.0
+    trajectory.action[1, -1] = trajectory.action[0, -1]
+    filters = {"idle": {"translation": 1e-3, "rotation": 1e-3}}
+    with DatasetWriter(tmp_path, env_id="X", filters=filters) as writer:
+        writer.append(trajectory, instruction="push", seed=0, source="expert")
+    statistics = dataset_statistics(Dataset(tmp_path))
+    assert (statistics["num_transitions"], statistics["num_trajectories"]) == (2, 1)
+    kept = trajectory.action[[0, 2]].astype(np.float64)
+    np.testing.assert_allclose(statistics["action"]["mean"], kept.mean(axis=0))
+    np.testing.assert_allclose(statistics["proprio"]["max"], trajectory.observation.state[[0, 2]].max(axis=0))

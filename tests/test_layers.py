@@ -1,0 +1,207 @@
+"""The structure of the code: which room may import which, which package is allowed where, how long things get.
+
+The rules are data, below; each check takes a file's path and source, so that the checker itself is tested on sources
+that break them. Messages read `file:line: what is wrong`.
+"""
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("stare_jax", "launch", "configs", "benchmarks")
+
+BELOW_TRAIN = ("types", "logging", "stages", "losses", "envs", "models", "rollout", "data", "convert")
+ALLOWED = {
+    "types": (),
+    "logging": (),
+    "stages": ("types",),
+    "losses": ("types",),
+    "envs": ("types", "stages"),
+    "models": ("types", "losses"),
+    "rollout": ("types", "logging", "stages", "envs.base", "models.policy"),
+    "data": ("types", "logging", "stages", "envs.base", "models", "rollout"),
+    "convert": ("types", "models"),
+    "evaluate": ("types", "logging", "stages", "envs.base", "models.policy", "rollout", "data"),
+    "serve": ("types", "logging", "models", "data", "convert"),
+    "train": (*BELOW_TRAIN, "evaluate"),
+}
+"""Room of stare_jax -> what it may import of stare_jax, besides itself. Folders outside may import all of it."""
+
+CONFINED = {
+    ("torch", "sapien", "mani_skill", "gymnasium"): ("stare_jax/envs/", "benchmarks/"),
+    ("tensorflow", "tensorflow_datasets"): ("stare_jax/data/",),
+    ("orbax",): ("stare_jax/train/checkpoint.py",),
+    ("tensorboardX", "wandb"): ("stare_jax/logging",),
+    ("absl",): ("launch/",),
+    ("flax",): ("stare_jax/models/", "stare_jax/types.py"),
+    ("rlax", "pytest"): (),
+}
+"""Packages -> the only places, by the beginning of the path, that import them (tests apart)."""
+
+MATHEMATICS = ("jax", "chex", "numpy", "stare_jax")
+"""All that stages and losses import besides the standard library."""
+
+NO_ROOMS = {"utils", "util", "common", "misc", "helpers"}
+FILE_CAPS = (("stare_jax/models/", 450), ("configs/", 90), ("", 350))
+"""Lines of a file, by the beginning of its path; the first that fits counts."""
+FUNCTION_CAP, LOOP_CAP = 50, 120
+LOOPS = ("train_sft", "train_tpo", "train_ppo", "run_ipi", "collect_episodes")
+"""The flat loops; every other function is held to FUNCTION_CAP. Docstrings do not count."""
+
+Check = Callable[[str, str], Iterator[str]]
+
+
+def room_of(path: str) -> str:
+    """`stare_jax/train/sft.py` -> `train`, `stare_jax/types.py` -> `types`, `launch/train.py` -> ``."""
+    parts = Path(path).with_suffix("").parts
+    return parts[1] if parts[0] == "stare_jax" and parts[1] != "__init__" else ""
+
+
+def imports(path: str, source: str) -> Iterator[tuple[int, str]]:
+    """Every (line, dotted name) a file imports, at any depth of nesting; `from a import b` counts as `a.b`."""
+    package = Path(path).parent.parts
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+
+
+def within(name: str, allowed: str) -> bool:
+    """True if a dotted name is `allowed` or inside it."""
+    return name == allowed or name.startswith(f"{allowed}.")
+
+
+def check_direction(path: str, source: str) -> Iterator[str]:
+    room = room_of(path)
+    for line, name in imports(path, source):
+        if not room or not within(name, "stare_jax"):
+            continue
+        inside = name.removeprefix("stare_jax").removeprefix(".")
+        if not any(within(inside, target) for target in (room, *ALLOWED.get(room, ()))):
+            listed = ", ".join(ALLOWED.get(room, ())) or "nothing"
+            yield f"{path}:{line}: {room} imports {name}; of stare_jax it may import {listed}"
+
+
+def check_confined(path: str, source: str) -> Iterator[str]:
+    for line, name in imports(path, source):
+        for packages, places in CONFINED.items():
+            if name.split(".")[0] in packages and not path.startswith(places or ("\0",)):
+                yield f"{path}:{line}: imports {name}, which belongs in {' or '.join(places) or 'tests'} only"
+
+
+def check_mathematics(path: str, source: str) -> Iterator[str]:
+    if room_of(path) not in ("stages", "losses"):
+        return
+    for line, name in imports(path, source):
+        package = name.split(".")[0]
+        if package not in MATHEMATICS and package not in sys.stdlib_module_names:
+            yield f"{path}:{line}: imports {name}; stages and losses import {', '.join(MATHEMATICS)} and the stdlib"
+
+
+def check_names(path: str, source: str) -> Iterator[str]:
+    parts = Path(path).with_suffix("").parts
+    if parts[0] == "stare_jax" and NO_ROOMS & set(parts):
+        yield f"{path}:1: a module named {', '.join(NO_ROOMS & set(parts))}; name it for what it does"
+    if parts[0] == "stare_jax" and len(parts) > 1 and parts[1] not in (*ALLOWED, "__init__"):
+        yield f"{path}:1: the room {parts[1]} has no layer; give it a row in ALLOWED"
+
+
+def check_lengths(path: str, source: str) -> Iterator[str]:
+    lines = source.count("\n")
+    cap = next(cap for beginning, cap in FILE_CAPS if path.startswith(beginning))
+    if lines > cap:
+        yield f"{path}:{cap}: {lines} lines, at most {cap}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1 - docstring_lines(node)
+            cap = LOOP_CAP if node.name in LOOPS else FUNCTION_CAP
+            if length > cap:
+                yield f"{path}:{node.lineno}: {node.name} has {length} lines without its docstring, at most {cap}"
+
+
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    if ast.get_docstring(node) is None:
+        return 0
+    return node.body[0].end_lineno - node.body[0].lineno + 1
+
+
+CHECKS = (check_direction, check_confined, check_mathematics, check_names, check_lengths)
+
+
+def project_files() -> dict[str, str]:
+    files = (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_project_keeps_the_rule(check: Check):
+    violations = [violation for path, source in project_files().items() for violation in check(path, source)]
+    assert not violations, "\n" + "\n".join(violations)
+
+
+@pytest.mark.parametrize("package", ["orbax", "tensorboardX", "wandb"])
+def test_one_file_imports(package: str):
+    importers = {
+        path for path, source in project_files().items() for _, name in imports(path, source) if within(name, package)
+    }
+    assert len(importers) == 1, f"{package} is imported in {sorted(importers)}, expected one file"
+
+
+VIOLATIONS = [
+    (check_direction, "stare_jax/losses/ppo.py", "from stare_jax.stages import potentials\n", ":1: losses imports"),
+    (check_direction, "stare_jax/stages/costs.py", "from stare_jax import losses\n", "stare_jax.losses"),
+    (check_direction, "stare_jax/models/vit.py", "import stare_jax.envs.base as base\n", "stare_jax.envs.base"),
+    (check_direction, "stare_jax/envs/toy.py", "def f():\n    from stare_jax.models import vit\n", ":2: envs imports"),
+    (check_direction, "stare_jax/rollout/collect.py", "from stare_jax.envs import maniskill\n", "envs.maniskill"),
+    (check_direction, "stare_jax/data/pairs.py", "from ..train import sft\n", "stare_jax.train.sft"),
+    (check_direction, "stare_jax/types.py", "import stare_jax.logging\n", "may import nothing"),
+    (check_direction, "stare_jax/evaluate/report.py", "import stare_jax\n", "evaluate imports stare_jax;"),
+    (check_confined, "stare_jax/train/sft.py", "import jax\nimport torch.nn as nn\n", ":2: imports torch.nn"),
+    (check_confined, "stare_jax/train/state.py", "from orbax import checkpoint\n", "checkpoint.py only"),
+    (check_confined, "stare_jax/evaluate/protocol.py", "from absl import flags\n", "launch/ only"),
+    (check_confined, "configs/quickstart.py", "if True:\n    import wandb\n", ":2: imports wandb"),
+    (check_confined, "launch/train.py", "import rlax\n", "tests only"),
+    (check_mathematics, "stare_jax/stages/costs.py", "import scipy.special\n", "scipy.special"),
+    (check_names, "stare_jax/train/utils.py", "", "name it for what it does"),
+    (check_names, "stare_jax/train/common/shapes.py", "", "common"),
+    (check_names, "stare_jax/agents/walk.py", "", "no layer"),
+    (check_lengths, "stare_jax/train/sft.py", "x = 0\n" * 351, ":350: 351 lines"),
+    (check_lengths, "stare_jax/models/vit.py", "x = 0\n" * 451, "at most 450"),
+    (check_lengths, "configs/quickstart.py", "x = 0\n" * 91, "at most 90"),
+    (check_lengths, "launch/train.py", "def f():\n" + "    x = 0\n" * 50, ":1: f has 51 lines"),
+    (check_lengths, "stare_jax/train/sft.py", "def train_sft():\n" + "    x = 0\n" * 120, "at most 120"),
+]
+
+
+@pytest.mark.parametrize(("check", "path", "source", "said"), VIOLATIONS)
+def test_checker_catches(check: Check, path: str, source: str, said: str):
+    violations = list(check(path, source))
+    assert len(violations) == 1
+    assert violations[0].startswith(f"{path}:")
+    assert said in violations[0]
+
+
+LAWFUL = [
+    ("stare_jax/stages/costs.py", "import math\nimport jax.numpy as jnp\nfrom stare_jax.types import Array\n"),
+    ("stare_jax/stages/__init__.py", "from .costs import stage_costs\nfrom . import spec\n"),
+    ("stare_jax/rollout/collect.py", "from stare_jax.envs.base import VecEnv\nfrom stare_jax.envs import base\n"),
+    ("stare_jax/envs/maniskill.py", "import torch\nfrom stare_jax.stages import get_task\n"),
+    ("stare_jax/train/ipi.py", "from stare_jax.evaluate import protocol\nfrom stare_jax import envs\n"),
+    ("stare_jax/__init__.py", "from stare_jax.stages import separate\n"),
+    ("launch/train.py", "from absl import app\nfrom stare_jax.train.ipi import run_ipi\n"),
+    ("configs/common.py", "import ml_collections\n"),
+    ("stare_jax/models/vit.py", "x = 0\n" * 450),
+    ("stare_jax/train/sft.py", "def f():\n    '''a\n" + "    b\n" * 200 + "    '''\n" + "    x = 0\n" * 49),
+]
+
+
+@pytest.mark.parametrize(("path", "source"), LAWFUL)
+def test_checker_lets_pass(path: str, source: str):
+    assert [violation for check in CHECKS for violation in check(path, source)] == []

@@ -1,0 +1,310 @@
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stare_jax.logging import (
+    METRICS_FILE,
+    Clock,
+    Interruption,
+    Writer,
+    make_writer,
+    print_table,
+    progress,
+    read_metrics,
+    say,
+    versions,
+    write_metadata,
+)
+
+
+class FakeTime:
+    """A clock that moves only when told."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def test_writer_writes_one_object_a_call(tmp_path):
+    with make_writer(tmp_path, tensorboard=False) as writer:
+        writer(1, {"sft/loss": 0.5, "sft/grad_norm": 2}, phase="sft")
+        writer(2, {"sft/loss": math.inf}, phase="sft")
+    lines = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert [(line["step"], line["phase"]) for line in lines] == [(1, "sft"), (2, "sft")]
+    assert lines[0]["sft/loss"] == 0.5 and lines[0]["sft/grad_norm"] == 2.0 and lines[0]["wall_time"] > 0
+    assert lines[1]["sft/loss"] is None  # JSON has no infinity
+    assert math.isnan(read_metrics(tmp_path)[1]["sft/loss"])
+
+
+def test_writer_keeps_earlier_lines_when_opened_again(tmp_path):
+    for step in (1, 2):
+        with make_writer(tmp_path, tensorboard=False) as writer:
+            writer(step, {"a/b": step}, phase="sft")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tail", "steps"),
+    [
+        ('{"step": 2, "phase": "sft", "a/', [1, 3]),  # killed within a line: it is cut off
+        ('{"step": 2, "phase": "sft", "a/b": 1.0}', [1, 2, 3]),  # killed before the newline: it is kept
+    ],
+)
+def test_writer_mends_a_torn_last_line(tmp_path, tail, steps):
+    with make_writer(tmp_path, tensorboard=False) as writer:
+        writer(1, {"a/b": 1.0}, phase="sft")
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write(tail)
+    assert [line["step"] for line in read_metrics(tmp_path)][:1] == [1]
+    with make_writer(tmp_path, tensorboard=False) as writer:
+        writer(3, {"a/b": 3.0}, phase="sft")
+    assert [line["step"] for line in read_metrics(tmp_path)] == steps
+    assert all(json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines())
+
+
+def test_writer_refuses_names_without_an_area(tmp_path):
+    with (
+        make_writer(tmp_path, tensorboard=False) as writer,
+        pytest.raises(ValueError, match=r"names must be 'area/quantity', got \['loss'\]"),
+    ):
+        writer(1, {"loss": 1.0}, phase="sft")
+
+
+def test_writer_of_another_process_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with make_writer(tmp_path / "run") as writer:
+        writer(1, {"a/b": 1.0}, phase="sft")
+    assert not (tmp_path / "run").exists()
+
+
+def test_writer_passes_metrics_on_to_its_sinks(tmp_path):
+    class Sink:
+        calls, is_closed = [], False
+
+        def __call__(self, step, metrics, phase):
+            self.calls.append((step, metrics, phase))
+
+        def close(self):
+            self.is_closed = True
+
+    sink = Sink()
+    with Writer(tmp_path, [sink]) as writer:
+        writer(7, {"a/b": 1}, phase="ppo")
+    assert sink.calls == [(7, {"a/b": 1.0}, "ppo")] and sink.is_closed
+
+
+def test_tensorboard_gets_one_directory_a_phase(tmp_path):
+    with make_writer(tmp_path) as writer:
+        writer(1, {"a/b": 1.0}, phase="sft")
+        writer(1, {"a/b": 2.0}, phase="ppo")
+    for phase in ("sft", "ppo"):
+        (events,) = (tmp_path / "tb" / phase).iterdir()
+        assert b"a/b" in events.read_bytes()
+
+
+def test_read_metrics_of_a_run_without_any(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_metadata(tmp_path):
+    write_metadata(tmp_path / "run", {"ppo": {"gamma": 0.99}, "path": Path("x")})
+    assert json.loads((tmp_path / "run/config.json").read_text()) == {"ppo": {"gamma": 0.99}, "path": "x"}
+    written = json.loads((tmp_path / "run/versions.json").read_text())
+    assert written == versions()
+    assert written["packages"]["jax"] and written["device"].endswith("(cpu)")
+
+
+# ----------------------------------------------------------------------------------------------------------- terminal
+
+
+def test_progress_off_a_terminal_prints_a_line_every_interval_and_at_the_end():
+    stream, now = io.StringIO(), FakeTime()
+    with progress(100, "collect", "episode", stream=stream, interval=10.0, now=now) as bar:
+        for done in range(1, 101):
+            now.seconds += 0.25
+            bar.update(1, success=done / 200)
+    assert stream.getvalue().splitlines() == [
+        "collect: 40/100 episode, 4 episode/s, ETA 00:15, success=0.2",
+        "collect: 80/100 episode, 4 episode/s, ETA 00:05, success=0.4",
+        "collect: 100/100 episode, 4 episode/s, 00:25 elapsed, success=0.5",
+    ]
+
+
+def test_progress_without_a_total():
+    stream, now = io.StringIO(), FakeTime()
+    with progress(None, "wait", stream=stream, now=now) as bar:
+        now.seconds = 20.0
+        bar.update(5)
+    assert stream.getvalue().splitlines()[0] == "wait: 5 it, 0.25 it/s, 00:20 elapsed"
+
+
+def test_nested_progress_stays_silent_where_it_is_short():
+    stream, now = io.StringIO(), FakeTime()
+    with progress(2, "outer", stream=stream, now=now) as outer:
+        for seconds in (1.0, 12.0):
+            with progress(1, "inner", stream=stream, now=now) as inner:
+                now.seconds += seconds
+                inner.update()
+            outer.update()
+    assert stream.getvalue().splitlines() == [
+        "inner: 1/1 it, 0.0833 it/s, 00:12 elapsed",  # the second; the first took one second
+        "outer: 2/2 it, 0.154 it/s, 00:13 elapsed",
+    ]
+
+
+def test_progress_prints_where_it_was_when_an_error_ended_it():
+    stream, now = io.StringIO(), FakeTime()
+    with pytest.raises(RuntimeError), progress(10, "sft", stream=stream, now=now) as bar:
+        now.seconds = 1.0
+        bar.update(3)
+        raise RuntimeError
+    assert stream.getvalue().startswith("sft: 3/10 it, 3 it/s")
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    stream = Terminal()
+    with progress(3, "sft", "step", stream=stream) as outer:
+        for _ in range(3):
+            with progress(2, "inner", stream=stream) as inner:
+                inner.update(2)
+            outer.update(1, loss=0.25)
+    assert "sft: 100%" in stream.getvalue() and "3/3" in stream.getvalue() and "loss=0.25" in stream.getvalue()
+
+
+def test_say_prints_a_line(capsys):
+    say("iteration 3")
+    assert capsys.readouterr().out == "iteration 3\n"
+
+
+def test_table_off_a_terminal_is_aligned_and_whole():
+    stream = io.StringIO()
+    rows = [["sft", "75.0 [65.7, 82.5]"], ["ppo with a long name", 1]]
+    print_table(["phase", "success"], rows, title="T", stream=stream)
+    assert stream.getvalue().splitlines() == [
+        "T",
+        "phase                           success",
+        "--------------------  -----------------",
+        "sft                   75.0 [65.7, 82.5]",
+        "ppo with a long name                  1",
+    ]
+
+
+def test_table_on_a_terminal_fits_its_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    print_table(["phase", "success"], [["sft", "x " * 60], ["[b]", "1"]], stream=stream)
+    assert all(len(line) <= 40 for line in stream.getvalue().splitlines() if "\x1b" not in line)
+    assert "[b]" in stream.getvalue()  # not taken for markup
+
+
+# --------------------------------------------------------------------------------------------------------------- time
+
+
+def test_clock_charges_the_innermost_area():
+    now = FakeTime()
+    clock = Clock(now)
+    now.seconds = 1.0  # nothing open: other
+    with clock("update"):
+        now.seconds = 3.0
+        with clock("data"):
+            now.seconds = 7.0
+        now.seconds = 8.0
+    with clock("env"):
+        now.seconds = 10.0
+    # update 2 + 1, data 4, env 2, other 1
+    assert clock.seconds() == {"env": 2.0, "update": 3.0, "data": 4.0, "other": 1.0}
+    assert clock.fractions() == {"env": 0.2, "update": 0.3, "data": 0.4, "other": 0.1}
+    assert clock.line() == "simulator 20 %  update 30 %  data 40 %  other 10 %"
+
+
+def test_clock_counts_an_area_that_is_still_open_and_survives_errors():
+    now = FakeTime()
+    clock = Clock(now)
+    with pytest.raises(RuntimeError), clock("env"):
+        now.seconds = 2.0
+        assert clock.seconds()["env"] == 2.0
+        raise RuntimeError
+    now.seconds = 3.0
+    assert clock.seconds() == {"env": 2.0, "other": 1.0}
+
+
+def test_clock_reset_keeps_open_areas_open():
+    now = FakeTime()
+    clock = Clock(now)
+    with clock("env"):
+        now.seconds = 2.0
+        clock.reset()
+        assert clock.fractions() == {"env": 0.0, "other": 0.0}
+        now.seconds = 5.0
+    assert clock.seconds() == {"env": 3.0, "other": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+_LOOP = """
+import sys, time
+from stare_jax.logging import Interrupted, Interruption
+try:
+    with Interruption() as interruption:
+        print("ready", flush=True)
+        while not interruption.requested:
+            time.sleep(0.01)
+        print("asked", flush=True)
+        while "stubborn" in sys.argv:
+            time.sleep(0.01)
+        raise Interrupted("saved")
+except Interrupted as reason:
+    print(reason)
+except KeyboardInterrupt as reason:
+    print(reason)
+"""
+
+
+def _start_loop(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", _LOOP, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_the_loop_to_stop(number):
+    with _start_loop() as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (out, process.returncode) == ("asked\nsaved\n", 0)
+    assert number.name in err and "saving" in err
+
+
+def test_a_second_signal_stops_at_once():
+    with _start_loop("stubborn") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "asked\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    assert out == "second signal (SIGINT)\n"
+
+
+def test_interruption_puts_the_handlers_back():
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption() as interruption:
+        assert signal.getsignal(signal.SIGINT) != before and not interruption.requested
+    assert signal.getsignal(signal.SIGINT) == before
