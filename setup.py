@@ -23,6 +23,7 @@ setup(
         "mani_skill>=3.0.1,<3.1",
         "matplotlib>=3.10,<4",
         "ml_collections>=1.1,<2",
+        "msgpack>=1.1,<2",
         "numpy>=2.1,<3",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",

@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -32,7 +32,8 @@ from stare_jax.data.rollouts import collect_pairs
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_stages
 from stare_jax.envs import EnvConfig, make_vec_env
-from stare_jax.envs.experts import make_expert
+from stare_jax.envs.base import VecEnv
+from stare_jax.envs.experts import execution_noise, make_expert
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
 from stare_jax.models import make_policy
 from stare_jax.models.policy import Policy
@@ -48,7 +49,16 @@ DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 
 
 class UsageError(ValueError):
-    """Arguments that do not make sense together."""
+    """Something that the user can put right; printed without a traceback."""
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Where values from the command line are checked: what is refused is the user's, not a bug."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -126,55 +136,43 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
 
 def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
     """Collects demonstrations and says what they are."""
-    directory = arguments.out / "demos"
-    config = DemosConfig(num_demos=arguments.demos, noise_scales=arguments.noise, seed=arguments.seed)
-    env = env_config(arguments, ENV)
-    spec, clock = get_task(env.env_id), Clock()
+    with user_input():
+        config = DemosConfig(num_demos=arguments.demos, noise_scales=arguments.noise, seed=arguments.seed)
+        env = env_config(arguments, ENV)
+        expert = make_expert(env.env_id)
+    directory, clock = arguments.out / "demos", Clock()
     if is_collected(directory, config, env_id=env.env_id):
         say(f"{directory} holds all of these already")
         dataset = Dataset(directory)
     else:
-        expert = make_expert(env.env_id)
-        mode = env.resolved_control_mode
-        with contextlib.closing(start(env)) as simulator:
-            dataset = collect_demos(
-                simulator, expert, config, directory, control_mode=mode, should_stop=should_stop, clock=clock
-            )
-    report(dataset, spec, clock)
+        with start(env) as simulator:
+            options = {"control_mode": env.resolved_control_mode, "should_stop": should_stop, "clock": clock}
+            dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **options)
+    report(dataset, get_task(env.env_id), clock)
 
 
 def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
     """Rolls out a policy, pairs its episodes and says what they are."""
-    directory = arguments.out / "pairs"
     run, policy, params = load_policy(arguments.checkpoint)
-    config = PairsConfig(
-        num_pairs=arguments.pairs,
-        rollouts_per_seed=arguments.rollouts_per_seed,
-        max_rollouts=arguments.max_rollouts,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-    )
-    env = env_config(arguments, run.env)
-    if changed := [
-        name for name in ("env_id", "image_size", "use_state") if getattr(env, name) != getattr(run.env, name)
-    ]:
-        raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}; leave it out")
-    spec, clock = get_task(env.env_id), Clock()
-    act = policy_act(policy, params, jax.random.key(config.seed), temperature=config.temperature)
-    mode = env.resolved_control_mode
-    source = str(arguments.checkpoint)
-    with contextlib.closing(start(env)) as simulator:
-        dataset, pairs = collect_pairs(
-            simulator,
-            act,
-            spec,
-            config,
-            directory,
-            source=source,
-            control_mode=mode,
-            should_stop=should_stop,
-            clock=clock,
+    with user_input():
+        config = PairsConfig(
+            num_pairs=arguments.pairs,
+            rollouts_per_seed=arguments.rollouts_per_seed,
+            max_rollouts=arguments.max_rollouts,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
         )
+        env = env_config(arguments, run.env)
+    seen = ("env_id", "image_size", "use_state")
+    if changed := [name for name in seen if getattr(env, name) != getattr(run.env, name)]:
+        raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
+    spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
+    act = policy_act(policy, params, jax.random.key(config.seed), temperature=config.temperature)
+    directory, clock = arguments.out / "pairs", Clock()
+    with start(env) as simulator:
+        options = {"control_mode": env.resolved_control_mode, "should_stop": should_stop, "clock": clock}
+        source = str(arguments.checkpoint)
+        dataset, pairs = collect_pairs(simulator, act, spec, config, directory, source=source, **options)
     report(dataset, spec, clock)
     print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
     if len(pairs) < config.num_pairs:
@@ -194,9 +192,9 @@ def load_policy(checkpoint: Path) -> tuple[IPIConfig, Policy, PyTree]:
     return config, policy, load_params(checkpoint / "checkpoints", like)
 
 
-def start(env: EnvConfig):
+def start(env: EnvConfig) -> contextlib.AbstractContextManager[VecEnv]:
     say(f"starting {env.num_workers} simulators of {env.env_id}")
-    return make_vec_env(env)
+    return contextlib.closing(make_vec_env(env))
 
 
 def report(dataset: Dataset, spec: TaskSpec, clock: Clock) -> None:

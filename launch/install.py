@@ -140,6 +140,11 @@ def fingerprint() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+def write_stamp(venv: Path) -> None:
+    """Notes what the environment was made from."""
+    (venv / STAMP).write_text(json.dumps({"fingerprint": fingerprint()}))
+
+
 def is_current(venv: Path) -> bool:
     """True where the stamp fits the files and the environment still holds what the stamp says."""
     try:
@@ -184,9 +189,10 @@ def pip(venv: Path, arguments: list[str], label: str, expected: int) -> None:
     start = time.monotonic()
     with open(venv / LOG, "a") as log:
         log.write(f"\n$ {' '.join(command)}\n")
-        process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        tail = follow(process.stdout, log, Progress(label, expected))
-    if process.wait():
+        pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, **pipe) as process:
+            tail = follow(process.stdout, log, Progress(label, expected))
+    if process.returncode:
         said = "".join(tail)
         hints = [remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, said)]
         remedy = hints[0] if hints else "Run it again: what is installed is kept."
@@ -305,10 +311,13 @@ def main(argv: list[str] | None = None) -> int:
             make_venv(venv)
         (venv / STAMP).unlink(missing_ok=True)
         install_packages(venv)
-        (venv / STAMP).write_text(json.dumps({"fingerprint": fingerprint()}))
+        write_stamp(venv)
     except (Failed, system.Unsupported) as error:
         print(f"\nset-up stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; run it again to go on", file=sys.stderr)
+        return 130
     print(f"Set up in {time.monotonic() - start:.0f} s. `make doctor` checks it.", flush=True)
     return 0
 

@@ -262,7 +262,7 @@ def machine_sources() -> list[AptSource]:
     """Every apt source configured on this machine."""
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     parsers = {".sources": parse_deb822, ".list": parse_sources_list}
-    texts = ((parsers[f.suffix], f.read_text()) for f in files if f.suffix in parsers and f.is_file())
+    texts = ((parsers[f.suffix], f.read_text()) for f in files if f.suffix in parsers and os.access(f, os.R_OK))
     return [source for parse, text in texts for source in parse(text)]
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,20 @@ def test_tensorboard_gets_one_directory_a_phase(tmp_path):
     for phase in ("sft", "ppo"):
         (events,) = (tmp_path / "tb" / phase).iterdir()
         assert b"a/b" in events.read_bytes()
+
+
+def test_wandb_gets_a_step_of_every_phase(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
+    fake = types.SimpleNamespace(init=lambda **arguments: logged.append(arguments) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with make_writer(tmp_path, tensorboard=False, wandb={"project": "stare"}) as writer:
+        writer(3, {"a/b": 1.0}, phase="sft")
+    assert logged == [
+        {"dir": str(tmp_path), "project": "stare"},
+        {"sft/step": 3, "sft/a/b": 1.0},
+        "finished",
+    ]
 
 
 def test_read_metrics_of_a_run_without_any(tmp_path):

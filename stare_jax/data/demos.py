@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,13 +20,26 @@ from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_ma
 from stare_jax.data.seeds import DEMO_SEEDS, first_seed
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.experts import Expert, execution_noise
 from stare_jax.logging import Interrupted, progress
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes
 from stare_jax.types import Signals
 
 SOURCE = "expert"
+
+NoiseFn = Callable[[np.random.Generator, float, np.ndarray], Callable[[np.ndarray, np.ndarray], np.ndarray]]
+"""`envs.experts.execution_noise`: (rng, scale, noise_range [A]) -> `perturb` of `collect_episodes`."""
+
+
+class Expert(Protocol):
+    """What is asked of an expert; `envs.experts.Expert` is one."""
+
+    init: Callable[[], Any]
+    """() -> the memory of an episode that begins."""
+    act: Callable[[Signals, Any], tuple[np.ndarray, Any]]
+    """(signals of one state, memory) -> (action float32 `[A]`, memory)."""
+    noise_range: np.ndarray
+    """float32 `[A]`: by how much a noise scale of 1 moves each dimension of the action."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +126,7 @@ def collect_demos(
     config: DemosConfig,
     directory: str | os.PathLike,
     *,
+    noise_fn: NoiseFn,
     control_mode: str = "",
     action_mask: Sequence[bool] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -128,6 +142,7 @@ def collect_demos(
         expert: of the task; see `envs.experts.make_expert`.
         config: how many.
         directory: of the data set.
+        noise_fn: disturbs what is executed; see `envs.experts.execution_noise`.
         control_mode: of the simulator, for the manifest.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
         should_stop: polled; where it answers True the chunk in progress is dropped.
@@ -159,7 +174,7 @@ def collect_demos(
                 act,
                 seeds,
                 stop_at_success=True,
-                perturb=execution_noise(np.random.default_rng(seeds[0]), scale, expert.noise_range) if scale else None,
+                perturb=noise_fn(np.random.default_rng(seeds[0]), scale, expert.noise_range) if scale else None,
                 on_episode=lambda e, episode: bar.update(int(episode.signals.success.any())),
                 should_stop=should_stop,
                 clock=clock,

@@ -235,6 +235,8 @@ def _lock(directory: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise DatasetError(f"{directory}: another process is writing to this data set") from error
+    except OSError:
+        _log.warning("%s is on a file system without locks: do not write to it from two processes", directory)
     return descriptor
 
 

@@ -30,6 +30,8 @@ BLOCK_RADIUS = 0.02
 SUCCESS_DISTANCE = 0.025
 WORKSPACE = 0.2
 HEIGHT = 0.02
+START_DISTANCE = (0.05, 0.09)
+GOAL_DISTANCE = (0.06, 0.09)
 NUM_SUBSTEPS = 4
 
 
@@ -64,8 +66,8 @@ def reset_state(seed: Array) -> ToyState:
     """Draws an episode's start: block near the centre, goal to its right, gripper to its left."""
     key_block, key_goal, key_gripper = jax.random.split(jax.random.key(seed), 3)
     block = jax.random.uniform(key_block, (2,), minval=-0.03, maxval=0.03)
-    goal = block + _offset(key_goal, distance=(0.06, 0.09), max_angle=0.6)
-    gripper = block - _offset(key_gripper, distance=(0.05, 0.09), max_angle=0.9)
+    goal = block + _offset(key_goal, distance=GOAL_DISTANCE, max_angle=0.6)
+    gripper = block - _offset(key_gripper, distance=START_DISTANCE, max_angle=0.9)
     return ToyState(gripper, block, goal, jnp.array(False))
 
 

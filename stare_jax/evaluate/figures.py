@@ -117,7 +117,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], phase: str, path: str | Path
         max_panels: at most so many metrics, those that tell most first.
     """
     curves = {name: points for name, points in metric_curves(lines, phase).items() if len(points) > 1}
-    names = sorted((name for name in curves if name.split("/")[0] not in _NOT_LEARNING), key=_interest)[:max_panels]
+    names = sorted(filter(_is_about_learning, curves), key=_interest)[:max_panels]
     if not names:
         return []
     num_columns = min(3, len(names))
@@ -153,8 +153,12 @@ def metric_curves(lines: Sequence[Mapping[str, Any]], phase: str) -> dict[str, d
     return {name: dict(sorted(points.items())) for name, points in curves.items()}
 
 
-_NOT_LEARNING = ("time", "perf", "device")
-_MOST_INTERESTING = ("success", "loss", "accuracy", "margin", "return", "kl", "clip", "entropy", "explained", "value")
+_MOST_INTERESTING = ("success", "loss", "accuracy", "margin", "return", "completed", "kl", "clip", "entropy", "value")
+
+
+def _is_about_learning(name: str) -> bool:
+    area, quantity = name.split("/", 1)
+    return area not in ("time", "perf", "device") and not quantity.startswith("num_")
 
 
 def _interest(name: str) -> tuple[int, str]:

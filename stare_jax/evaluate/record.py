@@ -16,6 +16,11 @@ from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import TaskSpec
 
 
+def evaluation_file(run_directory: str | Path, phase: str) -> Path:
+    """Returns where the evaluation of a phase is kept: `eval/<phase>.json`."""
+    return Path(run_directory) / "eval" / f"{phase}.json"
+
+
 def record_evaluation(
     run_directory: str | Path,
     phase: str,
@@ -62,7 +67,7 @@ def record_evaluation(
             file = f"videos/{phase}_{index + 1}.mp4"
             write_video(run_directory / file, frames[e], timeline, spec.stage_names, caption=caption)
             media["videos"].append({"file": file, "seed": int(episodes.seed[e]), "outcome": _outcome(episodes, e)})
-    save_evaluation(run_directory / "eval" / f"{phase}.json", evaluation, phase=phase, **media)
+    save_evaluation(evaluation_file(run_directory, phase), evaluation, phase=phase, **media)
 
 
 def telling_episodes(episodes: Episodes, num_episodes: int) -> list[int]:

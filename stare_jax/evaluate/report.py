@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.evaluate.figures import PALETTE, dark_path, draw_curves, draw_rates, metric_curves
+from stare_jax.evaluate.figures import PALETTE, dark_path, draw_curves, draw_rates
 from stare_jax.evaluate.intervals import Estimate
 from stare_jax.evaluate.page import Html, element, film, join, page, picture, shares, table
 from stare_jax.evaluate.protocol import Evaluation
@@ -245,10 +245,13 @@ def _time_section(lines: Sequence[Mapping[str, Any]], results: Sequence[PhaseRes
 
 def phase_seconds(lines: Sequence[Mapping[str, Any]], phase: str) -> dict[str, float]:
     """Returns wall seconds by area of a phase, from its metrics `time/<area>_s`: the seconds since the line before."""
-    seconds = {}
-    for name, points in metric_curves(lines, phase).items():
-        if name.startswith("time/") and name.endswith("_s"):
-            seconds[name.removeprefix("time/").removesuffix("_s")] = math.fsum(points.values())
+    seconds: dict[str, float] = {}
+    for line in lines:
+        if line["phase"] == phase:
+            for name in line:
+                if name.startswith("time/") and name.endswith("_s"):
+                    area = name.removeprefix("time/").removesuffix("_s")
+                    seconds[area] = seconds.get(area, 0.0) + line[name]
     known = [area for area in _AREA_NAMES if area in seconds]
     return {area: seconds[area] for area in known + sorted(seconds.keys() - set(known))}
 

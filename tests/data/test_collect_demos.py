@@ -15,7 +15,7 @@ from stare_jax.data.rollouts import collect_pairs
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.seeds import DEMO_SEEDS, EVALUATION_SEEDS, PAIR_SEEDS, PPO_SEEDS, REGION_SIZE, first_seed
 from stare_jax.envs import toy
-from stare_jax.envs.experts import Expert
+from stare_jax.envs.experts import Expert, execution_noise
 from stare_jax.logging import Interrupted
 from stare_jax.types import Signals
 
@@ -35,7 +35,12 @@ def _expert(speed=1.0):
 
 
 def _collect(directory, config=CONFIG, **arguments):
-    return collect_demos(toy.ToyPush(3), _expert(), config, directory, action_mask=MASK, **arguments)
+    return _collect_from(_expert(), config, directory, **arguments)
+
+
+def _collect_from(expert, config, directory, **arguments):
+    arguments = {"noise_fn": execution_noise, "action_mask": MASK} | arguments
+    return collect_demos(toy.ToyPush(3), expert, config, directory, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +166,7 @@ def test_what_is_collected_is_known_without_a_simulator(demos, tmp_path):
 def test_an_expert_that_fails_is_given_up_on(tmp_path):
     config = DemosConfig(num_demos=2, idle_translation=-1.0, max_attempts=3)
     with pytest.raises(DatasetError, match="succeeded in only 0 of 6 episodes of ToyPush-v0, and 2 were asked for"):
-        collect_demos(toy.ToyPush(2), _expert(speed=0.0), config, tmp_path, action_mask=MASK)
+        _collect_from(_expert(speed=0.0), config, tmp_path)
 
 
 def test_demonstrations_feed_batches(demos):

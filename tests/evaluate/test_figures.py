@@ -43,7 +43,14 @@ def test_figures_come_for_light_and_dark_pages(tmp_path):
 
 def test_curves_show_what_tells_most_and_leave_out_the_rest(tmp_path):
     lines = [
-        {"step": s, "phase": "ppo", "wall_time": 0.0, "ppo/loss": 1 / (s + 1), "env/success": s / 50, "time/env_s": 1.0}
+        {
+            "step": s,
+            "phase": "ppo",
+            "ppo/loss": 1 / (s + 1),
+            "env/success": s / 50,
+            "time/env_s": s,
+            "env/num_episodes": s,
+        }
         for s in range(50)
     ]
     lines += [{"step": 1, "phase": "sft", "wall_time": 0.0, "sft/loss": 1.0}]

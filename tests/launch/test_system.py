@@ -285,7 +285,7 @@ def test_install_leaves_no_apt_source_behind_that_does_not_work(monkeypatch, boo
         if "install" in step.argv:
             raise system.Unsupported("the mirror has no backports")
 
-    monkeypatch.setattr(system, "root_prefix", lambda: [])
+    monkeypatch.setattr(system, "root_prefix", list)
     monkeypatch.setattr(system, "_run", fail)
     with pytest.raises(system.Unsupported, match="no backports"):
         system.install(MESA)

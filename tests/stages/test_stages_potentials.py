@@ -19,50 +19,51 @@ HALF_TURN = [0, 0, 0, 1]
     "env_id, stage, fields, expected",
     [
         # sigma(1 - d / d_reach): at the object, at d_reach, at 3 d_reach.
-        ("StackCube-v1", 0, dict(tcp_pos=[[0, 0, 0], [0.06, 0, 0.08], [0.3, 0, 0]]), sigmoid(np.array([1, 0, -2]))),
-        ("PushCube-v1", 0, dict(tcp_pos=[[0, 0, 0], [0.06, 0, 0.08], [0.3, 0, 0]]), sigmoid(np.array([1, 0, -2]))),
+        ("StackCube-v1", 0, {"tcp_pos": [[0, 0, 0], [0.06, 0, 0.08], [0.3, 0, 0]]}, sigmoid(np.array([1, 0, -2]))),
+        ("PushCube-v1", 0, {"tcp_pos": [[0, 0, 0], [0.06, 0, 0.08], [0.3, 0, 0]]}, sigmoid(np.array([1, 0, -2]))),
         # .5 grasped + .5 tanh(n / 3) for n = 0, 1, 2 steps in the hand.
         (
             "StackCube-v1",
             1,
-            dict(is_grasped=[False, True, True]),
+            {"is_grasped": [False, True, True]},
             [0, 0.5 + 0.5 * np.tanh(1 / 3), 0.5 + 0.5 * np.tanh(2 / 3)],
         ),
         # sigma(1 - d / .1) + .2 grasped, d = 0, .1, .1
         (
             "StackCube-v1",
             2,
-            dict(obj_pos=[[0, 0, 0], [0, 0, 0.1], [0.1, 0, 0]], is_grasped=[True, False, True]),
+            {"obj_pos": [[0, 0, 0], [0, 0, 0.1], [0.1, 0, 0]], "is_grasped": [True, False, True]},
             [sigmoid(1) + 0.2, 0.5, 0.7],
         ),
-        # sigma(1 - d / .05) + .2 g; g = (1 + cos) / 2 = 1 for equal orientations, .5 at a right angle, 0 at a half turn.
+        # sigma(1 - d / .05) + .2 g; g = (1 + cos) / 2 = 1 for equal orientations, .5 at a right angle, 0 at a half
+        # turn.
         (
             "StackCube-v1",
             3,
-            dict(
-                obj_pos=[[0, 0, 0.05], [0, 0, 0], [0, 0, 0]],
-                obj_quat=[[1, 0, 0, 0], [0.5**0.5, 0, 0, 0.5**0.5], HALF_TURN],
-            ),
+            {
+                "obj_pos": [[0, 0, 0.05], [0, 0, 0], [0, 0, 0]],
+                "obj_quat": [[1, 0, 0, 0], [0.5**0.5, 0, 0, 0.5**0.5], HALF_TURN],
+            },
             [0.7, sigmoid(1) + 0.1, sigmoid(1)],
         ),
-        ("PushCube-v1", 1, dict(is_contact=[False, True, False]), [0, 1, 0]),
+        ("PushCube-v1", 1, {"is_contact": [False, True, False]}, [0, 1, 0]),
         # sigma(1 - d / .1)
-        ("PullCube-v1", 2, dict(obj_pos=[[0, 0, 0], [0.1, 0, 0], [0, 0, 0.2]]), sigmoid(np.array([1, 0, -1]))),
+        ("PullCube-v1", 2, {"obj_pos": [[0, 0, 0], [0.1, 0, 0], [0, 0, 0.2]]}, sigmoid(np.array([1, 0, -1]))),
         # Horizontally closer than delta_goal = .13, at any height.
-        ("PushCube-v1", 3, dict(obj_pos=[[0, 0.129, 1], [0, 0.131, 0], [0, 0, 0]]), [1, 0, 1]),
-        ("LiftPegUpright-v1", 1, dict(is_grasped=[False, True, True]), [0, 1, 1]),
+        ("PushCube-v1", 3, {"obj_pos": [[0, 0.129, 1], [0, 0.131, 0], [0, 0, 0]]}, [1, 0, 1]),
+        ("LiftPegUpright-v1", 1, {"is_grasped": [False, True, True]}, [0, 1, 1]),
         # sigma(h / .095) for h = 0, .095, .19, the support at .5.
         (
             "LiftPegUpright-v1",
             2,
-            dict(obj_pos=[[0, 0, 0.5], [0, 0, 0.595], [0, 0, 0.69]], support_z=0.5),
+            {"obj_pos": [[0, 0, 0.5], [0, 0, 0.595], [0, 0, 0.69]], "support_z": 0.5},
             sigmoid(np.array([0, 1, 2])),
         ),
         # |cos| of the x axis and the vertical: lying, turned about y by 30 degrees, standing on its head.
         (
             "LiftPegUpright-v1",
             3,
-            dict(obj_quat=[[1, 0, 0, 0], [np.cos(np.pi / 12), 0, np.sin(np.pi / 12), 0], [0.5**0.5, 0, 0.5**0.5, 0]]),
+            {"obj_quat": [[1, 0, 0, 0], [np.cos(np.pi / 12), 0, np.sin(np.pi / 12), 0], [0.5**0.5, 0, 0.5**0.5, 0]]},
             [0, 0.5, 1],
         ),
     ],
@@ -78,7 +79,7 @@ def test_potentials_by_hand(env_id, stage, fields, expected):
 
 def test_weights_come_from_the_parameters():
     signals = make_signals(1, is_grasped=True, is_contact=True, obj_pos=[0.1, 0, 0], obj_quat=HALF_TURN)
-    changes = dict(beta1=0.1, beta2=0.3, beta3=0.05, beta4=0.15, tau=2.0, d_trans=0.2, d_place=0.1)
+    changes = {"beta1": 0.1, "beta2": 0.3, "beta3": 0.05, "beta4": 0.15, "tau": 2.0, "d_trans": 0.2, "d_place": 0.1}
     spec = with_params(get_task("StackCube-v1"), **changes)
     expected = [sigmoid(1), 0.1 + 0.3 * np.tanh(0.5), sigmoid(0.5) + 0.05, sigmoid(0) + 0.15 * 0]
     for stage, value in enumerate(expected):

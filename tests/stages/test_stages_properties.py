@@ -17,7 +17,7 @@ def annotate(spec, signals, valid):
     return separation, stage_costs(spec, signals, separation, valid), potentials(spec, signals, separation)
 
 
-@pytest.mark.parametrize("env_id", TASKS)
+@pytest.mark.parametrize("env_id", FAMILY_TASKS)
 def test_jit_vmap_and_padding_change_nothing(env_id):
     function = functools.partial(annotate, get_task(env_id))
     compiled, num_states = jax.jit(function), 12
@@ -33,7 +33,7 @@ def test_jit_vmap_and_padding_change_nothing(env_id):
         jax.tree.map(lambda leaf, expected, i=i: close(leaf[i], expected), vmapped, one)
 
     # Cut to its 7 existing states, and the same with 5 states of rubbish behind them.
-    cut = function(jax.tree.map(lambda leaf: leaf[:7], batch[1]), None)
+    cut = jax.jit(lambda signals: function(signals, None))(jax.tree.map(lambda leaf: leaf[:7], batch[1]))
     for garbage in (0.0, 1e30, np.nan):
         rubbish = pad(jax.tree.map(lambda leaf: leaf[:7], batch[1]), 5, garbage)
         separation, costs, phi = compiled(rubbish, valid[1])
@@ -45,35 +45,46 @@ def test_jit_vmap_and_padding_change_nothing(env_id):
         close(phi[:7], cut[2])
 
 
-@pytest.mark.parametrize("env_id", FAMILY_TASKS)
-def test_types(env_id):
-    spec = get_task(env_id)
+@pytest.mark.parametrize("env_id", TASKS)
+def test_shapes_and_types(env_id):
+    spec, num_states = get_task(env_id), 5
+    # What a simulator gives may be float64; unjitted functions see it as it is.
     doubles = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.astype(float), random_signals(0, 5))
-    separation, costs, phi = annotate(spec, doubles, None)  # What a simulator gives may be float64.
-    assert separation.stage_t.dtype == separation.entered_at.dtype == jnp.int32
-    assert separation.completed.dtype == bool
-    assert costs.dtype == phi.dtype == jnp.float32
+    separation, costs, phi = jax.eval_shape(functools.partial(annotate, spec), doubles, np.ones(num_states, bool))
+    assert [(leaf.shape, leaf.dtype) for leaf in (*separation, costs, phi)] == [
+        ((num_states,), jnp.int32),
+        ((spec.num_stages,), bool),
+        ((spec.num_stages,), jnp.int32),
+        ((spec.num_stages,), jnp.float32),
+        ((num_states,), jnp.float32),
+    ]
 
 
 LYING, STANDING, HALF_TURN = [1, 0, 0, 0], [0.5**0.5, 0, 0.5**0.5, 0], [0, 0, 0, 1]
 NUM_STATES = 8
 DEGENERATE = {
     "everything coincides and nothing moves": {},
-    "opposite orientations": dict(obj_quat=HALF_TURN),
-    "upright": dict(obj_quat=STANDING, goal_quat=STANDING),
-    "held without moving": dict(is_grasped=True, is_contact=True, obj_pos=[0.1, 0, 0.02], grasp_pos=[0.1, 0, 0.02]),
-    "straight above the goal": dict(obj_pos=[0, 0, 0.1], tcp_pos=[0, 0, 0.1]),
-    "exactly at h_min": dict(obj_pos=[0, 0, 0.05]),
-    "on the corner of the path": dict(obj_pos=[[0, 0, 0.1]] + [[0.2, 0, 0.1]] * 7, goal_pos=[0.2, 0, 0]),
-    "closer than floats can tell": dict(
-        obj_pos=np.geomspace(1e-38, 1e-6, NUM_STATES)[:, None] * np.ones(3), tcp_pos=[1e-30, 0, 0]
-    ),
+    "opposite orientations": {"obj_quat": HALF_TURN},
+    "upright": {"obj_quat": STANDING, "goal_quat": STANDING},
+    "held without moving": {
+        "is_grasped": True,
+        "is_contact": True,
+        "obj_pos": [0.1, 0, 0.02],
+        "grasp_pos": [0.1, 0, 0.02],
+    },
+    "straight above the goal": {"obj_pos": [0, 0, 0.1], "tcp_pos": [0, 0, 0.1]},
+    "exactly at h_min": {"obj_pos": [0, 0, 0.05]},
+    "on the corner of the path": {"obj_pos": [[0, 0, 0.1]] + [[0.2, 0, 0.1]] * 7, "goal_pos": [0.2, 0, 0]},
+    "closer than floats can tell": {
+        "obj_pos": np.geomspace(1e-38, 1e-6, NUM_STATES)[:, None] * np.ones(3),
+        "tcp_pos": [1e-30, 0, 0],
+    },
     "ordinary": random_signals(0, NUM_STATES)._asdict(),
-    "quaternions of zeros": dict(obj_quat=[0, 0, 0, 0], tcp_quat=[0, 0, 0, 0]),
+    "quaternions of zeros": {"obj_quat": [0, 0, 0, 0], "tcp_quat": [0, 0, 0, 0]},
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gradient_fn(env_id, changes):
     spec = with_params(get_task(env_id), **dict(changes))
 
@@ -114,6 +125,6 @@ def test_gradients_point_the_right_way():
     def reach(floats):
         return stage_costs(spec, Signals(**floats, **flags), separation_of([0, 0, 0]))[0]
 
-    gradient = jax.grad(reach)(floats)
+    gradient = jax.jit(jax.grad(reach))(floats)
     np.testing.assert_allclose(gradient["tcp_pos"], np.tile([1 / 3, 0, 0], (3, 1)), atol=1e-6)
     np.testing.assert_allclose(gradient["grasp_pos"], np.tile([-1 / 3, 0, 0], (3, 1)), atol=1e-6)

@@ -76,27 +76,27 @@ def test_padding_completes_nothing_and_keeps_the_label():
     "env_id, index, inside, outside",
     [
         # reach: closer than delta_reach = .05, in any direction, or touching from afar.
-        ("PushCube-v1", 0, dict(grasp_pos=[0.03, 0, 0.0399]), dict(grasp_pos=[0.03, 0, 0.0401])),
-        ("StackCube-v1", 0, dict(grasp_pos=[FAR, 0, 0], is_contact=True), dict(grasp_pos=[FAR, 0, 0])),
+        ("PushCube-v1", 0, {"grasp_pos": [0.03, 0, 0.0399]}, {"grasp_pos": [0.03, 0, 0.0401]}),
+        ("StackCube-v1", 0, {"grasp_pos": [FAR, 0, 0], "is_contact": True}, {"grasp_pos": [FAR, 0, 0]}),
         # contact: touching; being close is not enough.
-        ("PushCube-v1", 1, dict(is_contact=True), dict(is_contact=False)),
+        ("PushCube-v1", 1, {"is_contact": True}, {"is_contact": False}),
         # push: closer than delta_goal = .13 to the goal, whatever the height.
-        ("PullCube-v1", 2, dict(goal_pos=[0.05, 0.1199, 1]), dict(goal_pos=[0.05, 0.1201, 0])),
+        ("PullCube-v1", 2, {"goal_pos": [0.05, 0.1199, 1]}, {"goal_pos": [0.05, 0.1201, 0]}),
         # grasp in pick-place: held and higher than delta_lift = .02 above the support, here at .87.
         (
             "StackCube-v1",
             1,
-            dict(is_grasped=True, obj_pos=[0, 0, 0.8901], support_z=0.87),
-            dict(is_grasped=True, obj_pos=[0, 0, 0.8899], support_z=0.87),
+            {"is_grasped": True, "obj_pos": [0, 0, 0.8901], "support_z": 0.87},
+            {"is_grasped": True, "obj_pos": [0, 0, 0.8899], "support_z": 0.87},
         ),
-        ("StackCube-v1", 1, dict(is_grasped=True, obj_pos=[0, 0, 1]), dict(is_grasped=False, obj_pos=[0, 0, 1])),
+        ("StackCube-v1", 1, {"is_grasped": True, "obj_pos": [0, 0, 1]}, {"is_grasped": False, "obj_pos": [0, 0, 1]}),
         # transport: horizontally closer than delta_goal = .05.
-        ("StackCube-v1", 2, dict(goal_pos=[0.03, 0.0399, 1]), dict(goal_pos=[0.03, 0.0401, 0])),
+        ("StackCube-v1", 2, {"goal_pos": [0.03, 0.0399, 1]}, {"goal_pos": [0.03, 0.0401, 0]}),
         # grasp of the peg: held, at any height.
-        ("LiftPegUpright-v1", 1, dict(is_grasped=True), dict(is_contact=True)),
+        ("LiftPegUpright-v1", 1, {"is_grasped": True}, {"is_contact": True}),
         # lift: higher than h_min = .05, held or not.
-        ("LiftPegUpright-v1", 2, dict(obj_pos=[0, 0, 0.0501]), dict(obj_pos=[0, 0, 0.0499], is_grasped=True)),
-        ("LiftPegUpright-v1", 3, dict(success=True), dict(obj_pos=[0, 0, 1])),
+        ("LiftPegUpright-v1", 2, {"obj_pos": [0, 0, 0.0501]}, {"obj_pos": [0, 0, 0.0499], "is_grasped": True}),
+        ("LiftPegUpright-v1", 3, {"success": True}, {"obj_pos": [0, 0, 1]}),
     ],
 )
 def test_terminal_events(env_id, index, inside, outside):
@@ -123,7 +123,7 @@ def literal_labels(events, success, valid):
 @pytest.mark.parametrize("env_id", FAMILY_TASKS)
 def test_labels_follow_the_definition_online_and_offline(env_id):
     # Wide thresholds, so that random states pass through all the stages at different times.
-    spec = with_params(get_task(env_id), delta_lift=0.04, h_min=0.06, delta_goal=0.06)
+    spec = with_params(get_task(env_id), delta_reach=0.1, delta_lift=0.04, h_min=0.06, delta_goal=0.06)
     num_states, num_valid = 24, (24, 17, 24, 1, 9, 24, 24, 24)
     offline = jax.jit(lambda signals, valid: separate(spec, signals, valid))
     step = jax.jit(lambda carry, signals_t, valid_t: step_stage(spec, carry, signals_t, valid_t=valid_t))

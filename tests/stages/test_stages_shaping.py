@@ -1,11 +1,18 @@
 """Shaped rewards: by hand, the telescoping sum, and that the optimal policy stays what it was."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 from stage_signals import FAMILY_TASKS, random_signals, with_params
 
 from stare_jax.stages import get_task, potentials, separate, shape_rewards, success_rewards
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jitted_potentials(spec, signals):
+    return potentials(spec, signals, separate(spec, signals))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,7 @@ def test_shaping_telescopes(env_id, changes):
     # sum gamma^t r'_t = sum gamma^t r_t + gamma^N Phi_N - Phi_0, Phi_N = 0 after a termination.
     spec, gamma, num_actions = with_params(get_task(env_id), **changes), 0.97, 40
     signals = random_signals(1, num_actions + 1)
-    phi = np.asarray(potentials(spec, signals, separate(spec, signals)))
+    phi = np.asarray(jitted_potentials(spec, signals))
     reward = np.random.default_rng(0).normal(size=num_actions).astype(np.float32)
     powers = gamma ** np.arange(num_actions)
     for last_discount, last_potential in ((gamma, phi[-1]), (0.0, 0.0)):
@@ -78,7 +85,7 @@ def test_shaping_telescopes(env_id, changes):
 def test_without_potential_sta_ppo_has_the_rewards_of_ppo():
     signals = random_signals(3, 21)
     spec = with_params(get_task("PushCube-v1"), enabled=(False,) * 4)
-    phi = potentials(spec, signals, separate(spec, signals))
+    phi = jitted_potentials(spec, signals)
     reward = success_rewards(signals.success)
     shaped = shape_rewards(reward, phi[:-1], phi[1:], np.full(20, 0.99, np.float32), gamma=0.99)
     np.testing.assert_array_equal(shaped, reward)

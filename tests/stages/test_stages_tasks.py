@@ -44,15 +44,15 @@ def test_task_contract(env_id):
 @pytest.mark.parametrize(
     "env_id, expected",
     [  # The table of defaults, one row of numbers per family.
-        ("StackCube-v1", dict(delta_reach=0.05, delta_lift=0.02, delta_goal=0.05)),
-        ("StackCube-v1", dict(d_reach=0.1, d_trans=0.1, d_place=0.05, tau=3.0)),
-        ("StackCube-v1", dict(beta1=0.5, beta2=0.5, beta3=0.2, beta4=0.2, stable_steps=5)),
-        ("StackCube-v1", dict(alpha_align=1.0, alpha_slip=0.1, lambda_stab=1.0, slip_tol=0.005)),
-        ("PullCube-v1", dict(delta_reach=0.05, delta_goal=0.13, d_reach=0.1, d_push=0.1)),
-        ("PullCube-v1", dict(beta1=1.0, beta2=0.0, beta3=0.0, beta4=0.0, tau=3.0)),
-        ("PullCube-v1", dict(alpha_contact=0.05, alpha_perp=1.0, lambda_perp=1.0, beta_x=1.0, beta_v=1.0)),
-        ("LiftPegUpright-v1", dict(delta_reach=0.05, h_min=0.05, d_reach=0.1, h_lift=0.095)),
-        ("LiftPegUpright-v1", dict(beta1=1.0, up_axis=0, path="nearest", progressive=False, enabled=None)),
+        ("StackCube-v1", {"delta_reach": 0.05, "delta_lift": 0.02, "delta_goal": 0.05}),
+        ("StackCube-v1", {"d_reach": 0.1, "d_trans": 0.1, "d_place": 0.05, "tau": 3.0}),
+        ("StackCube-v1", {"beta1": 0.5, "beta2": 0.5, "beta3": 0.2, "beta4": 0.2, "stable_steps": 5}),
+        ("StackCube-v1", {"alpha_align": 1.0, "alpha_slip": 0.1, "lambda_stab": 1.0, "slip_tol": 0.005}),
+        ("PullCube-v1", {"delta_reach": 0.05, "delta_goal": 0.13, "d_reach": 0.1, "d_push": 0.1}),
+        ("PullCube-v1", {"beta1": 1.0, "beta2": 0.0, "beta3": 0.0, "beta4": 0.0, "tau": 3.0}),
+        ("PullCube-v1", {"alpha_contact": 0.05, "alpha_perp": 1.0, "lambda_perp": 1.0, "beta_x": 1.0, "beta_v": 1.0}),
+        ("LiftPegUpright-v1", {"delta_reach": 0.05, "h_min": 0.05, "d_reach": 0.1, "h_lift": 0.095}),
+        ("LiftPegUpright-v1", {"beta1": 1.0, "up_axis": 0, "path": "nearest", "progressive": False, "enabled": None}),
     ],
 )
 def test_default_parameters(env_id, expected):
@@ -72,24 +72,24 @@ SIGMOID_1 = 1 / (1 + math.exp(-1))
 @pytest.mark.parametrize(
     "env_id, changes, message",
     [
-        ("StackCube-v1", dict(beta1=0.6), r"grasp.*beta1 \(0.6\) \+ params.beta2 \(0.5\) = 1.1,"),
-        ("StackCube-v1", dict(beta3=0.27), r"transport.*= 1.00106"),  # sigma(1) = 0.731059
-        ("StackCube-v1", dict(beta4=0.3), r"place.*= 1.03106"),
-        ("PushCube-v1", dict(beta1=1.01), r"contact.*= 1.01"),
-        ("LiftPegUpright-v1", dict(beta1=1.25), r"grasp.*= 1.25"),
-        ("StackCube-v1", dict(beta2=-0.1), r"beta2 is -0.1, expected a finite number >= 0"),
-        ("StackCube-v1", dict(alpha_slip=-1.0), "alpha_slip is -1"),
-        ("PushCube-v1", dict(lambda_perp=-1e-9), "lambda_perp"),
-        ("StackCube-v1", dict(beta3=math.nan), "beta3 is nan"),
-        ("StackCube-v1", dict(tau=0.0), r"tau is 0.0, expected a finite number > 0"),
-        ("PushCube-v1", dict(d_push=-0.1), "d_push"),
-        ("LiftPegUpright-v1", dict(h_lift=0.0), "h_lift"),
-        ("StackCube-v1", dict(d_place=math.inf), "d_place"),
-        ("StackCube-v1", dict(stable_steps=0), r"stable_steps is 0, expected a whole number >= 1"),
-        ("StackCube-v1", dict(stable_steps=1.5), "stable_steps is 1.5"),
-        ("PushCube-v1", dict(enabled=(True, False)), "enabled has length 2, expected 4"),
-        ("StackCube-v1", dict(path="spline"), r"path is 'spline', expected one of \('nearest', 'time'\)"),
-        ("LiftPegUpright-v1", dict(up_axis=3), "up_axis is 3"),
+        ("StackCube-v1", {"beta1": 0.6}, r"grasp.*beta1 \(0.6\) \+ params.beta2 \(0.5\) = 1.1,"),
+        ("StackCube-v1", {"beta3": 0.27}, r"transport.*= 1.00106"),  # sigma(1) = 0.731059
+        ("StackCube-v1", {"beta4": 0.3}, r"place.*= 1.03106"),
+        ("PushCube-v1", {"beta1": 1.01}, r"contact.*= 1.01"),
+        ("LiftPegUpright-v1", {"beta1": 1.25}, r"grasp.*= 1.25"),
+        ("StackCube-v1", {"beta2": -0.1}, r"beta2 is -0.1, expected a finite number >= 0"),
+        ("StackCube-v1", {"alpha_slip": -1.0}, "alpha_slip is -1"),
+        ("PushCube-v1", {"lambda_perp": -1e-9}, "lambda_perp"),
+        ("StackCube-v1", {"beta3": math.nan}, "beta3 is nan"),
+        ("StackCube-v1", {"tau": 0.0}, r"tau is 0.0, expected a finite number > 0"),
+        ("PushCube-v1", {"d_push": -0.1}, "d_push"),
+        ("LiftPegUpright-v1", {"h_lift": 0.0}, "h_lift"),
+        ("StackCube-v1", {"d_place": math.inf}, "d_place"),
+        ("StackCube-v1", {"stable_steps": 0}, r"stable_steps is 0, expected a whole number >= 1"),
+        ("StackCube-v1", {"stable_steps": 1.5}, "stable_steps is 1.5"),
+        ("PushCube-v1", {"enabled": (True, False)}, "enabled has length 2, expected 4"),
+        ("StackCube-v1", {"path": "spline"}, r"path is 'spline', expected one of \('nearest', 'time'\)"),
+        ("LiftPegUpright-v1", {"up_axis": 3}, "up_axis is 3"),
     ],
 )
 def test_refuses_bad_parameters(env_id, changes, message):
@@ -101,11 +101,11 @@ def test_refuses_bad_parameters(env_id, changes, message):
 @pytest.mark.parametrize(
     "env_id, changes",
     [
-        ("StackCube-v1", dict(beta3=1 - SIGMOID_1, beta4=1 - SIGMOID_1)),  # Exactly 1.
-        ("StackCube-v1", dict(beta1=0.5 + 5e-7)),  # Within the slack of 1e-6.
-        ("PushCube-v1", dict(beta2=5.0, beta3=1.0, d_trans=0.0, stable_steps=0)),  # Other families' fields.
-        ("LiftPegUpright-v1", dict(beta4=1.0, tau=0.0, d_push=-1.0)),
-        ("PushCube-v1", dict(enabled=(False,) * 4, delta_goal=0.02, d_push=0.3)),
+        ("StackCube-v1", {"beta3": 1 - SIGMOID_1, "beta4": 1 - SIGMOID_1}),  # Exactly 1.
+        ("StackCube-v1", {"beta1": 0.5 + 5e-7}),  # Within the slack of 1e-6.
+        ("PushCube-v1", {"beta2": 5.0, "beta3": 1.0, "d_trans": 0.0, "stable_steps": 0}),  # Other families' fields.
+        ("LiftPegUpright-v1", {"beta4": 1.0, "tau": 0.0, "d_push": -1.0}),
+        ("PushCube-v1", {"enabled": (False,) * 4, "delta_goal": 0.02, "d_push": 0.3}),
     ],
 )
 def test_accepts_good_parameters(env_id, changes):

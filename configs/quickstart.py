@@ -1,0 +1,50 @@
+"""IPI on PushCube from images, from nothing: demonstrations, SFT, STA-TPO, STA-PPO, evaluation, films, report.
+
+    python launch/train.py --config=configs/quickstart.py        from images alone
+    python launch/train.py --config=configs/quickstart.py:tcp    with the end-effector's position in the prompt
+
+Expect 75 % success after SFT from images alone, 85 % with the end-effector's position, on 100 fresh episodes, in ten
+minutes on two CPU cores and no GPU. A policy of a million parameters, 64 x 64 images, 30 actions an episode.
+"""
+
+from configs.common import base_config
+from stare_jax.envs import EnvConfig
+from stare_jax.models import openvla_tiny
+
+
+def get_config(state: str = ""):
+    """`state` is "" or "tcp"."""
+    if state not in ("", "tcp"):
+        raise ValueError(f"quickstart: got {state!r}, expected 'tcp' or nothing")
+    env = EnvConfig("PushCube-v1", num_workers=2, horizon=30, image_size=64, use_state=state or "none")
+    config = base_config(env, openvla_tiny(state_dim=env.state_dim), name=f"quickstart_{state}".strip("_"))
+    config.stages.progressive = True
+
+    config.demos.num_demos = 760
+    config.demos.noise_scales = ((0.0, 100.0), (0.15, 594.0), (0.3, 66.0))
+
+    config.sft.num_steps = 1000
+    config.sft.optimizer.learning_rate = 2e-3
+    config.sft.optimizer.schedule = "cosine"
+    config.sft.optimizer.warmup_steps = 50
+    config.sft.checkpoint_every = 250
+
+    config.pairs.num_pairs = 50
+    config.pairs.rollouts_per_seed = 4
+    config.pairs.max_rollouts = 160
+    config.tpo.num_epochs = 2
+    config.tpo.batch_size = 4
+    config.tpo.checkpoint_every = 10
+
+    config.ppo.num_iterations = 5
+    config.ppo.num_episodes = 64
+    config.ppo.num_epochs = 2
+    config.ppo.minibatch_size = 128
+    config.ppo.target_kl = 0.05
+    config.ppo.value_warmup_iterations = 1
+    config.ppo.optimizer.learning_rate = 3e-5
+    config.ppo.optimizer.value_learning_rate = 1e-3
+    config.ppo.checkpoint_every = 1
+
+    config.evaluation.num_episodes = 100
+    return config

@@ -1,0 +1,155 @@
+"""Evaluates a trained policy, or the expert, prints the table and renews the run's report.
+
+    python launch/evaluate.py --run=runs/quickstart --phase=ppo --episodes=100
+    python launch/evaluate.py --run=runs/quickstart --phase=ppo --temperature=1 --name=ppo_sampled
+    python launch/evaluate.py --run=runs/quickstart --phase=expert
+    python launch/evaluate.py --report=runs/quickstart
+    python launch/evaluate.py --across runs/seed0 runs/seed1 runs/seed2
+
+What is not given is as the run's own configuration has it, so the episodes are those of the run's other evaluations.
+--report writes report.html again from the run's files; --across gives mean and deviation over runs of several seeds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+
+from stare_jax.data.demos import expert_act
+from stare_jax.envs import make_vec_env
+from stare_jax.envs.experts import make_expert
+from stare_jax.evaluate.protocol import EvalConfig, evaluate_act
+from stare_jax.evaluate.record import record_evaluation
+from stare_jax.evaluate.report import load_results, print_report, write_report
+from stare_jax.evaluate.summary import mean_and_std
+from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.models import make_policy
+from stare_jax.rollout.collect import Act, policy_act
+from stare_jax.stages import get_task
+from stare_jax.train.checkpoint import CheckpointError, load_norm_stats, load_params
+from stare_jax.train.config import ConfigError, from_dict
+from stare_jax.train.ipi import IPIConfig
+from stare_jax.train.sharding import make_mesh, tree_shardings
+
+EXPERT = "expert"
+OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, metavar="RUN", help="run directory to evaluate a phase of")
+    what.add_argument("--report", type=Path, metavar="RUN", help="only write the report of this run directory again")
+    what.add_argument("--across", type=Path, nargs="+", metavar="RUN", help="only compare evaluated run directories")
+    add = parser.add_argument
+    add("--phase", help=f"sft, tpo, ppo, or {EXPERT}; needed with --run")
+    add("--step", type=int, help="of the checkpoint (default: the phase's latest)")
+    add("--name", help="under which the result is kept (default: the phase, whose earlier result it replaces)")
+    add("--episodes", type=int, metavar="N", help="how many, on the seeds from the first on")
+    add("--first-seed", type=int, metavar="SEED")
+    add("--temperature", type=float, help="0 is greedy")
+    add("--videos", type=int, metavar="N", help="episodes to film")
+    add("--workers", type=int, metavar="N", help="simulator processes")
+    arguments = parser.parse_args(argv)
+    if arguments.run and not arguments.phase:
+        parser.error("--run needs --phase")
+    return arguments
+
+
+def load_config(run_directory: Path) -> IPIConfig:
+    file = run_directory / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
+    return from_dict(IPIConfig, json.loads(file.read_text()))
+
+
+def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
+    """Returns the run's own choice of episodes with what the command line changes."""
+    changes = {
+        "num_episodes": arguments.episodes,
+        "first_seed": arguments.first_seed,
+        "temperature": arguments.temperature,
+        "num_videos": arguments.videos,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if {"num_episodes", "first_seed"} & changes.keys():
+        changes["seeds"] = ()
+    return dataclasses.replace(config, **changes)
+
+
+def make_act(config: IPIConfig, temperature: float, arguments: argparse.Namespace) -> Act:
+    """Returns the expert, or the policy of a phase's checkpoint."""
+    if arguments.phase == EXPERT:
+        return expert_act(make_expert(config.env.env_id))
+    checkpoints = arguments.run / arguments.phase / "checkpoints"
+    policy = make_policy(config.model, load_norm_stats(checkpoints, step=arguments.step))
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    shardings = tree_shardings(shapes, make_mesh(data=1), policy.sharding_rules)
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    params = load_params(checkpoints, like, step=arguments.step)
+    return policy_act(policy, params, jax.random.key(0), temperature=temperature)
+
+
+def evaluate_run(arguments: argparse.Namespace) -> None:
+    """Evaluates one phase of a run and adds the result to the run directory."""
+    config, name, clock = load_config(arguments.run), arguments.name or arguments.phase, Clock()
+    evaluation_config = eval_config(config.evaluation, arguments)
+    env_config = dataclasses.replace(config.env, num_workers=arguments.workers or config.env.num_workers)
+    spec = dataclasses.replace(get_task(env_config.env_id), params=config.stages)
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        act = make_act(config, evaluation_config.temperature, arguments)
+        simulator = stack.enter_context(contextlib.closing(make_vec_env(env_config)))
+        watched = {"desc": f"evaluate {name}", "should_stop": lambda: interruption.requested, "clock": clock}
+        evaluation, rollout = evaluate_act(act, simulator, spec, evaluation_config, **watched)
+    shown = {"num_videos": evaluation_config.num_videos, "gamma": config.ppo.gamma}
+    record_evaluation(arguments.run, name, evaluation, rollout, spec, **shown)
+    say(clock.line())
+
+
+def compare_runs(directories: Sequence[Path]) -> None:
+    """Prints mean and standard deviation of the rates of each phase over runs."""
+    results = [result for directory in directories for result in load_results(directory)]
+    rows = []
+    for phase in dict.fromkeys(result.phase for result in results):
+        evaluations = [result.evaluation for result in results if result.phase == phase]
+        rates = [mean_and_std(evaluations, outcome) for outcome in OUTCOMES]
+        rows.append((phase, *(f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in rates), len(evaluations)))
+    print_table(("phase", *OUTCOMES.values(), "runs"), rows, title="Mean and standard deviation over runs, %")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        if arguments.across:
+            compare_runs(arguments.across)
+            return 0
+        if arguments.run:
+            evaluate_run(arguments)
+        directory = arguments.run or arguments.report
+        if not directory.is_dir():
+            raise ConfigError(f"{directory}: expected a run directory, but there is none")
+        print_report(directory)
+        say(f"report: {write_report(directory)}")
+    except Interrupted as stopped:
+        say(f"{stopped}; nothing was written")
+        return 130
+    except (ValueError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

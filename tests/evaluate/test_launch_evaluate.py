@@ -1,0 +1,105 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stare_jax.envs import EnvConfig, toy
+from stare_jax.evaluate.protocol import EvalConfig
+from stare_jax.evaluate.summary import load_evaluation
+from stare_jax.models import OpenVLAConfig
+from stare_jax.models.mlp import MLPConfig, make_mlp
+from stare_jax.stages import get_task
+from stare_jax.train.checkpoint import Checkpoints
+from stare_jax.train.config import to_dict
+from stare_jax.train.ipi import IPIConfig
+from stare_jax.types import TrainState
+
+
+@pytest.fixture(scope="module")
+def command():
+    path = Path(__file__).parents[2] / "launch/evaluate.py"
+    module_spec = importlib.util.spec_from_file_location("launch_evaluate", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def trained_run(tmp_path, monkeypatch, command):
+    """A run directory with checkpoints of a small policy, whose simulator is the toy one."""
+    config = IPIConfig(
+        EnvConfig(num_workers=3),
+        OpenVLAConfig(),
+        get_task("PushCube-v1").params,
+        evaluation=EvalConfig(num_episodes=5, num_videos=0),
+    )
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    policy = make_mlp(MLPConfig(), toy.norm_stats())
+    params = jax.jit(policy.init)(jax.random.key(3))
+    with Checkpoints(tmp_path / "ppo/checkpoints") as checkpoints:
+        for step, scale in ((1, 0.0), (2, 1.0)):
+            scaled = jax.tree.map(lambda x, scale=scale: scale * x, params)
+            state = TrainState(jnp.int32(step), scaled, optax.sgd(0.1).init(scaled))
+            checkpoints.save(step, state, extra={}, norm_stats=toy.norm_stats())
+    monkeypatch.setattr(command, "make_policy", lambda config, norm_stats: make_mlp(MLPConfig(), norm_stats))
+    monkeypatch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_workers))
+    monkeypatch.setattr(command, "get_task", lambda env_id: toy.task_spec())
+    return tmp_path
+
+
+def test_evaluates_a_phase_of_a_run(command, trained_run, capsys):
+    assert command.main([f"--run={trained_run}", "--phase=ppo"]) == 0
+    assert command.main([f"--run={trained_run}", "--phase=ppo", "--step=1", "--episodes=2", "--name=first"]) == 0
+    latest, first = (load_evaluation(trained_run / f"eval/{name}.json") for name in ("ppo", "first"))
+    np.testing.assert_array_equal(latest.episodes.seed, np.arange(5))
+    np.testing.assert_array_equal(first.episodes.seed, np.arange(2))
+    out = capsys.readouterr().out
+    assert "success at any step" in out and f"report: {trained_run / 'report.html'}" in out
+    assert (trained_run / "report.html").exists()
+
+
+def test_the_command_line_changes_the_runs_own_choice(command):
+    arguments = command.parse_arguments(["--run=x", "--phase=ppo", "--first-seed=50", "--temperature=0.5"])
+    own = EvalConfig(num_episodes=9, seeds=(1, 2), num_videos=1)
+    assert command.eval_config(own, arguments) == EvalConfig(9, 50, (), 0.5, 1)
+    untouched = command.parse_arguments(["--run=x", "--phase=ppo"])
+    assert command.eval_config(own, untouched) == own
+
+
+def test_writes_a_report_again(command, run_directory, capsys):
+    assert command.main([f"--report={run_directory}"]) == 0
+    assert "ppo − sft" in capsys.readouterr().out
+
+
+def test_compares_runs(command, run_directory, capsys):
+    assert command.main(["--across", str(run_directory), str(run_directory)]) == 0
+    rate = 100 * load_evaluation(run_directory / "eval/ppo.json").episodes.success_once.mean()
+    assert f"{rate:.1f} ± 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--report={}/nowhere"], "nowhere: expected a run directory"),
+        (["--run={}", "--phase=sft"], "config.json does not exist"),
+    ],
+)
+def test_says_what_is_missing(command, tmp_path, capsys, arguments, message):
+    assert command.main([argument.format(tmp_path) for argument in arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_says_which_checkpoints_there_are(command, trained_run, capsys):
+    assert command.main([f"--run={trained_run}", "--phase=ppo", "--step=7"]) == 1
+    assert "got complete checkpoints of the steps [1, 2], expected step 7" in capsys.readouterr().err
+
+
+def test_a_run_needs_a_phase(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--run=x"])
+    assert "--run needs --phase" in capsys.readouterr().err
