@@ -19,8 +19,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
@@ -31,9 +33,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_stages
-from stare_jax.envs import EnvConfig, make_vec_env
-from stare_jax.envs.base import VecEnv
-from stare_jax.envs.experts import execution_noise, make_expert
+from stare_jax.envs import EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
 from stare_jax.models import make_policy
 from stare_jax.models.policy import Policy
@@ -41,9 +41,11 @@ from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import TASKS, TaskSpec, get_task
 from stare_jax.train.checkpoint import CheckpointError, load_norm_stats, load_params
 from stare_jax.train.config import ConfigError, from_dict
-from stare_jax.train.ipi import IPIConfig
 from stare_jax.train.sharding import make_mesh, tree_shardings
 from stare_jax.types import PyTree
+
+if TYPE_CHECKING:
+    from stare_jax.train.ipi import IPIConfig
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 
@@ -140,15 +142,17 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
         config = DemosConfig(num_demos=arguments.demos, noise_scales=arguments.noise, seed=arguments.seed)
         env = env_config(arguments, ENV)
         expert = make_expert(env.env_id)
-    directory, clock = arguments.out / "demos", Clock()
+    directory = arguments.out / "demos"
     if is_collected(directory, config, env_id=env.env_id):
         say(f"{directory} holds all of these already")
         dataset = Dataset(directory)
     else:
-        with start(env) as simulator:
+        with contextlib.closing(make_vec_env(env)) as simulator:
+            clock = Clock()
             options = {"control_mode": env.resolved_control_mode, "should_stop": should_stop, "clock": clock}
             dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **options)
-    report(dataset, get_task(env.env_id), clock)
+            say(clock.line())
+    report(dataset, get_task(env.env_id))
 
 
 def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
@@ -168,22 +172,26 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
         raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
     spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
     act = policy_act(policy, params, jax.random.key(config.seed), temperature=config.temperature)
-    directory, clock = arguments.out / "pairs", Clock()
-    with start(env) as simulator:
+    directory = arguments.out / "pairs"
+    with contextlib.closing(make_vec_env(env)) as simulator:
+        clock = Clock()
         options = {"control_mode": env.resolved_control_mode, "should_stop": should_stop, "clock": clock}
         source = str(arguments.checkpoint)
         dataset, pairs = collect_pairs(simulator, act, spec, config, directory, source=source, **options)
-    report(dataset, spec, clock)
+        say(clock.line())
+    report(dataset, spec)
     print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
     if len(pairs) < config.num_pairs:
         say(f"these are {len(pairs)} of {config.num_pairs}; a larger --max-rollouts or --temperature may give the rest")
 
 
-def load_policy(checkpoint: Path) -> tuple[IPIConfig, Policy, PyTree]:
+def load_policy(checkpoint: Path) -> tuple["IPIConfig", Policy, PyTree]:
     """Loads a phase of a run: the run's configuration, the policy and its parameters."""
     file = checkpoint.resolve().parent / "config.json"
     if not file.exists():
         raise UsageError(f"{checkpoint}: expected a phase of a run, such as runs/quickstart/sft; {file} does not exist")
+    from stare_jax.train.ipi import IPIConfig  # all of training, which demonstrations do without
+
     config = from_dict(IPIConfig, json.loads(file.read_text()))
     policy = make_policy(config.model, load_norm_stats(checkpoint / "checkpoints"))
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
@@ -192,12 +200,7 @@ def load_policy(checkpoint: Path) -> tuple[IPIConfig, Policy, PyTree]:
     return config, policy, load_params(checkpoint / "checkpoints", like)
 
 
-def start(env: EnvConfig) -> contextlib.AbstractContextManager[VecEnv]:
-    say(f"starting {env.num_workers} simulators of {env.env_id}")
-    return contextlib.closing(make_vec_env(env))
-
-
-def report(dataset: Dataset, spec: TaskSpec, clock: Clock) -> None:
+def report(dataset: Dataset, spec: TaskSpec) -> None:
     """Prints tables of a data set and draws some of its episodes."""
     lengths = np.array([episode.length for episode in dataset.episodes])
     groups = sorted(Counter(episode.noise_scale for episode in dataset.episodes).items())
@@ -214,18 +217,19 @@ def report(dataset: Dataset, spec: TaskSpec, clock: Clock) -> None:
         ("frames", dataset.num_frames),
     ]
     print_table([str(dataset.directory), ""], rows)
-    header = ["stage", "completed", "steps", "skipped", "cost"]
     stages = [
-        (row.name, f"{row.completed:.0%}", f"{row.num_steps:.1f}", f"{row.skipped:.0%}", f"{row.cost:.4f}")
+        (row.name, f"{row.completed:.0%}", f"{row.skipped:.0%}", _mean(row.num_steps, 1), _mean(row.cost, 4))
         for row in summarize_stages(dataset, spec)
     ]
-    print_table(header, stages)
+    print_table(["stage", "completed", "skipped", "states: mean", "cost: mean"], stages)
     if any(name.startswith("image/") for name in dataset.manifest.shapes):
         path = dataset.directory / "episodes.png"
         contact_sheet(dataset, spec).save(path)
         say(f"some episodes: {path}")
-    if sum(clock.seconds().values()) > 1:
-        say(clock.line())
+
+
+def _mean(value: float, digits: int) -> str:
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,10 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 make_demos(arguments, lambda: interruption.requested)
             if arguments.pairs is not None:
                 make_pairs(arguments, lambda: interruption.requested)
-    except Interrupted as stopped:
+    except (Interrupted, KeyboardInterrupt) as stopped:
         say(f"{stopped}\ngo on with: {command}")
         return 130
-    except (UsageError, ConfigError, CheckpointError, DatasetError) as error:
+    except (UsageError, ConfigError, CheckpointError, DatasetError, SimulatorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

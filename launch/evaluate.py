@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -27,7 +27,7 @@ from stare_jax.data.demos import expert_act
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.experts import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate_act
-from stare_jax.evaluate.record import record_evaluation
+from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import load_results, print_report, write_report
 from stare_jax.evaluate.summary import mean_and_std
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
@@ -67,6 +67,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Where values of the command line are checked: what is refused here is the user's to put right, not a bug."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def load_config(run_directory: Path) -> IPIConfig:
     file = run_directory / "config.json"
     if not file.exists():
@@ -91,7 +100,8 @@ def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig
 def make_act(config: IPIConfig, temperature: float, arguments: argparse.Namespace) -> Act:
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
-        return expert_act(make_expert(config.env.env_id))
+        with user_input():
+            return expert_act(make_expert(config.env.env_id))
     checkpoints = arguments.run / arguments.phase / "checkpoints"
     policy = make_policy(config.model, load_norm_stats(checkpoints, step=arguments.step))
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
@@ -103,19 +113,23 @@ def make_act(config: IPIConfig, temperature: float, arguments: argparse.Namespac
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Evaluates one phase of a run and adds the result to the run directory."""
-    config, name, clock = load_config(arguments.run), arguments.name or arguments.phase, Clock()
-    evaluation_config = eval_config(config.evaluation, arguments)
-    env_config = dataclasses.replace(config.env, num_workers=arguments.workers or config.env.num_workers)
+    config, name = load_config(arguments.run), arguments.name or arguments.phase
+    with user_input():
+        evaluation_file(arguments.run, name)
+        evaluation_config = eval_config(config.evaluation, arguments)
+        num_workers = config.env.num_workers if arguments.workers is None else arguments.workers
+        env_config = dataclasses.replace(config.env, num_workers=num_workers)
     spec = dataclasses.replace(get_task(env_config.env_id), params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         act = make_act(config, evaluation_config.temperature, arguments)
         simulator = stack.enter_context(contextlib.closing(make_vec_env(env_config)))
+        clock = Clock()
         watched = {"desc": f"evaluate {name}", "should_stop": lambda: interruption.requested, "clock": clock}
         evaluation, rollout = evaluate_act(act, simulator, spec, evaluation_config, **watched)
+        say(f"evaluate {name}: {rollout.num_steps} steps | {clock.line()}")
     shown = {"num_videos": evaluation_config.num_videos, "gamma": config.ppo.gamma}
     record_evaluation(arguments.run, name, evaluation, rollout, spec, **shown)
-    say(clock.line())
 
 
 def compare_runs(directories: Sequence[Path]) -> None:
@@ -145,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         say(f"{stopped}; nothing was written")
         return 130
-    except (ValueError, CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

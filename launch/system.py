@@ -61,11 +61,15 @@ class Step(NamedTuple):
 # ---------------------------------------------------------------------------------------------- what is there
 
 
+def named_icd_files() -> list[str]:
+    """The manifests the environment tells Vulkan to use instead of those it would find."""
+    return [p for v in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") for p in os.environ.get(v, "").split(":") if p]
+
+
 def icd_files(folders=ICD_FOLDERS) -> list[str]:
     """The Vulkan driver manifests on this machine, those named in the environment first."""
-    named = [p for v in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") for p in os.environ.get(v, "").split(":") if p]
     found = [p for folder in folders for p in sorted(glob.glob(os.path.join(folder, "*.json")))]
-    return list(dict.fromkeys(named + found))
+    return list(dict.fromkeys(named_icd_files() + found))
 
 
 def lavapipe_icd() -> str | None:

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +28,8 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"got arguments {argv[1:]}, expected flags only")
-    # Workers and this process share the cores; torch and sapien never need JAX's devices.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)  # Orbax narrates every checkpoint
     from stare_jax.data.schema import DatasetError
     from stare_jax.logging import Interrupted, say
     from stare_jax.train.checkpoint import CheckpointError
@@ -56,5 +56,23 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; a field that does not exist, or a value that does not fit, is one line and not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = _CONFIG.value.name  # a file that is not there is found out here
+        return rest
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        # ml_collections wraps one error into another, and puts the traceback of a file that fails into the message.
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        if isinstance(error, KeyError):
+            reason = f"no field {' '.join(str(error.args[0]).split())}"
+        else:
+            reason = [line.strip() for line in str(error).splitlines() if line.strip() and "--help" not in line][-1]
+        print(f"error: {reason} (python launch/train.py --help)", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -146,13 +146,13 @@ def collect_demos(
         control_mode: of the simulator, for the manifest.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
         should_stop: polled; where it answers True the chunk in progress is dropped.
-        clock: passed to the collector.
+        clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the expert fails too often, or the folder holds something else.
     """
-    act = expert_act(expert)
+    act, clock = expert_act(expert), clock or (lambda area: contextlib.nullcontext())
     stats_file = Path(directory) / NORM_STATS_FILE
     with (
         DatasetWriter(
@@ -182,7 +182,8 @@ def collect_demos(
             if not rollout.is_complete:
                 num_done = len(writer.manifest.episodes)
                 raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {directory}")
-            _append_successes(writer, rollout, seeds, scale)
+            with clock("data"):
+                _append_successes(writer, rollout, seeds, scale)
     dataset = Dataset(directory)
     if not stats_file.exists():
         write_statistics(directory, {env.env_id: dataset_statistics(dataset, action_mask=action_mask)})

@@ -207,7 +207,12 @@ def load_pairs(
 
     Returns:
         NumPy leaves `[P, ...]`; the reference log-probabilities are zeros, for the trainer to fill in.
+
+    Raises:
+        DatasetError: the data set was opened without some of its shards, so that indices mean other episodes.
     """
+    if dataset.num_episodes != (num_expected := len(dataset.manifest.episodes)):
+        raise DatasetError(f"{dataset.directory}: got {dataset.num_episodes} episodes, expected all {num_expected}")
 
     def load(index: int) -> Trajectory:
         trajectory, row = dataset.episode(index, horizon)

@@ -35,6 +35,7 @@ class Dataset:
             directory: the data set's folder.
             skip_broken: leave out, and say so, what would be an error otherwise.
             verify: compare checksums (half a second a gigabyte) and not only sizes.
+
         Raises:
             DatasetError: there is no manifest, or a shard is missing or damaged; the message names it.
         """
@@ -78,6 +79,7 @@ class Dataset:
         Args:
             index: in [0, num_episodes).
             horizon: number of actions N to pad to; the episode's own if None.
+
         Returns:
             The trajectory with `horizon` + 1 states, and the episode's row of the manifest as a dict.
         Raises:

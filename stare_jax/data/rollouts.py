@@ -53,13 +53,14 @@ def collect_pairs(
         source: who acts, e.g. the checkpoint; rollouts of another source are refused.
         control_mode: of the simulator, for the manifest.
         should_stop: polled; where it answers True the chunk in progress is dropped.
-        clock: passed to the collector.
+        clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the rollouts make no pair, or the folder holds something else.
     """
     settings = {"source": source, "seed": config.seed, "horizon": env.horizon, "temperature": config.temperature}
+    clock = clock or (lambda area: contextlib.nullcontext())
     settings["rollouts_per_seed"] = config.rollouts_per_seed
     with (
         DatasetWriter(
@@ -78,7 +79,8 @@ def collect_pairs(
             rollout = collect_episodes(env, act, seeds, stop_at_success=True, should_stop=should_stop, clock=clock)
             if not rollout.is_complete:
                 raise Interrupted(f"preference pairs: {len(outcomes)} rollouts are safe in {directory}")
-            outcomes += _append(writer, rollout, seeds, spec, source=source)
+            with clock("data"):
+                outcomes += _append(writer, rollout, seeds, spec, source=source)
             num_before, num_pairs = num_pairs, _num_same_start(outcomes, config)
             bar.update(num_pairs - num_before, rollouts=len(outcomes))
     pairs = make_pairs(outcomes, num_pairs=config.num_pairs, max_reuse=config.max_reuse)

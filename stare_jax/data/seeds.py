@@ -23,6 +23,7 @@ def first_seed(region: int, run_seed: int) -> int:
     Args:
         region: one of the constants of this module.
         run_seed: the run's own seed, in [0, 100).
+
     Raises:
         ValueError: the run seed has no slot in the region.
     """

@@ -48,6 +48,7 @@ class DatasetWriter:
             settings: how the data are made, JSON-able; to continue, they have to be the same.
             filters: what readers are to leave out, with thresholds, JSON-able; likewise.
             episodes_per_shard: episodes after which a shard is closed; None closes one at `flush` only.
+
         Raises:
             DatasetError: the folder holds a data set of another kind, or another process is writing to it.
         """
@@ -90,6 +91,7 @@ class DatasetWriter:
             seed: the simulator's, from which the initial state follows.
             source: who acted.
             noise_scale: of the noise that was added to the executed actions, a fraction of their range.
+
         Raises:
             ValueError: the episode is empty, `valid` is not a prefix, or a leaf has another shape than the data set's.
         """

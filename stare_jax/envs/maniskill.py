@@ -195,9 +195,10 @@ class Simulator:
 
 def _import_mani_skill() -> Any:
     import gymnasium
-    import mani_skill.envs  # noqa: F401  registers the tasks
+    import mani_skill
+    import mani_skill.envs  # Registers the tasks.
 
-    logging.getLogger("mani_skill").setLevel(logging.ERROR)  # It warns about its own tasks' initial poses.
+    mani_skill.logger.setLevel(logging.ERROR)  # It warns about the initial poses of its own tasks.
     return gymnasium
 
 

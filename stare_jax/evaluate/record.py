@@ -17,7 +17,13 @@ from stare_jax.stages import TaskSpec
 
 
 def evaluation_file(run_directory: str | Path, phase: str) -> Path:
-    """Returns where the evaluation of a phase is kept: `eval/<phase>.json`."""
+    """Returns where the evaluation of a phase is kept: `eval/<phase>.json`.
+
+    Raises:
+        ValueError: the phase cannot be a file name.
+    """
+    if not re.fullmatch(r"[\w-]+", phase):
+        raise ValueError(f"phase: got {phase!r}, expected letters, digits, '_' and '-'")
     return Path(run_directory) / "eval" / f"{phase}.json"
 
 
@@ -46,9 +52,7 @@ def record_evaluation(
     Raises:
         ValueError: the phase cannot be a file name.
     """
-    if not re.fullmatch(r"[\w-]+", phase):
-        raise ValueError(f"phase: got {phase!r}, expected letters, digits, '_' and '-'")
-    run_directory = Path(run_directory)
+    run_directory, result_file = Path(run_directory), evaluation_file(run_directory, phase)
     trajectory, episodes = rollout.trajectory, evaluation.episodes
     images = trajectory.observation.images
     frames = images[camera if camera is not None else min(images)] if images else None
@@ -67,7 +71,7 @@ def record_evaluation(
             file = f"videos/{phase}_{index + 1}.mp4"
             write_video(run_directory / file, frames[e], timeline, spec.stage_names, caption=caption)
             media["videos"].append({"file": file, "seed": int(episodes.seed[e]), "outcome": _outcome(episodes, e)})
-    save_evaluation(evaluation_file(run_directory, phase), evaluation, phase=phase, **media)
+    save_evaluation(result_file, evaluation, phase=phase, **media)
 
 
 def telling_episodes(episodes: Episodes, num_episodes: int) -> list[int]:

@@ -151,6 +151,7 @@ def explained_variance(value: Array, return_: Array, valid: Array | None = None)
     chex.assert_equal_shape((value, return_))
     chex.assert_type((value, return_), float)
     valid = jnp.ones(jnp.shape(value), bool) if valid is None else valid
+    chex.assert_shape(valid, value.shape, custom_message="valid")
     total = _variance(return_, valid)
     # Equal returns have a variance of rounding errors, of which 1 - Var / Var would make any number.
     is_constant = total <= 1e-12 * _mean(jnp.square(return_), valid)

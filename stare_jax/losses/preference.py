@@ -122,7 +122,14 @@ def sta_tpo_loss(
     divisor = counts.shape[1] if stage_norm == "K" else jnp.maximum(jnp.sum(counts, axis=1), 1)
     is_pair = _pairs(chosen_valid, rejected_valid)
     loss = _mean(jnp.sum(stage_loss, axis=1) / divisor, is_pair)
-    return loss, _as_metrics({"tpo/loss": loss, **_stage_metrics(beta * gap, cost_margin, counts, is_pair)})
+    metrics = {
+        "tpo/loss": loss,
+        "tpo/chosen_logratio": _mean(_mean(chosen_delta, chosen_valid), is_pair),
+        "tpo/rejected_logratio": _mean(_mean(rejected_delta, rejected_valid), is_pair),
+        "tpo/num_valid_stages": _mean(jnp.sum(counts, axis=1), is_pair),
+        **_stage_metrics(beta * gap, cost_margin, counts),
+    }
+    return loss, _as_metrics(metrics)
 
 
 def _log_ratio(logp: Array, ref_logp: Array, valid: Array) -> Array:
@@ -164,13 +171,11 @@ def _pairs(chosen_valid: Array, rejected_valid: Array) -> Array:
     return jnp.any(chosen_valid, axis=1) & jnp.any(rejected_valid, axis=1)
 
 
-def _stage_metrics(margin: Array, cost_margin: Array, counts: Array, is_pair: Array) -> dict[str, Array]:
-    margin = jax.lax.stop_gradient(margin)
+def _stage_metrics(margin: Array, cost_margin: Array, counts: Array) -> dict[str, Array]:
     metrics = {
         "tpo/accuracy": _mean((margin > 0).ravel(), counts.ravel()),
         "tpo/margin": _mean(margin.ravel(), counts.ravel()),
         "tpo/cost_margin": _mean(cost_margin.ravel(), counts.ravel()),
-        "tpo/num_valid_stages": _mean(jnp.sum(counts, axis=1), is_pair),
     }
     for k in range(counts.shape[1]):
         metrics[f"tpo/accuracy_stage_{k}"] = _mean(margin[:, k] > 0, counts[:, k])

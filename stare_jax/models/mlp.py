@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.losses import soft_cross_entropy, soft_labels
-from stare_jax.models.heads import ValueHead, decode_bins, encode_bins, sample_bins, score_bins
+from stare_jax.models.heads import ValueHead, bin_coordinate, decode_bins, encode_bins, sample_bins, score_bins
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation
@@ -93,9 +93,9 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
     def imitation_loss(params, observation, action):
         logits, _ = apply(params, observation)
         unit = normalize_action(jnp.asarray(action), norm_stats)
-        # Centres are (b + 1/2) bin widths above -1.
-        target = (unit + 1.0) * (num_bins - 1) / 2.0 - 0.5
-        labels = soft_labels(target, num_bins=num_bins - 1, width=config.label_width)
+        # The last two ids decode to the same action: soft targets are spread over the others.
+        centre = bin_coordinate(unit, num_bins=num_bins)
+        labels = soft_labels(centre, num_bins=num_bins - 1, width=config.label_width)
         labels = jnp.pad(labels, [(0, 0), (0, 0), (0, 1)])
         is_right = jnp.argmax(logits, axis=-1) == encode_bins(unit, num_bins=num_bins)
         return soft_cross_entropy(logits, labels).sum(axis=-1), {"accuracy": is_right.mean(axis=-1)}

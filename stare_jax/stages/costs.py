@@ -1,7 +1,7 @@
 """Stage costs l_k (equation 3 and appendix D): how well each stage was carried out; the better, the smaller, never < 0.
 
 A cost is (params, signals `[T]`, mask `[T]` of the existing steps with label k) -> scalar. T_k is the number of these
-steps, the stage's entry is the first of them, and a stage without steps costs 0.
+steps, the stage's entry is the first of them, and a stage without steps costs 0. `stage_costs` checks the arrays.
 """
 
 import chex
@@ -48,11 +48,13 @@ def grasp_cost(params: StageParams, signals: Signals, mask: Array) -> Array:
 
 
 def transport_cost(params: StageParams, signals: Signals, mask: Array) -> Array:
-    """Transport: mean ||x_obj - x_ref|| to a path that rises (or sinks) only above the goal.
+    """Transport: mean ||x_obj - x_ref||, x_ref(t) a point of the path p0 -> p1 -> goal.
 
-    The path is p0 -> p1 -> goal, p0 the object at the stage's entry, p1 above both ends at the goal's x and y. x_ref(t)
-    is its point nearest to the object (`path="nearest"`), or the point at the fraction i / T_k of its length in the
-    stage's i-th step, i = 0 .. T_k - 1 (`path="time"`).
+    p0 is the object at the stage's entry, p1 has the goal's x and y and the higher z of the two. x_ref(t) is the point
+    of the path that is nearest to the object (`path="nearest"`), or the one at the fraction i / T_k of the path's
+    length in the stage's i-th step, i = 0 .. T_k - 1 (`path="time"`).
+
+    Differs from the paper: which leaves the path open.
     """
     goal = signals.goal_pos
     start = jnp.broadcast_to(_at_entry(signals.obj_pos, mask), goal.shape)

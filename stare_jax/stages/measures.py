@@ -1,6 +1,7 @@
 """Quantities derived from `Signals`, never stored: distances, height, slip, how long a grasp has lasted.
 
 The functions of one state take leaves with any leading axes; those of a history take `[T, ...]`, one whole episode.
+All of them rely on `as_signals` having checked the leaves.
 """
 
 import chex

@@ -1,6 +1,6 @@
 """Stage potentials Phi_k (equation 4 and appendix E): how far the active stage has come, in [0, 1].
 
-A potential is (params, signals `[T]`) -> `[T]`; sigma is the logistic function.
+A potential is (params, signals `[T]`) -> `[T]`; sigma is the logistic function. `potentials` checks the arrays.
 """
 
 import chex

@@ -118,7 +118,7 @@ def stage_mask(separation: Separation, num_stages: int, valid: Array | None = No
     return (separation.stage_t == jnp.arange(num_stages)[:, None]) & valid
 
 
-# Terminal events, (params, signals of one state) -> bool.
+# Terminal events, (params, checked signals of one state) -> bool.
 
 
 def reached(params: StageParams, signals: Signals) -> Array:

@@ -1,6 +1,6 @@
 """Checkpoints: parameters, optimiser, normalisation statistics and counters; the only file that knows Orbax.
 
-    <directory>/<step>/{params, optimizer, norm_stats}  and the JSON of `extra` in the metadata
+    <directory>/<step>/{params, optimizer}  with counters and normalisation statistics as JSON in the metadata
 
 Parameters are an item of their own, so that a policy can be loaded without the optimiser. A step whose writing was
 killed is not seen by anything here and is removed when the directory is opened for writing.
@@ -66,9 +66,11 @@ class Checkpoints:
         items = {
             "params": state.params,
             "optimizer": {"step": state.step, "opt_state": state.opt_state},
-            "norm_stats": jax.tree.map(np.asarray, norm_stats._asdict()),
         }
-        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=extra, force=True)
+        # As JSON, because Orbax refuses arrays of size zero, which the state of an image-only policy has.
+        stats = {name: np.asarray(value).tolist() for name, value in norm_stats._asdict().items()}
+        metadata = {"extra": extra, "norm_stats": stats}
+        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
 
     def wait(self) -> None:
         """Returns when what was saved is on disk."""
@@ -104,11 +106,10 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
         CheckpointError: none there, or other paths, shapes or dtypes than `like`.
     """
     path = _step_path(directory, step)
-    like_items = {"params": like.params, "optimizer": {"step": like.step, "opt_state": like.opt_state}}
-    items = _load(path, {**like_items, "norm_stats": _norm_stats_like(path)})
+    items = _load(path, {"params": like.params, "optimizer": {"step": like.step, "opt_state": like.opt_state}})
     optimizer = items["optimizer"]
     state = TrainState(step=optimizer["step"], params=items["params"], opt_state=optimizer["opt_state"])
-    return Restored(state, load_extra(directory, step=step), NormStats(**items["norm_stats"]))
+    return Restored(state, load_extra(directory, step=step), load_norm_stats(directory, step=step))
 
 
 def load_params(directory: str | Path, like_params: PyTree, *, step: int | None = None) -> PyTree:
@@ -118,13 +119,18 @@ def load_params(directory: str | Path, like_params: PyTree, *, step: int | None 
 
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
-    path = _step_path(directory, step)
-    return NormStats(**_load(path, {"norm_stats": _norm_stats_like(path)})["norm_stats"])
+    stored = _metadata(directory, step)["norm_stats"]
+    dtypes = {"action_mask": bool}
+    return NormStats(**{name: np.asarray(value, dtypes.get(name, np.float32)) for name, value in stored.items()})
 
 
 def load_extra(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
     """Loads the counters that were saved with a checkpoint."""
-    return dict(ocp.checkpointables_metadata(_step_path(directory, step)).custom_metadata)
+    return dict(_metadata(directory, step)["extra"])
+
+
+def _metadata(directory: str | Path, step: int | None) -> dict[str, Any]:
+    return ocp.checkpointables_metadata(_step_path(directory, step)).custom_metadata
 
 
 def _is_complete(path: Path) -> bool:
@@ -137,11 +143,6 @@ def _step_path(directory: str | Path, step: int | None) -> Path:
         wanted = "any checkpoint" if step is None else f"step {step}"
         raise CheckpointError(f"{directory}: got complete checkpoints of the steps {steps}, expected {wanted}")
     return Path(directory).absolute() / str(steps[-1] if step is None else step)
-
-
-def _norm_stats_like(path: Path) -> dict[str, np.ndarray]:
-    stored = ocp.checkpointables_metadata(path).metadata["norm_stats"]
-    return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
 
 
 def _load(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:

@@ -16,13 +16,14 @@ import jax
 
 from stare_jax.convert.openvla import load_openvla
 from stare_jax.data.batches import imitation_batches
-from stare_jax.data.demos import DemosConfig, collect_demos, expert_act, is_collected
+from stare_jax.data.demos import DemosConfig, collect_demos, is_collected
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.experts import execution_noise, make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
@@ -120,15 +121,16 @@ class Experiment:
     def demonstrations(self) -> Dataset:
         """The demonstrations to imitate: given, on disk from before, or collected now."""
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
-        if config.demos_from or is_collected(directory, config.demos):
+        if config.demos_from or is_collected(directory, config.demos, env_id=config.env.env_id):
             return Dataset(directory)
         clock = Clock()
         demos = collect_demos(
             self.simulator,
-            expert_act(config.env.env_id),
+            make_expert(config.env.env_id),
             config.demos,
             directory,
-            control_mode=config.env.control_mode,
+            noise_fn=execution_noise,
+            control_mode=config.env.resolved_control_mode,
             should_stop=self.should_stop,
             clock=clock,
         )
@@ -246,7 +248,7 @@ def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
         config.pairs,
         experiment.directory / "data" / "pairs",
         source="sft",
-        control_mode=config.env.control_mode,
+        control_mode=config.env.resolved_control_mode,
         should_stop=experiment.should_stop,
         clock=clock,
     )

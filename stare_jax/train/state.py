@@ -17,6 +17,9 @@ from stare_jax.train import checkpoint, sharding
 from stare_jax.train.optimizer import split_params
 from stare_jax.types import NormStats, PyTree, TrainState
 
+CHECKPOINTS = "checkpoints"
+"""name of the folder of checkpoints within a phase's folder."""
+
 
 def _write_nothing(step: int, metrics: Mapping[str, Any], *, phase: str) -> None:
     del step, metrics, phase
@@ -41,7 +44,7 @@ class Run:
 
 def checkpoint_directory(run: Run, phase: str) -> Path:
     """Returns where a phase keeps its checkpoints."""
-    return Path(run.directory) / phase / "checkpoints"
+    return Path(run.directory) / phase / CHECKPOINTS
 
 
 def abstract_state(

@@ -4,6 +4,7 @@ A batch whose forward and backward pass does not fit into memory is cut into mic
 the gradient is that of the whole batch, the metrics are means over its parts.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -186,7 +187,7 @@ def _decisions(batch: PairBatch) -> tuple[Observation, Array]:
 
     def flatten(chosen, rejected):
         both = jnp.stack([chosen, rejected], axis=1)
-        return both.reshape(-1, *both.shape[3:])
+        return both.reshape(math.prod(both.shape[:3]), *both.shape[3:])  # -1 fails on a state of size zero
 
     sides = [(side.observation, side.action_tokens) for side in batch]
     return jax.tree.map(flatten, *sides)
@@ -226,7 +227,7 @@ def _cut(tree: PyTree, size: int) -> PyTree:
 
 def _uncut(parts: Array, size: int) -> Array:
     """The inverse of `_cut` for one array of `size` rows."""
-    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[:size]
+    return parts.swapaxes(0, 1).reshape(math.prod(parts.shape[:2]), *parts.shape[2:])[:size]
 
 
 def _sum_over_parts(fn: Callable, parts: tuple) -> PyTree:

@@ -152,6 +152,15 @@ def test_pairs_for_a_policy_with_other_prompts(rollouts):
     np.testing.assert_array_equal(pair.chosen.observation.token_mask, valid.repeat(3, axis=2))
 
 
+def test_pairs_need_all_episodes(tmp_path, make_trajectory):
+    with DatasetWriter(tmp_path, env_id="PushCube-v1", episodes_per_shard=1) as writer:
+        for i in range(3):
+            writer.append(make_trajectory(i), instruction="push", seed=5, source="sft")
+    (tmp_path / "frames-00000.array_record").unlink()
+    with pytest.raises(DatasetError, match="got 2 episodes, expected all 3"):
+        load_pairs(Dataset(tmp_path, skip_broken=True), [Pair(1, 0, SUCCESS_SAME)], horizon=5)
+
+
 def _row(tree, p):
     return jax.tree.map(lambda leaf: leaf[p], tree)
 

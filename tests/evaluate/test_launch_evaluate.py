@@ -11,7 +11,7 @@ import pytest
 from stare_jax.envs import EnvConfig, toy
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.evaluate.summary import load_evaluation
-from stare_jax.models import OpenVLAConfig
+from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.stages import get_task
 from stare_jax.train.checkpoint import Checkpoints
@@ -29,35 +29,33 @@ def command():
     return module
 
 
-@pytest.fixture
-def trained_run(tmp_path, monkeypatch, command):
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory, command):
     """A run directory with checkpoints of a small policy, whose simulator is the toy one."""
-    config = IPIConfig(
-        EnvConfig(num_workers=3),
-        OpenVLAConfig(),
-        get_task("PushCube-v1").params,
-        evaluation=EvalConfig(num_episodes=5, num_videos=0),
-    )
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    directory = tmp_path_factory.mktemp("run")
+    evaluation = EvalConfig(num_episodes=7, num_videos=0)
+    task = get_task("PushCube-v1")
+    config = IPIConfig(EnvConfig(num_workers=4), openvla_tiny(), task.params, evaluation=evaluation)
+    (directory / "config.json").write_text(json.dumps(to_dict(config)))
     policy = make_mlp(MLPConfig(), toy.norm_stats())
-    params = jax.jit(policy.init)(jax.random.key(3))
-    with Checkpoints(tmp_path / "ppo/checkpoints") as checkpoints:
-        for step, scale in ((1, 0.0), (2, 1.0)):
-            scaled = jax.tree.map(lambda x, scale=scale: scale * x, params)
-            state = TrainState(jnp.int32(step), scaled, optax.sgd(0.1).init(scaled))
+    params = jax.jit(policy.init)(jax.random.key(0))
+    with Checkpoints(directory / "ppo/checkpoints") as checkpoints:
+        for step in (1, 2):
+            state = TrainState(jnp.int32(step), params, optax.sgd(0.1).init(params))
             checkpoints.save(step, state, extra={}, norm_stats=toy.norm_stats())
-    monkeypatch.setattr(command, "make_policy", lambda config, norm_stats: make_mlp(MLPConfig(), norm_stats))
-    monkeypatch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_workers))
-    monkeypatch.setattr(command, "get_task", lambda env_id: toy.task_spec())
-    return tmp_path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "make_policy", lambda config, norm_stats: policy)
+        patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_workers))
+        patch.setattr(command, "get_task", lambda env_id: toy.task_spec())
+        yield directory
 
 
 def test_evaluates_a_phase_of_a_run(command, trained_run, capsys):
     assert command.main([f"--run={trained_run}", "--phase=ppo"]) == 0
-    assert command.main([f"--run={trained_run}", "--phase=ppo", "--step=1", "--episodes=2", "--name=first"]) == 0
+    assert command.main([f"--run={trained_run}", "--phase=ppo", "--step=1", "--first-seed=40", "--name=first"]) == 0
     latest, first = (load_evaluation(trained_run / f"eval/{name}.json") for name in ("ppo", "first"))
-    np.testing.assert_array_equal(latest.episodes.seed, np.arange(5))
-    np.testing.assert_array_equal(first.episodes.seed, np.arange(2))
+    np.testing.assert_array_equal(latest.episodes.seed, np.arange(7))
+    np.testing.assert_array_equal(first.episodes.seed, np.arange(40, 47))
     out = capsys.readouterr().out
     assert "success at any step" in out and f"report: {trained_run / 'report.html'}" in out
     assert (trained_run / "report.html").exists()
@@ -94,9 +92,17 @@ def test_says_what_is_missing(command, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_says_which_checkpoints_there_are(command, trained_run, capsys):
-    assert command.main([f"--run={trained_run}", "--phase=ppo", "--step=7"]) == 1
-    assert "got complete checkpoints of the steps [1, 2], expected step 7" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--step=7", "got complete checkpoints of the steps [1, 2], expected step 7"),
+        ("--episodes=0", "num_episodes: got 0, expected at least 1"),
+        ("--name=a/b", "phase: got 'a/b', expected letters, digits, '_' and '-'"),
+    ],
+)
+def test_says_what_is_wrong_before_it_evaluates(command, trained_run, capsys, argument, message):
+    assert command.main([f"--run={trained_run}", "--phase=ppo", argument]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_run_needs_a_phase(command, capsys):

@@ -63,6 +63,11 @@ def test_probe_survives_a_crash_and_a_hang():
     assert "no answer within 1 s" in complaint
 
 
+def test_probe_finds_the_error_between_traceback_and_advice():
+    code = "raise RuntimeError('no device\\n\\n`python doctor.py` knows more')"
+    assert doctor.probe(code, timeout_s=60)[2] == "RuntimeError: no device"
+
+
 @pytest.fixture
 def answer(monkeypatch):
     """Makes every probe answer with the given (status, output, complaint)."""
@@ -110,6 +115,14 @@ def test_vulkan_failure_names_the_remedy(monkeypatch):
     check = doctor.check_vulkan()
     assert (check.status, check.detail) == ("fail", "Mesa 22.3.6 is too old")
     assert "administrator" in check.remedy
+
+
+def test_vulkan_says_when_the_environment_names_a_driver_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("VK_DRIVER_FILES", "/nonexistent/icd.json")
+    check = doctor.check_vulkan()
+    assert check.status == "fail"
+    assert check.detail == "/nonexistent/icd.json does not exist"
+    assert "unset VK_DRIVER_FILES" in check.remedy
 
 
 def test_assets_name_the_download(monkeypatch, tmp_path):

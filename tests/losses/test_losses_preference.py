@@ -153,21 +153,21 @@ def test_a_stage_counts_only_after_the_one_before_is_completed_in_both():
 
 def test_one_stage_without_costs_is_tpo():
     pairs = Pairs(num_stages=1)
-    tpo = jax.value_and_grad(functools.partial(tpo_loss, beta=0.3), argnums=(0, 2), has_aux=True)
-    for cost_coef, margin in ((0.0, "paper"), (0.0, "offset"), (0.0, "relabel")):
-        function = functools.partial(sta_tpo_loss, beta=0.3, cost_coef=cost_coef, margin=margin)
-        staged = jax.value_and_grad(function, argnums=(0, 2), has_aux=True)
+    tpo = jax.jit(jax.value_and_grad(functools.partial(tpo_loss, beta=0.3), argnums=(0, 2), has_aux=True))
+    for margin in ("paper", "offset", "relabel"):
+        function = functools.partial(sta_tpo_loss, beta=0.3, cost_coef=0.0, margin=margin)
+        staged = jax.jit(jax.value_and_grad(function, argnums=(0, 2), has_aux=True))
         (loss, metrics), gradients = staged(*pairs.arguments)
         (expected, expected_metrics), expected_gradients = tpo(*pairs.logps)
         assert loss == pytest.approx(float(expected), rel=1e-6)
-        for name in ("tpo/loss", "tpo/accuracy", "tpo/margin"):
+        for name in ("tpo/loss", "tpo/accuracy", "tpo/margin", "tpo/chosen_logratio", "tpo/rejected_logratio"):
             assert metrics[name] == pytest.approx(float(expected_metrics[name]), rel=1e-6)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), gradients, expected_gradients)
 
 
 def test_gradient_is_the_weight_of_every_step_and_two_passes_are_exact():
-    # First pass: q^ without gradient gives the weight of a step of stage k, beta sigma(-z_k) / (K T_k |B|). Second pass:
-    # the weighted log-probabilities, a few steps at a time. Here log-probabilities are those of a linear softmax.
+    # First pass: q^ without gradient gives the weight of a step of stage k, beta sigma(-z_k) / (K T_k |B|). Second
+    # pass: the weighted log-probabilities, one step at a time. Here they are those of a linear softmax.
     pairs, beta, cost_coef = Pairs(1), 0.7, 10.0
     rng = np.random.default_rng(2)
     features = [np.float32(rng.normal(size=(*side["logp"].shape, 5, 3))) for side in (pairs.chosen, pairs.rejected)]
@@ -181,28 +181,28 @@ def test_gradient_is_the_weight_of_every_step_and_two_passes_are_exact():
         arguments[0], arguments[2] = logp(theta, features[0]), logp(theta, features[1])
         return sta_tpo_loss(*arguments, beta=beta, cost_coef=cost_coef)[0]
 
-    expected = jax.grad(one_pass)(theta)
+    expected = jax.jit(jax.grad(one_pass))(theta)
 
     for side, feature in zip((pairs.chosen, pairs.rejected), features, strict=True):
         side["logp"] = np.asarray(logp(theta, feature))
     z, counts = z_and_counts(pairs, beta, cost_coef)
     loss_fn = functools.partial(sta_tpo_loss, beta=beta, cost_coef=cost_coef)
-    weights = jax.grad(loss_fn, argnums=(0, 2), has_aux=True)(*pairs.arguments)[0]
+    weights = jax.jit(jax.grad(loss_fn, argnums=(0, 2), has_aux=True))(*pairs.arguments)[0]
+    microbatch = jax.jit(jax.grad(lambda theta, feature, weight: jnp.sum(weight * logp(theta, feature))))
     accumulated = np.zeros(3)
     for side, feature, weight, sign in zip((pairs.chosen, pairs.rejected), features, weights, (-1, 1), strict=True):
         steps = side["mask"] & side["valid"][:, None]
         by_stage = counts * beta / (1 + np.exp(z)) / (4 * np.maximum(steps.sum(axis=-1), 1) * len(z))
         np.testing.assert_allclose(weight, sign * np.einsum("bk,bkt->bt", by_stage, steps), atol=1e-6)
         for t in range(weight.shape[1]):
-            part = jax.grad(lambda theta, t=t, f=feature, w=weight: jnp.sum(w[:, t] * logp(theta, f[:, t])))
-            accumulated += np.asarray(part(theta))
+            accumulated += np.asarray(microbatch(theta, feature[:, t], weight[:, t]))
     np.testing.assert_allclose(accumulated, expected, atol=1e-6)
 
 
 def test_costs_and_reference_carry_no_gradient():
     arguments = Pairs().arguments
     function = functools.partial(sta_tpo_loss, beta=0.7, cost_coef=10.0)
-    gradients = jax.grad(function, argnums=(0, 1, 2, 3, 8, 9), has_aux=True)(*arguments)[0]
+    gradients = jax.jit(jax.grad(function, argnums=(0, 1, 2, 3, 8, 9), has_aux=True))(*arguments)[0]
     chosen, chosen_ref, rejected, rejected_ref, chosen_cost, rejected_cost = gradients
     assert chosen.any() and rejected.any()
     assert not any(gradient.any() for gradient in (chosen_ref, rejected_ref, chosen_cost, rejected_cost))
@@ -211,8 +211,9 @@ def test_costs_and_reference_carry_no_gradient():
 def test_padding_changes_nothing():
     pairs = Pairs()
     function = functools.partial(sta_tpo_loss, beta=0.7, cost_coef=10.0)
-    loss, metrics = function(*pairs.arguments)
-    expected = jax.grad(function, argnums=(0, 2), has_aux=True)(*pairs.arguments)[0]
+    gradient_fn = jax.jit(jax.value_and_grad(function, argnums=(0, 2), has_aux=True))
+    loss, metrics = function(*pairs.arguments)  # Not jitted, the other one is.
+    expected = gradient_fn(*pairs.arguments)[1]
     num_pairs = len(pairs.chosen["logp"])
     for side in (pairs.chosen, pairs.rejected):
         for name, garbage in (("logp", np.nan), ("ref_logp", np.inf), ("valid", False), ("mask", True)):
@@ -220,12 +221,11 @@ def test_padding_changes_nothing():
             side[name] = np.pad(side[name], width, constant_values=garbage)
         side["cost"] = np.pad(side["cost"], ((0, 2), (0, 0)), constant_values=5.0)
         side["completed"] = np.pad(side["completed"], ((0, 2), (0, 0)), constant_values=True)
-    padded_loss, padded_metrics = jax.jit(function)(*pairs.arguments)
+    (padded_loss, padded_metrics), gradients = gradient_fn(*pairs.arguments)
     assert padded_loss == pytest.approx(float(loss), rel=1e-6)
     assert {name: float(value) for name, value in padded_metrics.items()} == pytest.approx(
         {name: float(value) for name, value in metrics.items()}, rel=1e-5
     )
-    gradients = jax.grad(function, argnums=(0, 2), has_aux=True)(*pairs.arguments)[0]
     for gradient, unpadded in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient[:num_pairs, :-3], unpadded, atol=1e-6)
         assert not gradient[num_pairs:].any() and not gradient[:, -3:].any()

@@ -76,12 +76,12 @@ def test_place():
 
 
 def test_contact():
-    # At entry (t = 1) the goal lies along +x, and v stays that though the object has moved by t = 2. The end-effector
-    # is 3 cm and 1 cm beside the line through the object along v; heights and distances along it do not count.
+    # At entry (t = 1) the goal lies along +x, and higher; v = +x stays though the object has moved by t = 2. The
+    # end-effector is 3 cm and 1 cm beside the line through the object along v; heights do not count.
     fields = {
         "tcp_pos": [[0, 9, 0], [-0.05, 0.03, 0.2], [0.4, 0.11, 0.1]],
         "obj_pos": [[0, 5, 0], [0, 0, 0], [0, 0.1, 0]],
-        "goal_pos": [0.2, 0, 0],
+        "goal_pos": [0.2, 0, 0.7],
         "is_contact": [False, False, True],
     }
     # (.05 + .03 + 0 + .01) / 2

@@ -1,0 +1,33 @@
+"""Arrays across the border between PyTorch and JAX, by DLPack.
+
+The copy rule: a simulator reuses its buffers, and an array imported by DLPack is a view of them, so an import that did
+not copy would change with the next step. Both directions therefore copy, and return only when the copy is complete.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def torch_to_jax(tensor: Any) -> jax.Array:
+    """Returns a JAX array with the tensor's values at this moment, on the same device.
+
+    64-bit numbers become 32-bit ones unless JAX has been told otherwise (`jax_enable_x64`).
+
+    Args:
+        tensor: a `torch.Tensor` of any layout; gradients are left behind.
+    """
+    tensor = tensor.detach()
+    if tensor.is_cuda:
+        import torch
+
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return jnp.array(jnp.from_dlpack(tensor.contiguous()), copy=True).block_until_ready()
+
+
+def jax_to_torch(array: jax.Array) -> Any:
+    """Returns a `torch.Tensor` of its own memory with the array's values, on the same device."""
+    import torch
+
+    return torch.from_dlpack(array.block_until_ready()).clone()

@@ -1,0 +1,231 @@
+"""The Panda's experts, for `pd_ee_delta_pose`.
+
+`action[:3]` is in units of 0.1 m along the world's axes, `action[3:6]` a rotation vector in units of -0.1 rad
+(ManiSkill flips its sign), `action[6]` the gripper, +1 open and -1 closed. Of a command about 40 % is reached within
+its step. All positions are in metres; the table's top is at height 0.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.envs.scenes import CUBE_SIZE, PEG_HALF_LENGTH, body_axis
+from stare_jax.types import Signals
+
+ACTION_DIM = 7
+OPEN, CLOSED, LIGHT_GRIP = 1.0, -1.0, 0.1
+ROTATION_GAIN = 10.0
+TOOL_DOWN = np.diag([1.0, -1.0, -1.0])
+"""orientation `[3, 3]` of a tool that points down with its fingers closing along the world's y axis."""
+PUSH_HEIGHT = 0.02
+
+
+def _command(
+    signals: Signals,
+    position: Any,
+    rotation: np.ndarray,
+    *,
+    gripper: float,
+    gain: float = 10.0,
+    limit: float = 1.0,
+) -> np.ndarray:
+    """Returns the action `[7]` that moves the tool towards a position `[3]` and an orientation `[3, 3]`.
+
+    Args:
+        gripper: the gripper command.
+        gain: command per metre of distance.
+        limit: the largest component of the translation command; longer ones keep their direction.
+    """
+    action = np.empty(ACTION_DIM, np.float32)
+    translation = gain * (np.asarray(position, np.float64) - signals.tcp_pos)
+    action[:3] = translation * min(1.0, limit / max(np.abs(translation).max(), 1e-9))
+    turn = ROTATION_GAIN * _rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)
+    action[3:6] = -turn / max(1.0, np.linalg.norm(turn))
+    action[6] = gripper
+    return action
+
+
+def _rotation_matrix(quat: np.ndarray) -> np.ndarray:
+    return np.stack([body_axis(quat, index) for index in range(3)], axis=1)
+
+
+def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
+    """Returns axis times angle `[3]` of a rotation matrix, for angles below pi."""
+    angle = np.arccos(np.clip((np.trace(matrix) - 1) / 2, -1.0, 1.0))
+    if angle < 1e-6:
+        return np.zeros(3)
+    antisymmetric = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]])
+    return antisymmetric * angle / (2 * np.sin(angle) + 1e-12)
+
+
+def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
+    """Goes behind the cube with closed fingers, over it if need be, and pushes along x while it stays behind."""
+    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
+    if obj[0] - tcp[0] > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
+        target = np.array([goal[0] - 0.05, obj[1], PUSH_HEIGHT])
+    else:
+        target = np.array([obj[0] - 0.06, obj[1], PUSH_HEIGHT])
+        is_beside = tcp[0] > obj[0] - 0.045 and abs(tcp[1] - obj[1]) < 0.06
+        is_above = tcp[0] > obj[0] - 0.05 and tcp[2] > 0.09
+        if is_beside or is_above:
+            target[2] = 0.09
+        elif np.hypot(*(target - tcp)[:2]) > 0.03:
+            target[2] = 0.05
+    return _command(signals, target, TOOL_DOWN, gripper=CLOSED), memory
+
+
+def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
+    """Reaches over the cube to its far side with closed fingers and pulls along -x while it stays there."""
+    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
+    if tcp[0] - obj[0] > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
+        target = np.array([goal[0] - 0.02, obj[1], PUSH_HEIGHT])
+    else:
+        target = np.array([obj[0] + 0.045, obj[1], PUSH_HEIGHT])
+        if np.hypot(*(target - tcp)[:2]) > 0.02:
+            target[2] = 0.08 if tcp[0] < obj[0] + 0.035 else 0.05
+    return _command(signals, target, TOOL_DOWN, gripper=CLOSED), memory
+
+
+class StackMemory(NamedTuple):
+    phase: str = "reach"
+    steps: int = 0
+    """taken in this phase."""
+    rotation: np.ndarray | None = None
+    """orientation of the tool for this cube, chosen in the first state."""
+
+
+def stack_cube(signals: Signals, memory: StackMemory) -> tuple[np.ndarray, StackMemory]:
+    """Grasps cube A along the nearest pair of faces, carries it over cube B and lets go."""
+    memory = memory if memory.rotation is not None else memory._replace(rotation=_nearest_grasp(signals))
+    memory = _next_stack_phase(signals, memory)
+    action = _STACK_MOVES[memory.phase](signals, memory.rotation)
+    return action, memory._replace(steps=memory.steps + 1)
+
+
+def _nearest_grasp(signals: Signals) -> np.ndarray:
+    """Returns the orientation, of the four that close on two faces of the cube, that needs the smallest turn."""
+    x_axis = body_axis(signals.obj_quat, 0)
+    yaws = np.arctan2(x_axis[1], x_axis[0]) + np.arange(4) * np.pi / 2
+    choices = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) @ TOOL_DOWN for a in yaws]
+    return min(choices, key=lambda rotation: _turn_left(signals, rotation))
+
+
+def _turn_left(signals: Signals, rotation: np.ndarray) -> float:
+    return float(np.linalg.norm(_rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)))
+
+
+def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
+    """Moves on when the phase has done its work, and back to reaching where the grasp fails."""
+    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
+    phase, steps, rotation = memory.phase, memory.steps, memory.rotation
+    aside = np.hypot(*(obj - tcp)[:2])
+    if phase == "reach" and aside < 0.01 and _turn_left(signals, rotation) < 0.08 and abs(tcp[2] - obj[2]) < 0.008:
+        phase = "grasp"
+    elif phase == "grasp" and signals.is_grasped and steps > 0:
+        phase = "carry"
+    elif phase == "grasp" and steps > 6 or phase == "carry" and np.linalg.norm(obj - tcp) > 0.04:
+        phase = "reach"
+    elif phase == "carry" and np.hypot(*(obj - goal)[:2]) < 0.008 and obj[2] - goal[2] < 0.006:
+        phase = "release"
+    elif phase == "release" and steps > 1:
+        phase = "leave"
+    return memory if phase == memory.phase else memory._replace(phase=phase, steps=0)
+
+
+def _stack_reach(signals: Signals, rotation: np.ndarray) -> np.ndarray:
+    tcp, obj = signals.tcp_pos, signals.obj_pos
+    is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _turn_left(signals, rotation) < 0.15
+    return _command(signals, obj + (0, 0, 0 if is_over else 0.07), rotation, gripper=OPEN, gain=14.0)
+
+
+def _stack_grasp(signals: Signals, rotation: np.ndarray) -> np.ndarray:
+    obj = signals.obj_pos
+    return _command(signals, (obj[0], obj[1], CUBE_SIZE / 2), rotation, gripper=CLOSED, gain=14.0)
+
+
+def _stack_carry(signals: Signals, rotation: np.ndarray) -> np.ndarray:
+    """Lifts first, then approaches from above, and lowers over the goal."""
+    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
+    target = goal + (tcp - obj)
+    aside = np.hypot(*(obj - goal)[:2])
+    target[2] += 0.035 if aside > 0.02 else 0.001
+    if obj[2] < goal[2] + 0.005 and aside > 0.05:
+        is_low = obj[2] < goal[2] - CUBE_SIZE / 2
+        target[:2] = tcp[:2] if is_low else 0.3 * tcp[:2] + 0.7 * target[:2]
+    return _command(signals, target, rotation, gripper=CLOSED, gain=14.0)
+
+
+def _stack_release(signals: Signals, rotation: np.ndarray) -> np.ndarray:
+    return _command(signals, signals.tcp_pos, rotation, gripper=OPEN)
+
+
+def _stack_leave(signals: Signals, rotation: np.ndarray) -> np.ndarray:
+    tcp, goal = signals.tcp_pos, signals.goal_pos
+    return _command(signals, (tcp[0], tcp[1], goal[2] + 0.11), rotation, gripper=OPEN, gain=14.0, limit=0.5)
+
+
+_STACK_MOVES = {
+    "reach": _stack_reach,
+    "grasp": _stack_grasp,
+    "carry": _stack_carry,
+    "release": _stack_release,
+    "leave": _stack_leave,
+}
+
+
+class LiftMemory(NamedTuple):
+    phase: str = "reach"
+    steps: int = 0
+    foot: np.ndarray | None = None
+    """where the far end of the peg stood when the swing began."""
+    grip: float = 0.0
+    """how far from the peg's centre it is held."""
+
+
+PEG_GRIP = 0.10
+"""from the centre of the peg: far out, for leverage."""
+REACH = 0.175
+"""largest x at which the tool can point straight down."""
+
+
+def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemory]:
+    """Holds the peg lightly near the end on the far side of the robot and swings it up about its other end.
+
+    The peg pivots between the fingers, so the tool hardly has to turn.
+    """
+    axis = body_axis(signals.obj_quat, 0)
+    phase, steps, foot, grip = memory
+    if phase == "reach":
+        grip = min(PEG_GRIP, REACH - signals.obj_pos[0])
+    held_point = signals.obj_pos + grip * axis
+    if phase == "reach" and np.linalg.norm(held_point - signals.tcp_pos) < 0.012:
+        phase, steps = "grasp", 0
+    elif phase == "grasp" and signals.is_grasped and steps > 0:
+        phase, steps, foot = "swing", 0, signals.obj_pos - PEG_HALF_LENGTH * axis
+    elif phase == "grasp" and steps > 7:
+        phase, steps = "reach", 0
+    if phase == "reach":
+        above = 0.0 if np.hypot(*(held_point - signals.tcp_pos)[:2]) < 0.03 else 0.07
+        action = _command(signals, held_point + (0, 0, above), TOOL_DOWN, gripper=OPEN)
+    elif phase == "grasp":
+        action = _command(signals, signals.tcp_pos, TOOL_DOWN, gripper=CLOSED)
+    else:
+        action = _swing(signals, axis, foot, grip)
+    return action, LiftMemory(phase, steps + 1, foot, grip)
+
+
+def _swing(signals: Signals, axis: np.ndarray, foot: np.ndarray, grip: float) -> np.ndarray:
+    """Moves the tool along the arc about the foot, ahead of the peg's own elevation."""
+    tcp, obj = signals.tcp_pos, signals.obj_pos
+    error = np.pi / 2 - np.arctan2(axis[2], axis[0])
+    if abs(error) < 0.15:
+        target = tcp + (0, 0, PEG_HALF_LENGTH - obj[2])
+    else:
+        from_foot = tcp - (obj - PEG_HALF_LENGTH * axis)
+        elevation = np.arctan2(from_foot[2], from_foot[0]) + np.clip(error, -0.5, 0.5)
+        radius = PEG_HALF_LENGTH + grip
+        height = 0.025 * np.clip(error / 0.4, 0.0, 1.0)
+        target = np.array([foot[0] + radius * np.cos(elevation), foot[1], height + radius * np.sin(elevation)])
+    pitch = -np.clip(error, -0.3, 0.3)
+    turn = np.array([[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]])
+    return _command(signals, target, turn @ _rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=15.0)

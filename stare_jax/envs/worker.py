@@ -1,0 +1,144 @@
+"""The process behind one environment of the pool: `python -c "from stare_jax.envs.worker import main; main()"`.
+
+It talks to its parent over one socket, inherited by number, and exchanges arrays through one shared file without a
+name. It never initialises JAX. When the parent is gone, however it went, the socket ends and so does the worker.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import sys
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.envs.maniskill import EnvConfig, Frame, Simulator
+from stare_jax.types import Signals
+
+STEP, RESET, RESET_REPRODUCIBLY, CLOSE = b"s", b"r", b"R", b"c"
+DONE, FAILED = b"d", b"f"
+
+
+class Slots(NamedTuple):
+    """Arrays over the shared memory, one row an environment."""
+
+    action: np.ndarray
+    """float32 `[B, A]`, written by the parent; all else by the workers."""
+    image: np.ndarray
+    """uint8 `[B, H, W, 3]`; H = W = 0 without rendering."""
+    state: np.ndarray
+    """float32 `[B, S]`."""
+    signals: Signals
+    """leaves `[B, ...]`."""
+
+
+_SIGNAL_SHAPES = Signals(
+    tcp_pos=(3,), tcp_quat=(4,), obj_pos=(3,), obj_quat=(4,), grasp_pos=(3,), goal_pos=(3,), goal_quat=(4,),
+    is_grasped=(), is_contact=(), success=(), support_z=(),
+)  # fmt: skip
+_FLAGS = ("is_grasped", "is_contact", "success")
+
+
+def _layout(config: EnvConfig) -> list[tuple[tuple[int, ...], type]]:
+    """Returns shape and type of every array, in the order of `Slots` and `Signals`."""
+    rows, size = config.num_workers, config.image_size or 0
+    signals = [
+        ((rows, *shape), np.bool_ if name in _FLAGS else np.float32)
+        for name, shape in zip(Signals._fields, _SIGNAL_SHAPES, strict=True)
+    ]
+    return [
+        ((rows, config.action_dim), np.float32),
+        ((rows, size, size, 3), np.uint8),
+        ((rows, config.state_dim), np.float32),
+        *signals,
+    ]
+
+
+_ALIGNMENT = 64
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: type) -> int:
+    used = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return -(-used // _ALIGNMENT) * _ALIGNMENT
+
+
+def shared_size(config: EnvConfig) -> int:
+    """Returns how many bytes of shared memory the arrays of all environments take."""
+    return sum(_num_bytes(shape, dtype) for shape, dtype in _layout(config))
+
+
+def map_slots(config: EnvConfig, memory: mmap.mmap) -> Slots:
+    """Returns the arrays that lie in the shared memory."""
+    arrays, offset = [], 0
+    for shape, dtype in _layout(config):
+        arrays.append(np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape))
+        offset += _num_bytes(shape, dtype)
+    return Slots(*arrays[:3], Signals(*arrays[3:]))
+
+
+def write_frame(slots: Slots, index: int, frame: Frame) -> None:
+    if frame.image is not None:
+        slots.image[index] = frame.image
+    slots.state[index] = frame.state
+    for slot, value in zip(slots.signals, frame.signals, strict=True):
+        slot[index] = value
+
+
+def main() -> None:
+    """Serves the environment whose socket, shared file and index are the three arguments."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
+    faulthandler.enable()
+    socket, file, index = (int(argument) for argument in sys.argv[1:4])
+    with Connection(socket) as connection:
+        try:
+            config = connection.recv()
+            memory = mmap.mmap(file, shared_size(config))
+            os.close(file)
+            simulator = _start(config)
+        except EOFError:
+            return
+        except BaseException:  # noqa: BLE001  whatever it is, the parent has to hear of it
+            connection.send_bytes(FAILED + traceback.format_exc().encode())
+            return
+        connection.send_bytes(DONE)
+        _serve(connection, simulator, map_slots(config, memory), index)
+
+
+def _start(config: EnvConfig) -> Simulator:
+    import torch
+
+    warnings.filterwarnings("ignore", "__array_wrap__ must accept context", DeprecationWarning)
+    torch.set_num_threads(1)
+    simulator = Simulator(config)
+    simulator.reset(0)  # The first image compiles shaders: part of the start, not of the first step.
+    return simulator
+
+
+def _serve(connection: Connection, simulator: Simulator, slots: Slots, index: int) -> None:
+    """Answers commands until the parent says so or is gone."""
+    while True:
+        try:
+            message = connection.recv_bytes()
+            if message == CLOSE:
+                return
+            try:
+                frame = _execute(simulator, message, slots.action[index])
+            except Exception:  # noqa: BLE001  the parent raises it
+                connection.send_bytes(FAILED + traceback.format_exc().encode())
+            else:
+                write_frame(slots, index, frame)
+                connection.send_bytes(DONE)
+        except (EOFError, OSError):
+            return
+
+
+def _execute(simulator: Simulator, message: bytes, action: np.ndarray) -> Any:
+    command, seed = message[:1], message[1:]
+    if command == STEP:
+        return simulator.step(action)
+    return simulator.reset(int(seed), reproducible=command == RESET_REPRODUCIBLY)

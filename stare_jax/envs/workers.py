@@ -1,0 +1,243 @@
+"""A pool of CPU simulators that step together: one process an environment, arrays in shared memory."""
+
+import contextlib
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+
+import stare_jax
+from stare_jax.envs import worker
+from stare_jax.envs.base import EnvStep
+from stare_jax.envs.maniskill import EnvConfig
+from stare_jax.envs.panda_lite import ensure_panda_lite
+from stare_jax.envs.vulkan import driver_environment
+from stare_jax.stages import get_task
+from stare_jax.types import Observation, Signals
+
+REMEDY = "`python launch/doctor.py` checks this machine and says what to do"
+
+
+class SimulatorError(RuntimeError):
+    """A simulator could not be started, or raised while it executed a command."""
+
+
+class _Worker:
+    """One process and the socket to it."""
+
+    def __init__(self, config: EnvConfig, index: int, file: int):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from stare_jax.envs.worker import main; main()"]
+                + [str(theirs.fileno()), str(file), str(index)],
+                env=_worker_environment(),
+                pass_fds=(theirs.fileno(), file),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in the terminal is the parent's affair.
+            )
+        self.connection = Connection(ours.detach())
+        self.connection.send(config)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+    def close(self, deadline: float) -> None:
+        """Asks the process to end and waits for it, until `deadline` on the monotonic clock."""
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(worker.CLOSE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        self.kill()
+
+
+def _worker_environment() -> dict[str, str]:
+    """Returns what a worker needs set before SAPIEN, PyTorch or NumPy are loaded."""
+    package_parent = str(Path(stare_jax.__file__).parents[1])
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return (
+        os.environ | one_thread | driver_environment() | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+    )
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class SimulatorPool:
+    """`VecEnv` of ManiSkill simulators; see `envs.base`.
+
+    A worker that has died, or has not answered within `config.worker_timeout_s`, is killed and started anew within the
+    call: `alive` is False for it, `num_restarts` counts it, and until it is reset its row stays dead while all others
+    go on.
+    """
+
+    def __init__(self, config: EnvConfig, *, report: Callable[[str], None] = _print_to_stderr):
+        """Starts all workers in parallel.
+
+        Args:
+            report: is told in single lines how the start proceeds.
+
+        Raises:
+            SimulatorError: with the worker's own traceback, where one does not start.
+        """
+        self.config = config
+        self.env_id, self.num_envs, self.horizon = config.env_id, config.num_workers, config.horizon
+        self.action_dim = config.action_dim
+        self.instructions = (get_task(config.env_id).instruction,) * config.num_workers
+        self.num_restarts = 0
+        if config.image_size and config.lite_robot:
+            ensure_panda_lite(report)
+        self._file = os.memfd_create("stare_jax-simulators")
+        os.ftruncate(self._file, worker.shared_size(config))
+        self._memory = mmap.mmap(self._file, worker.shared_size(config))
+        self._slots = worker.map_slots(config, self._memory)
+        self._needs_reset = np.ones(self.num_envs, bool)
+        self._workers: list[_Worker] = []
+        self._finalizer = weakref.finalize(self, _shut_down, self._workers, self._file)
+        try:
+            self._start_all(report)
+        except BaseException:
+            self.close()
+            raise
+
+    def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
+        """Resets all environments.
+
+        Raises:
+            ValueError: not one seed for each environment.
+        """
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
+        return self._call(dict(enumerate(seeds)), is_stepped=np.zeros(self.num_envs, bool), reproducible=reproducible)
+
+    def step(
+        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+    ) -> EnvStep:
+        """Resets the environments named in `reset_seeds` and steps all the others.
+
+        Raises:
+            ValueError: an action of another shape or not finite, or an index out of range.
+            SimulatorError: a simulator raised.
+        """
+        reset_seeds = reset_seeds or {}
+        if not all(0 <= i < self.num_envs for i in reset_seeds):
+            raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
+        is_stepped = ~self._needs_reset
+        is_stepped[list(reset_seeds)] = False
+        action = np.asarray(action, np.float32)
+        if action.shape != (self.num_envs, self.action_dim):
+            raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
+        if not np.isfinite(action[is_stepped]).all():
+            raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
+        self._slots.action[:] = action
+        return self._call(reset_seeds, is_stepped=is_stepped, reproducible=reproducible)
+
+    def close(self) -> None:
+        """Ends all workers and gives their memory back; a second call does nothing."""
+        self._finalizer()
+
+    def _start_all(self, report: Callable[[str], None]) -> None:
+        config, start = self.config, time.monotonic()
+        what = "the first image compiles shaders" if config.image_size else "no images"
+        report(f"starting {self.num_envs} simulators of {config.env_id} ({what})")
+        self._workers.extend(_Worker(config, index, self._file) for index in range(self.num_envs))
+        for index in self._answers(range(self.num_envs), config.start_timeout_s, on_lost=self._raise_not_started):
+            report(f"simulator {index + 1} of {self.num_envs} is ready after {time.monotonic() - start:.1f} s")
+
+    def _call(self, seeds: Mapping[int, int], *, is_stepped: np.ndarray, reproducible: bool) -> EnvStep:
+        """Sends every worker its command, waits for all, and restarts those that are lost."""
+        reset = worker.RESET_REPRODUCIBLY if reproducible else worker.RESET
+        commands = {int(i): worker.STEP for i in np.flatnonzero(is_stepped)}
+        commands |= {int(i): reset + str(int(seed)).encode() for i, seed in seeds.items()}
+        lost: list[int] = []
+        for i, command in commands.items():
+            with contextlib.suppress(OSError):  # Whoever is gone is found out below.
+                self._workers[i].connection.send_bytes(command)
+        alive = np.zeros(self.num_envs, bool)
+        for i in self._answers(commands, self.config.worker_timeout_s, on_lost=lost.append):
+            alive[i] = True
+        self._needs_reset[alive] = False
+        for i in lost:
+            self._needs_reset[i] = True
+            self._restart(i)
+        return self._read(alive)
+
+    def _answers(self, indices, timeout_s: float, *, on_lost: Callable[[int], None]):
+        """Yields the indices as their workers answer; `on_lost` gets those that died or did not answer in time.
+
+        Raises:
+            SimulatorError: a worker answered with a traceback.
+        """
+        pending = {self._workers[i].connection: i for i in indices}
+        deadline = time.monotonic() + timeout_s
+        failures = []
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                i = pending.pop(connection)
+                try:
+                    answer = connection.recv_bytes()
+                except (EOFError, OSError):
+                    on_lost(i)
+                    continue
+                if answer == worker.DONE:
+                    yield i
+                else:
+                    failures.append(f"simulator {i} of {self.env_id}:\n{answer[1:].decode()}")
+        for i in pending.values():
+            on_lost(i)
+        if failures:
+            raise SimulatorError("\n".join([*failures, REMEDY]))
+
+    def _raise_not_started(self, index: int) -> None:
+        process = self._workers[index].process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        how = f"still silent after {self.config.start_timeout_s:g} s" if process.poll() is None else "ended"
+        raise SimulatorError(
+            f"simulator {index} of {self.env_id} did not start: {how}, exit status {process.poll()}; {REMEDY}"
+        )
+
+    def _restart(self, index: int) -> None:
+        self.num_restarts += 1
+        if self.num_restarts > self.config.max_restarts:
+            raise SimulatorError(
+                f"max_restarts: simulators of {self.env_id} were lost {self.num_restarts} times, expected at most "
+                f"{self.config.max_restarts}; {REMEDY}"
+            )
+        self._workers[index].kill()
+        self._workers[index] = _Worker(self.config, index, self._file)
+        for _ in self._answers([index], self.config.start_timeout_s, on_lost=self._raise_not_started):
+            pass
+
+    def _read(self, alive: np.ndarray) -> EnvStep:
+        """Copies everything: the next call overwrites the shared memory."""
+        slots = self._slots
+        images = {self.config.scene.camera: slots.image.copy()} if self.config.image_size else {}
+        no_tokens = np.zeros((self.num_envs, 0), np.int32)
+        observation = Observation(images, slots.state.copy(), no_tokens, no_tokens.astype(bool))
+        return EnvStep(observation, Signals(*(slot.copy() for slot in slots.signals)), alive)
+
+
+def _shut_down(workers: list[_Worker], file: int) -> None:
+    deadline = time.monotonic() + 5.0
+    for each in workers:
+        with contextlib.suppress(OSError):
+            each.connection.send_bytes(worker.CLOSE)
+    for each in workers:
+        each.close(deadline)
+    os.close(file)

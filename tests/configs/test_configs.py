@@ -1,0 +1,77 @@
+"""Every configuration builds: shapes of model, optimiser and batches, and one traced step of every phase."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from stare_jax.train.config import from_dict
+from stare_jax.train.ipi import IPIConfig
+from stare_jax.train.plan import plan_run
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIANTS = {
+    "quickstart": ("", "tcp"),
+    "ipi_maniskill": ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1"),
+    "ipi_widowx": (
+        "PutSpoonOnTableClothInScene-v1",
+        "PutCarrotOnPlateInScene-v1",
+        "StackGreenCubeOnYellowCubeBakedTexInScene-v1",
+        "PutEggplantInBasketScene-v1",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def configs_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def load(name: str, variant: str) -> IPIConfig:
+    values = importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else [])).to_dict()
+    values.pop("name")
+    return from_dict(IPIConfig, values)
+
+
+def test_the_table_above_lists_every_configuration():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
+    assert files == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("name", "variant"), [(name, variant) for name, all_ in VARIANTS.items() for variant in all_])
+def test_config_is_valid(name, variant):
+    config = load(name, variant)
+    assert config.env.horizon == (60 if name == "ipi_widowx" else 30)
+    assert config.stages == load(name, variant).stages
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_model_optimizer_and_batches_have_shapes(name):
+    config = load(name, VARIANTS[name][-1])
+    plans = plan_run(config)
+    assert list(plans) == ["sft", "tpo", "ppo"]
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(plans["sft"].state.params))
+    assert 7.4e9 < num_params < 7.6e9 if name.startswith("ipi") else num_params < 1.5e6
+    for plan in plans.values():
+        # Two moments for whatever is trained, nothing for what is frozen.
+        assert sum(leaf.size for leaf in jax.tree.leaves(plan.state.opt_state)) <= 2 * num_params + 10
+    assert plans["tpo"].batch.chosen.ref_logp.shape == (config.tpo.batch_size, config.env.horizon)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/quickstart.py", "--config.ppo.gama=0.9"], "no field 'gama'"),
+        (["--config=configs/quickstart.py", "--config.ppo.gamma=7"], "gamma: got 7.0, expected in [0, 1]"),
+        (["--config=configs/nothing.py"], "No such file"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_clear_line(arguments, message, tmp_path):
+    command = [sys.executable, "launch/train.py", *arguments, f"--workdir={tmp_path / 'run'}", "--plan"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,186 @@
+"""The command line of collection, on the toy environment dressed up as a task with images and a gripper."""
+
+import dataclasses
+import json
+import re
+
+import collect as command
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from stare_jax.data.pairs import read_pairs
+from stare_jax.data.reader import Dataset
+from stare_jax.data.seeds import DEMO_SEEDS, SLOT_SIZE
+from stare_jax.envs import EnvConfig, Expert, toy
+from stare_jax.models import make_policy, openvla_tiny
+from stare_jax.models.normalize import identity_stats
+from stare_jax.stages import get_task
+from stare_jax.train.checkpoint import Checkpoints
+from stare_jax.train.config import to_dict
+from stare_jax.train.ipi import IPIConfig
+from stare_jax.types import TrainState
+
+
+class DressedToy(toy.ToyPush):
+    env_id = "PushCube-v1"
+    action_dim = 7
+
+    def step(self, action, reset_seeds=None, *, reproducible=False):
+        return super().step(action[:, :2], reset_seeds, reproducible=reproducible)
+
+    def close(self):
+        pass
+
+    def _observe(self, measured):
+        step = super()._observe(measured)
+        images = {"base_camera": np.full((self.num_envs, 64, 64, 3), 200, np.uint8)}
+        observation = step.observation._replace(images=images, state=step.observation.state[:, :3])
+        return step._replace(observation=observation)
+
+
+class OneStuck(DressedToy):
+    """Whatever is decided, the first of two environments does what the expert would, and the second nothing."""
+
+    def step(self, action, reset_seeds=None, *, reproducible=False):
+        guided = np.zeros_like(action)
+        guided[0, :2] = toy.expert_action(self._signals)[0]
+        return super().step(guided, reset_seeds, reproducible=reproducible)
+
+    def _observe(self, measured):
+        step = super()._observe(measured)
+        self._signals = step.signals
+        return step
+
+
+def _act(signals, memory):
+    action = np.zeros(7, np.float32)
+    action[:2] = toy.expert_action(type(signals)(*(leaf[None] for leaf in signals)))[0]
+    return action, memory
+
+
+@pytest.fixture
+def collect(monkeypatch, tmp_path):
+    """Runs the command in this process, with OUT = tmp_path."""
+    monkeypatch.setattr(command, "make_vec_env", lambda config: DressedToy(config.num_workers))
+    monkeypatch.setattr(command, "make_expert", lambda env_id: Expert(lambda: None, _act, np.ones(7, np.float32)))
+    return lambda *arguments: command.main([*arguments, f"--out={tmp_path}"])
+
+
+def test_demonstrations_are_collected_reported_and_continued(collect, tmp_path, capsys, monkeypatch):
+    assert collect("--demos=4", "--noise=0:1,0.2:1", "--workers=2", "--seed=3") == 0
+    printed = capsys.readouterr().out
+    for words in ("with noise 0.2", "reach", "push", "episodes.png"):
+        assert words in printed
+    dataset = Dataset(tmp_path / "demos")
+    assert [episode.noise_scale for episode in dataset.episodes] == [0.0, 0.0, 0.2, 0.2]
+    assert min(episode.seed for episode in dataset.episodes) == DEMO_SEEDS + 3 * SLOT_SIZE
+    assert dataset.manifest.control_mode == "pd_ee_delta_pose"
+    with Image.open(tmp_path / "demos" / "episodes.png") as sheet:
+        assert sheet.size == (8 * 128, 4 * 142)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "make_vec_env", None)  # no simulator is started for what is there already
+        assert collect("--demos=4", "--noise=0:1,0.2:1", "--seed=3") == 0
+    assert "holds all of these already" in capsys.readouterr().out
+    assert collect("--demos=6", "--noise=0:1,0.2:1", "--seed=3") == 0
+    assert Dataset(tmp_path / "demos").num_episodes == 6
+
+
+def test_an_interruption_says_how_to_go_on(collect, tmp_path, capsys, monkeypatch):
+    class Interrupted(command.Interruption):
+        requested = property(lambda self: True, lambda self, value: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "Interruption", Interrupted)
+        assert collect("--demos=4") == 130
+    printed = capsys.readouterr().out
+    assert "0 of 4 are safe" in printed and "go on with: python" in printed and f"--demos=4 --out={tmp_path}" in printed
+    assert collect("--demos=4") == 0
+    assert Dataset(tmp_path / "demos").num_episodes == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--demos=0"], "num_demos: got 0, expected at least 1"),
+        (["--demos=4", "--seed=-1"], "seed: got -1, expected 0 <= seed < 100"),
+        (["--demos=4", "--workers=0"], "num_workers: got 0, expected at least 1"),
+        (["--demos=4", "--noise=0.1:-1"], "noise_scales: got .* expected positive shares"),
+        (
+            ["--pairs=4", "--checkpoint=nowhere/sft"],
+            r"nowhere/sft: expected a phase of a run.*config\.json does not exist",
+        ),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(collect, capsys, arguments, message):
+    assert collect(*arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    assert re.search(message, error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to collect"),
+        (["--pairs=4"], "--pairs and --checkpoint go together"),
+        (["--demos=4", "--checkpoint=runs/x/sft"], "--pairs and --checkpoint go together"),
+        (["--demos=4", "--noise=a"], "got 'a', expected SCALE:SHARE"),
+        (["--demos=4", "--task=PushCube"], "invalid choice: 'PushCube'"),
+        (["--demos=4", "--episodes=3"], "unrecognized arguments: --episodes=3"),
+    ],
+)
+def test_usage(collect, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        collect(*arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_data_of_another_kind_are_not_mixed(collect, capsys):
+    assert collect("--demos=2") == 0
+    assert collect("--demos=3", "--seed=1") == 1
+    assert "cannot be continued: its settings" in capsys.readouterr().err
+
+
+def test_help_shows_examples_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--help"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "python launch/collect.py --task=PushCube-v1 --demos=100" in printed and "default: 400" in printed
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with a policy whose weights are all zero: its actions are uniform."""
+    model = openvla_tiny(state_dim=3, camera="base_camera", decode_unroll=1)
+    towers = {name: dataclasses.replace(getattr(model, name), depth=2) for name in ("dino", "siglip")}
+    model = dataclasses.replace(model, **towers, llm=dataclasses.replace(model.llm, depth=1))
+    config = IPIConfig(EnvConfig(use_state="tcp"), model, stages=get_task("PushCube-v1").params)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
+    stats = identity_stats(7, 3)
+    shapes = jax.eval_shape(make_policy(model, stats).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    with Checkpoints(tmp_path / "run" / "sft" / "checkpoints") as checkpoints:
+        checkpoints.save(1, TrainState(jnp.int32(1), params, jnp.float32(0)), extra={}, norm_stats=stats)
+    return tmp_path / "run"
+
+
+def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "make_vec_env", lambda config: OneStuck(config.num_workers))
+    arguments = ["--pairs=9", f"--checkpoint={run / 'sft'}", "--rollouts-per-seed=4", "--max-rollouts=4"]
+    assert collect(*arguments) == 0
+    printed = capsys.readouterr().out
+    pairs = read_pairs(tmp_path / "pairs")
+    assert pairs and {pair.kind for pair in pairs} == {"success, same start"}
+    assert f"these are {len(pairs)} of 9" in printed and re.search(rf"success, same start +{len(pairs)}\n", printed)
+    dataset = Dataset(tmp_path / "pairs")
+    assert dataset.num_episodes == 4 and dataset.manifest.settings["source"] == str(run / "sft")
+    assert dataset.frame(0)["token_mask"].any()
+
+    assert collect(*arguments, "--image-size=32") == 1
+    assert "was trained with another image_size" in capsys.readouterr().err
