@@ -8,7 +8,7 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,15 +103,13 @@ class Simulator:
             RuntimeError: from SAPIEN, where images are asked for and there is no usable Vulkan driver.
         """
         self.config = config
-        self._building = contextlib.nullcontext
-        backend = "none"
+        backend, variant = "none", materials_without_device
         if config.image_size:
-            backend = select_driver()
+            backend, variant = select_driver(), contextlib.nullcontext
             if config.lite_robot:
-                self._building = functools.partial(lite_panda_agent, ensure_panda_lite())
-        else:
-            self._building = _materials_without_device
-        gymnasium = _import_mani_skill()
+                variant = functools.partial(lite_panda_agent, ensure_panda_lite())
+        self._building = functools.partial(_building, variant)
+        gymnasium = import_mani_skill()
         cameras = {"width": config.image_size, "height": config.image_size, "shader_pack": "minimal"}
         with self._building():
             self.env = gymnasium.make(
@@ -193,7 +191,8 @@ class Simulator:
         return self._camera.get_picture("Color")[..., :3]
 
 
-def _import_mani_skill() -> Any:
+def import_mani_skill() -> Any:
+    """Registers ManiSkill's tasks and returns the `gymnasium` module that makes them."""
     import gymnasium
     import mani_skill
     import mani_skill.envs  # Registers the tasks.
@@ -210,6 +209,14 @@ def _has_plain_step(env: Any) -> bool:
     return all(getattr(type(env), hook) is getattr(BaseEnv, hook) for hook in (*hooks, "_step_action"))
 
 
+@contextlib.contextmanager
+def _building(variant: Callable[[], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """While active, scenes are built in a variant, and without ManiSkill's use of a deprecated logging method."""
+    with variant(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The 'warn' method is deprecated", DeprecationWarning)
+        yield
+
+
 class _Material:
     """Stands for a render material where nothing is drawn: SAPIEN's own needs a graphics device to exist."""
 
@@ -221,7 +228,7 @@ class _Material:
 
 
 @contextlib.contextmanager
-def _materials_without_device() -> Iterator[None]:
+def materials_without_device() -> Iterator[None]:
     """While active, scenes can be built on a machine without any Vulkan driver."""
     import sapien
     from sapien import pysapien

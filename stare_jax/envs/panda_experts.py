@@ -18,6 +18,10 @@ ROTATION_GAIN = 10.0
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])
 """orientation `[3, 3]` of a tool that points down with its fingers closing along the world's y axis."""
 PUSH_HEIGHT = 0.02
+METRES_PER_UNIT = 0.1
+BASE = np.array([-0.615, 0.0])
+REACH = 0.793
+"""horizontal distance from the robot's base, in metres, up to which the tool can point straight down on the table."""
 
 
 def _command(
@@ -38,11 +42,25 @@ def _command(
     """
     action = np.empty(ACTION_DIM, np.float32)
     translation = gain * (np.asarray(position, np.float64) - signals.tcp_pos)
-    action[:3] = translation * min(1.0, limit / max(np.abs(translation).max(), 1e-9))
+    translation *= min(1.0, limit / max(np.abs(translation).max(), 1e-9))
+    action[:3] = _within_reach(signals.tcp_pos, translation)
     turn = ROTATION_GAIN * _rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)
     action[3:6] = -turn / max(1.0, np.linalg.norm(turn))
     action[6] = gripper
     return action
+
+
+def _within_reach(tcp_pos: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    """Returns the translation command `[3]`, pulled in where it points beyond the reach of a tool that points down.
+
+    The arm does not go as far as it can towards such a point: it holds its pose.
+    """
+    from_base = tcp_pos[:2] - BASE + METRES_PER_UNIT * translation[:2]
+    distance = np.hypot(*from_base)
+    if distance <= REACH:
+        return translation
+    inside = BASE + from_base * REACH / distance
+    return np.append((inside - tcp_pos[:2]) / METRES_PER_UNIT, translation[2])
 
 
 def _rotation_matrix(quat: np.ndarray) -> np.ndarray:
@@ -59,31 +77,45 @@ def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
 
 
 def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
-    """Goes behind the cube with closed fingers, over it if need be, and pushes along x while it stays behind."""
+    """Goes behind the cube with closed fingers, over it if need be, stops short of it, and pushes along x."""
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
-    if obj[0] - tcp[0] > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
-        target = np.array([goal[0] - 0.05, obj[1], PUSH_HEIGHT])
-    else:
-        target = np.array([obj[0] - 0.06, obj[1], PUSH_HEIGHT])
-        is_beside = tcp[0] > obj[0] - 0.045 and abs(tcp[1] - obj[1]) < 0.06
-        is_above = tcp[0] > obj[0] - 0.05 and tcp[2] > 0.09
-        if is_beside or is_above:
-            target[2] = 0.09
-        elif np.hypot(*(target - tcp)[:2]) > 0.03:
-            target[2] = 0.05
-    return _command(signals, target, TOOL_DOWN, gripper=CLOSED), memory
+    behind = obj[0] - tcp[0]
+    if behind > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
+        return _push_along_x(signals, -1.0, goal[0] - 0.05), memory
+    target = np.array([obj[0] - 0.06, obj[1], PUSH_HEIGHT])
+    is_beside = behind < 0.045 and abs(tcp[1] - obj[1]) < 0.06
+    is_above = behind < 0.05 and tcp[2] > 0.09
+    if is_beside or is_above:
+        target[2] = 0.09
+    elif np.hypot(*(target - tcp)[:2]) > 0.03:
+        target[2] = 0.05
+    return _command(signals, target, TOOL_DOWN, gripper=CLOSED, gain=20.0), memory
 
 
 def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
-    """Reaches over the cube to its far side with closed fingers and pulls along -x while it stays there."""
+    """Reaches over the cube to its far side with closed fingers, stops short of it, and pulls along -x."""
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
-    if tcp[0] - obj[0] > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
-        target = np.array([goal[0] - 0.02, obj[1], PUSH_HEIGHT])
-    else:
-        target = np.array([obj[0] + 0.045, obj[1], PUSH_HEIGHT])
-        if np.hypot(*(target - tcp)[:2]) > 0.02:
-            target[2] = 0.08 if tcp[0] < obj[0] + 0.035 else 0.05
-    return _command(signals, target, TOOL_DOWN, gripper=CLOSED), memory
+    beyond = tcp[0] - obj[0]
+    if beyond > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
+        return _push_along_x(signals, 1.0, goal[0] - 0.02), memory
+    target = np.array([obj[0] + 0.055, obj[1], PUSH_HEIGHT])
+    if np.hypot(*(target - tcp)[:2]) > 0.02:
+        target[2] = 0.08 if beyond < 0.035 else 0.05
+    return _command(signals, target, TOOL_DOWN, gripper=CLOSED, gain=20.0), memory
+
+
+def _push_along_x(signals: Signals, side: float, end_x: float) -> np.ndarray:
+    """Returns the action of a tool that is in line with the cube, at x beyond it (side 1) or before it (side -1).
+
+    It first stops within reach of the cube without touching it, and pushes slowly enough not to knock it away, so that
+    every stage of the task lasts at least one step.
+    """
+    tcp, obj = signals.tcp_pos, signals.obj_pos
+    is_at_cube = abs(tcp[0] - obj[0]) < 0.048 and abs(tcp[2] - PUSH_HEIGHT) < 0.025
+    if is_at_cube or signals.is_contact:
+        return _command(signals, (end_x, obj[1], PUSH_HEIGHT), TOOL_DOWN, gripper=CLOSED, limit=0.55)
+    stop = (obj[0] + side * 0.042, obj[1], PUSH_HEIGHT)
+    return _command(signals, stop, TOOL_DOWN, gripper=CLOSED, gain=20.0)
 
 
 class StackMemory(NamedTuple):
@@ -184,9 +216,6 @@ class LiftMemory(NamedTuple):
 
 PEG_GRIP = 0.10
 """from the centre of the peg: far out, for leverage."""
-REACH = 0.175
-"""largest x at which the tool can point straight down."""
-
 
 def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemory]:
     """Holds the peg lightly near the end on the far side of the robot and swings it up about its other end.
@@ -196,7 +225,7 @@ def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemo
     axis = body_axis(signals.obj_quat, 0)
     phase, steps, foot, grip = memory
     if phase == "reach":
-        grip = min(PEG_GRIP, REACH - signals.obj_pos[0])
+        grip = min(PEG_GRIP, BASE[0] + REACH - signals.obj_pos[0])
     held_point = signals.obj_pos + grip * axis
     if phase == "reach" and np.linalg.norm(held_point - signals.tcp_pos) < 0.012:
         phase, steps = "grasp", 0

@@ -35,13 +35,18 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stare_jax"
 
 
-def ensure_panda_lite(report: Callable[[str], None] | None = None) -> Path:
+def report_to_stderr(line: str) -> None:
+    """Prints a line about progress, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def ensure_panda_lite(report: Callable[[str], None] = report_to_stderr) -> Path:
     """Returns the URDF file of the low-polygon Panda, made first if need be (a few seconds, once).
 
     Safe to call from several processes at once: the folder appears under its final name only when it is complete.
 
     Args:
-        report: is told in one line when the meshes are about to be made; the default prints to stderr.
+        report: is told in one line when the meshes are about to be made, and in another when they are.
 
     Raises:
         FileNotFoundError: mani_skill or its Panda is not installed.
@@ -49,16 +54,11 @@ def ensure_panda_lite(report: Callable[[str], None] | None = None) -> Path:
     source = _panda_folder()
     target = cache_root() / f"panda-lite-{_cache_key()}"
     if not (target / URDF_NAME).exists():
-        report = report or _print_to_stderr
         report(f"making low-polygon Panda meshes in {target} (a few seconds, once)")
         start = time.monotonic()
         _publish(source, target)
         report(f"made them in {time.monotonic() - start:.1f} s")
     return target / URDF_NAME
-
-
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _cache_key() -> str:

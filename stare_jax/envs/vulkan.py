@@ -16,9 +16,11 @@ def manifests(pattern: str) -> Iterator[Path]:
         yield from sorted(folder.glob(pattern))
 
 
-def has_gpu_driver() -> bool:
-    """Says whether an NVIDIA GPU and its Vulkan driver are there, the only one that SAPIEN picks by itself."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) and any(manifests("nvidia*.json"))
+def renders_on_gpu() -> bool:
+    """Says whether an NVIDIA GPU draws: the only kind that SAPIEN picks by itself, unless another driver is chosen."""
+    chosen = next((os.environ[name] for name in DRIVER_VARIABLES if name in os.environ), None)
+    has_driver = any(manifests("nvidia*.json")) if chosen is None else "nvidia" in chosen
+    return has_driver and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def software_driver() -> Path | None:
@@ -27,19 +29,32 @@ def software_driver() -> Path | None:
 
 
 def driver_environment() -> dict[str, str]:
-    """Returns the environment variables that a rendering process needs on this machine, before SAPIEN is loaded.
+    """Returns the environment variables that a rendering process needs on this machine before SAPIEN is loaded.
 
-    Empty where a GPU draws, and where the user has chosen a driver. One rendering thread a process: processes are what
-    runs in parallel here.
+    Empty where a GPU draws; a driver that the user has chosen is kept. One rendering thread a process: it is processes
+    that run in parallel here.
     """
-    environment = {} if "LP_NUM_THREADS" in os.environ else {"LP_NUM_THREADS": "1"}
+    if renders_on_gpu():
+        return {}
+    wanted = {"LP_NUM_THREADS": "1"}
     driver = software_driver()
-    if has_gpu_driver() or driver is None or any(name in os.environ for name in DRIVER_VARIABLES):
-        return {} if has_gpu_driver() else environment
-    return environment | dict.fromkeys(DRIVER_VARIABLES, str(driver))
+    if driver is not None and not any(name in os.environ for name in DRIVER_VARIABLES):
+        wanted |= dict.fromkeys(DRIVER_VARIABLES, str(driver))
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def select_driver() -> str:
-    """Prepares this process for rendering and returns ManiSkill's name of the device to render on."""
+    """Prepares this process for rendering and returns ManiSkill's name of the device that renders.
+
+    Raises:
+        RuntimeError: there is no Vulkan driver.
+    """
     os.environ.update(driver_environment())
-    return "gpu" if has_gpu_driver() else "cpu"
+    if renders_on_gpu():
+        return "gpu"
+    if not any(name in os.environ for name in DRIVER_VARIABLES):
+        raise RuntimeError(
+            "no Vulkan driver: got neither a GPU's nor Mesa's software driver (mesa-vulkan-drivers >= 24.3), "
+            "expected one of them to render with; `python launch/doctor.py` says how to install it"
+        )
+    return "cpu"

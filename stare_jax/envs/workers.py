@@ -18,7 +18,7 @@ import stare_jax
 from stare_jax.envs import worker
 from stare_jax.envs.base import EnvStep
 from stare_jax.envs.maniskill import EnvConfig
-from stare_jax.envs.panda_lite import ensure_panda_lite
+from stare_jax.envs.panda_lite import ensure_panda_lite, report_to_stderr
 from stare_jax.envs.vulkan import driver_environment
 from stare_jax.stages import get_task
 from stare_jax.types import Observation, Signals
@@ -71,10 +71,6 @@ def _worker_environment() -> dict[str, str]:
     )
 
 
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class SimulatorPool:
     """`VecEnv` of ManiSkill simulators; see `envs.base`.
 
@@ -83,7 +79,7 @@ class SimulatorPool:
     go on.
     """
 
-    def __init__(self, config: EnvConfig, *, report: Callable[[str], None] = _print_to_stderr):
+    def __init__(self, config: EnvConfig, *, report: Callable[[str], None] = report_to_stderr):
         """Starts all workers in parallel.
 
         Args:
@@ -152,7 +148,8 @@ class SimulatorPool:
         config, start = self.config, time.monotonic()
         what = "the first image compiles shaders" if config.image_size else "no images"
         report(f"starting {self.num_envs} simulators of {config.env_id} ({what})")
-        self._workers.extend(_Worker(config, index, self._file) for index in range(self.num_envs))
+        for index in range(self.num_envs):
+            self._workers.append(_Worker(config, index, self._file))
         for index in self._answers(range(self.num_envs), config.start_timeout_s, on_lost=self._raise_not_started):
             report(f"simulator {index + 1} of {self.num_envs} is ready after {time.monotonic() - start:.1f} s")
 

@@ -113,12 +113,15 @@ def sta_tpo_loss(
     rejected_steps = _stage_steps(rejected_mask, rejected_valid, rejected_cost, rejected_completed)
     chex.assert_equal_shape((chosen_cost, rejected_cost))
     gap = _mean(chosen_delta[:, None], chosen_steps) - _mean(rejected_delta[:, None], rejected_steps)
-    cost_margin = cost_coef * jax.lax.stop_gradient(_float32(rejected_cost) - _float32(chosen_cost))
-    gap, offset = _preferred_gap(gap, cost_margin, margin)
+    cost_gap = jax.lax.stop_gradient(_float32(rejected_cost) - _float32(chosen_cost))
+    cost_margin = cost_coef * cost_gap
+    if margin == "relabel":  # By the costs themselves, so that without their weight the labels are the same.
+        gap = jnp.where(cost_gap >= 0, gap, -gap)
+    z = beta * (gap + _margin_term(cost_margin, margin))
 
     entered = _previous_completed(chosen_completed) & _previous_completed(rejected_completed)
     counts = entered & chosen_steps.any(axis=-1) & rejected_steps.any(axis=-1)
-    stage_loss = jnp.where(counts, -jax.nn.log_sigmoid(beta * (gap + offset)), 0.0)
+    stage_loss = jnp.where(counts, -jax.nn.log_sigmoid(z), 0.0)
     divisor = counts.shape[1] if stage_norm == "K" else jnp.maximum(jnp.sum(counts, axis=1), 1)
     is_pair = _pairs(chosen_valid, rejected_valid)
     loss = _mean(jnp.sum(stage_loss, axis=1) / divisor, is_pair)
@@ -149,14 +152,14 @@ def _stage_steps(mask: Array, valid: Array, cost: Array, completed: Array) -> Ar
     return jnp.asarray(mask) & valid[:, None]
 
 
-def _preferred_gap(gap: Array, cost_margin: Array, margin: str) -> tuple[Array, Array]:
-    """`[B, K]` the likelihood gap towards the preferred trajectory of each stage, and what is added to it."""
+def _margin_term(cost_margin: Array, margin: str) -> Array:
+    """`[B, K]` what is added to the likelihood gap towards the preferred trajectory."""
     if margin == "paper":
-        return gap, cost_margin
+        return cost_margin
     if margin == "offset":
-        return gap, -cost_margin
+        return -cost_margin
     if margin == "relabel":
-        return jnp.where(cost_margin >= 0, gap, -gap), jnp.abs(cost_margin)
+        return jnp.abs(cost_margin)
     raise ValueError(f"margin is {margin!r}, expected 'paper', 'offset' or 'relabel'.")
 
 

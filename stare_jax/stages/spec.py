@@ -170,7 +170,7 @@ def _check_weights(params: StageParams, requirements: Requirements, where: str) 
             raise ValueError(f"{where}: params.{name} is {value}, expected a finite number > 0.")
     for name in requirements.counts:
         value = getattr(params, name)
-        if value != int(value) or value < 1:
+        if not (value >= 1 and value % 1 == 0):
             raise ValueError(f"{where}: params.{name} is {value}, expected a whole number >= 1.")
     for limit in requirements.limits:
         total = limit.base + sum(getattr(params, name) for name in limit.weights)

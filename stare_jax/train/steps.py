@@ -244,6 +244,7 @@ def _sum_over_parts(fn: Callable, parts: tuple) -> PyTree:
 
 def _apply(state: TrainState, grads: PyTree, tx: optax.GradientTransformation, config, **extra) -> TrainState:
     trainable, frozen = split_params(state.params, config.optimizer.freeze)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, trainable)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, **extra)
     params = merge_params(optax.apply_updates(trainable, updates), frozen)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state)

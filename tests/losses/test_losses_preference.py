@@ -134,6 +134,12 @@ def test_margins_by_hand(margin, costs, expected):
     assert {name: float(metrics[name]) for name in expected_metrics} == pytest.approx(expected_metrics, rel=1e-5)
 
 
+def test_relabelling_goes_by_the_costs_also_where_they_have_no_weight():
+    # z_0 = -.5 (1 - 0), z_1 = .5 (2 - 4): the costs of stage 1 are equal.
+    loss, _ = sta_tpo_loss(*hand_made_pair(0.03, 0.01), beta=0.5, cost_coef=0.0, margin="relabel")
+    assert loss == pytest.approx(-(log_sigmoid(-0.5) + log_sigmoid(-1)) / 2, rel=1e-6)
+
+
 def test_a_stage_counts_only_after_the_one_before_is_completed_in_both():
     arguments = hand_made_pair()
     first_alone = -log_sigmoid(0.6) / 2
@@ -154,7 +160,7 @@ def test_a_stage_counts_only_after_the_one_before_is_completed_in_both():
 def test_one_stage_without_costs_is_tpo():
     pairs = Pairs(num_stages=1)
     tpo = jax.jit(jax.value_and_grad(functools.partial(tpo_loss, beta=0.3), argnums=(0, 2), has_aux=True))
-    for margin in ("paper", "offset", "relabel"):
+    for margin in ("paper", "offset"):
         function = functools.partial(sta_tpo_loss, beta=0.3, cost_coef=0.0, margin=margin)
         staged = jax.jit(jax.value_and_grad(function, argnums=(0, 2), has_aux=True))
         (loss, metrics), gradients = staged(*pairs.arguments)

@@ -1,5 +1,7 @@
 """Building blocks against independent implementations: attention, linear layers, patches, rotary positions, norms."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,59 +18,66 @@ FLOAT32 = Execution()
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def test_attention_equals_jax_nn_with_grouped_heads_and_a_mask():
     query, key, value = normal(0, 2, 5, 4, 8), normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
-    expected = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-    np.testing.assert_allclose(attend(query, [KeyValue(key, value)], [mask]), expected, atol=1e-5)
+    mask = np.broadcast_to(np.tril(np.ones((5, 5), bool)), (2, 5, 5))
+    expected = jax.jit(jax.nn.dot_product_attention)(query, key, value, mask=mask[:, None])
+    got = jax.jit(attend)(query, [KeyValue(key, value)], [mask])
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_attention_over_two_segments_equals_attention_over_one():
     query, key, value = normal(0, 2, 3, 4, 8), normal(1, 2, 7, 4, 8), normal(2, 2, 7, 4, 8)
     mask = normal(3, 2, 3, 7) > -0.5
-    whole = attend(query, [KeyValue(key, value)], [mask])
+    whole = jax.jit(attend)(query, [KeyValue(key, value)], [mask])
     parts = [KeyValue(key[:, :4], value[:, :4]), KeyValue(key[:, 4:], value[:, 4:])]
-    np.testing.assert_allclose(attend(query, parts, [mask[..., :4], mask[..., 4:]]), whole, atol=1e-5)
+    got = jax.jit(attend)(query, parts, [mask[..., :4], mask[..., 4:]])
+    np.testing.assert_allclose(got, whole, atol=1e-5)
 
 
-def test_linear_equals_flax_dense_general():
+def fill(shapes, seed=0, scale=0.5):
+    """Random numbers for every leaf of abstract parameters."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(0, scale, leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize(("num_in_axes", "features"), [(1, (6,)), (2, (7, 2)), (3, (2,))])
+def test_linear_equals_flax_dense_general(num_in_axes, features):
     x = normal(0, 2, 3, 4, 5)
-    for axes, features in ((1, (6,)), (2, (7, 2)), (3, (2,))):
-        ours = Linear(features, FLOAT32, num_in_axes=axes)
-        params = ours.init(jax.random.key(1), x)
-        params = jax.tree.map(lambda p: p + 0.1, params)
-        theirs = nn.DenseGeneral(features, axis=tuple(range(-axes, 0)))
-        np.testing.assert_allclose(ours.apply(params, x), theirs.apply(params, x), atol=1e-5)
+    ours = Linear(features, FLOAT32, num_in_axes=num_in_axes)
+    theirs = nn.DenseGeneral(features, axis=tuple(range(-num_in_axes, 0)))
+    params = fill(jax.eval_shape(ours.init, jax.random.key(1), x))
+    np.testing.assert_allclose(jax.jit(ours.apply)(params, x), jax.jit(theirs.apply)(params, x), atol=1e-5)
 
 
 def test_patches_and_windows_equal_convolutions():
     image = normal(0, 2, 8, 8, 3)
     kernel = normal(1, 4, 4, 3, 5)
     dimensions = ("NHWC", "HWIO", "NHWC")
-    expected = jax.lax.conv_general_dilated(image, kernel, (4, 4), "VALID", dimension_numbers=dimensions)
-    ours = jnp.einsum("bnhwc,hwcd->bnd", patchify(image, 4), kernel)
+    convolve = jax.jit(partial(jax.lax.conv_general_dilated, dimension_numbers=dimensions), static_argnums=(2, 3))
+    expected = convolve(image, kernel, (4, 4), "VALID")
+    ours = np.einsum("bnhwc,hwcd->bnd", patchify(image, 4), kernel)
     np.testing.assert_allclose(ours, expected.reshape(2, 4, 5), atol=1e-4)
-    expected = jax.lax.conv_general_dilated(image, kernel[:3, :3], (2, 2), "SAME", dimension_numbers=dimensions)
-    ours = jnp.einsum("bijhwc,hwcd->bijd", strided_windows(image), kernel[:3, :3])
+    expected = convolve(image, kernel[:3, :3], (2, 2), "SAME")
+    ours = np.einsum("bijhwc,hwcd->bijd", jax.jit(strided_windows)(image), kernel[:3, :3])
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_stem_shrinks_by_its_stride():
     stem = ConvStem((4, 6, 8), FLOAT32)
-    features, _ = stem.init_with_output(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
+    features, _ = jax.eval_shape(stem.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     assert features.shape == (2, 2, 2, 8)
 
 
 def test_vit_block_in_numpy():
     """Pre-norm, eps 1e-6, one softmax per head, erf GELU (tanh GELU is off by 1e-3 here), LayerScale."""
     config = ViTConfig(width=6, depth=2, num_heads=2, mlp_dim=8, layer_scale=1.0)
-    x = np.asarray(normal(0, 1, 4, 6)) * 3e-3  # small, so that the eps of the norm matters
-    params = ViTBlock(config, FLOAT32).init(jax.random.key(1), x)["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: rng.normal(0, 0.7, p.shape).astype(np.float32), params)
+    x = normal(0, 1, 4, 6) * 3e-3  # small, so that the eps of the norm matters
+    block = ViTBlock(config, FLOAT32)
+    params = fill(jax.eval_shape(block.init, jax.random.key(1), x), scale=0.7)["params"]
 
     def norm(v, p):
         centred = v - v.mean(-1, keepdims=True)
@@ -83,13 +92,14 @@ def test_vit_block_in_numpy():
     hidden = norm(out, params["norm2"]) @ params["fc1"]["kernel"] + params["fc1"]["bias"]
     hidden = hidden * 0.5 * (1 + scipy.special.erf(hidden / np.sqrt(2)))
     out = out + params["ls2"] * (hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"])
-    got, _ = ViTBlock(config, FLOAT32).apply({"params": params}, x)
+    got, _ = jax.jit(block.apply)({"params": params}, x)
     np.testing.assert_allclose(got[0], out, atol=1e-5)
 
 
 def test_vit_runs_all_blocks_but_the_last_and_drops_the_prefix():
     config = ViTConfig(width=8, depth=4, num_heads=2, mlp_dim=16, patch_size=4, num_prefix=5, layer_scale=1.0)
-    features, variables = ViT(config, FLOAT32).init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))
+    image = jnp.zeros((2, 8, 8, 3))
+    features, variables = jax.eval_shape(ViT(config, FLOAT32).init_with_output, jax.random.key(0), image)
     params = variables["params"]
     assert features.shape == (2, 4, 8)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {3}
@@ -100,9 +110,9 @@ def test_vit_runs_all_blocks_but_the_last_and_drops_the_prefix():
 
 def test_rotary_positions_are_hugging_faces():
     """Dimension i turns with i + D/2 by the angle position / theta^(2i/D)."""
-    x = np.asarray(normal(0, 1, 3, 2, 4))
-    cos, sin = rotary_angles(jnp.array([[0, 1, 5]]), 4, 10_000.0)
-    got = np.asarray(rotate(x, cos, sin))
+    x = normal(0, 1, 3, 2, 4)
+    turn = jax.jit(lambda x, positions: rotate(x, *rotary_angles(positions, 4, 10_000.0)))
+    got = np.asarray(turn(x, np.array([[0, 1, 5]])))
     for t, position in enumerate((0, 1, 5)):
         for i, frequency in enumerate((1.0, 0.01)):
             angle = position * frequency
@@ -125,51 +135,56 @@ LLAMA = LlamaConfig(vocab_size=50, width=16, depth=3, num_heads=4, num_kv_heads=
 
 @pytest.fixture(scope="module")
 def llama_params():
-    shapes = jax.eval_shape(
-        lambda key: Llama(LLAMA, FLOAT32).init(key, jnp.zeros((1, 2, 16)), jnp.ones((1, 2), bool)), jax.random.key(0)
-    )
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    args = (jnp.zeros((1, 2, 16)), jnp.ones((1, 2), bool))
+    return fill(jax.eval_shape(Llama(LLAMA, FLOAT32).init, jax.random.key(0), *args), scale=0.3)
 
 
 def test_decoding_one_by_one_equals_the_whole_sequence(llama_params):
-    llama, x = Llama(LLAMA, FLOAT32), normal(1, 2, 9, 16)
-    mask = jnp.ones((2, 6), bool).at[0, 1:3].set(False)
-    whole, _ = llama.apply(llama_params, x, jnp.concatenate([mask, jnp.ones((2, 3), bool)], axis=1))
-    hidden, prefix = llama.apply(llama_params, x[:, :6], mask)
-    np.testing.assert_allclose(hidden[mask], whole[:, :6][mask], atol=1e-5)
-    cache = Cache(prefix, jax.tree.map(lambda a: jnp.zeros((*a.shape[:2], 3, *a.shape[3:])), prefix))
+    run = jax.jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params))
+    decode = jax.jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params, method="decode"))
+    x, mask = normal(1, 2, 9, 16), np.ones((2, 6), bool)
+    mask[0, 1:3] = False
+    whole, _ = run(x, np.concatenate([mask, np.ones((2, 3), bool)], axis=1))
+    hidden, prefix = run(x[:, :6], mask)
+    np.testing.assert_allclose(np.asarray(hidden)[mask], np.asarray(whole)[:, :6][mask], atol=1e-5)
+    cache = Cache(prefix, jax.tree.map(lambda a: np.zeros((*a.shape[:2], 3, *a.shape[3:]), a.dtype), prefix))
     for i in range(3):
-        hidden, cache = llama.apply(llama_params, x[:, 6 + i : 7 + i], cache, mask, i, method="decode")
+        hidden, cache = decode(x[:, 6 + i : 7 + i], cache, mask, i)
         np.testing.assert_allclose(hidden[:, 0], whole[:, 6 + i], atol=1e-5)
 
 
 def test_padding_is_invisible(llama_params):
-    llama, x = Llama(LLAMA, FLOAT32), normal(1, 1, 5, 16)
-    plain, _ = llama.apply(llama_params, x, jnp.ones((1, 5), bool))
-    padded = jnp.concatenate([x[:, :1], 99 * jnp.ones((1, 3, 16)), x[:, 1:]], axis=1)
-    mask = jnp.array([[True, False, False, False, True, True, True, True]])
-    got, _ = llama.apply(llama_params, padded, mask)
-    np.testing.assert_allclose(got[:, mask[0]], plain, atol=1e-5)
+    run, x = jax.jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params)), normal(1, 1, 5, 16)
+    plain, _ = run(x, np.ones((1, 5), bool))
+    padded = np.concatenate([x[:, :1], 99 * np.ones((1, 3, 16), np.float32), x[:, 1:]], axis=1)
+    mask = np.array([[True, False, False, False, True, True, True, True]])
+    got, _ = run(padded, mask)
+    np.testing.assert_allclose(np.asarray(got)[:, mask[0]], plain, atol=1e-5)
+
+
+def loss_and_gradient(params, execution):
+    x, mask = normal(1, 2, 4, 16), np.ones((2, 4), bool)
+    loss = lambda params: jnp.sum(jnp.square(Llama(LLAMA, execution).apply(params, x, mask)[0]))  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def plain_gradient(llama_params):
+    return loss_and_gradient(llama_params, FLOAT32)
 
 
 @pytest.mark.parametrize("execution", [Execution(unroll=3), Execution(remat="full"), Execution(remat="dots")])
-def test_how_layers_are_run_changes_no_number(llama_params, execution):
-    x, mask = normal(1, 2, 4, 16), jnp.ones((2, 4), bool)
-
-    def loss(params, how):
-        return jnp.sum(jnp.square(Llama(LLAMA, how).apply(params, x, mask)[0]))
-
-    expected = jax.value_and_grad(loss)(llama_params, FLOAT32)
-    got = jax.value_and_grad(loss)(llama_params, execution)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, expected)
+def test_how_layers_are_run_changes_no_number(llama_params, plain_gradient, execution):
+    got = loss_and_gradient(llama_params, execution)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), got, plain_gradient)
 
 
 def test_computation_in_bfloat16_keeps_float32_logits(llama_params):
     llama = Llama(LLAMA, Execution(dtype="bfloat16", param_dtype="bfloat16"))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), llama_params)
-    hidden, _ = llama.apply(params, normal(1, 2, 4, 16).astype(jnp.bfloat16), jnp.ones((2, 4), bool))
-    logits = llama.apply(params, hidden, 10, 20, method="logits")
+    x, mask = normal(1, 2, 4, 16).astype(jnp.bfloat16), np.ones((2, 4), bool)
+    hidden, _ = jax.eval_shape(llama.apply, params, x, mask)
+    logits = jax.eval_shape(lambda h: llama.apply(params, h, 10, 20, method="logits"), hidden)
     assert (hidden.dtype, logits.dtype, logits.shape) == (jnp.bfloat16, jnp.float32, (2, 4, 10))
 
 

@@ -1,0 +1,36 @@
+"""What the simulator's tests share: scenes built once a session, and the reason to skip what renders."""
+
+import pytest
+
+from stare_jax.envs import vulkan
+from stare_jax.envs.maniskill import EnvConfig, Simulator
+
+
+@pytest.fixture(scope="session")
+def vulkan_driver():
+    """Skips where nothing can be rendered."""
+    if not vulkan.renders_on_gpu() and vulkan.software_driver() is None:
+        pytest.skip("needs a Vulkan driver: no GPU's and no lvp_icd*.json of mesa-vulkan-drivers found")
+
+
+@pytest.fixture(scope="session")
+def simulators():
+    """Returns a function env_id -> Simulator without images; each is built once."""
+    built = {}
+
+    def get(env_id):
+        if env_id not in built:
+            built[env_id] = Simulator(EnvConfig(env_id=env_id, image_size=None, use_state="tcp"))
+        return built[env_id]
+
+    yield get
+    for simulator in built.values():
+        simulator.close()
+
+
+@pytest.fixture(scope="session")
+def rendering_simulator(vulkan_driver):
+    """PushCube with 64-pixel images of the low-polygon scene; the first one compiles shaders for some ten seconds."""
+    simulator = Simulator(EnvConfig(image_size=64))
+    yield simulator
+    simulator.close()

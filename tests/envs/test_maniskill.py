@@ -1,0 +1,201 @@
+import contextlib
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from stare_jax.envs.experts import make_expert
+from stare_jax.envs.maniskill import EnvConfig, Simulator, import_mani_skill, materials_without_device
+from stare_jax.envs.scenes import SCENES
+
+FRANKA_TASKS = ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
+
+# ManiSkill calls np.isnan on a torch tensor, and Logger.warn.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning"),
+]
+
+
+def plain_env(env_id, **kwargs):
+    """The environment as everybody makes it, wrappers and all."""
+    import_mani_skill()
+    kwargs = {"obs_mode": "state", "render_backend": "none", "control_mode": "pd_ee_delta_pose"} | kwargs
+    materials = materials_without_device if kwargs["render_backend"] == "none" else contextlib.nullcontext
+    with materials():
+        return gymnasium.make(env_id, num_envs=1, robot_uids="panda", sim_backend="physx_cpu", **kwargs)
+
+
+def plain_reset(env, seed):
+    with materials_without_device():
+        return env.reset(seed=seed, options={"reconfigure": True})
+
+
+def physics_of(env):
+    """All that the physics engine knows of the robot and its objects, as one vector."""
+    unwrapped = env.unwrapped
+    robot = unwrapped.agent.robot._objs[0]
+    obj, base = SCENES[unwrapped.spec.id].objects(unwrapped)
+    poses = [part for actor in (obj, base) for part in (actor._objs[0].pose.p, actor._objs[0].pose.q)]
+    velocities = [obj._bodies[0].linear_velocity, obj._bodies[0].angular_velocity]
+    targets = [joint.drive_target for joint in robot.active_joints]
+    return np.concatenate([robot.qpos, robot.qvel, *poses, *velocities, *targets])
+
+
+def assert_signals_are_those_of_torch(signals, previous, env, info):
+    unwrapped = env.unwrapped
+    obj, _ = SCENES[unwrapped.spec.id].objects(unwrapped)
+    agent = unwrapped.agent
+    np.testing.assert_array_equal(np.append(signals.tcp_pos, signals.tcp_quat), agent.tcp.pose.raw_pose[0].numpy())
+    np.testing.assert_array_equal(np.append(signals.obj_pos, signals.obj_quat), obj.pose.raw_pose[0].numpy())
+    assert signals.is_grasped == bool(agent.is_grasping(obj)[0])
+    assert signals.success == bool(info["success"][0])
+    force = sum(
+        torch.linalg.norm(unwrapped.scene.get_pairwise_contact_forces(link, obj)) for link in agent.robot.links
+    )
+    moved = np.linalg.norm(signals.obj_pos - previous.obj_pos) > 2e-3
+    assert signals.is_contact == (float(force) > 1e-2 or moved)
+
+
+@pytest.mark.parametrize("env_id", FRANKA_TASKS)
+def test_states_and_signals_are_bitwise_those_of_plain_maniskill(env_id, simulators):
+    simulator, plain = simulators(env_id), plain_env(env_id)
+    rng = np.random.default_rng(0)
+    expert = make_expert(env_id)
+    memory = expert.init()
+    signals = simulator.reset(5, reproducible=True).signals
+    plain_reset(plain, 5)
+    seen = set()
+    for step in range(45):
+        action, memory = expert.act(signals, memory)
+        if step >= 30:  # Beyond every limit: clipped rotations, and commands that the inverse kinematics cannot follow.
+            action = rng.uniform(-1.5, 1.5, 7).astype(np.float32)
+        previous, signals = signals, simulator.step(action).signals
+        info = plain.step(action)[-1]
+        np.testing.assert_array_equal(physics_of(simulator.env), physics_of(plain), err_msg=f"step {step}")
+        assert_signals_are_those_of_torch(signals, previous, plain, info)
+        seen |= {name for name in ("is_grasped", "is_contact", "success") if getattr(signals, name)}
+    assert {"is_contact", "success"} <= seen
+    assert "is_grasped" in seen or env_id in ("PushCube-v1", "PullCube-v1")
+    plain.close()
+
+
+def test_other_control_modes_go_through_maniskill_itself():
+    simulator = Simulator(EnvConfig(image_size=0, control_mode="pd_joint_delta_pos"))
+    plain = plain_env("PushCube-v1", control_mode="pd_joint_delta_pos")
+    simulator.reset(1, reproducible=True)
+    plain_reset(plain, 1)
+    for action in np.random.default_rng(0).uniform(-1, 1, (10, 8)).astype(np.float32):
+        simulator.step(action)
+        plain.step(action)
+    np.testing.assert_array_equal(physics_of(simulator.env), physics_of(plain))
+    simulator.close()
+    plain.close()
+
+
+def rollout(simulator, seed, actions):
+    frames = [simulator.reset(seed, reproducible=True)] + [simulator.step(action) for action in actions]
+    return np.stack([np.concatenate([np.ravel(value) for value in frame.signals]) for frame in frames])
+
+
+def test_reproducible_resets_give_equal_episodes_whatever_came_before(simulators):
+    simulator = simulators("PushCube-v1")
+    actions = np.random.default_rng(1).uniform(-1, 1, (2, 20, 7)).astype(np.float32)
+    first = rollout(simulator, 3, actions[0])
+    rollout(simulator, 4, actions[1])
+    simulator.reset(5)
+    np.testing.assert_array_equal(rollout(simulator, 3, actions[0]), first)
+
+
+def test_first_state_of_push_cube(simulators):
+    state, signals = simulators("PushCube-v1").reset(0)[1:]
+    np.testing.assert_array_equal(state, signals.tcp_pos)
+    np.testing.assert_allclose(signals.goal_pos, signals.obj_pos + [0.2, 0, 0], atol=1e-6)
+    np.testing.assert_array_equal(signals.goal_quat, signals.obj_quat)
+    np.testing.assert_array_equal(signals.grasp_pos, signals.obj_pos)
+    assert signals.support_z == np.float32(0.02)
+    assert not (signals.is_contact or signals.is_grasped or signals.success)
+    for value in signals:
+        assert np.asarray(value).dtype in (np.float32, np.bool_)
+
+
+def test_goals_of_the_other_tasks(simulators):
+    stack = simulators("StackCube-v1")
+    signals = stack.reset(0).signals
+    support = stack.env.cubeB.pose.p[0].numpy()
+    np.testing.assert_allclose(signals.goal_pos, support + [0, 0, 0.04], atol=1e-6)
+
+    lift = simulators("LiftPegUpright-v1")
+    signals = lift.reset(0).signals
+    np.testing.assert_allclose(signals.goal_pos, [*signals.obj_pos[:2], 0.12], atol=1e-6)
+    w, x, y, z = signals.goal_quat
+    np.testing.assert_allclose([2 * (x * z - w * y), np.linalg.norm(signals.goal_quat)], [1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("env_id", "PushCube-v9", "env_id: got 'PushCube-v9', expected one of"),
+        ("num_workers", 0, "num_workers: got 0, expected at least 1"),
+        ("horizon", 0, "horizon: got 0"),
+        ("image_size", -1, "image_size: got -1"),
+        ("use_state", "all", "use_state: got 'all'"),
+        ("control_mode", "pd_magic", "control_mode: got 'pd_magic'"),
+        ("worker_timeout_s", 0.0, "worker_timeout_s: got 0.0"),
+        ("max_restarts", -1, "max_restarts: got -1"),
+    ],
+)
+def test_config_names_the_field_that_is_wrong(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        EnvConfig(**{field: value})
+
+
+@pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan)])
+def test_bad_actions_are_refused(action, simulators):
+    with pytest.raises(ValueError, match="action: got .* expected 7 finite numbers"):
+        simulators("PushCube-v1").step(action)
+
+
+# ---- Images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_the_stock_robot_are_those_of_plain_maniskill(rendering_simulator):
+    rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests: it takes ten seconds to make one.
+    simulator = Simulator(EnvConfig(image_size=64, lite_robot=False))
+    cameras = {"width": 64, "height": 64, "shader_pack": "minimal"}
+    plain = plain_env("PushCube-v1", obs_mode="rgb", render_backend="cpu", sensor_configs=cameras)
+    image = simulator.reset(7, reproducible=True).image
+    observation, _ = plain.reset(seed=7, options={"reconfigure": True})
+    for _ in range(2):
+        np.testing.assert_array_equal(image, observation["sensor_data"]["base_camera"]["rgb"][0].numpy())
+        action = np.full(7, 0.5, np.float32)
+        image, observation = simulator.step(action).image, plain.step(action)[0]
+    simulator.close()
+    plain.close()
+
+
+def test_lite_visuals_change_few_pixels_and_no_physics(rendering_simulator, simulators):
+    stock = Simulator(EnvConfig(image_size=64, lite_robot=False))
+    lite_image, stock_image = (each.reset(7).image.astype(int) for each in (rendering_simulator, stock))
+    stock.close()
+    difference = np.abs(lite_image - stock_image)
+    assert 0 < difference.mean() < 3
+    assert (difference.max(axis=-1) > 30).mean() < 0.02
+
+    actions = np.random.default_rng(2).uniform(-1, 1, (15, 7)).astype(np.float32)
+    np.testing.assert_array_equal(
+        rollout(rendering_simulator, 9, actions), rollout(simulators("PushCube-v1"), 9, actions)
+    )
+
+
+def test_cube_and_goal_can_be_seen(rendering_simulator):
+    image = rendering_simulator.reset(3).image
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+    red, green, blue = np.moveaxis(image.astype(int), -1, 0)
+    is_cube = (blue > red + 30) & (blue > green + 30)
+    is_ring = (red > 150) & (green < 110) & (abs(green - blue) < 40)
+    assert 3 <= is_cube.sum() <= 60
+    assert is_ring.sum() >= 20
+    # The goal is further from the robot, which the camera sees from the front: lower in the image.
+    assert np.argwhere(is_ring)[:, 0].mean() > np.argwhere(is_cube)[:, 0].mean()

@@ -1,0 +1,193 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
+from stare_jax.envs.workers import SimulatorPool
+from stare_jax.stages import get_task
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two simulators without images, quick to restart."""
+    with contextlib.closing(make_vec_env(EnvConfig(image_size=None, use_state="tcp", worker_timeout_s=8.0))) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def rendering_pool(vulkan_driver):
+    with contextlib.closing(make_vec_env(EnvConfig(image_size=64))) as pool:
+        yield pool
+
+
+def leaves(step):
+    return [*step.observation.images.values(), step.observation.state, *step.signals]
+
+
+def expert_actions(signals):
+    act = make_expert("PushCube-v1").act
+    rows = range(len(signals.success))
+    return np.stack([act(type(signals)(*(leaf[i] for leaf in signals)), None)[0] for i in rows])
+
+
+def is_gone(pid):
+    """Says whether a process has ended, waiting for it a while."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_shapes_and_instructions(pool):
+    state = pool.reset([0, 1])
+    assert (pool.env_id, pool.num_envs, pool.horizon, pool.action_dim) == ("PushCube-v1", 2, 30, 7)
+    assert tuple(pool.instructions) == (get_task("PushCube-v1").instruction,) * 2
+    assert state.alive.tolist() == [True, True]
+    assert state.observation.images == {}
+    np.testing.assert_array_equal(state.observation.state, state.signals.tcp_pos)
+    assert state.observation.tokens.shape == state.observation.token_mask.shape == (2, 0)
+    assert state.signals.obj_quat.shape == (2, 4) and state.signals.success.shape == (2,)
+
+
+def test_steps_are_those_of_a_simulator_of_ones_own(pool, simulators):
+    actions = np.random.default_rng(0).uniform(-1, 1, (8, 2, 7)).astype(np.float32)
+    states = [pool.reset([11, 12], reproducible=True)] + [pool.step(action) for action in actions]
+    for i in range(2):
+        alone = simulators("PushCube-v1")
+        frames = [alone.reset(11 + i, reproducible=True)] + [alone.step(action[i]) for action in actions]
+        for state, frame in zip(states, frames, strict=True):
+            for ours, expected in zip(state.signals, frame.signals, strict=True):
+                np.testing.assert_array_equal(ours[i], expected)
+
+
+def test_environments_are_reset_one_by_one_in_a_step(pool):
+    before = pool.reset([20, 21])
+    action = np.full((2, 7), 0.5, np.float32)
+    after = pool.step(action, {1: 22})
+    fresh = pool.reset([20, 22])
+    assert not np.array_equal(after.signals.tcp_pos[0], before.signals.tcp_pos[0])
+    np.testing.assert_array_equal(after.signals.tcp_pos[1], fresh.signals.tcp_pos[1])
+    np.testing.assert_array_equal(after.signals.obj_pos[1], fresh.signals.obj_pos[1])
+
+
+def test_results_are_owned_by_the_caller(pool):
+    state = pool.reset([30, 31])
+    kept = [leaf.copy() for leaf in leaves(state)]
+    pool.step(np.ones((2, 7), np.float32))
+    for leaf, copy in zip(leaves(state), kept, strict=True):
+        np.testing.assert_array_equal(leaf, copy)
+
+
+def test_calls_are_checked(pool):
+    pool.reset([0, 1])
+    with pytest.raises(ValueError, match="seeds: got 1, expected one for each of 2"):
+        pool.reset([0])
+    with pytest.raises(ValueError, match=r"action: got shape \(2, 6\), expected \(2, 7\)"):
+        pool.step(np.zeros((2, 6)))
+    with pytest.raises(ValueError, match="action: got .*nan.*, expected finite"):
+        pool.step(np.full((2, 7), np.nan))
+    with pytest.raises(ValueError, match="reset_seeds: got \\[2\\], expected indices below 2"):
+        pool.step(np.zeros((2, 7)), {2: 0})
+
+
+def test_interrupts_are_the_parents_affair(pool):
+    pool.reset([0, 1])
+    for each in pool._workers:
+        each.process.send_signal(signal.SIGINT)
+        each.process.send_signal(signal.SIGTERM)
+    assert pool.step(np.zeros((2, 7))).alive.all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+def test_a_lost_worker_is_restarted_and_the_others_go_on(number, pool):
+    pool.reset([40, 41])
+    restarts, lost = pool.num_restarts, pool._workers[1].process
+    lost.send_signal(number)
+    state = pool.step(np.full((2, 7), 0.3))
+    assert state.alive.tolist() == [True, False]
+    assert pool.num_restarts == restarts + 1
+    assert is_gone(lost.pid)
+    # Not reset, it stays out of the way.
+    assert pool.step(np.zeros((2, 7))).alive.tolist() == [True, False]
+    state = pool.step(np.zeros((2, 7)), {1: 41})
+    assert state.alive.tolist() == [True, True]
+    for _ in range(20):
+        state = pool.step(expert_actions(state.signals))
+    assert state.signals.success.all()
+
+
+def test_losing_workers_for_ever_is_an_error(pool):
+    pool.reset([0, 1])
+    restarts, pool.num_restarts = pool.num_restarts, pool.config.max_restarts
+    pool._workers[0].process.kill()
+    with pytest.raises(SimulatorError, match="max_restarts: .* lost 101 times, expected at most 100.*doctor.py"):
+        pool.step(np.zeros((2, 7)))
+    pool.num_restarts = restarts
+    pool._restart(0)
+
+
+def test_an_error_in_a_worker_is_raised_with_its_traceback(pool):
+    pool.reset([0, 1])
+    pool._workers[0].connection.send_bytes(b"?")  # Taken for a reset without a seed.
+    with pytest.raises(SimulatorError, match="(?s)simulator 0 of PushCube-v1:\nTraceback.*ValueError.*doctor.py"):
+        list(pool._answers([0], 5.0, on_lost=pytest.fail))
+    assert pool.step(np.zeros((2, 7))).alive.all()
+
+
+def test_images_and_reproducible_resets(rendering_pool):
+    def episode(seeds):
+        states = [rendering_pool.reset(seeds, reproducible=True)]
+        for _ in range(6):
+            states.append(rendering_pool.step(expert_actions(states[-1].signals)))
+        return [leaf for state in states for leaf in leaves(state)]
+
+    first = episode([3, 4])
+    images = first[0]
+    assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8
+    assert images.std() > 20 and not np.array_equal(images[0], images[1])
+    episode([5, 6])
+    for leaf, again in zip(first, episode([3, 4]), strict=True):
+        np.testing.assert_array_equal(leaf, again)
+
+
+def test_close_leaves_no_process_and_no_file(rendering_pool):
+    """Runs last: the pool is of no use afterwards."""
+    pids = [each.process.pid for each in rendering_pool._workers]
+    rendering_pool.close()
+    rendering_pool.close()
+    assert all(is_gone(pid) for pid in pids)
+    for descriptor in [rendering_pool._file, *(each.connection._handle for each in rendering_pool._workers)]:
+        assert descriptor is None or not os.path.exists(f"/proc/self/fd/{descriptor}")
+
+
+def test_a_start_that_fails_says_why(monkeypatch):
+    for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
+        monkeypatch.setenv(name, "/nowhere/driver.json")
+    with pytest.raises(SimulatorError, match="(?s)simulator 0 of PushCube-v1:\nTraceback.*RuntimeError.*doctor.py"):
+        SimulatorPool(EnvConfig(num_workers=1, image_size=64))
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    script = (
+        "import os, signal\n"
+        "from stare_jax.envs import EnvConfig, make_vec_env\n"
+        "pool = make_vec_env(EnvConfig(num_workers=1, image_size=None))\n"
+        "print(pool._workers[0].process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert output.returncode == -signal.SIGKILL, output.stderr
+    assert is_gone(int(output.stdout))

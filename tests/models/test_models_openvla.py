@@ -1,0 +1,218 @@
+"""OpenVLA as a policy: rollout and update agree, batches agree with single rows, images and prompts matter."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nano_policy import INSTRUCTIONS, make_case, nano_config, random_observation, some_stats
+
+from stare_jax.models import make_policy, openvla_tiny, with_prompt
+from stare_jax.models.heads import decode_bins, encode_bins
+from stare_jax.models.normalize import normalize_action, unnormalize_action
+from stare_jax.models.openvla_network import preprocess
+
+
+def rows(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+@pytest.fixture(scope="module")
+def decision(nano):
+    return nano.sample(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_rollout_log_probability_equals_the_recomputed_one(nano, temperature):
+    decision = nano.sample(nano.params, nano.observation, jax.random.key(1), temperature=temperature)
+    score = nano.log_prob(nano.params, nano.observation, decision.action_tokens, temperature=temperature)
+    np.testing.assert_allclose(decision.logp, score.logp, atol=1e-4)
+    np.testing.assert_allclose(decision.value, score.value, atol=1e-4)
+    assert (score.entropy < np.log(256)).all()
+
+
+def test_temperature_zero_takes_the_most_likely_bin_each_time(nano):
+    decision = nano.sample(nano.params, nano.observation, jax.random.key(1), temperature=0.0)
+    again = nano.sample(nano.params, nano.observation, jax.random.key(2), temperature=0.0)
+    np.testing.assert_array_equal(decision.action_tokens, again.action_tokens)
+    best = nano.log_prob(nano.params, nano.observation, decision.action_tokens).logp
+    # Changing the last dimension's bin can only lower the log-probability.
+    for other in (0, 100, 255):
+        tokens = decision.action_tokens.at[:, -1].set(other)
+        assert (nano.log_prob(nano.params, nano.observation, tokens).logp <= best + 1e-6).all()
+
+
+def test_temperature_and_instruction_change_nothing_that_is_compiled(nano):
+    for temperature in (0.0, 0.5, 1.0, jnp.float32(0.7)):
+        nano.sample(nano.params, nano.observation, jax.random.key(0), temperature=temperature)
+    other = random_observation(nano.policy, ("stack the red cube on the green cube",) * 3)
+    nano.sample(nano.params, other, jax.random.key(0), temperature=0.3)
+    assert nano.sample._cache_size() <= 2  # a Python number and an array of one are two signatures
+
+
+def test_sampling_explores_and_actions_are_the_bins_centres(nano, decision):
+    other = nano.sample(nano.params, nano.observation, jax.random.key(7), temperature=1.0)
+    assert (other.action_tokens != decision.action_tokens).any()
+    stats = some_stats(3, 2)
+    expected = unnormalize_action(np.asarray(decode_bins(decision.action_tokens)), stats)
+    np.testing.assert_allclose(decision.action, expected, atol=1e-6)
+    # The masked dimension passes through unnormalised.
+    np.testing.assert_allclose(decision.action[:, -1], decode_bins(decision.action_tokens)[:, -1], atol=1e-6)
+
+
+def test_a_batch_of_different_prompts_equals_one_by_one(nano, decision):
+    together = nano.log_prob(nano.params, nano.observation, decision.action_tokens)
+    for i in range(len(INSTRUCTIONS)):
+        alone = nano.log_prob(nano.params, rows(nano.observation, slice(i, i + 1)), decision.action_tokens[i : i + 1])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i : i + 1], b, atol=1e-5), together, alone)  # noqa: B023
+
+
+def test_the_length_that_prompts_are_padded_to_does_not_matter(nano, decision):
+    longer = make_policy(nano_config(prompt_length=20), some_stats(3, 2))
+    observation = with_prompt(longer, nano.observation, INSTRUCTIONS)
+    expected = nano.log_prob(nano.params, nano.observation, decision.action_tokens)
+    got = jax.jit(longer.log_prob)(nano.params, observation, decision.action_tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, expected)
+
+
+def test_image_prompt_and_state_change_the_distribution_and_capitals_do_not(nano, decision):
+    def logp(observation):
+        return np.asarray(nano.log_prob(nano.params, observation, decision.action_tokens).logp)
+
+    base = logp(nano.observation)
+    images = {"base_camera": 255 - nano.observation.images["base_camera"]}
+    assert (np.abs(logp(nano.observation._replace(images=images)) - base) > 1e-3).all()
+    assert (np.abs(logp(with_prompt(nano.policy, nano.observation, ["pull"] * 3)) - base) > 1e-3).all()
+    moved = nano.observation._replace(state=-nano.observation.state)
+    assert (np.abs(logp(with_prompt(nano.policy, moved, INSTRUCTIONS)) - base) > 1e-3).all()
+    shouted = with_prompt(nano.policy, nano.observation, [text.upper() for text in INSTRUCTIONS])
+    np.testing.assert_array_equal(logp(shouted), base)
+
+
+def test_value_alone_equals_the_value_of_scoring(nano, decision):
+    value = jax.jit(nano.policy.value)(nano.params, nano.observation)
+    np.testing.assert_allclose(value, decision.value, atol=1e-5)
+
+
+def test_without_jit_the_numbers_are_the_same(nano, decision):
+    with jax.disable_jit():
+        score = nano.policy.log_prob(nano.params, nano.observation, decision.action_tokens)
+        greedy = nano.policy.sample(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
+    expected = nano.log_prob(nano.params, nano.observation, decision.action_tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), score, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), greedy, decision)
+
+
+def test_unrolling_the_decoding_loop_changes_no_number(nano, decision):
+    unrolled = make_policy(nano_config(decode_unroll=8), some_stats(3, 2))
+    got = jax.jit(unrolled.sample)(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
+    np.testing.assert_array_equal(got.action_tokens, decision.action_tokens)
+    np.testing.assert_allclose(got.logp, decision.logp, atol=1e-4)
+
+
+def test_one_hot_imitation_is_minus_the_mean_log_probability(nano):
+    policy = make_policy(nano_config(label_width=0.0), some_stats(3, 2))
+    action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
+    loss, metrics = jax.jit(policy.imitation_loss)(nano.params, nano.observation, action)
+    bins = encode_bins(normalize_action(action, some_stats(3, 2)))
+    score = nano.log_prob(nano.params, nano.observation, bins)
+    np.testing.assert_allclose(loss, -score.logp / 3, rtol=1e-5)
+    assert set(metrics) == {"token_accuracy", "l1"}
+
+
+def test_metrics_are_perfect_where_the_greedy_action_is_the_given_one(nano):
+    greedy = nano.sample(nano.params, nano.observation, jax.random.key(0), temperature=0.0)
+    _, (_, metrics) = nano.loss_and_grad(nano.params, nano.observation, np.asarray(greedy.action))[0]
+    np.testing.assert_array_equal(metrics["token_accuracy"], 1.0)
+    np.testing.assert_allclose(metrics["l1"], 0.0, atol=1e-5)
+
+
+def test_loss_over_the_whole_vocabulary_is_larger_by_the_mass_outside(nano):
+    action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
+    policy = make_policy(nano_config(restrict_logits=False), some_stats(3, 2))
+    whole, _ = jax.jit(policy.imitation_loss)(nano.params, nano.observation, action)
+    (_, (restricted, _)), _ = nano.loss_and_grad(nano.params, nano.observation, action)
+    assert (whole > restricted).all()
+    # With all other tokens out of reach the two agree: their logits are hidden · column, and a column can be moved far.
+    blocked = jax.tree.map(np.copy, nano.params)
+    outside = np.r_[0 : 896 - 256, 896:960]
+    blocked["llm"]["lm_head"][:, outside] = 0.0
+    same, _ = jax.jit(policy.imitation_loss)(blocked, nano.observation, action)
+    assert (same < whole).all()
+
+
+def gradient(case, of_value):
+    def objective(params):
+        score = case.policy.log_prob(params, case.observation, np.full((3, 3), 7))
+        return jnp.sum(score.value if of_value else score.logp)
+
+    return jax.jit(jax.grad(objective))(case.params)
+
+
+def test_gradients_reach_every_parameter_and_the_detached_value_only_its_head(nano):
+    action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
+    _, grads = nano.loss_and_grad(nano.params, nano.observation, action)
+    still = {jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(grads) if not np.abs(g).max() > 0}
+    assert all("value_head" in name for name in still), still
+    shared = gradient(nano, of_value=True)
+    assert np.abs(shared["llm"]["layers"]["q_proj"]["kernel"]).max() > 0
+    detached = make_case(nano_config(value_stop_gradient=True), INSTRUCTIONS)
+    grads = gradient(detached, of_value=True)
+    assert min(np.abs(g).max() for g in jax.tree.leaves(grads["value_head"])) > 0
+    assert all(not np.any(g) for name in ("llm", "dino", "siglip", "projector") for g in jax.tree.leaves(grads[name]))
+
+
+def test_images_are_normalised_for_each_tower_and_resized_as_pil_does():
+    config = nano_config(stem=(), image_size=16, resize="cubic")
+    config = dataclasses.replace(
+        config, dino=dataclasses.replace(config.dino, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    )
+    image = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    dino, siglip = preprocess(image, config)
+    np.testing.assert_allclose(dino, (image / 255 - [0.4, 0.5, 0.6]) / [0.1, 0.2, 0.3], atol=1e-5)
+    np.testing.assert_allclose(siglip, image / 127.5 - 1, atol=1e-5)
+    pil = pytest.importorskip("PIL.Image")
+    photo = np.random.default_rng(0).integers(0, 256, (1, 48, 64, 3)).astype(np.uint8)
+    _, resized = preprocess(photo, config)
+    expected = np.asarray(pil.fromarray(photo[0]).resize((16, 16), pil.Resampling.BICUBIC))
+    # PIL works in fixed point: one grey level of difference at most.
+    assert np.abs((np.asarray(resized[0]) + 1) * 127.5 - expected).max() < 1.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 60}, "image_size: got 60, expected a multiple of 8"),
+        ({"action_vocab_end": 256}, "action_vocab_end: got 256, expected more than 256, at most vocab_size 896"),
+        ({"action_vocab_end": 897}, "action_vocab_end: got 897"),
+        ({"prompt_template": "go"}, r"prompt_template: got 'go', expected \{instruction\}"),
+        ({"prompt_template": "{instruction} {state}"}, "state_dim: got 0, expected > 0"),
+        ({"label_width": -1.0}, "label_width: got -1.0, expected >= 0"),
+        ({"action_dim": 0}, "action_dim: got 0, expected >= 1"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        openvla_tiny(**changes)
+
+
+def test_towers_must_agree():
+    tiny = openvla_tiny()
+    with pytest.raises(ValueError, match="siglip.patch_size: got 4, expected dino's 2"):
+        openvla_tiny(siglip=dataclasses.replace(tiny.siglip, patch_size=4))
+    with pytest.raises(ValueError, match="expected those of dino, as the stem is shared"):
+        openvla_tiny(siglip=dataclasses.replace(tiny.siglip, mean=(0.1, 0.1, 0.1)))
+
+
+def test_statistics_of_another_robot_are_refused():
+    with pytest.raises(ValueError, match=r"norm_stats.action_q01: got shape \(4,\), expected \(3,\)"):
+        make_policy(nano_config(), some_stats(4, 2))
+    with pytest.raises(ValueError, match=r"norm_stats.state_q01: got shape \(1,\), expected \(2,\)"):
+        make_policy(nano_config(), some_stats(3, 1))
+
+
+def test_a_vocabulary_without_room_for_the_words_is_refused():
+    policy = make_policy(nano_config(action_vocab_end=600), some_stats(3, 2))
+    with pytest.raises(ValueError, match="action_vocab_end: got 344 ids below the actions, expected >= "):
+        policy.tokenize(["push"], np.zeros((1, 2)))

@@ -1,0 +1,222 @@
+"""What the collector promises, against a simulator whose every state says which episode and step it belongs to."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from stare_jax.envs.base import EnvStep
+from stare_jax.logging import Clock
+from stare_jax.models.mlp import MLPConfig, make_mlp
+from stare_jax.models.normalize import identity_stats
+from stare_jax.models.policy import Decision
+from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.types import Observation, Signals
+
+
+class Script(NamedTuple):
+    """What happens in the episode of a seed."""
+
+    success_at: int | None = None
+    dies_at: int | None = None
+
+
+class ScriptedEnv:
+    """Observes [seed, t]; succeeds and dies by the script; writes every step into the same arrays."""
+
+    env_id, horizon, action_dim = "Scripted-v0", 4, 2
+
+    def __init__(self, num_envs, scripts):
+        self.num_envs, self._scripts = num_envs, scripts
+        self._seed, self._t = np.zeros(num_envs, int), np.zeros(num_envs, int)
+        self._state = np.zeros((num_envs, 2), np.float32)
+        self._image = np.zeros((num_envs, 2, 2, 3), np.uint8)
+        self._is_dead = np.zeros(num_envs, bool)
+        self.resets, self.executed, self.reproducible = [], [], set()
+
+    @property
+    def instructions(self):
+        return [f"do {seed}" for seed in self._seed]
+
+    def reset(self, seeds, *, reproducible=False):
+        assert len(seeds) == self.num_envs
+        return self._advance(None, dict(enumerate(seeds)), reproducible)
+
+    def step(self, action, reset_seeds=None, *, reproducible=False):
+        assert action.dtype == np.float32 and action.shape == (self.num_envs, 2)
+        return self._advance(action, reset_seeds or {}, reproducible)
+
+    def _advance(self, action, reset_seeds, reproducible):
+        self.reproducible.add(reproducible)
+        for i in range(self.num_envs):
+            if i in reset_seeds:
+                self._seed[i], self._t[i], self._is_dead[i] = reset_seeds[i], 0, False
+                self.resets.append(reset_seeds[i])
+                continue
+            assert not self._is_dead[i], "an environment that died was not reset"
+            self.executed.append((int(self._seed[i]), int(self._t[i]), *action[i].tolist()))
+            self._t[i] += 1
+        script = [self._scripts.get(int(seed), Script()) for seed in self._seed]
+        success = np.array(
+            [s.success_at is not None and t >= s.success_at for s, t in zip(script, self._t, strict=True)]
+        )
+        self._is_dead = np.array([s.dies_at == t for s, t in zip(script, self._t, strict=True)])
+        self._state[:] = np.stack([self._seed, self._t], axis=1)
+        self._image[:] = self._t[:, None, None, None]
+        self._state[self._is_dead] = np.nan
+        zeros = [np.zeros((self.num_envs, *shape), np.float32) for shape in [(3,), (4,)] * 2 + [(3,), (3,), (4,)]]
+        no = np.zeros(self.num_envs, bool)
+        signals = Signals(*zeros, is_grasped=no, is_contact=no, success=success, support_z=np.zeros(self.num_envs))
+        no_tokens = np.zeros((self.num_envs, 0), np.int32)
+        observation = Observation({"camera": self._image}, self._state, no_tokens, no_tokens.astype(bool))
+        return EnvStep(observation, signals, ~self._is_dead)
+
+    def close(self):
+        pass
+
+
+def scripted_act(observation, signals, instructions, is_first):
+    """Acts [seed, t] / 8 and values a state at seed + t / 100; also checks what it is told."""
+    seed, t = observation.state.T
+    known = ~np.isnan(seed)
+    assert [instructions[i] for i in np.flatnonzero(known)] == [f"do {int(s)}" for s in seed[known]]
+    assert not np.any(is_first[known] & (t[known] > 0))
+    tokens = np.nan_to_num(observation.state).astype(np.int32)
+    decision = Decision(observation.state / 8, tokens, -t, (seed + t / 100).astype(np.float32))
+    return decision, observation._replace(tokens=tokens, token_mask=np.ones_like(tokens, bool))
+
+
+SEEDS = [10, 11, 12, 13, 14, 15, 16]
+SCRIPTS = {10: Script(success_at=1), 12: Script(success_at=3), 13: Script(success_at=4), 15: Script(success_at=2)}
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 9])
+def test_every_seed_is_one_whole_episode_in_its_own_row(num_envs):
+    env = ScriptedEnv(num_envs, SCRIPTS)
+    rollout = collect_episodes(env, scripted_act, SEEDS, stop_at_success=True, reproducible=True)
+    trajectory = rollout.trajectory
+    # Success after 1, 3, 4 and 2 actions; the others end at the horizon of 4, and no further episode is begun.
+    lengths = np.array([1, 4, 3, 4, 4, 2, 4])
+    np.testing.assert_array_equal(trajectory.valid, np.arange(5) <= lengths[:, None])
+    assert rollout.num_steps == lengths.sum() and rollout.num_dropped == 0 and rollout.is_complete
+    assert rollout.instructions == tuple(f"do {seed}" for seed in SEEDS)
+    for e, seed in enumerate(SEEDS):
+        n = lengths[e]
+        expected = np.stack([np.full(n + 1, seed), np.arange(n + 1)], axis=1)
+        np.testing.assert_array_equal(trajectory.observation.state[e, : n + 1], expected)
+        np.testing.assert_array_equal(trajectory.observation.tokens[e, : n + 1], expected)
+        np.testing.assert_array_equal(trajectory.observation.images["camera"][e, : n + 1, 0, 0, 0], np.arange(n + 1))
+        np.testing.assert_array_equal(trajectory.action[e, :n], expected[:n] / 8)
+        np.testing.assert_array_equal(trajectory.logp[e, :n], -np.arange(n))
+        # The value of the state that the last action led to is there, for bootstrapping.
+        np.testing.assert_allclose(trajectory.value[e, : n + 1], seed + np.arange(n + 1) / 100, rtol=1e-6)
+        assert trajectory.signals.success[e, n] == (seed in SCRIPTS)
+        for leaf in (trajectory.observation.state[e, n + 1 :], trajectory.action[e, n:], trajectory.logp[e, n:]):
+            assert not leaf.any()
+    assert sorted(set(env.resets)) == SEEDS and len(env.resets) == max(num_envs, len(SEEDS))
+    assert env.reproducible == {True}
+
+
+def test_success_does_not_end_an_episode_that_is_to_run_to_the_horizon():
+    rollout = collect_episodes(ScriptedEnv(2, SCRIPTS), scripted_act, SEEDS, stop_at_success=False)
+    assert rollout.trajectory.valid.all()
+    np.testing.assert_array_equal(rollout.trajectory.signals.success[0], [False, True, True, True, True])
+
+
+def test_a_state_that_succeeds_before_any_action_is_still_acted_in():
+    rollout = collect_episodes(ScriptedEnv(1, {5: Script(success_at=0)}), scripted_act, [5], stop_at_success=True)
+    np.testing.assert_array_equal(rollout.trajectory.valid[0], [True, True, False, False, False])
+
+
+@pytest.mark.parametrize("dies_at", [0, 1, 4])
+def test_the_episode_of_a_dead_simulator_is_dropped_and_counted(dies_at):
+    scripts = SCRIPTS | {11: Script(dies_at=dies_at), 16: Script(dies_at=2)}
+    over = {}
+    rollout = collect_episodes(
+        ScriptedEnv(2, scripts),
+        scripted_act,
+        SEEDS,
+        stop_at_success=True,
+        on_episode=lambda e, row: over.setdefault(e, row.valid.sum()),
+    )
+    assert rollout.num_dropped == 2 and rollout.is_complete
+    assert rollout.num_steps == 1 + dies_at + 3 + 4 + 4 + 2 + 2
+    np.testing.assert_array_equal(rollout.trajectory.valid.sum(axis=1), [2, 0, 4, 5, 5, 3, 0])
+    assert over == {0: 2, 1: 0, 2: 4, 3: 5, 4: 5, 5: 3, 6: 0}
+    for leaf in jax.tree.leaves(rollout.trajectory):
+        assert np.isfinite(leaf).all() and not leaf[1].any() and not leaf[6].any()
+
+
+def test_a_perturbed_action_is_executed_and_the_clean_one_recorded():
+    env = ScriptedEnv(2, SCRIPTS)
+    seen_first = []
+
+    def perturb(action, is_first):
+        seen_first.append(is_first.copy())
+        return action + 1.0
+
+    rollout = collect_episodes(env, scripted_act, SEEDS[:3], stop_at_success=True, perturb=perturb)
+    np.testing.assert_array_equal(rollout.trajectory.action[2, :3], [[12 / 8, 0], [12 / 8, 1 / 8], [12 / 8, 2 / 8]])
+    assert (12, 1, 12 / 8 + 1, 1 / 8 + 1) in env.executed
+    np.testing.assert_array_equal(seen_first[0], [True, True])
+    np.testing.assert_array_equal(seen_first[1], [False, False])
+
+
+def test_a_collection_that_is_stopped_keeps_finished_episodes_alone():
+    ticks = []
+    rollout = collect_episodes(
+        ScriptedEnv(2, SCRIPTS),
+        scripted_act,
+        SEEDS,
+        stop_at_success=True,
+        should_stop=lambda: len(ticks) > 3 or ticks.append(0),
+    )
+    # Ticks 0 .. 3: seed 10 succeeds at once, 11 runs to the horizon and is over at tick 4, 12 is still under way.
+    assert not rollout.is_complete
+    np.testing.assert_array_equal(rollout.trajectory.valid.any(axis=1), [1, 1, 0, 0, 0, 0, 0])
+    assert not rollout.trajectory.observation.state[2].any()
+
+
+def test_time_is_charged_to_simulator_and_policy_and_images_can_be_left_out():
+    clock = Clock()
+    rollout = collect_episodes(
+        ScriptedEnv(2, SCRIPTS), scripted_act, SEEDS, stop_at_success=True, clock=clock, keep_images=False
+    )
+    assert {"env", "policy"} <= set(clock.seconds()) and rollout.trajectory.observation.images == {}
+
+
+def test_no_seeds_is_an_error():
+    with pytest.raises(ValueError, match="seeds: got none"):
+        collect_episodes(ScriptedEnv(2, {}), scripted_act, [], stop_at_success=True)
+
+
+def test_a_policy_acts_reproducibly_and_is_traced_once_for_all_parameters():
+    policy = make_mlp(MLPConfig(state_dim=2, action_dim=2), identity_stats(2, 2))
+    traces = []
+
+    def counting_sample(params, observation, key, *, temperature):
+        traces.append(temperature)
+        return policy.sample(params, observation, key, temperature=temperature)
+
+    counting = policy._replace(sample=counting_sample)
+    env = ScriptedEnv(3, {})
+
+    def collect(params, key, temperature=1.0):
+        act = policy_act(counting, params, jax.random.key(key), temperature=temperature)
+        return collect_episodes(env, act, SEEDS, stop_at_success=True).trajectory
+
+    params = policy.init(jax.random.key(0))
+    first, again, other = collect(params, 1), collect(params, 1), collect(params, 2)
+    np.testing.assert_array_equal(first.action_tokens, again.action_tokens)
+    assert (first.action_tokens != other.action_tokens).any()
+    # Ticks differ, so equal states are acted in differently.
+    assert len(np.unique(first.action_tokens[:, :, 0])) > 3
+    greedy = collect(policy.init(jax.random.key(1)), 1, temperature=0.0)
+    np.testing.assert_array_equal(greedy.action, collect(policy.init(jax.random.key(1)), 2, temperature=0.0).action)
+    assert len(traces) == 1
+
+    # What is stored scores as it did when it was sampled.
+    flat = jax.tree.map(lambda x: x[:, :-1].reshape(7 * 4, *x.shape[2:]), first.observation)
+    score = policy.log_prob(params, flat, first.action_tokens.reshape(7 * 4, 2))
+    np.testing.assert_allclose(score.logp, first.logp.reshape(-1), rtol=1e-5)
