@@ -12,7 +12,6 @@ to what is there. `--config.demos_from=OUT/demos` trains on the demonstrations.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -35,17 +34,13 @@ from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_stages
 from stare_jax.envs import EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
-from stare_jax.models import make_policy
-from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import TASKS, TaskSpec, get_task
-from stare_jax.train.checkpoint import CheckpointError, load_norm_stats, load_params
-from stare_jax.train.config import ConfigError, from_dict
-from stare_jax.train.sharding import make_mesh, tree_shardings
-from stare_jax.types import PyTree
+from stare_jax.train.checkpoint import CheckpointError
+from stare_jax.train.config import ConfigError
 
 if TYPE_CHECKING:
-    from stare_jax.train.ipi import IPIConfig
+    pass
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 
@@ -157,7 +152,9 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
 
 def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
     """Rolls out a policy, pairs its episodes and says what they are."""
-    run, policy, params = load_policy(arguments.checkpoint)
+    from stare_jax.train.restore import restore_policy  # all of training, which demonstrations do without
+
+    run, policy, params = restore_policy(arguments.checkpoint)
     with user_input():
         config = PairsConfig(
             num_pairs=arguments.pairs,
@@ -183,21 +180,6 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
     print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
     if len(pairs) < config.num_pairs:
         say(f"these are {len(pairs)} of {config.num_pairs}; a larger --max-rollouts or --temperature may give the rest")
-
-
-def load_policy(checkpoint: Path) -> tuple["IPIConfig", Policy, PyTree]:
-    """Loads a phase of a run: the run's configuration, the policy and its parameters."""
-    file = checkpoint.resolve().parent / "config.json"
-    if not file.exists():
-        raise UsageError(f"{checkpoint}: expected a phase of a run, such as runs/quickstart/sft; {file} does not exist")
-    from stare_jax.train.ipi import IPIConfig  # all of training, which demonstrations do without
-
-    config = from_dict(IPIConfig, json.loads(file.read_text()))
-    policy = make_policy(config.model, load_norm_stats(checkpoint / "checkpoints"))
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = tree_shardings(shapes, make_mesh(data=1), policy.sharding_rules)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return config, policy, load_params(checkpoint / "checkpoints", like)
 
 
 def report(dataset: Dataset, spec: TaskSpec) -> None:

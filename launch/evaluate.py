@@ -13,7 +13,6 @@ What is not given is as the run's own configuration has it, so the episodes are 
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,13 +30,12 @@ from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import load_results, print_report, write_report
 from stare_jax.evaluate.summary import mean_and_std
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
-from stare_jax.models import make_policy
 from stare_jax.rollout.collect import Act, policy_act
 from stare_jax.stages import get_task
-from stare_jax.train.checkpoint import CheckpointError, load_norm_stats, load_params
-from stare_jax.train.config import ConfigError, from_dict
+from stare_jax.train.checkpoint import CheckpointError
+from stare_jax.train.config import ConfigError
 from stare_jax.train.ipi import IPIConfig
-from stare_jax.train.sharding import make_mesh, tree_shardings
+from stare_jax.train.restore import load_config, restore_policy
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
@@ -76,13 +74,6 @@ def user_input() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def load_config(run_directory: Path) -> IPIConfig:
-    file = run_directory / "config.json"
-    if not file.exists():
-        raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
-    return from_dict(IPIConfig, json.loads(file.read_text()))
-
-
 def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
     """Returns the run's own choice of episodes with what the command line changes."""
     changes = {
@@ -102,12 +93,7 @@ def make_act(config: IPIConfig, temperature: float, arguments: argparse.Namespac
     if arguments.phase == EXPERT:
         with user_input():
             return expert_act(make_expert(config.env.env_id))
-    checkpoints = arguments.run / arguments.phase / "checkpoints"
-    policy = make_policy(config.model, load_norm_stats(checkpoints, step=arguments.step))
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = tree_shardings(shapes, make_mesh(data=1), policy.sharding_rules)
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    params = load_params(checkpoints, like, step=arguments.step)
+    _, policy, params = restore_policy(arguments.run / arguments.phase, step=arguments.step)
     return policy_act(policy, params, jax.random.key(0), temperature=temperature)
 
 

@@ -18,6 +18,7 @@ from stare_jax.envs.panda_control import make_drive
 from stare_jax.envs.panda_lite import ensure_panda_lite, flatten_floor, lite_panda_agent
 from stare_jax.envs.scenes import SCENES, Scene, SignalReader
 from stare_jax.envs.vulkan import select_driver
+from stare_jax.stages import TASKS
 from stare_jax.types import Signals
 
 STATE_DIMS = {"none": 0, "tcp": 3}
@@ -47,8 +48,8 @@ class EnvConfig:
     """of all workers together, before the pool gives up."""
 
     def __post_init__(self):
-        if self.env_id not in SCENES:
-            raise ValueError(f"env_id: got {self.env_id!r}, expected one of {sorted(SCENES)}")
+        if self.env_id not in TASKS:
+            raise ValueError(f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}")
         for name in ("num_workers", "horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
@@ -57,9 +58,8 @@ class EnvConfig:
         if self.use_state not in STATE_DIMS:
             raise ValueError(f"use_state: got {self.use_state!r}, expected one of {sorted(STATE_DIMS)}")
         if self.control_mode and self.control_mode not in self.scene.action_dims:
-            raise ValueError(
-                f"control_mode: got {self.control_mode!r}, expected one of {sorted(self.scene.action_dims)}"
-            )
+            modes = sorted(self.scene.action_dims)
+            raise ValueError(f"control_mode: got {self.control_mode!r}, expected one of {modes}")
         for name in ("worker_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
@@ -68,6 +68,9 @@ class EnvConfig:
 
     @property
     def scene(self) -> Scene:
+        """The task's row of `SCENES`; configurations may name tasks that have no simulator here."""
+        if self.env_id not in SCENES:
+            raise ValueError(f"env_id: got {self.env_id!r}, expected one with a simulator: {sorted(SCENES)}")
         return SCENES[self.env_id]
 
     @property
@@ -148,7 +151,7 @@ class Simulator:
         Raises:
             ValueError: the action has another shape or is not finite.
         """
-        action = np.asarray(action, np.float32)
+        action = np.array(action, np.float32)
         if action.shape != (self.config.action_dim,) or not np.isfinite(action).all():
             raise ValueError(f"action: got {action}, expected {self.config.action_dim} finite numbers")
         if self._drive is None:

@@ -7,21 +7,11 @@ of a vector) the very PyTorch function is called. The inverse kinematics is the 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 ROTATION_ALWAYS_INSIDE = 0.999  # A rotation command shorter than this is not clipped, however its norm is rounded.
-
-
-class _Scale(NamedTuple):
-    """`center + half_range * clip(action, -1, 1)`, float32, as the controller rounds them."""
-
-    center: np.ndarray
-    half_range: np.ndarray
-
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        return self.center + self.half_range * np.clip(action, np.float32(-1), np.float32(1))
 
 
 def make_drive(agent: Any) -> Callable[[np.ndarray], None] | None:
@@ -38,9 +28,8 @@ def make_drive(agent: Any) -> Callable[[np.ndarray], None] | None:
 
     parts = getattr(agent.controller, "controllers", {})
     arm, gripper = parts.get("arm"), parts.get("gripper")
-    if type(arm) is not PDEEPoseController or type(gripper) is not PDJointPosMimicController or len(parts) != 2:
-        return None
-    if not _is_known(arm, gripper):
+    is_known_kind = type(arm) is PDEEPoseController and type(gripper) is PDJointPosMimicController and len(parts) == 2
+    if not (is_known_kind and _is_known(arm, gripper)):
         return None
     drive_arm, drive_gripper = _make_arm_drive(arm), _make_gripper_drive(gripper)
 
@@ -70,8 +59,10 @@ def _is_known(arm: Any, gripper: Any) -> bool:
     )
 
 
-def _make_scale(low: Any, high: Any) -> _Scale:
-    return _Scale((0.5 * (high + low)).numpy(), (0.5 * (high - low)).numpy())
+def _make_scale(low: Any, high: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the map of [-1, 1] to [low, high], two float32 tensors, as the controller rounds it."""
+    center, half_range = (0.5 * (high + low)).numpy(), (0.5 * (high - low)).numpy()
+    return lambda action: center + half_range * np.clip(action, np.float32(-1), np.float32(1))
 
 
 def _make_gripper_drive(gripper: Any) -> Callable[[np.ndarray], None]:
@@ -181,9 +172,7 @@ def _quaternion_from_matrix(matrix: np.ndarray) -> np.ndarray:
     """Returns the quaternion with non-negative real part, by the best conditioned of the four formulas."""
     (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = matrix
     one = np.float32(1)
-    squares = np.array(
-        [one + m00 + m11 + m22, one + m00 - m11 - m22, one - m00 + m11 - m22, one - m00 - m11 + m22]
-    )
+    squares = np.array([one + m00 + m11 + m22, one + m00 - m11 - m22, one - m00 + m11 - m22, one - m00 - m11 + m22])
     scales = np.sqrt(np.maximum(squares, np.float32(0)))
     best = int(np.argmax(scales))
     square = scales[best] * scales[best]

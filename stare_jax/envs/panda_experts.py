@@ -217,6 +217,7 @@ class LiftMemory(NamedTuple):
 PEG_GRIP = 0.10
 """from the centre of the peg: far out, for leverage."""
 
+
 def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemory]:
     """Holds the peg lightly near the end on the far side of the robot and swings it up about its other end.
 

@@ -16,7 +16,7 @@ def manifests(pattern: str) -> Iterator[Path]:
         yield from sorted(folder.glob(pattern))
 
 
-def renders_on_gpu() -> bool:
+def has_gpu_driver() -> bool:
     """Says whether an NVIDIA GPU draws: the only kind that SAPIEN picks by itself, unless another driver is chosen."""
     chosen = next((os.environ[name] for name in DRIVER_VARIABLES if name in os.environ), None)
     has_driver = any(manifests("nvidia*.json")) if chosen is None else "nvidia" in chosen
@@ -34,7 +34,7 @@ def driver_environment() -> dict[str, str]:
     Empty where a GPU draws; a driver that the user has chosen is kept. One rendering thread a process: it is processes
     that run in parallel here.
     """
-    if renders_on_gpu():
+    if has_gpu_driver():
         return {}
     wanted = {"LP_NUM_THREADS": "1"}
     driver = software_driver()
@@ -50,7 +50,7 @@ def select_driver() -> str:
         RuntimeError: there is no Vulkan driver.
     """
     os.environ.update(driver_environment())
-    if renders_on_gpu():
+    if has_gpu_driver():
         return "gpu"
     if not any(name in os.environ for name in DRIVER_VARIABLES):
         raise RuntimeError(

@@ -103,7 +103,7 @@ def main() -> None:
             simulator = _start(config)
         except EOFError:
             return
-        except BaseException:  # noqa: BLE001  whatever it is, the parent has to hear of it
+        except BaseException:  # Whatever it is, the parent has to hear of it.
             connection.send_bytes(FAILED + traceback.format_exc().encode())
             return
         connection.send_bytes(DONE)
@@ -131,7 +131,7 @@ def _serve(connection: Connection, simulator: Simulator, slots: Slots, index: in
                 return
             try:
                 frame = _execute(simulator, message, slots.action[index])
-            except Exception:  # noqa: BLE001  the parent raises it
+            except Exception:  # The parent raises it.
                 connection.send_bytes(FAILED + traceback.format_exc().encode())
             else:
                 write_frame(slots, index, frame)

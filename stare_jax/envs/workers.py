@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-import stare_jax
 from stare_jax.envs import worker
 from stare_jax.envs.base import EnvStep
 from stare_jax.envs.maniskill import EnvConfig
@@ -35,6 +34,7 @@ class _Worker:
 
     def __init__(self, config: EnvConfig, index: int, file: int):
         ours, theirs = socket.socketpair()
+        self.connection = Connection(ours.detach())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from stare_jax.envs.worker import main; main()"]
@@ -44,8 +44,8 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the terminal is the parent's affair.
             )
-        self.connection = Connection(ours.detach())
-        self.connection.send(config)
+        with contextlib.suppress(OSError):  # Whoever is gone already is found out when it does not answer.
+            self.connection.send(config)
 
     def kill(self) -> None:
         self.process.kill()
@@ -63,8 +63,7 @@ class _Worker:
 
 def _worker_environment() -> dict[str, str]:
     """Returns what a worker needs set before SAPIEN, PyTorch or NumPy are loaded."""
-    package_parent = str(Path(stare_jax.__file__).parents[1])
-    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return (
         os.environ | one_thread | driver_environment() | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
@@ -160,7 +159,7 @@ class SimulatorPool:
         commands |= {int(i): reset + str(int(seed)).encode() for i, seed in seeds.items()}
         lost: list[int] = []
         for i, command in commands.items():
-            with contextlib.suppress(OSError):  # Whoever is gone is found out below.
+            with contextlib.suppress(OSError):  # As above.
                 self._workers[i].connection.send_bytes(command)
         alive = np.zeros(self.num_envs, bool)
         for i in self._answers(commands, self.config.worker_timeout_s, on_lost=lost.append):

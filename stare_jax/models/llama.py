@@ -132,9 +132,12 @@ class Llama(nn.Module):
 
     def setup(self):
         cfg, exe = self.config, self.execution
-        init = nn.initializers.normal(0.02)
-        self.embed_tokens = self.param("embed_tokens", init, (cfg.vocab_size, cfg.width), exe.param_dtype)
-        self.lm_head = self.param("lm_head", init, (cfg.width, cfg.vocab_size), exe.param_dtype)
+        normal = nn.initializers.normal
+        self.embed_tokens = self.param(
+            "embed_tokens", normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width), exe.param_dtype
+        )
+        # Small: from scratch, all tokens are about equally likely at first.
+        self.lm_head = self.param("lm_head", normal(0.02), (cfg.width, cfg.vocab_size), exe.param_dtype)
         self.layers = scan_layers(LlamaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)(cfg, exe)
         self.norm = RMSNorm(cfg.norm_eps, exe.param_dtype)
 

@@ -122,7 +122,9 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
         """Maps normalised images (or stem features) `[B, H, W, C]` to patch features `[B, patches, width]`."""
-        cfg, param_dtype, init = self.config, self.execution.param_dtype, nn.initializers.normal(0.02)
+        cfg, param_dtype = self.config, self.execution.param_dtype
+        # Wide enough to tell patches apart from the first step on; timm's 0.02 learns positions late from scratch.
+        init = nn.initializers.normal(cfg.width**-0.5)
         embed = Linear((cfg.width,), self.execution, num_in_axes=3, name="patch_embed")
         x = embed(patchify(image, cfg.patch_size))
         x = x + self.param("pos_embed", init, (1, *x.shape[1:]), param_dtype).astype(x.dtype)

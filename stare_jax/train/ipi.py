@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from stare_jax.convert.openvla import load_openvla
 from stare_jax.data.batches import imitation_batches
@@ -201,7 +202,9 @@ def _run_phase(experiment: Experiment, phase: str, train: Callable[[Experiment, 
     section = json.loads(json.dumps(to_dict(getattr(experiment.config, phase))))
     finished = experiment.directory / phase / "finished.json"
     if finished.exists() and json.loads(finished.read_text()) == section:
-        return load_params(experiment.directory / phase / CHECKPOINTS, _abstract_params(experiment))
+        return load_params(
+            experiment.directory / phase / CHECKPOINTS, abstract_params(experiment.policy, experiment.mesh)
+        )
     evaluation_file(experiment.directory, phase).unlink(missing_ok=True)
     params = train(experiment, _starting_params(experiment, phase))
     finished.write_text(json.dumps(section, indent=2) + "\n")
@@ -210,7 +213,7 @@ def _run_phase(experiment: Experiment, phase: str, train: Callable[[Experiment, 
 
 def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     """The weights of the last finished phase before this one, or what the configuration starts from."""
-    like = _abstract_params(experiment)
+    like = abstract_params(experiment.policy, experiment.mesh)
     earlier = [experiment.directory / name for name in PHASES[: PHASES.index(phase)]]
     source = next((path for path in reversed(earlier) if (path / "finished.json").exists()), None)
     source = source or (Path(experiment.config.init_from) if experiment.config.init_from else None)
@@ -222,9 +225,10 @@ def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     return load_openvla(source, experiment.config.model, like)
 
 
-def _abstract_params(experiment: Experiment) -> PyTree:
-    shapes = jax.eval_shape(experiment.policy.init, jax.random.key(0))
-    shardings = tree_shardings(shapes, experiment.mesh, experiment.policy.sharding_rules)
+def abstract_params(policy: Policy, mesh: Mesh) -> PyTree:
+    """Returns shapes and shardings of a policy's parameters, without allocating anything."""
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    shardings = tree_shardings(shapes, mesh, policy.sharding_rules)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 

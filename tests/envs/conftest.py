@@ -9,7 +9,7 @@ from stare_jax.envs.maniskill import EnvConfig, Simulator
 @pytest.fixture(scope="session")
 def vulkan_driver():
     """Skips where nothing can be rendered."""
-    if not vulkan.renders_on_gpu() and vulkan.software_driver() is None:
+    if not vulkan.has_gpu_driver() and vulkan.software_driver() is None:
         pytest.skip("needs a Vulkan driver: no GPU's and no lvp_icd*.json of mesa-vulkan-drivers found")
 
 

@@ -51,9 +51,7 @@ def assert_signals_are_those_of_torch(signals, previous, env, info):
     np.testing.assert_array_equal(np.append(signals.obj_pos, signals.obj_quat), obj.pose.raw_pose[0].numpy())
     assert signals.is_grasped == bool(agent.is_grasping(obj)[0])
     assert signals.success == bool(info["success"][0])
-    force = sum(
-        torch.linalg.norm(unwrapped.scene.get_pairwise_contact_forces(link, obj)) for link in agent.robot.links
-    )
+    force = sum(torch.linalg.norm(unwrapped.scene.get_pairwise_contact_forces(link, obj)) for link in agent.robot.links)
     moved = np.linalg.norm(signals.obj_pos - previous.obj_pos) > 2e-3
     assert signals.is_contact == (float(force) > 1e-2 or moved)
 
@@ -71,6 +69,7 @@ def test_states_and_signals_are_bitwise_those_of_plain_maniskill(env_id, simulat
         action, memory = expert.act(signals, memory)
         if step >= 30:  # Beyond every limit: clipped rotations, and commands that the inverse kinematics cannot follow.
             action = rng.uniform(-1.5, 1.5, 7).astype(np.float32)
+        action.flags.writeable = False  # As arrays from JAX are.
         previous, signals = signals, simulator.step(action).signals
         info = plain.step(action)[-1]
         np.testing.assert_array_equal(physics_of(simulator.env), physics_of(plain), err_msg=f"step {step}")
@@ -149,6 +148,12 @@ def test_goals_of_the_other_tasks(simulators):
 def test_config_names_the_field_that_is_wrong(field, value, message):
     with pytest.raises(ValueError, match=message):
         EnvConfig(**{field: value})
+
+
+def test_task_without_a_simulator_is_a_config_but_no_environment():
+    config = EnvConfig("PutCarrotOnPlateInScene-v1", horizon=60)
+    with pytest.raises(ValueError, match="expected one with a simulator"):
+        Simulator(config)
 
 
 @pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan)])

@@ -17,7 +17,7 @@ from stare_jax.stages import get_task
 @pytest.fixture(scope="module")
 def pool():
     """Two simulators without images, quick to restart."""
-    with contextlib.closing(make_vec_env(EnvConfig(image_size=None, use_state="tcp", worker_timeout_s=8.0))) as pool:
+    with contextlib.closing(make_vec_env(EnvConfig(image_size=None, use_state="tcp", worker_timeout_s=5.0))) as pool:
         yield pool
 
 

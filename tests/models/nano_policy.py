@@ -1,6 +1,7 @@
 """A policy small enough to compile in seconds, with random numbers in every leaf."""
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,9 @@ from stare_jax.models.llama import LlamaConfig
 from stare_jax.models.policy import Policy
 from stare_jax.models.vit import ViTConfig
 from stare_jax.types import NormStats, Observation
+
+# Tests compile much and run little: half the compile time for slower programs.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def nano_config(**changes):
@@ -85,9 +89,9 @@ def make_case(config, instructions, seed=0):
         policy,
         random_params(policy, seed),
         random_observation(policy, instructions, seed),
-        jax.jit(policy.sample),
-        jax.jit(policy.log_prob),
-        jax.jit(jax.value_and_grad(loss, has_aux=True)),
+        jit(policy.sample),
+        jit(policy.log_prob),
+        jit(jax.value_and_grad(loss, has_aux=True)),
     )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from nano_policy import jit
 
 from stare_jax.models.attention import KeyValue, attend
 from stare_jax.models.layers import Execution, Linear
@@ -24,17 +25,17 @@ def normal(seed, *shape):
 def test_attention_equals_jax_nn_with_grouped_heads_and_a_mask():
     query, key, value = normal(0, 2, 5, 4, 8), normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
     mask = np.broadcast_to(np.tril(np.ones((5, 5), bool)), (2, 5, 5))
-    expected = jax.jit(jax.nn.dot_product_attention)(query, key, value, mask=mask[:, None])
-    got = jax.jit(attend)(query, [KeyValue(key, value)], [mask])
+    expected = jit(jax.nn.dot_product_attention)(query, key, value, mask=mask[:, None])
+    got = jit(attend)(query, [KeyValue(key, value)], [mask])
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_attention_over_two_segments_equals_attention_over_one():
     query, key, value = normal(0, 2, 3, 4, 8), normal(1, 2, 7, 4, 8), normal(2, 2, 7, 4, 8)
     mask = normal(3, 2, 3, 7) > -0.5
-    whole = jax.jit(attend)(query, [KeyValue(key, value)], [mask])
+    whole = jit(attend)(query, [KeyValue(key, value)], [mask])
     parts = [KeyValue(key[:, :4], value[:, :4]), KeyValue(key[:, 4:], value[:, 4:])]
-    got = jax.jit(attend)(query, parts, [mask[..., :4], mask[..., 4:]])
+    got = jit(attend)(query, parts, [mask[..., :4], mask[..., 4:]])
     np.testing.assert_allclose(got, whole, atol=1e-5)
 
 
@@ -50,19 +51,19 @@ def test_linear_equals_flax_dense_general(num_in_axes, features):
     ours = Linear(features, FLOAT32, num_in_axes=num_in_axes)
     theirs = nn.DenseGeneral(features, axis=tuple(range(-num_in_axes, 0)))
     params = fill(jax.eval_shape(ours.init, jax.random.key(1), x))
-    np.testing.assert_allclose(jax.jit(ours.apply)(params, x), jax.jit(theirs.apply)(params, x), atol=1e-5)
+    np.testing.assert_allclose(jit(ours.apply)(params, x), jit(theirs.apply)(params, x), atol=1e-5)
 
 
 def test_patches_and_windows_equal_convolutions():
     image = normal(0, 2, 8, 8, 3)
     kernel = normal(1, 4, 4, 3, 5)
     dimensions = ("NHWC", "HWIO", "NHWC")
-    convolve = jax.jit(partial(jax.lax.conv_general_dilated, dimension_numbers=dimensions), static_argnums=(2, 3))
+    convolve = jit(partial(jax.lax.conv_general_dilated, dimension_numbers=dimensions), static_argnums=(2, 3))
     expected = convolve(image, kernel, (4, 4), "VALID")
     ours = np.einsum("bnhwc,hwcd->bnd", patchify(image, 4), kernel)
     np.testing.assert_allclose(ours, expected.reshape(2, 4, 5), atol=1e-4)
     expected = convolve(image, kernel[:3, :3], (2, 2), "SAME")
-    ours = np.einsum("bijhwc,hwcd->bijd", jax.jit(strided_windows)(image), kernel[:3, :3])
+    ours = np.einsum("bijhwc,hwcd->bijd", jit(strided_windows)(image), kernel[:3, :3])
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
@@ -92,7 +93,7 @@ def test_vit_block_in_numpy():
     hidden = norm(out, params["norm2"]) @ params["fc1"]["kernel"] + params["fc1"]["bias"]
     hidden = hidden * 0.5 * (1 + scipy.special.erf(hidden / np.sqrt(2)))
     out = out + params["ls2"] * (hidden @ params["fc2"]["kernel"] + params["fc2"]["bias"])
-    got, _ = jax.jit(block.apply)({"params": params}, x)
+    got, _ = jit(block.apply)({"params": params}, x)
     np.testing.assert_allclose(got[0], out, atol=1e-5)
 
 
@@ -111,7 +112,7 @@ def test_vit_runs_all_blocks_but_the_last_and_drops_the_prefix():
 def test_rotary_positions_are_hugging_faces():
     """Dimension i turns with i + D/2 by the angle position / theta^(2i/D)."""
     x = normal(0, 1, 3, 2, 4)
-    turn = jax.jit(lambda x, positions: rotate(x, *rotary_angles(positions, 4, 10_000.0)))
+    turn = jit(lambda x, positions: rotate(x, *rotary_angles(positions, 4, 10_000.0)))
     got = np.asarray(turn(x, np.array([[0, 1, 5]])))
     for t, position in enumerate((0, 1, 5)):
         for i, frequency in enumerate((1.0, 0.01)):
@@ -140,8 +141,8 @@ def llama_params():
 
 
 def test_decoding_one_by_one_equals_the_whole_sequence(llama_params):
-    run = jax.jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params))
-    decode = jax.jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params, method="decode"))
+    run = jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params))
+    decode = jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params, method="decode"))
     x, mask = normal(1, 2, 9, 16), np.ones((2, 6), bool)
     mask[0, 1:3] = False
     whole, _ = run(x, np.concatenate([mask, np.ones((2, 3), bool)], axis=1))
@@ -154,7 +155,7 @@ def test_decoding_one_by_one_equals_the_whole_sequence(llama_params):
 
 
 def test_padding_is_invisible(llama_params):
-    run, x = jax.jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params)), normal(1, 1, 5, 16)
+    run, x = jit(partial(Llama(LLAMA, FLOAT32).apply, llama_params)), normal(1, 1, 5, 16)
     plain, _ = run(x, np.ones((1, 5), bool))
     padded = np.concatenate([x[:, :1], 99 * np.ones((1, 3, 16), np.float32), x[:, 1:]], axis=1)
     mask = np.array([[True, False, False, False, True, True, True, True]])
@@ -165,7 +166,7 @@ def test_padding_is_invisible(llama_params):
 def loss_and_gradient(params, execution):
     x, mask = normal(1, 2, 4, 16), np.ones((2, 4), bool)
     loss = lambda params: jnp.sum(jnp.square(Llama(LLAMA, execution).apply(params, x, mask)[0]))  # noqa: E731
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nano_policy import INSTRUCTIONS, make_case, nano_config, random_observation, some_stats
+from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, some_stats
 
 from stare_jax.models import make_policy, openvla_tiny, with_prompt
 from stare_jax.models.heads import decode_bins, encode_bins
@@ -72,7 +72,7 @@ def test_the_length_that_prompts_are_padded_to_does_not_matter(nano, decision):
     longer = make_policy(nano_config(prompt_length=20), some_stats(3, 2))
     observation = with_prompt(longer, nano.observation, INSTRUCTIONS)
     expected = nano.log_prob(nano.params, nano.observation, decision.action_tokens)
-    got = jax.jit(longer.log_prob)(nano.params, observation, decision.action_tokens)
+    got = jit(longer.log_prob)(nano.params, observation, decision.action_tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, expected)
 
 
@@ -91,22 +91,20 @@ def test_image_prompt_and_state_change_the_distribution_and_capitals_do_not(nano
 
 
 def test_value_alone_equals_the_value_of_scoring(nano, decision):
-    value = jax.jit(nano.policy.value)(nano.params, nano.observation)
+    value = jit(nano.policy.value)(nano.params, nano.observation)
     np.testing.assert_allclose(value, decision.value, atol=1e-5)
 
 
 def test_without_jit_the_numbers_are_the_same(nano, decision):
     with jax.disable_jit():
         score = nano.policy.log_prob(nano.params, nano.observation, decision.action_tokens)
-        greedy = nano.policy.sample(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
     expected = nano.log_prob(nano.params, nano.observation, decision.action_tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), score, expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), greedy, decision)
 
 
 def test_unrolling_the_decoding_loop_changes_no_number(nano, decision):
     unrolled = make_policy(nano_config(decode_unroll=8), some_stats(3, 2))
-    got = jax.jit(unrolled.sample)(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
+    got = jit(unrolled.sample)(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
     np.testing.assert_array_equal(got.action_tokens, decision.action_tokens)
     np.testing.assert_allclose(got.logp, decision.logp, atol=1e-4)
 
@@ -114,7 +112,7 @@ def test_unrolling_the_decoding_loop_changes_no_number(nano, decision):
 def test_one_hot_imitation_is_minus_the_mean_log_probability(nano):
     policy = make_policy(nano_config(label_width=0.0), some_stats(3, 2))
     action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
-    loss, metrics = jax.jit(policy.imitation_loss)(nano.params, nano.observation, action)
+    loss, metrics = jit(policy.imitation_loss)(nano.params, nano.observation, action)
     bins = encode_bins(normalize_action(action, some_stats(3, 2)))
     score = nano.log_prob(nano.params, nano.observation, bins)
     np.testing.assert_allclose(loss, -score.logp / 3, rtol=1e-5)
@@ -131,36 +129,33 @@ def test_metrics_are_perfect_where_the_greedy_action_is_the_given_one(nano):
 def test_loss_over_the_whole_vocabulary_is_larger_by_the_mass_outside(nano):
     action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
     policy = make_policy(nano_config(restrict_logits=False), some_stats(3, 2))
-    whole, _ = jax.jit(policy.imitation_loss)(nano.params, nano.observation, action)
+    whole, _ = jit(policy.imitation_loss)(nano.params, nano.observation, action)
     (_, (restricted, _)), _ = nano.loss_and_grad(nano.params, nano.observation, action)
     assert (whole > restricted).all()
     # With all other tokens out of reach the two agree: their logits are hidden · column, and a column can be moved far.
     blocked = jax.tree.map(np.copy, nano.params)
     outside = np.r_[0 : 896 - 256, 896:960]
     blocked["llm"]["lm_head"][:, outside] = 0.0
-    same, _ = jax.jit(policy.imitation_loss)(blocked, nano.observation, action)
+    same, _ = jit(policy.imitation_loss)(blocked, nano.observation, action)
     assert (same < whole).all()
 
 
-def gradient(case, of_value):
-    def objective(params):
-        score = case.policy.log_prob(params, case.observation, np.full((3, 3), 7))
-        return jnp.sum(score.value if of_value else score.logp)
-
-    return jax.jit(jax.grad(objective))(case.params)
-
-
-def test_gradients_reach_every_parameter_and_the_detached_value_only_its_head(nano):
+def test_imitation_reaches_every_parameter_but_the_value_head(nano):
     action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
     _, grads = nano.loss_and_grad(nano.params, nano.observation, action)
-    still = {jax.tree_util.keystr(p) for p, g in jax.tree.leaves_with_path(grads) if not np.abs(g).max() > 0}
-    assert all("value_head" in name for name in still), still
-    shared = gradient(nano, of_value=True)
-    assert np.abs(shared["llm"]["layers"]["q_proj"]["kernel"]).max() > 0
-    detached = make_case(nano_config(value_stop_gradient=True), INSTRUCTIONS)
-    grads = gradient(detached, of_value=True)
-    assert min(np.abs(g).max() for g in jax.tree.leaves(grads["value_head"])) > 0
-    assert all(not np.any(g) for name in ("llm", "dino", "siglip", "projector") for g in jax.tree.leaves(grads[name]))
+    still = [jax.tree_util.keystr(path) for path, g in jax.tree.leaves_with_path(grads) if not np.any(g)]
+    assert still and all("value_head" in name for name in still), still
+
+
+@pytest.mark.parametrize("is_detached", [False, True])
+def test_the_values_gradient_enters_the_decoder_unless_it_is_detached(nano, is_detached):
+    policy = make_policy(nano_config(value_stop_gradient=is_detached), some_stats(3, 2))
+    # Forward mode, along the decoder's parameters alone: how the value moves with them.
+    along = jax.tree.map(np.zeros_like, nano.params) | {"llm": nano.params["llm"]}
+    derivative = lambda p, d: jax.jvp(lambda q: policy.value(q, nano.observation), (p,), (d,))  # noqa: E731
+    value, moved = jit(derivative)(nano.params, along)
+    assert np.isfinite(value).all()
+    assert np.any(moved) != is_detached
 
 
 def test_images_are_normalised_for_each_tower_and_resized_as_pil_does():
@@ -183,7 +178,7 @@ def test_images_are_normalised_for_each_tower_and_resized_as_pil_does():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 60}, "image_size: got 60, expected a multiple of 8"),
+        ({"image_size": 60}, "image_size: got 60, expected a multiple of 16"),
         ({"action_vocab_end": 256}, "action_vocab_end: got 256, expected more than 256, at most vocab_size 896"),
         ({"action_vocab_end": 897}, "action_vocab_end: got 897"),
         ({"prompt_template": "go"}, r"prompt_template: got 'go', expected \{instruction\}"),

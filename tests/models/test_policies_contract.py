@@ -1,0 +1,55 @@
+"""Every preset through every function of the `Policy` record: shapes, types, finiteness, initial state."""
+
+import jax
+import numpy as np
+import pytest
+from nano_policy import jit, random_observation, some_stats
+
+from stare_jax.models import ActionScore, Decision, MLPConfig, Policy, make_policy, openvla_tiny
+
+CONFIGS = {"openvla_tiny": openvla_tiny(), "openvla_tiny with state": openvla_tiny(state_dim=3), "mlp": MLPConfig()}
+INSTRUCTIONS = ("push the blue cube to the target", "lift the peg upright")
+
+
+def assert_arrays(record, shapes):
+    for name, (shape, dtype) in shapes.items():
+        leaf = getattr(record, name)
+        assert (leaf.shape, leaf.dtype) == (shape, np.dtype(dtype)), name
+        assert np.isfinite(leaf).all(), name
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_policy(config):
+    policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
+    assert isinstance(policy, Policy) and policy.action_dim == config.action_dim
+    params = jit(policy.init)(jax.random.key(0))
+    abstract = jax.eval_shape(policy.init, jax.random.key(0))
+    assert jax.tree.structure(params) == jax.tree.structure(abstract)
+    observation = random_observation(policy, INSTRUCTIONS)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), observation)
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), policy.observation_shape(2))
+
+    tokens, floats = ((2, config.action_dim), np.int32), ((2,), np.float32)
+    action = ((2, config.action_dim), np.float32)
+    decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=1.0)
+    assert isinstance(decision, Decision)
+    assert_arrays(decision, {"action": action, "action_tokens": tokens, "logp": floats, "value": floats})
+    score = jit(policy.log_prob)(params, observation, decision.action_tokens)
+    assert isinstance(score, ActionScore)
+    assert_arrays(score, {"logp": floats, "entropy": floats, "value": floats})
+    np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
+    np.testing.assert_allclose(score.value, decision.value, atol=1e-4)
+    # A fresh policy is close to uniform over its bins, and its critic close to zero.
+    num_bins = getattr(config, "num_bins", 256)
+    assert (score.entropy > 0.95 * np.log(num_bins)).all()
+    assert (np.abs(score.value) < 0.5).all()
+    value = jit(policy.value)(params, observation)
+    np.testing.assert_allclose(value, score.value, atol=1e-4)
+    loss, metrics = jit(policy.imitation_loss)(params, observation, decision.action)
+    assert (loss.shape, loss.dtype) == floats and np.isfinite(loss).all()
+    assert {(leaf.shape, leaf.dtype) for leaf in metrics.values()} == {((2,), np.dtype("float32"))}
+
+
+def test_unknown_configurations_are_refused():
+    with pytest.raises(TypeError, match="config: got dict, expected one of MLPConfig, OpenVLAConfig"):
+        make_policy({}, some_stats(2, 2))
