@@ -64,18 +64,17 @@ def norm_stats() -> NormStats:
 
 def reset_state(seed: Array) -> ToyState:
     """Draws an episode's start: block near the centre, goal to its right, gripper to its left."""
-    key_block, key_goal, key_gripper = jax.random.split(jax.random.key(seed), 3)
-    block = jax.random.uniform(key_block, (2,), minval=-0.03, maxval=0.03)
-    goal = block + _offset(key_goal, distance=GOAL_DISTANCE, max_angle=0.6)
-    gripper = block - _offset(key_gripper, distance=START_DISTANCE, max_angle=0.9)
+    draw = jax.random.uniform(jax.random.key(seed), (6,))
+    block = 0.06 * (draw[:2] - 0.5)
+    goal = block + _offset(draw[2:4], distance=GOAL_DISTANCE, max_angle=0.6)
+    gripper = block - _offset(draw[4:6], distance=START_DISTANCE, max_angle=0.9)
     return ToyState(gripper, block, goal, jnp.array(False))
 
 
-def _offset(key: Array, *, distance: tuple[float, float], max_angle: float) -> Array:
-    """Draws a vector `[2]` of a length in `distance` that points to the right, at most `max_angle` radians off."""
-    key_length, key_angle = jax.random.split(key)
-    length = jax.random.uniform(key_length, (), minval=distance[0], maxval=distance[1])
-    angle = jax.random.uniform(key_angle, (), minval=-max_angle, maxval=max_angle)
+def _offset(draw: Array, *, distance: tuple[float, float], max_angle: float) -> Array:
+    """Turns two numbers in [0, 1) into a vector `[2]` that points to the right, at most `max_angle` radians off."""
+    length = distance[0] + (distance[1] - distance[0]) * draw[0]
+    angle = max_angle * (2.0 * draw[1] - 1.0)
     return length * jnp.array([jnp.cos(angle), jnp.sin(angle)])
 
 

@@ -1,30 +1,28 @@
-"""A toy task, a small policy, and data for it; shared by the tests of the training loops."""
-
-from typing import Any
+"""A toy task, a small policy and runs of it, shared by the tests of the training loops."""
 
 import jax
-import numpy as np
 import pytest
+from toy_task import Writer
 
 from stare_jax.envs import toy
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.models.policy import Decision
-from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.train.state import Run
-from stare_jax.types import PreferencePair
 
 
-class Writer:
-    """Keeps metrics in a list."""
-
-    def __init__(self):
-        self.lines: list[dict[str, Any]] = []
-
-    def __call__(self, step, metrics, *, phase):
-        self.lines.append({"step": step, "phase": phase, **metrics})
-
-    def column(self, name):
-        return [line[name] for line in self.lines]
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory):
+    """Loops make their steps anew every time; this spares all but the first of the equal ones their compilation."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -44,51 +42,9 @@ def policy():
 
 @pytest.fixture(scope="session")
 def params(policy):
-    return policy.init(jax.random.key(0))
+    return jax.jit(policy.init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="session")
 def spec():
     return toy.task_spec()
-
-
-def expert_act(observation, signals, instructions, is_first):
-    """The toy's expert as an `Act`."""
-    size = len(is_first)
-    action = toy.expert_action(signals)
-    return Decision(action, np.zeros((size, 2), np.int32), np.zeros(size), np.zeros(size)), observation
-
-
-def demonstrations(num_episodes, seed):
-    """Observations and actions of noisy expert episodes, flattened over their valid steps."""
-    rng = np.random.default_rng(seed)
-    trajectory = collect_episodes(
-        toy.ToyPush(num_episodes),
-        expert_act,
-        1000 + np.arange(num_episodes),
-        stop_at_success=True,
-        perturb=lambda action, is_first: np.clip(action + rng.normal(0, 0.5, action.shape), -1, 1),
-    ).trajectory
-    at = np.nonzero(trajectory.valid[:, 1:])
-    return jax.tree.map(lambda x: x[at], trajectory.observation), trajectory.action[at]
-
-
-def demo_batches(observation, action, *, size, seed=0):
-    """batches(start_step) for `train_sft`: batch s is a function of s alone."""
-
-    def batches(start_step):
-        step = start_step
-        while True:
-            rows = np.random.default_rng((seed, step)).integers(0, len(action), size)
-            yield jax.tree.map(lambda x, rows=rows: x[rows], observation), action[rows]
-            step += 1
-
-    return batches
-
-
-def random_pairs(policy, params, num_pairs):
-    """Pairs of rollouts of a policy, in no order of merit."""
-    act = policy_act(policy, params, jax.random.key(1))
-    rollout = collect_episodes(toy.ToyPush(2 * num_pairs), act, np.arange(2 * num_pairs), stop_at_success=True)
-    chosen, rejected = (jax.tree.map(lambda x, s=s: x[s::2], rollout.trajectory) for s in (0, 1))
-    return PreferencePair(chosen, rejected, chosen.logp, rejected.logp)

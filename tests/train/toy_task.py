@@ -1,0 +1,70 @@
+"""Data and a metrics writer for the tests of the training loops on the toy task."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from stare_jax.envs import toy
+from stare_jax.models.policy import Decision
+from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.types import PreferencePair
+
+
+class Writer:
+    """Keeps metrics in a list."""
+
+    def __init__(self):
+        self.lines: list[dict[str, Any]] = []
+
+    def __call__(self, step, metrics, *, phase):
+        self.lines.append({"step": step, "phase": phase, **metrics})
+
+    def column(self, name):
+        return [line[name] for line in self.lines]
+
+
+NUM_ENVS = 16
+"""The same everywhere, so that simulator and policy are compiled once."""
+
+
+def expert_act(observation, signals, instructions, is_first):
+    """The toy's expert as an `Act`."""
+    size = len(is_first)
+    action = toy.expert_action(signals)
+    return Decision(action, np.zeros((size, 2), np.int32), np.zeros(size), np.zeros(size)), observation
+
+
+def demonstrations(num_episodes, seed):
+    """Observations and actions of noisy expert episodes, flattened over their valid steps."""
+    rng = np.random.default_rng(seed)
+    trajectory = collect_episodes(
+        toy.ToyPush(NUM_ENVS),
+        expert_act,
+        1000 + np.arange(num_episodes),
+        stop_at_success=True,
+        perturb=lambda action, is_first: np.clip(action + rng.normal(0, 0.5, action.shape), -1, 1),
+    ).trajectory
+    at = np.nonzero(trajectory.valid[:, 1:])
+    return jax.tree.map(lambda x: x[at], trajectory.observation), trajectory.action[at]
+
+
+def demo_batches(observation, action, *, size, seed=0):
+    """batches(start_step) for `train_sft`: batch s is a function of s alone."""
+
+    def batches(start_step):
+        step = start_step
+        while True:
+            rows = np.random.default_rng((seed, step)).integers(0, len(action), size)
+            yield jax.tree.map(lambda x, rows=rows: x[rows], observation), action[rows]
+            step += 1
+
+    return batches
+
+
+def random_pairs(policy, params, num_pairs):
+    """Pairs of rollouts of a policy, in no order of merit."""
+    act = policy_act(policy, params, jax.random.key(1))
+    rollout = collect_episodes(toy.ToyPush(NUM_ENVS), act, np.arange(2 * num_pairs), stop_at_success=True)
+    chosen, rejected = (jax.tree.map(lambda x, s=s: x[s::2], rollout.trajectory) for s in (0, 1))
+    return PreferencePair(chosen, rejected, chosen.logp, rejected.logp)
