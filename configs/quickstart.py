@@ -19,8 +19,6 @@ def get_config(state: str = ""):
     env = EnvConfig("PushCube-v1", num_workers=2, horizon=30, image_size=64, use_state=state or "none")
     config = base_config(env, openvla_tiny(state_dim=env.state_dim), name=f"quickstart_{state}".strip("_"))
     config.stages.progressive = True
-    # Measured on 760 demonstrations: with the defaults, .05 and .13, two in three have a stage without an action.
-    config.stages.delta_reach, config.stages.delta_goal = 0.07, 0.15
 
     config.demos.num_demos = 760
     config.demos.noise_scales = ((0.0, 100.0), (0.15, 594.0), (0.3, 66.0))

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every checkpoint
     from stare_jax.data.schema import DatasetError
+    from stare_jax.envs import SimulatorError
     from stare_jax.logging import Interrupted, say
     from stare_jax.train.checkpoint import CheckpointError
     from stare_jax.train.config import ConfigError, from_dict
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     except Interrupted as stopped:
         say(f"{stopped}\ngo on with: {' '.join(['python', *sys.argv])}{'' if _RESUME.value else ' --resume'}")
         return 130
-    except (ConfigError, CheckpointError, DatasetError, ShardingError, FloatingPointError) as error:
+    except (ConfigError, CheckpointError, DatasetError, ShardingError, SimulatorError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,6 +3,7 @@
 from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.envs.experts import Expert, execution_noise, make_expert
 from stare_jax.envs.maniskill import EnvConfig
+from stare_jax.envs.scenes import SCENES
 from stare_jax.envs.workers import SimulatorError, SimulatorPool
 
 __all__ = [
@@ -21,6 +22,9 @@ def make_vec_env(config: EnvConfig) -> VecEnv:
     """Starts `config.num_workers` simulators; close it when done.
 
     Raises:
-        SimulatorError: where one does not start, with its own message and the remedy.
+        SimulatorError: where one does not start, with its own message and the remedy; and for the WidowX tasks, which
+            have stages but no simulator here yet.
     """
+    if config.env_id not in SCENES:
+        raise SimulatorError(f"env_id: got {config.env_id!r}, expected a task that can be simulated: {sorted(SCENES)}")
     return SimulatorPool(config)

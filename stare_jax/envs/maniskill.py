@@ -103,7 +103,8 @@ class Simulator:
         """Builds the scene; with rendering, the process's first image takes some ten seconds on the CPU.
 
         Raises:
-            RuntimeError: from SAPIEN, where images are asked for and there is no usable Vulkan driver.
+            ValueError: the task has no simulator here.
+            RuntimeError: images are asked for and there is no usable Vulkan driver.
         """
         self.config = config
         backend, variant = "none", materials_without_device
@@ -134,8 +135,8 @@ class Simulator:
 
         Args:
             seed: initial states are equal for equal seeds in either case.
-            reproducible: rebuild the scene (0.2 s instead of 2 ms). Only then do equal actions lead to bitwise equal
-                states: PhysX carries contact caches from one episode into the next.
+            reproducible: rebuild the scene, which takes tens of milliseconds instead of two. Only then do equal actions
+                lead to bitwise equal states: PhysX carries contact caches from one episode into the next.
         """
         if reproducible:
             with self._building():

@@ -52,10 +52,8 @@ class _Worker:
         self.process.wait()
         self.connection.close()
 
-    def close(self, deadline: float) -> None:
-        """Asks the process to end and waits for it, until `deadline` on the monotonic clock."""
-        with contextlib.suppress(OSError):
-            self.connection.send_bytes(worker.CLOSE)
+    def join(self, deadline: float) -> None:
+        """Waits until the process ends by itself, and kills it at `deadline` on the monotonic clock."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
@@ -235,5 +233,5 @@ def _shut_down(workers: list[_Worker], file: int) -> None:
         with contextlib.suppress(OSError):
             each.connection.send_bytes(worker.CLOSE)
     for each in workers:
-        each.close(deadline)
+        each.join(deadline)
     os.close(file)

@@ -1,0 +1,96 @@
+"""Episodes to rewards and advantages, by hand and by the properties of shaping."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from toy_task import random_pairs
+
+from stare_jax.stages import potentials, separate
+from stare_jax.train.annotate import action_stages, annotate_episode
+
+PLAIN = {"shaping": False, "gamma": 0.5, "gae_lambda": 1.0, "time_limit": "bootstrap", "terminal_potential": "zero"}
+
+
+@pytest.fixture(scope="module")
+def episodes(policy, params):
+    """Signals and validity of 16 episodes of a random policy."""
+    pairs = random_pairs(policy, params, 8)
+    return jax.tree.map(lambda *x: np.concatenate(x), *[(t.signals, t.valid) for t in (pairs.chosen, pairs.rejected)])
+
+
+def hand_made(signals, *, num_states, success_at):
+    """The first states of an episode with the success that is wanted, padded to four states."""
+    first = jax.tree.map(lambda x: x[0, :4], signals)
+    return first._replace(success=np.arange(4) == success_at), np.arange(4) < num_states
+
+
+def test_success_ends_an_episode_for_good(episodes, spec):
+    signals, valid = hand_made(episodes[0], num_states=3, success_at=2)
+    got = annotate_episode(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
+    np.testing.assert_array_equal(got.valid_t, [True, True, False])
+    np.testing.assert_array_equal(got.reward_t, [0, 1, 0])
+    # A_1 = 1 - 0.2; A_0 = (0 + 0.5 * 0.2 - 0.1) + 0.5 * A_1; the value of the last state does not count.
+    np.testing.assert_allclose(got.advantage_t, [0.4, 0.8, 0.0], atol=1e-6)
+    np.testing.assert_allclose(got.return_t, [0.5, 1.0, 0.0], atol=1e-6)
+    assert got.completed.all()
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "expected"),
+    [
+        # delta = [0.5 * 0.2 - 0.1, 0.5 * 0.3 - 0.2, 0.5 * 0.4 - 0.3] = [0, -0.05, -0.1]
+        ("bootstrap", [-0.05, -0.1, -0.1]),
+        # the last delta is -0.3
+        ("terminate", [-0.1, -0.2, -0.3]),
+    ],
+)
+def test_the_time_limit_bootstraps_or_terminates(episodes, spec, time_limit, expected):
+    signals, valid = hand_made(episodes[0], num_states=4, success_at=None)
+    value = np.float32([0.1, 0.2, 0.3, 0.4])
+    got = annotate_episode(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
+    np.testing.assert_allclose(got.advantage_t, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("time_limit", ["bootstrap", "terminate"])
+def test_shaping_telescopes(episodes, spec, time_limit):
+    gamma = 0.9
+    options = PLAIN | {"shaping": True, "gamma": gamma, "time_limit": time_limit}
+    signals, valid = episodes
+    annotate = jax.jit(jax.vmap(functools.partial(annotate_episode, spec=spec, **options)))
+    got = annotate(signals, valid, np.zeros(valid.shape, np.float32))
+    potential = jax.vmap(lambda s, v: potentials(spec, s, separate(spec, s, v)))(signals, valid)
+    assert got.reward_t.any() and not got.reward_t.any(axis=1).all()
+    for e, length in enumerate(valid.sum(axis=1) - 1):
+        weight = gamma ** np.arange(length)
+        is_kept = time_limit == "bootstrap" and not got.reward_t[e].any()
+        expected = weight @ got.reward_t[e, :length] - potential[e, 0]
+        expected += gamma**length * potential[e, length] * is_kept
+        # With lambda 1 and values 0 the first advantage is the discounted sum of shaped rewards.
+        np.testing.assert_allclose(got.advantage_t[e, 0], expected, atol=1e-4)
+        np.testing.assert_allclose(weight @ got.shaped_reward_t[e, :length], expected, atol=1e-4)
+
+
+def test_what_is_not_valid_does_not_count(episodes, spec):
+    options = PLAIN | {"shaping": True, "gae_lambda": 0.9}
+    signals, valid = jax.tree.map(lambda x: x[0, :12], episodes)
+    assert valid.all()
+    value = np.linspace(0, 1, 12, dtype=np.float32)
+
+    def pad(x):
+        return np.concatenate([x, np.full((5, *x.shape[1:]), 1 if x.dtype == bool else 77, x.dtype)])
+
+    padded_valid = np.concatenate([valid, np.zeros(5, bool)])
+    got = annotate_episode(signals, valid, value, spec=spec, **options)
+    padded = annotate_episode(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
+    for a, b in zip(got[:5], padded[:5], strict=True):
+        np.testing.assert_allclose(b[:11], a, atol=1e-6)
+        assert not b[11:].any()
+    stages, padded_stages = (
+        action_stages(signals, valid, spec=spec),
+        action_stages(jax.tree.map(pad, signals), padded_valid, spec=spec),
+    )
+    np.testing.assert_allclose(padded_stages.cost, stages.cost, atol=1e-6)
+    np.testing.assert_array_equal(padded_stages.mask[:, :11], stages.mask)
+    assert not padded_stages.mask[:, 11:].any()
