@@ -18,7 +18,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,9 +37,6 @@ from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import TASKS, TaskSpec, get_task
 from stare_jax.train.checkpoint import CheckpointError
 from stare_jax.train.config import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 

@@ -23,7 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 
 from stare_jax.data.demos import expert_act
-from stare_jax.envs import make_vec_env
+from stare_jax.envs import SimulatorError, make_vec_env
 from stare_jax.envs.experts import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate_act
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--phase", help=f"sft, tpo, ppo, or {EXPERT}; needed with --run")
     add("--step", type=int, help="of the checkpoint (default: the phase's latest)")
-    add("--name", help="under which the result is kept (default: the phase, whose earlier result it replaces)")
+    add("--name", help="under which the result is kept (default: PHASE, or PHASE_again beside the run's own)")
     add("--episodes", type=int, metavar="N", help="how many, on the seeds from the first on")
     add("--first-seed", type=int, metavar="SEED")
     add("--temperature", type=float, help="0 is greedy")
@@ -97,9 +97,15 @@ def make_act(config: IPIConfig, temperature: float, arguments: argparse.Namespac
     return policy_act(policy, params, jax.random.key(0), temperature=temperature)
 
 
+def default_name(arguments: argparse.Namespace) -> str:
+    """Returns a name that leaves the run's own evaluation of the phase as it is."""
+    is_taken = evaluation_file(arguments.run, arguments.phase).exists()
+    return f"{arguments.phase}_again" if is_taken else arguments.phase
+
+
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Evaluates one phase of a run and adds the result to the run directory."""
-    config, name = load_config(arguments.run), arguments.name or arguments.phase
+    config, name = load_config(arguments.run), arguments.name or default_name(arguments)
     with user_input():
         evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
@@ -145,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         say(f"{stopped}; nothing was written")
         return 130
-    except (ConfigError, CheckpointError) as error:
+    except (ConfigError, CheckpointError, SimulatorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,6 +9,7 @@ Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on.
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,12 +50,22 @@ def main(argv: list[str]) -> int:
             return 0
         say(f"report: {run_ipi(config, workdir, resume=_RESUME.value)}")
     except Interrupted as stopped:
-        say(f"{stopped}\ngo on with: {' '.join(['python', *sys.argv])}{'' if _RESUME.value else ' --resume'}")
+        say(f"{stopped}\ngo on with: {go_on_command()}")
+        return 130
+    except KeyboardInterrupt:
+        print(f"\nstopped at once; what was finished is safe; go on with: {go_on_command()}", file=sys.stderr)
         return 130
     except (ConfigError, CheckpointError, DatasetError, ShardingError, SimulatorError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def go_on_command() -> str:
+    """Returns the command that goes on with this run."""
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return shlex.join([str(python), *sys.argv, *([] if _RESUME.value else ["--resume"])])
 
 
 def parse_flags(argv: list[str]) -> list[str]:

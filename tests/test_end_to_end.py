@@ -16,7 +16,7 @@ from stare_jax.envs.vulkan import has_gpu_driver, software_driver
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--config.demos.num_demos=12",
-    "--config.sft.num_steps=40",
+    "--config.sft.num_steps=60",
     "--config.sft.log_every=10",
     "--config.pairs.num_pairs=3",
     "--config.pairs.max_rollouts=16",
@@ -38,7 +38,7 @@ def start(run_directory: Path, *, log) -> subprocess.Popen:
         f"--workdir={run_directory}",
         *SMALL,
     ]
-    # A session of its own, so that the signal reaches the simulators as well, as Ctrl-C in a terminal does.
+    # A session of its own, whose processes all get the signal, as from Ctrl-C in a terminal.
     return subprocess.Popen(
         [*command, "--resume"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -61,7 +61,8 @@ def run(tmp_path_factory):
     log_file = directory.parent / "log.txt"
     with log_file.open("w") as log:
         first = start(directory, log=log)
-        while first.poll() is None and not read_metrics(directory)["sft"]:
+        deadline = time.monotonic() + 600
+        while first.poll() is None and not read_metrics(directory)["sft"] and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(first.pid, signal.SIGINT)
         first_code = first.wait(timeout=120)
@@ -74,11 +75,11 @@ def run(tmp_path_factory):
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(run):
     assert run["code"] == 130, run["log"][-5000:]
-    assert "go on with: python launch/train.py" in run["log"]
+    assert "go on with: " in run["log"] and "--resume" in run["log"]
     assert "Traceback" not in run["log"]
     steps = [line["step"] for line in read_metrics(run["directory"])["sft"]]
     assert steps == sorted(set(steps)), "a step was done twice"
-    assert steps[-1] == 40 and 0 < run["steps_before"][-1] < 40
+    assert steps[-1] == 60 and 0 < run["steps_before"][-1] < 60
 
 
 def test_every_phase_ran_stayed_finite_and_compiled_once(run):

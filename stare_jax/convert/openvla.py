@@ -31,9 +31,9 @@ class LoadedOpenVLA(NamedTuple):
     config: OpenVLAConfig
     params: PyTree
     """our parameter tree, NumPy leaves; the value head is freshly initialised."""
-    norm_stats: NormStats
     unused: dict[str, Array]
     """tensors that OpenVLA never runs (last blocks, final norms, attention pool), as they are in the files."""
+    norm_stats: NormStats
 
 
 class Entry(NamedTuple):
@@ -160,9 +160,25 @@ def load_openvla(
     Raises:
         ValueError: tensors are missing, unknown or of another shape (all are listed), or the data set is unknown.
     """
-    folder = Path(folder)
     config = config or read_config(folder)
     norm_stats = read_norm_stats(folder, unnorm_key=unnorm_key, state_dim=config.state_dim)
+    return LoadedOpenVLA(config, *load_params_and_rest(folder, key, config=config), norm_stats)
+
+
+def load_params_and_rest(
+    folder: str | Path, key: jax.Array, *, config: OpenVLAConfig
+) -> tuple[PyTree, dict[str, Array]]:
+    """Loads the tensors of a checkpoint folder, whatever its statistics: our parameters, and those we never run.
+
+    Args:
+        folder: the checkpoint.
+        key: for the value head; consumed.
+        config: what to build.
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape; all are listed.
+    """
+    folder = Path(folder)
     shapes, table = _leaf_shapes(config), tensor_table(config)
     where = _find_tensors(folder)
     _check(folder, config, table, shapes, where)
@@ -175,7 +191,7 @@ def load_openvla(
     head = ValueHead(config.value_dims).init(key, jnp.zeros((1, config.llm.width)))["params"]
     params["value_head"] = jax.tree.map(np.asarray, head)
     unused = {name: _read(where, name) for name in where if _is_unused(name, config)}
-    return LoadedOpenVLA(config, params, norm_stats, unused)
+    return params, unused
 
 
 def read_config(folder: str | Path) -> OpenVLAConfig:

@@ -15,7 +15,8 @@ import numpy as np
 
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import DatasetError, replace_text
+from stare_jax.data.schema import DatasetError
+from stare_jax.logging import replace_text
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"

@@ -19,8 +19,9 @@ import numpy as np
 
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import DatasetError, replace_text
+from stare_jax.data.schema import DatasetError
 from stare_jax.data.seeds import PAIR_SEEDS, first_seed
+from stare_jax.logging import replace_text
 from stare_jax.stages import TaskSpec, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stare_jax.logging import replace_text
+
 FORMAT = "stare_jax/dataset"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -109,26 +111,6 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     content["shards"] = [{name: file._asdict() for name, file in shard._asdict().items()} for shard in manifest.shards]
     content["episodes"] = [episode._asdict() for episode in manifest.episodes]
     replace_text(Path(directory) / MANIFEST_FILE, _format_json(content))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that whoever reads it, at any moment, sees all of the old text or all of the new."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes renames within a directory survive a crash of the machine."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

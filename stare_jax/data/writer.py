@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from stare_jax.data import records, schema
 from stare_jax.data.schema import DatasetError, Episode, Manifest, Shard, ShardFile
-from stare_jax.logging import versions
+from stare_jax.logging import sync_directory, versions
 from stare_jax.types import Trajectory
 
 _log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class DatasetWriter:
             for writer in self._open:
                 writer.close()
             shard = Shard(*(self._finish_file(path) for path in self._shard_paths()))
-            schema.sync_directory(self._directory)
+            sync_directory(self._directory)
             manifest = manifest._replace(
                 shards=(*manifest.shards, shard), episodes=(*manifest.episodes, *self._pending)
             )

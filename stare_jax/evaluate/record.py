@@ -1,6 +1,7 @@
 """What an evaluation leaves in a run directory: `eval/<phase>.json`, films, and pictures of one episode."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def record_evaluation(
     num_videos: int = 4,
     gamma: float = 0.99,
     camera: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the evaluation of a phase and shows some of its episodes; replaces an earlier one of that phase.
 
@@ -48,6 +50,7 @@ def record_evaluation(
         num_videos: episodes to film, half successes, half failures; none where no images were kept.
         gamma: discount of the shaped reward in the timeline.
         camera: whose images; None takes the first by name.
+        settings: the configuration of the evaluation, kept with it.
 
     Raises:
         ValueError: the phase cannot be a file name.
@@ -56,7 +59,7 @@ def record_evaluation(
     trajectory, episodes = rollout.trajectory, evaluation.episodes
     images = trajectory.observation.images
     frames = images[camera if camera is not None else min(images)] if images else None
-    media: dict[str, Any] = {"videos": []}
+    media: dict[str, Any] = {"settings": settings, "videos": []}
     for index, e in enumerate(telling_episodes(episodes, max(1, num_videos))):
         signals = jax.tree.map(lambda field, e=e: field[e], trajectory.signals)
         timeline = trace_episode(spec, signals, trajectory.valid[e], gamma=gamma)

@@ -9,6 +9,7 @@ import numpy as np
 
 from stare_jax.evaluate.intervals import Estimate, paired_difference, wilson_interval
 from stare_jax.evaluate.protocol import Episodes, EvalInfo, Evaluation
+from stare_jax.logging import replace_text
 
 
 class StageRate(NamedTuple):
@@ -119,9 +120,7 @@ def save_evaluation(path: str | Path, evaluation: Evaluation, **extra: Any) -> N
         "summary": _plain(summarize(evaluation)),
         "episodes": {name: field.tolist() for name, field in evaluation.episodes._asdict().items()},
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    replace_text(Path(path), json.dumps(document, indent=1) + "\n")
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

@@ -6,6 +6,8 @@ Imports nothing else of the library, so that every layer with a loop may use it.
 from stare_jax.logging.clock import Clock as Clock
 from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
+from stare_jax.logging.files import replace_text as replace_text
+from stare_jax.logging.files import sync_directory as sync_directory
 from stare_jax.logging.metrics import METRICS_FILE as METRICS_FILE
 from stare_jax.logging.metrics import Writer as Writer
 from stare_jax.logging.metrics import make_writer as make_writer

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stare_jax.logging.files import replace_text
+
 METRICS_FILE = "metrics.jsonl"
 _HEADER_KEYS = ("step", "phase", "wall_time")
 
@@ -158,8 +160,8 @@ def write_metadata(directory: str | Path, config: Mapping[str, Any]) -> None:
     """Writes `config.json` (the run's whole configuration) and `versions.json` (`versions()`) into a run directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-    (directory / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    replace_text(directory / "config.json", json.dumps(config, indent=2, default=str) + "\n")
+    replace_text(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
 
 
 def versions() -> dict[str, Any]:

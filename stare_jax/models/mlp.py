@@ -1,6 +1,7 @@
 """A small policy over the state alone, for algorithm studies in seconds: the same `Policy` record as the large ones."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -100,26 +101,28 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         is_right = jnp.argmax(logits, axis=-1) == encode_bins(unit, num_bins=num_bins)
         return soft_cross_entropy(logits, labels).sum(axis=-1), {"accuracy": is_right.mean(axis=-1)}
 
-    def tokenize(instructions, state):
-        del instructions
-        return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
-
-    def observation_shape(batch_size):
-        return Observation(
-            images={},
-            state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
-            tokens=jax.ShapeDtypeStruct((batch_size, 0), jnp.int32),
-            token_mask=jax.ShapeDtypeStruct((batch_size, 0), jnp.bool_),
-        )
-
     return Policy(
         init=init,
         sample=sample,
         log_prob=log_prob,
         value=lambda params, observation: apply(params, observation)[1],
         imitation_loss=imitation_loss,
-        tokenize=tokenize,
-        observation_shape=observation_shape,
+        tokenize=_no_prompt,
+        observation_shape=functools.partial(_observation_shape, config),
         action_dim=config.action_dim,
         sharding_rules=SHARDING_RULES,
+    )
+
+
+def _no_prompt(instructions, state):
+    del instructions
+    return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
+
+
+def _observation_shape(config: MLPConfig, batch_size: int) -> Observation:
+    return Observation(
+        images={},
+        state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
+        tokens=jax.ShapeDtypeStruct((batch_size, 0), jnp.int32),
+        token_mask=jax.ShapeDtypeStruct((batch_size, 0), jnp.bool_),
     )

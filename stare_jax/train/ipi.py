@@ -10,12 +10,11 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from stare_jax.convert.openvla import load_openvla
+from stare_jax.convert.openvla import load_params_and_rest
 from stare_jax.data.batches import imitation_batches
 from stare_jax.data.demos import DemosConfig, collect_demos, is_collected
 from stare_jax.data.norm_stats import read_norm_stats
@@ -28,12 +27,13 @@ from stare_jax.envs.experts import execution_noise, make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
-from stare_jax.logging import Clock, Interruption, make_writer, say, write_metadata
+from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import StageParams, TaskSpec, get_task
 from stare_jax.train.checkpoint import load_norm_stats, load_params
 from stare_jax.train.config import ConfigError, to_dict
+from stare_jax.train.directory import begin_phase, finish_phase, is_finished, open_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.sharding import make_mesh, tree_shardings
@@ -42,8 +42,6 @@ from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.types import NormStats, PyTree
 
 PHASES = ("sft", "tpo", "ppo")
-FIXED_FIELDS = ("env", "model", "stages", "demos", "seed", "init_from", "demos_from")
-"""what has to be the same when a run goes on; the rest may change between phases."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +122,9 @@ class Experiment:
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
         if config.demos_from or is_collected(directory, config.demos, env_id=config.env.env_id):
             return Dataset(directory)
-        clock = Clock()
+        simulator, clock = self.simulator, Clock()
         demos = collect_demos(
-            self.simulator,
+            simulator,
             make_expert(config.env.env_id),
             config.demos,
             directory,
@@ -160,69 +158,51 @@ def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -
         ConfigError: the directory holds a run already, or one of another configuration.
     """
     directory = Path(directory)
-    open_directory(config, directory, resume=resume)
+    if config.init_from and not Path(config.init_from).is_dir():
+        raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
+    open_directory(directory, to_dict(config), resume=resume)
     trainers = {"sft": _train_sft, "tpo": _train_tpo, "ppo": _train_ppo}
     with contextlib.ExitStack() as stack:
         experiment = Experiment(config, directory, stack)
         for phase in config.phases:
             params = _run_phase(experiment, phase, trainers[phase])
             _evaluate_phase(experiment, phase, params)
-    report = write_report(directory)
-    print_report(directory)
+        report = write_report(directory)
+        print_report(directory)
     return report
-
-
-def open_directory(config: IPIConfig, directory: Path, *, resume: bool) -> None:
-    """Makes a run directory, or checks that the one there is of the same model, task and data.
-
-    Raises:
-        ConfigError: names the fields that differ, or says that there is a run.
-    """
-    file, ours = directory / "config.json", json.loads(json.dumps(to_dict(config)))
-    if file.exists():
-        if not resume:
-            raise ConfigError(f"{directory}: holds a run already; --resume goes on with it, --workdir chooses another")
-        changed = _differences(json.loads(file.read_text()), ours, "config")
-        if refused := [line for line in changed if line.split(".")[1].split()[0] in FIXED_FIELDS]:
-            raise ConfigError(f"{directory}: holds a run of another configuration: {'; '.join(refused)}")
-        for line in changed:
-            say(f"changed since the run began: {line}")
-    write_metadata(directory, ours)
-
-
-def _differences(old: Any, new: Any, path: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        return [line for name in names for line in _differences(old.get(name), new.get(name), f"{path}.{name}")]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
 def _run_phase(experiment: Experiment, phase: str, train: Callable[[Experiment, PyTree], PyTree]) -> PyTree:
     """Returns the parameters at the end of a phase, from disk if it has been finished with this configuration."""
-    section = json.loads(json.dumps(to_dict(getattr(experiment.config, phase))))
-    finished = experiment.directory / phase / "finished.json"
-    if finished.exists() and json.loads(finished.read_text()) == section:
-        return load_params(
-            experiment.directory / phase / CHECKPOINTS, abstract_params(experiment.policy, experiment.mesh)
-        )
+    config, directory = experiment.config, experiment.directory / phase
+    section = to_dict(getattr(config, phase)) | ({"pairs": to_dict(config.pairs)} if phase == "tpo" else {})
+    if begin_phase(directory, section, _predecessor(experiment, phase)):
+        return load_params(directory / CHECKPOINTS, abstract_params(experiment.policy, experiment.mesh))
     evaluation_file(experiment.directory, phase).unlink(missing_ok=True)
     params = train(experiment, _starting_params(experiment, phase))
-    finished.write_text(json.dumps(section, indent=2) + "\n")
+    finish_phase(directory)
     return params
+
+
+def _predecessor(experiment: Experiment, phase: str) -> Path | None:
+    """The directory of the last phase before this one that is in the run directory, finished."""
+    earlier = [experiment.directory / name for name in PHASES[: PHASES.index(phase)]]
+    return next((path for path in reversed(earlier) if is_finished(path)), None)
 
 
 def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     """The weights of the last finished phase before this one, or what the configuration starts from."""
     like = abstract_params(experiment.policy, experiment.mesh)
-    earlier = [experiment.directory / name for name in PHASES[: PHASES.index(phase)]]
-    source = next((path for path in reversed(earlier) if (path / "finished.json").exists()), None)
-    source = source or (Path(experiment.config.init_from) if experiment.config.init_from else None)
+    config, source = experiment.config, _predecessor(experiment, phase)
+    if source is None and config.init_from:
+        source = Path(config.init_from)
+    key = jax.random.key(config.seed)
     if source is None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-        return jax.jit(experiment.policy.init, out_shardings=shardings)(jax.random.key(experiment.config.seed))
+        return jax.jit(experiment.policy.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
     if (source / CHECKPOINTS).is_dir():
         return load_params(source / CHECKPOINTS, like)
-    return load_openvla(source, experiment.config.model, like)
+    loaded, _ = load_params_and_rest(source, key, config=config.model)
+    return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), loaded, like)
 
 
 def abstract_params(policy: Policy, mesh: Mesh) -> PyTree:
@@ -257,7 +237,10 @@ def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
         clock=clock,
     )
     experiment.report_collection("pairs", rollouts, clock)
-    say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {count_kinds(pairs)}")
+    kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
+    say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {kinds}")
+    counts = {f"pairs/{kind.replace(', ', '_').replace(' ', '_')}": count for kind, count in kinds.items()}
+    experiment.writer(rollouts.num_episodes, {"pairs/num_pairs": len(pairs)} | counts, phase="pairs")
     loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
     return train_tpo(policy, params, loaded, experiment.spec, config.tpo, experiment.run)
 
@@ -268,12 +251,14 @@ def _train_ppo(experiment: Experiment, params: PyTree) -> PyTree:
 
 
 def _evaluate_phase(experiment: Experiment, phase: str, params: PyTree) -> None:
-    """Evaluates a phase and shows some of its episodes, unless that has been done."""
-    if evaluation_file(experiment.directory, phase).exists():
-        return
+    """Evaluates a phase and shows some of its episodes, unless that has been done, in the same way."""
     config, clock = experiment.config.evaluation, Clock()
+    settings = json.loads(json.dumps(to_dict(config)))
+    file = evaluation_file(experiment.directory, phase)
+    if file.exists() and json.loads(file.read_text()).get("settings") == settings:
+        return
     shared = {"desc": f"evaluate {phase}", "should_stop": experiment.should_stop, "clock": clock}
     evaluation, rollout = evaluate(experiment.policy, params, experiment.simulator, experiment.spec, config, **shared)
     say(f"evaluate {phase}: {config.num_episodes} episodes | {clock.line()}")
-    shown = {"num_videos": config.num_videos, "gamma": experiment.config.ppo.gamma}
+    shown = {"num_videos": config.num_videos, "gamma": experiment.config.ppo.gamma, "settings": settings}
     record_evaluation(experiment.directory, phase, evaluation, rollout, experiment.spec, **shown)

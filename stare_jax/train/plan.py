@@ -10,6 +10,7 @@ from stare_jax.logging import print_table
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
+from stare_jax.stages import get_task
 from stare_jax.train.ipi import PHASES, IPIConfig
 from stare_jax.train.optimizer import make_optimizer
 from stare_jax.train.sharding import make_mesh
@@ -24,8 +25,6 @@ from stare_jax.train.steps import (
     make_tpo_step,
 )
 from stare_jax.types import PyTree, TrainState
-
-_NUM_STAGES = 4
 
 
 class PhasePlan(NamedTuple):
@@ -82,15 +81,15 @@ def _batch(phase: str, policy: Policy, config: IPIConfig) -> PyTree:
         return DecisionBatch(
             reshaped(observation, size), tokens, *(array(size) for _ in range(4)), array(size, dtype=bool)
         )
-    size, steps = config.tpo.batch_size, config.env.horizon
+    size, steps, num_stages = config.tpo.batch_size, config.env.horizon, get_task(config.env.env_id).num_stages
     side = ScoredTrajectory(
         observation=reshaped(observation, size, steps),
         action_tokens=array(size, steps, dim, dtype=jnp.int32),
         ref_logp=array(size, steps),
         valid=array(size, steps, dtype=bool),
-        stage_mask=array(size, _NUM_STAGES, steps, dtype=bool),
-        stage_cost=array(size, _NUM_STAGES),
-        completed=array(size, _NUM_STAGES, dtype=bool),
+        stage_mask=array(size, num_stages, steps, dtype=bool),
+        stage_cost=array(size, num_stages),
+        completed=array(size, num_stages, dtype=bool),
     )
     return PairBatch(side, side)
 

@@ -86,7 +86,8 @@ def train_sft(
             is_stopping = run.should_stop()
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            if step % config.log_every == 0 or step == config.num_steps or is_stopping:
+            is_saving = step % config.checkpoint_every == 0 or step == config.num_steps or is_stopping
+            if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
                 with clock("update"):
                     pending = jax.device_get(pending)
                 check_finite([m["sft/loss"] for m in pending], phase=PHASE, first_step=step - len(pending) + 1)
@@ -105,7 +106,7 @@ def train_sft(
                 clock.reset()
 
             # ---- Save -----------------------------------------------------------------------------------------------
-            if step % config.checkpoint_every == 0 or step == config.num_steps or is_stopping:
+            if is_saving:
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
             if is_stopping and step < config.num_steps:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {config.num_steps}")

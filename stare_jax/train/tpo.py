@@ -118,7 +118,8 @@ def train_tpo(
             is_stopping, is_last = run.should_stop(), step == num_steps
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            if step % config.log_every == 0 or is_last or is_stopping:
+            is_saving = step % config.checkpoint_every == 0 or is_last or is_stopping
+            if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
                 with clock("update"):
                     pending = jax.device_get(pending)
                 check_finite([m["tpo/loss"] for m in pending], phase=PHASE, first_step=step - len(pending) + 1)
@@ -131,7 +132,7 @@ def train_tpo(
                 clock.reset()
 
             # ---- Save -----------------------------------------------------------------------------------------------
-            if step % config.checkpoint_every == 0 or is_last or is_stopping:
+            if is_saving:
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
             if is_stopping and not is_last:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")

@@ -14,6 +14,7 @@ from stare_jax.evaluate.summary import load_evaluation
 from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.stages import get_task
+from stare_jax.train import restore
 from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.config import to_dict
 from stare_jax.train.ipi import IPIConfig
@@ -44,7 +45,7 @@ def trained_run(tmp_path_factory, command):
             state = TrainState(jnp.int32(step), params, optax.sgd(0.1).init(params))
             checkpoints.save(step, state, extra={}, norm_stats=toy.norm_stats())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "make_policy", lambda config, norm_stats: policy)
+        patch.setattr(restore, "make_policy", lambda config, norm_stats: policy)
         patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_workers))
         patch.setattr(command, "get_task", lambda env_id: toy.task_spec())
         yield directory

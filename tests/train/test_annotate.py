@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from toy_task import random_pairs
+from toy_task import expert_episodes, random_pairs
 
 from stare_jax.stages import potentials, separate
 from stare_jax.train.annotate import action_stages, annotate_episode
@@ -15,9 +15,9 @@ PLAIN = {"shaping": False, "gamma": 0.5, "gae_lambda": 1.0, "time_limit": "boots
 
 @pytest.fixture(scope="module")
 def episodes(policy, params):
-    """Signals and validity of 16 episodes of a random policy."""
-    pairs = random_pairs(policy, params, 8)
-    return jax.tree.map(lambda *x: np.concatenate(x), *[(t.signals, t.valid) for t in (pairs.chosen, pairs.rejected)])
+    """Signals and validity of 8 episodes of a random policy, which fails, and 4 of the expert, which does not."""
+    parts = (random_pairs(policy, params, 8).chosen, expert_episodes(4))
+    return jax.tree.map(lambda *x: np.concatenate(x), *[(part.signals, part.valid) for part in parts])
 
 
 def hand_made(signals, *, num_states, success_at):

@@ -55,7 +55,7 @@ def ppo_batch(policy, params, spec):
 
 
 def test_sft_microbatches_give_the_step_of_the_whole_batch(policy, params):
-    observation, action = demonstrations(4, seed=0)
+    observation, action = demonstrations(4)
     batch = SFTBatch(*jax.tree.map(lambda x: x[:24], (observation, action)))
     whole, metrics = take_step(make_sft_step, policy, params, SFTConfig(optimizer=VALUE_FROZEN), batch)
     config = SFTConfig(optimizer=VALUE_FROZEN, batch_size=24, microbatch_size=8)

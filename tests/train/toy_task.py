@@ -35,16 +35,21 @@ def expert_act(observation, signals, instructions, is_first):
     return Decision(action, np.zeros((size, 2), np.int32), np.zeros(size), np.zeros(size)), observation
 
 
-def demonstrations(num_episodes, seed):
-    """Observations and actions of noisy expert episodes, flattened over their valid steps."""
+def expert_episodes(num_episodes, *, seed=0, noise=0.5):
+    """Episodes of the expert, which is disturbed by noise."""
     rng = np.random.default_rng(seed)
-    trajectory = collect_episodes(
-        toy.ToyPush(NUM_ENVS),
-        expert_act,
-        1000 + np.arange(num_episodes),
-        stop_at_success=True,
-        perturb=lambda action, is_first: np.clip(action + rng.normal(0, 0.5, action.shape), -1, 1),
-    ).trajectory
+
+    def perturb(action, is_first):
+        return np.clip(action + rng.normal(0, noise, action.shape), -1, 1)
+
+    seeds = 1000 + np.arange(num_episodes)
+    env = toy.ToyPush(NUM_ENVS)
+    return collect_episodes(env, expert_act, seeds, stop_at_success=True, perturb=perturb).trajectory
+
+
+def demonstrations(num_episodes, *, seed=0, noise=0.5):
+    """Observations and actions of expert episodes, flattened over their valid steps."""
+    trajectory = expert_episodes(num_episodes, seed=seed, noise=noise)
     at = np.nonzero(trajectory.valid[:, 1:])
     return jax.tree.map(lambda x: x[at], trajectory.observation), trajectory.action[at]
 

@@ -1,0 +1,167 @@
+"""Parity with OpenVLA's own implementation on a tiny random checkpoint in the public format."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stare_jax.convert.openvla import load_openvla, read_config
+from stare_jax.models import make_policy
+from stare_jax.models import openvla as openvla_policy
+from stare_jax.models.heads import decode_bins
+from stare_jax.models.normalize import identity_stats
+from stare_jax.models.openvla_network import OpenVLA
+from stare_jax.types import Observation
+
+FOLDER = Path(__file__).resolve().parents[2] / "../shared/golden/openvla_tiny"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"no golden numbers at {FOLDER}")
+TOLERANCE = 1e-4
+# Tests compile much and run little.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(FOLDER / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+def golden_config(prompt_length):
+    """The checkpoint's configuration with the widths of its towers, which public checkpoints do not state."""
+    config = read_config(FOLDER)
+    overrides = json.loads((FOLDER / "config.json").read_text())["tiny_timm_overrides"].values()
+    towers = [
+        dataclasses.replace(
+            tower,
+            width=sizes["embed_dim"],
+            depth=sizes["depth"],
+            num_heads=sizes["num_heads"],
+            mlp_dim=int(sizes["embed_dim"] * sizes.get("mlp_ratio", 4)),
+        )
+        for tower, sizes in zip((config.dino, config.siglip), overrides, strict=True)
+    ]
+    width = towers[0].width + towers[1].width
+    return dataclasses.replace(
+        config, dino=towers[0], siglip=towers[1], projector_dim=4 * width, prompt_length=prompt_length
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_openvla(FOLDER, jax.random.key(0), config=golden_config(11))
+
+
+@pytest.fixture(scope="module")
+def policy(loaded):
+    """The policy with unit statistics, so that actions are normalised ones."""
+    return make_policy(loaded.config, identity_stats(7, 0))
+
+
+@pytest.fixture
+def normalised_images(monkeypatch):
+    """Lets the policy's images be the golden pixel values, normalised already, `[B, H, W, 6]`."""
+    monkeypatch.setattr(openvla_policy, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
+
+
+def observe(expected, config, padding=0):
+    """The golden batch, with the text pushed to the right by `padding` tokens."""
+    images = {config.camera: expected["pixel_values"].transpose(0, 2, 3, 1)}
+    ids = expected["input_ids"].astype(np.int32)
+    pad = np.full((3, padding), 32000, np.int32)
+    tokens = np.concatenate([ids[:, :1], pad, ids[:, 1:]], axis=1)
+    return Observation(images, np.zeros((3, 0), np.float32), tokens, tokens != 32000)
+
+
+def close(got, want):
+    np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
+
+
+def test_configuration_is_read(loaded):
+    config = loaded.config
+    assert (config.action_vocab_end, config.image_size, config.llm.norm_eps) == (32000, 56, 1e-6)
+    assert (config.llm.depth, config.llm.width, config.llm.mlp_dim) == (3, 64, 172)
+    assert config.siglip.mlp_dim == 149
+    np.testing.assert_allclose(loaded.norm_stats.action_q99, [0.03, 0.04, 0.05, 0.1, 0.11, 0.12, 1.0])
+    np.testing.assert_array_equal(loaded.norm_stats.action_mask, [True] * 6 + [False])
+    # Last block of each tower, both final norms, and the attention pool: 14 + 12 + 4 + 13 tensors.
+    assert len(loaded.unused) == 43
+
+
+def test_features_and_logits(loaded, expected):
+    network, bins = OpenVLA(loaded.config), 31999 - expected["action_tokens"]
+
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params, pixels, tokens, bins):
+        def apply(*args, method):
+            return network.apply({"params": params}, *args, method=method)
+
+        features = apply(pixels, method="vision")
+        projected, _ = apply(pixels, tokens, tokens >= 0, method="embed_prompt")
+        hidden = apply(pixels, tokens, tokens >= 0, bins, method="score")
+        return features, projected, hidden, apply(hidden, method="all_logits"), apply(hidden, method="action_logits")
+
+    pixels = tuple(expected["pixel_values"][:, i : i + 3].transpose(0, 2, 3, 1) for i in (0, 3))
+    features, projected, hidden, logits, action_logits = run(loaded.params, pixels, expected["input_ids"], bins)
+    close(features, expected["vision_features"])
+    close(projected[:, 1:17], expected["projector_features"])  # after BOS
+    close(hidden[:, 0], expected["hidden_last"])
+    close(logits[:, 0], expected["logits_last"])
+    close(logits, expected["action_logits"])
+    close(action_logits, expected["action_logits"][..., 31999:31743:-1])
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    close(np.take_along_axis(log_probs, expected["action_tokens"][..., None], -1)[..., 0], expected["action_logp"])
+
+
+def test_imitation_loss(loaded, policy, expected, normalised_images):
+    action = decode_bins(31999 - expected["action_tokens"])
+    loss, _ = jax.jit(policy.imitation_loss, compiler_options=FAST_COMPILE)(
+        loaded.params, observe(expected, loaded.config), action
+    )
+    close(loss.mean(), expected["lm_loss"])
+
+
+@pytest.fixture(scope="module")
+def greedy(policy):
+    sample = jax.jit(policy.sample, compiler_options=FAST_COMPILE)
+    return lambda params, observation: sample(params, observation, jax.random.key(0), temperature=0.0)
+
+
+def test_greedy_tokens_exactly(loaded, expected, normalised_images, greedy):
+    decision = greedy(loaded.params, observe(expected, loaded.config))
+    np.testing.assert_array_equal(31999 - decision.action_tokens, expected["greedy_tokens"])
+    close(decision.action, expected["greedy_normalized_actions"])
+
+
+def test_prompts_of_different_lengths_in_one_batch(loaded, policy, expected, normalised_images, greedy):
+    """Row i of the padded batch, whose text is i tokens shorter, equals that prompt alone and unpadded."""
+    batch = observe(expected, loaded.config, padding=2)
+    for row in (1, 2):  # drop words behind BOS: the rest moves nowhere, it is right-aligned
+        batch.tokens[row, 3 : 3 + row] = 32000
+    batch = batch._replace(token_mask=batch.tokens != 32000)
+    together = greedy(loaded.params, batch)
+    np.testing.assert_array_equal(31999 - together.action_tokens[0], expected["greedy_tokens"][0])
+    score = jax.jit(policy.log_prob, compiler_options=FAST_COMPILE)
+    scores = score(loaded.params, batch, together.action_tokens)
+    for row in range(3):
+        keep = np.flatnonzero(batch.token_mask[row])
+        alone = jax.tree.map(lambda leaf: leaf[row : row + 1], batch)  # noqa: B023
+        alone = alone._replace(tokens=alone.tokens[:, keep], token_mask=alone.token_mask[:, keep])
+        single = score(loaded.params, alone, together.action_tokens[row : row + 1])
+        jax.tree.map(lambda a, b: close(a[row], b[0]), scores, single)  # noqa: B023
+    decision = greedy(loaded.params, alone)
+    np.testing.assert_array_equal(decision.action_tokens[0], together.action_tokens[row])
+
+
+def test_another_image_gives_other_logits(loaded, policy, expected, normalised_images):
+    observation = observe(expected, loaded.config)
+    turned = jax.tree.map(lambda leaf: leaf, observation)
+    turned.images[loaded.config.camera] = observation.images[loaded.config.camera][:, ::-1]
+    score = jax.jit(policy.log_prob, compiler_options=FAST_COMPILE)
+    bins = 31999 - expected["action_tokens"].astype(np.int32)
+    difference = score(loaded.params, observation, bins).logp - score(loaded.params, turned, bins).logp
+    assert (jnp.abs(difference) > 1e-2).all()

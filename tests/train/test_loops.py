@@ -1,0 +1,161 @@
+"""The three loops: resuming is going on, nothing is compiled twice, what goes wrong says where."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from toy_task import NUM_ENVS, demo_batches, demonstrations, random_pairs
+
+from stare_jax.envs import toy
+from stare_jax.logging import Interrupted
+from stare_jax.train import checkpoint
+from stare_jax.train.checkpoint import CheckpointError
+from stare_jax.train.optimizer import OptimizerConfig
+from stare_jax.train.ppo import PPOConfig, train_ppo
+from stare_jax.train.sft import SFTConfig, train_sft
+from stare_jax.train.state import checkpoint_directory
+from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, schedule="linear")
+VALUE_FROZEN = dataclasses.replace(OPTIMIZER, freeze=("^value",))
+SFT = SFTConfig(num_steps=6, batch_size=32, log_every=1, checkpoint_every=4, optimizer=VALUE_FROZEN)
+TPO = TPOConfig(num_epochs=3, batch_size=4, checkpoint_every=4, optimizer=VALUE_FROZEN)
+PPO = PPOConfig(
+    num_iterations=4, num_episodes=20, num_epochs=2, minibatch_size=256, target_kl=0.05, optimizer=OPTIMIZER
+)
+
+
+@pytest.fixture(scope="module")
+def train(policy, params, spec):
+    """train(phase, run, **changes of the config) -> parameters."""
+    batches = demo_batches(*demonstrations(NUM_ENVS), size=32)
+    pairs = random_pairs(policy, params, 8)
+
+    def call(phase, run, **changes):
+        config = dataclasses.replace({"sft": SFT, "tpo": TPO, "ppo": PPO}[phase], **changes)
+        if phase == "sft":
+            return train_sft(policy, params, batches, config, run)
+        if phase == "tpo":
+            return train_tpo(policy, params, pairs, spec, config, run)
+        return train_ppo(policy, params, toy.ToyPush(NUM_ENVS), spec, config, run)
+
+    return call
+
+
+def what_happened(lines):
+    """Metrics by step, without those that tell the time."""
+    return [
+        {name: value for name, value in line.items() if name.split("/")[0] not in ("time", "perf")} for line in lines
+    ]
+
+
+@pytest.mark.parametrize(("phase", "stop_after"), [("sft", 3), ("tpo", 4), ("ppo", 2)])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, phase, stop_after):
+    whole = make_run("whole")
+    expected = train(phase, whole)
+    assert sum(whole.writer.column("perf/compilations")[1:]) == 0
+    assert {line["phase"] for line in whole.writer.lines} == {phase}
+
+    stopped = make_run("stopped")
+    stopped = dataclasses.replace(stopped, should_stop=lambda: len(stopped.writer.lines) >= stop_after - 1)
+    if phase == "ppo":  # polled while it collects, too
+        stopped = dataclasses.replace(stopped, should_stop=lambda: len(stopped.writer.lines) >= stop_after)
+    with pytest.raises(Interrupted, match=f"{phase}: stopped and saved"):
+        train(phase, stopped)
+    assert checkpoint.complete_steps(checkpoint_directory(stopped, phase))[-1] == stop_after
+
+    resumed = make_run("stopped", resume=True)
+    params = train(phase, resumed)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    lines = stopped.writer.lines + resumed.writer.lines
+    assert what_happened(lines) == what_happened(whole.writer.lines)
+
+    # A finished phase has nothing left to do, and a new one does not write over it.
+    again = make_run("stopped", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, train(phase, again), expected)
+    assert again.writer.lines == []
+    with pytest.raises(CheckpointError, match="expected none; resume them or choose another directory"):
+        train(phase, make_run("stopped"))
+
+
+def test_ppo_that_is_stopped_while_it_collects_collects_again(train, make_run):
+    expected = train("ppo", make_run("whole"), num_iterations=2)
+    polls = []
+    run = make_run("stopped", should_stop=lambda: polls.append(0) or len(polls) == 100)
+    with pytest.raises(Interrupted, match="after 1 of 2 iterations"):
+        train("ppo", run, num_iterations=2)
+    params = train("ppo", make_run("stopped", resume=True), num_iterations=2)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):
+    run = make_run()
+    params = train("ppo", run, num_iterations=2, value_warmup_iterations=1, checkpoint_every=1, keep_checkpoints=2)
+    first, second = run.writer.lines
+    names = {"env/success", "env/num_episodes", "env/steps", "env/return_shaped", "env/completed_reach"}
+    names |= {"ppo/approx_kl", "ppo/clip_frac", "ppo/explained_variance", "ppo/entropy", "grad/norm"}
+    names |= {"time/env_s", "time/policy_s", "time/update_s", "time/other_s", "perf/env_steps_per_s"}
+    assert names <= set(first)
+    # While the value head warms up the policy stays where it is: every ratio is 1.
+    assert first["ppo/clip_frac"] == 0 and first["ppo/approx_kl"] < 1e-8 < second["ppo/approx_kl"]
+    assert first["env/num_episodes"] == 20 and second["env/steps"] > first["env/steps"]
+    line = capsys.readouterr().out.splitlines()[0]
+    for words in ("ppo 1/2", "success ", "/20", "kl ", "clip ", "ev ", "entropy ", "simulator ", "policy ", "update "):
+        assert words in line
+    directory = checkpoint_directory(run, "ppo")
+    assert checkpoint.load_extra(directory) == {"iteration": 2, "env_steps": second["env/steps"]}
+    saved = [checkpoint.load_params(directory, params, step=step) for step in (1, 2)]
+    assert (saved[0]["trunk_0"]["kernel"] != saved[1]["trunk_0"]["kernel"]).any()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, make_run):
+    observation, action = demonstrations(2)
+
+    def batches(start_step):
+        for step, (seen, acted) in enumerate(demo_batches(observation, action, size=32)(start_step), start_step + 1):
+            yield seen, np.where(step < 3, acted, np.float32("nan"))
+
+    with pytest.raises(FloatingPointError, match="sft: the loss of step 3 is nan"):
+        train_sft(policy, params, batches, dataclasses.replace(SFT, log_every=5), make_run())
+
+
+def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_run):
+    class Dying(toy.ToyPush):
+        def step(self, action, reset_seeds=None, *, reproducible=False):
+            return super().step(action, reset_seeds)._replace(alive=np.zeros(self.num_envs, bool))
+
+    with pytest.raises(RuntimeError, match="iteration 1 lost all of its 20 episodes"):
+        train_ppo(policy, params, Dying(NUM_ENVS), spec, PPO, make_run())
+
+
+def test_pairs_are_seen_equally_often_in_an_order_that_the_step_knows():
+    steps = [pair_indices(step, num_pairs=6, batch_size=4, seed=1) for step in range(6)]
+    # 6 steps of 4 are 4 epochs of 6.
+    np.testing.assert_array_equal(np.bincount(np.concatenate(steps)), [4] * 6)
+    epochs = np.concatenate(steps).reshape(4, 6)
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 1
+    np.testing.assert_array_equal(pair_indices(3, num_pairs=6, batch_size=4, seed=1), steps[3])
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (SFTConfig, "num_steps", 0),
+        (SFTConfig, "microbatch_size", 7),
+        (TPOConfig, "beta", 0.0),
+        (TPOConfig, "cost_coef", -1.0),
+        (TPOConfig, "variant", "dpo"),
+        (TPOConfig, "margin", "none"),
+        (PPOConfig, "gamma", 1.5),
+        (PPOConfig, "clip_eps", 0.0),
+        (PPOConfig, "target_kl", -0.1),
+        (PPOConfig, "time_limit", "ignore"),
+        (PPOConfig, "terminal_potential", "none"),
+        (PPOConfig, "microbatch_size", 33),
+        (PPOConfig, "num_episodes", 0),
+    ],
+)
+def test_configs_name_the_field_they_refuse(config, field, value):
+    with pytest.raises(ValueError, match=f"{field}: got {value!r}, expected"):
+        config(**{field: value})
