@@ -6,6 +6,9 @@ import jax.numpy as jnp
 
 from stare_jax.types import Array
 
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are cut off here, far outside anything that the clipped surrogate lets through."""
+
 
 def ppo_loss(
     logp: Array,
@@ -63,7 +66,8 @@ def ppo_loss(
     old_logp, advantage, old_value, return_ = jax.lax.stop_gradient((old_logp, advantage, old_value, return_))
 
     clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
-    log_ratio = logp - old_logp
+    # The exponential must not overflow: clipped or not, an infinite ratio has a gradient that is not a number.
+    log_ratio = jnp.clip(logp - old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = jnp.exp(log_ratio)
     surrogate = clipped_surrogate(ratio, advantage, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
     policy = _mean(-surrogate, valid)
@@ -165,7 +169,7 @@ def _ratio_metrics(
     is_clipped = (ratio < 1.0 - clip_eps) | (ratio > 1.0 + clip_eps_high)
     return {
         # The k3 estimator of KL(old || new): never negative, and of low variance.
-        "ppo/approx_kl": _mean(ratio - 1.0 - log_ratio, valid),
+        "ppo/approx_kl": _mean(jnp.expm1(log_ratio) - log_ratio, valid),
         "ppo/clip_frac": _mean(is_clipped, valid),
         "ppo/ratio_mean": mean_ratio,
         # Padded rows take part as the mean, which is never the extreme.

@@ -44,7 +44,8 @@ def gae(
         chex.assert_shape(truncated_t, reward_t.shape, custom_message="truncated_t")
         chex.assert_type(truncated_t, bool, custom_message="truncated_t")
         decay_t = jnp.where(truncated_t, 0.0, decay_t)
-    delta_t = reward_t + discount_t * next_value_t - value_t
+    # What is beyond an episode's end must not matter, whatever it is.
+    delta_t = reward_t + jnp.where(discount_t == 0, 0.0, discount_t * next_value_t) - value_t
     advantage_t = _discounted_sum(delta_t, decay_t, jnp.float32(0.0))
     return advantage_t, advantage_t + value_t
 
@@ -90,7 +91,7 @@ def _discounted_sum(value_t: Array, decay_t: Array, last: Array) -> Array:
 
     def step(following, inputs):
         value, decay = inputs
-        total = value + decay * following
+        total = value + jnp.where(decay == 0, 0.0, decay * following)
         return total, total
 
     _, sum_t = jax.lax.scan(step, last, (value_t, decay_t), reverse=True)

@@ -28,9 +28,9 @@ def potentials(spec: TaskSpec, signals: Signals, separation: Separation) -> Arra
     """
     num_states = measures.num_states(signals)
     signals = measures.as_signals(signals, (num_states,))
-    stage_t = separation.stage_t
+    stage_t = jnp.asarray(separation.stage_t)
     chex.assert_shape(stage_t, (num_states,), custom_message="separation.stage_t")
-    chex.assert_type(stage_t, jnp.int32, custom_message="separation.stage_t")
+    chex.assert_type(stage_t, int, custom_message="separation.stage_t")
     by_stage = jnp.stack([potential_fn(spec.params, signals) for potential_fn in spec.potential_fns])
     potential_t = jnp.take_along_axis(by_stage, stage_t[None], axis=0)[0]
     if spec.params.progressive:

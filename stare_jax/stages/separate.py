@@ -112,7 +112,7 @@ def stage_mask(separation: Separation, num_stages: int, valid: Array | None = No
         the last column and keep the columns of existing actions: `stage_mask(...)[:, :-1] & valid[1:]`.
     """
     chex.assert_rank(separation.stage_t, 1, custom_message="separation.stage_t")
-    chex.assert_type(separation.stage_t, jnp.int32, custom_message="separation.stage_t")
+    chex.assert_type(separation.stage_t, int, custom_message="separation.stage_t")
     chex.assert_shape(separation.completed, (num_stages,), custom_message="separation.completed")
     valid = measures.as_valid(valid, separation.stage_t.shape[0])
     return (separation.stage_t == jnp.arange(num_stages)[:, None]) & valid

@@ -6,6 +6,7 @@ Parameters are an item of their own, so that a policy can be loaded without the 
 killed is not seen by anything here and is removed when the directory is opened for writing.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,14 +43,14 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
-            if path.name.isdigit() and not _is_complete(path):
+            # Half deleted, or half written: Orbax writes under this name and renames at the end.
+            if (path.name.isdigit() and not _is_complete(path)) or path.name.endswith(".orbax-checkpoint-tmp"):
                 shutil.rmtree(path)
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
             # Which steps to save is the caller's choice; Orbax's own default skips some.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
         )
 
     def save(self, step: int, state: TrainState, *, extra: dict[str, Any], norm_stats: NormStats) -> None:
@@ -134,7 +135,9 @@ def _metadata(directory: str | Path, step: int | None) -> dict[str, Any]:
 
 
 def _is_complete(path: Path) -> bool:
-    return (path / "_CHECKPOINT_METADATA").exists() and (path / "commit_success.txt").exists()
+    # The metadata are the first to go when a checkpoint is deleted, and say when its writing was finished.
+    file = path / "_CHECKPOINT_METADATA"
+    return file.exists() and json.loads(file.read_text()).get("commit_timestamp_nsecs") is not None
 
 
 def _step_path(directory: str | Path, step: int | None) -> Path:

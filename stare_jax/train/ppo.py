@@ -46,6 +46,10 @@ class PPOConfig:
     gamma: float = 0.99
     gae_lambda: float = 0.95
     clip_eps: float = 0.2
+    clip_eps_high: float | None = None
+    """upper clip; None: the same."""
+    dual_clip: float | None = None
+    """bound of the loss of a bad action that has become likelier, in advantages; RLinf uses 3."""
     value_coef: float = 1.0
     value_clip_eps: float | None = None
     huber_delta: float | None = None
@@ -78,7 +82,15 @@ class PPOConfig:
         for name in ("value_coef", "entropy_coef", "value_warmup_iterations"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
-        for name in ("clip_eps", "temperature", "value_clip_eps", "huber_delta", "target_kl"):
+        for name in (
+            "clip_eps",
+            "clip_eps_high",
+            "dual_clip",
+            "temperature",
+            "value_clip_eps",
+            "huber_delta",
+            "target_kl",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
         for name, allowed in (("time_limit", ("bootstrap", "terminate")), ("terminal_potential", ("zero", "keep"))):

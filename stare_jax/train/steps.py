@@ -108,6 +108,8 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
             score.entropy,
             batch.valid,
             clip_eps=config.clip_eps,
+            clip_eps_high=config.clip_eps_high,
+            dual_clip=config.dual_clip,
             value_coef=config.value_coef,
             value_clip_eps=config.value_clip_eps,
             huber_delta=config.huber_delta,

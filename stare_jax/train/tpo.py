@@ -92,6 +92,8 @@ def train_tpo(
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("batch_size", config.batch_size, run.mesh)
     num_pairs = len(pairs.chosen.valid)
+    if num_pairs == 0:
+        raise ValueError("pairs: got none, expected at least one")
     num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
     state, _ = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)

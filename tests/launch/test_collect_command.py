@@ -111,7 +111,7 @@ def test_an_interruption_says_how_to_go_on(collect, tmp_path, capsys, monkeypatc
         (["--demos=4", "--noise=0.1:-1"], "noise_scales: got .* expected positive shares"),
         (
             ["--pairs=4", "--checkpoint=nowhere/sft"],
-            r"nowhere/sft: expected a phase of a run.*config\.json does not exist",
+            r"nowhere: expected a run directory.*config\.json does not exist",
         ),
     ],
 )

@@ -91,12 +91,15 @@ def test_a_checkpoint_that_is_not_there_says_what_is(saved, state, tmp_path):
 def test_what_a_kill_left_behind_is_ignored_and_cleaned_up(state, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, state, extra={"iteration": 4}, norm_stats=toy.norm_stats())
-    # Orbax writes under another name and renames at the end; a copy that stopped half way has no metadata.
+    # Orbax writes under another name and renames at the end; what it began to delete has no metadata.
     (tmp_path / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (tmp_path / "6" / "params").mkdir(parents=True)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "_CHECKPOINT_METADATA").write_text('{"commit_timestamp_nsecs": null}')
     assert checkpoint.complete_steps(tmp_path) == [4]
     assert checkpoint.restore(tmp_path, state).extra == {"iteration": 4}
     with Checkpoints(tmp_path) as checkpoints:
+        assert [path.name for path in tmp_path.iterdir()] == ["4"]
         for step in (5, 6):
             checkpoints.save(step, state, extra={"iteration": step}, norm_stats=toy.norm_stats())
     assert checkpoint.complete_steps(tmp_path) == [5, 6]
