@@ -6,6 +6,7 @@ Decision.action_tokens holds action bins in [0, 256), counted upwards with the a
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from stare_jax.models.tokenizer import (
     make_tokenizer,
 )
 from stare_jax.models.vit import ViTConfig
-from stare_jax.types import NormStats, Observation
+from stare_jax.types import NormStats, Observation, PyTree
 
 
 def openvla_7b(tokenizer: str = "openvla/openvla-7b", **changes) -> OpenVLAConfig:
@@ -111,79 +112,94 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
     for name, size in (("action_q01", config.action_dim), ("state_q01", config.state_dim)):
         if np.shape(getattr(norm_stats, name)) != (size,):
             raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(norm_stats, name))}, expected ({size},)")
-    network = OpenVLA(config)
-
-    def apply(params, *args, method):
-        return network.apply({"params": params}, *args, method=method)
-
-    def prompt(observation):
-        pixels = preprocess(jnp.asarray(observation.images[config.camera]), config)
-        return pixels, jnp.asarray(observation.tokens), jnp.asarray(observation.token_mask)
-
-    def init(key):
-        blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
-        return network.init(key, *prompt(blank), jnp.zeros((1, config.action_dim), jnp.int32))["params"]
-
-    def sample(params, observation, key, *, temperature=1.0):
-        keys = jax.random.split(key, config.action_dim)
-        hidden, cache, mask = apply(params, *prompt(observation), method="prefill")
-        value = apply(params, hidden, method="value")
-
-        def decode_next(carry, inputs):
-            bins, cache = carry
-            index, step_key = inputs
-            hidden, cache = apply(params, bins, cache, mask, index, method="decode")
-            logits = apply(params, hidden, method="action_logits")
-            bins = sample_bins(step_key, logits, temperature)
-            return (bins, cache), (bins, logits)
-
-        logits = apply(params, hidden, method="action_logits")
-        bins = sample_bins(keys[0], logits, temperature)
-        _, (later_bins, later_logits) = jax.lax.scan(
-            decode_next,
-            (bins, cache),
-            (jnp.arange(config.action_dim - 1), keys[1:]),
-            unroll=min(config.decode_unroll, max(config.action_dim - 1, 1)),
-        )
-        bins = jnp.concatenate([bins[None], later_bins]).T
-        logits = jnp.concatenate([logits[None], later_logits]).swapaxes(0, 1)
-        logp, _ = score_bins(logits, bins, temperature)
-        return Decision(unnormalize_action(decode_bins(bins), norm_stats), bins, logp, value)
-
-    def log_prob(params, observation, action_tokens, *, temperature=1.0):
-        hidden = apply(params, *prompt(observation), jnp.asarray(action_tokens), method="score")
-        logp, entropy = score_bins(apply(params, hidden, method="action_logits"), action_tokens, temperature)
-        return ActionScore(logp, entropy, apply(params, hidden[:, 0], method="value"))
-
-    def value(params, observation):
-        hidden, _, _ = apply(params, *prompt(observation), method="prefill")
-        return apply(params, hidden, method="value")
-
-    def imitation_loss(params, observation, action):
-        unit = normalize_action(jnp.asarray(action), norm_stats)
-        bins = encode_bins(unit)
-        hidden = apply(params, *prompt(observation), bins, method="score")
-        logits, labels = apply(params, hidden, method="action_logits"), _action_labels(unit, bins, config)
-        if config.restrict_logits:
-            loss = soft_cross_entropy(logits, labels)
-        else:
-            loss = soft_cross_entropy(apply(params, hidden, method="all_logits"), _in_vocabulary(labels, config))
-        greedy = jnp.argmax(logits, axis=-1)
-        error = jnp.abs(decode_bins(greedy) - jnp.clip(unit, -1.0, 1.0))
-        metrics = {"token_accuracy": jnp.mean(greedy == bins, axis=-1), "l1": jnp.mean(error, axis=-1)}
-        return loss.mean(axis=-1), metrics
-
+    bound = _Bound(OpenVLA(config), config, norm_stats)
     return Policy(
-        init=init,
-        sample=sample,
-        log_prob=log_prob,
-        value=value,
-        imitation_loss=imitation_loss,
+        init=functools.partial(_init, bound),
+        sample=functools.partial(_sample, bound),
+        log_prob=functools.partial(_log_prob, bound),
+        value=functools.partial(_value, bound),
+        imitation_loss=functools.partial(_imitation_loss, bound),
         tokenize=make_tokenize(config, norm_stats),
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
         sharding_rules=sharding_rules(config),
     )
+
+
+class _Bound(NamedTuple):
+    """A network with what is baked into its policy."""
+
+    network: OpenVLA
+    config: OpenVLAConfig
+    norm_stats: NormStats
+
+    def apply(self, params: PyTree, *args, method: str):
+        return self.network.apply({"params": params}, *args, method=method)
+
+    def prompt(self, observation: Observation):
+        pixels = preprocess(jnp.asarray(observation.images[self.config.camera]), self.config)
+        return pixels, jnp.asarray(observation.tokens), jnp.asarray(observation.token_mask)
+
+
+def _init(bound: _Bound, key: jax.Array) -> PyTree:
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(bound.config, 1))
+    return bound.network.init(key, *bound.prompt(blank), jnp.zeros((1, bound.config.action_dim), jnp.int32))["params"]
+
+
+def _sample(bound: _Bound, params, observation, key, *, temperature=1.0) -> Decision:
+    keys = jax.random.split(key, bound.config.action_dim)
+    hidden, cache, mask = bound.apply(params, *bound.prompt(observation), method="prefill")
+    value = bound.apply(params, hidden, method="value")
+
+    def decode_next(carry, inputs):
+        bins, cache = carry
+        index, step_key = inputs
+        hidden, cache = bound.apply(params, bins, cache, mask, index, method="decode")
+        logits = bound.apply(params, hidden, method="action_logits")
+        bins = sample_bins(step_key, logits, temperature)
+        return (bins, cache), (bins, logits)
+
+    logits = bound.apply(params, hidden, method="action_logits")
+    bins = sample_bins(keys[0], logits, temperature)
+    _, (later_bins, later_logits) = jax.lax.scan(
+        decode_next,
+        (bins, cache),
+        (jnp.arange(bound.config.action_dim - 1), keys[1:]),
+        unroll=min(bound.config.decode_unroll, max(bound.config.action_dim - 1, 1)),
+    )
+    bins = jnp.concatenate([bins[None], later_bins]).T
+    logits = jnp.concatenate([logits[None], later_logits]).swapaxes(0, 1)
+    logp, _ = score_bins(logits, bins, temperature)
+    return Decision(unnormalize_action(decode_bins(bins), bound.norm_stats), bins, logp, value)
+
+
+def _log_prob(bound: _Bound, params, observation, action_tokens, *, temperature=1.0) -> ActionScore:
+    hidden = bound.apply(params, *bound.prompt(observation), jnp.asarray(action_tokens), method="score")
+    logp, entropy = score_bins(bound.apply(params, hidden, method="action_logits"), action_tokens, temperature)
+    return ActionScore(logp, entropy, bound.apply(params, hidden[:, 0], method="value"))
+
+
+def _value(bound: _Bound, params, observation) -> jax.Array:
+    hidden, _, _ = bound.apply(params, *bound.prompt(observation), method="prefill")
+    return bound.apply(params, hidden, method="value")
+
+
+def _imitation_loss(bound: _Bound, params, observation, action) -> tuple[jax.Array, dict[str, jax.Array]]:
+    unit = normalize_action(jnp.asarray(action), bound.norm_stats)
+    bins = encode_bins(unit)
+    hidden = bound.apply(params, *bound.prompt(observation), bins, method="score")
+    logits = bound.apply(params, hidden, method="action_logits")
+    labels = _action_labels(unit, bins, bound.config)
+    if bound.config.restrict_logits:
+        loss = soft_cross_entropy(logits, labels)
+    else:
+        loss = soft_cross_entropy(
+            bound.apply(params, hidden, method="all_logits"), _in_vocabulary(labels, bound.config)
+        )
+    greedy = jnp.argmax(logits, axis=-1)
+    error = jnp.abs(decode_bins(greedy) - jnp.clip(unit, -1.0, 1.0))
+    metrics = {"token_accuracy": jnp.mean(greedy == bins, axis=-1), "l1": jnp.mean(error, axis=-1)}
+    return loss.mean(axis=-1), metrics
 
 
 def _action_labels(unit_action: jax.Array, bins: jax.Array, config: OpenVLAConfig) -> jax.Array:

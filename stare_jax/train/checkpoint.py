@@ -136,8 +136,11 @@ def _metadata(directory: str | Path, step: int | None) -> dict[str, Any]:
 
 def _is_complete(path: Path) -> bool:
     # The metadata are the first to go when a checkpoint is deleted, and say when its writing was finished.
-    file = path / "_CHECKPOINT_METADATA"
-    return file.exists() and json.loads(file.read_text()).get("commit_timestamp_nsecs") is not None
+    try:
+        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return metadata.get("commit_timestamp_nsecs") is not None
 
 
 def _step_path(directory: str | Path, step: int | None) -> Path:

@@ -124,6 +124,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     prepare = make_prepare(spec, config)
     seeds = first_seed(PPO_SEEDS, config.seed) + np.arange(config.num_episodes)
     first, num_env_steps = counters.get("iteration", 0), counters.get("env_steps", 0)
+    num_updates = counters.get("updates", 0)
     clock, compiled = Clock(), None
 
     with (
@@ -132,7 +133,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     ):
 
         def save(iteration):
-            extra = {"iteration": iteration, "env_steps": num_env_steps}
+            extra = {"iteration": iteration, "env_steps": num_env_steps, "updates": num_updates}
             checkpoints.save(iteration, state, extra=extra, norm_stats=run.norm_stats)
 
         for iteration in range(first, config.num_iterations):
@@ -159,7 +160,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
             with clock("update"):
                 batch = prepare(rollout)
                 state, updates = _update(state, batch, step_fn, config, run, iteration)
-            check_finite([m["ppo/loss"] for m in updates], phase=f"{PHASE}, iteration {iteration + 1}", first_step=1)
+            check_finite(updates, phase=PHASE, first_step=num_updates + 1)
+            num_updates += len(updates)
 
             # ---- Report ---------------------------------------------------------------------------------------------
             compiled = num_compilations() if compiled is None else compiled
@@ -181,6 +183,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
             is_last, is_stopping = iteration + 1 == config.num_iterations, run.should_stop()
             if (iteration + 1) % config.checkpoint_every == 0 or is_last or is_stopping:
                 save(iteration + 1)
+            del rollout, batch  # Images of one iteration are enough to hold.
             if is_stopping and not is_last:
                 raise Interrupted(f"{PHASE}: stopped and saved after iteration {iteration + 1}/{config.num_iterations}")
     return state.params

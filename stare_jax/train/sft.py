@@ -90,7 +90,7 @@ def train_sft(
             if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
                 with clock("update"):
                     pending = jax.device_get(pending)
-                check_finite([m["sft/loss"] for m in pending], phase=PHASE, first_step=step - len(pending) + 1)
+                check_finite(pending, phase=PHASE, first_step=step - len(pending) + 1)
                 means = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
                 seconds = clock.seconds()
                 rate = len(pending) * config.batch_size / sum(seconds.values())

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -121,17 +120,18 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, sharding.batch_sharding(mesh))
 
 
-def check_finite(losses: Sequence[float] | np.ndarray, *, phase: str, first_step: int) -> None:
-    """Stops a run whose loss is not finite.
+def check_finite(updates: Sequence[Mapping[str, float]], *, phase: str, first_step: int) -> None:
+    """Stops a run whose loss or gradient is not finite, before what came of it is saved.
 
     Args:
-        losses: of consecutive optimiser steps.
-        phase: whose.
+        updates: metrics of consecutive optimiser steps.
+        phase: whose; the loss is the metric `<phase>/loss`.
         first_step: number of the first of them.
 
     Raises:
         FloatingPointError: names the step.
     """
-    for offset, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{phase}: the loss of step {first_step + offset} is {loss}")
+    for step, metrics in enumerate(updates, first_step):
+        for name in (f"{phase}/loss", "grad/norm"):
+            if not math.isfinite(metrics[name]):
+                raise FloatingPointError(f"{phase}: {name} of step {step} is {metrics[name]}")

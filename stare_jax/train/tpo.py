@@ -124,7 +124,7 @@ def train_tpo(
             if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
                 with clock("update"):
                     pending = jax.device_get(pending)
-                check_finite([m["tpo/loss"] for m in pending], phase=PHASE, first_step=step - len(pending) + 1)
+                check_finite(pending, phase=PHASE, first_step=step - len(pending) + 1)
                 metrics = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
                 metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
                 metrics["perf/compilations"] = num_compilations() - compiled

@@ -1,4 +1,4 @@
-"""OpenVLA at full size, without allocating it: parameter counts by the reference's arithmetic, types, sharding rules."""
+"""OpenVLA at full size, without allocating it: parameter counts by the reference's arithmetic, types, sharding."""
 
 import math
 import re

@@ -40,7 +40,7 @@ PPO = PPOConfig(
     num_episodes=128,
     num_epochs=4,
     minibatch_size=1024,
-    gamma=0.95,
+    gamma=0.99,
     optimizer=OptimizerConfig(learning_rate=2e-3, value_learning_rate=4e-3, max_grad_norm=10.0),
     checkpoint_every=1000,
 )

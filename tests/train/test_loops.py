@@ -104,7 +104,9 @@ def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):
     for words in ("ppo 1/2", "success ", "/20", "kl ", "clip ", "ev ", "entropy ", "simulator ", "policy ", "update "):
         assert words in line
     directory = checkpoint_directory(run, "ppo")
-    assert checkpoint.load_extra(directory) == {"iteration": 2, "env_steps": second["env/steps"]}
+    num_updates = first["ppo/num_minibatches"] + second["ppo/num_minibatches"]
+    extra = {"iteration": 2, "env_steps": second["env/steps"], "updates": num_updates}
+    assert checkpoint.load_extra(directory) == extra
     saved = [checkpoint.load_params(directory, params, step=step) for step in (1, 2)]
     assert (saved[0]["trunk_0"]["kernel"] != saved[1]["trunk_0"]["kernel"]).any()
 
@@ -116,7 +118,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, mak
         for step, (seen, acted) in enumerate(demo_batches(observation, action, size=32)(start_step), start_step + 1):
             yield seen, np.where(step < 3, acted, np.float32("nan"))
 
-    with pytest.raises(FloatingPointError, match="sft: the loss of step 3 is nan"):
+    with pytest.raises(FloatingPointError, match="sft: sft/loss of step 3 is nan"):
         train_sft(policy, params, batches, dataclasses.replace(SFT, log_every=5), make_run())
 
 
