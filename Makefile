@@ -1,5 +1,5 @@
 # Everything runs in one environment, which launch/install.py makes and keeps current; a second call costs seconds.
-#   make quickstart ARGS="--config.seed=1"      make test ARGS="-k losses"      make setup VENV=/tmp/venv
+#   make quickstart ARGS="--workdir=runs/seed1 --config.seed=1"      make test ARGS="-k losses"      make setup VENV=/tmp/venv
 
 VENV ?= .venv
 ARGS ?=

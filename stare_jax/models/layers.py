@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -30,6 +31,12 @@ class Execution:
             raise ValueError(f"remat: got {self.remat!r}, expected one of {('none', *REMAT_POLICIES)}")
         if self.unroll < 1:
             raise ValueError(f"unroll: got {self.unroll}, expected at least 1")
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Returns the exact GELU x Φ(x), computed in float32 by erf, which CPUs do faster than `jax.nn.gelu`'s erfc."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class Linear(nn.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.models.heads import NUM_BINS, ValueHead
-from stare_jax.models.layers import Execution, Linear
+from stare_jax.models.layers import Execution, Linear, gelu
 from stare_jax.models.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.vit import ConvStem, ViT, ViTConfig, stem_stride
 
@@ -87,8 +87,8 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.gelu(Linear((self.hidden_dim,), self.execution, name="fc1")(x), approximate=False)
-        x = nn.gelu(Linear((self.width,), self.execution, name="fc2")(x), approximate=False)
+        x = gelu(Linear((self.hidden_dim,), self.execution, name="fc1")(x))
+        x = gelu(Linear((self.width,), self.execution, name="fc2")(x))
         return Linear((self.width,), self.execution, name="fc3")(x)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend
-from stare_jax.models.layers import Execution, Linear, scan_layers
+from stare_jax.models.layers import Execution, Linear, gelu, scan_layers
 
 LAYER_NORM_EPS = 1e-6
 
@@ -74,9 +74,9 @@ class ConvStem(nn.Module):
         """Maps `[B, H, W, 3]` to `[B, H/s, W/s, channels[-1]]`, s = `stem_stride(channels)`."""
         conv = partial(Linear, execution=self.execution, num_in_axes=3)
         x = conv(self.channels[:1], name="conv_0")(patchify(image, 4))
-        x = nn.gelu(x, approximate=False).reshape(x.shape[0], image.shape[1] // 4, image.shape[2] // 4, -1)
+        x = gelu(x).reshape(x.shape[0], image.shape[1] // 4, image.shape[2] // 4, -1)
         for i, channels in enumerate(self.channels[1:], start=1):
-            x = nn.gelu(conv((channels,), name=f"conv_{i}")(strided_windows(x)), approximate=False)
+            x = gelu(conv((channels,), name=f"conv_{i}")(strided_windows(x)))
         return x
 
 
@@ -98,7 +98,7 @@ class ViTBlock(nn.Module):
         qkv = linear((3, *heads), name="qkv")(self._norm(x, "norm1"))
         attended = attend(qkv[:, :, 0], [KeyValue(qkv[:, :, 1], qkv[:, :, 2])], [None])
         x = x + self._scale(linear((cfg.width,), num_in_axes=2, name="proj")(attended), "ls1")
-        hidden = nn.gelu(linear((cfg.mlp_dim,), name="fc1")(self._norm(x, "norm2")), approximate=False)
+        hidden = gelu(linear((cfg.mlp_dim,), name="fc1")(self._norm(x, "norm2")))
         return x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2"), None
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:

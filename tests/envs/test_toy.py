@@ -72,7 +72,7 @@ def test_chance_succeeds_rarely_and_the_expert_always():
     chance = collect(lambda signals: rng.uniform(-1, 1, (64, 2)).astype(np.float32), num_episodes=2048)
     assert 0.0005 < success_rate(chance) < 0.05
     assert success_rate(collect(toy.expert_action)) == 1.0
-    slow = collect(lambda signals: toy.expert_action(signals, speed=0.3))
+    slow = collect(lambda signals: toy.expert_action(signals, speed=0.2))
     assert 0.02 < success_rate(slow) < 0.98
 
 

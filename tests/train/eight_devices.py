@@ -48,8 +48,7 @@ def difference(a, b):
 PARAMS = jax.device_get(jax.jit(POLICY.init)(jax.random.key(0)))
 one, eight = make_mesh(), make_mesh(data=2, fsdp=4)
 single = step_on(one, make_ppo_step, PPO, ppo_batch(), True)
-sharded = step_on(eight, make_ppo_step, PPO, ppo_batch(), True)
-cut = step_on(eight, make_ppo_step, dataclasses.replace(PPO, microbatch_size=16), ppo_batch(), True)
+sharded = step_on(eight, make_ppo_step, dataclasses.replace(PPO, microbatch_size=16), ppo_batch(), True)
 
 pairs = score_pairs(POLICY, PARAMS, random_pairs(POLICY, PARAMS, NUM_ENVS // 2), toy.task_spec(), batch_size=64)
 tpo = TPOConfig(optimizer=OPTIMIZER, batch_size=8)
@@ -83,7 +82,6 @@ print(
         {
             "num_devices": jax.device_count(),
             "ppo_difference": difference(single.params, sharded.params),
-            "microbatch_difference": difference(single.params, cut.params),
             "tpo_difference": tpo_difference,
             "kernel_shard": shard_shapes(sharded.params, "logits/kernel")[0],
             "moment_shards": shard_shapes(sharded.opt_state, "logits/kernel"),

@@ -10,6 +10,10 @@ from toy_task import expert_episodes, random_pairs
 from stare_jax.stages import potentials, separate
 from stare_jax.train.annotate import action_stages, annotate_episode
 
+annotate = jax.jit(
+    annotate_episode,
+    static_argnames=("spec", "shaping", "gamma", "gae_lambda", "time_limit", "terminal_potential"),
+)
 PLAIN = {"shaping": False, "gamma": 0.5, "gae_lambda": 1.0, "time_limit": "bootstrap", "terminal_potential": "zero"}
 
 
@@ -28,7 +32,7 @@ def hand_made(signals, *, num_states, success_at):
 
 def test_success_ends_an_episode_for_good(episodes, spec):
     signals, valid = hand_made(episodes[0], num_states=3, success_at=2)
-    got = annotate_episode(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
+    got = annotate(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
     np.testing.assert_array_equal(got.valid_t, [True, True, False])
     np.testing.assert_array_equal(got.reward_t, [0, 1, 0])
     # A_1 = 1 - 0.2; A_0 = (0 + 0.5 * 0.2 - 0.1) + 0.5 * A_1; the value of the last state does not count.
@@ -49,7 +53,7 @@ def test_success_ends_an_episode_for_good(episodes, spec):
 def test_the_time_limit_bootstraps_or_terminates(episodes, spec, time_limit, expected):
     signals, valid = hand_made(episodes[0], num_states=4, success_at=None)
     value = np.float32([0.1, 0.2, 0.3, 0.4])
-    got = annotate_episode(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
+    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
     np.testing.assert_allclose(got.advantage_t, expected, atol=1e-6)
 
 
@@ -58,9 +62,8 @@ def test_shaping_telescopes(episodes, spec, time_limit):
     gamma = 0.9
     options = PLAIN | {"shaping": True, "gamma": gamma, "time_limit": time_limit}
     signals, valid = episodes
-    annotate = jax.jit(jax.vmap(functools.partial(annotate_episode, spec=spec, **options)))
-    got = annotate(signals, valid, np.zeros(valid.shape, np.float32))
-    potential = jax.vmap(lambda s, v: potentials(spec, s, separate(spec, s, v)))(signals, valid)
+    got = jax.vmap(functools.partial(annotate, spec=spec, **options))(signals, valid, np.zeros(valid.shape, np.float32))
+    potential = jax.jit(jax.vmap(lambda s, v: potentials(spec, s, separate(spec, s, v))))(signals, valid)
     assert got.reward_t.any() and not got.reward_t.any(axis=1).all()
     for e, length in enumerate(valid.sum(axis=1) - 1):
         weight = gamma ** np.arange(length)
@@ -82,15 +85,14 @@ def test_what_is_not_valid_does_not_count(episodes, spec):
         return np.concatenate([x, np.full((5, *x.shape[1:]), 1 if x.dtype == bool else 77, x.dtype)])
 
     padded_valid = np.concatenate([valid, np.zeros(5, bool)])
-    got = annotate_episode(signals, valid, value, spec=spec, **options)
-    padded = annotate_episode(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
+    got = annotate(signals, valid, value, spec=spec, **options)
+    padded = annotate(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
     for a, b in zip(got[:5], padded[:5], strict=True):
         np.testing.assert_allclose(b[:11], a, atol=1e-6)
         assert not b[11:].any()
-    stages, padded_stages = (
-        action_stages(signals, valid, spec=spec),
-        action_stages(jax.tree.map(pad, signals), padded_valid, spec=spec),
-    )
+    stages_of = jax.jit(action_stages, static_argnames="spec")
+    stages = stages_of(signals, valid, spec=spec)
+    padded_stages = stages_of(jax.tree.map(pad, signals), padded_valid, spec=spec)
     np.testing.assert_allclose(padded_stages.cost, stages.cost, atol=1e-6)
     np.testing.assert_array_equal(padded_stages.mask[:, :11], stages.mask)
     assert not padded_stages.mask[:, 11:].any()

@@ -40,7 +40,7 @@ PPO = PPOConfig(
     num_episodes=128,
     num_epochs=4,
     minibatch_size=1024,
-    gamma=0.99,
+    gamma=0.95,
     optimizer=OptimizerConfig(learning_rate=2e-3, value_learning_rate=4e-3, max_grad_norm=10.0),
     checkpoint_every=1000,
 )
@@ -83,15 +83,15 @@ SFT = SFTConfig(
 )
 TPO = TPOConfig(
     variant="tpo",
-    num_epochs=4,
+    num_epochs=6,
     batch_size=32,
-    beta=10.0,
-    optimizer=OptimizerConfig(3e-4, freeze=("^value",)),
+    beta=20.0,
+    optimizer=OptimizerConfig(5e-4, freeze=("^value",)),
     checkpoint_every=1000,
     log_every=10,
 )
 STA_TPO = dataclasses.replace(
-    TPO, variant="sta_tpo", beta=3.0, optimizer=dataclasses.replace(TPO.optimizer, learning_rate=1e-3)
+    TPO, variant="sta_tpo", num_epochs=4, beta=3.0, optimizer=dataclasses.replace(TPO.optimizer, learning_rate=1e-3)
 )
 NUM_STARTS, NUM_PER_START, NUM_PAIRS = 512, 4, 800
 
@@ -112,7 +112,7 @@ def rollouts(learner, params, seeds, key):
 
 def success_rate(learner, params):
     trajectory = rollouts(learner, params, np.arange(1024), key=99).trajectory
-    return (trajectory.signals.success & trajectory.valid).any(axis=1).mean()
+    return float((trajectory.signals.success & trajectory.valid).any(axis=1).mean())
 
 
 def own_pairs(learner, params, spec, seed):
@@ -140,7 +140,7 @@ def test_preferences_between_its_own_rollouts_improve_a_weak_policy(learner, wea
         after[config.variant] = success_rate(learner, train_tpo(learner, params, pairs, spec, config, run))
         assert sum(run.writer.column("perf/compilations")[1:]) == 0
     print(f"seed {seed}: success {before:.3f}, after {after} with {len(pairs.chosen.valid)} pairs")
-    assert 0.2 < before < 0.6
+    assert 0.3 < before < 0.7
     # One standard error of a rate over 1024 episodes is 0.016.
-    assert after["tpo"] > before + 0.04
-    assert after["sta_tpo"] > before + 0.06
+    assert after["tpo"] > before + 0.08
+    assert after["sta_tpo"] > before + 0.08

@@ -68,8 +68,7 @@ def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_pat
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["num_devices"] == 8
     # Sums over devices are taken in another order.
-    assert report["ppo_difference"] < 1e-5 and report["microbatch_difference"] < 1e-5
-    assert report["tpo_difference"] < 1e-5
+    assert report["ppo_difference"] < 1e-5 and report["tpo_difference"] < 1e-5
     assert report["kernel_shard"] == [4, 24] and report["moment_shards"] == [[4, 24], [4, 24]]
     assert report["restored_elsewhere_equal"] and report["restored_shard"] == [8, 24]
     assert report["batch_error"] == "minibatch_size: got 12, expected a multiple of data x fsdp = 8"
