@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,23 +130,27 @@ def greedy(policy):
     return lambda params, observation: sample(params, observation, jax.random.key(0), temperature=0.0)
 
 
+@pytest.fixture(scope="module")
+def score(policy):
+    return jax.jit(policy.log_prob, compiler_options=FAST_COMPILE)
+
+
 def test_greedy_tokens_exactly(loaded, expected, normalised_images, greedy):
     decision = greedy(loaded.params, observe(expected, loaded.config))
     np.testing.assert_array_equal(31999 - decision.action_tokens, expected["greedy_tokens"])
     close(decision.action, expected["greedy_normalized_actions"])
 
 
-def test_prompts_of_different_lengths_in_one_batch(loaded, policy, expected, normalised_images, greedy):
+def test_prompts_of_different_lengths_in_one_batch(loaded, expected, normalised_images, greedy, score):
     """Row i of the padded batch, whose text is i tokens shorter, equals that prompt alone and unpadded."""
     batch = observe(expected, loaded.config, padding=2)
-    for row in (1, 2):  # drop words behind BOS: the rest moves nowhere, it is right-aligned
+    for row in (1, 2):  # the first words go; the rest, being right-aligned, stays where it is
         batch.tokens[row, 3 : 3 + row] = 32000
     batch = batch._replace(token_mask=batch.tokens != 32000)
     together = greedy(loaded.params, batch)
     np.testing.assert_array_equal(31999 - together.action_tokens[0], expected["greedy_tokens"][0])
-    score = jax.jit(policy.log_prob, compiler_options=FAST_COMPILE)
     scores = score(loaded.params, batch, together.action_tokens)
-    for row in range(3):
+    for row in (0, 2):
         keep = np.flatnonzero(batch.token_mask[row])
         alone = jax.tree.map(lambda leaf: leaf[row : row + 1], batch)  # noqa: B023
         alone = alone._replace(tokens=alone.tokens[:, keep], token_mask=alone.token_mask[:, keep])
@@ -157,11 +160,9 @@ def test_prompts_of_different_lengths_in_one_batch(loaded, policy, expected, nor
     np.testing.assert_array_equal(decision.action_tokens[0], together.action_tokens[row])
 
 
-def test_another_image_gives_other_logits(loaded, policy, expected, normalised_images):
-    observation = observe(expected, loaded.config)
-    turned = jax.tree.map(lambda leaf: leaf, observation)
-    turned.images[loaded.config.camera] = observation.images[loaded.config.camera][:, ::-1]
-    score = jax.jit(policy.log_prob, compiler_options=FAST_COMPILE)
+def test_another_image_gives_other_logits(loaded, expected, normalised_images, score):
+    observation = observe(expected, loaded.config, padding=2)
+    images = {name: image[:, ::-1] for name, image in observation.images.items()}
     bins = 31999 - expected["action_tokens"].astype(np.int32)
-    difference = score(loaded.params, observation, bins).logp - score(loaded.params, turned, bins).logp
-    assert (jnp.abs(difference) > 1e-2).all()
+    upright, turned = (score(loaded.params, o, bins) for o in (observation, observation._replace(images=images)))
+    assert (np.abs(upright.logp - turned.logp) > 1e-2).all()

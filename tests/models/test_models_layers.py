@@ -163,6 +163,14 @@ def test_padding_is_invisible(llama_params):
     np.testing.assert_allclose(np.asarray(got)[:, mask[0]], plain, atol=1e-5)
 
 
+def test_without_jit_the_numbers_are_the_same(llama_params):
+    llama, x, mask = Llama(LLAMA, FLOAT32), normal(1, 2, 4, 16), np.ones((2, 4), bool)
+    expected, _ = jit(llama.apply)(llama_params, x, mask)
+    with jax.disable_jit():
+        got, _ = llama.apply(llama_params, x, mask)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def loss_and_gradient(params, execution):
     x, mask = normal(1, 2, 4, 16), np.ones((2, 4), bool)
     loss = lambda params: jnp.sum(jnp.square(Llama(LLAMA, execution).apply(params, x, mask)[0]))  # noqa: E731

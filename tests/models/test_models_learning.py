@@ -35,7 +35,7 @@ def test_action_is_read_off_the_image():
 
     optimizer = optax.adam(1e-3)
 
-    @jax.jit
+    @jit
     def step(params, state, observation, action):
         loss = lambda params: policy.imitation_loss(params, observation, action)[0].mean()  # noqa: E731
         value, grads = jax.value_and_grad(loss)(params)

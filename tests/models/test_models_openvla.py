@@ -95,13 +95,6 @@ def test_value_alone_equals_the_value_of_scoring(nano, decision):
     np.testing.assert_allclose(value, decision.value, atol=1e-5)
 
 
-def test_without_jit_the_numbers_are_the_same(nano, decision):
-    with jax.disable_jit():
-        score = nano.policy.log_prob(nano.params, nano.observation, decision.action_tokens)
-    expected = nano.log_prob(nano.params, nano.observation, decision.action_tokens)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), score, expected)
-
-
 def test_unrolling_the_decoding_loop_changes_no_number(nano, decision):
     unrolled = make_policy(nano_config(decode_unroll=8), some_stats(3, 2))
     got = jit(unrolled.sample)(nano.params, nano.observation, jax.random.key(1), temperature=1.0)
