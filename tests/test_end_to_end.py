@@ -87,7 +87,7 @@ def test_every_phase_ran_stayed_finite_and_compiled_once(run):
     for phase in ("sft", "tpo", "ppo"):
         losses = [line[f"{phase}/loss"] for line in metrics[phase]]
         assert losses and None not in losses
-        assert all(line["perf/compilations"] == 0 for line in metrics[phase]), phase
+        assert all(line["perf/compilations"] == 0 for line in metrics[phase][1:]), phase
     assert len(metrics["ppo"]) == 3
     assert {"time/env_s", "time/policy_s", "time/update_s", "time/other_s"} <= metrics["ppo"][-1].keys()
 

@@ -6,7 +6,6 @@ Decision.action_tokens holds action bins in [0, 256), counted upwards with the a
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from stare_jax.models.heads import (
 from stare_jax.models.layers import Execution
 from stare_jax.models.llama import LlamaConfig
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
-from stare_jax.models.openvla_network import OpenVLA, OpenVLAConfig, preprocess
+from stare_jax.models.openvla_network import OpenVLA, OpenVLAConfig, Pixels, preprocess
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.models.tokenizer import (
     OPENVLA_TEMPLATE,
@@ -36,7 +35,7 @@ from stare_jax.models.tokenizer import (
     make_tokenizer,
 )
 from stare_jax.models.vit import ViTConfig
-from stare_jax.types import NormStats, Observation, PyTree
+from stare_jax.types import Array, NormStats, Observation, PyTree
 
 
 def openvla_7b(tokenizer: str = "openvla/openvla-7b", **changes) -> OpenVLAConfig:
@@ -112,13 +111,13 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
     for name, size in (("action_q01", config.action_dim), ("state_q01", config.state_dim)):
         if np.shape(getattr(norm_stats, name)) != (size,):
             raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(norm_stats, name))}, expected ({size},)")
-    bound = _Bound(OpenVLA(config), config, norm_stats)
+    network = OpenVLA(config)
     return Policy(
-        init=functools.partial(_init, bound),
-        sample=functools.partial(_sample, bound),
-        log_prob=functools.partial(_log_prob, bound),
-        value=functools.partial(_value, bound),
-        imitation_loss=functools.partial(_imitation_loss, bound),
+        init=functools.partial(_init, network),
+        sample=functools.partial(_sample, network, norm_stats),
+        log_prob=functools.partial(_log_prob, network),
+        value=functools.partial(_value, network),
+        imitation_loss=functools.partial(_imitation_loss, network, norm_stats),
         tokenize=make_tokenize(config, norm_stats),
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
@@ -126,76 +125,97 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
     )
 
 
-class _Bound(NamedTuple):
-    """A network with what is baked into its policy."""
-
-    network: OpenVLA
-    config: OpenVLAConfig
-    norm_stats: NormStats
-
-    def apply(self, params: PyTree, *args, method: str):
-        return self.network.apply({"params": params}, *args, method=method)
-
-    def prompt(self, observation: Observation):
-        pixels = preprocess(jnp.asarray(observation.images[self.config.camera]), self.config)
-        return pixels, jnp.asarray(observation.tokens), jnp.asarray(observation.token_mask)
+def _apply(network: OpenVLA, params: PyTree, *args, method: str):
+    return network.apply({"params": params}, *args, method=method)
 
 
-def _init(bound: _Bound, key: jax.Array) -> PyTree:
-    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(bound.config, 1))
-    return bound.network.init(key, *bound.prompt(blank), jnp.zeros((1, bound.config.action_dim), jnp.int32))["params"]
+def _prompt(network: OpenVLA, observation: Observation) -> tuple[Pixels, jax.Array, jax.Array]:
+    """Returns what the network reads: images normalised for each tower, token ids, their mask."""
+    camera = network.config.camera
+    if camera not in observation.images:
+        raise ValueError(f"camera: got images of {sorted(observation.images)}, expected {camera!r}")
+    tokens = jnp.asarray(observation.tokens)
+    if tokens.shape[-1] < 2:
+        raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
+    pixels = preprocess(jnp.asarray(observation.images[camera]), network.config)
+    return pixels, tokens, jnp.asarray(observation.token_mask)
 
 
-def _sample(bound: _Bound, params, observation, key, *, temperature=1.0) -> Decision:
-    keys = jax.random.split(key, bound.config.action_dim)
-    hidden, cache, mask = bound.apply(params, *bound.prompt(observation), method="prefill")
-    value = bound.apply(params, hidden, method="value")
+def _init(network: OpenVLA, key: jax.Array) -> PyTree:
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(network.config, 1))
+    bins = jnp.zeros((1, network.config.action_dim), jnp.int32)
+    return network.init(key, *_prompt(network, blank), bins)["params"]
+
+
+def _sample(
+    network: OpenVLA,
+    norm_stats: NormStats,
+    params: PyTree,
+    observation: Observation,
+    key: jax.Array,
+    *,
+    temperature: Array | float = 1.0,
+) -> Decision:
+    """Runs the prompt once, then one token at a time against its keys and values."""
+    num_later = network.config.action_dim - 1
+    first_key, *later_keys = jax.random.split(key, network.config.action_dim)
+    hidden, cache, mask = _apply(network, params, *_prompt(network, observation), method="prefill")
+
+    def choose(hidden, key):
+        logits = _apply(network, params, hidden, method="action_logits")
+        return sample_bins(key, logits, temperature), logits
 
     def decode_next(carry, inputs):
         bins, cache = carry
-        index, step_key = inputs
-        hidden, cache = bound.apply(params, bins, cache, mask, index, method="decode")
-        logits = bound.apply(params, hidden, method="action_logits")
-        bins = sample_bins(step_key, logits, temperature)
+        index, key = inputs
+        hidden, cache = _apply(network, params, bins, cache, mask, index, method="decode")
+        bins, logits = choose(hidden, key)
         return (bins, cache), (bins, logits)
 
-    logits = bound.apply(params, hidden, method="action_logits")
-    bins = sample_bins(keys[0], logits, temperature)
-    _, (later_bins, later_logits) = jax.lax.scan(
-        decode_next,
-        (bins, cache),
-        (jnp.arange(bound.config.action_dim - 1), keys[1:]),
-        unroll=min(bound.config.decode_unroll, max(bound.config.action_dim - 1, 1)),
-    )
-    bins = jnp.concatenate([bins[None], later_bins]).T
-    logits = jnp.concatenate([logits[None], later_logits]).swapaxes(0, 1)
+    first_bins, first_logits = choose(hidden, first_key)
+    inputs = (jnp.arange(num_later), jnp.stack(later_keys))
+    unroll = min(network.config.decode_unroll, num_later)
+    _, (later_bins, later_logits) = jax.lax.scan(decode_next, (first_bins, cache), inputs, unroll=unroll)
+    bins = jnp.concatenate([first_bins[None], later_bins]).T
+    logits = jnp.concatenate([first_logits[None], later_logits]).swapaxes(0, 1)
     logp, _ = score_bins(logits, bins, temperature)
-    return Decision(unnormalize_action(decode_bins(bins), bound.norm_stats), bins, logp, value)
+    action = unnormalize_action(decode_bins(bins), norm_stats)
+    return Decision(action, bins, logp, _apply(network, params, hidden, method="value"))
 
 
-def _log_prob(bound: _Bound, params, observation, action_tokens, *, temperature=1.0) -> ActionScore:
-    hidden = bound.apply(params, *bound.prompt(observation), jnp.asarray(action_tokens), method="score")
-    logp, entropy = score_bins(bound.apply(params, hidden, method="action_logits"), action_tokens, temperature)
-    return ActionScore(logp, entropy, bound.apply(params, hidden[:, 0], method="value"))
+def _log_prob(
+    network: OpenVLA,
+    params: PyTree,
+    observation: Observation,
+    action_tokens: Array,
+    *,
+    temperature: Array | float = 1.0,
+) -> ActionScore:
+    """Scores all tokens of an action in one pass, each given the ones before it."""
+    bins = jnp.asarray(action_tokens)
+    hidden = _apply(network, params, *_prompt(network, observation), bins, method="score")
+    logp, entropy = score_bins(_apply(network, params, hidden, method="action_logits"), bins, temperature)
+    return ActionScore(logp, entropy, _apply(network, params, hidden[:, 0], method="value"))
 
 
-def _value(bound: _Bound, params, observation) -> jax.Array:
-    hidden, _, _ = bound.apply(params, *bound.prompt(observation), method="prefill")
-    return bound.apply(params, hidden, method="value")
+def _value(network: OpenVLA, params: PyTree, observation: Observation) -> jax.Array:
+    hidden, _, _ = _apply(network, params, *_prompt(network, observation), method="prefill")
+    return _apply(network, params, hidden, method="value")
 
 
-def _imitation_loss(bound: _Bound, params, observation, action) -> tuple[jax.Array, dict[str, jax.Array]]:
-    unit = normalize_action(jnp.asarray(action), bound.norm_stats)
+def _imitation_loss(
+    network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation, action: Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the cross entropy of raw actions `[B, A]`, mean over their tokens, `[B]`, and how close the greedy is."""
+    unit = normalize_action(jnp.asarray(action), norm_stats)
     bins = encode_bins(unit)
-    hidden = bound.apply(params, *bound.prompt(observation), bins, method="score")
-    logits = bound.apply(params, hidden, method="action_logits")
-    labels = _action_labels(unit, bins, bound.config)
-    if bound.config.restrict_logits:
+    hidden = _apply(network, params, *_prompt(network, observation), bins, method="score")
+    logits, labels = _apply(network, params, hidden, method="action_logits"), _action_labels(unit, bins, network.config)
+    if network.config.restrict_logits:
         loss = soft_cross_entropy(logits, labels)
     else:
-        loss = soft_cross_entropy(
-            bound.apply(params, hidden, method="all_logits"), _in_vocabulary(labels, bound.config)
-        )
+        all_logits = _apply(network, params, hidden, method="all_logits")
+        loss = soft_cross_entropy(all_logits, _in_vocabulary(labels, network.config))
     greedy = jnp.argmax(logits, axis=-1)
     error = jnp.abs(decode_bins(greedy) - jnp.clip(unit, -1.0, 1.0))
     metrics = {"token_accuracy": jnp.mean(greedy == bins, axis=-1), "l1": jnp.mean(error, axis=-1)}

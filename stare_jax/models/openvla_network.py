@@ -73,7 +73,7 @@ class OpenVLAConfig:
             raise ValueError(
                 f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
             )
-        for name, least in (("label_width", 0), ("state_dim", 0), ("action_dim", 1), ("prompt_length", 3)):
+        for name, least in (("label_width", 0), ("state_dim", 0), ("action_dim", 2), ("prompt_length", 3)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {least}")
 
@@ -134,7 +134,7 @@ class OpenVLA(nn.Module):
         """
         embeds, mask = self.embed_prompt(pixels, tokens, token_mask)
         hidden, prefix = self.llm(embeds, mask)
-        num_slots = max(self.config.action_dim - 1, 1)
+        num_slots = self.config.action_dim - 1
         suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], num_slots, *x.shape[3:]), x.dtype), prefix)
         return hidden[:, -1], Cache(prefix, suffix), mask
 

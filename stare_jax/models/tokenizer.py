@@ -31,7 +31,7 @@ class Tokenizer(NamedTuple):
     answer_id: int
     """the lone space that stands between the prompt and the first action token; 29871 for Llama."""
     vocab_size: int
-    """number of ids in use, action tokens excluded or not."""
+    """ids of text are below this."""
 
 
 def word_tokenizer() -> Tokenizer:

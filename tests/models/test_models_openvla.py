@@ -177,7 +177,7 @@ def test_images_are_normalised_for_each_tower_and_resized_as_pil_does():
         ({"prompt_template": "go"}, r"prompt_template: got 'go', expected \{instruction\}"),
         ({"prompt_template": "{instruction} {state}"}, "state_dim: got 0, expected > 0"),
         ({"label_width": -1.0}, "label_width: got -1.0, expected >= 0"),
-        ({"action_dim": 0}, "action_dim: got 0, expected >= 1"),
+        ({"action_dim": 1}, "action_dim: got 1, expected >= 2"),
     ],
 )
 def test_impossible_configurations_are_refused(changes, message):
@@ -191,6 +191,14 @@ def test_towers_must_agree():
         openvla_tiny(siglip=dataclasses.replace(tiny.siglip, patch_size=4))
     with pytest.raises(ValueError, match="expected those of dino, as the stem is shared"):
         openvla_tiny(siglip=dataclasses.replace(tiny.siglip, mean=(0.1, 0.1, 0.1)))
+
+
+def test_an_observation_without_prompt_or_camera_is_refused(nano):
+    blank = nano.observation._replace(tokens=np.zeros((3, 0), np.int32), token_mask=np.zeros((3, 0), bool))
+    with pytest.raises(ValueError, match=r"observation.tokens: got shape \(3, 0\), expected a prompt"):
+        nano.policy.value(nano.params, blank)
+    with pytest.raises(ValueError, match=r"camera: got images of \['wrist'\], expected 'base_camera'"):
+        nano.policy.value(nano.params, nano.observation._replace(images={"wrist": None}))
 
 
 def test_statistics_of_another_robot_are_refused():
