@@ -158,7 +158,7 @@ def _sample(
 ) -> Decision:
     """Runs the prompt once, then one token at a time against its keys and values."""
     num_later = network.config.action_dim - 1
-    first_key, *later_keys = jax.random.split(key, network.config.action_dim)
+    keys = jax.random.split(key, network.config.action_dim)
     hidden, cache, mask = _apply(network, params, *_prompt(network, observation), method="prefill")
 
     def choose(hidden, key):
@@ -172,8 +172,8 @@ def _sample(
         bins, logits = choose(hidden, key)
         return (bins, cache), (bins, logits)
 
-    first_bins, first_logits = choose(hidden, first_key)
-    inputs = (jnp.arange(num_later), jnp.stack(later_keys))
+    first_bins, first_logits = choose(hidden, keys[0])
+    inputs = (jnp.arange(num_later), keys[1:])
     unroll = min(network.config.decode_unroll, num_later)
     _, (later_bins, later_logits) = jax.lax.scan(decode_next, (first_bins, cache), inputs, unroll=unroll)
     bins = jnp.concatenate([first_bins[None], later_bins]).T
