@@ -113,9 +113,8 @@ class LlamaBlock(nn.Module):
         attended = attend(query, segments, context.masks)
         x = x + linear((cfg.width,), num_in_axes=2, name="o_proj")(attended)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
-        gated = nn.silu(linear((cfg.mlp_dim,), name="gate_proj")(normed)) * linear((cfg.mlp_dim,), name="up_proj")(
-            normed
-        )
+        gate = linear((cfg.mlp_dim,), name="gate_proj")(normed)
+        gated = nn.silu(gate) * linear((cfg.mlp_dim,), name="up_proj")(normed)
         return x + linear((cfg.width,), name="down_proj")(gated), new
 
 

@@ -125,7 +125,7 @@ def test_statistics_are_written(demos):
 
 
 def test_an_interrupted_collection_ends_up_the_same(demos, tmp_path, assert_same):
-    for num_ticks in (15, 40):
+    for num_ticks in (15, 8):
         ticks = iter(range(num_ticks))
         with pytest.raises(Interrupted, match="of 10 are safe"):
             _collect(tmp_path, should_stop=lambda ticks=ticks: next(ticks, None) is None)
