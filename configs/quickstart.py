@@ -23,7 +23,7 @@ def get_config(state: str = ""):
     config.demos.num_demos = 760
     config.demos.noise_scales = ((0.0, 100.0), (0.15, 594.0), (0.3, 66.0))
 
-    config.sft.num_steps = 900
+    config.sft.num_steps = 1000
     config.sft.optimizer.learning_rate = 1e-3
     config.sft.optimizer.schedule = "cosine"
     config.sft.optimizer.warmup_steps = 50
