@@ -33,6 +33,7 @@ def get_config(state: str = ""):
     config.pairs.rollouts_per_seed = 4
     config.pairs.max_rollouts = 160
     config.tpo.num_epochs = 2
+    config.tpo.optimizer.learning_rate = 1e-5
     config.tpo.batch_size = 4
     config.tpo.checkpoint_every = 10
 
