@@ -1,8 +1,9 @@
-"""The one collector: environments in lock-step, one list of seeds, whole episodes in the order of the seeds."""
+"""The one collector: environments in lock-step, one list of seeds, episodes in the order of the seeds."""
 
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,13 +27,13 @@ class Rollout(NamedTuple):
     """Episodes in the order of the seeds they were asked for."""
 
     trajectory: Trajectory
-    """NumPy leaves `[E, ...]`, zeros where not valid."""
+    """NumPy leaves `[E, ...]`, zeros where not valid. E is the number of seeds, or with `max_steps` of those used."""
     instructions: tuple[str, ...]
     """`[E]`; empty strings for episodes that were never started."""
     num_steps: int
     """actions executed, those of dropped episodes included."""
     num_dropped: int
-    """episodes lost to a dead simulator; their rows have no valid state."""
+    """episodes lost to a dead simulator; their rows, like those cut before their first action, have no valid state."""
     is_complete: bool
     """False where `should_stop` ended the collection early; rows of unfinished episodes have no valid state."""
 
@@ -43,6 +44,7 @@ def collect_episodes(
     seeds: Sequence[int],
     *,
     stop_at_success: bool,
+    max_steps: int | None = None,
     reproducible: bool = False,
     perturb: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     on_episode: Callable[[int, Trajectory], None] | None = None,
@@ -61,21 +63,27 @@ def collect_episodes(
         act: who acts; see `Act`, `policy_act`.
         seeds: E seeds, one an episode.
         stop_at_success: end an episode at success instead of at the horizon.
+        max_steps: actions to execute in all. Episodes under way when they are spent are cut short; the state after the
+            last action is kept with its value, for bootstrapping. As many seeds suffice. None: every seed is played.
         reproducible: passed to the simulator's resets.
         perturb: (action [B, A], is_first [B]) -> the action to execute instead; the one recorded stays as it was.
-        on_episode: called with (e, views of row e) when an episode is over; a dropped one has no valid state.
+        on_episode: called with (e, views of row e) when an episode is over or cut short; one that is dropped, or cut
+            before its first action, has no valid state.
         should_stop: polled every tick; where it answers True the collection ends, with unfinished episodes invalid.
         clock: `clock("env")` and `clock("policy")` are held while the simulator and `act` work.
         keep_images: False stores no images, for callers that need the signals alone.
 
     Raises:
-        ValueError: no seeds.
+        ValueError: no seeds, or no steps.
     """
     if not len(seeds):
         raise ValueError("seeds: got none, expected at least one episode to collect")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps: got {max_steps}, expected >= 1 or None")
     seeds = [int(seed) for seed in seeds]
     clock = clock or (lambda area: contextlib.nullcontext())
     num_envs, num_episodes = env.num_envs, len(seeds)
+    budget = math.inf if max_steps is None else max_steps
 
     # Which episode each environment is in (-1: none left for it) and how many of its actions have been executed.
     episode = np.where(np.arange(num_envs) < num_episodes, np.arange(num_envs), -1)
@@ -93,7 +101,10 @@ def collect_episodes(
             decision, seen = act(state.observation, state.signals, env.instructions, is_first)
         seen = seen if keep_images else seen._replace(images={})
         if store is None:
-            store = _allocate(num_episodes, env.horizon, seen, state.signals, decision)
+            num_rows = num_episodes if max_steps is None else num_started
+            store = _allocate(num_rows, env.horizon, seen, state.signals, decision)
+        elif num_started > len(store.valid):
+            store = _grow(store, min(2 * num_started, num_episodes))
         for i in np.flatnonzero(is_first):
             instructions[episode[i]] = env.instructions[i]
 
@@ -104,19 +115,21 @@ def collect_episodes(
         if stop_at_success:
             is_over |= is_live & state.signals.success & (t > 0)
         is_acting = is_live & ~is_over
+        is_acting &= np.cumsum(is_acting) <= budget - num_steps
+        is_cut = is_live & ~is_over & ~is_acting
         _record_states(store, seen, state.signals, decision.value, is_live, episode, t)
         _record_actions(store, decision, is_acting, episode, t)
 
         # ---- Hand out the next seeds --------------------------------------------------------------------------------
-        reset_seeds = {}
-        for i in np.flatnonzero(is_lost | is_over):
-            if is_lost[i]:
+        reset_seeds, is_spent = {}, num_steps + is_acting.sum() >= budget
+        for i in np.flatnonzero(is_lost | is_over | is_cut):
+            num_dropped += int(is_lost[i])
+            if is_lost[i] or t[i] == 0:
                 _erase(store, episode[i])
-                num_dropped += 1
             if on_episode is not None:
                 on_episode(int(episode[i]), jax.tree.map(lambda x, e=episode[i]: x[e], store))
             episode[i] = -1
-            if num_started < num_episodes:
+            if num_started < num_episodes and not is_spent:
                 episode[i], reset_seeds[int(i)] = num_started, seeds[num_started]
                 num_started += 1
         if (episode < 0).all():
@@ -136,8 +149,10 @@ def collect_episodes(
         num_steps += int(is_acting.sum())
         t = np.where(is_acting, t + 1, 0)
 
-    for e in {*episode[episode >= 0].tolist(), *range(num_started, num_episodes)}:
+    for e in episode[episode >= 0]:
         _erase(store, e)
+    if max_steps is not None:
+        store, instructions = jax.tree.map(lambda x: x[:num_started], store), instructions[:num_started]
     return Rollout(store, tuple(instructions), num_steps, num_dropped, is_complete)
 
 
@@ -194,6 +209,17 @@ def _allocate(
         logp=zeros(horizon, decision.logp),
         value=zeros(horizon + 1, decision.value),
     )
+
+
+def _grow(store: Trajectory, num_episodes: int) -> Trajectory:
+    """Returns the store with rows of zeros added; memory is taken only when they are written to."""
+
+    def one(stored):
+        grown = np.zeros((num_episodes, *stored.shape[1:]), stored.dtype)
+        grown[: len(stored)] = stored
+        return grown
+
+    return jax.tree.map(one, store)
 
 
 def _record_states(store, observation, signals, value, rows, episode, t) -> None:

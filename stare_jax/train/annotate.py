@@ -49,13 +49,15 @@ def annotate_episode(
 
     Args:
         signals: leaves `[N + 1, ...]`.
-        valid: bool `[N + 1]` which states exist, a prefix; the last of them ended the episode.
+        valid: bool `[N + 1]` which states exist, a prefix. An episode of fewer than N actions that did not succeed was
+            cut short, and is bootstrapped from its last value.
         value: float32 `[N + 1]` of the states.
         spec: the task.
         shaping: whether GAE sees r' (STA-PPO) or r (PPO).
         gamma: discount factor.
         gae_lambda: of GAE.
-        time_limit: "bootstrap" from the value of the real last state, or "terminate" with nothing after it.
+        time_limit: at the horizon of N actions "bootstrap" from the value of the last state, or "terminate" with
+            nothing after it.
         terminal_potential: see `stages.shaping.shape_rewards`.
     """
     separation = separate(spec, signals, valid)
@@ -63,8 +65,10 @@ def annotate_episode(
     reward_t = success_rewards(signals.success, valid)
     is_last = valid_t & ~jnp.append(valid_t[1:], False)
     is_terminated = reward_t > 0
-    ends = is_terminated | is_last if time_limit == "terminate" else is_terminated
-    discount_t = jnp.where(valid_t & ~ends, jnp.float32(gamma), 0.0)
+    ends_t = is_terminated
+    if time_limit == "terminate":
+        ends_t = ends_t.at[-1].set(valid_t[-1])
+    discount_t = jnp.where(valid_t & ~ends_t, jnp.float32(gamma), 0.0)
 
     shaped_reward_t = reward_t
     if shaping:

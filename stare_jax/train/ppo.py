@@ -21,6 +21,7 @@ from stare_jax.train.annotate import Annotation, annotate_episode
 from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.compilations import num_compilations
 from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
+from stare_jax.train.ppo_metrics import rollout_metrics
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
 from stare_jax.train.steps import DecisionBatch, check_microbatch, make_ppo_step
@@ -37,7 +38,11 @@ class PPOConfig:
     """True is STA-PPO, False is PPO; which potential is a field of the task's `StageParams`."""
     num_iterations: int = 400
     num_episodes: int = 64
-    """episodes of an iteration's batch, all of them whole."""
+    """episodes of an iteration's batch, all of them whole; not used with `num_steps`."""
+    num_steps: int | None = None
+    """actions of an iteration's batch; episodes under way at its end are cut short and bootstrapped; None:
+    `num_episodes` whole episodes. Below the horizon times the number of environments, no failure is ever seen to its
+    end."""
     num_epochs: int = 1
     minibatch_size: int = 160
     """decisions of one optimiser step."""
@@ -76,6 +81,8 @@ class PPOConfig:
         for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+        if self.num_steps is not None and self.num_steps < 1:
+            raise ValueError(f"num_steps: got {self.num_steps}, expected >= 1 or None")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1]")
@@ -100,12 +107,12 @@ class PPOConfig:
 
 
 def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, config: PPOConfig, run: Run) -> PyTree:
-    """Alternates between whole episodes and updates on them, and returns the parameters.
+    """Alternates between episodes and updates on them, and returns the parameters.
 
     Args:
         policy: who acts.
         params: to start from; not consumed.
-        env: where; the number of its environments is independent of `config.num_episodes`.
+        env: where; the number of its environments is independent of the size of a batch.
         spec: the task's stages.
         config: see `PPOConfig`.
         run: see `Run`.
@@ -122,9 +129,12 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     state, counters = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
     step_fn = jax.jit(make_ppo_step(policy, tx, config), donate_argnums=0)
     prepare = make_prepare(spec, config)
-    seeds = first_seed(PPO_SEEDS, config.seed) + np.arange(config.num_episodes)
     first, num_env_steps = counters.get("iteration", 0), counters.get("env_steps", 0)
     num_updates = counters.get("updates", 0)
+    # Every episode takes the next seed of the run. Checkpoints from before this was counted are of whole episodes.
+    num_seeds = counters.get("seeds", first * config.num_episodes)
+    batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
+    seeds = first_seed(PPO_SEEDS, config.seed) + np.arange(batch_size)
     clock, compiled = Clock(), None
 
     with (
@@ -133,28 +143,35 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     ):
 
         def save(iteration):
-            extra = {"iteration": iteration, "env_steps": num_env_steps, "updates": num_updates}
+            counts = {"env_steps": num_env_steps, "updates": num_updates, "seeds": num_seeds}
+            extra = {"iteration": iteration, **counts}
             checkpoints.save(iteration, state, extra=extra, norm_stats=run.norm_stats)
 
         for iteration in range(first, config.num_iterations):
             # ---- Collect --------------------------------------------------------------------------------------------
             key = jax.random.fold_in(jax.random.key(config.seed), iteration)
-            with progress(config.num_episodes, "collect", "episode") as episodes:
+            with progress(batch_size, "collect", unit) as done:
+
+                def on_episode(e, trajectory, done=done):
+                    done.update(1 if config.num_steps is None else int(trajectory.valid[1:].sum()))
+
                 rollout = collect_episodes(
                     env,
                     policy_act(policy, state.params, key, temperature=config.temperature),
-                    seeds + iteration * config.num_episodes,
+                    seeds + num_seeds,
                     stop_at_success=True,
-                    on_episode=lambda e, trajectory, episodes=episodes: episodes.update(1),
+                    max_steps=config.num_steps,
+                    on_episode=on_episode,
                     should_stop=run.should_stop,
                     clock=clock,
                 )
             if not rollout.is_complete:
                 save(iteration)
                 raise Interrupted(f"{PHASE}: stopped and saved after {iteration} of {config.num_iterations} iterations")
-            if rollout.num_dropped == config.num_episodes:
-                raise RuntimeError(f"{PHASE}: iteration {iteration + 1} lost all of its {config.num_episodes} episodes")
+            if not rollout.trajectory.valid.any():
+                raise RuntimeError(f"{PHASE}: iteration {iteration + 1} lost all of its {rollout.num_dropped} episodes")
             num_env_steps += rollout.num_steps
+            num_seeds += len(rollout.trajectory.valid)
 
             # ---- Annotate and update --------------------------------------------------------------------------------
             with clock("update"):
@@ -166,8 +183,10 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
             # ---- Report ---------------------------------------------------------------------------------------------
             compiled = num_compilations() if compiled is None else compiled
             metrics = {name: float(np.mean([m[name] for m in updates])) for name in updates[0]}
-            metrics |= rollout_metrics(rollout, batch.annotation, spec) | {
+            metrics |= rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)
+            metrics |= {
                 "env/steps": num_env_steps,
+                "ppo/explained_variance": float(batch.explained_variance),
                 "ppo/num_minibatches": len(updates),
                 "perf/compilations": num_compilations() - compiled,
                 "perf/env_steps_per_s": rollout.num_steps / sum(clock.seconds().values()),
@@ -198,6 +217,8 @@ class PPOBatch(NamedTuple):
     """NumPy leaves `[E, ...]`."""
     advantage: np.ndarray
     """float32 `[E, N]`, whitened over the actions that exist."""
+    explained_variance: np.ndarray
+    """float32 scalar, of the returns by the values when the actions were taken."""
 
 
 def make_prepare(spec: TaskSpec, config: PPOConfig) -> Callable[[Rollout], PPOBatch]:
@@ -216,13 +237,23 @@ def make_prepare(spec: TaskSpec, config: PPOConfig) -> Callable[[Rollout], PPOBa
                 terminal_potential=config.terminal_potential,
             )
         )(signals, valid, value)
-        return annotation, whiten(annotation.advantage_t, annotation.valid_t)
+        advantage = whiten(annotation.advantage_t, annotation.valid_t)
+        return annotation, advantage, explained_variance(value[:, :-1], annotation.return_t, annotation.valid_t)
 
     def prepare(rollout):
         trajectory = rollout.trajectory
-        return PPOBatch(trajectory, *jax.device_get(annotate(trajectory.signals, trajectory.valid, trajectory.value)))
+        num_episodes = len(trajectory.valid)
+        # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
+        num_rows = config.num_steps or num_episodes
+        inputs = (trajectory.signals, trajectory.valid, trajectory.value)
+        results = jax.device_get(annotate(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
+        return PPOBatch(trajectory, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
 
     return prepare
+
+
+def _pad(x: np.ndarray, num_rows: int) -> np.ndarray:
+    return np.pad(x, [(0, num_rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iterator[DecisionBatch]:
@@ -257,27 +288,6 @@ def _update(state, batch: PPOBatch, step_fn, config: PPOConfig, run: Run, iterat
         if (config.target_kl is not None and metrics["ppo/stopped"]) or run.should_stop():
             break
     return state, jax.device_get(updates)
-
-
-def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
-    """Returns what the episodes of a rollout say about the policy and its critic; lost episodes do not count."""
-    valid = rollout.trajectory.valid
-    is_episode, valid_t = valid.any(axis=1), annotation.valid_t
-    num_episodes = int(is_episode.sum())
-    num_successes = int(annotation.reward_t.any(axis=1).sum())
-    completed = annotation.completed[is_episode].mean(axis=0)
-    value = rollout.trajectory.value[:, :-1]
-    return {
-        "env/success": num_successes / num_episodes,
-        "env/num_successes": num_successes,
-        "env/num_episodes": num_episodes,
-        "env/num_dropped": rollout.num_dropped,
-        "env/episode_length": valid_t.sum() / num_episodes,
-        "env/return_raw": annotation.reward_t.sum() / num_episodes,
-        "env/return_shaped": annotation.shaped_reward_t.sum() / num_episodes,
-        **{f"env/completed_{name}": float(rate) for name, rate in zip(spec.stage_names, completed, strict=True)},
-        "ppo/explained_variance": float(explained_variance(value, annotation.return_t, valid_t)),
-    }
 
 
 def report_line(iteration: int, metrics: dict[str, float], config: PPOConfig) -> str:

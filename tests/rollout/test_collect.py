@@ -178,6 +178,57 @@ def test_a_collection_that_is_stopped_keeps_finished_episodes_alone():
     assert not rollout.trajectory.observation.state[2].any()
 
 
+@pytest.mark.parametrize(
+    ("num_envs", "max_steps", "lengths", "num_cut"),
+    [
+        # One after the other: 1 + 4 + 3 actions, then 2 of the 4 that seed 13 needs.
+        (1, 10, [1, 4, 3, 2], 1),
+        # An episode that is over with the last action is not cut, and no other is begun.
+        (1, 8, [1, 4, 3], 0),
+        # The turn of the third environment does not come; seed 10 succeeds with its one action.
+        (3, 2, [1, 1, 0], 1),
+        # Ticks of 3, then 2 beside the reset of seed 10's, then 3; of the last tick one action is left.
+        (3, 9, [1, 3, 3, 2], 2),
+        # Seeds can run out before the steps do.
+        (3, 99, [1, 4, 3, 4, 4, 2, 4], 0),
+    ],
+)
+def test_a_batch_of_a_fixed_number_of_steps_cuts_what_is_under_way(num_envs, max_steps, lengths, num_cut):
+    env, over = ScriptedEnv(num_envs, SCRIPTS), {}
+    rollout = collect_episodes(
+        env,
+        scripted_act,
+        SEEDS,
+        stop_at_success=True,
+        max_steps=max_steps,
+        on_episode=lambda e, row: over.setdefault(e, row.valid[1:].sum()),
+    )
+    trajectory, lengths = rollout.trajectory, np.array(lengths)
+    assert rollout.num_steps == lengths.sum() == min(max_steps, 22)
+    assert rollout.is_complete and rollout.num_dropped == 0
+    np.testing.assert_array_equal(trajectory.valid, (np.arange(5) <= lengths[:, None]) & (lengths[:, None] > 0))
+    assert over == dict(enumerate(lengths)) and len(rollout.instructions) == len(lengths)
+    is_over = trajectory.valid[:, -1] | (trajectory.signals.success & trajectory.valid).any(axis=1)
+    assert (trajectory.valid.any(axis=1) & ~is_over).sum() == num_cut
+    for e, (seed, n) in enumerate(zip(SEEDS, lengths, strict=False)):
+        if n:  # the state that the last action led to, and its value
+            np.testing.assert_array_equal(trajectory.observation.state[e, n], [seed, n])
+            np.testing.assert_allclose(trajectory.value[e, n], seed + n / 100, rtol=1e-6)
+        for leaf in (trajectory.observation.state[e, n + (n > 0) :], trajectory.action[e, n:]):
+            assert not leaf.any()
+    assert max(env.resets) == SEEDS[len(lengths) - 1]
+
+
+def test_a_dead_simulator_in_a_batch_of_steps_is_dropped_and_its_steps_count():
+    env = ScriptedEnv(2, {11: Script(dies_at=2)})
+    rollout = collect_episodes(env, scripted_act, SEEDS, stop_at_success=True, max_steps=7)
+    # Ticks of 2, 2 and, as seed 11 has died and 12 is reset, 1; then of 2.
+    np.testing.assert_array_equal(rollout.trajectory.valid[:, 1:].sum(axis=1), [4, 0, 1])
+    assert (rollout.num_steps, rollout.num_dropped) == (7, 1)
+    with pytest.raises(ValueError, match="max_steps: got 0, expected >= 1 or None"):
+        collect_episodes(env, scripted_act, SEEDS, stop_at_success=True, max_steps=0)
+
+
 def test_time_is_charged_to_simulator_and_policy_and_images_can_be_left_out():
     clock = Clock()
     rollout = collect_episodes(

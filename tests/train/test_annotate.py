@@ -58,6 +58,19 @@ def test_the_time_limit_bootstraps_or_terminates(episodes, spec, time_limit, exp
 
 
 @pytest.mark.parametrize("time_limit", ["bootstrap", "terminate"])
+def test_an_episode_that_was_cut_short_is_bootstrapped_whatever_the_time_limit(episodes, spec, time_limit):
+    signals, valid = hand_made(episodes[0], num_states=3, success_at=None)
+    value = np.float32([0.1, 0.2, 0.3, 9.0])
+    options = PLAIN | {"time_limit": time_limit}
+    got = annotate(signals, valid, value, spec=spec, **options)
+    # delta = [0.5 * 0.2 - 0.1, 0.5 * 0.3 - 0.2]
+    np.testing.assert_allclose(got.advantage_t, [-0.025, -0.05, 0], atol=1e-6)
+    got = annotate(signals, valid, value, spec=spec, **(options | {"shaping": True}))
+    potential = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(signals, valid)
+    np.testing.assert_allclose(got.shaped_reward_t[1], 0.5 * potential[2] - potential[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("time_limit", ["bootstrap", "terminate"])
 def test_shaping_telescopes(episodes, spec, time_limit):
     gamma = 0.9
     options = PLAIN | {"shaping": True, "gamma": gamma, "time_limit": time_limit}

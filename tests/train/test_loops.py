@@ -1,6 +1,7 @@
 """The three loops: resuming is going on, nothing is compiled twice, what goes wrong says where."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -28,19 +29,35 @@ PPO = PPOConfig(
 
 @pytest.fixture(scope="module")
 def train(policy, params, spec):
-    """train(phase, run, **changes of the config) -> parameters."""
+    """train(phase, run, env=None, **changes of the config) -> parameters."""
     batches = demo_batches(*demonstrations(NUM_ENVS), size=32)
     pairs = random_pairs(policy, params, 8)
 
-    def call(phase, run, **changes):
+    def call(phase, run, env=None, **changes):
         config = dataclasses.replace({"sft": SFT, "tpo": TPO, "ppo": PPO}[phase], **changes)
         if phase == "sft":
             return train_sft(policy, params, batches, config, run)
         if phase == "tpo":
             return train_tpo(policy, params, pairs, spec, config, run)
-        return train_ppo(policy, params, toy.ToyPush(NUM_ENVS), spec, config, run)
+        return train_ppo(policy, params, env or toy.ToyPush(NUM_ENVS), spec, config, run)
 
     return call
+
+
+class Seeing(toy.ToyPush):
+    """Keeps the seeds that it is reset with."""
+
+    def __init__(self):
+        super().__init__(NUM_ENVS)
+        self.seeds = []
+
+    def reset(self, seeds, *, reproducible=False):
+        self.seeds += [int(seed) for seed in seeds]
+        return super().reset(seeds)
+
+    def step(self, action, reset_seeds=None, *, reproducible=False):
+        self.seeds += (reset_seeds or {}).values()
+        return super().step(action, reset_seeds)
 
 
 def what_happened(lines):
@@ -89,12 +106,35 @@ def test_ppo_that_is_stopped_while_it_collects_collects_again(train, make_run):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+def test_ppo_on_batches_of_steps_uses_each_seed_once_and_goes_on_where_it_was_stopped(train, make_run):
+    # 16 environments of horizon 30 take 30 actions each, then 16 of them a few more.
+    size, env, whole = {"num_steps": 500, "num_iterations": 3}, Seeing(), make_run("whole")
+    expected = train("ppo", whole, env, **size)
+    assert whole.writer.column("env/steps") == [500, 1000, 1500]
+    assert sum(whole.writer.column("perf/compilations")[1:]) == 0
+    assert len(set(env.seeds)) == len(env.seeds) == max(env.seeds) - min(env.seeds) + 1
+    used = np.array(whole.writer.column("env/num_episodes")) + whole.writer.column("env/num_cut")
+    assert (used >= NUM_ENVS).all() and used.sum() <= len(env.seeds)
+
+    polls = []
+    run = make_run("stopped", should_stop=lambda: polls.append(0) or len(polls) == 80)
+    first, second = Seeing(), Seeing()
+    with pytest.raises(Interrupted, match="after 2 of 3 iterations"):
+        train("ppo", run, first, **size)
+    resumed = make_run("stopped", resume=True)
+    params = train("ppo", resumed, second, **size)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert what_happened(run.writer.lines + resumed.writer.lines) == what_happened(whole.writer.lines)
+    assert second.seeds == env.seeds[-len(second.seeds) :]
+
+
 def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):
     run = make_run()
     params = train("ppo", run, num_iterations=2, value_warmup_iterations=1, checkpoint_every=1, keep_checkpoints=2)
     first, second = run.writer.lines
     names = {"env/success", "env/num_episodes", "env/steps", "env/return_shaped", "env/completed_reach"}
     names |= {"ppo/approx_kl", "ppo/clip_frac", "ppo/explained_variance", "ppo/entropy", "grad/norm"}
+    names |= {"ppo/advantage_std", "ppo/return_mean", "ppo/value_mean", "shaping/within_reach", "shaping/at_success"}
     names |= {"time/env_s", "time/policy_s", "time/update_s", "time/other_s", "perf/env_steps_per_s"}
     assert names <= set(first)
     # While the value head warms up the policy stays where it is: every ratio is 1.
@@ -105,10 +145,17 @@ def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):
         assert words in line
     directory = checkpoint_directory(run, "ppo")
     num_updates = first["ppo/num_minibatches"] + second["ppo/num_minibatches"]
-    extra = {"iteration": 2, "env_steps": second["env/steps"], "updates": num_updates}
+    extra = {"iteration": 2, "env_steps": second["env/steps"], "updates": num_updates, "seeds": 40}
     assert checkpoint.load_extra(directory) == extra
     saved = [checkpoint.load_params(directory, params, step=step) for step in (1, 2)]
     assert (saved[0]["trunk_0"]["kernel"] != saved[1]["trunk_0"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(("phase", "num_steps"), [("sft", 6), ("tpo", 6)])
+def test_imitation_and_preference_end_with_where_the_time_went(train, make_run, capsys, phase, num_steps):
+    train(phase, make_run())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{phase}: {num_steps} steps \| update \d+ %  data \d+ %  other \d+ %", line)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, make_run):
@@ -156,6 +203,7 @@ def test_pairs_are_seen_equally_often_in_an_order_that_the_step_knows():
         (PPOConfig, "terminal_potential", "none"),
         (PPOConfig, "microbatch_size", 33),
         (PPOConfig, "num_episodes", 0),
+        (PPOConfig, "num_steps", 0),
     ],
 )
 def test_configs_name_the_field_they_refuse(config, field, value):

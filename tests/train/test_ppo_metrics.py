@@ -1,0 +1,91 @@
+"""Metrics of an iteration on labels and rewards written down by hand."""
+
+import numpy as np
+import pytest
+from toy_task import expert_episodes
+
+from stare_jax.envs import toy
+from stare_jax.rollout.collect import Rollout
+from stare_jax.train.annotate import Annotation
+from stare_jax.train.ppo import PPOConfig, make_prepare
+from stare_jax.train.ppo_metrics import rollout_metrics
+from stare_jax.types import Trajectory
+
+LENGTHS = np.array([2, 4, 3, 0])
+"""of a success, a failure, an episode cut short and a lost one; the horizon is 4."""
+
+
+@pytest.fixture
+def annotation():
+    valid_t = np.arange(4) < LENGTHS[:, None]
+    reward_t = np.float32([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    bonus_t = np.float32([[0.25, -0.5, 0, 0], [0.5, 1, 0.125, -2], [7, 7, 7, 0], [0, 0, 0, 0]])
+    stage_t = np.array([[0, 1, 3, 3, 3], [0, 0, 1, 2, 2], [0, 0, 1, 2, 2], [0, 0, 0, 0, 0]])
+    completed = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
+    number_t = np.where(valid_t, np.arange(4), 99).astype(np.float32)
+    return Annotation(reward_t, reward_t + bonus_t, number_t, 2 * number_t, valid_t, stage_t, completed)
+
+
+@pytest.fixture
+def rollout(annotation):
+    value = np.pad(annotation.advantage_t, [(0, 0), (0, 1)], constant_values=99) / 2
+    valid = (np.arange(5) <= LENGTHS[:, None]) & (LENGTHS[:, None] > 0)
+    trajectory = Trajectory(None, None, valid, None, None, None, value)
+    return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True)
+
+
+def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, annotation, spec):
+    metrics = rollout_metrics(rollout, annotation, spec, shaping=False)
+    expected = {
+        "env/success": 0.5,
+        "env/num_successes": 1,
+        "env/num_episodes": 2,
+        "env/num_cut": 1,
+        "env/num_dropped": 1,
+        "env/episode_length": 3,
+        "env/return_raw": 0.5,
+        "env/return_shaped": (1 - 0.25 - 0.375) / 2,
+        "env/completed_reach": 1,
+        "env/completed_push": 0.5,
+        # Actions number 0 1, 0 1 2 3 and 0 1 2: nine, of sum 10 and of sum of squares 20.
+        "ppo/advantage_std": np.sqrt(20 / 9 - (10 / 9) ** 2),
+        "ppo/return_mean": 20 / 9,
+        "ppo/value_mean": 5 / 9,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    assert not any(name.startswith("shaping/") for name in metrics)
+
+
+def test_shaping_is_told_by_where_it_is_paid(rollout, annotation, spec):
+    metrics = rollout_metrics(rollout, annotation, spec, shaping=True)
+    reach, contact, push, goal = spec.stage_names
+    assert {name: value for name, value in metrics.items() if name.startswith("shaping/")} == {
+        f"shaping/within_{reach}": 0.5 / 2,
+        f"shaping/within_{contact}": 0,
+        f"shaping/within_{push}": -2 / 2,
+        f"shaping/within_{goal}": 0,
+        f"shaping/into_{contact}": (0.25 + 1) / 2,
+        f"shaping/into_{push}": 0.125,
+        f"shaping/into_{goal}": -0.5,
+        "shaping/at_success": -0.5,
+    }
+
+
+def test_without_an_episode_that_is_over_there_is_no_rate(rollout, annotation, spec):
+    cut = Annotation(*(x[2:] for x in annotation))
+    rollout = rollout._replace(trajectory=rollout.trajectory._replace(value=rollout.trajectory.value[2:]))
+    metrics = rollout_metrics(rollout, cut, spec, shaping=True)
+    assert (metrics["env/num_episodes"], metrics["env/num_cut"]) == (0, 1)
+    assert np.isnan(metrics["env/success"]) and metrics["shaping/at_success"] == 0
+
+
+def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_annotated_the_same(spec):
+    trajectory = expert_episodes(6)
+    rollout = Rollout(trajectory, ("",) * 6, num_steps=int(trajectory.valid[:, 1:].sum()), num_dropped=0, is_complete=1)
+    whole = make_prepare(spec, PPOConfig())(rollout)
+    padded = make_prepare(spec, PPOConfig(num_steps=40))(rollout)
+    assert whole.advantage.shape == (6, toy.HORIZON) and whole.annotation.reward_t.any(axis=1).all()
+    for a, b in zip(padded.annotation, whole.annotation, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    np.testing.assert_allclose(padded.advantage, whole.advantage, atol=1e-5)
+    np.testing.assert_allclose(padded.explained_variance, whole.explained_variance, atol=1e-5)
