@@ -4,8 +4,11 @@ A phase that has begun keeps `<phase>/record.json`: its own configuration and th
 Going on is allowed with the same record only; what has not begun may still be changed.
 """
 
+import contextlib
+import fcntl
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,27 @@ GROWING_FIELDS = ("config.num_steps", "config.num_iterations")
 """of a phase: it may be made longer."""
 
 _RECORD, _FINISHED = "record.json", "finished.json"
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """While open, keeps other processes out of a run directory; the system lets go of the lock of a process that dies.
+
+    Raises:
+        ConfigError: another process is in there.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{directory}: another process is at work on this run; wait for it, or choose another --workdir"
+            ) from error
+        except OSError:
+            say(f"{directory} is on a file system without locks: do not start a run there twice")
+        yield
 
 
 def open_directory(directory: Path, config: dict[str, Any], *, resume: bool) -> None:

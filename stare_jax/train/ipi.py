@@ -21,9 +21,11 @@ from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs
+from stare_jax.data.schema import read_manifest
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.experts import execution_noise, make_expert
+from stare_jax.envs.scenes import SCENES
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
@@ -33,7 +35,7 @@ from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import StageParams, TaskSpec, get_task
 from stare_jax.train.checkpoint import load_norm_stats, load_params
 from stare_jax.train.config import ConfigError, to_dict
-from stare_jax.train.directory import begin_phase, finish_phase, is_finished, open_directory
+from stare_jax.train.directory import begin_phase, finish_phase, is_finished, locked, open_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.sharding import make_mesh, tree_shardings
@@ -145,6 +147,26 @@ class Experiment:
         say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
 
 
+def check_demonstrations(config: IPIConfig) -> None:
+    """Makes sure that the data set given shows what the policy will see and does what the simulator takes.
+
+    Raises:
+        ConfigError: names every field of the manifest that differs, got and expected.
+        DatasetError: there is no data set.
+    """
+    manifest, env, model = read_manifest(config.demos_from), config.env, config.model
+    expected = {"env_id": env.env_id, "state": [model.state_dim], "action": [model.action_dim]}
+    if env.image_size:
+        expected[f"image/{model.camera}"] = [env.image_size, env.image_size, 3]
+    if env.env_id in SCENES:  # the control modes of the others are not known here
+        expected["control_mode"] = env.resolved_control_mode
+    got = manifest._asdict() | manifest.shapes
+    wrong = {name: value for name, value in expected.items() if got.get(name) != value}
+    if wrong:
+        fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
+        raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
+
+
 def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
@@ -155,14 +177,18 @@ def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -
 
     Raises:
         Interrupted: SIGINT or SIGTERM; what is finished is safe, and `resume` goes on from there.
-        ConfigError: the directory holds a run already, or one of another configuration.
+        ConfigError: the directory holds a run already, or one of another configuration, or another process is at work
+            in it; the demonstrations given are not for this run.
     """
     directory = Path(directory)
     if config.init_from and not Path(config.init_from).is_dir():
         raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
-    open_directory(directory, to_dict(config), resume=resume)
+    if config.demos_from:
+        check_demonstrations(config)
     trainers = {"sft": _train_sft, "tpo": _train_tpo, "ppo": _train_ppo}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(directory))
+        open_directory(directory, to_dict(config), resume=resume)
         experiment = Experiment(config, directory, stack)
         for phase in config.phases:
             params = _run_phase(experiment, phase, trainers[phase])
