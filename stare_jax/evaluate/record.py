@@ -13,6 +13,7 @@ from stare_jax.evaluate.protocol import Episodes, Evaluation
 from stare_jax.evaluate.summary import save_evaluation
 from stare_jax.evaluate.timeline import trace_episode
 from stare_jax.evaluate.video import write_filmstrip, write_video
+from stare_jax.logging import say
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import TaskSpec
 
@@ -42,6 +43,8 @@ def record_evaluation(
 ) -> None:
     """Writes the evaluation of a phase and shows some of its episodes; replaces an earlier one of that phase.
 
+    Pictures and films that cannot be made are left out, with a warning.
+
     Args:
         run_directory: where to.
         phase: names the files; letters, digits, `_`, `-`.
@@ -60,20 +63,26 @@ def record_evaluation(
     images = trajectory.observation.images
     frames = images[camera if camera is not None else min(images)] if images else None
     media: dict[str, Any] = {"settings": settings, "videos": []}
-    for index, e in enumerate(telling_episodes(episodes, max(1, num_videos))):
-        signals = jax.tree.map(lambda field, e=e: field[e], trajectory.signals)
-        timeline = trace_episode(spec, signals, trajectory.valid[e], gamma=gamma)
-        caption = f"{spec.env_id}  {phase}  seed {episodes.seed[e]}"
-        if index == 0:
-            media |= {"timeline": f"figures/timeline_{phase}.png", "timeline_seed": int(episodes.seed[e])}
-            draw_timeline(timeline, spec.stage_names, run_directory / media["timeline"], title=caption)
-        if index == 0 and frames is not None:
-            media["filmstrip"] = f"figures/filmstrip_{phase}.png"
-            write_filmstrip(run_directory / media["filmstrip"], frames[e], timeline, spec.stage_names, caption=caption)
-        if index < num_videos and frames is not None:
-            file = f"videos/{phase}_{index + 1}.mp4"
-            write_video(run_directory / file, frames[e], timeline, spec.stage_names, caption=caption)
-            media["videos"].append({"file": file, "seed": int(episodes.seed[e]), "outcome": _outcome(episodes, e)})
+    save_evaluation(result_file, evaluation, phase=phase, **media)  # before anything that could fail
+    try:
+        for index, e in enumerate(telling_episodes(episodes, max(1, num_videos))):
+            signals, seed = jax.tree.map(lambda field, e=e: field[e], trajectory.signals), int(episodes.seed[e])
+            timeline = trace_episode(spec, signals, trajectory.valid[e], gamma=gamma)
+            caption = f"{spec.env_id}  {phase}  seed {seed}"
+            if index == 0:
+                file = f"figures/timeline_{phase}.png"
+                draw_timeline(timeline, spec.stage_names, run_directory / file, title=caption)
+                media |= {"timeline": file, "timeline_seed": seed}
+            if index == 0 and frames is not None:
+                file = f"figures/filmstrip_{phase}.png"
+                write_filmstrip(run_directory / file, frames[e], timeline, spec.stage_names, caption=caption)
+                media["filmstrip"] = file
+            if index < num_videos and frames is not None:
+                file = f"videos/{phase}_{index + 1}.mp4"
+                write_video(run_directory / file, frames[e], timeline, spec.stage_names, caption=caption)
+                media["videos"].append({"file": file, "seed": seed, "outcome": _outcome(episodes, e)})
+    except Exception as error:  # of ffmpeg, Pillow, Matplotlib or the disk: no film is worth the rest of a run
+        say(f"warning: {phase}: some of its films and pictures could not be made: {' '.join(str(error).split())}")
     save_evaluation(result_file, evaluation, phase=phase, **media)
 
 

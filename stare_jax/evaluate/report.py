@@ -67,7 +67,7 @@ def write_report(run_directory: str | Path) -> Path:
     if results:
         sections += [_success_section(run_directory, results), _stages_section(run_directory, results)]
         sections += [_episode_section(run_directory, results), _films_section(run_directory, results)]
-    sections += [_curves_section(run_directory, lines), _time_section(lines, results)]
+    sections += [_pairs_section(lines), _curves_section(run_directory, lines), _time_section(lines, results)]
     sections += [_file_section(run_directory, "config.json", "Configuration")]
     sections += [_file_section(run_directory, "versions.json", "Versions and machine")]
     path = run_directory / "report.html"
@@ -216,6 +216,18 @@ def _films_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html:
             films = [film(video["file"], f"seed {video['seed']}: {video['outcome']}") for video in videos]
             parts += [element("h3", f"After {result.phase}"), element("div", *films, class_="films")]
     return join(parts) if len(parts) > 1 else Html("")
+
+
+def _pairs_section(lines: Sequence[Mapping[str, Any]]) -> Html:
+    counted = [line for line in lines if "pairs/num_pairs" in line]
+    if not counted:
+        return Html("")
+    counts = {name.removeprefix("pairs/"): f"{n:.0f}" for name, n in counted[-1].items() if name.startswith("pairs/")}
+    total = counts.pop("num_pairs")
+    rows = [(name.replace("_", " "), count) for name, count in counts.items()]
+    note = "What decides, success or the number of stages completed, and whether both began in the same state."
+    parts = [element("h2", "Preference pairs"), table(("kind", "pairs"), [*rows, ("all", total)])]
+    return join([*parts, element("p", note, class_="muted")])
 
 
 def _curves_section(run_directory: Path, lines: Sequence[Mapping[str, Any]]) -> Html:

@@ -49,6 +49,13 @@ def run_directory(tmp_path_factory, spec, evaluated):
     with make_writer(directory, tensorboard=False) as writer:
         for step in range(60):
             writer(step, {"sft/loss": 1 / (1 + step), "time/update_s": 2.0, "time/data_s": 0.5}, phase="sft")
+        for num_pairs in (3, 12):  # as a run that was stopped and gone on with
+            counts = {
+                "pairs/num_pairs": num_pairs,
+                "pairs/success_same_start": num_pairs - 1,
+                "pairs/stage_other_start": 1,
+            }
+            writer(16, counts, phase="pairs")
         for step in range(3):
             writer(step, {"ppo/loss": 0.1, "env/success": step / 3, "time/env_s": 7.0}, phase="ppo")
     idle = evaluate_act(_expert_act(0.0), toy.ToyPush(4), spec, EvalConfig(num_episodes=12, num_videos=2))

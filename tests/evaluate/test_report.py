@@ -6,6 +6,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from stare_jax.evaluate import record
 from stare_jax.evaluate.protocol import Episodes
 from stare_jax.evaluate.record import record_evaluation, telling_episodes
 from stare_jax.evaluate.report import load_results, phase_seconds, print_report, write_report
@@ -65,6 +66,10 @@ def test_report_says_what_was_measured(page, run_directory):
     assert "0.98" in page.text and "<script>alert(1)</script>" in page.text  # the configuration, escaped
 
 
+def test_report_counts_the_pairs_by_kind(page):
+    assert "Preference pairs kind pairs success same start 11 stage other start 1 all 12" in " ".join(page.text.split())
+
+
 def test_report_can_be_written_again_from_the_files_alone(page, run_directory):
     before = (run_directory / "report.html").read_text()
     assert write_report(run_directory).read_text() == before
@@ -111,6 +116,32 @@ def test_record_without_images_draws_the_timeline_alone(tmp_path, spec, evaluate
     record_evaluation(tmp_path, "sft", evaluation, rollout._replace(trajectory=blind), spec, num_videos=2)
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert files == ["eval/sft.json", "figures/timeline_sft.png", "figures/timeline_sft_dark.png"]
+
+
+def test_films_that_fail_cost_neither_the_numbers_nor_the_run(tmp_path, spec, evaluated, monkeypatch, capsys):
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\necho no codec >&2\necho no film >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
+    run = tmp_path / "run"
+    record_evaluation(run, "sft", *evaluated, spec, num_videos=2, settings={"num_episodes": 12})
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: sft: some of its films") and warning.endswith("ffmpeg failed: no codec no film")
+    (result,) = load_results(run)
+    assert str(result.summary) == str(summarize(evaluated[0]))
+    assert result.media["settings"] == {"num_episodes": 12} and "filmstrip" in result.media
+    assert "video" not in Page(write_report(run).read_text()).tags
+
+
+def test_numbers_are_on_disk_before_the_first_picture(tmp_path, spec, evaluated, monkeypatch):
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "draw_timeline", die)
+    with pytest.raises(KeyboardInterrupt):
+        record_evaluation(tmp_path, "sft", *evaluated, spec)
+    (result,) = load_results(tmp_path)
+    assert str(result.summary) == str(summarize(evaluated[0]))
 
 
 def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated):
