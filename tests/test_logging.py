@@ -271,6 +271,22 @@ def test_clock_reset_keeps_open_areas_open():
     assert clock.seconds() == {"env": 3.0, "other": 0.0}
 
 
+def test_clock_totals_outlive_resets():
+    now = FakeTime()
+    clock = Clock(now)
+    with clock("env"):
+        now.seconds = 2.0
+    clock.reset()
+    with clock("update"):
+        now.seconds = 5.0
+        clock.reset()
+        now.seconds = 8.0
+    now.seconds = 10.0
+    # env 2, update 3 + 3, other 2
+    assert clock.line() == "update 60 %  other 40 %"
+    assert clock.total_line() == "simulator 20 %  update 60 %  other 20 %"
+
+
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 _LOOP = """

@@ -21,7 +21,9 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter):
         self._now = now
         self._open: list[str] = []
-        self.reset()
+        self._seconds: dict[str, float] = {}
+        self._total: dict[str, float] = {}
+        self._mark = now()
 
     @contextlib.contextmanager
     def __call__(self, area: str) -> Iterator[None]:
@@ -35,31 +37,48 @@ class Clock:
 
     def reset(self) -> None:
         """Starts again from zero; areas that are open stay open."""
-        self._seconds: dict[str, float] = {}
-        self._mark = self._now()
+        self._charge()
+        self._seconds = {}
 
     def seconds(self) -> dict[str, float]:
         """Returns seconds by area since the last reset, "other" last; their sum is the time that has passed."""
         self._charge()
-        areas = [area for area in _AREA_ORDER if area in self._seconds]
-        areas += [area for area in self._seconds if area not in (*areas, "other")]
-        return {area: self._seconds[area] for area in areas} | {"other": self._seconds.get("other", 0.0)}
+        return _in_order(self._seconds)
 
     def fractions(self) -> dict[str, float]:
         """Returns `seconds()` as fractions of the time that has passed; zeros where none has."""
-        seconds = self.seconds()
-        total = sum(seconds.values())
-        return {area: value / total if total > 0 else 0.0 for area, value in seconds.items()}
+        return _fractions(self.seconds())
 
     def line(self) -> str:
         """Returns where the time went in words: `simulator 61 %  policy 14 %  update 22 %  other 3 %`."""
-        return "  ".join(f"{_AREA_NAMES.get(area, area)} {100 * part:.0f} %" for area, part in self.fractions().items())
+        return _in_words(self.seconds())
+
+    def total_line(self) -> str:
+        """Returns `line()` of all the time since the clock was made, whatever resets there were."""
+        self._charge()
+        return _in_words(_in_order(self._total))
 
     def _charge(self) -> None:
         now = self._now()
         area = self._open[-1] if self._open else "other"
-        self._seconds[area] = self._seconds.get(area, 0.0) + now - self._mark
+        for seconds in (self._seconds, self._total):
+            seconds[area] = seconds.get(area, 0.0) + now - self._mark
         self._mark = now
+
+
+def _in_order(seconds: dict[str, float]) -> dict[str, float]:
+    areas = [area for area in _AREA_ORDER if area in seconds]
+    areas += [area for area in seconds if area not in (*areas, "other")]
+    return {area: seconds[area] for area in areas} | {"other": seconds.get("other", 0.0)}
+
+
+def _fractions(seconds: dict[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    return {area: value / total if total > 0 else 0.0 for area, value in seconds.items()}
+
+
+def _in_words(seconds: dict[str, float]) -> str:
+    return "  ".join(f"{_AREA_NAMES.get(area, area)} {100 * part:.0f} %" for area, part in _fractions(seconds).items())
 
 
 class Interrupted(Exception):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from stare_jax.logging import Clock, Interrupted, progress
+from stare_jax.logging import Clock, Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.compilations import num_compilations
@@ -110,4 +110,5 @@ def train_sft(
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
             if is_stopping and step < config.num_steps:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {config.num_steps}")
+    say(f"{PHASE}: {config.num_steps - first} steps | {clock.total_line()}")
     return state.params

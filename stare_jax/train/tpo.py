@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from stare_jax.logging import Clock, Interrupted, progress
+from stare_jax.logging import Clock, Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.stages import TaskSpec
 from stare_jax.train.annotate import action_stages
@@ -138,6 +138,7 @@ def train_tpo(
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
             if is_stopping and not is_last:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")
+    say(f"{PHASE}: {num_steps - first} steps | {clock.total_line()}")
     return state.params
 
 
