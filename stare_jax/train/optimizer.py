@@ -30,8 +30,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """bound of the norm of all gradients together."""
     schedule: str = "constant"
-    """"constant", or "cosine" or "linear" down to zero; after the warm-up."""
+    """"constant", or "cosine" or "linear" down to zero: by optimiser steps after the warm-up, in PPO by iterations."""
     warmup_steps: int = 0
+    """optimiser steps, in every phase."""
     freeze: tuple[str, ...] = ()
     """regexes of parameters that are not trained: no gradient, no optimiser state."""
 
@@ -55,7 +56,7 @@ class OptimizerConfig:
             raise ValueError(f"schedule: got {self.schedule!r}, expected 'constant', 'cosine' or 'linear'")
 
 
-def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, *, num_steps: int | None) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of the trainable parameters (`split_params`).
 
     `update(grads, state, params, train_policy=...)`: where `train_policy` is False only the value head moves, and the
@@ -63,7 +64,8 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.Gradient
 
     Args:
         config: see `OptimizerConfig`.
-        num_steps: after how many steps a schedule reaches zero.
+        num_steps: after how many steps the schedule reaches zero; None: it stays constant after the warm-up, and the
+            caller scales the updates by `decay_schedule`.
     """
 
     def adamw(learning_rate):
@@ -92,13 +94,26 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.Gradient
     return optax.chain(clip, optax.partition({"policy": policy, "value": value}, label))
 
 
-def _schedule(config: OptimizerConfig, peak: float, num_steps: int) -> optax.Schedule:
-    num_decay = max(num_steps - config.warmup_steps, 1)
-    main = {
+def decay_schedule(schedule: str, peak: float, duration: float) -> optax.Schedule:
+    """Returns the learning rate as a function of time, from `peak` at 0 along `OptimizerConfig.schedule`.
+
+    Args:
+        schedule: see `OptimizerConfig`.
+        peak: where it starts.
+        duration: when it has reached zero.
+    """
+    return {
         "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, num_decay),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, num_decay),
-    }[config.schedule]()
+        "cosine": lambda: optax.cosine_decay_schedule(peak, duration),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, duration),
+    }[schedule]()
+
+
+def _schedule(config: OptimizerConfig, peak: float, num_steps: int | None) -> optax.Schedule:
+    if num_steps is None:
+        main = optax.constant_schedule(peak)
+    else:
+        main = decay_schedule(config.schedule, peak, max(num_steps - config.warmup_steps, 1))
     if config.warmup_steps == 0:
         return main
     # Starts at one step's worth, not at zero, so that the first update is not lost.

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from stare_jax.train.annotate import Annotation, annotate_episode
 from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.compilations import num_compilations
 from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.train.ppo_metrics import rollout_metrics
+from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
 from stare_jax.train.steps import DecisionBatch, check_microbatch, make_ppo_step
@@ -124,8 +123,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("minibatch_size", config.minibatch_size, run.mesh)
-    num_minibatches = config.num_epochs * math.ceil(config.num_episodes * env.horizon / config.minibatch_size)
-    tx = make_optimizer(config.optimizer, num_steps=config.num_iterations * num_minibatches)
+    tx = make_optimizer(config.optimizer, num_steps=None)
     state, counters = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
     step_fn = jax.jit(make_ppo_step(policy, tx, config), donate_argnums=0)
     prepare = make_prepare(spec, config)
@@ -182,7 +180,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
 
             # ---- Report ---------------------------------------------------------------------------------------------
             compiled = num_compilations() if compiled is None else compiled
-            metrics = {name: float(np.mean([m[name] for m in updates])) for name in updates[0]}
+            metrics = update_metrics(updates, num_actions=batch.annotation.valid_t.sum(), size=config.minibatch_size)
             metrics |= rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)
             metrics |= {
                 "env/steps": num_env_steps,
@@ -279,11 +277,12 @@ def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iter
 def _update(state, batch: PPOBatch, step_fn, config: PPOConfig, run: Run, iteration: int):
     """Returns the state after the epochs of an iteration, and the metrics of every minibatch."""
     train_policy = np.bool_(iteration >= config.value_warmup_iterations)
+    fraction_done = np.float32(iteration / config.num_iterations)
     rng = np.random.default_rng((config.seed, iteration))
     epochs = (minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
     updates = []
     for minibatch in itertools.chain.from_iterable(epochs):
-        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy)
+        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done)
         updates.append(metrics)
         if (config.target_kl is not None and metrics["ppo/stopped"]) or run.should_stop():
             break

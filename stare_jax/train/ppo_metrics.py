@@ -1,5 +1,9 @@
 """What the episodes of a PPO iteration, and the updates on them, say about the policy and its critic."""
 
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import TaskSpec
@@ -78,3 +82,21 @@ def shaping_metrics(annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
         for k, name in enumerate(spec.stage_names[1:], start=1)
     }
     return within | into | {"shaping/at_success": mean(annotation.reward_t > 0)}
+
+
+def update_metrics(updates: Sequence[Mapping[str, float]], *, num_actions: int, size: int) -> dict[str, float]:
+    """Returns the means over an iteration's minibatches, the one that stopped it included, and how far it came.
+
+    `ppo/kl_last` is the approximate KL divergence of the last minibatch; `ppo/epochs` counts the minibatches that moved
+    parameters, in passes over the batch.
+
+    Args:
+        updates: metrics of each minibatch, see `steps.make_ppo_step`.
+        num_actions: of the batch.
+        size: of a minibatch.
+    """
+    num_moves = sum(1 - update["ppo/stopped"] for update in updates)
+    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]} | {
+        "ppo/kl_last": float(updates[-1]["ppo/approx_kl"]),
+        "ppo/epochs": float(num_moves / math.ceil(num_actions / size)),
+    }

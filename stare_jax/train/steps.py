@@ -14,7 +14,7 @@ import optax
 
 from stare_jax.losses import ppo_loss, sta_tpo_loss, tpo_loss
 from stare_jax.models.policy import Policy
-from stare_jax.train.optimizer import merge_params, split_params
+from stare_jax.train.optimizer import decay_schedule, merge_params, split_params
 from stare_jax.types import Array, Observation, PyTree, TrainState
 
 Metrics = dict[str, Array]
@@ -94,10 +94,11 @@ def make_sft_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
 
 
 def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, config) -> Callable:
-    """PPO (2): (state, `DecisionBatch`, train_policy) -> the loss of `ppo_loss`; config is a `PPOConfig`.
+    """PPO (2): (state, `DecisionBatch`, train_policy, fraction_done) -> `ppo_loss`; config is a `PPOConfig`.
 
     Where the approximate KL divergence of the batch is above `config.target_kl` the step changes nothing and says so in
-    `ppo/stopped`. `train_policy` False moves the value head alone.
+    `ppo/stopped`. `train_policy` False moves the value head alone. `fraction_done`, of all iterations, is where
+    `config.optimizer.schedule` stands; the optimiser itself has none.
     """
 
     def loss_fn(params, batch):
@@ -116,15 +117,16 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
             entropy_coef=config.entropy_coef,
         )
 
-    def step(state, batch, train_policy):
+    def step(state, batch, train_policy, fraction_done=0.0):
         grads, metrics = _gradients(loss_fn, state, batch, batch.valid.astype(jnp.float32), config)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
+        scale = jnp.float32(decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
 
         def move(state):
-            return _apply(state, grads, tx, config, train_policy=train_policy)
+            return _apply(state, grads, tx, config, scale=scale, train_policy=train_policy)
 
         state = jax.lax.cond(is_far, lambda state: state, move, state)
-        return state, metrics | _norms(grads) | {"ppo/stopped": is_far.astype(jnp.float32)}
+        return state, metrics | _norms(grads) | {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
 
     return step
 
@@ -244,10 +246,13 @@ def _sum_over_parts(fn: Callable, parts: tuple) -> PyTree:
     return total
 
 
-def _apply(state: TrainState, grads: PyTree, tx: optax.GradientTransformation, config, **extra) -> TrainState:
+def _apply(
+    state: TrainState, grads: PyTree, tx: optax.GradientTransformation, config, *, scale: Array | float = 1.0, **extra
+) -> TrainState:
     trainable, frozen = split_params(state.params, config.optimizer.freeze)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, trainable)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, **extra)
+    updates = optax.tree.scale(scale, updates)
     params = merge_params(optax.apply_updates(trainable, updates), frozen)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state)
 

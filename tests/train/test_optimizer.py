@@ -63,6 +63,16 @@ def test_schedules_warm_up_and_decay(schedule, expected):
     np.testing.assert_allclose(sizes, expected, atol=1e-3)
 
 
+def test_without_a_number_of_steps_only_the_warm_up_is_the_optimisers():
+    config = OptimizerConfig(learning_rate=1.0, schedule="linear", warmup_steps=1, weight_decay=0.0, max_grad_norm=None)
+    tx = make_optimizer(config, num_steps=None)
+    state, sizes = tx.init(PARAMS), []
+    for _ in range(4):
+        updates, state = tx.update(ONES, state, PARAMS)
+        sizes.append(-float(updates["trunk"]["bias"][0]))
+    np.testing.assert_allclose(sizes, [0.5, 1, 1, 1], atol=1e-3)
+
+
 def test_split_and_merge_are_inverse_and_frozen_parameters_have_no_optimiser_state():
     trainable, frozen = split_params(PARAMS, ("^tower", "bias$"))
     assert jax.tree.map(jnp.shape, trainable) == {"trunk": {"kernel": (2, 2)}, "value_head": {"kernel": (2, 1)}}

@@ -1,5 +1,6 @@
 """Metrics of an iteration on labels and rewards written down by hand."""
 
+import jax
 import numpy as np
 import pytest
 from toy_task import expert_episodes
@@ -8,7 +9,7 @@ from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.train.annotate import Annotation
 from stare_jax.train.ppo import PPOConfig, make_prepare
-from stare_jax.train.ppo_metrics import rollout_metrics
+from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.types import Trajectory
 
 LENGTHS = np.array([2, 4, 3, 0])
@@ -89,3 +90,11 @@ def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_annotated_the_same(s
         np.testing.assert_allclose(a, b, atol=1e-6)
     np.testing.assert_allclose(padded.advantage, whole.advantage, atol=1e-5)
     np.testing.assert_allclose(padded.explained_variance, whole.explained_variance, atol=1e-5)
+
+
+def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing():
+    updates = [{"ppo/approx_kl": kl, "ppo/stopped": float(kl > 0.05)} for kl in (0.01, 0.02, 0.03, 0.04, 0.1)]
+    metrics = update_metrics([jax.tree.map(np.float32, update) for update in updates], num_actions=90, size=40)
+    # Of the 3 minibatches of an epoch, the last one of 10 actions, 4 moved parameters.
+    expected = {"ppo/approx_kl": 0.04, "ppo/stopped": 0.2, "ppo/kl_last": 0.1, "ppo/epochs": 4 / 3}
+    assert metrics == pytest.approx(expected, rel=1e-6)

@@ -104,6 +104,22 @@ def test_ppo_does_not_step_beyond_its_target_kl(policy, params, ppo_batch):
     assert metrics["ppo/stopped"] == 1 and int(state.step) == 0 and not moved(params, state.params)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"), [("constant", 1.0), ("linear", 0.75), ("cosine", (1 + np.sqrt(0.5)) / 2)]
+)
+def test_a_ppo_step_is_as_long_as_the_schedule_says_for_the_iteration(policy, params, ppo_batch, schedule, expected):
+    config = dataclasses.replace(PPO, optimizer=dataclasses.replace(FAST, schedule=schedule))
+    tx = make_optimizer(config.optimizer, num_steps=None)
+    step = jax.jit(make_ppo_step(policy, tx, config))
+    start = create_state(params, tx, mesh=make_mesh(), rules=policy.sharding_rules)
+    before, lengths = params["logits"]["kernel"], []
+    for fraction in (0, 0.25, 1):
+        state, _ = step(start, ppo_batch, True, np.float32(fraction))
+        lengths.append(np.abs(state.params["logits"]["kernel"] - before).sum())
+    np.testing.assert_allclose(lengths[1] / lengths[0], expected, rtol=1e-3)
+    assert schedule == "constant" or lengths[2] < 1e-6 * lengths[0]
+
+
 def test_a_warm_up_step_moves_the_value_head_alone_and_leaves_the_moments_of_the_rest(policy, params, ppo_batch):
     tx, step = compiled_step(make_ppo_step, policy, PPO)
     start = create_state(params, tx, mesh=make_mesh(), rules=policy.sharding_rules)
