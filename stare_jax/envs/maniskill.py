@@ -21,7 +21,7 @@ from stare_jax.envs.vulkan import select_driver
 from stare_jax.stages import TASKS
 from stare_jax.types import Signals
 
-STATE_DIMS = {"none": 0, "tcp": 3}
+STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 25}
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,17 @@ class EnvConfig:
 
     env_id: str = "PushCube-v1"
     num_workers: int = 2
-    """processes, one environment each; more than CPU cores do not pay."""
+    """processes; more than CPU cores do not pay."""
+    envs_per_worker: int = 8
+    """environments of a process, one after another: a further one costs megabytes and milliseconds, a further process
+    half a gigabyte and seconds, and the policy decides for all of them at once."""
     horizon: int = 30
     """actions an episode may take."""
     image_size: int | None = 64
     """pixels of the square image; 0 or None renders nothing and needs no graphics driver."""
     use_state: str = "none"
-    """proprioception in `Observation.state`: "none" `[0]`, "tcp" the tool centre point's position `[3]`."""
+    """`Observation.state`: "none" `[0]`; "tcp", the tool centre point's position `[3]`; "low_dim", all that matters of
+    robot, object and goal `[25]`, see `low_dim_state`."""
     control_mode: str = ""
     """a control mode of the robot; empty for the task's default."""
     lite_robot: bool = True
@@ -50,7 +54,7 @@ class EnvConfig:
     def __post_init__(self):
         if self.env_id not in TASKS:
             raise ValueError(f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}")
-        for name in ("num_workers", "horizon"):
+        for name in ("num_workers", "envs_per_worker", "horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if (self.image_size or 0) < 0:
@@ -65,6 +69,10 @@ class EnvConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts: got {self.max_restarts}, expected at least 0")
+
+    @property
+    def num_envs(self) -> int:
+        return self.num_workers * self.envs_per_worker
 
     @property
     def scene(self) -> Scene:
@@ -186,13 +194,35 @@ class Simulator:
             self.env._step_action(action)
 
     def _frame(self, signals: Signals) -> Frame:
-        state = signals.tcp_pos if self.config.use_state == "tcp" else np.zeros(0, np.float32)
+        state = np.zeros(0, np.float32)
+        if self.config.use_state == "tcp":
+            state = signals.tcp_pos
+        elif self.config.use_state == "low_dim":
+            state = low_dim_state(signals, self._reader.gripper_opening())
         return Frame(self._render() if self.config.image_size else None, state, signals)
 
     def _render(self) -> np.ndarray:
         self._sapien_scene.update_render()
         self._camera.take_picture()
         return self._camera.get_picture("Color")[..., :3]
+
+
+def low_dim_state(signals: Signals, gripper_opening: float) -> np.ndarray:
+    """Returns float32 `[25]`: tool (position, quaternion), gripper opening, object (position, quaternion), goal
+    position, tool to grasp point, object to goal, is_grasped. Metres; quaternions with w >= 0, of which there is one.
+    """
+    parts = (
+        signals.tcp_pos,
+        signals.tcp_quat * np.copysign(1.0, signals.tcp_quat[0]),
+        [gripper_opening],
+        signals.obj_pos,
+        signals.obj_quat * np.copysign(1.0, signals.obj_quat[0]),
+        signals.goal_pos,
+        signals.grasp_pos - signals.tcp_pos,
+        signals.goal_pos - signals.obj_pos,
+        [signals.is_grasped],
+    )
+    return np.concatenate(parts, dtype=np.float32)
 
 
 def import_mani_skill() -> Any:

@@ -145,7 +145,12 @@ class SignalReader:
         self._tcp = agent.tcp._objs[0]
         self._obj, self._obj_body, self._base = obj._objs[0], obj._bodies[0], base._objs[0]
         self._fingers = (agent.finger1_link._objs[0], agent.finger2_link._objs[0])
+        self._articulation = agent.robot._objs[0]
         self._links = frozenset(link._objs[0] for link in agent.robot.links)
+
+    def gripper_opening(self) -> float:
+        """Returns the distance between the fingers, in metres."""
+        return float(self._articulation.qpos[-2:].sum())
 
     def begin(self) -> Signals:
         """Returns the signals of an episode's first state, right after a reset."""

@@ -1,4 +1,4 @@
-"""The process behind one environment of the pool: `python -c "from stare_jax.envs.worker import main; main()"`.
+"""The process behind some environments of the pool: `python -c "from stare_jax.envs.worker import main; main()"`.
 
 It talks to its parent over one socket, inherited by number, and exchanges arrays through one shared file without a
 name. It never initialises JAX. When the parent is gone, however it went, the socket ends and so does the worker.
@@ -13,14 +13,16 @@ import sys
 import traceback
 import warnings
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from stare_jax.envs.maniskill import EnvConfig, Frame, Simulator, import_mani_skill
 from stare_jax.types import Signals
 
-STEP, RESET, RESET_REPRODUCIBLY, CLOSE = b"s", b"r", b"R", b"c"
+STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
+"""What an environment is to do; the seed follows a reset. A message has one such command per environment, joined."""
+SEPARATOR, CLOSE = b" ", b"c"
 DONE, FAILED = b"d", b"f"
 
 
@@ -46,7 +48,7 @@ _FLAGS = ("is_grasped", "is_contact", "success")
 
 def _layout(config: EnvConfig) -> list[tuple[tuple[int, ...], type]]:
     """Returns shape and type of every array, in the order of `Slots` and `Signals`."""
-    rows, size = config.num_workers, config.image_size or 0
+    rows, size = config.num_envs, config.image_size or 0
     signals = [
         ((rows, *shape), np.bool_ if name in _FLAGS else np.float32)
         for name, shape in zip(Signals._fields, _SIGNAL_SHAPES, strict=True)
@@ -90,39 +92,39 @@ def write_frame(slots: Slots, index: int, frame: Frame) -> None:
 
 
 def main() -> None:
-    """Serves the environment whose socket, shared file and index are the three arguments."""
+    """Serves some environments; socket, shared file and the row of the first of them are the three arguments."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
     faulthandler.enable()
-    socket, file, index = (int(argument) for argument in sys.argv[1:4])
+    socket, file, first = (int(argument) for argument in sys.argv[1:4])
     with Connection(socket) as connection:
         try:
             config = connection.recv()
             memory = mmap.mmap(file, shared_size(config))
             os.close(file)
-            simulator = _start(config)
+            simulators = _start(config)
         except EOFError:
             return
         except BaseException:  # Whatever it is, the parent has to hear of it.
             connection.send_bytes(FAILED + traceback.format_exc().encode())
             return
         connection.send_bytes(DONE)
-        _serve(connection, simulator, map_slots(config, memory), index)
+        _serve(connection, simulators, map_slots(config, memory), first)
 
 
-def _start(config: EnvConfig) -> Simulator:
+def _start(config: EnvConfig) -> list[Simulator]:
     import torch
 
     warnings.filterwarnings("ignore", "__array_wrap__ must accept context", DeprecationWarning)
     torch.set_num_threads(1)
     import_mani_skill()
     gc.freeze()  # Rebuilding a scene collects garbage; without the modules' objects that takes 10 ms instead of 150.
-    simulator = Simulator(config)
-    simulator.reset(0)  # The first image compiles shaders: part of the start, not of the first step.
-    return simulator
+    simulators = [Simulator(config) for _ in range(config.envs_per_worker)]
+    simulators[0].reset(0)  # The first image compiles shaders: part of the start, not of the first step.
+    return simulators
 
 
-def _serve(connection: Connection, simulator: Simulator, slots: Slots, index: int) -> None:
+def _serve(connection: Connection, simulators: list[Simulator], slots: Slots, first: int) -> None:
     """Answers commands until the parent says so or is gone."""
     while True:
         try:
@@ -130,18 +132,21 @@ def _serve(connection: Connection, simulator: Simulator, slots: Slots, index: in
             if message == CLOSE:
                 return
             try:
-                frame = _execute(simulator, message, slots.action[index])
+                for row, (simulator, command) in enumerate(
+                    zip(simulators, message.split(SEPARATOR), strict=True), first
+                ):
+                    if command != STAY:
+                        write_frame(slots, row, _execute(simulator, command, slots.action[row]))
             except Exception:  # The parent raises it.
                 connection.send_bytes(FAILED + traceback.format_exc().encode())
             else:
-                write_frame(slots, index, frame)
                 connection.send_bytes(DONE)
         except (EOFError, OSError):
             return
 
 
-def _execute(simulator: Simulator, message: bytes, action: np.ndarray) -> Any:
-    command, seed = message[:1], message[1:]
-    if command == STEP:
+def _execute(simulator: Simulator, command: bytes, action: np.ndarray) -> Frame:
+    kind, seed = command[:1], command[1:]
+    if kind == STEP:
         return simulator.step(action)
-    return simulator.reset(int(seed), reproducible=command == RESET_REPRODUCIBLY)
+    return simulator.reset(int(seed), reproducible=kind == RESET_REPRODUCIBLY)

@@ -1,4 +1,4 @@
-"""A pool of CPU simulators that step together: one process an environment, arrays in shared memory."""
+"""A pool of CPU simulators that step together: a few processes with some environments each, arrays in shared memory."""
 
 import contextlib
 import mmap
@@ -32,13 +32,13 @@ class SimulatorError(RuntimeError):
 class _Worker:
     """One process and the socket to it."""
 
-    def __init__(self, config: EnvConfig, index: int, file: int):
+    def __init__(self, config: EnvConfig, first: int, file: int):
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from stare_jax.envs.worker import main; main()"]
-                + [str(theirs.fileno()), str(file), str(index)],
+                + [str(theirs.fileno()), str(file), str(first)],
                 env=_worker_environment(),
                 pass_fds=(theirs.fileno(), file),
                 stdin=subprocess.DEVNULL,
@@ -72,8 +72,8 @@ class SimulatorPool:
     """`VecEnv` of ManiSkill simulators; see `envs.base`.
 
     A worker that has died, or has not answered within `config.worker_timeout_s`, is killed and started anew within the
-    call: `alive` is False for it, `num_restarts` counts it, and until it is reset its row stays dead while all others
-    go on.
+    call: `alive` is False for its environments, `num_restarts` counts it, and until they are reset their rows stay dead
+    while all others go on.
     """
 
     def __init__(self, config: EnvConfig, *, report: Callable[[str], None] = report_to_stderr):
@@ -86,9 +86,9 @@ class SimulatorPool:
             SimulatorError: with the worker's own traceback, where one does not start.
         """
         self.config = config
-        self.env_id, self.num_envs, self.horizon = config.env_id, config.num_workers, config.horizon
+        self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
-        self.instructions = (get_task(config.env_id).instruction,) * config.num_workers
+        self.instructions = (get_task(config.env_id).instruction,) * config.num_envs
         self.num_restarts = 0
         if config.image_size and config.lite_robot:
             ensure_panda_lite(report)
@@ -144,29 +144,37 @@ class SimulatorPool:
     def _start_all(self, report: Callable[[str], None]) -> None:
         config, start = self.config, time.monotonic()
         what = "the first image compiles shaders" if config.image_size else "no images"
-        report(f"starting {self.num_envs} simulators of {config.env_id} ({what})")
-        for index in range(self.num_envs):
-            self._workers.append(_Worker(config, index, self._file))
-        for index in self._answers(range(self.num_envs), config.start_timeout_s, on_lost=self._raise_not_started):
-            report(f"simulator {index + 1} of {self.num_envs} is ready after {time.monotonic() - start:.1f} s")
+        each = config.envs_per_worker
+        report(f"starting {config.num_workers} x {each} simulators of {config.env_id} ({what})")
+        for index in range(config.num_workers):
+            self._workers.append(_Worker(config, index * each, self._file))
+        for index in self._answers(range(config.num_workers), config.start_timeout_s, on_lost=self._raise_not_started):
+            ready = f"process {index + 1} of {config.num_workers} is ready"
+            report(f"{ready} after {time.monotonic() - start:.1f} s")
 
     def _call(self, seeds: Mapping[int, int], *, is_stepped: np.ndarray, reproducible: bool) -> EnvStep:
         """Sends every worker its command, waits for all, and restarts those that are lost."""
         reset = worker.RESET_REPRODUCIBLY if reproducible else worker.RESET
-        commands = {int(i): worker.STEP for i in np.flatnonzero(is_stepped)}
-        commands |= {int(i): reset + str(int(seed)).encode() for i, seed in seeds.items()}
-        lost: list[int] = []
-        for i, command in commands.items():
+        commands = [worker.STEP if row else worker.STAY for row in is_stepped]
+        for row, seed in seeds.items():
+            commands[row] = reset + str(int(seed)).encode()
+        asked = [index for index in range(len(self._workers)) if {*commands[self._rows(index)]} != {worker.STAY}]
+        for index in asked:
             with contextlib.suppress(OSError):  # As above.
-                self._workers[i].connection.send_bytes(command)
-        alive = np.zeros(self.num_envs, bool)
-        for i in self._answers(commands, self.config.worker_timeout_s, on_lost=lost.append):
-            alive[i] = True
+                self._workers[index].connection.send_bytes(worker.SEPARATOR.join(commands[self._rows(index)]))
+        alive, lost = np.array(commands) != worker.STAY, []
+        for _ in self._answers(asked, self.config.worker_timeout_s, on_lost=lost.append):
+            pass
+        for index in lost:
+            alive[self._rows(index)] = False
+            self._needs_reset[self._rows(index)] = True
+            self._restart(index)
         self._needs_reset[alive] = False
-        for i in lost:
-            self._needs_reset[i] = True
-            self._restart(i)
         return self._read(alive)
+
+    def _rows(self, index: int) -> slice:
+        """The environments of a worker."""
+        return slice(index * self.config.envs_per_worker, (index + 1) * self.config.envs_per_worker)
 
     def _answers(self, indices, timeout_s: float, *, on_lost: Callable[[int], None]):
         """Yields the indices as their workers answer; `on_lost` gets those that died or did not answer in time.
@@ -191,7 +199,7 @@ class SimulatorPool:
                 if answer == worker.DONE:
                     yield i
                 else:
-                    failures.append(f"simulator {i} of {self.env_id}:\n{answer[1:].decode()}")
+                    failures.append(f"simulator process {i} of {self.env_id}:\n{answer[1:].decode()}")
         for i in pending.values():
             on_lost(i)
         if failures:
@@ -203,18 +211,18 @@ class SimulatorPool:
             process.wait(1.0)
         how = f"still silent after {self.config.start_timeout_s:g} s" if process.poll() is None else "ended"
         raise SimulatorError(
-            f"simulator {index} of {self.env_id} did not start: {how}, exit status {process.poll()}; {REMEDY}"
+            f"simulator process {index} of {self.env_id} did not start: {how}, exit status {process.poll()}; {REMEDY}"
         )
 
     def _restart(self, index: int) -> None:
         self.num_restarts += 1
         if self.num_restarts > self.config.max_restarts:
             raise SimulatorError(
-                f"max_restarts: simulators of {self.env_id} were lost {self.num_restarts} times, expected at most "
+                f"max_restarts: processes of {self.env_id} were lost {self.num_restarts} times, expected at most "
                 f"{self.config.max_restarts}; {REMEDY}"
             )
         self._workers[index].kill()
-        self._workers[index] = _Worker(self.config, index, self._file)
+        self._workers[index] = _Worker(self.config, index * self.config.envs_per_worker, self._file)
         for _ in self._answers([index], self.config.start_timeout_s, on_lost=self._raise_not_started):
             pass
 

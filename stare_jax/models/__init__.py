@@ -1,7 +1,7 @@
 """Networks as records of pure functions."""
 
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b, openvla_tiny
+from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b, openvla_state, openvla_tiny
 from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
 from stare_jax.types import NormStats
 
@@ -33,6 +33,7 @@ __all__ = [
     "make_openvla",
     "make_policy",
     "openvla_7b",
+    "openvla_state",
     "openvla_tiny",
     "with_prompt",
 ]

@@ -13,6 +13,8 @@ import numpy as np
 from stare_jax.types import Array
 
 NUM_BINS = 256
+ZERO_BIN = NUM_BINS // 2 - 1
+"""the bin that holds 0, in its centre."""
 
 
 def _edges(num_bins: int) -> np.ndarray:
@@ -83,13 +85,16 @@ def sample_bins(key: jax.Array, logits: Array, temperature: Array | float) -> ja
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
-def score_bins(logits: Array, bins: Array, temperature: Array | float) -> tuple[jax.Array, jax.Array]:
+def score_bins(
+    logits: Array, bins: Array, temperature: Array | float, is_decided: Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Scores the bins of whole actions in float32.
 
     Args:
         logits: `[..., A, num_bins]`, unscaled.
         bins: int32 `[..., A]` in [0, num_bins).
         temperature: scalar >= 0, may be traced; see `scale_logits`.
+        is_decided: bool `[A]`, the dimensions that count; None for all.
 
     Returns:
         Log-probability `[...]` in nats, summed over the A dimensions, and entropy `[...]` in nats, their mean.
@@ -98,7 +103,7 @@ def score_bins(logits: Array, bins: Array, temperature: Array | float) -> tuple[
     log_probs = jax.nn.log_softmax(scale_logits(logits, temperature), axis=-1)
     logp = jnp.take_along_axis(log_probs, bins[..., None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-    return logp.sum(axis=-1), entropy.mean(axis=-1)
+    return logp.sum(axis=-1, where=is_decided), entropy.mean(axis=-1, where=is_decided)
 
 
 class ValueHead(nn.Module):

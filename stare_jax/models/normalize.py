@@ -9,6 +9,9 @@ import numpy as np
 
 from stare_jax.types import Array, NormStats
 
+MIN_STATE_RANGE = 0.02
+"""metres, or parts of a unit quaternion."""
+
 
 def _to_unit(x: Array, low: Array, high: Array) -> Array:
     """Maps `[low, high]` to `[-1, 1]` and clips; dimensions with `low == high` become 0."""
@@ -53,6 +56,23 @@ def unnormalize_action(unit_action: Array, stats: NormStats) -> Array:
 def normalize_state(state: Array, stats: NormStats) -> Array:
     """Maps raw states `[..., S]` to [-1, 1] by their quantiles, clipped; 0 where q01 == q99."""
     return _to_unit(state, stats.state_q01, stats.state_q99)
+
+
+def scale_state(state: Array, stats: NormStats) -> Array:
+    """Maps raw states `[..., S]` to about [-1, 1] for networks that read them as numbers.
+
+    Unlike `normalize_state`, states beyond the data's range are still told apart, up to three times the range; and a
+    dimension that hardly moves is not blown up: no range is taken to be smaller than `MIN_STATE_RANGE`.
+    """
+    xp = jnp if isinstance(state, jax.Array) else np
+    low, high = (xp.asarray(q, xp.float32) for q in (stats.state_q01, stats.state_q99))
+    span = xp.maximum(high - low, MIN_STATE_RANGE)
+    return xp.clip(2.0 * (state - 0.5 * (low + high)) / span, -3.0, 3.0).astype(xp.float32)
+
+
+def is_constant_action(stats: NormStats) -> np.ndarray:
+    """Returns bool `[A]`: the action dimensions in which the data never moves (masked-in, q01 == q99)."""
+    return np.asarray(stats.action_mask) & (np.asarray(stats.action_q01) == np.asarray(stats.action_q99))
 
 
 def identity_stats(action_dim: int, state_dim: int) -> NormStats:

@@ -1,6 +1,8 @@
-"""OpenVLA as a policy: its configuration, its presets, and the pure functions around the network.
+"""OpenVLA as a policy: its presets, and the pure functions around the network.
 
-Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary.
+Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary. Action
+dimensions in which the data never moves are not decided: their bin is the one of 0, they take no part in
+log-probabilities, entropies and losses, and tokens after the last dimension that does move are not even computed.
 """
 
 import dataclasses
@@ -13,18 +15,17 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.losses.imitation import soft_cross_entropy, soft_labels
-from stare_jax.models.heads import (
-    NUM_BINS,
-    bin_coordinate,
-    decode_bins,
-    encode_bins,
-    sample_bins,
-    score_bins,
-)
+from stare_jax.models.heads import NUM_BINS, ZERO_BIN, bin_coordinate, decode_bins, encode_bins, sample_bins, score_bins
 from stare_jax.models.layers import Execution
 from stare_jax.models.llama import LlamaConfig
-from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
-from stare_jax.models.openvla_network import OpenVLA, OpenVLAConfig, Pixels, preprocess
+from stare_jax.models.normalize import (
+    is_constant_action,
+    normalize_action,
+    normalize_state,
+    scale_state,
+    unnormalize_action,
+)
+from stare_jax.models.openvla_network import OpenVLA, OpenVLAConfig, Scene, preprocess
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.models.tokenizer import (
     OPENVLA_TEMPLATE,
@@ -98,6 +99,35 @@ def openvla_tiny(state_dim: int = 0, **changes) -> OpenVLAConfig:
     return dataclasses.replace(config, **changes)
 
 
+def openvla_state(state_dim: int = 25, **changes) -> OpenVLAConfig:
+    """Returns the same policy without eyes: the state is embedded in four tokens. For studies of algorithms on CPUs.
+
+    Args:
+        state_dim: dimensions of the state that is seen; 25 is that of `EnvConfig(use_state="low_dim")`.
+        **changes: fields of `OpenVLAConfig` to replace.
+    """
+    config = OpenVLAConfig(
+        dino=None,
+        siglip=None,
+        projector_dim=0,
+        llm=LlamaConfig(vocab_size=896, width=64, depth=2, num_heads=4, num_kv_heads=4, mlp_dim=192),
+        action_vocab_end=896,
+        tokenizer="words",
+        prompt_template="{instruction}",
+        prompt_length=12,
+        image_size=0,
+        state_tokens=4,
+        state_dim=state_dim,
+        label_width=5.0,
+        restrict_logits=True,
+        value_dims=(128, 64),
+        critic="own",
+        execution=Execution(unroll=8),
+        decode_unroll=8,
+    )
+    return dataclasses.replace(config, **changes)
+
+
 def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
     """Builds the policy record; normalisation statistics are baked in.
 
@@ -111,12 +141,14 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
     for name, size in (("action_q01", config.action_dim), ("state_q01", config.state_dim)):
         if np.shape(getattr(norm_stats, name)) != (size,):
             raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(norm_stats, name))}, expected ({size},)")
+    if is_constant_action(norm_stats).all():
+        raise ValueError("norm_stats: got q01 equal to q99 in all action dimensions, expected one that moves")
     network = OpenVLA(config)
     return Policy(
-        init=functools.partial(_init, network),
+        init=functools.partial(_init, network, norm_stats),
         sample=functools.partial(_sample, network, norm_stats),
-        log_prob=functools.partial(_log_prob, network),
-        value=functools.partial(_value, network),
+        log_prob=functools.partial(_log_prob, network, norm_stats),
+        value=functools.partial(_value, network, norm_stats),
         imitation_loss=functools.partial(_imitation_loss, network, norm_stats),
         tokenize=make_tokenize(config, norm_stats),
         observation_shape=functools.partial(observation_shape, config),
@@ -129,22 +161,31 @@ def _apply(network: OpenVLA, params: PyTree, *args, method: str):
     return network.apply({"params": params}, *args, method=method)
 
 
-def _prompt(network: OpenVLA, observation: Observation) -> tuple[Pixels, jax.Array, jax.Array]:
-    """Returns what the network reads: images normalised for each tower, token ids, their mask."""
-    camera = network.config.camera
-    if camera not in observation.images:
-        raise ValueError(f"camera: got images of {sorted(observation.images)}, expected {camera!r}")
+def _is_decided(norm_stats: NormStats) -> np.ndarray:
+    """Returns bool `[A']`: which of the action's tokens are decided, up to the last one that is."""
+    is_decided = ~is_constant_action(norm_stats)
+    return is_decided[: np.flatnonzero(is_decided)[-1] + 1]
+
+
+def _prompt(network: OpenVLA, norm_stats: NormStats, observation: Observation) -> tuple[Scene, jax.Array, jax.Array]:
+    """Returns what the network reads: images normalised for each tower, or the scaled state; token ids, their mask."""
     tokens = jnp.asarray(observation.tokens)
     if tokens.shape[-1] < 2:
         raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
-    pixels = preprocess(jnp.asarray(observation.images[camera]), network.config)
-    return pixels, tokens, jnp.asarray(observation.token_mask)
+    if network.config.state_tokens:
+        scene = scale_state(jnp.asarray(observation.state), norm_stats)
+    else:
+        camera = network.config.camera
+        if camera not in observation.images:
+            raise ValueError(f"camera: got images of {sorted(observation.images)}, expected {camera!r}")
+        scene = preprocess(jnp.asarray(observation.images[camera]), network.config)
+    return scene, tokens, jnp.asarray(observation.token_mask)
 
 
-def _init(network: OpenVLA, key: jax.Array) -> PyTree:
+def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(network.config, 1))
     bins = jnp.zeros((1, network.config.action_dim), jnp.int32)
-    return network.init(key, *_prompt(network, blank), bins)["params"]
+    return network.init(key, *_prompt(network, norm_stats, blank), bins)["params"]
 
 
 def _sample(
@@ -157,34 +198,39 @@ def _sample(
     temperature: Array | float = 1.0,
 ) -> Decision:
     """Runs the prompt once, then one token at a time against its keys and values."""
-    num_later = network.config.action_dim - 1
+    is_decided = _is_decided(norm_stats)
+    num_later = len(is_decided) - 1
     keys = jax.random.split(key, network.config.action_dim)
-    hidden, cache, mask = _apply(network, params, *_prompt(network, observation), method="prefill")
+    prompt = _prompt(network, norm_stats, observation)
+    hidden, cache, mask = _apply(network, params, *prompt, method="prefill")
 
-    def choose(hidden, key):
+    def choose(hidden, key, is_decided):
         logits = _apply(network, params, hidden, method="action_logits")
-        return sample_bins(key, logits, temperature), logits
+        return jnp.where(is_decided, sample_bins(key, logits, temperature), ZERO_BIN), logits
 
     def decode_next(carry, inputs):
         bins, cache = carry
-        index, key = inputs
+        index, key, is_decided = inputs
         hidden, cache = _apply(network, params, bins, cache, mask, index, method="decode")
-        bins, logits = choose(hidden, key)
+        bins, logits = choose(hidden, key, is_decided)
         return (bins, cache), (bins, logits)
 
-    first_bins, first_logits = choose(hidden, keys[0])
-    inputs = (jnp.arange(num_later), keys[1:])
-    unroll = min(network.config.decode_unroll, num_later)
+    first_bins, first_logits = choose(hidden, keys[0], is_decided[0])
+    inputs = (jnp.arange(num_later), keys[1 : num_later + 1], is_decided[1:])
+    unroll = max(min(network.config.decode_unroll, num_later), 1)
     _, (later_bins, later_logits) = jax.lax.scan(decode_next, (first_bins, cache), inputs, unroll=unroll)
     bins = jnp.concatenate([first_bins[None], later_bins]).T
     logits = jnp.concatenate([first_logits[None], later_logits]).swapaxes(0, 1)
-    logp, _ = score_bins(logits, bins, temperature)
+    logp, _ = score_bins(logits, bins, temperature, is_decided)
+    num_undecided = network.config.action_dim - len(is_decided)
+    bins = jnp.pad(bins, [(0, 0), (0, num_undecided)], constant_values=ZERO_BIN)
     action = unnormalize_action(decode_bins(bins), norm_stats)
-    return Decision(action, bins, logp, _apply(network, params, hidden, method="value"))
+    return Decision(action, bins, logp, _apply(network, params, hidden, prompt[0], method="value"))
 
 
 def _log_prob(
     network: OpenVLA,
+    norm_stats: NormStats,
     params: PyTree,
     observation: Observation,
     action_tokens: Array,
@@ -192,24 +238,28 @@ def _log_prob(
     temperature: Array | float = 1.0,
 ) -> ActionScore:
     """Scores all tokens of an action in one pass, each given the ones before it."""
-    bins = jnp.asarray(action_tokens)
-    hidden = _apply(network, params, *_prompt(network, observation), bins, method="score")
-    logp, entropy = score_bins(_apply(network, params, hidden, method="action_logits"), bins, temperature)
-    return ActionScore(logp, entropy, _apply(network, params, hidden[:, 0], method="value"))
+    is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
+    bins = jnp.asarray(action_tokens)[:, : len(is_decided)]
+    hidden = _apply(network, params, *prompt, bins, method="score")
+    logits = _apply(network, params, hidden, method="action_logits")
+    logp, entropy = score_bins(logits, bins, temperature, is_decided)
+    return ActionScore(logp, entropy, _apply(network, params, hidden[:, 0], prompt[0], method="value"))
 
 
-def _value(network: OpenVLA, params: PyTree, observation: Observation) -> jax.Array:
-    hidden, _, _ = _apply(network, params, *_prompt(network, observation), method="prefill")
-    return _apply(network, params, hidden, method="value")
+def _value(network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:
+    prompt = _prompt(network, norm_stats, observation)
+    hidden, _, _ = _apply(network, params, *prompt, method="prefill")
+    return _apply(network, params, hidden, prompt[0], method="value")
 
 
 def _imitation_loss(
     network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation, action: Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the cross entropy of raw actions `[B, A]`, mean over their tokens, `[B]`, and how close the greedy is."""
-    unit = normalize_action(jnp.asarray(action), norm_stats)
+    """Returns the cross entropy `[B]` of raw actions `[B, A]`, mean over decided tokens, and how far the greedy is."""
+    is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
+    unit = normalize_action(jnp.asarray(action), norm_stats)[:, : len(is_decided)]
     bins = encode_bins(unit)
-    hidden = _apply(network, params, *_prompt(network, observation), bins, method="score")
+    hidden = _apply(network, params, *prompt, bins, method="score")
     logits, labels = _apply(network, params, hidden, method="action_logits"), _action_labels(unit, bins, network.config)
     if network.config.restrict_logits:
         loss = soft_cross_entropy(logits, labels)
@@ -218,8 +268,8 @@ def _imitation_loss(
         loss = soft_cross_entropy(all_logits, _in_vocabulary(labels, network.config))
     greedy = jnp.argmax(logits, axis=-1)
     error = jnp.abs(decode_bins(greedy) - jnp.clip(unit, -1.0, 1.0))
-    metrics = {"token_accuracy": jnp.mean(greedy == bins, axis=-1), "l1": jnp.mean(error, axis=-1)}
-    return loss.mean(axis=-1), metrics
+    mean = functools.partial(jnp.mean, axis=-1, where=is_decided)
+    return mean(loss), {"token_accuracy": mean(greedy == bins), "l1": mean(error)}
 
 
 def _action_labels(unit_action: jax.Array, bins: jax.Array, config: OpenVLAConfig) -> jax.Array:
@@ -240,8 +290,9 @@ def _in_vocabulary(labels: jax.Array, config: OpenVLAConfig) -> jax.Array:
 def observation_shape(config: OpenVLAConfig, batch_size: int) -> Observation:
     """Returns the shapes of what the policy reads, as jax.ShapeDtypeStruct; cameras of other sizes are resized."""
     size, length = config.image_size, config.prompt_length
+    image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
     return Observation(
-        images={config.camera: jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)},
+        images={} if config.state_tokens else {config.camera: image},
         state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
         tokens=jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
         token_mask=jax.ShapeDtypeStruct((batch_size, length), jnp.bool_),
@@ -283,7 +334,7 @@ def sharding_rules(config: OpenVLAConfig) -> tuple[tuple[str, P], ...]:
     Heads and hidden units are split over `tensor`, the other side of each product over `fsdp`; vectors of the model's
     width are replicated.
     """
-    rules = (
+    decoder = (
         (r"llm/embed_tokens$", P("tensor", "fsdp")),
         (r"llm/lm_head$", P("fsdp", "tensor")),
         (r"llm/layers/[qkv]_proj/kernel$", P(None, "fsdp", "tensor", None)),
@@ -291,6 +342,11 @@ def sharding_rules(config: OpenVLAConfig) -> tuple[tuple[str, P], ...]:
         (r"llm/layers/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
         (r"llm/layers/down_proj/kernel$", P(None, "tensor", "fsdp")),
         (r"norm/scale$", P()),
+        (r"value_head/layer_\d+/(kernel|bias)$|value_head/out/kernel$", P()),
+    )
+    if config.state_tokens:
+        return (*decoder, (r"state_embed/kernel$", P(None, None, "fsdp")), (r"state_embed/bias$", P()))
+    towers = (
         (r"(dino|siglip)/blocks/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
         (r"(dino|siglip)/blocks/qkv/bias$", P(None, None, "tensor", None)),
         (r"(dino|siglip)/blocks/proj/kernel$", P(None, "tensor", None, "fsdp")),
@@ -304,6 +360,6 @@ def sharding_rules(config: OpenVLAConfig) -> tuple[tuple[str, P], ...]:
         (r"projector/fc2/kernel$", P("tensor", "fsdp")),
         (r"projector/fc1/bias$", P("tensor")),
         (r"projector/fc[23]/bias$", P()),
-        (r"value_head/layer_\d+/(kernel|bias)$|value_head/out/kernel$", P()),
     )
-    return (*rules, (r"stem/conv_\d+/(kernel|bias)$", P())) if config.stem else rules
+    stem = ((r"stem/conv_\d+/(kernel|bias)$", P()),) if config.stem else ()
+    return (*decoder, *towers, *stem)

@@ -1,5 +1,7 @@
 """The network of OpenVLA: two vision towers, a projector, a Llama decoder that speaks in action bins, a value head.
 
+Where there is a state to see instead of an image, a linear embedding of it into a few tokens stands for the towers.
+
 The sequence is `[BOS] + patches + text + actions`, causal throughout. The text is right-aligned, so that its last
 token, which predicts the first action token and carries the value, stands at the same place in every row of a batch.
 """
@@ -18,14 +20,19 @@ from stare_jax.models.vit import ConvStem, ViT, ViTConfig, stem_stride
 
 Pixels = tuple[jax.Array, jax.Array]
 """float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
+Scene = Pixels | jax.Array
+"""What the network sees: images, or the normalised state float32 `[B, S]`."""
+
+CRITICS = ("shared", "detached", "own")
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenVLAConfig:
     """Everything that `make_openvla` needs to know; `openvla_7b()` and `openvla_tiny()` are the presets."""
 
-    dino: ViTConfig
-    siglip: ViTConfig
+    dino: ViTConfig | None
+    """None, like `siglip`, where `state_tokens` replace the towers."""
+    siglip: ViTConfig | None
     projector_dim: int
     """width of the projector's first hidden layer."""
     llm: LlamaConfig
@@ -43,6 +50,8 @@ class OpenVLAConfig:
     """`jax.image.resize` method for cameras of another size; antialiased and rounded to uint8, as PIL does."""
     stem: tuple[int, ...] = ()
     """channels of a convolutional stem that both towers read instead of the image; empty has none."""
+    state_tokens: int = 0
+    """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
     action_dim: int = 7
     state_dim: int = 0
     label_width: float = 0.0
@@ -50,20 +59,20 @@ class OpenVLAConfig:
     restrict_logits: bool = False
     """whether the imitation loss normalises over the action tokens alone, as sampling always does."""
     value_dims: tuple[int, ...] = (512, 128)
-    value_stop_gradient: bool = False
-    """whether the value's gradient stays out of the decoder."""
+    critic: str = "shared"
+    """what the value head reads: "shared", the decoder's last state of the prompt; "detached", the same without passing
+    a gradient on; "own", an encoder of its own, which sees the image (or the state) and not the prompt."""
     execution: Execution = Execution()
     decode_unroll: int = 1
     """action tokens per iteration of the decoding loop."""
 
     def __post_init__(self):
-        stride = stem_stride(self.stem) * self.dino.patch_size
-        if self.siglip.patch_size != self.dino.patch_size:
-            raise ValueError(f"siglip.patch_size: got {self.siglip.patch_size}, expected dino's {self.dino.patch_size}")
-        if self.image_size % stride:
-            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")
-        if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
-            raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as the stem is shared")
+        if self.state_tokens:
+            self._check_state_only()
+        else:
+            self._check_towers()
+        if self.critic not in CRITICS:
+            raise ValueError(f"critic: got {self.critic!r}, expected one of {CRITICS}")
         if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
             expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
             raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
@@ -73,9 +82,34 @@ class OpenVLAConfig:
             raise ValueError(
                 f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
             )
-        for name, least in (("label_width", 0), ("state_dim", 0), ("action_dim", 2), ("prompt_length", 3)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {least}")
+        least = {"label_width": 0, "state_dim": 0, "state_tokens": 0, "action_dim": 2, "prompt_length": 3}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
+
+    def _check_towers(self):
+        for name in ("dino", "siglip"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: got None, expected a tower, as state_tokens is 0")
+        stride = stem_stride(self.stem) * self.dino.patch_size
+        if self.siglip.patch_size != self.dino.patch_size:
+            raise ValueError(f"siglip.patch_size: got {self.siglip.patch_size}, expected dino's {self.dino.patch_size}")
+        if self.image_size % stride:
+            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")
+        if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
+            raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as the stem is shared")
+        if self.critic == "own" and not self.stem:
+            raise ValueError(
+                "critic: got 'own' without a stem, whose like the critic's own encoder is; expected another"
+            )
+
+    def _check_state_only(self):
+        for name, expected in (("dino", None), ("siglip", None), ("stem", ()), ("image_size", 0)):
+            if getattr(self, name) != expected:
+                got = f"got {getattr(self, name)!r}, expected {expected!r}"
+                raise ValueError(f"{name}: {got}, as state_tokens = {self.state_tokens} replace the towers")
+        if not self.state_dim:
+            raise ValueError(f"state_dim: got 0, expected > 0 for state_tokens = {self.state_tokens}")
 
 
 class Projector(nn.Module):
@@ -99,10 +133,15 @@ class OpenVLA(nn.Module):
 
     def setup(self):
         cfg, execution = self.config, self.config.execution
-        self.stem = ConvStem(cfg.stem, execution) if cfg.stem else None
-        self.dino = ViT(cfg.dino, execution)
-        self.siglip = ViT(cfg.siglip, execution)
-        self.projector = Projector(cfg.projector_dim, cfg.llm.width, execution)
+        if cfg.state_tokens:
+            self.state_embed = Linear((cfg.state_tokens, cfg.llm.width), execution)
+        else:
+            self.stem = ConvStem(cfg.stem, execution) if cfg.stem else None
+            self.dino = ViT(cfg.dino, execution)
+            self.siglip = ViT(cfg.siglip, execution)
+            self.projector = Projector(cfg.projector_dim, cfg.llm.width, execution)
+            if cfg.critic == "own":
+                self.value_stem = ConvStem(cfg.stem, execution)
         self.llm = Llama(cfg.llm, execution)
         self.value_head = ValueHead(cfg.value_dims)
 
@@ -112,27 +151,28 @@ class OpenVLA(nn.Module):
             pixels = (self.stem(pixels[0]),) * 2
         return jnp.concatenate([self.dino(pixels[0]), self.siglip(pixels[1])], axis=-1)
 
-    def embed_prompt(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def embed_prompt(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns embeddings `[B, P, width]` of BOS, patches and text, and their mask bool `[B, P]`, P = patches + L.
 
         Args:
-            pixels: normalised images.
+            scene: what is seen; the tokens of a state stand where the patches of images do.
             tokens: int32 `[B, L]`: BOS, padding, text.
             token_mask: bool `[B, L]`, False on padding.
         """
-        patches, text = self.projector(self.vision(pixels)), self.llm.embed(tokens)
+        patches = self.state_embed(scene) if self.config.state_tokens else self.projector(self.vision(scene))
+        text = self.llm.embed(tokens)
         embeds = jnp.concatenate([text[:, :1], patches.astype(text.dtype), text[:, 1:]], axis=1)
         is_patch = jnp.ones(patches.shape[:2], bool)
         return embeds, jnp.concatenate([token_mask[:, :1], is_patch, token_mask[:, 1:]], axis=1)
 
-    def prefill(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, Cache, jax.Array]:
+    def prefill(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, Cache, jax.Array]:
         """Runs the prompt.
 
         Returns:
             The hidden state `[B, width]` of the last prompt token, a cache with room for the action tokens that are fed
             back (all but the last), and the prompt's mask bool `[B, P]`.
         """
-        embeds, mask = self.embed_prompt(pixels, tokens, token_mask)
+        embeds, mask = self.embed_prompt(scene, tokens, token_mask)
         hidden, prefix = self.llm(embeds, mask)
         num_slots = self.config.action_dim - 1
         suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], num_slots, *x.shape[3:]), x.dtype), prefix)
@@ -144,12 +184,12 @@ class OpenVLA(nn.Module):
         hidden, cache = self.llm.decode(embeds, cache, mask, index)
         return hidden[:, 0], cache
 
-    def score(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
+    def score(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
         """Returns the hidden states `[B, A, width]` that predict each action token, given the ones before it.
 
         The first of them is that of the last prompt token.
         """
-        embeds, mask = self.embed_prompt(pixels, tokens, token_mask)
+        embeds, mask = self.embed_prompt(scene, tokens, token_mask)
         actions = self.llm.embed(self.token_ids(bins[:, :-1]))
         embeds = jnp.concatenate([embeds, actions], axis=1)
         mask = jnp.concatenate([mask, jnp.ones(actions.shape[:2], bool)], axis=1)
@@ -169,14 +209,21 @@ class OpenVLA(nn.Module):
         """Returns float32 logits `[..., vocab_size]` of all tokens."""
         return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
 
-    def value(self, hidden: jax.Array) -> jax.Array:
-        """Returns float32 `[B]` from the hidden state `[B, width]` of the last prompt token."""
-        return self.value_head(jax.lax.stop_gradient(hidden) if self.config.value_stop_gradient else hidden)
+    def value(self, hidden: jax.Array, scene: Scene) -> jax.Array:
+        """Returns float32 `[B]` from the hidden state `[B, width]` of the last prompt token, or from what is seen."""
+        if self.config.critic == "own":
+            features = scene
+            if not self.config.state_tokens:
+                features = self.value_stem(scene[0]).reshape(
+                    hidden.shape[0], -1
+                )  # where things are matters: no pooling
+            return self.value_head(features)
+        return self.value_head(jax.lax.stop_gradient(hidden) if self.config.critic == "detached" else hidden)
 
-    def __call__(self, pixels: Pixels, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array):
+    def __call__(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array):
         """Returns action logits `[B, A, 256]` and values `[B]`; touches every parameter, for initialisation."""
-        hidden = self.score(pixels, tokens, token_mask, bins)
-        return self.action_logits(hidden), self.value(hidden[:, 0])
+        hidden = self.score(scene, tokens, token_mask, bins)
+        return self.action_logits(hidden), self.value(hidden[:, 0], scene)
 
 
 def preprocess(image: jax.Array, config: OpenVLAConfig) -> Pixels:

@@ -18,7 +18,8 @@ from stare_jax.train.config import ConfigError
 SHARED_FIELDS = ("env", "model", "stages", "demos", "seed", "init_from", "demos_from")
 """what all phases depend on."""
 MACHINE_FIELDS = tuple(
-    f"config.env.{name}" for name in ("num_workers", "worker_timeout_s", "start_timeout_s", "max_restarts")
+    f"config.env.{name}"
+    for name in ("num_workers", "envs_per_worker", "worker_timeout_s", "start_timeout_s", "max_restarts")
 )
 """parts of those that change nothing but the speed."""
 GROWING_FIELDS = ("config.num_steps", "config.num_iterations")

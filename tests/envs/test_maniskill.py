@@ -137,6 +137,7 @@ def test_goals_of_the_other_tasks(simulators):
     [
         ("env_id", "PushCube-v9", "env_id: got 'PushCube-v9', expected one of"),
         ("num_workers", 0, "num_workers: got 0, expected at least 1"),
+        ("envs_per_worker", 0, "envs_per_worker: got 0, expected at least 1"),
         ("horizon", 0, "horizon: got 0"),
         ("image_size", -1, "image_size: got -1"),
         ("use_state", "all", "use_state: got 'all'"),
@@ -160,6 +161,26 @@ def test_task_without_a_simulator_is_a_config_but_no_environment():
 def test_bad_actions_are_refused(action, simulators):
     with pytest.raises(ValueError, match="action: got .* expected 7 finite numbers"):
         simulators("PushCube-v1").step(action)
+
+
+def test_low_dim_state_tells_where_everything_is(simulators):
+    config = EnvConfig("StackCube-v1", image_size=None, use_state="low_dim")
+    simulator = Simulator(config)
+    opened, closed = (np.array([0.5, -0.5, 0, 0, 0, 0, gripper], np.float32) for gripper in (1, -1))
+    simulator.reset(3)
+    for action in (opened, closed):
+        for _ in range(4):
+            state, signals = simulator.step(action)[1:]
+        assert state.shape == (config.state_dim,) and state.dtype == np.float32
+        tcp, obj = state[:3], state[8:11]
+        np.testing.assert_array_equal(tcp, signals.tcp_pos)
+        np.testing.assert_allclose(tcp + state[18:21], obj, atol=1e-6)
+        np.testing.assert_allclose(obj + state[21:24], state[15:18], atol=1e-6)
+        assert state[3] >= 0 and state[11] >= 0
+        np.testing.assert_allclose(np.linalg.norm(state[[3, 4, 5, 6]]), 1, atol=1e-5)
+        assert (state[7] > 0.07) == (action is opened) and 0 <= state[7] <= 0.081
+        assert state[24] == signals.is_grasped
+    simulator.close()
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------

@@ -16,14 +16,15 @@ from stare_jax.stages import get_task
 
 @pytest.fixture(scope="module")
 def pool():
-    """Two simulators without images, quick to restart."""
-    with contextlib.closing(make_vec_env(EnvConfig(image_size=None, use_state="tcp", worker_timeout_s=5.0))) as pool:
+    """Two processes of two simulators without images, quick to restart."""
+    config = EnvConfig(envs_per_worker=2, image_size=None, use_state="tcp", worker_timeout_s=5.0)
+    with contextlib.closing(make_vec_env(config)) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def rendering_pool(vulkan_driver):
-    with contextlib.closing(make_vec_env(EnvConfig(image_size=64))) as pool:
+    with contextlib.closing(make_vec_env(EnvConfig(envs_per_worker=2, image_size=64))) as pool:
         yield pool
 
 
@@ -51,20 +52,20 @@ def is_gone(pid):
 
 
 def test_shapes_and_instructions(pool):
-    state = pool.reset([0, 1])
-    assert (pool.env_id, pool.num_envs, pool.horizon, pool.action_dim) == ("PushCube-v1", 2, 30, 7)
-    assert tuple(pool.instructions) == (get_task("PushCube-v1").instruction,) * 2
-    assert state.alive.tolist() == [True, True]
+    state = pool.reset([0, 1, 2, 3])
+    assert (pool.env_id, pool.num_envs, pool.horizon, pool.action_dim) == ("PushCube-v1", 4, 30, 7)
+    assert tuple(pool.instructions) == (get_task("PushCube-v1").instruction,) * 4
+    assert state.alive.tolist() == [True] * 4
     assert state.observation.images == {}
     np.testing.assert_array_equal(state.observation.state, state.signals.tcp_pos)
-    assert state.observation.tokens.shape == state.observation.token_mask.shape == (2, 0)
-    assert state.signals.obj_quat.shape == (2, 4) and state.signals.success.shape == (2,)
+    assert state.observation.tokens.shape == state.observation.token_mask.shape == (4, 0)
+    assert state.signals.obj_quat.shape == (4, 4) and state.signals.success.shape == (4,)
 
 
 def test_steps_are_those_of_a_simulator_of_ones_own(pool, simulators):
-    actions = np.random.default_rng(0).uniform(-1, 1, (8, 2, 7)).astype(np.float32)
-    states = [pool.reset([11, 12], reproducible=True)] + [pool.step(action) for action in actions]
-    for i in range(2):
+    actions = np.random.default_rng(0).uniform(-1, 1, (8, 4, 7)).astype(np.float32)
+    states = [pool.reset([11, 12, 13, 14], reproducible=True)] + [pool.step(action) for action in actions]
+    for i in range(4):
         alone = simulators("PushCube-v1")
         frames = [alone.reset(11 + i, reproducible=True)] + [alone.step(action[i]) for action in actions]
         for state, frame in zip(states, frames, strict=True):
@@ -73,77 +74,80 @@ def test_steps_are_those_of_a_simulator_of_ones_own(pool, simulators):
 
 
 def test_environments_are_reset_one_by_one_in_a_step(pool):
-    before = pool.reset([20, 21])
-    action = np.full((2, 7), 0.5, np.float32)
-    after = pool.step(action, {1: 22})
-    fresh = pool.reset([20, 22])
-    assert not np.array_equal(after.signals.tcp_pos[0], before.signals.tcp_pos[0])
-    np.testing.assert_array_equal(after.signals.tcp_pos[1], fresh.signals.tcp_pos[1])
-    np.testing.assert_array_equal(after.signals.obj_pos[1], fresh.signals.obj_pos[1])
+    before = pool.reset([20, 21, 22, 23])
+    after = pool.step(np.full((4, 7), 0.5, np.float32), {1: 24, 3: 25})
+    fresh = pool.reset([20, 24, 22, 25])
+    for row, is_reset in enumerate([False, True, False, True]):
+        assert np.array_equal(after.signals.tcp_pos[row], fresh.signals.tcp_pos[row]) == is_reset
+        np.testing.assert_allclose(after.signals.obj_pos[row], fresh.signals.obj_pos[row], atol=1e-4)
+        assert not np.array_equal(after.signals.tcp_pos[row], before.signals.tcp_pos[row])
 
 
 def test_results_are_owned_by_the_caller(pool):
-    state = pool.reset([30, 31])
+    state = pool.reset([30, 31, 32, 33])
     kept = [leaf.copy() for leaf in leaves(state)]
-    pool.step(np.ones((2, 7), np.float32))
+    pool.step(np.ones((4, 7), np.float32))
     for leaf, copy in zip(leaves(state), kept, strict=True):
         np.testing.assert_array_equal(leaf, copy)
 
 
 def test_calls_are_checked(pool):
-    pool.reset([0, 1])
-    with pytest.raises(ValueError, match="seeds: got 1, expected one for each of 2"):
+    pool.reset([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="seeds: got 1, expected one for each of 4"):
         pool.reset([0])
-    with pytest.raises(ValueError, match=r"action: got shape \(2, 6\), expected \(2, 7\)"):
-        pool.step(np.zeros((2, 6)))
+    with pytest.raises(ValueError, match=r"action: got shape \(4, 6\), expected \(4, 7\)"):
+        pool.step(np.zeros((4, 6)))
     with pytest.raises(ValueError, match="action: got .*nan.*, expected finite"):
-        pool.step(np.full((2, 7), np.nan))
-    with pytest.raises(ValueError, match="reset_seeds: got \\[2\\], expected indices below 2"):
-        pool.step(np.zeros((2, 7)), {2: 0})
+        pool.step(np.full((4, 7), np.nan))
+    with pytest.raises(ValueError, match="reset_seeds: got \\[4\\], expected indices below 4"):
+        pool.step(np.zeros((4, 7)), {4: 0})
 
 
 def test_interrupts_are_the_parents_affair(pool):
-    pool.reset([0, 1])
+    pool.reset([0, 1, 2, 3])
     for each in pool._workers:
         each.process.send_signal(signal.SIGINT)
         each.process.send_signal(signal.SIGTERM)
-    assert pool.step(np.zeros((2, 7))).alive.all()
+    assert pool.step(np.zeros((4, 7))).alive.all()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
 def test_a_lost_worker_is_restarted_and_the_others_go_on(number, pool):
-    pool.reset([40, 41])
+    pool.reset([40, 41, 42, 43])
     restarts, lost = pool.num_restarts, pool._workers[1].process
     lost.send_signal(number)
-    state = pool.step(np.full((2, 7), 0.3))
-    assert state.alive.tolist() == [True, False]
+    state = pool.step(np.full((4, 7), 0.3))
+    assert state.alive.tolist() == [True, True, False, False]
     assert pool.num_restarts == restarts + 1
     assert is_gone(lost.pid)
     # Not reset, it stays out of the way.
-    assert pool.step(np.zeros((2, 7))).alive.tolist() == [True, False]
-    state = pool.step(np.zeros((2, 7)), {1: 41})
-    assert state.alive.tolist() == [True, True]
+    assert pool.step(np.zeros((4, 7))).alive.tolist() == [True, True, False, False]
+    assert pool.step(np.zeros((4, 7)), {2: 42}).alive.tolist() == [True, True, True, False]
+    state = pool.step(np.zeros((4, 7)), {3: 43})
+    assert state.alive.all()
     for _ in range(20):
         state = pool.step(expert_actions(state.signals))
     assert state.signals.success.all()
 
 
 def test_losing_workers_for_ever_is_an_error(pool):
-    pool.reset([0, 1])
+    pool.reset([0, 1, 2, 3])
     restarts, pool.num_restarts = pool.num_restarts, pool.config.max_restarts
     pool._workers[0].process.kill()
     with pytest.raises(SimulatorError, match="max_restarts: .* lost 101 times, expected at most 100.*doctor.py"):
-        pool.step(np.zeros((2, 7)))
+        pool.step(np.zeros((4, 7)))
     pool.num_restarts = restarts
     pool._restart(0)
 
 
 def test_an_error_in_a_worker_is_raised_with_its_traceback(pool):
-    pool.reset([0, 1])
-    pool._workers[0].connection.send_bytes(b"?")  # Taken for a reset without a seed.
-    with pytest.raises(SimulatorError, match="(?s)simulator 0 of PushCube-v1:\nTraceback.*ValueError.*doctor.py"):
+    pool.reset([0, 1, 2, 3])
+    pool._workers[0].connection.send_bytes(b"- ?")  # Taken for a reset without a seed.
+    with pytest.raises(
+        SimulatorError, match="(?s)simulator process 0 of PushCube-v1:\nTraceback.*ValueError.*doctor.py"
+    ):
         list(pool._answers([0], 5.0, on_lost=pytest.fail))
-    assert pool.step(np.zeros((2, 7))).alive.all()
+    assert pool.step(np.zeros((4, 7))).alive.all()
 
 
 def test_images_and_reproducible_resets(rendering_pool):
@@ -153,12 +157,12 @@ def test_images_and_reproducible_resets(rendering_pool):
             states.append(rendering_pool.step(expert_actions(states[-1].signals)))
         return [leaf for state in states for leaf in leaves(state)]
 
-    first = episode([3, 4])
+    first = episode([3, 4, 5, 6])
     images = first[0]
-    assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8
-    assert images.std() > 20 and not np.array_equal(images[0], images[1])
-    episode([5, 6])
-    for leaf, again in zip(first, episode([3, 4]), strict=True):
+    assert images.shape == (4, 64, 64, 3) and images.dtype == np.uint8
+    assert images.std() > 20 and len(np.unique(images, axis=0)) == 4
+    episode([7, 8, 9, 10])
+    for leaf, again in zip(first, episode([3, 4, 5, 6]), strict=True):
         np.testing.assert_array_equal(leaf, again)
 
 
@@ -175,7 +179,7 @@ def test_close_leaves_no_process_and_no_file(rendering_pool):
 def test_a_start_that_fails_says_why(monkeypatch):
     for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
         monkeypatch.setenv(name, "/nowhere/driver.json")
-    with pytest.raises(SimulatorError, match="(?s)simulator 0 of PushCube-v1:\nTraceback.*RuntimeError.*doctor.py"):
+    with pytest.raises(SimulatorError, match="(?s)process 0 of PushCube-v1:\nTraceback.*RuntimeError.*doctor.py"):
         SimulatorPool(EnvConfig(num_workers=1, image_size=64))
 
 

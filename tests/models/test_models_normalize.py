@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.models.normalize import identity_stats, normalize_action, normalize_state, unnormalize_action
+from stare_jax.models.normalize import (
+    identity_stats,
+    is_constant_action,
+    normalize_action,
+    normalize_state,
+    scale_state,
+    unnormalize_action,
+)
 from stare_jax.types import NormStats
 
 STATS = NormStats(
@@ -42,3 +49,21 @@ def test_identity_statistics():
     np.testing.assert_allclose(unnormalize_action(action, stats), action, atol=1e-6)
     np.testing.assert_allclose(normalize_state(action[:, :2], stats), action[:, :2], atol=1e-6)
     assert normalize_state(np.zeros((4, 0), np.float32), identity_stats(3, 0)).shape == (4, 0)
+
+
+def test_scaled_states_are_told_apart_beyond_the_data_and_small_ranges_are_not_blown_up():
+    stats = identity_stats(1, 3)._replace(
+        state_q01=np.float32([0.0, 0.2, 0.5]), state_q99=np.float32([2.0, 0.201, 0.5])
+    )
+    state = np.float32([[0.0, 0.2, 0.5], [2.0, 0.201, 0.505], [3.5, 0.2005, 9.0], [99.0, -9.0, 0.49]])
+    expected = [[-1, -0.05, 0], [1, 0.05, 0.5], [2.5, 0, 3], [3, -3, -1]]
+    np.testing.assert_allclose(scale_state(state, stats), expected, atol=1e-4)
+
+
+def test_constant_actions_are_those_that_are_normalised_and_do_not_move():
+    stats = identity_stats(3, 0)._replace(
+        action_q01=np.float32([0.0, 1.0, 1.0]),
+        action_q99=np.float32([1.0, 1.0, 1.0]),
+        action_mask=np.array([True, True, False]),
+    )
+    assert is_constant_action(stats).tolist() == [False, True, False]

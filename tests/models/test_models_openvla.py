@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, some_stats
+from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, random_params, some_stats
 
-from stare_jax.models import make_policy, openvla_tiny, with_prompt
-from stare_jax.models.heads import decode_bins, encode_bins
+from stare_jax.models import make_policy, openvla_state, openvla_tiny, with_prompt
+from stare_jax.models.heads import ZERO_BIN, decode_bins, encode_bins
 from stare_jax.models.normalize import normalize_action, unnormalize_action
-from stare_jax.models.openvla_network import preprocess
+from stare_jax.models.openvla_network import OpenVLA, preprocess
 
 
 def rows(tree, index):
@@ -140,15 +140,78 @@ def test_imitation_reaches_every_parameter_but_the_value_head(nano):
     assert still and all("value_head" in name for name in still), still
 
 
-@pytest.mark.parametrize("is_detached", [False, True])
-def test_the_values_gradient_enters_the_decoder_unless_it_is_detached(nano, is_detached):
-    policy = make_policy(nano_config(value_stop_gradient=is_detached), some_stats(3, 2))
-    # Forward mode, along the decoder's parameters alone: how the value moves with them.
-    along = jax.tree.map(np.zeros_like, nano.params) | {"llm": nano.params["llm"]}
+@pytest.mark.parametrize("critic", ["shared", "detached", "own"])
+def test_the_values_gradient_enters_the_decoder_only_where_it_is_shared(nano, critic):
+    policy = make_policy(nano_config(critic=critic), some_stats(3, 2))
+    params = random_params(policy)
+    # Forward mode, along some parameters alone: how the value moves with them.
     derivative = lambda p, d: jax.jvp(lambda q: policy.value(q, nano.observation), (p,), (d,))  # noqa: E731
-    value, moved = jit(derivative)(nano.params, along)
-    assert np.isfinite(value).all()
-    assert np.any(moved) != is_detached
+    moving = {"shared": {"llm", "value_head"}, "detached": {"value_head"}, "own": {"value_head", "value_stem"}}[critic]
+    for name in {"llm", "value_head", "value_stem"} & params.keys():
+        along = jax.tree.map(np.zeros_like, params) | {name: params[name]}
+        value, moved = jit(derivative)(params, along)
+        assert np.isfinite(value).all()
+        assert np.any(moved) == (name in moving), name
+
+
+def test_actions_that_the_data_never_moves_cost_nothing(nano):
+    """The second of three action dimensions is constant in one case, the last in another."""
+    for constant, decided in ((1, [0, 2]), (2, [0, 1])):
+        stats = some_stats(3, 2)
+        stats = stats._replace(action_mask=np.ones(3, bool), action_q99=stats.action_q99.copy())
+        stats.action_q99[constant] = stats.action_q01[constant]
+        policy = make_policy(nano_config(), stats)
+        decision = jit(policy.sample)(nano.params, nano.observation, jax.random.key(0))
+        np.testing.assert_allclose(decision.action[:, constant], stats.action_q01[constant], atol=1e-6)
+        np.testing.assert_array_equal(decision.action_tokens[:, constant], ZERO_BIN)
+        assert all(len(np.unique(decision.action_tokens[:, d])) > 1 for d in decided)
+        score = jit(policy.log_prob)(nano.params, nano.observation, decision.action_tokens)
+        np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
+        # What the whole policy makes of the same tokens, less the constant one's share.
+        hidden = OpenVLA(nano_config()).apply(
+            {"params": nano.params},
+            preprocess(nano.observation.images["base_camera"], nano_config()),
+            nano.observation.tokens,
+            nano.observation.token_mask,
+            decision.action_tokens,
+        )[0]
+        logp = jax.nn.log_softmax(hidden)[np.arange(3)[:, None], np.arange(3), decision.action_tokens]
+        np.testing.assert_allclose(decision.logp, logp[:, decided].sum(axis=1), atol=1e-4)
+    still = stats._replace(action_q99=stats.action_q01)
+    with pytest.raises(ValueError, match="norm_stats: got q01 equal to q99 in all action dimensions"):
+        make_policy(nano_config(), still)
+
+
+def test_state_tokens_stand_where_the_patches_do():
+    config = openvla_state(state_dim=2, action_dim=3)
+    policy = make_policy(config, some_stats(3, 2))
+    params = random_params(policy)
+    observation = random_observation(policy, INSTRUCTIONS)
+    assert not observation.images and not params.keys() & {"dino", "siglip", "projector", "stem"}
+    score = jit(policy.log_prob)
+    bins = np.zeros((3, 3), np.int32)
+    first = score(params, observation, bins)
+    # Everything the policy says depends on the state, also where it is beyond the range of the data.
+    for state in (observation.state + 0.3, observation.state + 1.5):
+        moved = score(params, observation._replace(state=state), bins)
+        assert (np.abs(moved.logp - first.logp) > 1e-3).all() and (np.abs(moved.value - first.value) > 1e-3).all()
+        first = moved
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"state_dim": 0}, "state_dim: got 0, expected > 0 for state_tokens = 4"),
+        ({"image_size": 64}, "image_size: got 64, expected 0, as state_tokens = 4 replace the towers"),
+        ({"stem": (8,)}, r"stem: got \(8,\), expected \(\), as"),
+        ({"dino": openvla_tiny().dino}, "dino: got ViTConfig.*, expected None, as"),
+        ({"state_tokens": 0}, "dino: got None, expected a tower, as state_tokens is 0"),
+        ({"critic": "none"}, "critic: got 'none', expected one of"),
+    ],
+)
+def test_impossible_policies_of_the_state_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        openvla_state(**changes)
 
 
 def test_images_are_normalised_for_each_tower_and_resized_as_pil_does():

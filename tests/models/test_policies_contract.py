@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from nano_policy import jit, random_observation, some_stats
 
-from stare_jax.models import ActionScore, Decision, MLPConfig, Policy, make_policy, openvla_tiny
+from stare_jax.models import ActionScore, Decision, MLPConfig, Policy, make_policy, openvla_state, openvla_tiny
 
-CONFIGS = {"openvla_tiny": openvla_tiny(state_dim=3), "mlp": MLPConfig()}
+CONFIGS = {"openvla_tiny": openvla_tiny(state_dim=3), "openvla_state": openvla_state(), "mlp": MLPConfig()}
 INSTRUCTIONS = ("push the blue cube to the target", "lift the peg upright")
 
 
