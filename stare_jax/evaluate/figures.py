@@ -47,7 +47,7 @@ def draw_timeline(timeline: Timeline, stage_names: Sequence[str], path: str | Pa
         figure.suptitle(title, color=theme.text, fontsize=11, x=0.01, ha="left")
         num_states = len(timeline.stage_t)
         for axis in axes:
-            _style(axis, theme)
+            style_axis(axis, theme)
             _draw_bands(axis, timeline.stage_t)
             axis.set_xlim(-0.5, num_states - 0.5)
         steps = np.arange(num_states)
@@ -64,7 +64,7 @@ def draw_timeline(timeline: Timeline, stage_names: Sequence[str], path: str | Pa
         axes[2].set_xlabel("step")
         _mark_success(axes, timeline, theme)
 
-    _save(draw, path, size=(8.4, 5.6))
+    save_figure(draw, path, size=(8.4, 5.6))
 
 
 def draw_rates(
@@ -81,7 +81,7 @@ def draw_rates(
 
     def draw(figure: Figure, theme: Theme) -> None:
         axis = figure.subplots()
-        _style(axis, theme)
+        style_axis(axis, theme)
         axis.set_title(title, color=theme.text, fontsize=11, loc="left")
         width = 0.8 / len(series)
         for index, (name, estimates) in enumerate(series.items()):
@@ -101,10 +101,9 @@ def draw_rates(
         axis.set_ylabel("% of episodes, 95 % interval")
         axis.grid(False, axis="x")
         legend = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(series)}
-        legend = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(series)}
         axis.legend(frameon=False, labelcolor=theme.text, fontsize=9, **legend)
 
-    _save(draw, path, size=(8.4, 3.4))
+    save_figure(draw, path, size=(8.4, 3.4))
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], phase: str, path: str | Path, *, max_panels: int = 9) -> list[str]:
@@ -126,7 +125,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], phase: str, path: str | Path
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
         for axis, name in zip(axes, names, strict=False):
-            _style(axis, theme)
+            style_axis(axis, theme)
             steps, values = np.array(list(curves[name].items())).T
             is_noisy = len(values) > 40
             axis.plot(
@@ -139,7 +138,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], phase: str, path: str | Path
             axis.set_visible(False)
         figure.supxlabel("step", color=theme.muted, fontsize=9)
 
-    _save(draw, path, size=(8.4, 0.4 + 1.9 * num_rows))
+    save_figure(draw, path, size=(8.4, 0.4 + 1.9 * num_rows))
     return names
 
 
@@ -193,7 +192,8 @@ def _mark_success(axes: Sequence[Axes], timeline: Timeline, theme: Theme) -> Non
     axes[0].text(first, -0.4, text, ha=side, va="bottom", color=theme.text, fontsize=8)
 
 
-def _style(axis: Axes, theme: Theme) -> None:
+def style_axis(axis: Axes, theme: Theme) -> None:
+    """Gives a panel the grid, ticks and colours of every figure."""
     axis.set_facecolor("none")
     axis.grid(True, color=theme.grid, linewidth=0.7, zorder=0)
     axis.set_axisbelow(True)
@@ -207,7 +207,8 @@ def _style(axis: Axes, theme: Theme) -> None:
         spine.set_color(theme.grid)
 
 
-def _save(draw_fn: Callable[[Figure, Theme], None], path: str | Path, *, size: tuple[float, float]) -> None:
+def save_figure(draw_fn: Callable[[Figure, Theme], None], path: str | Path, *, size: tuple[float, float]) -> None:
+    """Draws a figure once a theme and writes both files; `size` in inches."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for theme, to in ((LIGHT, path), (DARK, dark_path(path))):

@@ -1,0 +1,88 @@
+"""Compares learning curves of several settings, each with one or more runs (seeds), side by side.
+
+    python launch/compare.py --out=results/push "STA-PPO=runs/sta_0,runs/sta_1" "PPO=runs/ppo_0,runs/ppo_1"
+    python launch/compare.py --out=results/kl --metrics=ppo/kl_last,ppo/epochs --target=0.9 "A=runs/a" "B=runs/b"
+
+Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables that it also prints. Runs need not be
+over. Text given with --command is put into the README, without the folders of absolute paths.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from stare_jax.evaluate.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
+from stare_jax.evaluate.curves import CurveError, check_comparable, read_runs
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("settings", nargs="+", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
+    add("--phase", default="ppo", help="whose metrics (default: ppo)")
+    add("--metrics", metavar="NAME[,NAME...]", help=f"of further panels (default: {','.join(DIAGNOSTICS)})")
+    add("--target", type=float, default=0.95, help="success rate to reach (default: 0.95)")
+    add("--smooth", type=int, default=5, metavar="N", help="iterations of the moving average (default: 5)")
+    add("--command", action="append", default=[], help="text to record: what made the runs; may be repeated")
+    return parser.parse_args(argv)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, list[Path]]:
+    """Returns label -> run directories.
+
+    Raises:
+        CurveError: a text is not LABEL=RUN[,RUN...], or two have one label.
+    """
+    settings: dict[str, list[Path]] = {}
+    for text in texts:
+        label, equals, names = (part.strip() for part in text.partition("="))
+        directories = [Path(name.strip()) for name in names.split(",") if name.strip()]
+        if not equals or not label:
+            raise CurveError(f"settings: got {text!r}, expected LABEL=RUN[,RUN...]")
+        if not directories:
+            raise CurveError(f"settings: got {text!r}, expected at least one run after {label}=")
+        if label in settings:
+            raise CurveError(f"settings: got the label {label!r} twice, expected the runs of a label in one argument")
+        settings[label] = directories
+    return settings
+
+
+def make_choices(arguments: argparse.Namespace) -> Choices:
+    if not 0 < arguments.target <= 1:
+        raise CurveError(f"target: got {arguments.target:g}, expected in (0, 1]")
+    if arguments.smooth < 1:
+        raise CurveError(f"smooth: got {arguments.smooth}, expected at least 1")
+    metrics = DIAGNOSTICS
+    if arguments.metrics is not None:
+        metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
+    return Choices(arguments.phase, metrics, arguments.target, arguments.smooth, tuple(arguments.command))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        choices, settings = make_choices(arguments), parse_settings(arguments.settings)
+        runs = read_runs(settings, choices.phase)
+        if arguments.metrics is None:  # what nobody asked for by name may be missing
+            known = {name for run in runs for name in run.series.metrics}
+            choices = choices._replace(metrics=tuple(name for name in DIAGNOSTICS if name in known))
+        check_comparable(runs, choices.metrics)
+        write_comparison(runs, arguments.out, choices)
+    except (CurveError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_comparison(runs, choices)
+    print(f"\nwritten: {arguments.out / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
