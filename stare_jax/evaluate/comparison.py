@@ -185,9 +185,8 @@ def _notes(runs: Sequence[Run], choices: Choices) -> list[str]:
         f"first and last {NUM_ENDS} iterations."
     )
     window = f"mean of {choices.smooth} successive iterations" if choices.smooth > 1 else "success of an iteration"
-    notes.append(
-        f"to {target}: the first time the {window} is at least {target}; lines show the same mean, thick ones that over runs, as far as all go."
-    )
+    notes.append(f"to {target}: the first time the {window} is at least {target}.")
+    notes.append(f"Lines show means of {choices.smooth} iterations, thick ones those over runs, as far as all runs go.")
     notes.append("Medians count a run that did not reach the target as slower than any that did.")
     by_clock = [f"{run.label}: {run.name}" for run in runs if run.by_clock]
     notes.append("Minutes are the time iterations took, pauses and evaluations left out.")
