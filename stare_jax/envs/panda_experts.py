@@ -27,7 +27,7 @@ REACH = 0.793
 def _command(
     signals: Signals,
     position: Any,
-    rotation: np.ndarray,
+    rotation: np.ndarray | None = None,
     *,
     gripper: float,
     gain: float = 10.0,
@@ -36,6 +36,8 @@ def _command(
     """Returns the action `[7]` that moves the tool towards a position `[3]` and an orientation `[3, 3]`.
 
     Args:
+        rotation: None commands no rotation at all: where the tool's few degrees of drift do not matter, demonstrations
+            in which rotation stands still leave a policy nothing to learn there.
         gripper: the gripper command.
         gain: command per metre of distance.
         limit: the largest component of the translation command; longer ones keep their direction.
@@ -44,8 +46,10 @@ def _command(
     translation = gain * (np.asarray(position, np.float64) - signals.tcp_pos)
     translation *= min(1.0, limit / max(np.abs(translation).max(), 1e-9))
     action[:3] = _within_reach(signals.tcp_pos, translation)
-    turn = ROTATION_GAIN * _rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)
-    action[3:6] = -turn / max(1.0, np.linalg.norm(turn))
+    action[3:6] = 0.0
+    if rotation is not None:
+        turn = ROTATION_GAIN * _rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)
+        action[3:6] = -turn / max(1.0, np.linalg.norm(turn))
     action[6] = gripper
     return action
 
@@ -89,7 +93,7 @@ def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
         target[2] = 0.09
     elif np.hypot(*(target - tcp)[:2]) > 0.03:
         target[2] = 0.05
-    return _command(signals, target, TOOL_DOWN, gripper=CLOSED, gain=20.0), memory
+    return _command(signals, target, gripper=CLOSED, gain=20.0), memory
 
 
 def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
@@ -101,7 +105,7 @@ def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
     target = np.array([obj[0] + 0.055, obj[1], PUSH_HEIGHT])
     if np.hypot(*(target - tcp)[:2]) > 0.02:
         target[2] = 0.08 if beyond < 0.035 else 0.05
-    return _command(signals, target, TOOL_DOWN, gripper=CLOSED, gain=20.0), memory
+    return _command(signals, target, gripper=CLOSED, gain=20.0), memory
 
 
 def _push_along_x(signals: Signals, side: float, end_x: float) -> np.ndarray:
@@ -113,9 +117,9 @@ def _push_along_x(signals: Signals, side: float, end_x: float) -> np.ndarray:
     tcp, obj = signals.tcp_pos, signals.obj_pos
     is_at_cube = abs(tcp[0] - obj[0]) < 0.048 and abs(tcp[2] - PUSH_HEIGHT) < 0.025
     if is_at_cube or signals.is_contact:
-        return _command(signals, (end_x, obj[1], PUSH_HEIGHT), TOOL_DOWN, gripper=CLOSED, limit=0.55)
+        return _command(signals, (end_x, obj[1], PUSH_HEIGHT), gripper=CLOSED, limit=0.55)
     stop = (obj[0] + side * 0.042, obj[1], PUSH_HEIGHT)
-    return _command(signals, stop, TOOL_DOWN, gripper=CLOSED, gain=20.0)
+    return _command(signals, stop, gripper=CLOSED, gain=20.0)
 
 
 class StackMemory(NamedTuple):

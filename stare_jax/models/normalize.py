@@ -45,12 +45,12 @@ def unnormalize_action(unit_action: Array, stats: NormStats) -> Array:
         stats: quantiles; dimensions whose `action_mask` is False pass through unchanged.
 
     Returns:
-        float32 `[..., A]`, simulator units; q01 where q01 == q99.
+        float32 `[..., A]`, simulator units; q01 where q01 == q99, in dimensions that pass through too.
     """
     xp = jnp if isinstance(unit_action, jax.Array) else np
     span = xp.asarray(stats.action_q99, xp.float32) - xp.asarray(stats.action_q01, xp.float32)
     raw = 0.5 * (unit_action + 1.0) * span + stats.action_q01
-    return xp.where(stats.action_mask, raw, unit_action).astype(xp.float32)
+    return xp.where(np.asarray(stats.action_mask) | is_constant_action(stats), raw, unit_action).astype(xp.float32)
 
 
 def normalize_state(state: Array, stats: NormStats) -> Array:
@@ -71,8 +71,8 @@ def scale_state(state: Array, stats: NormStats) -> Array:
 
 
 def is_constant_action(stats: NormStats) -> np.ndarray:
-    """Returns bool `[A]`: the action dimensions in which the data never moves (masked-in, q01 == q99)."""
-    return np.asarray(stats.action_mask) & (np.asarray(stats.action_q01) == np.asarray(stats.action_q99))
+    """Returns bool `[A]`: the action dimensions in which the data never moves, q01 == q99."""
+    return np.asarray(stats.action_q01) == np.asarray(stats.action_q99)
 
 
 def identity_stats(action_dim: int, state_dim: int) -> NormStats:

@@ -1,8 +1,8 @@
 """OpenVLA as a policy: its presets, and the pure functions around the network.
 
 Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary. Action
-dimensions in which the data never moves are not decided: their bin is the one of 0, they take no part in
-log-probabilities, entropies and losses, and tokens after the last dimension that does move are not even computed.
+dimensions in which the data never moves are not decided: their action is the data's, their bin that of 0, they take no
+part in log-probabilities, entropies and losses, and tokens after the last dimension that moves are not even computed.
 """
 
 import dataclasses
@@ -258,7 +258,7 @@ def _imitation_loss(
     """Returns the cross entropy `[B]` of raw actions `[B, A]`, mean over decided tokens, and how far the greedy is."""
     is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
     unit = normalize_action(jnp.asarray(action), norm_stats)[:, : len(is_decided)]
-    bins = encode_bins(unit)
+    bins = jnp.where(is_decided, encode_bins(unit), ZERO_BIN)
     hidden = _apply(network, params, *prompt, bins, method="score")
     logits, labels = _apply(network, params, hidden, method="action_logits"), _action_labels(unit, bins, network.config)
     if network.config.restrict_logits:

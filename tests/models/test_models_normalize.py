@@ -60,10 +60,11 @@ def test_scaled_states_are_told_apart_beyond_the_data_and_small_ranges_are_not_b
     np.testing.assert_allclose(scale_state(state, stats), expected, atol=1e-4)
 
 
-def test_constant_actions_are_those_that_are_normalised_and_do_not_move():
+def test_actions_that_do_not_move_are_constant_whether_normalised_or_not():
     stats = identity_stats(3, 0)._replace(
         action_q01=np.float32([0.0, 1.0, 1.0]),
         action_q99=np.float32([1.0, 1.0, 1.0]),
         action_mask=np.array([True, True, False]),
     )
-    assert is_constant_action(stats).tolist() == [False, True, False]
+    assert is_constant_action(stats).tolist() == [False, True, True]
+    np.testing.assert_allclose(unnormalize_action(np.float32([0.0, 0.3, 0.3]), stats), [0.5, 1.0, 1.0], atol=1e-6)

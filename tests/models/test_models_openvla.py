@@ -158,7 +158,7 @@ def test_actions_that_the_data_never_moves_cost_nothing(nano):
     """The second of three action dimensions is constant in one case, the last in another."""
     for constant, decided in ((1, [0, 2]), (2, [0, 1])):
         stats = some_stats(3, 2)
-        stats = stats._replace(action_mask=np.ones(3, bool), action_q99=stats.action_q99.copy())
+        stats = stats._replace(action_q99=stats.action_q99.copy())
         stats.action_q99[constant] = stats.action_q01[constant]
         policy = make_policy(nano_config(), stats)
         decision = jit(policy.sample)(nano.params, nano.observation, jax.random.key(0))

@@ -1,0 +1,100 @@
+"""How many simulators pay? Environment steps per second of whole PPO iterations, everything included.
+
+The policy sees the low-dimensional state, nothing is rendered. Each row starts its own processes and runs a few
+iterations of PPO: whole episodes, annotation, epochs of updates. The first iteration compiles and does not count.
+
+    python benchmarks/workers.py --json benchmarks/results/workers_cpu.json
+    python benchmarks/workers.py --layouts 16x1 16x8        # processes x environments of each
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from stare_jax.envs import EnvConfig, make_vec_env
+from stare_jax.models import make_policy, openvla_state
+from stare_jax.models.normalize import identity_stats
+from stare_jax.stages import get_task
+from stare_jax.train.ppo import PPOConfig, train_ppo
+from stare_jax.train.state import Run
+from stare_jax.types import NormStats
+
+LAYOUTS = ("1x1", "2x1", "4x1", "8x1", "1x16", "2x2", "2x4", "2x8", "2x16", "2x32", "4x8")
+TASKS = ("PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
+PPO = PPOConfig(num_episodes=128, num_epochs=4, minibatch_size=512, time_limit="terminate", checkpoint_every=1000)
+AREAS = {"env": "simulator", "policy": "policy", "update": "update", "other": "other"}
+
+
+def statistics_of_moving_arm(state_dim: int) -> NormStats:
+    """Translation moves, as in demonstrations of the cube tasks; rotation and gripper stay still."""
+    stats = identity_stats(7, state_dim)
+    stats.action_q99[3:] = stats.action_q01[3:]
+    return stats
+
+
+def measure(env_id: str, workers: int, envs: int, iterations: int) -> dict[str, float]:
+    """Returns the median rate of the iterations, and where their time went, as fractions."""
+    config = EnvConfig(env_id, num_workers=workers, envs_per_worker=envs, image_size=0, use_state="low_dim")
+    stats = statistics_of_moving_arm(config.state_dim)
+    policy = make_policy(openvla_state(config.state_dim), stats)
+    params = jax.jit(policy.init)(jax.random.key(0))
+    lines = []
+    with contextlib.closing(make_vec_env(config)) as env, tempfile.TemporaryDirectory() as directory:
+        run = Run(Path(directory), stats, lambda step, metrics, *, phase: lines.append(metrics))
+        ppo = dataclasses.replace(PPO, num_iterations=1 + iterations)
+        train_ppo(policy, params, env, get_task(env_id), ppo, run)
+    seconds = {area: sum(line[f"time/{area}_s"] for line in lines[1:]) for area in AREAS}
+    total = sum(seconds.values())
+    return {
+        "env_id": env_id,
+        "processes": workers,
+        "envs_per_process": envs,
+        "env_steps_per_s": statistics.median(line["perf/env_steps_per_s"] for line in lines[1:]),
+        "env_steps_per_iteration": float(np.mean(np.diff([line["env/steps"] for line in lines]))),
+        "epochs": float(np.mean([line["ppo/epochs"] for line in lines[1:]])),
+        **{f"{area}_fraction": seconds[area] / total for area in AREAS},
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    header = f"{'task':<20}{'processes':>10}{'x envs':>8}{'steps/s':>10}{'ratio':>8}"
+    print(f"\n{header}" + "".join(f"{name:>11}" for name in AREAS.values()))
+    for row in rows:
+        shares = "".join(f"{100 * row[f'{area}_fraction']:>9.0f} %" for area in AREAS)
+        layout = f"{row['env_id']:<20}{row['processes']:>10}{row['envs_per_process']:>8}"
+        print(f"{layout}{row['env_steps_per_s']:>10.0f}{row['ratio_to_first']:>8.2f}{shares}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="PxE", help=f"({' '.join(LAYOUTS)})")
+    parser.add_argument("--iterations", type=int, default=3, help="that count, after one that compiles (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    args = parser.parse_args()
+    layouts = [tuple(int(part) for part in layout.split("x")) for layout in args.layouts]
+    best, rows = (0.0, layouts[0]), []
+    for workers, envs in layouts:
+        rows.append(measure("PushCube-v1", workers, envs, args.iterations))
+        best = max(best, (rows[-1]["env_steps_per_s"], (workers, envs)))
+    rows += [measure(task, *best[1], args.iterations) for task in TASKS]
+    for row in rows:
+        row["ratio_to_first"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]
+    print_table(rows)
+    if args.json:
+        load = [round(x, 2) for x in os.getloadavg()]
+        machine = {"cores": os.cpu_count(), "load_average": load, "jax": jax.__version__}
+        command = f"python benchmarks/workers.py --iterations {args.iterations} --layouts {' '.join(args.layouts)}"
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
