@@ -1,0 +1,33 @@
+"""IPI without its preference phase on PushCube from images: a weak imitation, then PPO until the task is learned.
+
+    python launch/train.py --config=configs/ipi_pushcube.py              STA-PPO
+    python launch/train.py --config=configs/ipi_pushcube.py:ppo          PPO without shaping, as many steps
+
+Two hours at most on two CPU cores; `--resume` goes on with a run that was stopped.
+"""
+
+from configs.common import base_config
+from configs.study_pushcube_state import set_interaction
+from stare_jax.envs import EnvConfig
+from stare_jax.models import openvla_tiny
+
+
+def get_config(algorithm: str = "sta_ppo"):
+    """`algorithm` is "ppo" or "sta_ppo"."""
+    env = EnvConfig("PushCube-v1", horizon=30, image_size=64)
+    config = base_config(env, openvla_tiny(label_width=30.0, critic="own"), name=f"ipi_pushcube_{algorithm}")
+    config.phases = ("sft", "ppo")
+
+    config.demos.num_demos = 200
+    config.demos.noise_scales = ((0.0, 1.0), (0.15, 1.0))
+
+    config.sft.num_steps = 500
+    config.sft.optimizer.learning_rate = 1e-3
+    config.sft.optimizer.schedule = "cosine"
+    config.sft.optimizer.warmup_steps = 50
+    config.sft.checkpoint_every = 250
+
+    set_interaction(config, algorithm)
+    config.ppo.optimizer.learning_rate = 1e-4
+    config.ppo.optimizer.value_learning_rate = 1e-3
+    return config
