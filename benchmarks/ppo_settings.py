@@ -1,0 +1,213 @@
+"""What does each setting of PPO pay? Short runs from one imitation of PushCube, each with one thing changed.
+
+The policy sees the low-dimensional state. A run takes about 35 thousand environment steps, a quarter of what the task
+needs, so the numbers say how fast a setting learns, not where it ends. `before` is the imitation, 300 episodes at
+temperature 1; `after` the last 480 episodes of training; `greedy` 100 episodes afterwards. Runs are kept and not
+repeated, so several processes can share the work with `--only`; the table shows all that are in the folder.
+
+    python benchmarks/ppo_settings.py --out runs/ppo_settings --json benchmarks/results/ppo_settings_cpu.json
+    taskset -c 0 python benchmarks/ppo_settings.py --out runs/ppo_settings --only base critic_shared critic_detached
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
+NUM_ITERATIONS = 24
+CONTROLLED = {"num_iterations": NUM_ITERATIONS, "checkpoint_every": NUM_ITERATIONS}
+LAST = 480
+"""episodes at the end of training that make the success of a row"""
+
+
+class Setting(NamedTuple):
+    """One thing that is changed."""
+
+    topic: str
+    change: str
+    ppo: dict = {}
+    model: dict = {}
+    sft: str = "width30"
+    """which imitation it starts from"""
+
+
+IMITATIONS = {
+    "width30": {},
+    "width5": {"label_width": 5.0},
+    "width15": {"label_width": 15.0},
+    "width60": {"label_width": 60.0},
+    "raw": {},
+    "shared": {"critic": "shared"},
+    "detached": {"critic": "detached"},
+}
+"""changes of the model that imitates; "raw" leaves actions as the simulator takes them, all seven dimensions decided"""
+
+SETTINGS = {
+    "base": Setting("as committed", "configs/study_pushcube_state.py, shorter"),
+    "plain": Setting("as committed", "PPO without shaping", {"shaping": False}),
+    "raw_actions": Setting("actions", "not normalised, 7 dimensions", sft="raw"),
+    "width_5": Setting("exploration", "label width 5", sft="width5"),
+    "width_5_hot": Setting("exploration", "label width 5, temperature 2", {"temperature": 2.0}, sft="width5"),
+    "width_15": Setting("exploration", "label width 15", sft="width15"),
+    "width_60": Setting("exploration", "label width 60", sft="width60"),
+    "lr_1e-4": Setting("step size", "learning rate 1e-4", {"optimizer.learning_rate": 1e-4}),
+    "lr_1e-3": Setting("step size", "learning rate 1e-3", {"optimizer.learning_rate": 1e-3}),
+    "kl_0.03": Setting("step size", "KL stop at 0.03", {"target_kl": 0.03}),
+    "kl_none": Setting("step size", "no KL stop", {"target_kl": None}),
+    "critic_shared": Setting("critic", "on the policy's features", sft="shared"),
+    "critic_detached": Setting("critic", "on its features, detached", sft="detached"),
+    "critic_cold": Setting("critic", "own, no warm-up", {"value_warmup_iterations": 0}),
+    "lambda_0.95": Setting("critic", "GAE lambda 0.95", {"gae_lambda": 0.95}),
+    "batch_32": Setting("batch", "32 episodes, 72 iterations", {"num_episodes": 32, "num_iterations": 72}),
+    "batch_288": Setting("batch", "288 episodes, 8 iterations", {"num_episodes": 288, "num_iterations": 8}),
+    "num_steps": Setting("episodes", "1500 steps, cut episodes bootstrapped", {"num_steps": 1500}),
+    "bootstrap": Setting("episodes", "time limit bootstrapped", {"time_limit": "bootstrap"}),
+}
+
+
+def train(directory: Path, overrides: dict) -> None:
+    """Runs `launch/train.py` in a directory, or goes on with what is there; its output is kept beside the directory."""
+    flags = [f"--config.{name}={value!r}" for name, value in overrides.items()]
+    config = f"--config={TRAIN.parents[1] / 'configs' / 'study_pushcube_state.py'}"
+    command = [sys.executable, TRAIN, config, f"--workdir={directory}", "--resume", *flags]
+    log = directory.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+    if status:
+        sys.exit(f"{directory.name}: launch/train.py ended with {status}, see {log}")
+
+
+def imitate(out: Path, name: str, workers: dict) -> Path:
+    """Returns the folder of an imitation; all learn from the demonstrations of the first."""
+    first, directory = out / "sft_width30", out / f"sft_{name}"
+    overrides = {
+        "phases": ("sft",),
+        "evaluation.num_episodes": 300,
+        **workers,
+        **{f"model.{k}": v for k, v in IMITATIONS[name].items()},
+    }
+    if directory != first:
+        demos = imitate(out, "width30", workers) / "data" / "demos"
+        if name == "raw":
+            demos = _without_statistics(demos, out / "demos_raw")
+        overrides["demos_from"] = str(demos)
+    if not (directory / "report.html").exists():
+        train(directory, overrides)
+    return directory
+
+
+def _without_statistics(demos: Path, copy: Path) -> Path:
+    """Copies a data set and replaces its quantiles of actions by the range the simulator takes."""
+    if not copy.exists():
+        shutil.copytree(demos, copy)
+        path = copy / "norm_stats.json"
+        content = json.loads(path.read_text())
+        for statistics in content.values():
+            action = statistics["action"]
+            action["q01"], action["q99"] = [-1.0] * len(action["q01"]), [1.0] * len(action["q99"])
+        path.write_text(json.dumps(content))
+    return copy
+
+
+def run_setting(out: Path, name: str, workers: dict, seed: int) -> None:
+    setting, directory = SETTINGS[name], out / f"{name}_{seed}"
+    if (directory / "report.html").exists():
+        return
+    print(f"{name}: {setting.change}", flush=True)
+    ppo = CONTROLLED | setting.ppo
+    sft = imitate(out, setting.sft, workers)
+    model = IMITATIONS[setting.sft] | setting.model
+    train(
+        directory,
+        {"phases": ("ppo",), "init_from": str(sft / "sft"), "seed": seed, "evaluation.temperature": 0.0, **workers}
+        | {f"model.{k}": v for k, v in model.items()}
+        | {f"ppo.{k}": v for k, v in ppo.items()},
+    )
+
+
+def measure(out: Path, name: str, seeds: list[int]) -> dict | None:
+    """Returns a row of the table, means over the seeds that are there."""
+    rows = [_measure_run(out / f"{name}_{seed}") for seed in seeds if (out / f"{name}_{seed}" / "report.html").exists()]
+    if not rows:
+        return None
+    before = _evaluated(out / f"sft_{SETTINGS[name].sft}", "sft")
+    means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return {"name": name, "topic": SETTINGS[name].topic, "change": SETTINGS[name].change, "seeds": len(rows)} | {
+        "success_before": before,
+        **means,
+    }
+
+
+def _evaluated(directory: Path, phase: str) -> float:
+    return json.loads((directory / "eval" / f"{phase}.json").read_text())["summary"]["success_once"]["value"]
+
+
+def _measure_run(directory: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line.get("phase") == "ppo"]
+    last, num_episodes = [], 0
+    for line in reversed(lines):
+        last.append(line)
+        num_episodes += line["env/num_episodes"]
+        if num_episodes >= LAST:
+            break
+    seconds = sum(line[f"time/{area}_s"] for line in lines for area in ("env", "policy", "update", "other"))
+
+    def mean(key):
+        return float(np.mean([line[key] for line in last]))
+
+    return {
+        "success": sum(line["env/num_successes"] for line in last) / num_episodes,
+        "success_greedy": _evaluated(directory, "ppo"),
+        "env_steps": lines[-1]["env/steps"],
+        "env_steps_per_s": lines[-1]["env/steps"] / seconds,
+        "epochs": float(np.mean([line["ppo/epochs"] for line in lines])),
+        **{name: mean(f"ppo/{name}") for name in ("approx_kl", "clip_frac", "entropy", "explained_variance")},
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"\n{'topic':<13}{'setting':<40}{'before':>7}{'after':>7}{'gain':>7}{'greedy':>8}{'steps':>7}", end="")
+    print(f"{'epochs':>8}{'KL':>7}{'clip':>6}{'entropy':>9}{'EV':>6}")
+    for row in rows:
+        percent = (100 * row[key] for key in ("success_before", "success", "gain", "success_greedy"))
+        before, after, gain, greedy = percent
+        print(f"{row['topic']:<13}{row['change']:<40}{before:>7.0f}{after:>7.0f}{gain:>+7.0f}{greedy:>8.0f}", end="")
+        print(f"{row['env_steps'] / 1000:>6.0f}k{row['epochs']:>8.1f}{row['approx_kl']:>7.3f}", end="")
+        print(f"{row['clip_frac']:>6.2f}{row['entropy']:>9.2f}{row['explained_variance']:>6.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
+    parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help="which")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--workers", type=int, default=1, help="simulator processes (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table there")
+    args = parser.parse_args()
+    workers = {"env.num_workers": args.workers, "env.envs_per_worker": 16}
+    for seed in args.seeds:
+        for name in args.only:
+            run_setting(args.out, name, workers, seed)
+    rows = [row for name in SETTINGS if (row := measure(args.out, name, args.seeds))]
+    for row in rows:
+        row["gain"] = row["success"] - row["success_before"]
+    print_table(rows)
+    if args.json:
+        machine = {"cores": os.cpu_count(), "jax": jax.__version__}
+        command = f"python benchmarks/ppo_settings.py --out {args.out} --seeds {' '.join(map(str, args.seeds))}"
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
