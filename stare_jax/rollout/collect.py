@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.envs.base import VecEnv
+from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.types import Array, Observation, PyTree, Signals, Trajectory
 
@@ -82,78 +82,174 @@ def collect_episodes(
         raise ValueError(f"max_steps: got {max_steps}, expected >= 1 or None")
     seeds = [int(seed) for seed in seeds]
     clock = clock or (lambda area: contextlib.nullcontext())
-    num_envs, num_episodes = env.num_envs, len(seeds)
-    budget = math.inf if max_steps is None else max_steps
-
-    # Which episode each environment is in (-1: none left for it) and how many of its actions have been executed.
-    episode = np.where(np.arange(num_envs) < num_episodes, np.arange(num_envs), -1)
-    t = np.zeros(num_envs, int)
-    num_started, num_steps, num_dropped, is_complete = min(num_envs, num_episodes), 0, 0, True
-    instructions = [""] * num_episodes
-    store = None
+    places, records = _Places(env.num_envs, len(seeds)), _Records(len(seeds), env.horizon, grows=max_steps is not None)
+    num_left, num_dropped = math.inf if max_steps is None else max_steps, 0
     with clock("env"):
-        state = env.reset([seeds[i % num_episodes] for i in range(num_envs)], reproducible=reproducible)
+        state = env.reset([seeds[i % len(seeds)] for i in range(env.num_envs)], reproducible=reproducible)
 
     while True:
         # ---- Decide -------------------------------------------------------------------------------------------------
-        is_first = (episode >= 0) & (t == 0)
+        is_first = places.is_first
         with clock("policy"):
             decision, seen = act(state.observation, state.signals, env.instructions, is_first)
+
+        # ---- Record, end episodes, hand out the next seeds ----------------------------------------------------------
+        tick = places.look_at(state, env.horizon, stop_at_success, num_left)
         seen = seen if keep_images else seen._replace(images={})
-        if store is None:
-            num_rows = num_episodes if max_steps is None else num_started
-            store = _allocate(num_rows, env.horizon, seen, state.signals, decision)
-        elif num_started > len(store.valid):
-            store = _grow(store, min(2 * num_started, num_episodes))
-        for i in np.flatnonzero(is_first):
-            instructions[episode[i]] = env.instructions[i]
-
-        # ---- Record -------------------------------------------------------------------------------------------------
-        is_lost = (episode >= 0) & ~state.alive
-        is_live = (episode >= 0) & state.alive
-        is_over = is_live & (t == env.horizon)
-        if stop_at_success:
-            is_over |= is_live & state.signals.success & (t > 0)
-        is_acting = is_live & ~is_over
-        is_acting &= np.cumsum(is_acting) <= budget - num_steps
-        is_cut = is_live & ~is_over & ~is_acting
-        _record_states(store, seen, state.signals, decision.value, is_live, episode, t)
-        _record_actions(store, decision, is_acting, episode, t)
-
-        # ---- Hand out the next seeds --------------------------------------------------------------------------------
-        reset_seeds, is_spent = {}, num_steps + is_acting.sum() >= budget
-        for i in np.flatnonzero(is_lost | is_over | is_cut):
-            num_dropped += int(is_lost[i])
-            if is_lost[i] or t[i] == 0:
-                _erase(store, episode[i])
-            if on_episode is not None:
-                on_episode(int(episode[i]), jax.tree.map(lambda x, e=episode[i]: x[e], store))
-            episode[i] = -1
-            if num_started < num_episodes and not is_spent:
-                episode[i], reset_seeds[int(i)] = num_started, seeds[num_started]
-                num_started += 1
-        if (episode < 0).all():
-            break
-        for i in np.flatnonzero((episode < 0) & ~state.alive):
-            reset_seeds[int(i)] = seeds[0]  # A restarted simulator has to be reset, also where nothing is left to do.
-
-        if should_stop is not None and should_stop():
-            is_complete = False
+        records.write(places, tick, env.instructions, seen, state.signals, decision)
+        records.end_episodes(places, tick, on_episode)
+        num_left, num_dropped = num_left - tick.is_acting.sum(), num_dropped + tick.is_lost.sum()
+        reset_seeds = places.hand_out(tick, state.alive, seeds, is_spent=num_left <= 0)
+        is_complete = places.are_empty or should_stop is None or not should_stop()
+        if places.are_empty or not is_complete:
             break
 
         # ---- Step ---------------------------------------------------------------------------------------------------
         executed = decision.action if perturb is None else perturb(decision.action, is_first)
-        executed = np.where(is_acting[:, None], executed, np.float32(0.0)).astype(np.float32)
+        executed = np.where(tick.is_acting[:, None], executed, np.float32(0.0)).astype(np.float32)
         with clock("env"):
             state = env.step(executed, reset_seeds, reproducible=reproducible)
-        num_steps += int(is_acting.sum())
-        t = np.where(is_acting, t + 1, 0)
 
-    for e in episode[episode >= 0]:
-        _erase(store, e)
-    if max_steps is not None:
-        store, instructions = jax.tree.map(lambda x: x[:num_started], store), instructions[:num_started]
-    return Rollout(store, tuple(instructions), num_steps, num_dropped, is_complete)
+    trajectory, instructions = records.finish(places)
+    return Rollout(trajectory, instructions, records.num_steps, int(num_dropped), is_complete)
+
+
+class _Tick(NamedTuple):
+    """What becomes of the episode in each environment, bool `[B]` each."""
+
+    is_live: np.ndarray
+    """its state is to be recorded"""
+    is_lost: np.ndarray
+    """its simulator died"""
+    is_acting: np.ndarray
+    """its action is to be recorded and executed"""
+    is_ending: np.ndarray
+    """over, cut short or lost"""
+
+
+class _Places:
+    """Which episode each environment is in, and how far."""
+
+    def __init__(self, num_envs: int, num_episodes: int):
+        self.num_started = min(num_envs, num_episodes)
+        # -1: nothing is left to do for the environment.
+        self.episode = np.where(np.arange(num_envs) < num_episodes, np.arange(num_envs), -1)
+        self.t = np.zeros(num_envs, int)
+
+    @property
+    def is_first(self) -> np.ndarray:
+        return (self.episode >= 0) & (self.t == 0)
+
+    @property
+    def are_empty(self) -> bool:
+        return bool((self.episode < 0).all())
+
+    def look_at(self, state: EnvStep, horizon: int, stop_at_success: bool, num_left: float) -> _Tick:
+        """Decides who acts; `num_left` actions may still be executed."""
+        is_live = (self.episode >= 0) & state.alive
+        is_over = is_live & (self.t == horizon)
+        if stop_at_success:
+            is_over |= is_live & state.signals.success & (self.t > 0)
+        is_acting = is_live & ~is_over
+        is_acting &= np.cumsum(is_acting) <= num_left
+        return _Tick(is_live, (self.episode >= 0) & ~state.alive, is_acting, (self.episode >= 0) & ~is_acting)
+
+    def hand_out(self, tick: _Tick, alive: np.ndarray, seeds: Sequence[int], *, is_spent: bool) -> dict[int, int]:
+        """Moves on by the actions of a tick; returns the seeds of the environments to be reset."""
+        reset_seeds = {}
+        self.t = np.where(tick.is_acting, self.t + 1, 0)
+        for i in np.flatnonzero(tick.is_ending):
+            self.episode[i] = -1
+            if self.num_started < len(seeds) and not is_spent:
+                self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
+                self.num_started += 1
+        for i in np.flatnonzero((self.episode < 0) & ~alive):
+            reset_seeds[int(i)] = seeds[0]  # A restarted simulator has to be reset, also where nothing is left to do.
+        return reset_seeds
+
+
+class _Records:
+    """Episodes as they grow: NumPy leaves `[E, ...]`, zeros where nothing happened (yet)."""
+
+    def __init__(self, num_episodes: int, horizon: int, *, grows: bool):
+        """With `grows`, rows are added as episodes start; otherwise there is one for each from the beginning."""
+        self.num_episodes, self.horizon, self.grows = num_episodes, horizon, grows
+        self.instructions = [""] * num_episodes
+        self.num_steps = 0
+        self._store: Trajectory | None = None
+
+    def write(
+        self,
+        places: _Places,
+        tick: _Tick,
+        instructions: Sequence[str],
+        observation: Observation,
+        signals: Signals,
+        decision: Decision,
+    ) -> None:
+        """Records the states of a tick, and the actions of those who act."""
+        num_rows = len(self._store.valid) if self._store is not None else 0
+        if not num_rows or places.num_started > num_rows:
+            wanted = max(places.num_started, 2 * num_rows) if self.grows else self.num_episodes
+            self._grow(min(wanted, self.num_episodes), observation, signals, decision)
+        for i in np.flatnonzero(places.is_first):
+            self.instructions[places.episode[i]] = instructions[i]
+
+        def put(stored, batch, rows):
+            stored[places.episode[rows], places.t[rows]] = batch[rows]
+
+        store = self._store
+        states = (store.observation, store.signals, store.value), (observation, signals, decision.value)
+        jax.tree.map(functools.partial(put, rows=tick.is_live), *states)
+        put(store.valid, tick.is_live, tick.is_live)
+        actions = (
+            (store.action, store.action_tokens, store.logp),
+            (
+                decision.action,
+                decision.action_tokens,
+                decision.logp,
+            ),
+        )
+        jax.tree.map(functools.partial(put, rows=tick.is_acting), *actions)
+        self.num_steps += int(tick.is_acting.sum())
+
+    def end_episodes(self, places: _Places, tick: _Tick, on_episode: Callable | None) -> None:
+        """Erases episodes that were lost, or cut before their first action, and tells who wants to know."""
+        for i in np.flatnonzero(tick.is_ending):
+            e = int(places.episode[i])
+            if tick.is_lost[i] or places.t[i] == 0:
+                self._erase(e)
+            if on_episode is not None:
+                on_episode(e, jax.tree.map(lambda x, e=e: x[e], self._store))
+
+    def finish(self, places: _Places) -> tuple[Trajectory, tuple[str, ...]]:
+        """Returns trajectories and instructions, without what is still under way."""
+        for e in places.episode[places.episode >= 0]:
+            self._erase(e)
+        num_rows = places.num_started if self.grows else self.num_episodes
+        return jax.tree.map(lambda x: x[:num_rows], self._store), tuple(self.instructions[:num_rows])
+
+    def _grow(self, num_rows: int, observation: Observation, signals: Signals, decision: Decision) -> None:
+        def zeros(length: int, batch: Array) -> np.ndarray:
+            batch = np.asarray(batch)
+            return np.zeros((num_rows, length, *batch.shape[1:]), batch.dtype)
+
+        grown = Trajectory(
+            observation=jax.tree.map(functools.partial(zeros, self.horizon + 1), observation),
+            signals=jax.tree.map(functools.partial(zeros, self.horizon + 1), signals),
+            valid=np.zeros((num_rows, self.horizon + 1), bool),
+            action=zeros(self.horizon, decision.action),
+            action_tokens=zeros(self.horizon, decision.action_tokens),
+            logp=zeros(self.horizon, decision.logp),
+            value=zeros(self.horizon + 1, decision.value),
+        )
+        for new, old in zip(jax.tree.leaves(grown), jax.tree.leaves(self._store), strict=self._store is not None):
+            new[: len(old)] = old
+        self._store = grown
+
+    def _erase(self, e: int) -> None:
+        for stored in jax.tree.leaves(self._store):
+            stored[e] = 0
 
 
 def policy_act(
@@ -189,57 +285,3 @@ def _jitted_sample(sample: Callable) -> Callable:
         return sample(params, observation, jax.random.fold_in(key, tick), temperature=temperature)
 
     return sample_at
-
-
-def _allocate(
-    num_episodes: int, horizon: int, observation: Observation, signals: Signals, decision: Decision
-) -> Trajectory:
-    """Returns zeros for E episodes of N actions, shaped like one batch of what is to be recorded."""
-
-    def zeros(length: int, batch: Array) -> np.ndarray:
-        batch = np.asarray(batch)
-        return np.zeros((num_episodes, length, *batch.shape[1:]), batch.dtype)
-
-    return Trajectory(
-        observation=jax.tree.map(functools.partial(zeros, horizon + 1), observation),
-        signals=jax.tree.map(functools.partial(zeros, horizon + 1), signals),
-        valid=np.zeros((num_episodes, horizon + 1), bool),
-        action=zeros(horizon, decision.action),
-        action_tokens=zeros(horizon, decision.action_tokens),
-        logp=zeros(horizon, decision.logp),
-        value=zeros(horizon + 1, decision.value),
-    )
-
-
-def _grow(store: Trajectory, num_episodes: int) -> Trajectory:
-    """Returns the store with rows of zeros added; memory is taken only when they are written to."""
-
-    def one(stored):
-        grown = np.zeros((num_episodes, *stored.shape[1:]), stored.dtype)
-        grown[: len(stored)] = stored
-        return grown
-
-    return jax.tree.map(one, store)
-
-
-def _record_states(store, observation, signals, value, rows, episode, t) -> None:
-    at = (episode[rows], t[rows])
-    for stored, batch in zip(
-        jax.tree.leaves((store.observation, store.signals, store.value)),
-        jax.tree.leaves((observation, signals, value)),
-        strict=True,
-    ):
-        stored[at] = batch[rows]
-    store.valid[at] = True
-
-
-def _record_actions(store, decision, rows, episode, t) -> None:
-    at = (episode[rows], t[rows])
-    store.action[at] = decision.action[rows]
-    store.action_tokens[at] = decision.action_tokens[rows]
-    store.logp[at] = decision.logp[rows]
-
-
-def _erase(store: Trajectory, e: int) -> None:
-    for stored in jax.tree.leaves(store):
-        stored[e] = 0

@@ -24,7 +24,7 @@ from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
 from stare_jax.train.steps import DecisionBatch, check_microbatch, make_ppo_step
-from stare_jax.types import PyTree, Trajectory
+from stare_jax.types import PyTree, TrainState, Trajectory
 
 PHASE = "ppo"
 
@@ -124,86 +124,111 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("minibatch_size", config.minibatch_size, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
-    state, counters = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
+    state, saved = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
     step_fn = jax.jit(make_ppo_step(policy, tx, config), donate_argnums=0)
     prepare = make_prepare(spec, config)
-    first, num_env_steps = counters.get("iteration", 0), counters.get("env_steps", 0)
-    num_updates = counters.get("updates", 0)
-    # Every episode takes the next seed of the run. Checkpoints from before this was counted are of whole episodes.
-    num_seeds = counters.get("seeds", first * config.num_episodes)
-    batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
-    seeds = first_seed(PPO_SEEDS, config.seed) + np.arange(batch_size)
+    counters = _Counters(**saved)
     clock, compiled = Clock(), None
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
-        progress(config.num_iterations - first, PHASE, "iteration") as bar,
+        progress(config.num_iterations - counters.iteration, PHASE, "iteration") as bar,
     ):
-
-        def save(iteration):
-            counts = {"env_steps": num_env_steps, "updates": num_updates, "seeds": num_seeds}
-            extra = {"iteration": iteration, **counts}
-            checkpoints.save(iteration, state, extra=extra, norm_stats=run.norm_stats)
-
-        for iteration in range(first, config.num_iterations):
+        while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
-            key = jax.random.fold_in(jax.random.key(config.seed), iteration)
-            with progress(batch_size, "collect", unit) as done:
-
-                def on_episode(e, trajectory, done=done):
-                    done.update(1 if config.num_steps is None else int(trajectory.valid[1:].sum()))
-
-                rollout = collect_episodes(
-                    env,
-                    policy_act(policy, state.params, key, temperature=config.temperature),
-                    seeds + num_seeds,
-                    stop_at_success=True,
-                    max_steps=config.num_steps,
-                    on_episode=on_episode,
-                    should_stop=run.should_stop,
-                    clock=clock,
-                )
+            rollout = _collect(policy, state.params, env, counters, config, run, clock)
             if not rollout.is_complete:
-                save(iteration)
-                raise Interrupted(f"{PHASE}: stopped and saved after {iteration} of {config.num_iterations} iterations")
-            if not rollout.trajectory.valid.any():
-                raise RuntimeError(f"{PHASE}: iteration {iteration + 1} lost all of its {rollout.num_dropped} episodes")
-            num_env_steps += rollout.num_steps
-            num_seeds += len(rollout.trajectory.valid)
+                _save(checkpoints, state, counters, run)
+                raise Interrupted(_stopped(counters, config))
 
             # ---- Annotate and update --------------------------------------------------------------------------------
             with clock("update"):
                 batch = prepare(rollout)
-                state, updates = _update(state, batch, step_fn, config, run, iteration)
-            check_finite(updates, phase=PHASE, first_step=num_updates + 1)
-            num_updates += len(updates)
+                state, updates = _update(state, batch, step_fn, config, run, counters.iteration)
+            check_finite(updates, phase=PHASE, first_step=counters.updates + 1)
+            counters = counters.after(rollout, updates)
+            compiled = num_compilations() if compiled is None else compiled
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            compiled = num_compilations() if compiled is None else compiled
-            metrics = update_metrics(updates, num_actions=batch.annotation.valid_t.sum(), size=config.minibatch_size)
-            metrics |= rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)
-            metrics |= {
-                "env/steps": num_env_steps,
-                "ppo/explained_variance": float(batch.explained_variance),
-                "ppo/num_minibatches": len(updates),
+            metrics = _metrics(rollout, batch, updates, spec, config) | {
+                "env/steps": counters.env_steps,
                 "perf/compilations": num_compilations() - compiled,
                 "perf/env_steps_per_s": rollout.num_steps / sum(clock.seconds().values()),
                 **{f"time/{area}_s": seconds for area, seconds in clock.seconds().items()},
             }
-            run.writer(iteration + 1, metrics, phase=PHASE)
-            say(f"{report_line(iteration + 1, metrics, config)} | {clock.line()}")
+            run.writer(counters.iteration, metrics, phase=PHASE)
+            say(f"{report_line(counters.iteration, metrics, config)} | {clock.line()}")
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
             compiled = num_compilations()
             clock.reset()
 
             # ---- Save -----------------------------------------------------------------------------------------------
-            is_last, is_stopping = iteration + 1 == config.num_iterations, run.should_stop()
-            if (iteration + 1) % config.checkpoint_every == 0 or is_last or is_stopping:
-                save(iteration + 1)
+            is_last, is_stopping = counters.iteration == config.num_iterations, run.should_stop()
+            if counters.iteration % config.checkpoint_every == 0 or is_last or is_stopping:
+                _save(checkpoints, state, counters, run)
             del rollout, batch  # Images of one iteration are enough to hold.
             if is_stopping and not is_last:
-                raise Interrupted(f"{PHASE}: stopped and saved after iteration {iteration + 1}/{config.num_iterations}")
+                raise Interrupted(_stopped(counters, config))
     return state.params
+
+
+class _Counters(NamedTuple):
+    """How far a run has come; kept in its checkpoints."""
+
+    iteration: int = 0
+    env_steps: int = 0
+    updates: int = 0
+    seeds: int = 0
+    """episodes begun; every episode takes the next seed of the run."""
+
+    def after(self, rollout: Rollout, updates: list) -> "_Counters":
+        return _Counters(
+            self.iteration + 1,
+            self.env_steps + rollout.num_steps,
+            self.updates + len(updates),
+            self.seeds + len(rollout.trajectory.valid),
+        )
+
+
+def _stopped(counters: _Counters, config: PPOConfig) -> str:
+    return f"{PHASE}: stopped and saved after {counters.iteration} of {config.num_iterations} iterations"
+
+
+def _save(checkpoints: Checkpoints, state: TrainState, counters: _Counters, run: Run) -> None:
+    checkpoints.save(counters.iteration, state, extra=counters._asdict(), norm_stats=run.norm_stats)
+
+
+def _collect(
+    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, clock: Clock
+) -> Rollout:
+    """Returns the episodes of an iteration; raises RuntimeError where every one was lost."""
+    key = jax.random.fold_in(jax.random.key(config.seed), counters.iteration)
+    batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
+    with progress(batch_size, "collect", unit) as bar:
+        rollout = collect_episodes(
+            env,
+            policy_act(policy, params, key, temperature=config.temperature),
+            first_seed(PPO_SEEDS, config.seed) + counters.seeds + np.arange(batch_size),
+            stop_at_success=True,
+            max_steps=config.num_steps,
+            on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
+            should_stop=run.should_stop,
+            clock=clock,
+        )
+    if rollout.is_complete and not rollout.trajectory.valid.any():
+        number = counters.iteration + 1
+        raise RuntimeError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
+    return rollout
+
+
+def _metrics(rollout: Rollout, batch: "PPOBatch", updates: list, spec: TaskSpec, config: PPOConfig) -> dict[str, float]:
+    """Returns what an iteration says about learning."""
+    num_actions = batch.annotation.valid_t.sum()
+    return (
+        update_metrics(updates, num_actions=num_actions, size=config.minibatch_size)
+        | rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)
+        | {"ppo/explained_variance": float(batch.explained_variance), "ppo/num_minibatches": len(updates)}
+    )
 
 
 class PPOBatch(NamedTuple):
