@@ -4,15 +4,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 
-from stare_jax.logging import Clock, Interrupted, progress, say
+from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.compilations import num_compilations
 from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.train.sharding import check_batch_size
-from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
+from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
+from stare_jax.train.step_metrics import StepMetrics
 from stare_jax.train.steps import SFTBatch, check_microbatch, make_sft_step
 from stare_jax.types import Array, Observation, PyTree
 
@@ -69,7 +68,7 @@ def train_sft(
     step_fn = jax.jit(make_sft_step(policy, tx, config), donate_argnums=0)
     first = int(state.step)
     batch_iterator = batches(first)
-    clock, pending, compiled = Clock(), [], None
+    steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="frames")
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
@@ -77,38 +76,23 @@ def train_sft(
     ):
         for step in range(first + 1, config.num_steps + 1):
             # ---- Update ---------------------------------------------------------------------------------------------
-            with clock("data"):
+            with steps.clock("data"):
                 batch = SFTBatch(*next(batch_iterator))
-            with clock("update"):
+            with steps.clock("update"):
                 state, metrics = step_fn(state, place(batch, run.mesh))
-            pending.append(metrics)
-            compiled = num_compilations() if compiled is None else compiled
-            is_stopping = run.should_stop()
+            steps.add(metrics)
+            is_stopping, is_last = run.should_stop(), step == config.num_steps
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            is_saving = step % config.checkpoint_every == 0 or step == config.num_steps or is_stopping
+            is_saving = step % config.checkpoint_every == 0 or is_last or is_stopping
             if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
-                with clock("update"):
-                    pending = jax.device_get(pending)
-                check_finite(pending, phase=PHASE, first_step=step - len(pending) + 1)
-                means = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
-                seconds = clock.seconds()
-                rate = len(pending) * config.batch_size / sum(seconds.values())
-                run.writer(
-                    step,
-                    means
-                    | {f"time/{area}_s": value for area, value in seconds.items()}
-                    | {"perf/frames_per_s": rate, "perf/compilations": num_compilations() - compiled},
-                    phase=PHASE,
-                )
-                bar.update(len(pending), loss=means["sft/loss"])
-                compiled, pending = num_compilations(), []
-                clock.reset()
+                num_steps, means = steps.write(step)
+                bar.update(num_steps, loss=means["sft/loss"])
 
             # ---- Save -----------------------------------------------------------------------------------------------
             if is_saving:
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
-            if is_stopping and step < config.num_steps:
+            if is_stopping and not is_last:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {config.num_steps}")
-    say(f"{PHASE}: {config.num_steps - first} steps | {clock.total_line()}")
+    say(f"{PHASE}: {config.num_steps - first} steps | {steps.clock.total_line()}")
     return state.params

@@ -7,15 +7,15 @@ import math
 import jax
 import numpy as np
 
-from stare_jax.logging import Clock, Interrupted, progress, say
+from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.stages import TaskSpec
 from stare_jax.train.annotate import action_stages
 from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.compilations import num_compilations
 from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.train.sharding import check_batch_size
-from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
+from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
+from stare_jax.train.step_metrics import StepMetrics
 from stare_jax.train.steps import PairBatch, ScoredTrajectory, make_tpo_step
 from stare_jax.types import PreferencePair, PyTree, Trajectory
 
@@ -102,7 +102,7 @@ def train_tpo(
     scored = score_pairs(policy, reference, pairs, spec, batch_size=config.reference_batch_size)
     del reference
     first = int(state.step)
-    clock, pending, compiled = Clock(), [], None
+    steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="pairs")
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
@@ -110,35 +110,26 @@ def train_tpo(
     ):
         for step in range(first + 1, num_steps + 1):
             # ---- Update ---------------------------------------------------------------------------------------------
-            with clock("data"):
+            with steps.clock("data"):
                 rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
                 batch = jax.tree.map(lambda x, rows=rows: x[rows], scored)
-            with clock("update"):
+            with steps.clock("update"):
                 state, metrics = step_fn(state, place(batch, run.mesh))
-            pending.append(metrics)
-            compiled = num_compilations() if compiled is None else compiled
+            steps.add(metrics)
             is_stopping, is_last = run.should_stop(), step == num_steps
 
             # ---- Report ---------------------------------------------------------------------------------------------
             is_saving = step % config.checkpoint_every == 0 or is_last or is_stopping
             if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
-                with clock("update"):
-                    pending = jax.device_get(pending)
-                check_finite(pending, phase=PHASE, first_step=step - len(pending) + 1)
-                metrics = {name: float(np.mean([m[name] for m in pending])) for name in pending[0]}
-                metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
-                metrics["perf/compilations"] = num_compilations() - compiled
-                run.writer(step, metrics, phase=PHASE)
-                bar.update(len(pending), loss=metrics["tpo/loss"], accuracy=metrics["tpo/accuracy"])
-                compiled, pending = num_compilations(), []
-                clock.reset()
+                num_written, means = steps.write(step)
+                bar.update(num_written, loss=means["tpo/loss"], accuracy=means["tpo/accuracy"])
 
             # ---- Save -----------------------------------------------------------------------------------------------
             if is_saving:
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
             if is_stopping and not is_last:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")
-    say(f"{PHASE}: {num_steps - first} steps | {clock.total_line()}")
+    say(f"{PHASE}: {num_steps - first} steps | {steps.clock.total_line()}")
     return state.params
 
 
