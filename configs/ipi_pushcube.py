@@ -18,16 +18,14 @@ def get_config(algorithm: str = "sta_ppo"):
     config = base_config(env, openvla_tiny(label_width=30.0, critic="own"), name=f"ipi_pushcube_{algorithm}")
     config.phases = ("sft", "ppo")
 
-    config.demos.num_demos = 200
+    config.demos.num_demos = 300
     config.demos.noise_scales = ((0.0, 1.0), (0.15, 1.0))
 
-    config.sft.num_steps = 500
+    config.sft.num_steps = 700
     config.sft.optimizer.learning_rate = 1e-3
     config.sft.optimizer.schedule = "cosine"
     config.sft.optimizer.warmup_steps = 50
-    config.sft.checkpoint_every = 250
+    config.sft.checkpoint_every = 350
 
     set_interaction(config, algorithm)
-    config.ppo.optimizer.learning_rate = 1e-4
-    config.ppo.optimizer.value_learning_rate = 1e-3
     return config
