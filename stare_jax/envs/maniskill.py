@@ -21,7 +21,7 @@ from stare_jax.envs.vulkan import select_driver
 from stare_jax.stages import TASKS
 from stare_jax.types import Signals
 
-STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 25}
+STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 29}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EnvConfig:
     """pixels of the square image; 0 or None renders nothing and needs no graphics driver."""
     use_state: str = "none"
     """`Observation.state`: "none" `[0]`; "tcp", the tool centre point's position `[3]`; "low_dim", all that matters of
-    robot, object and goal `[25]`, see `low_dim_state`."""
+    robot, object and goal `[29]`, see `low_dim_state`."""
     control_mode: str = ""
     """a control mode of the robot; empty for the task's default."""
     lite_robot: bool = True
@@ -208,21 +208,31 @@ class Simulator:
 
 
 def low_dim_state(signals: Signals, gripper_opening: float) -> np.ndarray:
-    """Returns float32 `[25]`: tool (position, quaternion), gripper opening, object (position, quaternion), goal
-    position, tool to grasp point, object to goal, is_grasped. Metres; quaternions with w >= 0, of which there is one.
+    """Returns float32 `[29]`: tool (position, orientation), gripper opening, object (position, orientation), goal
+    position, tool to grasp point, object to goal, is_grasped. Metres; an orientation is the first two columns of its
+    rotation matrix.
     """
     parts = (
         signals.tcp_pos,
-        signals.tcp_quat * np.copysign(1.0, signals.tcp_quat[0]),
+        _first_columns(signals.tcp_quat),
         [gripper_opening],
         signals.obj_pos,
-        signals.obj_quat * np.copysign(1.0, signals.obj_quat[0]),
+        _first_columns(signals.obj_quat),
         signals.goal_pos,
         signals.grasp_pos - signals.tcp_pos,
         signals.goal_pos - signals.obj_pos,
         [signals.is_grasped],
     )
     return np.concatenate(parts, dtype=np.float32)
+
+
+def _first_columns(quat: np.ndarray) -> np.ndarray:
+    """Returns `[6]`, which moves smoothly with the orientation. A quaternion does not: whichever of its two signs is
+    chosen flips somewhere, and w >= 0 flips where tools point down."""
+    w, x, y, z = quat
+    first = (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y))
+    second = (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))
+    return np.array([*first, *second])
 
 
 def import_mani_skill() -> Any:

@@ -99,11 +99,11 @@ def openvla_tiny(state_dim: int = 0, **changes) -> OpenVLAConfig:
     return dataclasses.replace(config, **changes)
 
 
-def openvla_state(state_dim: int = 25, **changes) -> OpenVLAConfig:
+def openvla_state(state_dim: int = 29, **changes) -> OpenVLAConfig:
     """Returns the same policy without eyes: the state is embedded in four tokens. For studies of algorithms on CPUs.
 
     Args:
-        state_dim: dimensions of the state that is seen; 25 is that of `EnvConfig(use_state="low_dim")`.
+        state_dim: dimensions of the state that is seen; 29 is that of `EnvConfig(use_state="low_dim")`.
         **changes: fields of `OpenVLAConfig` to replace.
     """
     config = OpenVLAConfig(

@@ -199,8 +199,8 @@ class _Records:
             stored[places.episode[rows], places.t[rows]] = batch[rows]
 
         store = self._store
-        states = (store.observation, store.signals, store.value), (observation, signals, decision.value)
-        jax.tree.map(functools.partial(put, rows=tick.is_live), *states)
+        stored, states = (store.observation, store.signals, store.value), (observation, signals, decision.value)
+        jax.tree.map(functools.partial(put, rows=tick.is_live), stored, states)
         put(store.valid, tick.is_live, tick.is_live)
         actions = (
             (store.action, store.action_tokens, store.logp),
@@ -224,9 +224,10 @@ class _Records:
 
     def finish(self, places: _Places) -> tuple[Trajectory, tuple[str, ...]]:
         """Returns trajectories and instructions, without what is still under way."""
-        for e in places.episode[places.episode >= 0]:
+        # An episode that was handed out when the collection was stopped may have no row yet.
+        num_rows = min(places.num_started, len(self._store.valid)) if self.grows else self.num_episodes
+        for e in places.episode[(places.episode >= 0) & (places.episode < num_rows)]:
             self._erase(e)
-        num_rows = places.num_started if self.grows else self.num_episodes
         return jax.tree.map(lambda x: x[:num_rows], self._store), tuple(self.instructions[:num_rows])
 
     def _grow(self, num_rows: int, observation: Observation, signals: Signals, decision: Decision) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -280,12 +281,15 @@ def _pad(x: np.ndarray, num_rows: int) -> np.ndarray:
 
 
 def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iterator[DecisionBatch]:
-    """Yields the decisions of a batch once, shuffled, in minibatches of one size, the last filled up with rows that
-    are not valid."""
+    """Yields the decisions of a batch once, shuffled, in as few minibatches as can be, of equal numbers of decisions to
+    within one and filled up to `size` with rows that are not valid.
+
+    A last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure
+    the KL divergence by them.
+    """
     episode, t = np.nonzero(batch.annotation.valid_t)
     order = rng.permutation(len(episode))
-    for start in range(0, len(order), size):
-        chosen = order[start : start + size]
+    for chosen in np.array_split(order, math.ceil(len(order) / size)):
         rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
         at = (episode[rows], t[rows])
         yield DecisionBatch(

@@ -1,13 +1,21 @@
 import contextlib
 
 import gymnasium
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from stare_jax.envs.experts import make_expert
-from stare_jax.envs.maniskill import EnvConfig, Simulator, import_mani_skill, materials_without_device
+from stare_jax.envs.maniskill import (
+    EnvConfig,
+    Simulator,
+    import_mani_skill,
+    low_dim_state,
+    materials_without_device,
+)
 from stare_jax.envs.scenes import SCENES
+from stare_jax.stages.geometry import body_axis
 
 FRANKA_TASKS = ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
 
@@ -172,15 +180,26 @@ def test_low_dim_state_tells_where_everything_is(simulators):
         for _ in range(4):
             state, signals = simulator.step(action)[1:]
         assert state.shape == (config.state_dim,) and state.dtype == np.float32
-        tcp, obj = state[:3], state[8:11]
+        tcp, obj = state[:3], state[10:13]
         np.testing.assert_array_equal(tcp, signals.tcp_pos)
-        np.testing.assert_allclose(tcp + state[18:21], obj, atol=1e-6)
-        np.testing.assert_allclose(obj + state[21:24], state[15:18], atol=1e-6)
-        assert state[3] >= 0 and state[11] >= 0
-        np.testing.assert_allclose(np.linalg.norm(state[[3, 4, 5, 6]]), 1, atol=1e-5)
-        assert (state[7] > 0.07) == (action is opened) and 0 <= state[7] <= 0.081
-        assert state[24] == signals.is_grasped
+        np.testing.assert_allclose(tcp + state[22:25], obj, atol=1e-6)
+        np.testing.assert_allclose(obj + state[25:28], state[19:22], atol=1e-6)
+        for columns, quat in ((state[3:9], signals.tcp_quat), (state[13:19], signals.obj_quat)):
+            expected = [body_axis(jnp.asarray(quat), axis) for axis in (0, 1)]
+            np.testing.assert_allclose(columns.reshape(2, 3), expected, atol=1e-5)
+        assert (state[9] > 0.07) == (action is opened) and 0 <= state[9] <= 0.081
+        assert state[28] == signals.is_grasped
     simulator.close()
+
+
+def test_the_low_dim_state_does_not_jump_where_a_quaternion_changes_its_sign(simulators):
+    signals = simulators("PushCube-v1").reset(0)[1]
+    halves = [np.array([w, 0.0, 1.0, 0.0], np.float32) for w in (1e-4, -1e-4)]
+    first, second = (low_dim_state(signals._replace(tcp_quat=q, obj_quat=q), 0.04) for q in (*halves,))
+    np.testing.assert_allclose(first, second, atol=1e-3)
+    np.testing.assert_array_equal(
+        first, low_dim_state(signals._replace(tcp_quat=-halves[0], obj_quat=-halves[0]), 0.04)
+    )
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------

@@ -219,6 +219,23 @@ def test_a_batch_of_a_fixed_number_of_steps_cuts_what_is_under_way(num_envs, max
     assert max(env.resets) == SEEDS[len(lengths) - 1]
 
 
+@pytest.mark.parametrize("last_poll", range(1, 8))
+def test_a_batch_of_steps_can_be_stopped_at_any_tick(last_poll):
+    polls = []
+    rollout = collect_episodes(
+        ScriptedEnv(3, SCRIPTS),
+        scripted_act,
+        SEEDS,
+        stop_at_success=True,
+        max_steps=40,
+        should_stop=lambda: polls.append(0) or len(polls) == last_poll,
+    )
+    assert not rollout.is_complete and len(rollout.instructions) == len(rollout.trajectory.valid) <= len(SEEDS)
+    lengths = rollout.trajectory.valid[:, 1:].sum(axis=1)
+    over = (rollout.trajectory.signals.success & rollout.trajectory.valid).any(axis=1) | (lengths == ScriptedEnv.horizon)
+    np.testing.assert_array_equal(lengths > 0, over)  # what was under way is not there
+
+
 def test_a_dead_simulator_in_a_batch_of_steps_is_dropped_and_its_steps_count():
     env = ScriptedEnv(2, {11: Script(dies_at=2)})
     rollout = collect_episodes(env, scripted_act, SEEDS, stop_at_success=True, max_steps=7)

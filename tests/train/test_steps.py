@@ -47,11 +47,27 @@ def moved(before, after):
 
 
 @pytest.fixture(scope="module")
-def ppo_batch(policy, params, spec):
+def prepared(policy, params, spec):
     act = policy_act(policy, params, jax.random.key(3))
     rollout = collect_episodes(toy.ToyPush(NUM_ENVS), act, np.arange(4), stop_at_success=True)
-    prepared = make_prepare(spec, PPOConfig())(rollout)
+    return make_prepare(spec, PPOConfig())(rollout)
+
+
+@pytest.fixture(scope="module")
+def ppo_batch(prepared):
     return next(minibatches(prepared, size=64, rng=np.random.default_rng(0)))
+
+
+def test_minibatches_hold_every_decision_once_and_none_is_small(prepared):
+    num_decisions = int(prepared.annotation.valid_t.sum())
+    size = num_decisions // 2 - 1  # so that two are left over
+    parts = list(minibatches(prepared, size=size, rng=np.random.default_rng(0)))
+    counts = [int(part.valid.sum()) for part in parts]
+    assert len(parts) == 3 and sum(counts) == num_decisions and max(counts) - min(counts) <= 1
+    assert all(len(part.valid) == size for part in parts)
+    logp = np.concatenate([part.old_logp[part.valid] for part in parts])
+    everything = prepared.trajectory.logp[prepared.annotation.valid_t]
+    np.testing.assert_array_equal(np.sort(logp, axis=0), np.sort(everything, axis=0))
 
 
 def test_sft_microbatches_give_the_step_of_the_whole_batch(policy, params):
