@@ -18,17 +18,18 @@ def get_config(algorithm: str = "sta_ppo"):
     config = base_config(env, openvla_state(env.state_dim, label_width=30.0), name=f"study_pushcube_state_{algorithm}")
     config.phases = ("sft", "ppo")
 
-    config.demos.num_demos = 50
+    config.demos.num_demos = 80
     config.demos.noise_scales = ((0.0, 1.0),)
 
-    config.sft.num_steps = 300
+    config.sft.num_steps = 400
     config.sft.optimizer.learning_rate = 1e-3
     config.sft.optimizer.schedule = "cosine"
     config.sft.optimizer.warmup_steps = 50
-    config.sft.checkpoint_every = 300
+    config.sft.checkpoint_every = 400
 
     set_interaction(config, algorithm)
     config.evaluation.num_videos = 0
+    config.evaluation.num_episodes = 300
     return config
 
 

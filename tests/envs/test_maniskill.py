@@ -193,7 +193,7 @@ def test_low_dim_state_tells_where_everything_is(simulators):
 
 
 def test_the_low_dim_state_does_not_jump_where_a_quaternion_changes_its_sign(simulators):
-    signals = simulators("PushCube-v1").reset(0)[1]
+    signals = simulators("PushCube-v1").reset(0).signals
     halves = [np.array([w, 0.0, 1.0, 0.0], np.float32) for w in (1e-4, -1e-4)]
     first, second = (low_dim_state(signals._replace(tcp_quat=q, obj_quat=q), 0.04) for q in (*halves,))
     np.testing.assert_allclose(first, second, atol=1e-3)

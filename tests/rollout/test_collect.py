@@ -232,8 +232,9 @@ def test_a_batch_of_steps_can_be_stopped_at_any_tick(last_poll):
     )
     assert not rollout.is_complete and len(rollout.instructions) == len(rollout.trajectory.valid) <= len(SEEDS)
     lengths = rollout.trajectory.valid[:, 1:].sum(axis=1)
-    over = (rollout.trajectory.signals.success & rollout.trajectory.valid).any(axis=1) | (lengths == ScriptedEnv.horizon)
-    np.testing.assert_array_equal(lengths > 0, over)  # what was under way is not there
+    succeeded = (rollout.trajectory.signals.success & rollout.trajectory.valid).any(axis=1)
+    # What was under way is not there.
+    np.testing.assert_array_equal(lengths > 0, succeeded | (lengths == ScriptedEnv.horizon))
 
 
 def test_a_dead_simulator_in_a_batch_of_steps_is_dropped_and_its_steps_count():
