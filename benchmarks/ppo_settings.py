@@ -1,16 +1,17 @@
 """What does each setting of PPO pay? Short runs from one imitation of PushCube, each with one thing changed.
 
 The policy sees the low-dimensional state. A run takes about 35 thousand environment steps, a quarter of what the task
-needs, so the numbers say how fast a setting learns, not where it ends. `before` is the imitation, 300 episodes at
-temperature 1; `after` the last 480 episodes of training; `greedy` 100 episodes afterwards. Runs are kept and not
-repeated, so several processes can share the work with `--only`; the table shows all that are in the folder.
+needs, so the numbers say how fast a setting learns, not where it ends. `before` is the imitation and `after` the policy
+at the end, sampled at temperature 1 on the same 300 episodes. Runs are kept and not repeated: once the first row is
+there, several processes can share the others with `--only`; the table shows all that are in the folder.
 
     python benchmarks/ppo_settings.py --out runs/ppo_settings --json benchmarks/results/ppo_settings_cpu.json
-    taskset -c 0 python benchmarks/ppo_settings.py --out runs/ppo_settings --only base critic_shared critic_detached
+    taskset -c 0 python benchmarks/ppo_settings.py --out runs/ppo_settings --only critic_shared critic_detached
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,11 +22,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from stare_jax.logging import last_lines, read_metrics
+
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 NUM_ITERATIONS = 24
 CONTROLLED = {"num_iterations": NUM_ITERATIONS, "checkpoint_every": NUM_ITERATIONS}
-LAST = 480
-"""episodes at the end of training that make the success of a row"""
+LAST = 5
+"""iterations whose mean is shown of what the updates report"""
 
 
 class Setting(NamedTuple):
@@ -34,7 +37,6 @@ class Setting(NamedTuple):
     topic: str
     change: str
     ppo: dict = {}
-    model: dict = {}
     sft: str = "width30"
     """which imitation it starts from"""
 
@@ -61,26 +63,39 @@ SETTINGS = {
     "lr_1e-4": Setting("step size", "learning rate 1e-4", {"optimizer.learning_rate": 1e-4}),
     "lr_1e-3": Setting("step size", "learning rate 1e-3", {"optimizer.learning_rate": 1e-3}),
     "kl_0.03": Setting("step size", "KL stop at 0.03", {"target_kl": 0.03}),
-    "kl_none": Setting("step size", "no KL stop", {"target_kl": None}),
+    "kl_none": Setting("step size", "no KL stop", {"target_kl": math.inf}),
     "critic_shared": Setting("critic", "on the policy's features", sft="shared"),
     "critic_detached": Setting("critic", "on its features, detached", sft="detached"),
     "critic_cold": Setting("critic", "own, no warm-up", {"value_warmup_iterations": 0}),
     "lambda_0.95": Setting("critic", "GAE lambda 0.95", {"gae_lambda": 0.95}),
-    "batch_32": Setting("batch", "32 episodes, 72 iterations", {"num_episodes": 32, "num_iterations": 72}),
+    "batch_32": Setting(
+        "batch", "32 episodes, 72 iterations", {"num_episodes": 32, "num_iterations": 72, "value_warmup_iterations": 3}
+    ),
     "batch_288": Setting("batch", "288 episodes, 8 iterations", {"num_episodes": 288, "num_iterations": 8}),
     "num_steps": Setting("episodes", "1500 steps, cut episodes bootstrapped", {"num_steps": 1500}),
     "bootstrap": Setting("episodes", "time limit bootstrapped", {"time_limit": "bootstrap"}),
 }
 
 
+def config_flags(overrides: dict) -> list[str]:
+    """Returns the configuration and what is changed in it, as `launch/train.py` takes them."""
+    config = f"--config={TRAIN.parents[1] / 'configs' / 'study_pushcube_state.py'}"
+    return [config, *(f"--config.{name}={value}" for name, value in overrides.items())]
+
+
+def changes(name: str) -> dict:
+    """Returns the fields of the configuration that a setting changes."""
+    setting = SETTINGS[name]
+    model = {f"model.{field}": value for field, value in IMITATIONS[setting.sft].items()}
+    return model | {f"ppo.{field}": value for field, value in (CONTROLLED | setting.ppo).items()}
+
+
 def train(directory: Path, overrides: dict) -> None:
     """Runs `launch/train.py` in a directory, or goes on with what is there; its output is kept beside the directory."""
-    flags = [f"--config.{name}={value!r}" for name, value in overrides.items()]
-    config = f"--config={TRAIN.parents[1] / 'configs' / 'study_pushcube_state.py'}"
-    command = [sys.executable, TRAIN, config, f"--workdir={directory}", "--resume", *flags]
+    command = [sys.executable, TRAIN, f"--workdir={directory}", "--resume", *config_flags(overrides)]
     log = directory.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
+    with log.open("a") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         sys.exit(f"{directory.name}: launch/train.py ended with {status}, see {log}")
@@ -108,13 +123,15 @@ def imitate(out: Path, name: str, workers: dict) -> Path:
 def _without_statistics(demos: Path, copy: Path) -> Path:
     """Copies a data set and replaces its quantiles of actions by the range the simulator takes."""
     if not copy.exists():
-        shutil.copytree(demos, copy)
-        path = copy / "norm_stats.json"
+        unfinished = copy.with_name(f"{copy.name}.unfinished")
+        shutil.copytree(demos, unfinished, dirs_exist_ok=True)
+        path = unfinished / "norm_stats.json"
         content = json.loads(path.read_text())
         for statistics in content.values():
             action = statistics["action"]
             action["q01"], action["q99"] = [-1.0] * len(action["q01"]), [1.0] * len(action["q99"])
         path.write_text(json.dumps(content))
+        unfinished.rename(copy)
     return copy
 
 
@@ -123,28 +140,22 @@ def run_setting(out: Path, name: str, workers: dict, seed: int) -> None:
     if (directory / "report.html").exists():
         return
     print(f"{name}: {setting.change}", flush=True)
-    ppo = CONTROLLED | setting.ppo
     sft = imitate(out, setting.sft, workers)
-    model = IMITATIONS[setting.sft] | setting.model
-    train(
-        directory,
-        {"phases": ("ppo",), "init_from": str(sft / "sft"), "seed": seed, "evaluation.temperature": 0.0, **workers}
-        | {f"model.{k}": v for k, v in model.items()}
-        | {f"ppo.{k}": v for k, v in ppo.items()},
-    )
+    start = {"phases": ("ppo",), "init_from": str(sft / "sft"), "seed": seed}
+    train(directory, start | workers | changes(name))
 
 
 def measure(out: Path, name: str, seeds: list[int]) -> dict | None:
     """Returns a row of the table, means over the seeds that are there."""
-    rows = [_measure_run(out / f"{name}_{seed}") for seed in seeds if (out / f"{name}_{seed}" / "report.html").exists()]
+    directories = [out / f"{name}_{seed}" for seed in seeds]
+    rows = [_measure_run(directory) for directory in directories if (directory / "report.html").exists()]
     if not rows:
         return None
-    before = _evaluated(out / f"sft_{SETTINGS[name].sft}", "sft")
+    setting = SETTINGS[name]
     means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-    return {"name": name, "topic": SETTINGS[name].topic, "change": SETTINGS[name].change, "seeds": len(rows)} | {
-        "success_before": before,
-        **means,
-    }
+    means["before"] = _evaluated(out / f"sft_{setting.sft}", "sft")
+    means["gain"] = means["after"] - means["before"]
+    return {"name": name, "topic": setting.topic, "change": setting.change, "seeds": len(rows), **means}
 
 
 def _evaluated(directory: Path, phase: str) -> float:
@@ -152,38 +163,27 @@ def _evaluated(directory: Path, phase: str) -> float:
 
 
 def _measure_run(directory: Path) -> dict[str, float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line.get("phase") == "ppo"]
-    last, num_episodes = [], 0
-    for line in reversed(lines):
-        last.append(line)
-        num_episodes += line["env/num_episodes"]
-        if num_episodes >= LAST:
-            break
+    lines = last_lines(read_metrics(directory), "ppo")
     seconds = sum(line[f"time/{area}_s"] for line in lines for area in ("env", "policy", "update", "other"))
-
-    def mean(key):
-        return float(np.mean([line[key] for line in last]))
-
+    diagnostics = ("approx_kl", "clip_frac", "entropy", "explained_variance")
     return {
-        "success": sum(line["env/num_successes"] for line in last) / num_episodes,
-        "success_greedy": _evaluated(directory, "ppo"),
+        "after": _evaluated(directory, "ppo"),
         "env_steps": lines[-1]["env/steps"],
         "env_steps_per_s": lines[-1]["env/steps"] / seconds,
         "epochs": float(np.mean([line["ppo/epochs"] for line in lines])),
-        **{name: mean(f"ppo/{name}") for name in ("approx_kl", "clip_frac", "entropy", "explained_variance")},
+        **{name: float(np.mean([line[f"ppo/{name}"] for line in lines[-LAST:]])) for name in diagnostics},
     }
 
 
 def print_table(rows: list[dict]) -> None:
-    print(f"\n{'topic':<13}{'setting':<40}{'before':>7}{'after':>7}{'gain':>7}{'greedy':>8}{'steps':>7}", end="")
+    print(f"\n{'topic':<13}{'setting':<40}{'before':>7}{'after':>7}{'gain':>7}{'steps':>7}{'steps/s':>9}", end="")
     print(f"{'epochs':>8}{'KL':>7}{'clip':>6}{'entropy':>9}{'EV':>6}")
     for row in rows:
-        percent = (100 * row[key] for key in ("success_before", "success", "gain", "success_greedy"))
-        before, after, gain, greedy = percent
-        print(f"{row['topic']:<13}{row['change']:<40}{before:>7.0f}{after:>7.0f}{gain:>+7.0f}{greedy:>8.0f}", end="")
-        print(f"{row['env_steps'] / 1000:>6.0f}k{row['epochs']:>8.1f}{row['approx_kl']:>7.3f}", end="")
-        print(f"{row['clip_frac']:>6.2f}{row['entropy']:>9.2f}{row['explained_variance']:>6.2f}")
+        before, after, gain = (100 * row[key] for key in ("before", "after", "gain"))
+        print(f"{row['topic']:<13}{row['change']:<40}{before:>7.0f}{after:>7.0f}{gain:>+7.0f}", end="")
+        print(f"{row['env_steps'] / 1000:>6.0f}k{row['env_steps_per_s']:>9.0f}{row['epochs']:>8.1f}", end="")
+        print(f"{row['approx_kl']:>7.3f}{row['clip_frac']:>6.2f}{row['entropy']:>9.2f}", end="")
+        print(f"{row['explained_variance']:>6.2f}")
 
 
 def main() -> None:
@@ -199,8 +199,6 @@ def main() -> None:
         for name in args.only:
             run_setting(args.out, name, workers, seed)
     rows = [row for name in SETTINGS if (row := measure(args.out, name, args.seeds))]
-    for row in rows:
-        row["gain"] = row["success"] - row["success_before"]
     print_table(rows)
     if args.json:
         machine = {"cores": os.cpu_count(), "jax": jax.__version__}

@@ -1,6 +1,12 @@
 """What all configurations start from: the defaults that live in the code, as one `ConfigDict`."""
 
+import dataclasses
+import types
+import typing
+from typing import Any
+
 import ml_collections
+from ml_collections import config_dict
 
 from stare_jax.envs import EnvConfig
 from stare_jax.models import OpenVLAConfig
@@ -17,10 +23,26 @@ def base_config(env: EnvConfig, model: OpenVLAConfig, *, name: str) -> ml_collec
         model: the policy.
         name: of the run, which is kept in `runs/<name>` unless `--workdir` says otherwise.
     """
-    values = to_dict(IPIConfig(env=env, model=model, stages=get_task(env.env_id).params))
-    # Fields that default to None hold a number or a tuple once they are set: ConfigDict must not fix their type.
+    values = _with_placeholders(IPIConfig(env=env, model=model, stages=get_task(env.env_id).params))
     config = ml_collections.ConfigDict(values, type_safe=False)
     config.name = name
     for section in ("demos", "pairs", "ppo", "tpo"):
         config[section].seed = config.get_ref("seed")
     return config
+
+
+def _with_placeholders(config: Any) -> dict[str, Any]:
+    """Returns a dataclass as nested dicts. A field that is None, and may be a number or a tuple, says of which type:
+    otherwise it could not be given on the command line."""
+    hints, values = typing.get_type_hints(type(config)), {}
+    for field in dataclasses.fields(config):
+        value, hint = getattr(config, field.name), hints[field.name]
+        if dataclasses.is_dataclass(value):
+            value = _with_placeholders(value)
+        elif value is None and isinstance(hint, types.UnionType):
+            (kind,) = (typing.get_origin(part) or part for part in typing.get_args(hint) if part is not types.NoneType)
+            value = None if dataclasses.is_dataclass(kind) else config_dict.placeholder(kind)
+        else:
+            value = to_dict(value)
+        values[field.name] = value
+    return values

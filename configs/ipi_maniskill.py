@@ -14,7 +14,7 @@ from stare_jax.models import openvla_7b
 
 def get_config(env_id: str = "PushCube-v1"):
     """`env_id` is one of the four Franka tasks."""
-    env = EnvConfig(env_id, num_workers=64, horizon=30, image_size=224)
+    env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=30, image_size=224)
     model = openvla_7b(camera="base_camera")
     return paper_recipe(base_config(env, model, name=f"ipi_{env_id}"))
 

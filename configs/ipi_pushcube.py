@@ -18,14 +18,18 @@ def get_config(algorithm: str = "sta_ppo"):
     config = base_config(env, openvla_tiny(label_width=30.0, critic="own"), name=f"ipi_pushcube_{algorithm}")
     config.phases = ("sft", "ppo")
 
-    config.demos.num_demos = 300
-    config.demos.noise_scales = ((0.0, 1.0), (0.15, 1.0))
+    config.demos.num_demos = 760
+    config.demos.noise_scales = ((0.0, 100.0), (0.15, 594.0), (0.3, 66.0))
 
-    config.sft.num_steps = 700
+    config.sft.num_steps = 1000
     config.sft.optimizer.learning_rate = 1e-3
     config.sft.optimizer.schedule = "cosine"
     config.sft.optimizer.warmup_steps = 50
-    config.sft.checkpoint_every = 350
+    config.sft.checkpoint_every = 250
 
     set_interaction(config, algorithm)
+    config.ppo.num_iterations = 70
+    # Interaction teaches the decoder and the critic. Two thousand decisions an iteration are too few to train the eyes
+    # too: with everything trained, success rose by 8 points where it rose by 20 with the towers left alone.
+    config.ppo.optimizer.freeze = ("^stem", "^dino", "^siglip", "^projector")
     return config

@@ -19,7 +19,7 @@ __all__ = [
 
 
 def make_vec_env(config: EnvConfig) -> VecEnv:
-    """Starts `config.num_workers` simulators; close it when done.
+    """Starts `config.num_envs` simulators in `config.num_workers` processes; close it when done.
 
     Raises:
         SimulatorError: where one does not start, with its own message and the remedy; and for the WidowX tasks, which

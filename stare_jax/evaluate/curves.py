@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.evaluate.report import PhaseResult, load_results
-from stare_jax.logging import read_metrics
+from stare_jax.logging import last_lines, read_metrics
 
 SUCCESS, STEPS = "env/success", "env/steps"
 BEFORE = "sft"
@@ -100,21 +100,6 @@ def read_run(label: str, directory: str | Path, phase: str) -> Run:
     return Run(label, directory.resolve().name, seed, task, series, by_clock, results.get(BEFORE), results.get(phase))
 
 
-def last_lines(lines: Sequence[Mapping[str, Any]], phase: str) -> list[Mapping[str, Any]]:
-    """Returns the lines of a phase that count, in order of their steps.
-
-    A run that is killed goes on from its last checkpoint: its next line replaces every earlier one of the same step and
-    of later steps, which belong to a history that was given up.
-    """
-    rows: list[Mapping[str, Any]] = []
-    for line in lines:
-        if line.get("phase") == phase:
-            while rows and rows[-1]["step"] >= line["step"]:
-                rows.pop()
-            rows.append(line)
-    return rows
-
-
 def make_series(rows: Sequence[Mapping[str, Any]]) -> tuple[Series, bool]:
     """Returns the columns of the lines of a run, and whether the minutes had to be read from the clock.
 
@@ -168,10 +153,12 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 def first_reached(success: np.ndarray, target: float, window: int) -> int | None:
     """Returns the first index where the mean of `window` successive values is at least the target; None for never.
 
-    Means of fewer values, at the beginning, do not count: one lucky iteration is no success rate.
+    Means of fewer values, at the beginning or where some are not known, do not count: one lucky iteration is no
+    success rate.
     """
     is_there = moving_mean(success, window) >= target - 1e-9  # of rounding in running sums
-    is_there[: window - 1] = False
+    num_known = np.convolve(np.isfinite(success), np.ones(window))[: len(success)]
+    is_there &= num_known == window
     return int(is_there.argmax()) if is_there.any() else None
 
 

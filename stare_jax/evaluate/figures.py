@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from stare_jax.evaluate.intervals import Estimate
 from stare_jax.evaluate.timeline import Timeline
+from stare_jax.logging import last_lines
 
 # Okabe and Ito's colours, told apart by every kind of eye.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
@@ -143,13 +144,12 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], phase: str, path: str | Path
 
 
 def metric_curves(lines: Sequence[Mapping[str, Any]], phase: str) -> dict[str, dict[int, float]]:
-    """Returns metric -> step -> value of a phase; of steps that were repeated after a resume the later line counts."""
+    """Returns metric -> step -> value of a phase, of the lines that count; see `last_lines`."""
     curves: dict[str, dict[int, float]] = {}
-    for line in lines:
-        if line.get("phase") == phase:
-            for name in line.keys() - {"step", "phase", "wall_time"}:
-                curves.setdefault(name, {})[line["step"]] = line[name]
-    return {name: dict(sorted(points.items())) for name, points in curves.items()}
+    for line in last_lines(lines, phase):
+        for name in line.keys() - {"step", "phase", "wall_time"}:
+            curves.setdefault(name, {})[line["step"]] = line[name]
+    return curves
 
 
 _MOST_INTERESTING = ("success", "loss", "accuracy", "margin", "return", "completed", "kl", "clip", "entropy", "value")

@@ -10,6 +10,7 @@ from stare_jax.logging.files import replace_text as replace_text
 from stare_jax.logging.files import sync_directory as sync_directory
 from stare_jax.logging.metrics import METRICS_FILE as METRICS_FILE
 from stare_jax.logging.metrics import Writer as Writer
+from stare_jax.logging.metrics import last_lines as last_lines
 from stare_jax.logging.metrics import make_writer as make_writer
 from stare_jax.logging.metrics import read_metrics as read_metrics
 from stare_jax.logging.metrics import versions as versions

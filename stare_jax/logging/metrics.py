@@ -93,6 +93,21 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
+def last_lines(lines: Sequence[Mapping[str, Any]], phase: str) -> list[Mapping[str, Any]]:
+    """Returns the lines of a phase that count, in order of their steps.
+
+    A run that is killed goes on from its last checkpoint: its next line replaces every earlier one of the same step and
+    of later steps, which belong to a history that was given up.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for line in lines:
+        if line.get("phase") == phase:
+            while rows and rows[-1]["step"] >= line["step"]:
+                rows.pop()
+            rows.append(line)
+    return rows
+
+
 def _open_to_append(path: Path):
     """Opens a JSONL file at its end; a last line that a killed process left torn is ended, or cut off if unreadable."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):

@@ -28,7 +28,7 @@ CRITICS = ("shared", "detached", "own")
 
 @dataclasses.dataclass(frozen=True)
 class OpenVLAConfig:
-    """Everything that `make_openvla` needs to know; `openvla_7b()` and `openvla_tiny()` are the presets."""
+    """Everything that `make_openvla` needs to know; presets: `openvla_7b()`, `openvla_tiny()`, `openvla_state()`."""
 
     dino: ViTConfig | None
     """None, like `siglip`, where `state_tokens` replace the towers."""
@@ -61,7 +61,7 @@ class OpenVLAConfig:
     value_dims: tuple[int, ...] = (512, 128)
     critic: str = "shared"
     """what the value head reads: "shared", the decoder's last state of the prompt; "detached", the same without passing
-    a gradient on; "own", an encoder of its own, which sees the image (or the state) and not the prompt."""
+    a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt."""
     execution: Execution = Execution()
     decode_unroll: int = 1
     """action tokens per iteration of the decoding loop."""
@@ -99,9 +99,7 @@ class OpenVLAConfig:
         if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
             raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as the stem is shared")
         if self.critic == "own" and not self.stem:
-            raise ValueError(
-                "critic: got 'own' without a stem, whose like the critic's own encoder is; expected another"
-            )
+            raise ValueError("critic: got 'own', expected 'shared' or 'detached' where stem is empty")
 
     def _check_state_only(self):
         for name, expected in (("dino", None), ("siglip", None), ("stem", ()), ("image_size", 0)):

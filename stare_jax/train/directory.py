@@ -21,9 +21,9 @@ MACHINE_FIELDS = tuple(
     f"config.env.{name}"
     for name in ("num_workers", "envs_per_worker", "worker_timeout_s", "start_timeout_s", "max_restarts")
 )
-"""parts of those that change nothing but the speed."""
-GROWING_FIELDS = ("config.num_steps", "config.num_iterations")
-"""of a phase: it may be made longer."""
+"""parts of those that change the speed, and which episodes of a seeded batch of steps are cut short, but no task."""
+GROWING_FIELDS = {"sft": "config.num_steps", "ppo": "config.num_iterations"}
+"""of a phase, which may be made longer; a learning rate that decays is from then on that of the longer schedule."""
 
 _RECORD, _FINISHED = "record.json", "finished.json"
 _LOCK = "lock"
@@ -103,7 +103,7 @@ def begin_phase(phase_directory: Path, section: dict[str, Any], predecessor: Pat
     if (phase_directory / _RECORD).exists():
         changed = differences(_read(phase_directory / _RECORD), record, "")
         changed = [line.removeprefix(".") for line in changed]
-        if refused := [line for line in changed if not _has_grown(line)]:
+        if refused := [line for line in changed if not _has_grown(line, phase_directory.name)]:
             raise ConfigError(
                 f"{phase_directory}: was begun with another configuration: {'; '.join(refused)}; delete it, and what "
                 f"came after it, to do the phase again, or choose another --workdir"
@@ -120,10 +120,11 @@ def finish_phase(phase_directory: Path) -> None:
     replace_text(phase_directory / _FINISHED, json.dumps({"finished": True}) + "\n")
 
 
-def _has_grown(line: str) -> bool:
-    if not line.startswith(GROWING_FIELDS):
+def _has_grown(line: str, phase: str) -> bool:
+    field, change = line.split(" was ", 1)
+    if field != GROWING_FIELDS.get(phase):
         return False
-    old, new = line.split(" was ")[1].split(", is ")
+    old, new = change.split(", is ")
     return int(new) > int(old)
 
 

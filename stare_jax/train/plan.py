@@ -55,7 +55,7 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
         layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": section.optimizer.freeze}
         state = abstract_state(params, tx, **layout)
         batch = _batch(phase, policy, config)
-        extra = (np.bool_(True),) if phase == "ppo" else ()
+        extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
         _, metrics = jax.eval_shape(steps[phase](policy, tx, section), state, batch, *extra)
         plans[phase] = PhasePlan(state, batch, metrics)
     return plans

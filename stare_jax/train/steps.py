@@ -117,7 +117,7 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
             entropy_coef=config.entropy_coef,
         )
 
-    def step(state, batch, train_policy, fraction_done=0.0):
+    def step(state, batch, train_policy, fraction_done):
         grads, metrics = _gradients(loss_fn, state, batch, batch.valid.astype(jnp.float32), config)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
         scale = jnp.float32(decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))

@@ -1,5 +1,6 @@
 """Every configuration builds: shapes of model, optimiser and batches, and one traced step of every phase."""
 
+import functools
 import importlib
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from stare_jax.train.config import from_dict
 from stare_jax.train.ipi import IPIConfig
@@ -64,11 +67,35 @@ def test_model_optimizer_and_batches_have_shapes(name):
         assert plans["tpo"].batch.chosen.ref_logp.shape == (config.tpo.batch_size, config.env.horizon)
 
 
+def test_every_setting_that_is_compared_is_a_change_of_the_configuration():
+    settings = importlib.import_module("benchmarks.ppo_settings")
+    as_it_is = parse([])
+    for name in settings.SETTINGS:
+        changes = settings.changes(name)
+        changed = parse(settings.config_flags(changes)[1:])
+        assert changed != as_it_is, name
+        for field, value in changes.items():
+            got = functools.reduce(getattr, field.split("."), changed)
+            assert got == value and type(got) is type(value), (name, field)
+
+
+def parse(overrides: list[str]) -> IPIConfig:
+    values = flags.FlagValues()
+    start = importlib.import_module("configs.study_pushcube_state").get_config()
+    arguments = ["train", *overrides]
+    holder = config_flags.DEFINE_config_dict("config", start, flag_values=values, sys_argv=arguments)
+    values(arguments)
+    config = holder.value.to_dict()
+    config.pop("name")
+    return from_dict(IPIConfig, config)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--config=configs/quickstart.py", "--config.ppo.gama=0.9"], "no field 'gama'"),
         (["--config=configs/quickstart.py", "--config.ppo.gamma=7"], "gamma: got 7.0, expected in [0, 1]"),
+        (["--config=configs/quickstart.py", "--config.ppo.num_steps=0"], "num_steps: got 0, expected >= 1 or None"),
         (["--config=configs/nothing.py"], "No such file"),
     ],
 )

@@ -7,14 +7,13 @@ from stare_jax.evaluate.curves import (
     CurveError,
     ends,
     first_reached,
-    last_lines,
     make_series,
     mean_curve,
     moving_mean,
     read_run,
     read_runs,
 )
-from stare_jax.logging import make_writer, read_metrics, write_metadata
+from stare_jax.logging import last_lines, make_writer, read_metrics, write_metadata
 
 
 def write_lines(directory, lines, phase="ppo"):

@@ -46,7 +46,7 @@ def trained_run(tmp_path_factory, command):
             checkpoints.save(step, state, extra={}, norm_stats=toy.norm_stats())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(restore, "make_policy", lambda config, norm_stats: policy)
-        patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_workers))
+        patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_envs))
         patch.setattr(command, "get_task", lambda env_id: toy.task_spec())
         yield directory
 

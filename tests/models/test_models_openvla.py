@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, random_params, some_stats
 
-from stare_jax.models import make_policy, openvla_state, openvla_tiny, with_prompt
+from stare_jax.models import make_policy, openvla_7b, openvla_state, openvla_tiny, with_prompt
 from stare_jax.models.heads import ZERO_BIN, decode_bins, encode_bins
 from stare_jax.models.normalize import normalize_action, unnormalize_action
 from stare_jax.models.openvla_network import OpenVLA, preprocess
@@ -152,6 +152,11 @@ def test_the_values_gradient_enters_the_decoder_only_where_it_is_shared(nano, cr
         value, moved = jit(derivative)(params, along)
         assert np.isfinite(value).all()
         assert np.any(moved) == (name in moving), name
+
+
+def test_a_critic_of_its_own_needs_a_stem():
+    with pytest.raises(ValueError, match="critic: got 'own', expected 'shared' or 'detached' where stem is empty"):
+        make_policy(dataclasses.replace(openvla_7b(), critic="own"), some_stats(7, 0))
 
 
 def test_actions_that_the_data_never_moves_cost_nothing(nano):

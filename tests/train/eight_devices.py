@@ -47,8 +47,8 @@ def difference(a, b):
 
 PARAMS = jax.device_get(jax.jit(POLICY.init)(jax.random.key(0)))
 one, eight = make_mesh(), make_mesh(data=2, fsdp=4)
-single = step_on(one, make_ppo_step, PPO, ppo_batch(), True)
-sharded = step_on(eight, make_ppo_step, dataclasses.replace(PPO, microbatch_size=16), ppo_batch(), True)
+single = step_on(one, make_ppo_step, PPO, ppo_batch(), True, 0.0)
+sharded = step_on(eight, make_ppo_step, dataclasses.replace(PPO, microbatch_size=16), ppo_batch(), True, 0.0)
 
 pairs = score_pairs(POLICY, PARAMS, random_pairs(POLICY, PARAMS, NUM_ENVS // 2), toy.task_spec(), batch_size=64)
 tpo = TPOConfig(optimizer=OPTIMIZER, batch_size=8)

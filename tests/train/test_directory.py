@@ -109,25 +109,33 @@ def test_a_phase_is_done_once_it_is_finished_with_the_same_configuration(tmp_pat
     assert begin_phase(tmp_path, SECTION, None) and is_finished(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["num_steps", "num_iterations"])
-def test_a_phase_may_be_made_longer_and_is_then_not_finished(tmp_path, name):
-    section = {name: 30}
-    begin_phase(tmp_path, section, None)
-    finish_phase(tmp_path)
-    assert not begin_phase(tmp_path, {name: 60}, None) and not is_finished(tmp_path)
+@pytest.mark.parametrize(("phase", "name"), [("sft", "num_steps"), ("ppo", "num_iterations")])
+def test_a_phase_may_be_made_longer_and_is_then_not_finished(tmp_path, phase, name):
+    section, directory = {name: 30}, tmp_path / phase
+    begin_phase(directory, section, None)
+    finish_phase(directory)
+    assert not begin_phase(directory, {name: 60}, None) and not is_finished(directory)
     with pytest.raises(ConfigError, match=f"config.{name} was 60, is 30"):
-        begin_phase(tmp_path, section, None)
+        begin_phase(directory, section, None)
+
+
+@pytest.mark.parametrize("before", [None, 500])
+def test_a_batch_of_steps_is_no_length_of_ppo(tmp_path, before):
+    begin_phase(tmp_path / "ppo", {"num_steps": before}, None)
+    with pytest.raises(ConfigError, match=f"config.num_steps was {before}, is 1500"):
+        begin_phase(tmp_path / "ppo", {"num_steps": 1500}, None)
 
 
 def test_nothing_else_of_a_phase_may_change(tmp_path):
-    begin_phase(tmp_path, SECTION, None)
-    finish_phase(tmp_path)
+    sft = tmp_path / "sft"
+    begin_phase(sft, SECTION, None)
+    finish_phase(sft)
     other = changed(changed(SECTION, "optimizer.learning_rate", 1e-4), "num_steps", 60)
     with pytest.raises(
         ConfigError, match=r"configuration: config.optimizer.learning_rate was 0.001, is 0.0001; delete"
     ):
-        begin_phase(tmp_path, other, None)
-    assert begin_phase(tmp_path, SECTION, None)  # what was refused has changed nothing
+        begin_phase(sft, other, None)
+    assert begin_phase(sft, SECTION, None)  # what was refused has changed nothing
 
 
 def test_a_phase_remembers_all_phases_before_it(tmp_path):

@@ -83,19 +83,19 @@ def test_sft_microbatches_give_the_step_of_the_whole_batch(policy, params):
 
 
 def test_ppo_starts_at_ratio_one(policy, params, ppo_batch):
-    _, metrics = take_step(make_ppo_step, policy, params, PPO, ppo_batch, True)
+    _, metrics = take_step(make_ppo_step, policy, params, PPO, ppo_batch, True, 0.0)
     assert metrics["ppo/clip_frac"] == 0 and metrics["ppo/stopped"] == 0
     ratios = [metrics[f"ppo/ratio_{name}"] for name in ("min", "mean", "max")]
     np.testing.assert_allclose(ratios, 1.0, atol=1e-5)
 
 
 def test_ppo_padding_changes_nothing(policy, params, ppo_batch):
-    whole, metrics = take_step(make_ppo_step, policy, params, PPO, ppo_batch, True)
+    whole, metrics = take_step(make_ppo_step, policy, params, PPO, ppo_batch, True, 0.0)
 
     def pad(x):
         return np.concatenate([x, np.full_like(x, 1e6 if x.dtype == np.float32 else 0)])
 
-    padded, padded_metrics = take_step(make_ppo_step, policy, params, PPO, jax.tree.map(pad, ppo_batch), True)
+    padded, padded_metrics = take_step(make_ppo_step, policy, params, PPO, jax.tree.map(pad, ppo_batch), True, 0.0)
     assert_same(padded.params, whole.params, atol=1e-5)
     assert_same(padded_metrics, metrics, rtol=1e-4, atol=1e-6)
 
@@ -104,9 +104,9 @@ def test_ppo_padding_changes_nothing(policy, params, ppo_batch):
 @pytest.mark.parametrize("num_valid", [64, 3])
 def test_ppo_microbatches_give_the_step_of_the_whole_batch(policy, params, ppo_batch, num_valid):
     batch = ppo_batch._replace(valid=np.arange(64) < num_valid)
-    whole, metrics = take_step(make_ppo_step, policy, params, PPO, batch, True)
+    whole, metrics = take_step(make_ppo_step, policy, params, PPO, batch, True, 0.0)
     config = dataclasses.replace(PPO, microbatch_size=16)
-    cut, cut_metrics = take_step(make_ppo_step, policy, params, config, batch, True)
+    cut, cut_metrics = take_step(make_ppo_step, policy, params, config, batch, True, 0.0)
     assert_same(cut.params, whole.params, atol=1e-4)
     np.testing.assert_allclose(cut_metrics["ppo/loss"], metrics["ppo/loss"], rtol=1e-4, atol=1e-6)
     assert all(np.isfinite(value) for value in cut_metrics.values())
@@ -115,7 +115,7 @@ def test_ppo_microbatches_give_the_step_of_the_whole_batch(policy, params, ppo_b
 def test_ppo_does_not_step_beyond_its_target_kl(policy, params, ppo_batch):
     # A ratio of e is a divergence of e - 1 - 1 = 0.72 by the estimator ratio - 1 - log(ratio).
     far = ppo_batch._replace(old_logp=ppo_batch.old_logp - 1.0)
-    state, metrics = take_step(make_ppo_step, policy, params, PPO, far, True)
+    state, metrics = take_step(make_ppo_step, policy, params, PPO, far, True, 0.0)
     np.testing.assert_allclose(metrics["ppo/approx_kl"], np.e - 2, rtol=1e-4)
     assert metrics["ppo/stopped"] == 1 and int(state.step) == 0 and not moved(params, state.params)
 
@@ -139,11 +139,11 @@ def test_a_ppo_step_is_as_long_as_the_schedule_says_for_the_iteration(policy, pa
 def test_a_warm_up_step_moves_the_value_head_alone_and_leaves_the_moments_of_the_rest(policy, params, ppo_batch):
     tx, step = compiled_step(make_ppo_step, policy, PPO)
     start = create_state(params, tx, mesh=make_mesh(), rules=policy.sharding_rules)
-    warm, _ = step(start, ppo_batch, False)
+    warm, _ = step(start, ppo_batch, False, 0.0)
     assert moved(params, warm.params) == {"value_head"}
     # The first real step is the one that an optimiser without a past would take.
-    after, _ = step(warm, ppo_batch, True)
-    fresh, _ = step(start, ppo_batch, True)
+    after, _ = step(warm, ppo_batch, True, 0.0)
+    fresh, _ = step(start, ppo_batch, True, 0.0)
     assert_same(after.params["trunk_0"], fresh.params["trunk_0"], atol=1e-6)
     assert moved(warm.params, after.params) == {"trunk_0", "logits", "value_head"}
 
