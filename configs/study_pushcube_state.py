@@ -39,7 +39,7 @@ def set_interaction(config, algorithm: str):
         raise ValueError(f"algorithm: got {algorithm!r}, expected 'ppo' or 'sta_ppo'")
     config.stages.progressive = True
     config.ppo.shaping = algorithm == "sta_ppo"
-    config.ppo.num_iterations = 110
+    config.ppo.num_iterations = 120
     config.ppo.num_episodes = 96
     config.ppo.num_epochs = 4
     config.ppo.minibatch_size = 512

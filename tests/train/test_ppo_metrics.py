@@ -1,5 +1,8 @@
 """Metrics of an iteration on labels and rewards written down by hand."""
 
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -8,10 +11,11 @@ from toy_task import expert_episodes
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.train.annotate import Annotation
-from stare_jax.train.ppo import PPOConfig, make_prepare
+from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.types import Trajectory
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "ppo.md"
 LENGTHS = np.array([2, 4, 3, 0])
 """of a success, a failure, an episode cut short and a lost one; the horizon is 4."""
 
@@ -98,3 +102,13 @@ def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing
     # Of the 3 minibatches of an epoch, the last one of 10 actions, 4 moved parameters.
     expected = {"ppo/approx_kl": 0.04, "ppo/stopped": 0.2, "ppo/kl_last": 0.1, "ppo/epochs": 4 / 3}
     assert metrics == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_page_on_ppo_explains_every_metric_and_no_other(policy, params, make_run, spec):
+    run = make_run()
+    config = PPOConfig(num_iterations=1, num_episodes=20, minibatch_size=256)
+    train_ppo(policy, params, toy.ToyPush(16), spec, config, run)
+    stage = re.compile(f"_({'|'.join(spec.stage_names)})$")
+    logged = {stage.sub("_<stage>", name) for name in run.writer.lines[0] if "/" in name}
+    explained = set(re.findall(r"`((?:ppo|env|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))
+    assert explained == logged
