@@ -14,8 +14,11 @@ from stare_jax.models import openvla_tiny
 
 def get_config(algorithm: str = "sta_ppo"):
     """`algorithm` is "ppo" or "sta_ppo"."""
-    env = EnvConfig("PushCube-v1", horizon=30, image_size=64)
-    config = base_config(env, openvla_tiny(label_width=30.0, critic="own"), name=f"ipi_pushcube_{algorithm}")
+    env = EnvConfig("PushCube-v1", horizon=30, image_size=64, use_state="low_dim")
+    # The policy sees the image and the instruction; its critic, which is gone after training, sees the state.
+    seen = {"prompt_template": "{instruction}", "prompt_length": 12, "critic": "state"}
+    model = openvla_tiny(env.state_dim, label_width=30.0, **seen)
+    config = base_config(env, model, name=f"ipi_pushcube_{algorithm}")
     config.phases = ("sft", "ppo")
 
     config.demos.num_demos = 760

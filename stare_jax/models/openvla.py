@@ -173,7 +173,7 @@ def _prompt(network: OpenVLA, norm_stats: NormStats, observation: Observation) -
     if tokens.shape[-1] < 2:
         raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
     if network.config.state_tokens:
-        scene = scale_state(jnp.asarray(observation.state), norm_stats)
+        scene = _state(norm_stats, observation)
     else:
         camera = network.config.camera
         if camera not in observation.images:
@@ -182,10 +182,14 @@ def _prompt(network: OpenVLA, norm_stats: NormStats, observation: Observation) -
     return scene, tokens, jnp.asarray(observation.token_mask)
 
 
+def _state(norm_stats: NormStats, observation: Observation) -> jax.Array:
+    return scale_state(jnp.asarray(observation.state), norm_stats)
+
+
 def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(network.config, 1))
     bins = jnp.zeros((1, network.config.action_dim), jnp.int32)
-    return network.init(key, *_prompt(network, norm_stats, blank), bins)["params"]
+    return network.init(key, *_prompt(network, norm_stats, blank), bins, _state(norm_stats, blank))["params"]
 
 
 def _sample(
@@ -225,7 +229,8 @@ def _sample(
     num_undecided = network.config.action_dim - len(is_decided)
     bins = jnp.pad(bins, [(0, 0), (0, num_undecided)], constant_values=ZERO_BIN)
     action = unnormalize_action(decode_bins(bins), norm_stats)
-    return Decision(action, bins, logp, _apply(network, params, hidden, prompt[0], method="value"))
+    value = _apply(network, params, hidden, prompt[0], _state(norm_stats, observation), method="value")
+    return Decision(action, bins, logp, value)
 
 
 def _log_prob(
@@ -243,13 +248,14 @@ def _log_prob(
     hidden = _apply(network, params, *prompt, bins, method="score")
     logits = _apply(network, params, hidden, method="action_logits")
     logp, entropy = score_bins(logits, bins, temperature, is_decided)
-    return ActionScore(logp, entropy, _apply(network, params, hidden[:, 0], prompt[0], method="value"))
+    value = _apply(network, params, hidden[:, 0], prompt[0], _state(norm_stats, observation), method="value")
+    return ActionScore(logp, entropy, value)
 
 
 def _value(network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:
     prompt = _prompt(network, norm_stats, observation)
     hidden, _, _ = _apply(network, params, *prompt, method="prefill")
-    return _apply(network, params, hidden, prompt[0], method="value")
+    return _apply(network, params, hidden, prompt[0], _state(norm_stats, observation), method="value")
 
 
 def _imitation_loss(

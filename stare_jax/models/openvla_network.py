@@ -23,7 +23,7 @@ Pixels = tuple[jax.Array, jax.Array]
 Scene = Pixels | jax.Array
 """What the network sees: images, or the normalised state float32 `[B, S]`."""
 
-CRITICS = ("shared", "detached", "own")
+CRITICS = ("shared", "detached", "own", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,8 @@ class OpenVLAConfig:
     value_dims: tuple[int, ...] = (512, 128)
     critic: str = "shared"
     """what the value head reads: "shared", the decoder's last state of the prompt; "detached", the same without passing
-    a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt."""
+    a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt; "state", the
+    state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
     decode_unroll: int = 1
     """action tokens per iteration of the decoding loop."""
@@ -98,6 +99,8 @@ class OpenVLAConfig:
             raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")
         if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
             raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as the stem is shared")
+        if self.critic == "state" and not self.state_dim:
+            raise ValueError("state_dim: got 0, expected > 0 for critic = 'state'")
         if self.critic == "own" and not self.stem:
             raise ValueError("critic: got 'own', expected 'shared' or 'detached' where stem is empty")
 
@@ -207,21 +210,28 @@ class OpenVLA(nn.Module):
         """Returns float32 logits `[..., vocab_size]` of all tokens."""
         return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
 
-    def value(self, hidden: jax.Array, scene: Scene) -> jax.Array:
-        """Returns float32 `[B]` from the hidden state `[B, width]` of the last prompt token, or from what is seen."""
-        if self.config.critic == "own":
-            features = scene
-            if not self.config.state_tokens:
-                features = self.value_stem(scene[0]).reshape(
-                    hidden.shape[0], -1
-                )  # where things are matters: no pooling
-            return self.value_head(features)
-        return self.value_head(jax.lax.stop_gradient(hidden) if self.config.critic == "detached" else hidden)
+    def value(self, hidden: jax.Array, scene: Scene, state: jax.Array) -> jax.Array:
+        """Returns float32 `[B]` from what `config.critic` names.
 
-    def __call__(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array):
+        Args:
+            hidden: `[B, width]` of the last prompt token.
+            scene: what the policy sees.
+            state: float32 `[B, S]`, normalised.
+        """
+        cfg = self.config
+        if cfg.critic == "state" or (cfg.critic == "own" and cfg.state_tokens):
+            return self.value_head(state)
+        if cfg.critic == "own":
+            # Where things are matters: no pooling.
+            return self.value_head(self.value_stem(scene[0]).reshape(hidden.shape[0], -1))
+        return self.value_head(jax.lax.stop_gradient(hidden) if cfg.critic == "detached" else hidden)
+
+    def __call__(
+        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns action logits `[B, A, 256]` and values `[B]`; touches every parameter, for initialisation."""
         hidden = self.score(scene, tokens, token_mask, bins)
-        return self.action_logits(hidden), self.value(hidden[:, 0], scene)
+        return self.action_logits(hidden), self.value(hidden[:, 0], scene, state)
 
 
 def preprocess(image: jax.Array, config: OpenVLAConfig) -> Pixels:

@@ -140,18 +140,33 @@ def test_imitation_reaches_every_parameter_but_the_value_head(nano):
     assert still and all("value_head" in name for name in still), still
 
 
-@pytest.mark.parametrize("critic", ["shared", "detached", "own"])
+@pytest.mark.parametrize("critic", ["shared", "detached", "own", "state"])
 def test_the_values_gradient_enters_the_decoder_only_where_it_is_shared(nano, critic):
     policy = make_policy(nano_config(critic=critic), some_stats(3, 2))
     params = random_params(policy)
     # Forward mode, along some parameters alone: how the value moves with them.
     derivative = lambda p, d: jax.jvp(lambda q: policy.value(q, nano.observation), (p,), (d,))  # noqa: E731
-    moving = {"shared": {"llm", "value_head"}, "detached": {"value_head"}, "own": {"value_head", "value_stem"}}[critic]
+    moving = {"shared": {"llm", "value_head"}, "own": {"value_head", "value_stem"}}.get(critic, {"value_head"})
     for name in {"llm", "value_head", "value_stem"} & params.keys():
         along = jax.tree.map(np.zeros_like, params) | {name: params[name]}
         value, moved = jit(derivative)(params, along)
         assert np.isfinite(value).all()
         assert np.any(moved) == (name in moving), name
+
+
+def test_a_critic_may_see_a_state_that_the_policy_does_not():
+    config = nano_config(critic="state", prompt_template="{instruction}")
+    policy = make_policy(config, some_stats(3, 2))
+    params, observation = random_params(policy), random_observation(policy, INSTRUCTIONS)
+    other = with_prompt(policy, observation._replace(state=observation.state + 0.3), INSTRUCTIONS)
+    bins = np.zeros((3, 3), np.int32)
+    first, second = (jit(policy.log_prob)(params, seen, bins) for seen in (observation, other))
+    np.testing.assert_array_equal(first.logp, second.logp)
+    assert (np.abs(first.value - second.value) > 1e-3).all()
+    same = other._replace(images=jax.tree.map(np.zeros_like, other.images))
+    np.testing.assert_array_equal(jit(policy.value)(params, same), second.value)
+    with pytest.raises(ValueError, match="state_dim: got 0, expected > 0 for critic = 'state'"):
+        openvla_tiny(critic="state")
 
 
 def test_a_critic_of_its_own_needs_a_stem():
@@ -179,6 +194,7 @@ def test_actions_that_the_data_never_moves_cost_nothing(nano):
             nano.observation.tokens,
             nano.observation.token_mask,
             decision.action_tokens,
+            nano.observation.state,
         )[0]
         logp = jax.nn.log_softmax(hidden)[np.arange(3)[:, None], np.arange(3), decision.action_tokens]
         np.testing.assert_allclose(decision.logp, logp[:, decided].sum(axis=1), atol=1e-4)

@@ -1,0 +1,158 @@
+"""How much of a PPO update carries over to episodes it has not seen? The surrogate gained on both, side by side.
+
+The policy of an imitation plays two batches of episodes. A critic learns the first; then PPO updates the policy on the
+first alone, at several learning rates, each from the same start. Gains are of the clipped surrogate in units of the
+advantage's standard deviation, an action: `trained` on the decisions of the update, `unseen` on those of the other
+batch, with its standard error. A policy that gains on the first and loses on the second gets worse by learning.
+
+    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_sta_ppo/sft
+    python benchmarks/ppo_carryover.py --sft runs/ipi_pushcube_sta_ppo/sft --rates 1e-5 1e-4 --epochs 1 4 --json OUT
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from stare_jax.data.seeds import PPO_SEEDS
+from stare_jax.envs import make_vec_env
+from stare_jax.models import Policy
+from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.stages import get_task
+from stare_jax.train.optimizer import make_optimizer, split_params
+from stare_jax.train.ppo import PPOBatch, PPOConfig, make_prepare, minibatches
+from stare_jax.train.restore import RestoredPolicy, restore_policy
+from stare_jax.train.steps import make_ppo_step
+from stare_jax.types import PyTree, TrainState
+
+CRITIC_EPOCHS = 6
+SIZE = 512
+"""decisions of a minibatch."""
+
+
+class Learner:
+    """A policy, and one compiled PPO step whose learning rate is scaled by its schedule."""
+
+    def __init__(self, restored: RestoredPolicy, peak: float):
+        self.policy, self.peak = restored.policy, peak
+        stages = dataclasses.replace(restored.config.stages, progressive=True)
+        self.spec = dataclasses.replace(get_task(restored.config.env.env_id), params=stages)
+        ppo = restored.config.ppo
+        optimizer = dataclasses.replace(ppo.optimizer, learning_rate=peak, schedule="linear", warmup_steps=0)
+        self.config: PPOConfig = dataclasses.replace(ppo, optimizer=optimizer, target_kl=None, minibatch_size=SIZE)
+        self.tx = make_optimizer(optimizer, num_steps=None)
+        self.step = jax.jit(make_ppo_step(self.policy, self.tx, self.config))
+        self.score = jax.jit(self.policy.log_prob)
+        self.prepare = make_prepare(self.spec, self.config)
+
+    def start(self, params: PyTree) -> TrainState:
+        trainable, _ = split_params(params, self.config.optimizer.freeze)
+        return TrainState(step=np.int32(0), params=params, opt_state=self.tx.init(trainable))
+
+    def epoch(self, state: TrainState, batch: PPOBatch, rng, *, rate: float, train_policy: bool = True) -> TrainState:
+        for minibatch in minibatches(batch, size=SIZE, rng=rng):
+            state, _ = self.step(state, minibatch, np.bool_(train_policy), np.float32(1 - rate / self.peak))
+        return state
+
+    def scores(self, params: PyTree, rollout: Rollout, where: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
+        """Yields indices of states where `where` `[E, N + 1]`, and the float32 log-probabilities and values there."""
+        trajectory, (episode, t) = rollout.trajectory, np.nonzero(where)
+        for first in range(0, len(episode), SIZE):
+            rows = np.arange(first, first + SIZE) % len(episode)
+            at = (episode[rows], t[rows])
+            tokens = trajectory.action_tokens[at[0], np.minimum(at[1], trajectory.action.shape[1] - 1)]
+            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), tokens)
+            number = min(SIZE, len(episode) - first)
+            yield (at[0][:number], at[1][:number]), np.stack([score.logp, score.value])[:, :number]
+
+    def annotated(self, params: PyTree, rollout: Rollout) -> PPOBatch:
+        """Returns the batch with the values that the critic has for it now."""
+        value = np.zeros(rollout.trajectory.valid.shape, np.float32)
+        for at, (_, values) in self.scores(params, rollout, rollout.trajectory.valid):
+            value[at] = values
+        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(value=value)))
+
+    def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
+        """Returns how much the clipped surrogate has gained, its standard error, and the KL divergence (k3)."""
+        where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
+        gains, divergences = [], []
+        for at, (logp, _) in self.scores(params, rollout, where):
+            log_ratio, advantage = logp - batch.trajectory.logp[at], batch.advantage[at]
+            ratio = np.exp(log_ratio)
+            clipped = np.clip(ratio, 1 - self.config.clip_eps, 1 + self.config.clip_eps)
+            gains.append(np.minimum(ratio * advantage, clipped * advantage) - advantage)
+            divergences.append(np.expm1(log_ratio) - log_ratio)
+        gains = np.concatenate(gains)
+        error = gains.std() / math.sqrt(len(gains))
+        return {"gain": float(gains.mean()), "error": float(error), "kl": float(np.concatenate(divergences).mean())}
+
+
+def collect(restored: RestoredPolicy, policy: Policy, episodes: int) -> list[Rollout]:
+    """Returns two batches of episodes of the imitation, sampled at temperature 1."""
+    act = policy_act(policy, restored.params, jax.random.key(0))
+    with contextlib.closing(make_vec_env(restored.config.env)) as env:
+        seeds = PPO_SEEDS + np.arange(2 * episodes)
+        return [collect_episodes(env, act, part, stop_at_success=True) for part in np.split(seeds, 2)]
+
+
+def measure(restored: RestoredPolicy, episodes: int, rates: list[float], epochs: list[int]) -> list[dict]:
+    learner = Learner(restored, max(rates))
+    trained, unseen = collect(restored, learner.policy, episodes)
+    state, rng = learner.start(restored.params), np.random.default_rng(0)
+    for _ in range(CRITIC_EPOCHS):
+        batch = learner.annotated(state.params, trained)
+        state = learner.epoch(state, batch, rng, rate=max(rates), train_policy=False)
+    params = state.params
+    batches = [learner.annotated(params, rollout) for rollout in (trained, unseen)]
+    for name, batch in zip(("trained", "unseen"), batches, strict=True):
+        number = int(batch.annotation.valid_t.sum())
+        print(f"{name}: {number} decisions, explained variance {batch.explained_variance:.2f}")
+    print(f"{'rate':>10}{'epochs':>8}{'KL':>10}{'trained':>10}{'unseen':>10}")
+    rows = []
+    for rate in rates:
+        state, rng = learner.start(params), np.random.default_rng(1)
+        # Adam's first steps are of full length in every direction, whatever the gradient. Its moments learn first.
+        state = learner.epoch(state, batches[0], rng, rate=0.0)
+        for epoch in range(1, max(epochs) + 1):
+            state = learner.epoch(state, batches[0], rng, rate=rate)
+            if epoch in epochs:
+                pairs = zip(("trained", "unseen"), (trained, unseen), batches, strict=True)
+                gains = {name: learner.gain(state.params, rollout, batch) for name, rollout, batch in pairs}
+                rows.append({"learning_rate": rate, "epochs": epoch} | gains)
+                print_row(rows[-1])
+    return rows
+
+
+def print_row(row: dict) -> None:
+    trained, unseen = row["trained"], row["unseen"]
+    start = f"{row['learning_rate']:>10.0e}{row['epochs']:>8}{unseen['kl']:>10.4f}{trained['gain']:>+10.4f}"
+    print(f"{start}{unseen['gain']:>+10.4f} ± {unseen['error']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sft", type=Path, required=True, metavar="FOLDER", help="the imitation's phase of a run")
+    parser.add_argument("--episodes", type=int, default=192, help="of each batch (%(default)s)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-4, 3e-5], metavar="RATE")
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    args = parser.parse_args()
+    rows = measure(restore_policy(args.sft), args.episodes, args.rates, args.epochs)
+    if args.json:
+        rates, epochs = (" ".join(map(str, values)) for values in (args.rates, args.epochs))
+        command = f"python benchmarks/ppo_carryover.py --sft {args.sft} --episodes {args.episodes}"
+        command += f" --rates {rates} --epochs {epochs}"
+        machine = {"cores": os.cpu_count(), "jax": jax.__version__}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
