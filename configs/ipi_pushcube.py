@@ -33,7 +33,7 @@ def get_config(algorithm: str = "sta_ppo"):
     set_interaction(config, algorithm)
     # A network with eyes remembers the decisions it is trained on: of an update as it suits the state, nothing carried
     # over to episodes that it had not seen. Hence fresh decisions instead of epochs, many of them, and small steps.
-    config.ppo.num_iterations = 80
+    config.ppo.num_iterations = 100
     config.ppo.num_episodes = 192
     config.ppo.num_epochs = 1
     config.ppo.optimizer.learning_rate = 1e-4

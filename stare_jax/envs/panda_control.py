@@ -2,8 +2,8 @@
 
 ManiSkill computes the drive targets of one robot with some two hundred PyTorch operations on arrays of one to nine
 numbers, which costs four times as much as the physics of the step. Here the same float32 operations are done, in the
-same order, on NumPy scalars. Where a library decides how to round (sine, cosine, the product of two matrices, the norm
-of a vector) the very PyTorch function is called. The inverse kinematics is the controller's own.
+same order, on NumPy scalars. Where a library decides how to round (sine, cosine, square root, the product of two
+matrices, the norm of a vector) the very PyTorch function is called. The inverse kinematics is the controller's own.
 """
 
 from collections.abc import Callable
@@ -160,12 +160,22 @@ def _quaternion_from_euler(angles: np.ndarray) -> np.ndarray:
     """Returns the quaternion of intrinsic rotations about x, then y, then z by `angles` `[3]`."""
     import torch
 
-    tensor = torch.from_numpy(angles)
-    (cx, cy, cz), (sx, sy, sz) = torch.cos(tensor).tolist(), torch.sin(tensor).tolist()
+    # One angle a call, as ManiSkill does: some vector libraries round three at a time otherwise than one alone.
+    each = torch.from_numpy(angles[None]).unbind(-1)
+    (cx, cy, cz), (sx, sy, sz) = ([function(angle).item() for angle in each] for function in (torch.cos, torch.sin))
     about_x = torch.tensor([[[1, 0, 0], [0, cx, -sx], [0, sx, cx]]], dtype=torch.float32)
     about_y = torch.tensor([[[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]], dtype=torch.float32)
     about_z = torch.tensor([[[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]], dtype=torch.float32)
     return _quaternion_from_matrix(torch.matmul(torch.matmul(about_x, about_y), about_z).numpy()[0])
+
+
+def _sqrt_of_positive(x: np.ndarray) -> np.ndarray:
+    """Returns the square root, 0 for what is negative. On some processors PyTorch's is not the correctly rounded one."""
+    import torch
+
+    result = np.zeros_like(x)
+    result[x > 0] = torch.sqrt(torch.from_numpy(x[x > 0])).numpy()
+    return result
 
 
 def _quaternion_from_matrix(matrix: np.ndarray) -> np.ndarray:
@@ -173,7 +183,7 @@ def _quaternion_from_matrix(matrix: np.ndarray) -> np.ndarray:
     (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = matrix
     one = np.float32(1)
     squares = np.array([one + m00 + m11 + m22, one + m00 - m11 - m22, one - m00 + m11 - m22, one - m00 - m11 + m22])
-    scales = np.sqrt(np.maximum(squares, np.float32(0)))
+    scales = _sqrt_of_positive(squares)
     best = int(np.argmax(scales))
     square = scales[best] * scales[best]
     rows = (
