@@ -170,7 +170,7 @@ def _quaternion_from_euler(angles: np.ndarray) -> np.ndarray:
 
 
 def _sqrt_of_positive(x: np.ndarray) -> np.ndarray:
-    """Returns the square root, 0 for what is negative. On some processors PyTorch's is not the correctly rounded one."""
+    """Returns the square root, 0 of what is negative. On some processors PyTorch's is not correctly rounded."""
     import torch
 
     result = np.zeros_like(x)
