@@ -82,16 +82,19 @@ class Learner:
     def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
         """Returns how much the clipped surrogate has gained, its standard error, and the KL divergence (k3)."""
         where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
-        gains, divergences = [], []
+        gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
             log_ratio, advantage = logp - batch.trajectory.logp[at], batch.advantage[at]
             ratio = np.exp(log_ratio)
             clipped = np.clip(ratio, 1 - self.config.clip_eps, 1 + self.config.clip_eps)
             gains.append(np.minimum(ratio * advantage, clipped * advantage) - advantage)
             divergences.append(np.expm1(log_ratio) - log_ratio)
-        gains = np.concatenate(gains)
-        error = gains.std() / math.sqrt(len(gains))
-        return {"gain": float(gains.mean()), "error": float(error), "kl": float(np.concatenate(divergences).mean())}
+            episodes.append(at[0])
+        gains, divergences, episodes = (np.concatenate(parts) for parts in (gains, divergences, episodes))
+        # Decisions of one episode share its luck: the error is that of independent episodes.
+        residuals = np.bincount(episodes, gains - gains.mean())
+        error = math.sqrt(np.sum(residuals**2)) / len(gains)
+        return {"gain": float(gains.mean()), "error": error, "kl": float(divergences.mean())}
 
 
 def collect(restored: RestoredPolicy, policy: Policy, episodes: int) -> list[Rollout]:

@@ -2,8 +2,9 @@
 
 The policy sees the low-dimensional state. A run takes about 20 thousand environment steps, a tenth of what the
 configuration has, so the numbers say how fast a setting learns, not where it ends. `before` is the imitation and
-`after` the policy at the end, sampled at temperature 1 on the same 300 episodes. Runs are kept and not repeated: once
-the first row is there, several processes can share the others with `--only`; the table shows all in the folder.
+`after` the policy at the end, sampled at temperature 1 on the same 300 episodes. Runs are kept and not repeated. Once
+the first row is there, several processes can share the others with `--only`, each with imitations of its own; the table
+shows all in the folder.
 
     python benchmarks/ppo_settings.py --out runs/ppo_settings --json benchmarks/results/ppo_settings_cpu.json
     taskset -c 0 python benchmarks/ppo_settings.py --out runs/ppo_settings --only critic_shared critic_detached
@@ -91,7 +92,7 @@ def changes(name: str) -> dict:
 def train(directory: Path, overrides: dict) -> None:
     """Runs `launch/train.py` in a directory, or goes on with what is there; its output is kept beside the directory."""
     command = [sys.executable, TRAIN, f"--workdir={directory}", "--resume", *config_flags(overrides)]
-    log = directory.with_suffix(".log")
+    log = directory.with_name(f"{directory.name}.log")  # A dot in the name is no suffix.
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
@@ -200,7 +201,8 @@ def main() -> None:
     print_table(rows)
     if args.json:
         machine = {"cores": os.cpu_count(), "jax": jax.__version__}
-        command = f"python benchmarks/ppo_settings.py --out {args.out} --seeds {' '.join(map(str, args.seeds))}"
+        command = f"python benchmarks/ppo_settings.py --out {args.out} --workers {args.workers}"
+        command += f" --seeds {' '.join(map(str, args.seeds))} --only {' '.join(row['name'] for row in rows)}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
 

@@ -31,19 +31,21 @@ LAYOUTS = ("1x1", "2x1", "4x1", "8x1", "1x16", "2x2", "2x4", "2x8", "2x16", "2x3
 TASKS = ("PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
 PPO = PPOConfig(num_episodes=128, num_epochs=4, minibatch_size=512, time_limit="terminate", checkpoint_every=1000)
 AREAS = {"env": "simulator", "policy": "policy", "update": "update", "other": "other"}
+STILL_FROM = {"PushCube-v1": 3, "PullCube-v1": 3}
+"""the first action dimension in which demonstrations stay still: rotation and gripper, where a cube is pushed"""
 
 
-def statistics_of_moving_arm(state_dim: int) -> NormStats:
-    """Translation moves, as in demonstrations of the cube tasks; rotation and gripper stay still."""
-    stats = identity_stats(7, state_dim)
-    stats.action_q99[3:] = stats.action_q01[3:]
+def action_statistics(env_id: str, state_dim: int) -> NormStats:
+    """Returns statistics under which the policy decides the action dimensions that its task needs."""
+    stats, first = identity_stats(7, state_dim), STILL_FROM.get(env_id, 7)
+    stats.action_q99[first:] = stats.action_q01[first:]
     return stats
 
 
 def measure(env_id: str, workers: int, envs: int, iterations: int) -> dict[str, float]:
     """Returns the median rate of the iterations, and where their time went, as fractions."""
     config = EnvConfig(env_id, num_workers=workers, envs_per_worker=envs, image_size=0, use_state="low_dim")
-    stats = statistics_of_moving_arm(config.state_dim)
+    stats = action_statistics(env_id, config.state_dim)
     policy = make_policy(openvla_state(config.state_dim), stats)
     params = jax.jit(policy.init)(jax.random.key(0))
     lines = []

@@ -16,8 +16,7 @@ def get_config(algorithm: str = "sta_ppo"):
     """`algorithm` is "ppo" or "sta_ppo"."""
     env = EnvConfig("PushCube-v1", horizon=30, image_size=64, use_state="low_dim")
     # The policy sees the image and the instruction; its critic, which is gone after training, sees the state.
-    seen = {"prompt_template": "{instruction}", "prompt_length": 12, "critic": "state"}
-    model = openvla_tiny(env.state_dim, label_width=30.0, **seen)
+    model = openvla_tiny(env.state_dim, critic="state", label_width=30.0)
     config = base_config(env, model, name=f"ipi_pushcube_{algorithm}")
     config.phases = ("sft", "ppo")
 

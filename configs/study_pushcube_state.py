@@ -29,7 +29,6 @@ def get_config(algorithm: str = "sta_ppo"):
 
     set_interaction(config, algorithm)
     config.evaluation.num_videos = 0
-    config.evaluation.num_episodes = 300
     return config
 
 
@@ -54,4 +53,4 @@ def set_interaction(config, algorithm: str):
     config.ppo.checkpoint_every = 10
     # The policy is judged as it acts: an arg max over bins that were taught to be blurred is another, worse policy.
     config.evaluation.temperature = 1.0
-    config.evaluation.num_episodes = 100
+    config.evaluation.num_episodes = 300

@@ -31,7 +31,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_stages
-from stare_jax.envs import EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
+from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
 from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import TASKS, TaskSpec, get_task
@@ -69,7 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, help=f"simulator processes (default: {ENV.num_workers})")
     add("--horizon", type=int, help=f"actions an episode may take (default: {ENV.horizon})")
     add("--image-size", type=int, metavar="PIXELS", help=f"0 for no images (default: {ENV.image_size})")
-    add("--state", choices=("none", "tcp"), help=f"proprioception to store (default: {ENV.use_state})")
+    add("--state", choices=tuple(STATE_DIMS), help=f"proprioception to store (default: {ENV.use_state})")
     demos = parser.add_argument_group("demonstrations")
     add = demos.add_argument
     add(

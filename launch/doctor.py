@@ -53,7 +53,7 @@ print(f"{jax.default_backend()}, {len(devices)} x {devices[0].device_kind}")
 """
 FRAME_PROBE = """
 from stare_jax.envs import EnvConfig, make_vec_env
-env = make_vec_env(EnvConfig(num_workers=1))
+env = make_vec_env(EnvConfig(num_workers=1, envs_per_worker=1))
 (image,) = env.reset([0]).observation.images.values()
 env.close()
 print(*image.shape[1:3], round(float(image.std()), 1))

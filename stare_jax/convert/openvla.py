@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from stare_jax.models.heads import ValueHead
 from stare_jax.models.llama import LlamaConfig
-from stare_jax.models.normalize import identity_stats
+from stare_jax.models.normalize import action_range, identity_stats
 from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b
 from stare_jax.models.vit import ViTConfig
 from stare_jax.types import Array, NormStats, PyTree
@@ -244,10 +244,12 @@ def read_norm_stats(folder: str | Path, *, unnorm_key: str | None = None, state_
         raise ValueError(f"unnorm_key: got {unnorm_key!r}, expected one of {sorted(stats)} for {folder}")
     action = stats[unnorm_key]["action"]
     state = stats[unnorm_key]["proprio"] if state_dim else {"q01": [], "q99": []}
+    mask = np.asarray(action.get("mask", [True] * len(action["q01"])), bool)
+    low, high = action_range(action, mask)
     return NormStats(
-        action_q01=np.asarray(action["q01"], np.float32),
-        action_q99=np.asarray(action["q99"], np.float32),
-        action_mask=np.asarray(action.get("mask", [True] * len(action["q01"])), bool),
+        action_q01=low,
+        action_q99=high,
+        action_mask=mask,
         state_q01=np.asarray(state["q01"], np.float32),
         state_q99=np.asarray(state["q99"], np.float32),
     )

@@ -17,6 +17,7 @@ from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.logging import replace_text
+from stare_jax.models.normalize import action_range
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"
@@ -90,11 +91,14 @@ def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: 
     if action is None:
         raise ValueError(f"norm_stats: got fields {sorted(statistics)}, expected 'action' among them")
     state = statistics.get("proprio", {"q01": [], "q99": []})
-    mask = action.get("mask", [True] * action_dim)
+    names = ["q01", "q99", *(name for name in ("min", "max") if name in action)]
+    columns = {name: _column(action, f"action.{name}", action_dim) for name in names}
+    mask = _column({"mask": [True] * action_dim} | action, "action.mask", action_dim).astype(bool)
+    low, high = action_range(columns, mask)
     return NormStats(
-        action_q01=_column(action, "action.q01", action_dim),
-        action_q99=_column(action, "action.q99", action_dim),
-        action_mask=_column({"mask": mask}, "action.mask", action_dim).astype(bool),
+        action_q01=low,
+        action_q99=high,
+        action_mask=mask,
         state_q01=_column(state, "proprio.q01", state_dim),
         state_q99=_column(state, "proprio.q99", state_dim),
     )

@@ -2,11 +2,12 @@
 
 from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.envs.experts import Expert, execution_noise, make_expert
-from stare_jax.envs.maniskill import EnvConfig
+from stare_jax.envs.maniskill import STATE_DIMS, EnvConfig
 from stare_jax.envs.scenes import SCENES
 from stare_jax.envs.workers import SimulatorError, SimulatorPool
 
 __all__ = [
+    "STATE_DIMS",
     "EnvConfig",
     "EnvStep",
     "Expert",

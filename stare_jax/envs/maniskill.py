@@ -30,7 +30,7 @@ class EnvConfig:
 
     env_id: str = "PushCube-v1"
     num_workers: int = 2
-    """processes; more than CPU cores do not pay."""
+    """processes: as many as CPU cores, or more where few environments share one."""
     envs_per_worker: int = 8
     """environments of a process, one after another: a further one costs megabytes and milliseconds, a further process
     half a gigabyte and seconds, and the policy decides for all of them at once."""

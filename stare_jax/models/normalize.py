@@ -3,6 +3,8 @@
 Works on NumPy arrays (and returns NumPy) as well as on JAX arrays and tracers; every function takes any leading axes.
 """
 
+from collections.abc import Mapping, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from stare_jax.types import Array, NormStats
 
 MIN_STATE_RANGE = 0.02
-"""metres, or parts of a unit quaternion."""
+"""metres, or entries of a rotation matrix."""
 
 
 def _to_unit(x: Array, low: Array, high: Array) -> Array:
@@ -70,8 +72,23 @@ def scale_state(state: Array, stats: NormStats) -> Array:
     return xp.clip(2.0 * (state - 0.5 * (low + high)) / span, -3.0, 3.0).astype(xp.float32)
 
 
+def action_range(action: Mapping[str, Sequence[float]], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `NormStats.action_q01` and `action_q99`, float32 `[A]`, of the statistics of a data set.
+
+    Where a dimension is not normalised (mask False: the gripper) they are its minimum and maximum: nothing is scaled by
+    them, but they say whether it ever moves, and a gripper that closes in one frame of two hundred does.
+
+    Args:
+        action: A numbers each of "q01", "q99" and, if the file has them, "min", "max".
+        mask: bool `[A]`.
+    """
+    pairs = (("q01", "min"), ("q99", "max"))
+    low, high = (np.where(mask, action[name], action.get(extreme, action[name])) for name, extreme in pairs)
+    return low.astype(np.float32), high.astype(np.float32)
+
+
 def is_constant_action(stats: NormStats) -> np.ndarray:
-    """Returns bool `[A]`: the action dimensions in which the data never moves, q01 == q99."""
+    """Returns bool `[A]`: the action dimensions in which the data never moves, q01 == q99; see `action_range`."""
     return np.asarray(stats.action_q01) == np.asarray(stats.action_q99)
 
 

@@ -70,13 +70,16 @@ def openvla_7b(tokenizer: str = "openvla/openvla-7b", **changes) -> OpenVLAConfi
     return dataclasses.replace(config, **changes)
 
 
-def openvla_tiny(state_dim: int = 0, **changes) -> OpenVLAConfig:
+def openvla_tiny(state_dim: int = 0, *, critic: str = "shared", **changes) -> OpenVLAConfig:
     """Returns the same network at about a million parameters, for 64x64 images and training from scratch on CPUs.
 
     Args:
-        state_dim: dimensions of the state that the prompt shows, binned; 0 shows none.
+        state_dim: dimensions of the state that the prompt shows, binned; 0 shows none. With `critic` "state" the critic
+            alone sees them.
+        critic: what the value head reads, see `OpenVLAConfig`.
         **changes: fields of `OpenVLAConfig` to replace.
     """
+    prompt_dim = 0 if critic == "state" else state_dim
     tower = ViTConfig(width=64, depth=3, num_heads=2, mlp_dim=256, patch_size=2)
     config = OpenVLAConfig(
         dino=dataclasses.replace(tower, num_prefix=2, layer_scale=1.0),
@@ -85,14 +88,15 @@ def openvla_tiny(state_dim: int = 0, **changes) -> OpenVLAConfig:
         llm=LlamaConfig(vocab_size=896, width=96, depth=3, num_heads=4, num_kv_heads=4, mlp_dim=256),
         action_vocab_end=896,
         tokenizer="words",
-        prompt_template="{instruction} {state}" if state_dim else "{instruction}",
-        prompt_length=12 + state_dim,
+        prompt_template="{instruction} {state}" if prompt_dim else "{instruction}",
+        prompt_length=12 + prompt_dim,
         image_size=64,
         stem=(32, 64),
         state_dim=state_dim,
         label_width=5.0,
         restrict_logits=True,
         value_dims=(128, 64),
+        critic=critic,
         execution=Execution(unroll=8),
         decode_unroll=8,
     )

@@ -102,7 +102,7 @@ class OpenVLAConfig:
         if self.critic == "state" and not self.state_dim:
             raise ValueError("state_dim: got 0, expected > 0 for critic = 'state'")
         if self.critic == "own" and not self.stem:
-            raise ValueError("critic: got 'own', expected 'shared' or 'detached' where stem is empty")
+            raise ValueError("critic: got 'own', expected 'shared', 'detached' or 'state' where stem is empty")
 
     def _check_state_only(self):
         for name, expected in (("dino", None), ("siglip", None), ("stem", ()), ("image_size", 0)):

@@ -202,15 +202,8 @@ class _Records:
         stored, states = (store.observation, store.signals, store.value), (observation, signals, decision.value)
         jax.tree.map(functools.partial(put, rows=tick.is_live), stored, states)
         put(store.valid, tick.is_live, tick.is_live)
-        actions = (
-            (store.action, store.action_tokens, store.logp),
-            (
-                decision.action,
-                decision.action_tokens,
-                decision.logp,
-            ),
-        )
-        jax.tree.map(functools.partial(put, rows=tick.is_acting), *actions)
+        stored, actions = ((x.action, x.action_tokens, x.logp) for x in (store, decision))
+        jax.tree.map(functools.partial(put, rows=tick.is_acting), stored, actions)
         self.num_steps += int(tick.is_acting.sum())
 
     def end_episodes(self, places: _Places, tick: _Tick, on_episode: Callable | None) -> None:

@@ -21,7 +21,7 @@ MACHINE_FIELDS = tuple(
     f"config.env.{name}"
     for name in ("num_workers", "envs_per_worker", "worker_timeout_s", "start_timeout_s", "max_restarts")
 )
-"""parts of those that change the speed, and which episodes of a seeded batch of steps are cut short, but no task."""
+"""parts of those that change the speed, and which random numbers an episode sees, but no task."""
 GROWING_FIELDS = {"sft": "config.num_steps", "ppo": "config.num_iterations"}
 """of a phase, which may be made longer; a learning rate that decays is from then on that of the longer schedule."""
 

@@ -137,7 +137,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     ):
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
-            rollout = _collect(policy, state.params, env, counters, config, run, clock)
+            rollout = _collect(policy, state.params, env, counters, config, run, clock=clock)
             if not rollout.is_complete:
                 _save(checkpoints, state, counters, run)
                 raise Interrupted(_stopped(counters, config))
@@ -200,7 +200,7 @@ def _save(checkpoints: Checkpoints, state: TrainState, counters: _Counters, run:
 
 
 def _collect(
-    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, clock: Clock
+    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, *, clock: Clock
 ) -> Rollout:
     """Returns the episodes of an iteration; raises RuntimeError where every one was lost."""
     key = jax.random.fold_in(jax.random.key(config.seed), counters.iteration)

@@ -13,7 +13,7 @@ from stare_jax.data.norm_stats import (
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.writer import DatasetWriter
-from stare_jax.models.normalize import normalize_action
+from stare_jax.models.normalize import is_constant_action, normalize_action
 
 
 def test_quantiles_by_hand():
@@ -62,6 +62,16 @@ def test_file_of_several_data_sets_needs_a_key(tmp_path):
     np.testing.assert_array_equal(stats.action_q99, [1, 2])
     with pytest.raises(DatasetError, match=r"elsewhere.* is missing"):
         read_norm_stats(tmp_path / "elsewhere", action_dim=2, state_dim=0)
+
+
+def test_a_gripper_that_seldom_closes_still_moves():
+    action = np.ones((400, 2), np.float32)
+    action[7] = 0.0
+    statistics = compute_statistics(action, np.zeros((400, 1)), num_trajectories=1)
+    stats = to_norm_stats(statistics, action_dim=2, state_dim=1)
+    np.testing.assert_array_equal(stats.action_mask, [True, False])
+    np.testing.assert_array_equal(is_constant_action(stats), [True, False])
+    np.testing.assert_array_equal(stats.action_q01, [1, 0])
 
 
 def test_wrong_lengths_are_named():

@@ -64,7 +64,7 @@ def _act(signals, memory):
 @pytest.fixture
 def collect(monkeypatch, tmp_path):
     """Runs the command in this process, with OUT = tmp_path."""
-    monkeypatch.setattr(command, "make_vec_env", lambda config: DressedToy(config.num_workers))
+    monkeypatch.setattr(command, "make_vec_env", lambda config: DressedToy(config.num_envs))
     monkeypatch.setattr(command, "make_expert", lambda env_id: Expert(lambda: None, _act, np.ones(7, np.float32)))
     return lambda *arguments: command.main([*arguments, f"--out={tmp_path}"])
 
@@ -171,7 +171,7 @@ def run(tmp_path):
 
 
 def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "make_vec_env", lambda config: OneStuck(config.num_workers))
+    monkeypatch.setattr(command, "make_vec_env", lambda config: OneStuck(config.num_envs))
     arguments = ["--pairs=9", f"--checkpoint={run / 'sft'}", "--rollouts-per-seed=4", "--max-rollouts=4"]
     assert collect(*arguments) == 0
     printed = capsys.readouterr().out

@@ -110,6 +110,13 @@ def test_frame(answer, output, status, said):
     assert said in check.detail
 
 
+def test_a_frame_for_real():
+    vulkan = doctor.check_vulkan()
+    if vulkan.status != "ok":
+        pytest.skip(f"nothing can be rendered: {vulkan.detail}")
+    assert doctor.check_frame() == ("ok", "PushCube-v1, 64 x 64", "")
+
+
 def test_vulkan_failure_names_the_remedy(monkeypatch):
     monkeypatch.setattr(system, "vulkan_problem", lambda: "Mesa 22.3.6 is too old")
     check = doctor.check_vulkan()

@@ -170,7 +170,9 @@ def test_a_critic_may_see_a_state_that_the_policy_does_not():
 
 
 def test_a_critic_of_its_own_needs_a_stem():
-    with pytest.raises(ValueError, match="critic: got 'own', expected 'shared' or 'detached' where stem is empty"):
+    with pytest.raises(
+        ValueError, match="critic: got 'own', expected 'shared', 'detached' or 'state' where stem is empty"
+    ):
         make_policy(dataclasses.replace(openvla_7b(), critic="own"), some_stats(7, 0))
 
 
