@@ -3,11 +3,11 @@
     python launch/train.py --config=configs/quickstart.py        from images alone
     python launch/train.py --config=configs/quickstart.py:tcp    with the end-effector's position in the prompt
 
-Ten minutes on two CPU cores and no GPU. A policy of a million parameters, 64 x 64 images, 30 actions an episode.
+Expect 75 % success after SFT from images alone, 85 % with the end-effector's position, on 100 fresh episodes, in ten
+minutes on two CPU cores and no GPU. A policy of a million parameters, 64 x 64 images, 30 actions an episode.
 """
 
 from configs.common import base_config
-from configs.study_pushcube_state import set_interaction
 from stare_jax.envs import EnvConfig
 from stare_jax.models import openvla_tiny
 
@@ -16,10 +16,9 @@ def get_config(state: str = ""):
     """`state` is "" or "tcp"."""
     if state not in ("", "tcp"):
         raise ValueError(f"quickstart: got {state!r}, expected 'tcp' or nothing")
-    env = EnvConfig("PushCube-v1", horizon=30, image_size=64, use_state=state or "low_dim")
-    # The policy sees images alone, or the position too; a critic, which is gone after training, may see the state.
-    model = openvla_tiny(env.state_dim, critic="own" if state else "state", label_width=10.0)
-    config = base_config(env, model, name=f"quickstart_{state}".strip("_"))
+    env = EnvConfig("PushCube-v1", num_workers=2, horizon=30, image_size=64, use_state=state or "none")
+    config = base_config(env, openvla_tiny(state_dim=env.state_dim), name=f"quickstart_{state}".strip("_"))
+    config.stages.progressive = True
 
     config.demos.num_demos = 760
     config.demos.noise_scales = ((0.0, 100.0), (0.15, 594.0), (0.3, 66.0))
@@ -38,12 +37,17 @@ def get_config(state: str = ""):
     config.tpo.batch_size = 4
     config.tpo.checkpoint_every = 10
 
-    set_interaction(config, "sta_ppo")
-    config.ppo.num_iterations = 10
-    config.ppo.num_episodes = 128
-    config.ppo.num_epochs = 1
-    config.ppo.minibatch_size = 256
-    config.ppo.optimizer.learning_rate = 1e-4
+    config.ppo.num_iterations = 5
+    config.ppo.num_episodes = 64
+    config.ppo.num_epochs = 2
+    config.ppo.minibatch_size = 128
+    config.ppo.target_kl = 0.05
+    # With a bootstrapped time limit, a potential of 1 in the goal region makes waiting there worth as much as success:
+    # on the toy that ended at no success at all, on five seeds of five.
+    config.ppo.time_limit = "terminate"
+    config.ppo.value_warmup_iterations = 1
+    config.ppo.optimizer.learning_rate = 3e-5
+    config.ppo.optimizer.value_learning_rate = 1e-3
     config.ppo.checkpoint_every = 1
 
     config.evaluation.num_episodes = 100
