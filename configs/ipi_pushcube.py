@@ -30,8 +30,8 @@ def get_config(algorithm: str = "sta_ppo"):
     config.sft.checkpoint_every = 250
 
     set_interaction(config, algorithm)
-    # A network with eyes remembers the decisions it is trained on: of an update as it suits the state, nothing carried
-    # over to episodes that it had not seen. Hence fresh decisions instead of epochs, many of them, and small steps.
+    # Four epochs over the same decisions, as suit the state, made a policy with eyes worse (docs/ppo.md). Hence fresh
+    # decisions instead of epochs, many of them, and small steps.
     config.ppo.num_iterations = 100
     config.ppo.num_episodes = 192
     config.ppo.num_epochs = 1
