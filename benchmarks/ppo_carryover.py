@@ -21,8 +21,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stare_jax.data.seeds import PPO_SEEDS
 from stare_jax.envs import make_vec_env
+from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.stages import get_task

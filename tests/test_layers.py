@@ -23,9 +23,9 @@ ALLOWED = {
     "envs": ("types", "stages"),
     "models": ("types", "losses"),
     "rollout": ("types", "logging", "stages", "envs.base", "models.policy"),
-    "data": ("types", "logging", "stages", "envs.base", "models", "rollout"),
+    "data": ("types", "logging", "stages", "envs.base", "envs.seeds", "models", "rollout"),
     "convert": ("types", "models"),
-    "evaluate": ("types", "logging", "stages", "envs.base", "models.policy", "rollout", "data"),
+    "evaluate": ("types", "logging", "stages", "envs.base", "envs.seeds", "models.policy", "rollout", "data"),
     "serve": ("types", "logging", "models", "data", "convert"),
     "train": (*BELOW_TRAIN, "evaluate"),
 }

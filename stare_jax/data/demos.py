@@ -17,9 +17,9 @@ import numpy as np
 from stare_jax.data.norm_stats import NORM_STATS_FILE, dataset_statistics, write_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
-from stare_jax.data.seeds import DEMO_SEEDS, first_seed
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.seeds import DEMO_SEEDS, first_seed
 from stare_jax.logging import Interrupted, progress
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes
@@ -52,7 +52,7 @@ class DemosConfig:
     """(standard deviation of the noise as a fraction of the action's range, share of the demonstrations that gets it);
     shares need not sum to 1."""
     seed: int = 0
-    """of the run: picks the simulator seeds (`data.seeds`) and the noise."""
+    """of the run: picks the simulator seeds (`envs.seeds`) and the noise."""
     idle_translation: float = 0.01
     """largest norm of an idle action's translation, in the action's unit; negative keeps idle actions."""
     idle_rotation: float = 0.06

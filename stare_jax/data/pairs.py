@@ -20,7 +20,7 @@ import numpy as np
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.data.seeds import PAIR_SEEDS, first_seed
+from stare_jax.envs.seeds import PAIR_SEEDS, first_seed
 from stare_jax.logging import replace_text
 from stare_jax.stages import TaskSpec, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
@@ -46,7 +46,7 @@ class PairsConfig:
     max_reuse: int = 2
     """pairs that one trajectory may be in."""
     seed: int = 0
-    """of the run: picks the simulator seeds (`data.seeds`)."""
+    """of the run: picks the simulator seeds (`envs.seeds`)."""
     chunk_seeds: int = 8
     """initial states tried between two writes, which is what an interruption loses."""
 

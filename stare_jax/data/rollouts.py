@@ -19,9 +19,9 @@ from stare_jax.data.pairs import (
     write_pairs,
 )
 from stare_jax.data.reader import Dataset
-from stare_jax.data.seeds import PAIR_SEEDS, first_seed
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.seeds import PAIR_SEEDS, first_seed
 from stare_jax.logging import Interrupted, progress
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes
 from stare_jax.stages import TaskSpec

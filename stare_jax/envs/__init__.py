@@ -1,9 +1,8 @@
 """Simulators behind one interface, `VecEnv`. Nothing outside this package imports PyTorch, SAPIEN or ManiSkill."""
 
 from stare_jax.envs.base import EnvStep, VecEnv
+from stare_jax.envs.config import STATE_DIMS, EnvConfig
 from stare_jax.envs.experts import Expert, execution_noise, make_expert
-from stare_jax.envs.maniskill import STATE_DIMS, EnvConfig
-from stare_jax.envs.scenes import SCENES
 from stare_jax.envs.workers import SimulatorError, SimulatorPool
 
 __all__ = [
@@ -23,9 +22,6 @@ def make_vec_env(config: EnvConfig) -> VecEnv:
     """Starts `config.num_envs` simulators in `config.num_workers` processes; close it when done.
 
     Raises:
-        SimulatorError: where one does not start, with its own message and the remedy; and for the WidowX tasks, which
-            have stages but no simulator here yet.
+        SimulatorError: where one does not start, with its own message and the remedy.
     """
-    if config.env_id not in SCENES:
-        raise SimulatorError(f"env_id: got {config.env_id!r}, expected a task that can be simulated: {sorted(SCENES)}")
     return SimulatorPool(config)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.envs import panda_experts
+from stare_jax.envs import panda_experts, widowx_experts
 from stare_jax.types import Signals
 
 
@@ -60,11 +60,21 @@ def _panda(init: Callable[[], Any], act: Callable) -> Expert:
     return Expert(init, act, np.array([1, 1, 1, 0, 0, 0, 0], np.float32))
 
 
+def _widowx(task: widowx_experts.PickPlace) -> Expert:
+    return Expert(
+        widowx_experts.Memory, widowx_experts.make_act(task), np.array([0.05, 0.05, 0.05, 0, 0, 0, 0], np.float32)
+    )
+
+
 _EXPERTS: Mapping[str, Expert] = MappingProxyType(
     {
         "PushCube-v1": _panda(lambda: None, panda_experts.push_cube),
         "PullCube-v1": _panda(lambda: None, panda_experts.pull_cube),
         "StackCube-v1": _panda(panda_experts.StackMemory, panda_experts.stack_cube),
         "LiftPegUpright-v1": _panda(panda_experts.LiftMemory, panda_experts.lift_peg),
+        "PutSpoonOnTableClothInScene-v1": _widowx(widowx_experts.SPOON),
+        "PutCarrotOnPlateInScene-v1": _widowx(widowx_experts.CARROT),
+        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": _widowx(widowx_experts.CUBE),
+        "PutEggplantInBasketScene-v1": _widowx(widowx_experts.EGGPLANT),
     }
 )

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.scenes import CUBE_SIZE, PEG_HALF_LENGTH, body_axis
+from stare_jax.envs.rotations import body_axis, rotation_matrix, rotation_vector
+from stare_jax.envs.scenes import CUBE_SIZE, PEG_HALF_LENGTH
 from stare_jax.types import Signals
 
 ACTION_DIM = 7
@@ -48,7 +49,7 @@ def _command(
     action[:3] = _within_reach(signals.tcp_pos, translation)
     action[3:6] = 0.0
     if rotation is not None:
-        turn = ROTATION_GAIN * _rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)
+        turn = ROTATION_GAIN * rotation_vector(rotation @ rotation_matrix(signals.tcp_quat).T)
         action[3:6] = -turn / max(1.0, np.linalg.norm(turn))
     action[6] = gripper
     return action
@@ -65,19 +66,6 @@ def _within_reach(tcp_pos: np.ndarray, translation: np.ndarray) -> np.ndarray:
         return translation
     inside = BASE + from_base * REACH / distance
     return np.append((inside - tcp_pos[:2]) / METRES_PER_UNIT, translation[2])
-
-
-def _rotation_matrix(quat: np.ndarray) -> np.ndarray:
-    return np.stack([body_axis(quat, index) for index in range(3)], axis=1)
-
-
-def _rotation_vector(matrix: np.ndarray) -> np.ndarray:
-    """Returns axis times angle `[3]` of a rotation matrix, for angles below pi."""
-    angle = np.arccos(np.clip((np.trace(matrix) - 1) / 2, -1.0, 1.0))
-    if angle < 1e-6:
-        return np.zeros(3)
-    antisymmetric = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]])
-    return antisymmetric * angle / (2 * np.sin(angle) + 1e-12)
 
 
 def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
@@ -147,7 +135,7 @@ def _nearest_grasp(signals: Signals) -> np.ndarray:
 
 
 def _turn_left(signals: Signals, rotation: np.ndarray) -> float:
-    return float(np.linalg.norm(_rotation_vector(rotation @ _rotation_matrix(signals.tcp_quat).T)))
+    return float(np.linalg.norm(rotation_vector(rotation @ rotation_matrix(signals.tcp_quat).T)))
 
 
 def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
@@ -262,4 +250,4 @@ def _swing(signals: Signals, axis: np.ndarray, foot: np.ndarray, grip: float) ->
         target = np.array([foot[0] + radius * np.cos(elevation), foot[1], height + radius * np.sin(elevation)])
     pitch = -np.clip(error, -0.3, 0.3)
     turn = np.array([[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]])
-    return _command(signals, target, turn @ _rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=15.0)
+    return _command(signals, target, turn @ rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=15.0)

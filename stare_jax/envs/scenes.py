@@ -1,8 +1,4 @@
-"""The table of ManiSkill tasks: how each is built, and how its `Signals` are read from the CPU simulator.
-
-Everything is read from SAPIEN itself and computed in NumPy: on arrays of three numbers PyTorch costs more than the
-physics of the step.
-"""
+"""The table of ManiSkill tasks, one row each: how a task is built, what acts in it, and where its goal is."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,12 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.types import Signals
-
-CONTACT_DISPLACEMENT = 2e-3  # m: an object that moved further in one control step has been touched in between.
-CONTACT_FORCE = 1e-2  # N, at the end of the control step.
-GRASP_FORCE = 0.5  # N on each finger, and the angle below: the simulator's own definition of a grasp.
-GRASP_ANGLE = np.deg2rad(85)
+from stare_jax.envs.rotations import body_axis
 
 CUBE_SIZE = 0.04
 PEG_HALF_LENGTH = 0.12
@@ -26,17 +17,38 @@ class Start(NamedTuple):
 
     obj_pos: np.ndarray
     obj_quat: np.ndarray
+    on_top: float
+    """height of the object's centre over that of what it is put on, in metres; 0 where it is put on nothing."""
+
+
+class Camera(NamedTuple):
+    """The camera that policies look through."""
+
+    name: str
+    size: tuple[int, int]
+    """(height, width) in pixels of the simulator's own images."""
+    intrinsics: tuple[tuple[float, ...], ...] | None = None
+    """camera matrix `[3, 3]` at that size; None for a field of view that is the same at any size."""
 
 
 class Scene(NamedTuple):
     """One task of the simulator. Positions are float32 `[3]`, quaternions float32 `[4]`, wxyz."""
 
     robot: str
-    camera: str
+    """the simulator's name of it; empty where the task brings its own."""
+    camera: Camera
+    horizon: int
+    """actions an episode may take, unless a configuration says otherwise (B.5)."""
     action_dims: Mapping[str, int]
     """control mode -> action dimensions; the first mode is the default."""
+    action_scale: tuple[float, ...]
+    """`[A]` of the default control mode: the largest command of each dimension that is of use."""
+    tool: Callable[[Any], Any]
+    """environment -> the link whose origin is the tool centre point."""
     objects: Callable[[Any], tuple[Any, Any]]
     """environment -> (the manipulated actor, the actor that the goal hangs on: itself where none does)."""
+    on_top: Callable[[Any], float]
+    """environment, after a reset -> `Start.on_top`."""
     goal: Callable[[Start, np.ndarray], tuple[np.ndarray, np.ndarray]]
     """(start, position of the actor that the goal hangs on) -> (goal_pos, goal_quat)."""
     grasp_point: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -44,6 +56,13 @@ class Scene(NamedTuple):
     success_reach: tuple[float, float]
     """(horizontal, vertical) distance of the object to its goal, in metres, beyond which success is impossible. It
     spares asking the simulator, which decides everywhere else."""
+    num_starts: int = 0
+    """distinct first states of the task's official evaluation; 0 where the seed draws them."""
+    assets: tuple[str, ...] = ()
+    """files that the task needs and ManiSkill does not come with, by its own names for them."""
+
+
+# ---- Goals -----------------------------------------------------------------------------------------------------------
 
 
 def _at_region(start: Start, region_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +70,7 @@ def _at_region(start: Start, region_pos: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _on_top(start: Start, support_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return support_pos + np.array([0, 0, CUBE_SIZE], np.float32), start.obj_quat
+    return support_pos + np.array([0, 0, start.on_top], np.float32), start.obj_quat
 
 
 def _upright(start: Start, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +84,29 @@ def _upright(start: Start, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array([start.obj_pos[0], start.obj_pos[1], PEG_HALF_LENGTH], np.float32), quat.astype(np.float32)
 
 
+def _on_nothing(env: Any) -> float:
+    return 0.0
+
+
+def _on_a_cube(env: Any) -> float:
+    return CUBE_SIZE
+
+
+def _half_heights(env: Any) -> float:
+    """The half heights of the object, as it lies, and of the target."""
+    obj, target = (env.objs[name] for name in (env.source_obj_name, env.target_obj_name))
+    sizes = (env.episode_model_bbox_sizes[name].numpy() for name in (env.source_obj_name, env.target_obj_name))
+    return sum(0.5 * _extent_z(actor.pose.q[0].numpy(), size) for actor, size in zip((obj, target), sizes, strict=True))
+
+
+def _extent_z(quat: np.ndarray, size: np.ndarray) -> float:
+    """Returns the vertical extent of a rotated box."""
+    return float(sum(abs(body_axis(quat, index)[2]) * size[index] for index in range(3)))
+
+
+# ---- Where the tool should go ----------------------------------------------------------------------------------------
+
+
 def _centre(obj_pos: np.ndarray, obj_quat: np.ndarray, tcp_pos: np.ndarray) -> np.ndarray:
     return obj_pos
 
@@ -75,16 +117,7 @@ def _nearest_on_peg(obj_pos: np.ndarray, obj_quat: np.ndarray, tcp_pos: np.ndarr
     return (obj_pos + along * axis).astype(np.float32)
 
 
-def body_axis(quat: np.ndarray, index: int) -> np.ndarray:
-    """Returns the unit vector `[3]`, float64, of body axis `index` (0, 1, 2) in the world."""
-    w, x, y, z = (float(part) for part in quat)
-    columns = (
-        (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)),
-        (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)),
-        (2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)),
-    )
-    return np.array(columns[index])
-
+# ---- The table -------------------------------------------------------------------------------------------------------
 
 _PANDA_ACTION_DIMS = MappingProxyType(
     {
@@ -96,10 +129,39 @@ _PANDA_ACTION_DIMS = MappingProxyType(
         "pd_joint_target_delta_pos": 8,
     }
 )
+_WIDOWX_ACTION_DIMS = MappingProxyType({"arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos": 7})
 
 
 def _panda(**task: Any) -> Scene:
-    return Scene(robot="panda", camera="base_camera", action_dims=_PANDA_ACTION_DIMS, **task)
+    shared = {"camera": Camera("base_camera", (128, 128)), "grasp_point": _centre, "on_top": _on_nothing}
+    return Scene(
+        robot="panda",
+        horizon=30,
+        action_dims=_PANDA_ACTION_DIMS,
+        action_scale=(1.0,) * 7,
+        tool=lambda env: env.agent.tcp,
+        **(shared | task),
+    )
+
+
+def _widowx(num_starts: int, success_height: float) -> Scene:
+    """SimplerEnv's tasks. Success is where the object's centre is over the target, up to 9 cm aside, and up to
+    `success_height` above where it would rest."""
+    return Scene(
+        robot="",
+        camera=Camera("3rd_view_camera", (480, 640), ((623.588, 0, 319.501), (0, 623.588, 239.545), (0, 0, 1))),
+        horizon=60,
+        action_dims=_WIDOWX_ACTION_DIMS,
+        action_scale=(0.05, 0.05, 0.05, 0.35, 0.35, 0.35, 1.0),
+        tool=lambda env: env.agent.robot.links_map["ee_gripper_link"],
+        objects=lambda env: (env.objs[env.source_obj_name], env.objs[env.target_obj_name]),
+        on_top=_half_heights,
+        goal=_on_top,
+        grasp_point=_centre,
+        success_reach=(0.09, success_height),
+        num_starts=num_starts,
+        assets=("bridge_v2_real2sim", "widowx250s"),
+    )
 
 
 def _cube_and_region(env: Any) -> tuple[Any, Any]:
@@ -108,17 +170,10 @@ def _cube_and_region(env: Any) -> tuple[Any, Any]:
 
 SCENES: Mapping[str, Scene] = MappingProxyType(
     {
-        "PushCube-v1": _panda(
-            objects=_cube_and_region, goal=_at_region, grasp_point=_centre, success_reach=(0.101, np.inf)
-        ),
-        "PullCube-v1": _panda(
-            objects=_cube_and_region, goal=_at_region, grasp_point=_centre, success_reach=(0.101, np.inf)
-        ),
+        "PushCube-v1": _panda(objects=_cube_and_region, goal=_at_region, success_reach=(0.101, np.inf)),
+        "PullCube-v1": _panda(objects=_cube_and_region, goal=_at_region, success_reach=(0.101, np.inf)),
         "StackCube-v1": _panda(
-            objects=lambda env: (env.cubeA, env.cubeB),
-            goal=_on_top,
-            grasp_point=_centre,
-            success_reach=(0.035, 0.006),
+            objects=lambda env: (env.cubeA, env.cubeB), goal=_on_top, on_top=_on_a_cube, success_reach=(0.035, 0.006)
         ),
         "LiftPegUpright-v1": _panda(
             objects=lambda env: (env.peg, env.peg),
@@ -126,97 +181,9 @@ SCENES: Mapping[str, Scene] = MappingProxyType(
             grasp_point=_nearest_on_peg,
             success_reach=(np.inf, 0.006),
         ),
+        "PutSpoonOnTableClothInScene-v1": _widowx(24, success_height=0.06),
+        "PutCarrotOnPlateInScene-v1": _widowx(24, success_height=0.06),
+        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": _widowx(24, success_height=0.06),
+        "PutEggplantInBasketScene-v1": _widowx(64, success_height=0.12),
     }
 )
-
-
-class SignalReader:
-    """Reads the `Signals` of one built scene; a reconfigured scene needs a new one."""
-
-    def __init__(self, env: Any, scene: Scene):
-        """
-        Args:
-            env: the unwrapped `mani_skill` environment.
-            scene: its row of the table.
-        """
-        obj, base = scene.objects(env)
-        agent = env.agent
-        self._env, self._scene, self._px, self._timestep = env, scene, env.scene.px, env.scene.px.timestep
-        self._tcp = agent.tcp._objs[0]
-        self._obj, self._obj_body, self._base = obj._objs[0], obj._bodies[0], base._objs[0]
-        self._fingers = (agent.finger1_link._objs[0], agent.finger2_link._objs[0])
-        self._articulation = agent.robot._objs[0]
-        self._links = frozenset(link._objs[0] for link in agent.robot.links)
-
-    def gripper_opening(self) -> float:
-        """Returns the distance between the fingers, in metres."""
-        return float(self._articulation.qpos[-2:].sum())
-
-    def begin(self) -> Signals:
-        """Returns the signals of an episode's first state, right after a reset."""
-        pose = self._obj.pose
-        self._start = Start(pose.p, pose.q)
-        # The contacts that the simulator still lists are those of the episode before.
-        return self._read(is_grasped=False, is_contact=False)
-
-    def read(self) -> Signals:
-        """Returns the signals of the state after a control step."""
-        forces = self._forces_on_links()
-        moved = self._obj.pose.p - self._last_obj_pos
-        touched = any(np.linalg.norm(force) > CONTACT_FORCE for force in forces.values())
-        return self._read(
-            is_grasped=self._is_grasped(forces),
-            is_contact=touched or float(moved @ moved) > CONTACT_DISPLACEMENT**2,
-        )
-
-    def _read(self, *, is_grasped: bool, is_contact: bool) -> Signals:
-        tcp, obj = self._tcp.entity_pose, self._obj.pose
-        tcp_pos, obj_pos, obj_quat = tcp.p, obj.p, obj.q
-        goal_pos, goal_quat = self._scene.goal(self._start, self._base.pose.p)
-        self._last_obj_pos = obj_pos
-        return Signals(
-            tcp_pos=tcp_pos,
-            tcp_quat=tcp.q,
-            obj_pos=obj_pos,
-            obj_quat=obj_quat,
-            grasp_pos=self._scene.grasp_point(obj_pos, obj_quat, tcp_pos),
-            goal_pos=goal_pos,
-            goal_quat=goal_quat,
-            is_grasped=np.bool_(is_grasped),
-            is_contact=np.bool_(is_contact),
-            success=np.bool_(self._is_success(obj_pos - goal_pos)),
-            support_z=self._start.obj_pos[2],
-        )
-
-    def _is_success(self, to_goal: np.ndarray) -> bool:
-        horizontal, vertical = self._scene.success_reach
-        if np.hypot(to_goal[0], to_goal[1]) > horizontal or abs(to_goal[2]) > vertical:
-            return False
-        return bool(self._env.evaluate()["success"][0])
-
-    def _forces_on_links(self) -> dict[Any, np.ndarray]:
-        """Returns the force of the object on each link that it touches at the end of the step, in newtons."""
-        forces: dict[Any, np.ndarray] = {}
-        for contact in self._px.get_contacts():
-            first, second = contact.bodies
-            if second == self._obj_body and first in self._links:
-                link, sign = first, 1.0
-            elif first == self._obj_body and second in self._links:
-                link, sign = second, -1.0
-            else:
-                continue
-            impulse = np.sum([point.impulse for point in contact.points], axis=0)
-            forces[link] = forces.get(link, 0.0) + sign * impulse / self._timestep
-        return forces
-
-    def _is_grasped(self, forces: Mapping[Any, np.ndarray]) -> bool:
-        """Says whether both fingers press on the object along the direction in which they open."""
-        for finger, outwards in zip(self._fingers, (1.0, -1.0), strict=True):
-            force = forces.get(finger)
-            norm = 0.0 if force is None else float(np.linalg.norm(force))
-            if norm < GRASP_FORCE:
-                return False
-            cosine = outwards * float(body_axis(finger.entity_pose.q, 1) @ force) / norm
-            if np.arccos(np.clip(cosine, -1.0, 1.0)) > GRASP_ANGLE:
-                return False
-        return True

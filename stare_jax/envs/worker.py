@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.maniskill import EnvConfig, Frame, Simulator, import_mani_skill
+from stare_jax.envs.building import import_mani_skill
+from stare_jax.envs.config import EnvConfig
+from stare_jax.envs.maniskill import Frame, Simulator
 from stare_jax.types import Signals
 
 STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
@@ -48,14 +50,14 @@ _FLAGS = ("is_grasped", "is_contact", "success")
 
 def _layout(config: EnvConfig) -> list[tuple[tuple[int, ...], type]]:
     """Returns shape and type of every array, in the order of `Slots` and `Signals`."""
-    rows, size = config.num_envs, config.image_size or 0
+    rows = config.num_envs
     signals = [
         ((rows, *shape), np.bool_ if name in _FLAGS else np.float32)
         for name, shape in zip(Signals._fields, _SIGNAL_SHAPES, strict=True)
     ]
     return [
         ((rows, config.action_dim), np.float32),
-        ((rows, size, size, 3), np.uint8),
+        ((rows, *config.image_shape, 3), np.uint8),
         ((rows, config.state_dim), np.float32),
         *signals,
     ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from stare_jax.envs import worker
 from stare_jax.envs.base import EnvStep
-from stare_jax.envs.maniskill import EnvConfig
+from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.panda_lite import ensure_panda_lite, report_to_stderr
 from stare_jax.envs.vulkan import driver_environment
 from stare_jax.stages import get_task
@@ -229,7 +229,7 @@ class SimulatorPool:
     def _read(self, alive: np.ndarray) -> EnvStep:
         """Copies everything: the next call overwrites the shared memory."""
         slots = self._slots
-        images = {self.config.scene.camera: slots.image.copy()} if self.config.image_size else {}
+        images = {self.config.scene.camera.name: slots.image.copy()} if self.config.image_size else {}
         no_tokens = np.zeros((self.num_envs, 0), np.int32)
         observation = Observation(images, slots.state.copy(), no_tokens, no_tokens.astype(bool))
         return EnvStep(observation, Signals(*(slot.copy() for slot in slots.signals)), alive)

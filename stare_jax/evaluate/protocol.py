@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.data.seeds import EVALUATION_SEEDS, REGION_SIZE
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
 from stare_jax.logging import Interrupted, progress
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes, policy_act

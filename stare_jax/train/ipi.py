@@ -25,7 +25,6 @@ from stare_jax.data.schema import read_manifest
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.experts import execution_noise, make_expert
-from stare_jax.envs.scenes import SCENES
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
@@ -156,10 +155,9 @@ def check_demonstrations(config: IPIConfig) -> None:
     """
     manifest, env, model = read_manifest(config.demos_from), config.env, config.model
     expected = {"env_id": env.env_id, "state": [model.state_dim], "action": [model.action_dim]}
+    expected["control_mode"] = env.resolved_control_mode
     if env.image_size:
-        expected[f"image/{model.camera}"] = [env.image_size, env.image_size, 3]
-    if env.env_id in SCENES:  # the control modes of the others are not known here
-        expected["control_mode"] = env.resolved_control_mode
+        expected[f"image/{model.camera}"] = [*env.image_shape, 3]
     got = manifest._asdict() | manifest.shapes
     wrong = {name: value for name, value in expected.items() if got.get(name) != value}
     if wrong:

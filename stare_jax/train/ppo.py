@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.data.seeds import PPO_SEEDS, first_seed
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.seeds import PPO_SEEDS, first_seed
 from stare_jax.logging import Clock, Interrupted, progress, say
 from stare_jax.losses import explained_variance, whiten
 from stare_jax.models.policy import Policy
@@ -71,7 +71,7 @@ class PPOConfig:
     """of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
     seed: int = 0
-    """of actions, minibatches and episodes (`data.seeds`)."""
+    """of actions, minibatches and episodes (`envs.seeds`)."""
     checkpoint_every: int = 10
     """iterations."""
     keep_checkpoints: int = 2

@@ -13,9 +13,9 @@ from stare_jax.data.pairs import SAME_START_KINDS, PairsConfig, load_pairs, read
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs
 from stare_jax.data.schema import DatasetError
-from stare_jax.data.seeds import DEMO_SEEDS, EVALUATION_SEEDS, PAIR_SEEDS, PPO_SEEDS, REGION_SIZE, first_seed
 from stare_jax.envs import toy
 from stare_jax.envs.experts import Expert, execution_noise
+from stare_jax.envs.seeds import DEMO_SEEDS, EVALUATION_SEEDS, PAIR_SEEDS, PPO_SEEDS, REGION_SIZE, first_seed
 from stare_jax.logging import Interrupted
 from stare_jax.types import Signals
 

@@ -4,17 +4,12 @@ import gymnasium
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from plain_maniskill import assert_signals_are_those_of_torch, physics_of
 
+from stare_jax.envs.building import import_mani_skill, materials_without_device
+from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.experts import make_expert
-from stare_jax.envs.maniskill import (
-    EnvConfig,
-    Simulator,
-    import_mani_skill,
-    low_dim_state,
-    materials_without_device,
-)
-from stare_jax.envs.scenes import SCENES
+from stare_jax.envs.maniskill import Simulator, low_dim_state
 from stare_jax.stages.geometry import body_axis
 
 FRANKA_TASKS = ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
@@ -38,30 +33,6 @@ def plain_env(env_id, **kwargs):
 def plain_reset(env, seed):
     with materials_without_device():
         return env.reset(seed=seed, options={"reconfigure": True})
-
-
-def physics_of(env):
-    """All that the physics engine knows of the robot and its objects, as one vector."""
-    unwrapped = env.unwrapped
-    robot = unwrapped.agent.robot._objs[0]
-    obj, base = SCENES[unwrapped.spec.id].objects(unwrapped)
-    poses = [part for actor in (obj, base) for part in (actor._objs[0].pose.p, actor._objs[0].pose.q)]
-    velocities = [obj._bodies[0].linear_velocity, obj._bodies[0].angular_velocity]
-    targets = [joint.drive_target for joint in robot.active_joints]
-    return np.concatenate([robot.qpos, robot.qvel, *poses, *velocities, *targets])
-
-
-def assert_signals_are_those_of_torch(signals, previous, env, info):
-    unwrapped = env.unwrapped
-    obj, _ = SCENES[unwrapped.spec.id].objects(unwrapped)
-    agent = unwrapped.agent
-    np.testing.assert_array_equal(np.append(signals.tcp_pos, signals.tcp_quat), agent.tcp.pose.raw_pose[0].numpy())
-    np.testing.assert_array_equal(np.append(signals.obj_pos, signals.obj_quat), obj.pose.raw_pose[0].numpy())
-    assert signals.is_grasped == bool(agent.is_grasping(obj)[0])
-    assert signals.success == bool(info["success"][0])
-    force = sum(torch.linalg.norm(unwrapped.scene.get_pairwise_contact_forces(link, obj)) for link in agent.robot.links)
-    moved = np.linalg.norm(signals.obj_pos - previous.obj_pos) > 2e-3
-    assert signals.is_contact == (float(force) > 1e-2 or moved)
 
 
 @pytest.mark.parametrize("env_id", FRANKA_TASKS)
@@ -157,12 +128,6 @@ def test_goals_of_the_other_tasks(simulators):
 def test_config_names_the_field_that_is_wrong(field, value, message):
     with pytest.raises(ValueError, match=message):
         EnvConfig(**{field: value})
-
-
-def test_task_without_a_simulator_is_a_config_but_no_environment():
-    config = EnvConfig("PutCarrotOnPlateInScene-v1", horizon=60)
-    with pytest.raises(ValueError, match="expected one with a simulator"):
-        Simulator(config)
 
 
 @pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan)])

@@ -1,6 +1,8 @@
 import numpy as np
 
-from stare_jax.envs.scenes import SCENES, Start, body_axis
+from stare_jax.envs.rotations import about_axis, body_axis, euler_xyz, rotation_matrix, rotation_vector
+from stare_jax.envs.scenes import SCENES, Start
+from stare_jax.stages import TASKS
 
 HALF = np.sqrt(0.5)
 
@@ -26,12 +28,27 @@ def test_peg_is_reached_at_the_nearest_point_of_its_axis():
 def test_upright_goal_tips_the_peg_the_short_way():
     yaw = 0.7
     lying = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)], np.float32)
-    pos, quat = SCENES["LiftPegUpright-v1"].goal(Start(np.array([0.1, 0.2, 0.025], np.float32), lying), None)
+    pos, quat = SCENES["LiftPegUpright-v1"].goal(Start(np.array([0.1, 0.2, 0.025], np.float32), lying, 0.0), None)
     np.testing.assert_allclose(pos, [0.1, 0.2, 0.12], atol=1e-6)
     np.testing.assert_allclose(body_axis(quat, 0), [0, 0, 1], atol=1e-6)
     np.testing.assert_allclose(abs(quat @ lying), np.cos(np.pi / 4), atol=1e-6)  # a turn by 90 degrees
 
 
-def test_every_task_has_a_default_control_mode_with_seven_dimensions():
+def test_every_task_has_a_row_and_a_default_control_mode_with_seven_dimensions():
+    assert set(SCENES) == set(TASKS)
     for scene in SCENES.values():
-        assert scene.action_dims[next(iter(scene.action_dims))] == 7
+        assert scene.action_dims[next(iter(scene.action_dims))] == len(scene.action_scale) == 7
+
+
+def test_rotations_go_back_and_forth():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        vector = rng.uniform(-1.5, 1.5, 3)
+        matrix = about_axis(vector)
+        np.testing.assert_allclose(rotation_vector(matrix), vector, atol=1e-9)
+        x, y, z = euler_xyz(matrix)
+        steps = [about_axis(np.eye(3)[axis] * angle) for axis, angle in enumerate((x, y, z))]
+        np.testing.assert_allclose(steps[0] @ steps[1] @ steps[2], matrix, atol=1e-9)
+        half = np.linalg.norm(vector) / 2
+        quat = np.append(np.cos(half), np.sin(half) * vector / np.linalg.norm(vector))
+        np.testing.assert_allclose(rotation_matrix(quat), matrix, atol=1e-9)

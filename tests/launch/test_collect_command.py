@@ -13,8 +13,8 @@ from PIL import Image
 
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.seeds import DEMO_SEEDS, SLOT_SIZE
 from stare_jax.envs import EnvConfig, Expert, toy
+from stare_jax.envs.seeds import DEMO_SEEDS, SLOT_SIZE
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.models.normalize import identity_stats
 from stare_jax.stages import get_task

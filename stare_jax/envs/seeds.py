@@ -31,3 +31,8 @@ def first_seed(region: int, run_seed: int) -> int:
     if not 0 <= run_seed < num_slots:
         raise ValueError(f"seed: got {run_seed}, expected 0 <= seed < {num_slots}")
     return region + run_seed * SLOT_SIZE
+
+
+def is_for_evaluation(seed: int) -> bool:
+    """Says whether a seed is one that policies are judged by."""
+    return seed < EVALUATION_SEEDS + REGION_SIZE

@@ -1,0 +1,141 @@
+"""SimplerEnv's WidowX scenes, a part of ManiSkill: how they are built, where episodes start, what the camera shows."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.envs.seeds import is_for_evaluation
+
+
+class Jitter(NamedTuple):
+    """How far the start of an episode may be from an official one, uniformly to either side."""
+
+    position: float
+    """of the object and of its target, along both horizontal axes, in metres"""
+    yaw: float
+    """of the object, in radians"""
+
+
+JITTERS: Mapping[str, Jitter] = MappingProxyType(
+    {"none": Jitter(0.0, 0.0), "15mm-15deg": Jitter(0.015, np.deg2rad(15))}
+)
+"""by the name that configurations and manifests have"""
+
+
+@contextlib.contextmanager
+def bridge_scene() -> Iterator[None]:
+    """While active, WidowX scenes can be built without ManiSkill's own observations and background.
+
+    What to keep in front of the background is collected in a list that all its environments share, so that a second
+    one would show objects of the first; here each keeps to itself, see `Backdrop`.
+    """
+    from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
+    from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
+
+    changed = {
+        (BaseBridgeEnv, "SUPPORTED_OBS_MODES"): ["none"],
+        (BaseDigitalTwinEnv, "rgb_overlay_mode"): "none",
+        (BaseDigitalTwinEnv, "_objects_to_remove_from_greenscreen"): [],
+    }
+    original = {place: getattr(*place) for place in changed}
+    try:
+        for place, value in changed.items():
+            setattr(*place, value)
+        yield
+    finally:
+        for place, value in original.items():
+            setattr(*place, value)
+
+
+class Starts:
+    """The first states of a WidowX task's episodes.
+
+    Seeds of the evaluation start at an official place each, in turn; all others at a random one of these, moved by the
+    jitter, so that nothing is trained on what it is judged by.
+    """
+
+    def __init__(self, env: Any, jitter: Jitter):
+        """
+        Args:
+            env: the unwrapped `mani_skill` environment, as it was made.
+            jitter: of seeds that are not for evaluation.
+        """
+        self._env, self._jitter = env, jitter
+        self._positions = env.xyz_configs.float().numpy()
+        self._quats = env.quat_configs.float().numpy()
+        # The basket in the sink is part of the photograph: only the eggplant can be elsewhere.
+        self._movable = [0] if env.scene_setting == "sink" else [0, 1]
+
+    @property
+    def num_official(self) -> int:
+        return len(self._positions) * len(self._quats)
+
+    def place(self, seed: int) -> dict[str, Any]:
+        """Prepares the episode of a seed; returns the options to reset the environment with."""
+        import torch
+
+        rng = np.random.default_rng(seed)
+        is_official = is_for_evaluation(seed)
+        index = seed % self.num_official if is_official else int(rng.integers(self.num_official))
+        which_position, which_quat = divmod(index, len(self._quats))
+        positions, quats = self._positions[which_position].copy(), self._quats[which_quat].copy()  # object and target
+        if not is_official:
+            shift, turn = rng.uniform(-1.0, 1.0, (2, 2)), rng.uniform(-1.0, 1.0)
+            positions[self._movable, :2] += self._jitter.position * shift[self._movable]
+            quats[0] = _turned_about_z(quats[0], self._jitter.yaw * turn)
+        # The environment is left with this start as the only one to choose.
+        self._env.xyz_configs, self._env.quat_configs = torch.from_numpy(positions[None]), torch.from_numpy(quats[None])
+        return {"episode_id": torch.zeros(1, dtype=torch.int64)}
+
+
+def _turned_about_z(quat: np.ndarray, angle: float) -> np.ndarray:
+    """Returns the quaternion `[4]` of an orientation turned about the vertical of the world."""
+    cosine, sine = np.cos(angle / 2), np.sin(angle / 2)
+    w, x, y, z = quat
+    return np.array([cosine * w - sine * z, cosine * x - sine * y, cosine * y + sine * x, cosine * z + sine * w])
+
+
+class Backdrop:
+    """Puts the robot and the objects of a rendered scene in front of a photograph, as SimplerEnv does."""
+
+    def __init__(self, env: Any, camera: str, size: tuple[int, int]):
+        """
+        Args:
+            env: the unwrapped `mani_skill` environment; a new backdrop after every reconfiguration.
+            camera: the simulator's name of the camera.
+            size: (height, width) of its images.
+        """
+        from PIL import Image
+
+        with Image.open(env.rgb_overlay_paths[camera]) as photograph:
+            photograph = photograph.convert("RGB")
+            if photograph.size != size[::-1]:
+                photograph = photograph.resize(size[::-1], Image.Resampling.BOX)
+            self._photograph = np.asarray(photograph)
+        shown = [env.objs[name] for name in env.objects_excluded_from_greenscreening]
+        ids = [int(part.per_scene_id[0]) for part in [*shown, *env.agent.robot.get_links()]]
+        self._is_shown = np.zeros(max(ids) + 1, bool)
+        self._is_shown[ids] = True
+
+    def behind(self, image: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
+        """Returns the image `[H, W, 3]` with the photograph where `segmentation` `[H, W]` names nothing to be shown."""
+        segmentation = np.minimum(segmentation, len(self._is_shown))  # a larger id is that of something else
+        is_shown = np.append(self._is_shown, False)[segmentation]
+        return np.where(is_shown[..., None], image, self._photograph)
+
+
+def scaled_intrinsics(intrinsics: np.ndarray, native: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Returns the camera matrix `[3, 3]` that shows the whole view of a camera in images of another size.
+
+    Another aspect ratio squeezes the view as resizing the image would.
+
+    Args:
+        intrinsics: of the camera at its native size.
+        native: (height, width).
+        size: (height, width).
+    """
+    (height, width), (native_height, native_width) = size, native
+    return np.diag([width / native_width, height / native_height, 1.0]) @ intrinsics

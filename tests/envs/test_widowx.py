@@ -1,0 +1,170 @@
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from plain_maniskill import assert_signals_are_those_of_torch, physics_of
+
+from stare_jax.envs import building
+from stare_jax.envs.building import import_mani_skill, materials_without_device, require_assets
+from stare_jax.envs.config import EnvConfig
+from stare_jax.envs.experts import make_expert
+from stare_jax.envs.maniskill import Simulator
+from stare_jax.envs.scenes import SCENES
+from stare_jax.envs.seeds import DEMO_SEEDS
+from stare_jax.envs.widowx import bridge_scene, scaled_intrinsics
+from stare_jax.stages import get_task
+
+WIDOWX_TASKS = tuple(env_id for env_id, scene in SCENES.items() if scene.num_starts)
+CUBES, EGGPLANT = "StackGreenCubeOnYellowCubeBakedTexInScene-v1", "PutEggplantInBasketScene-v1"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy:UserWarning"),
+    pytest.mark.usefixtures("widowx_assets"),
+]
+
+
+def plain_env(env_id):
+    """ManiSkill's own environment, without images."""
+    import_mani_skill()
+    with materials_without_device(), bridge_scene():
+        return gymnasium.make(env_id, num_envs=1, obs_mode="none", sim_backend="physx_cpu", render_backend="none")
+
+
+def plain_reset(env, episode):
+    with materials_without_device(), bridge_scene():
+        env.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([episode])})
+
+
+@pytest.mark.parametrize("env_id", WIDOWX_TASKS)
+def test_official_episodes_are_bitwise_those_of_plain_maniskill(env_id, simulators):
+    simulator, plain, episode = simulators(env_id), plain_env(env_id), 5
+    assert SCENES[env_id].num_starts == simulator._starts.num_official
+    assert get_task(env_id).instruction == plain.unwrapped.get_language_instruction()[0]
+    expert = make_expert(env_id)
+    memory, signals = expert.init(), simulator.reset(episode, reproducible=True).signals
+    plain_reset(plain, episode)
+    seen = set()
+    for step in range(30):
+        np.testing.assert_array_equal(physics_of(simulator.env), physics_of(plain), err_msg=f"step {step}")
+        action, memory = expert.act(signals, memory)
+        previous, signals = signals, simulator.step(action).signals
+        info = plain.step(action)[-1]
+        assert_signals_are_those_of_torch(signals, previous, plain, info)
+        seen |= {name for name in ("is_grasped", "is_contact", "success") if getattr(signals, name)}
+    assert seen == {"is_grasped", "is_contact", "success"}
+    plain.close()
+
+
+def start_of(simulator, seed):
+    signals = simulator.reset(seed).signals
+    return np.concatenate([signals.obj_pos[:2], signals.goal_pos[:2], signals.obj_quat])
+
+
+def test_evaluation_goes_through_the_official_starts_and_nothing_else_meets_them(simulators):
+    simulator = simulators(CUBES)
+    official = np.stack([start_of(simulator, seed) for seed in range(26)])
+    assert len(np.unique(official[:24].round(3), axis=0)) == 24
+    np.testing.assert_allclose(official[24:], official[:2], atol=1e-4)
+
+    moved = np.stack([start_of(simulator, DEMO_SEEDS + seed) for seed in range(12)])
+    np.testing.assert_allclose(start_of(simulator, DEMO_SEEDS), moved[0], atol=1e-4)
+    gap = np.abs(moved[:, None, :4] - official[None, :24, :4]).max(axis=-1)
+    assert (gap.min(axis=1) < 0.0151).all()  # within the jitter of an official start
+    assert (gap.min(axis=1) > 1e-4).all()  # and at none of them
+    yaw = 2 * np.arctan2(moved[:, 7], moved[:, 4])
+    assert np.abs(np.sin(yaw)).max() <= np.sin(np.deg2rad(15.1)) and np.abs(np.sin(yaw)).min() > 1e-4
+
+
+def test_without_jitter_all_episodes_start_at_official_places():
+    simulator = Simulator(EnvConfig(CUBES, image_size=0, jitter="none"))
+    official = [start_of(simulator, seed) for seed in range(24)]
+    start = start_of(simulator, DEMO_SEEDS + 3)
+    assert min(np.abs(start - each).max() for each in official) < 1e-4
+    simulator.close()
+
+
+def test_the_basket_stays_where_the_photograph_shows_it(simulators):
+    simulator = simulators(EGGPLANT)
+    goals = np.stack([simulator.reset(seed).signals.goal_pos[:2] for seed in (0, DEMO_SEEDS, DEMO_SEEDS + 1)])
+    assert np.ptp(goals, axis=0).max() < 1e-3
+
+
+def test_missing_assets_name_the_command_that_downloads_them(monkeypatch, tmp_path):
+    from mani_skill.utils.assets.data import DATA_SOURCES
+
+    monkeypatch.setattr(DATA_SOURCES["bridge_v2_real2sim"], "output_dir", tmp_path)
+    with pytest.raises(FileNotFoundError, match="mani_skill.utils.download_asset bridge_v2_real2sim$"):
+        Simulator(EnvConfig(CUBES, image_size=0))
+    require_assets(())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("jitter", "2m", "jitter: got '2m', expected one of .*15mm-15deg"),
+        ("image_width", 0, "image_width: got 0, expected at least 1 pixel"),
+        ("control_mode", "pd_ee_delta_pose", "control_mode: got 'pd_ee_delta_pose', expected one of .*align2"),
+    ],
+)
+def test_config_names_the_field_that_is_wrong(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        EnvConfig(CUBES, **{field: value})
+
+
+def test_config_knows_the_task():
+    config = EnvConfig(CUBES, image_size=480, image_width=640)
+    assert (config.horizon, config.action_dim, config.image_shape) == (60, 7, (480, 640))
+    assert EnvConfig(CUBES, horizon=20).horizon == 20
+    assert EnvConfig(image_size=None, image_width=640).image_shape == (0, 0)
+
+
+# ---- Images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_those_of_plain_maniskill_whatever_was_built_before(rendering_simulator, simulators):
+    """ManiSkill keeps what to show in a list of the class: a second environment shows the first one's objects."""
+    rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests: it takes ten seconds to make one.
+    first = Simulator(EnvConfig(EGGPLANT, image_size=64))
+    simulator = Simulator(EnvConfig(CUBES, image_size=120, image_width=160))
+    camera = building.camera_settings(simulator.config)
+    plain = gymnasium.make(
+        CUBES,
+        num_envs=1,
+        obs_mode="rgb+segmentation",
+        sim_backend="physx_cpu",
+        render_backend="cpu",
+        sensor_configs=camera,
+    )
+    image = simulator.reset(3, reproducible=True).image
+    observation, _ = plain.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([3])})
+    sensors = observation["sensor_data"]["3rd_view_camera"]
+    is_shown = np.isin(sensors["segmentation"][0, ..., 0].numpy(), plain.unwrapped._segmentation_ids_to_keep.numpy())
+    assert 0.02 < is_shown.mean() < 0.5
+    theirs = sensors["rgb"][0].numpy()
+    np.testing.assert_array_equal(image[is_shown], theirs[is_shown])
+    # The photograph is made smaller by averages here and by interpolation there.
+    assert np.abs(image[~is_shown].astype(int) - theirs[~is_shown]).mean() < 8
+    for each in (first, simulator, plain):
+        each.close()
+
+
+def test_another_size_shows_the_same_view():
+    intrinsics = np.array([[600.0, 0, 320], [0, 600, 240], [0, 0, 1]])
+    ray = np.array([0.2, -0.1, 1.0])
+    native, small = (scaled_intrinsics(intrinsics, (480, 640), size) @ ray for size in ((480, 640), (64, 64)))
+    np.testing.assert_allclose(native, intrinsics @ ray)
+    np.testing.assert_allclose(small[:2] / 64, native[:2] / (640, 480))
+
+
+def test_a_small_image_is_the_large_one_made_smaller(rendering_simulator):
+    from PIL import Image
+
+    large, small = (
+        Simulator(EnvConfig(CUBES, image_size=size, image_width=width)) for size, width in ((480, 640), (60, 80))
+    )
+    shrunk = np.asarray(Image.fromarray(large.reset(7).image).resize((80, 60), Image.Resampling.BOX)).astype(int)
+    assert np.abs(shrunk - small.reset(7).image).mean() < 4
+    large.close()
+    small.close()
