@@ -44,6 +44,13 @@ setup(
         "rlds": ["tensorflow>=2.20,<3"],
         "wandb": ["wandb>=0.19,<1"],
         "reference": ["timm>=1,<2"],
-        "test": ["pytest>=9,<10", "pytest-timeout>=2.4,<3", "rlax>=0.1.8,<0.2", "ruff>=0.17,<0.18"],
+        "test": [
+            "ipykernel>=7,<8",
+            "nbclient>=0.10,<0.12",
+            "pytest>=9,<10",
+            "pytest-timeout>=2.4,<3",
+            "rlax>=0.1.8,<0.2",
+            "ruff>=0.17,<0.18",
+        ],
     },
 )

@@ -40,12 +40,33 @@ def dark_path(path: str | Path) -> Path:
     return path.with_name(f"{path.stem}_dark{path.suffix}")
 
 
-def draw_timeline(timeline: Timeline, stage_names: Sequence[str], path: str | Path, *, title: str = "") -> None:
-    """Draws label, potential and shaped reward of one episode over its steps, on bands of the stages' colours."""
+def draw_timeline(
+    timeline: Timeline,
+    stage_names: Sequence[str],
+    path: str | Path,
+    *,
+    title: str = "",
+    frames: Mapping[int, np.ndarray] | None = None,
+) -> None:
+    """Draws label, potential and shaped reward of one episode over its steps, on bands of the stages' colours.
+
+    Args:
+        timeline: of the episode.
+        stage_names: K names.
+        path: where to.
+        title: of the figure.
+        frames: step -> uint8 `[H, W, 3]`, images to show above, in this order.
+    """
 
     def draw(figure: Figure, theme: Theme) -> None:
-        axes = figure.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.3, 1.3))
         figure.suptitle(title, color=theme.text, fontsize=11, x=0.01, ha="left")
+        panels = figure
+        if frames:
+            strip, panels = figure.subfigures(2, 1, height_ratios=(1.0, 3.2))
+            strip.set_facecolor("none")
+            panels.set_facecolor("none")
+            _draw_strip(strip, frames, timeline, stage_names, theme)
+        axes = panels.subplots(3, 1, sharex=True, height_ratios=(1.2, 1.3, 1.3))
         num_states = len(timeline.stage_t)
         for axis in axes:
             style_axis(axis, theme)
@@ -65,7 +86,21 @@ def draw_timeline(timeline: Timeline, stage_names: Sequence[str], path: str | Pa
         axes[2].set_xlabel("step")
         _mark_success(axes, timeline, theme)
 
-    save_figure(draw, path, size=(8.4, 5.6))
+    save_figure(draw, path, size=(8.4, 7.0 if frames else 5.6))
+
+
+def _draw_strip(strip, frames, timeline: Timeline, stage_names: Sequence[str], theme: Theme) -> None:
+    """Draws images side by side, each framed in the colour of its stage."""
+    for axis, (t, image) in zip(strip.subplots(1, len(frames), squeeze=False)[0], frames.items(), strict=True):
+        stage = int(timeline.stage_t[t])
+        axis.imshow(image)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        success = " ✓" if timeline.success_t[t] else ""
+        axis.set_xlabel(f"{t}: {stage_names[stage]}{success}", color=theme.text, fontsize=8)
+        for spine in axis.spines.values():
+            spine.set_color(PALETTE[stage % len(PALETTE)])
+            spine.set_linewidth(2)
 
 
 def draw_rates(

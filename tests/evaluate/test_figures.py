@@ -69,3 +69,15 @@ def test_steps_that_were_repeated_after_a_resume_count_once():
     lines = [{"step": s, "phase": "sft", "wall_time": 0.0, "sft/loss": value} for s, value in ((1, 5.0), (2, 6.0))]
     lines += [{"step": 2, "phase": "sft", "wall_time": 1.0, "sft/loss": 7.0}]
     assert metric_curves(lines, "sft") == {"sft/loss": {1: 5.0, 2: 7.0}}
+
+
+def test_frames_are_framed_in_the_colour_of_their_stage(tmp_path):
+    path = tmp_path / "timeline.png"
+    frames = {t: np.full((8, 12, 3), 40, np.uint8) for t in (0, 15, 39)}
+    draw_timeline(TIMELINE, ("reach", "grasp", "place"), path, frames=frames)
+    image = pixels(path)
+    strip = image[: int(0.22 * len(image))]
+    assert (np.abs(strip - 40).max(axis=-1) < 3).mean() > 0.3
+    for k in range(3):
+        colour = np.array([int(PALETTE[k][i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(strip - colour).max(axis=-1) <= 3).sum() > 100
