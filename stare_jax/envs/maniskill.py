@@ -72,8 +72,7 @@ class Simulator:
         if action.shape != (self.config.action_dim,) or not np.isfinite(action).all():
             raise ValueError(f"action: got {action}, expected {self.config.action_dim} finite numbers")
         self._drive(action)
-        for _ in range(self.env._sim_steps_per_control):
-            self.env.scene.px.step()
+        self._advance()
         return self._frame(self._reader.read())
 
     def close(self) -> None:
@@ -96,6 +95,11 @@ class Simulator:
             self._camera = scene.sensors[camera].camera._render_cameras[0]
             if self._starts is not None:
                 self._backdrop = Backdrop(self.env, camera, self.config.image_shape)
+
+    def _advance(self) -> None:
+        physics = self.env.scene.px
+        for _ in range(self.env._sim_steps_per_control):
+            physics.step()
 
     def _frame(self, signals: Signals) -> Frame:
         state = np.zeros(0, np.float32)
