@@ -32,9 +32,10 @@ def get_config(algorithm: str = "sta_ppo"):
     set_interaction(config, algorithm)
     # Four epochs over the same decisions, as suit the state, made a policy with eyes worse (docs/ppo.md). Hence fresh
     # decisions instead of epochs, many of them, and small steps.
-    config.ppo.num_iterations = 100
+    config.ppo.num_iterations = 70
     config.ppo.num_episodes = 192
     config.ppo.num_epochs = 1
-    config.ppo.optimizer.learning_rate = 1e-4
+    config.ppo.minibatch_size = 256
+    config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.value_warmup_iterations = 2
     return config
