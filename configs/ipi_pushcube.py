@@ -3,7 +3,8 @@
     python launch/train.py --config=configs/ipi_pushcube.py              STA-PPO
     python launch/train.py --config=configs/ipi_pushcube.py:ppo          PPO without shaping, as many steps
 
-Two hours at most on two CPU cores; `--resume` goes on with a run that was stopped.
+From 63 % to 91 %, and 94 % without shaping (300 episodes, sampled), in 65 minutes on one core each, after ten minutes of
+imitation on two; `--resume` goes on with a run that was stopped.
 """
 
 from configs.common import base_config
@@ -30,11 +31,12 @@ def get_config(algorithm: str = "sta_ppo"):
     config.sft.checkpoint_every = 250
 
     set_interaction(config, algorithm)
-    # Four epochs over the same decisions, as suit the state, made a policy with eyes worse (docs/ppo.md). Hence fresh
-    # decisions instead of epochs, many of them, and small steps.
-    config.ppo.num_iterations = 100
+    # Four epochs over the same decisions, as suit the state, made a policy with eyes worse (docs/ppo.md). Hence more
+    # fresh decisions, each learnt from once.
+    config.ppo.num_iterations = 70
     config.ppo.num_episodes = 192
     config.ppo.num_epochs = 1
-    config.ppo.optimizer.learning_rate = 1e-4
+    config.ppo.minibatch_size = 256
+    config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.value_warmup_iterations = 2
     return config
