@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/ipi_pushcube.py              STA-PPO
     python launch/train.py --config=configs/ipi_pushcube.py:ppo          PPO without shaping, as many steps
 
-From 63 % to 91 %, and 94 % without shaping (300 episodes, sampled), in 65 minutes on one core each, after ten minutes of
-imitation on two; `--resume` goes on with a run that was stopped.
+From 63 % to 91 %, and 94 % without shaping (300 episodes, sampled), in 65 minutes on one core each, after ten minutes
+of imitation on two; `--resume` goes on with a run that was stopped.
 """
 
 from configs.common import base_config
