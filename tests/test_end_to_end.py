@@ -15,6 +15,7 @@ from stare_jax.envs.vulkan import has_gpu_driver, software_driver
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
+    "--config.env.envs_per_worker=2",
     "--config.demos.num_demos=12",
     "--config.sft.num_steps=60",
     "--config.sft.log_every=10",
