@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.rotations import body_axis, rotation_matrix, rotation_vector
+from stare_jax.envs.rotations import about_axis, body_axis, rotation_matrix, rotation_vector
 from stare_jax.envs.scenes import CUBE_SIZE, PEG_HALF_LENGTH
 from stare_jax.types import Signals
 
@@ -23,6 +23,8 @@ METRES_PER_UNIT = 0.1
 BASE = np.array([-0.615, 0.0])
 REACH = 0.793
 """horizontal distance from the robot's base, in metres, up to which the tool can point straight down on the table."""
+WRIST_TO_TOOL = 0.21
+"""metres; a tool that leans outwards reaches further by the sine of the angle times this."""
 
 
 def _command(
@@ -46,7 +48,7 @@ def _command(
     action = np.empty(ACTION_DIM, np.float32)
     translation = gain * (np.asarray(position, np.float64) - signals.tcp_pos)
     translation *= min(1.0, limit / max(np.abs(translation).max(), 1e-9))
-    action[:3] = _within_reach(signals.tcp_pos, translation)
+    action[:3] = _within_reach(signals, translation)
     action[3:6] = 0.0
     if rotation is not None:
         turn = ROTATION_GAIN * rotation_vector(rotation @ rotation_matrix(signals.tcp_quat).T)
@@ -55,17 +57,20 @@ def _command(
     return action
 
 
-def _within_reach(tcp_pos: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """Returns the translation command `[3]`, pulled in where it points beyond the reach of a tool that points down.
+def _within_reach(signals: Signals, translation: np.ndarray) -> np.ndarray:
+    """Returns the translation command `[3]`, pulled in where it points beyond the reach of the tool as it leans.
 
     The arm does not go as far as it can towards such a point: it holds its pose.
     """
-    from_base = tcp_pos[:2] - BASE + METRES_PER_UNIT * translation[:2]
+    tcp = signals.tcp_pos[:2]
+    from_base = tcp - BASE + METRES_PER_UNIT * translation[:2]
     distance = np.hypot(*from_base)
-    if distance <= REACH:
+    leaning = body_axis(signals.tcp_quat, 2)[:2] @ from_base / max(distance, 1e-9)
+    reach = REACH + WRIST_TO_TOOL * leaning
+    if distance <= reach:
         return translation
-    inside = BASE + from_base * REACH / distance
-    return np.append((inside - tcp_pos[:2]) / METRES_PER_UNIT, translation[2])
+    inside = BASE + from_base * reach / distance
+    return np.append((inside - tcp) / METRES_PER_UNIT, translation[2])
 
 
 def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
@@ -120,7 +125,8 @@ class StackMemory(NamedTuple):
 
 def stack_cube(signals: Signals, memory: StackMemory) -> tuple[np.ndarray, StackMemory]:
     """Grasps cube A along the nearest pair of faces, carries it over cube B and lets go."""
-    memory = memory if memory.rotation is not None else memory._replace(rotation=_nearest_grasp(signals))
+    if memory.rotation is None:
+        memory = memory._replace(rotation=_leant_outwards(_nearest_grasp(signals), signals.obj_pos, signals.goal_pos))
     memory = _next_stack_phase(signals, memory)
     action = _STACK_MOVES[memory.phase](signals, memory.rotation)
     return action, memory._replace(steps=memory.steps + 1)
@@ -134,22 +140,37 @@ def _nearest_grasp(signals: Signals) -> np.ndarray:
     return min(choices, key=lambda rotation: _turn_left(signals, rotation))
 
 
+def _leant_outwards(rotation: np.ndarray, *places: np.ndarray) -> np.ndarray:
+    """Returns the orientation `[3, 3]`, turned about the direction in which the fingers close as far as it takes for
+    the tool to reach the places `[3]`."""
+    outwards = max((place[:2] - BASE for place in places), key=lambda offset: np.hypot(*offset))
+    distance = np.hypot(*outwards)
+    beyond = max(0.0, distance - REACH + 0.01)  # 1 cm to spare
+    closing = rotation[:, 1]
+    gain = WRIST_TO_TOOL * (closing[0] * outwards[1] - closing[1] * outwards[0]) / distance
+    return about_axis(beyond / gain * closing) @ rotation
+
+
 def _turn_left(signals: Signals, rotation: np.ndarray) -> float:
     return float(np.linalg.norm(rotation_vector(rotation @ rotation_matrix(signals.tcp_quat).T)))
 
 
 def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
-    """Moves on when the phase has done its work, and back to reaching where the grasp fails."""
+    """Moves on when the phase has done its work, and back to reaching where the grasp fails.
+
+    The last tenths of a radian are turned on the way down, and in the end by the fingers that close: a turn takes up to
+    20 steps, most of an episode.
+    """
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
     phase, steps, rotation = memory.phase, memory.steps, memory.rotation
     aside = np.hypot(*(obj - tcp)[:2])
-    if phase == "reach" and aside < 0.01 and _turn_left(signals, rotation) < 0.08 and abs(tcp[2] - obj[2]) < 0.008:
+    if phase == "reach" and aside < 0.01 and _turn_left(signals, rotation) < 0.2 and abs(tcp[2] - obj[2]) < 0.008:
         phase = "grasp"
     elif phase == "grasp" and signals.is_grasped and steps > 0:
         phase = "carry"
     elif phase == "grasp" and steps > 6 or phase == "carry" and np.linalg.norm(obj - tcp) > 0.04:
         phase = "reach"
-    elif phase == "carry" and np.hypot(*(obj - goal)[:2]) < 0.008 and obj[2] - goal[2] < 0.006:
+    elif phase == "carry" and np.hypot(*(obj - goal)[:2]) < 0.012 and obj[2] - goal[2] < 0.006:
         phase = "release"
     elif phase == "release" and steps > 1:
         phase = "leave"
@@ -158,8 +179,8 @@ def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
 
 def _stack_reach(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     tcp, obj = signals.tcp_pos, signals.obj_pos
-    is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _turn_left(signals, rotation) < 0.15
-    return _command(signals, obj + (0, 0, 0 if is_over else 0.07), rotation, gripper=OPEN, gain=14.0)
+    is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _turn_left(signals, rotation) < 0.3
+    return _command(signals, obj + (0, 0, 0 if is_over else 0.05), rotation, gripper=OPEN, gain=14.0)
 
 
 def _stack_grasp(signals: Signals, rotation: np.ndarray) -> np.ndarray:
@@ -172,7 +193,7 @@ def _stack_carry(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
     target = goal + (tcp - obj)
     aside = np.hypot(*(obj - goal)[:2])
-    target[2] += 0.035 if aside > 0.02 else 0.001
+    target[2] += 0.035 if aside > 0.03 else 0.001
     if obj[2] < goal[2] + 0.005 and aside > 0.05:
         is_low = obj[2] < goal[2] - CUBE_SIZE / 2
         target[:2] = tcp[:2] if is_low else 0.3 * tcp[:2] + 0.7 * target[:2]
@@ -200,14 +221,11 @@ _STACK_MOVES = {
 class LiftMemory(NamedTuple):
     phase: str = "reach"
     steps: int = 0
-    foot: np.ndarray | None = None
-    """where the far end of the peg stood when the swing began."""
-    grip: float = 0.0
-    """how far from the peg's centre it is held."""
 
 
 PEG_GRIP = 0.10
-"""from the centre of the peg: far out, for leverage."""
+"""from the centre of the peg: far out, for leverage. Held closer, it does not pivot and is dragged along."""
+PEG_HALF_WIDTH = 0.025
 
 
 def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemory]:
@@ -216,38 +234,38 @@ def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemo
     The peg pivots between the fingers, so the tool hardly has to turn.
     """
     axis = body_axis(signals.obj_quat, 0)
-    phase, steps, foot, grip = memory
-    if phase == "reach":
-        grip = min(PEG_GRIP, BASE[0] + REACH - signals.obj_pos[0])
-    held_point = signals.obj_pos + grip * axis
+    phase, steps = memory
+    held_point = signals.obj_pos + PEG_GRIP * axis
     if phase == "reach" and np.linalg.norm(held_point - signals.tcp_pos) < 0.012:
         phase, steps = "grasp", 0
     elif phase == "grasp" and signals.is_grasped and steps > 0:
-        phase, steps, foot = "swing", 0, signals.obj_pos - PEG_HALF_LENGTH * axis
+        phase, steps = "swing", 0
     elif phase == "grasp" and steps > 7:
         phase, steps = "reach", 0
+    rotation = _leant_outwards(TOOL_DOWN, held_point)
     if phase == "reach":
         above = 0.0 if np.hypot(*(held_point - signals.tcp_pos)[:2]) < 0.03 else 0.07
-        action = _command(signals, held_point + (0, 0, above), TOOL_DOWN, gripper=OPEN)
+        action = _command(signals, held_point + (0, 0, above), rotation, gripper=OPEN)
     elif phase == "grasp":
-        action = _command(signals, signals.tcp_pos, TOOL_DOWN, gripper=CLOSED)
+        action = _command(signals, signals.tcp_pos, rotation, gripper=CLOSED)
     else:
-        action = _swing(signals, axis, foot, grip)
-    return action, LiftMemory(phase, steps + 1, foot, grip)
+        action = _swing(signals, axis)
+    return action, LiftMemory(phase, steps + 1)
 
 
-def _swing(signals: Signals, axis: np.ndarray, foot: np.ndarray, grip: float) -> np.ndarray:
-    """Moves the tool along the arc about the foot, ahead of the peg's own elevation."""
+def _swing(signals: Signals, axis: np.ndarray) -> np.ndarray:
+    """Moves the tool along the arc about the peg's foot, ahead of the peg's own elevation."""
     tcp, obj = signals.tcp_pos, signals.obj_pos
     error = np.pi / 2 - np.arctan2(axis[2], axis[0])
-    if abs(error) < 0.15:
+    if abs(error) < 0.07:
         target = tcp + (0, 0, PEG_HALF_LENGTH - obj[2])
     else:
-        from_foot = tcp - (obj - PEG_HALF_LENGTH * axis)
-        elevation = np.arctan2(from_foot[2], from_foot[0]) + np.clip(error, -0.5, 0.5)
-        radius = PEG_HALF_LENGTH + grip
-        height = 0.025 * np.clip(error / 0.4, 0.0, 1.0)
-        target = np.array([foot[0] + radius * np.cos(elevation), foot[1], height + radius * np.sin(elevation)])
+        foot = obj - PEG_HALF_LENGTH * axis
+        from_foot = tcp - foot
+        radius = np.hypot(from_foot[0], from_foot[2])
+        elevation = np.arctan2(from_foot[2], from_foot[0]) + np.clip(error, -0.4, 0.4)
+        foot_height = PEG_HALF_WIDTH * max(axis[0], 0.0)  # of the end of the axis when the peg's edge is on the table
+        target = np.array([foot[0] + radius * np.cos(elevation), foot[1], foot_height + radius * np.sin(elevation)])
     pitch = -np.clip(error, -0.3, 0.3)
     turn = np.array([[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]])
-    return _command(signals, target, turn @ rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=15.0)
+    return _command(signals, target, turn @ rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=12.0)

@@ -13,7 +13,8 @@ from stare_jax.envs.rotations import body_axis
 from stare_jax.envs.scenes import Scene, Start
 from stare_jax.types import Signals
 
-CONTACT_DISPLACEMENT = 2e-3  # m: an object that moved further in one control step has been touched in between.
+CONTACT_DISPLACEMENT = 2e-3  # m: an object that moved further in one control step has been touched in between,
+CONTACT_REACH = 0.05  # m: if the tool is that close to it. Further away, carrots roll and spoons rock by themselves.
 CONTACT_FORCE = 1e-2  # N, at the end of the control step.
 GRASP_FORCE = 0.5  # N on each finger, and the angle below: the simulator's own definition of a grasp.
 GRASP_ANGLE = np.deg2rad(85)
@@ -51,11 +52,10 @@ class SignalReader:
     def read(self) -> Signals:
         """Returns the signals of the state after a control step."""
         forces = self._forces_on_links()
-        moved = self._obj.pose.p - self._last_obj_pos
         touched = any(np.linalg.norm(force) > CONTACT_FORCE for force in forces.values())
         return self._read(
             is_grasped=self._is_grasped(forces),
-            is_contact=touched or float(moved @ moved) > CONTACT_DISPLACEMENT**2,
+            is_contact=touched or self._is_shifted(),
         )
 
     def _read(self, *, is_grasped: bool, is_contact: bool) -> Signals:
@@ -76,6 +76,14 @@ class SignalReader:
             success=np.bool_(self._is_success(obj_pos - goal_pos)),
             support_z=self._start.obj_pos[2],
         )
+
+    def _is_shifted(self) -> bool:
+        """Says whether the object has moved next to the tool."""
+        obj, tcp_pos = self._obj.pose, self._tcp.entity_pose.p
+        moved = obj.p - self._last_obj_pos
+        if float(moved @ moved) <= CONTACT_DISPLACEMENT**2:
+            return False
+        return bool(np.linalg.norm(self._scene.grasp_point(obj.p, obj.q, tcp_pos) - tcp_pos) < CONTACT_REACH)
 
     def _is_success(self, to_goal: np.ndarray) -> bool:
         horizontal, vertical = self._scene.success_reach

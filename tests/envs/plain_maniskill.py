@@ -27,4 +27,5 @@ def assert_signals_are_those_of_torch(signals, previous, env, info):
     assert signals.success == bool(info["success"][0])
     force = sum(torch.linalg.norm(unwrapped.scene.get_pairwise_contact_forces(link, obj)) for link in agent.robot.links)
     moved = np.linalg.norm(signals.obj_pos - previous.obj_pos) > 2e-3
-    assert signals.is_contact == (float(force) > 1e-2 or moved)
+    is_near = np.linalg.norm(signals.grasp_pos - signals.tcp_pos) < 0.05
+    assert signals.is_contact == (float(force) > 1e-2 or (moved and is_near))
