@@ -5,10 +5,10 @@
     python launch/collect.py --pairs=50 --checkpoint=runs/quickstart/sft --out=data/pushcube
     python launch/collect.py --task=all --demos=100 --pairs=50 --image-size=224 --out=data
 
-Demonstrations go to OUT/demos, rollouts and their pairs to OUT/pairs; with --task=all OUT is a folder of each task. Each
-is a data set (stare_jax/data/schema.py) with a picture of some episodes, episodes.png. Ctrl-C or SIGTERM stops; the
-same command goes on, and with a larger number adds to what is there. The same command in another folder makes the same
-episodes, bit for bit. `--config.demos_from=OUT/demos` trains on the demonstrations.
+Demonstrations go to OUT/demos, rollouts and their pairs to OUT/pairs, those of all tasks to OUT/TASK/demos and so on.
+Each is a data set (stare_jax/data/schema.py) with a picture of some episodes, episodes.png. Ctrl-C or SIGTERM stops;
+the same command goes on, and with a larger number adds to what is there. The same command in another folder makes the
+same episodes, bit for bit. `--config.demos_from=OUT/demos` trains on the demonstrations.
 """
 
 import argparse
@@ -88,6 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def add_simulator_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--workers", type=int, metavar="N", help=f"processes (default: {ENV.num_workers})")
+    add("--envs-per-worker", type=int, metavar="N", help=f"simulators of a process (default: {ENV.envs_per_worker})")
     add("--horizon", type=int, metavar="N", help="actions an episode may take (default: the task's own)")
     add("--image-size", type=int, metavar="PIXELS", help=f"height, 0 for no images (default: {ENV.image_size})")
     add("--image-width", type=int, metavar="PIXELS", help="(default: as the height; the WidowX camera has 480 x 640)")
@@ -166,6 +167,7 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     given = {
         "env_id": arguments.task,
         "num_workers": arguments.workers,
+        "envs_per_worker": arguments.envs_per_worker,
         "horizon": arguments.horizon,
         "image_size": arguments.image_size,
         "image_width": arguments.image_width,
