@@ -259,7 +259,7 @@ SMALL = ("--image-size=0", "--workers=1", "--envs-per-worker=2")
 
 
 def test_demonstrations_and_pairs_of_a_widowx_task(widowx_assets, tmp_path, capsys):
-    arguments = [f"--task={CUBES}", "--rollouts-per-seed=2", f"--out={tmp_path}", *SMALL]
+    arguments = [f"--task={CUBES}", "--rollouts-per-seed=2", "--max-rollouts=2", f"--out={tmp_path}", *SMALL]
     assert command.main([*arguments, "--demos=2", "--pairs=1"]) == 0
     demos, pairs = Dataset(tmp_path / "demos"), Dataset(tmp_path / "pairs")
     assert [(episode.seed, episode.success) for episode in demos.episodes] == [
