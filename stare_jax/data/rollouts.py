@@ -51,7 +51,8 @@ def expert_actor(expert: Expert, config: PairsConfig, noise_fn: NoiseFn, *, nois
     """Returns an actor that does what an expert would, disturbed, and stores what it does.
 
     Of the rollouts from one initial state the first is undisturbed, the last has noise of the scale given, and the
-    others lie evenly between: a scale of which only a part of the episodes fails differs from task to task.
+    others lie evenly between, because no one scale suits all tasks: 0.33 made StackCube's expert fail in 10 episodes of
+    10, and PullCube's in none.
 
     Args:
         expert: of the task.
