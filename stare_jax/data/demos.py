@@ -206,10 +206,9 @@ def _identity(
 ) -> dict[str, Any]:
     """Returns the fields of the manifest that all of a data set has in common."""
     settings = {"source": SOURCE, "seed": config.seed, "reproducible": config.reproducible, **settings}
-    idle = {
-        "translation": config.idle_translation * max(expert.action_scale[:3]),
-        "rotation": config.idle_rotation * max(expert.action_scale[3:-1], default=0.0),
-    }
+    translation = config.idle_translation * max(expert.action_scale[:3])
+    rotation = config.idle_rotation * max(expert.action_scale[3:-1], default=0.0)
+    idle = {"translation": round(translation, 9), "rotation": round(rotation, 9)}  # 0.021 and not 0.0209...98
     filters = {"idle": idle} if config.idle_translation >= 0 else {}
     return {"env_id": env_id, "control_mode": control_mode, "settings": settings, "filters": filters}
 

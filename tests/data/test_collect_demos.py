@@ -203,7 +203,7 @@ def test_what_is_idle_is_measured_by_the_largest_command(tmp_path):
     with pytest.raises(DatasetError, match="succeeded in only 0"):
         _collect_from(still, DemosConfig(num_demos=1, max_attempts=1), tmp_path, settings={"jitter": "none"})
     manifest = Dataset(tmp_path).manifest
-    assert manifest.filters == {"idle": {"translation": 0.01 * 0.05, "rotation": 0.06 * 0.35}}
+    assert manifest.filters == {"idle": {"translation": 0.0005, "rotation": 0.021}}
     assert manifest.settings["jitter"] == "none" and manifest.settings["horizon"] == toy.HORIZON
 
 

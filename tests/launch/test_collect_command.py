@@ -268,7 +268,7 @@ def test_demonstrations_and_pairs_of_a_widowx_task(widowx_assets, tmp_path, caps
     ]
     assert max(episode.length for episode in demos.episodes) <= 60 == demos.manifest.settings["horizon"]
     assert demos.manifest.settings["jitter"] == pairs.manifest.settings["jitter"] == "15mm-15deg"
-    assert demos.manifest.filters == {"idle": {"translation": 0.01 * 0.05, "rotation": 0.06 * 0.35}}
+    assert demos.manifest.filters == {"idle": {"translation": 0.0005, "rotation": 0.021}}
     # Idle is little beside a step of 5 cm: the closing and opening of the fingers, not the approach.
     assert 0.7 < len(imitation_frames(demos)) / (demos.num_frames - 2) < 1
     ((chosen, rejected, kind),) = read_pairs(tmp_path / "pairs")

@@ -30,9 +30,8 @@ def given(tmp_path):
 
 def test_demonstrations_that_fit_are_taken(given):
     check_demonstrations(given())
-    # Tasks that cannot be simulated here know no control modes.
     widow_x = EnvConfig("PutSpoonOnTableClothInScene-v1")
-    check_demonstrations(given(env=widow_x, env_id=widow_x.env_id, control_mode="arm_pd_ee_delta_pose"))
+    check_demonstrations(given(env=widow_x, env_id=widow_x.env_id, control_mode=widow_x.resolved_control_mode))
 
 
 @pytest.mark.parametrize(
