@@ -255,7 +255,7 @@ def test_pairs_from_the_expert(collect, tmp_path, capsys):
 
 # ---- The simulator ---------------------------------------------------------------------------------------------------
 
-SMALL = ("--image-size=0", "--workers=1", "--envs-per-worker=2")
+SMALL = ("--image-size=0", "--workers=1", "--envs-per-worker=1")
 
 
 def test_demonstrations_and_pairs_of_a_widowx_task(widowx_assets, tmp_path, capsys):
