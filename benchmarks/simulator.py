@@ -46,11 +46,11 @@ def config_of(env_id: str, shape: tuple[int, int], workers: int = 1) -> EnvConfi
 def expert_actions(env_id: str, num_steps: int) -> np.ndarray:
     """Returns actions `[num_steps, A]` of the task's expert with some noise, from the episode of seed 0."""
     simulator, expert = Simulator(config_of(env_id, (0, 0))), make_expert(env_id)
-    perturb = execution_noise(np.random.default_rng(0), 0.2, expert.noise_range)
+    perturb = execution_noise([0], [0.2], expert.action_scale)
     signals, memory, actions = simulator.reset(0, reproducible=True).signals, expert.init(), []
-    for _ in range(num_steps):
+    for step in range(num_steps):
         action, memory = expert.act(signals, memory)
-        actions.append(perturb(action[None], np.zeros(1, bool))[0])
+        actions.append(perturb(action[None], np.array([step == 0]))[0])
         signals = simulator.step(actions[-1]).signals
     simulator.close()
     return np.stack(actions)

@@ -1,12 +1,14 @@
-"""Collects demonstrations of an expert, and preference pairs from the rollouts of a trained policy.
+"""Collects demonstrations of an expert, and preference pairs from rollouts of a policy or of a disturbed expert.
 
-    python launch/collect.py --task=PushCube-v1 --demos=100 --out=data/pushcube
+    python launch/collect.py --task=PushCube-v1 --demos=100 --pairs=50 --out=data/pushcube
     python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --out=data/pushcube
     python launch/collect.py --pairs=50 --checkpoint=runs/quickstart/sft --out=data/pushcube
+    python launch/collect.py --task=all --demos=100 --pairs=50 --image-size=224 --out=data
 
-Demonstrations go to OUT/demos, rollouts and their pairs to OUT/pairs, each a data set (stare_jax/data/schema.py) with a
-picture of some episodes, episodes.png. Ctrl-C or SIGTERM stops; the same command goes on, and with a larger number adds
-to what is there. `--config.demos_from=OUT/demos` trains on the demonstrations.
+Demonstrations go to OUT/demos, rollouts and their pairs to OUT/pairs, those of all tasks to OUT/TASK/demos and so on.
+Each is a data set (stare_jax/data/schema.py) with a picture of some episodes, episodes.png. Ctrl-C or SIGTERM stops;
+the same command goes on, and with a larger number adds to what is there. The same command in another folder makes the
+same episodes, bit for bit. `--config.demos_from=OUT/demos` trains on the demonstrations.
 """
 
 import argparse
@@ -18,27 +20,28 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax
 import numpy as np
 
-from stare_jax.data.demos import DemosConfig, collect_demos, is_collected
+from stare_jax.data.demos import SOURCE, DemosConfig, collect_demos, is_collected
 from stare_jax.data.pairs import PairsConfig, count_kinds
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import collect_pairs
+from stare_jax.data.rollouts import Actor, collect_pairs, expert_actor, policy_actor
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_stages
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
+from stare_jax.envs.widowx import JITTERS
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
-from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import TASKS, TaskSpec, get_task
 from stare_jax.train.checkpoint import CheckpointError
 from stare_jax.train.config import ConfigError
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
+ALL_TASKS = "all"
 
 
 class UsageError(ValueError):
@@ -62,27 +65,77 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
-    add("--pairs", type=int, metavar="N", help="preference pairs to make; needs --checkpoint")
-    add("--checkpoint", type=Path, metavar="RUN/PHASE", help="the policy to roll out, e.g. runs/quickstart/sft")
-    add("--task", choices=TASKS, metavar="ENV_ID", help=f"one of {', '.join(TASKS)} (default: {ENV.env_id})")
+    add("--pairs", type=int, metavar="N", help="preference pairs to make")
+    add(
+        "--task",
+        choices=(*TASKS, ALL_TASKS),
+        metavar="ENV_ID",
+        help=f"{ALL_TASKS}, or one of {', '.join(TASKS)} (default: {ENV.env_id}, or that of the checkpoint)",
+    )
     add("--seed", type=int, default=0, help="of the run, 0 to 99: picks the simulator's seeds (default: 0)")
-    add("--workers", type=int, help=f"simulator processes (default: {ENV.num_workers})")
-    add("--horizon", type=int, help=f"actions an episode may take (default: {ENV.horizon})")
-    add("--image-size", type=int, metavar="PIXELS", help=f"0 for no images (default: {ENV.image_size})")
+    add("--fast-resets", action="store_true", help="save 0.05 to 0.3 s an episode; not the same bit for bit next time")
+    add_simulator_options(parser.add_argument_group("simulator"))
+    add_expert_options(parser.add_argument_group("expert"))
+    add_pairs_options(parser.add_argument_group("pairs"))
+    arguments = parser.parse_args(argv)
+    if arguments.demos is None and arguments.pairs is None:
+        parser.error("nothing to collect: give --demos=N, or --pairs=N, or both")
+    if arguments.checkpoint and (arguments.pairs is None or arguments.task == ALL_TASKS):
+        parser.error("--checkpoint is whose rollouts --pairs=N pairs, in one task")
+    return arguments
+
+
+def add_simulator_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--workers", type=int, metavar="N", help=f"processes (default: {ENV.num_workers})")
+    add("--envs-per-worker", type=int, metavar="N", help=f"simulators of a process (default: {ENV.envs_per_worker})")
+    add("--horizon", type=int, metavar="N", help="actions an episode may take (default: the task's own)")
+    add("--image-size", type=int, metavar="PIXELS", help=f"height, 0 for no images (default: {ENV.image_size})")
+    add("--image-width", type=int, metavar="PIXELS", help="(default: as the height; the WidowX camera has 480 x 640)")
     add("--state", choices=tuple(STATE_DIMS), help=f"proprioception to store (default: {ENV.use_state})")
-    demos = parser.add_argument_group("demonstrations")
-    add = demos.add_argument
+    add(
+        "--jitter",
+        choices=tuple(JITTERS),
+        help=f"how far WidowX episodes start from the official places (default: {ENV.jitter})",
+    )
+
+
+def add_expert_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--noise",
         type=parse_noise,
         default=DEMOS.noise_scales,
         metavar="SCALE[:SHARE],...",
-        help="standard deviations of the noise on executed actions, in the action's unit, and the share of the "
-        "demonstrations that gets each (default: 0)",
+        help="standard deviations of the noise on what demonstrations execute, as fractions of the action's range, and "
+        "the share of the demonstrations that gets each (default: 0)",
     )
-    pairs = parser.add_argument_group("pairs")
-    add = pairs.add_argument
+    add(
+        "--limit",
+        type=float,
+        default=1.0,
+        metavar="FRACTION",
+        help="of the action's range that the expert moves by at most: less is smoother and slower (default: 1)",
+    )
+
+
+def add_pairs_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="RUN/PHASE",
+        help="the policy to roll out, e.g. runs/quickstart/sft (default: the expert, with noise)",
+    )
     add("--temperature", type=float, default=PAIRS.temperature, help=f"of the policy (default: {PAIRS.temperature})")
+    add(
+        "--pair-noise",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="standard deviation of the noise on the expert in the last of the episodes from an initial state, as a "
+        "fraction of the action's range; the first has none, the others lie between (default: 1)",
+    )
     add(
         "--rollouts-per-seed",
         type=int,
@@ -97,12 +150,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f"episodes at most (default: {PAIRS.max_rollouts})",
     )
-    arguments = parser.parse_args(argv)
-    if arguments.demos is None and arguments.pairs is None:
-        parser.error("nothing to collect: give --demos=N, or --pairs=N with --checkpoint=RUN/PHASE")
-    if (arguments.pairs is None) != (arguments.checkpoint is None):
-        parser.error("--pairs and --checkpoint go together: the pairs are made of the rollouts of a policy")
-    return arguments
 
 
 def parse_noise(text: str) -> tuple[tuple[float, float], ...]:
@@ -120,37 +167,81 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     given = {
         "env_id": arguments.task,
         "num_workers": arguments.workers,
+        "envs_per_worker": arguments.envs_per_worker,
         "horizon": arguments.horizon,
         "image_size": arguments.image_size,
+        "image_width": arguments.image_width,
         "use_state": arguments.state,
+        "jitter": arguments.jitter,
     }
-    return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes.get("env_id", base.env_id) != base.env_id:
+        changes = {"horizon": None} | changes  # the task's own, not that of another task
+    return dataclasses.replace(base, **changes)
 
 
 def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
     """Collects demonstrations and says what they are."""
     with user_input():
-        config = DemosConfig(num_demos=arguments.demos, noise_scales=arguments.noise, seed=arguments.seed)
+        config = DemosConfig(
+            num_demos=arguments.demos,
+            noise_scales=arguments.noise,
+            seed=arguments.seed,
+            reproducible=not arguments.fast_resets,
+        )
         env = env_config(arguments, ENV)
-        expert = make_expert(env.env_id)
+        expert = make_expert(env.env_id, limit=arguments.limit)
     directory = arguments.out / "demos"
-    if is_collected(directory, config, env_id=env.env_id):
+    kind = {"control_mode": env.resolved_control_mode, "settings": env.data_settings | {"limit": arguments.limit}}
+    if is_collected(directory, expert, config, env_id=env.env_id, horizon=env.horizon, **kind):
         say(f"{directory} holds all of these already")
         dataset = Dataset(directory)
     else:
         with contextlib.closing(make_vec_env(env)) as simulator:
-            clock = Clock()
-            options = {"control_mode": env.resolved_control_mode, "should_stop": should_stop, "clock": clock}
-            dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **options)
+            watched = {"should_stop": should_stop, "clock": (clock := Clock())}
+            dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **kind, **watched)
             say(clock.line())
     report(dataset, get_task(env.env_id))
 
 
-def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
-    """Rolls out a policy, pairs its episodes and says what they are."""
-    from stare_jax.train.restore import restore_policy  # all of training, which demonstrations do without
+class PairSource(NamedTuple):
+    """Whose rollouts are paired."""
+
+    name: str
+    env: EnvConfig
+    spec: TaskSpec
+    actor: Actor
+    settings: dict[str, Any]
+    """for the manifest"""
+
+
+def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> PairSource:
+    """Returns the policy of a checkpoint, in the simulator that it was trained in."""
+    from stare_jax.train.restore import restore_policy  # all of training, which experts do without
 
     run, policy, params = restore_policy(arguments.checkpoint)
+    with user_input():
+        env = env_config(arguments, run.env)
+    seen = ("env_id", "image_shape", "use_state")
+    if changed := [name for name in seen if getattr(env, name) != getattr(run.env, name)]:
+        raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
+    spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
+    settings = {"temperature": config.temperature, "num_envs": env.num_envs}
+    return PairSource(str(arguments.checkpoint), env, spec, policy_actor(policy, params, config), settings)
+
+
+def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> PairSource:
+    """Returns the expert, disturbed so that some of its episodes fail."""
+    noise_scale, limit = arguments.pair_noise, arguments.limit
+    with user_input():
+        env = env_config(arguments, ENV)
+        expert = make_expert(env.env_id, limit=limit)
+        actor = expert_actor(expert, config, execution_noise, noise_scale=noise_scale)
+    return PairSource(SOURCE, env, get_task(env.env_id), actor, {"noise_scale": noise_scale, "limit": limit})
+
+
+def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
+    """Rolls out a policy or the expert, pairs the episodes and says what they are."""
     with user_input():
         config = PairsConfig(
             num_pairs=arguments.pairs,
@@ -158,24 +249,19 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
             max_rollouts=arguments.max_rollouts,
             temperature=arguments.temperature,
             seed=arguments.seed,
+            reproducible=not arguments.fast_resets,
         )
-        env = env_config(arguments, run.env)
-    seen = ("env_id", "image_size", "use_state")
-    if changed := [name for name in seen if getattr(env, name) != getattr(run.env, name)]:
-        raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
-    spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
-    act = policy_act(policy, params, jax.random.key(config.seed), temperature=config.temperature)
-    directory = arguments.out / "pairs"
+    name, env, spec, actor, settings = (policy_source if arguments.checkpoint else expert_source)(arguments, config)
+    kind = {"source": name, "control_mode": env.resolved_control_mode, "settings": env.data_settings | settings}
     with contextlib.closing(make_vec_env(env)) as simulator:
-        clock = Clock()
-        options = {"control_mode": env.resolved_control_mode, "should_stop": should_stop, "clock": clock}
-        source = str(arguments.checkpoint)
-        dataset, pairs = collect_pairs(simulator, act, spec, config, directory, source=source, **options)
+        watched = {"should_stop": should_stop, "clock": (clock := Clock())}
+        dataset, pairs = collect_pairs(simulator, actor, spec, config, arguments.out / "pairs", **kind, **watched)
         say(clock.line())
     report(dataset, spec)
     print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
     if len(pairs) < config.num_pairs:
-        say(f"these are {len(pairs)} of {config.num_pairs}; a larger --max-rollouts or --temperature may give the rest")
+        more = "--temperature" if arguments.checkpoint else "--pair-noise"
+        say(f"these are {len(pairs)} of {config.num_pairs}; a larger --max-rollouts or {more} may give the rest")
 
 
 def report(dataset: Dataset, spec: TaskSpec) -> None:
@@ -210,22 +296,44 @@ def _mean(value: float, digits: int) -> str:
     return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
+def collect_task(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
+    """Makes all that is asked for of one task."""
+    if arguments.demos is not None:
+        make_demos(arguments, should_stop)
+    if arguments.pairs is not None:
+        make_pairs(arguments, should_stop)
+
+
+def collect_all(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> int:
+    """Makes all that is asked for of every task, one after another; returns 1 if some of it could not be made."""
+    failed = []
+    for env_id in TASKS:
+        say(f"\n{env_id}")
+        of_task = argparse.Namespace(**vars(arguments) | {"task": env_id, "out": arguments.out / env_id})
+        try:
+            collect_task(of_task, should_stop)
+        except (DatasetError, SimulatorError) as error:
+            print(f"error: {env_id}: {error}", file=sys.stderr)
+            failed.append(env_id)
+    if failed:
+        print(f"error: {len(failed)} of {len(TASKS)} tasks are not complete: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     command = shlex.join(["python", *sys.argv] if argv is None else ["python", sys.argv[0], *argv])
     try:
         with Interruption() as interruption:
-            if arguments.demos is not None:
-                make_demos(arguments, lambda: interruption.requested)
-            if arguments.pairs is not None:
-                make_pairs(arguments, lambda: interruption.requested)
+            collect = collect_all if arguments.task == ALL_TASKS else collect_task
+            status = collect(arguments, lambda: interruption.requested)
     except (Interrupted, KeyboardInterrupt) as stopped:
         say(f"{stopped}\ngo on with: {command}")
         return 130
     except (UsageError, ConfigError, CheckpointError, DatasetError, SimulatorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

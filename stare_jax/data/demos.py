@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import numpy as np
 from stare_jax.data.norm_stats import NORM_STATS_FILE, dataset_statistics, write_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
-from stare_jax.data.writer import DatasetWriter
+from stare_jax.data.writer import DatasetWriter, require_same_kind
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import DEMO_SEEDS, first_seed
 from stare_jax.logging import Interrupted, progress
@@ -27,8 +27,8 @@ from stare_jax.types import Signals
 
 SOURCE = "expert"
 
-NoiseFn = Callable[[np.random.Generator, float, np.ndarray], Callable[[np.ndarray, np.ndarray], np.ndarray]]
-"""`envs.experts.execution_noise`: (rng, scale, noise_range [A]) -> `perturb` of `collect_episodes`."""
+NoiseFn = Callable[[Sequence[int], Sequence[float], Sequence[float]], Callable[[np.ndarray, np.ndarray], np.ndarray]]
+"""`envs.experts.execution_noise`: (seeds, scales, action_scale [A]) -> `perturb` of `collect_episodes`."""
 
 
 class Expert(Protocol):
@@ -38,8 +38,8 @@ class Expert(Protocol):
     """() -> the memory of an episode that begins."""
     act: Callable[[Signals, Any], tuple[np.ndarray, Any]]
     """(signals of one state, memory) -> (action float32 `[A]`, memory)."""
-    noise_range: np.ndarray
-    """float32 `[A]`: by how much a noise scale of 1 moves each dimension of the action."""
+    action_scale: Sequence[float]
+    """`[A]`: the largest command of each dimension that is of use."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,11 @@ class DemosConfig:
     seed: int = 0
     """of the run: picks the simulator seeds (`envs.seeds`) and the noise."""
     idle_translation: float = 0.01
-    """largest norm of an idle action's translation, in the action's unit; negative keeps idle actions."""
+    """largest norm of an idle action's translation, as a fraction of the largest command; negative keeps idle ones."""
     idle_rotation: float = 0.06
-    """largest norm of an idle action's rotation, in the action's unit."""
+    """largest norm of an idle action's rotation, as a fraction of the largest command."""
+    reproducible: bool = False
+    """pay for resets after which a data set can be collected again bit for bit, however many environments do it."""
     chunk_episodes: int = 32
     """episodes collected between two writes, which is what an interruption loses."""
     max_attempts: int = 10
@@ -84,21 +86,32 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
     return {scale: int(quota) for (scale, _), quota in zip(config.noise_scales, quotas, strict=True)}
 
 
-def is_collected(directory: str | os.PathLike, config: DemosConfig, *, env_id: str | None = None) -> bool:
+def is_collected(
+    directory: str | os.PathLike,
+    expert: Expert,
+    config: DemosConfig,
+    *,
+    env_id: str,
+    horizon: int,
+    control_mode: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> bool:
     """Says whether a folder holds all that `collect_demos` would collect, so that no simulator need be started.
 
     Args:
         directory: of the data set, which need not exist.
-        config: what is wanted.
-        env_id: of which task; None takes any.
+        env_id: of the simulator, as is the horizon; all else is as for `collect_demos`.
+
+    Raises:
+        DatasetError: the folder holds demonstrations of another kind.
     """
     directory = Path(directory)
-    if not (directory / MANIFEST_FILE).exists() or not (directory / NORM_STATS_FILE).exists():
+    if not (directory / MANIFEST_FILE).exists():
         return False
     manifest = read_manifest(directory)
-    is_alike = manifest.settings.get("seed") == config.seed and manifest.filters == _filters(config)
-    is_alike &= env_id in (None, manifest.env_id)
-    return is_alike and not _missing(config, manifest)
+    settings = {"horizon": horizon, **(settings or {})}
+    require_same_kind(directory, manifest, _identity(expert, config, env_id, control_mode, settings))
+    return (directory / NORM_STATS_FILE).exists() and not _missing(config, manifest)
 
 
 def expert_act(expert: Expert) -> Act:
@@ -128,14 +141,16 @@ def collect_demos(
     *,
     noise_fn: NoiseFn,
     control_mode: str = "",
+    settings: Mapping[str, Any] | None = None,
     action_mask: Sequence[bool] | None = None,
     should_stop: Callable[[], bool] | None = None,
     clock: Callable[[str], contextlib.AbstractContextManager] | None = None,
 ) -> Dataset:
     """Collects demonstrations into a data set, or continues one that was interrupted, and writes its statistics.
 
-    Equal configs collect the same seeds in the same chunks, with the same noise, interrupted or not. A data set that
-    is complete is returned as it is; with a larger `num_demos` it grows.
+    Equal configs collect the same seeds in the same chunks, with the same noise, interrupted or not, in however many
+    environments; `config.reproducible` makes their episodes the same bit for bit. A data set that is complete is
+    returned as it is; with a larger `num_demos` it grows.
 
     Args:
         env: the simulator.
@@ -144,6 +159,7 @@ def collect_demos(
         directory: of the data set.
         noise_fn: disturbs what is executed; see `envs.experts.execution_noise`.
         control_mode: of the simulator, for the manifest.
+        settings: what else the data depend on, such as `EnvConfig.data_settings`, for the manifest.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
         should_stop: polled; where it answers True the chunk in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
@@ -154,15 +170,9 @@ def collect_demos(
     """
     act, clock = expert_act(expert), clock or (lambda area: contextlib.nullcontext())
     stats_file = Path(directory) / NORM_STATS_FILE
+    identity = _identity(expert, config, env.env_id, control_mode, {"horizon": env.horizon, **(settings or {})})
     with (
-        DatasetWriter(
-            directory,
-            env_id=env.env_id,
-            control_mode=control_mode,
-            settings={"source": SOURCE, "seed": config.seed, "horizon": env.horizon},
-            filters=_filters(config),
-            episodes_per_shard=None,
-        ) as writer,
+        DatasetWriter(directory, **identity, episodes_per_shard=None) as writer,
         progress(config.num_demos, "demonstrations", "episode") as bar,
     ):
         bar.update(len(writer.manifest.episodes))
@@ -174,7 +184,8 @@ def collect_demos(
                 act,
                 seeds,
                 stop_at_success=True,
-                perturb=noise_fn(np.random.default_rng(seeds[0]), scale, expert.noise_range) if scale else None,
+                reproducible=config.reproducible,
+                perturb=noise_fn(seeds, [scale] * len(seeds), expert.action_scale) if scale else None,
                 on_episode=lambda e, episode: bar.update(int(episode.signals.success.any())),
                 should_stop=should_stop,
                 clock=clock,
@@ -190,10 +201,16 @@ def collect_demos(
     return dataset
 
 
-def _filters(config: DemosConfig) -> dict[str, Any]:
-    if config.idle_translation < 0:
-        return {}
-    return {"idle": {"translation": config.idle_translation, "rotation": config.idle_rotation}}
+def _identity(
+    expert: Expert, config: DemosConfig, env_id: str, control_mode: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the fields of the manifest that all of a data set has in common."""
+    settings = {"source": SOURCE, "seed": config.seed, "reproducible": config.reproducible, **settings}
+    translation = config.idle_translation * max(expert.action_scale[:3])
+    rotation = config.idle_rotation * max(expert.action_scale[3:-1], default=0.0)
+    idle = {"translation": round(translation, 9), "rotation": round(rotation, 9)}  # 0.021 and not 0.0209...98
+    filters = {"idle": idle} if config.idle_translation >= 0 else {}
+    return {"env_id": env_id, "control_mode": control_mode, "settings": settings, "filters": filters}
 
 
 def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:

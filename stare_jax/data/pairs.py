@@ -49,6 +49,8 @@ class PairsConfig:
     """of the run: picks the simulator seeds (`envs.seeds`)."""
     chunk_seeds: int = 8
     """initial states tried between two writes, which is what an interruption loses."""
+    reproducible: bool = False
+    """pay for resets after which rollouts can be collected again bit for bit."""
 
     def __post_init__(self):
         for name in ("num_pairs", "max_rollouts", "max_reuse", "chunk_seeds"):

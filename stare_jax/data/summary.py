@@ -53,11 +53,13 @@ def contact_sheet(dataset: Dataset, spec: TaskSpec, *, num_episodes: int = 6, nu
     Raises:
         ValueError: the data set has no images.
     """
-    if not any(name.startswith("image/") for name in dataset.manifest.shapes):
+    shapes = [shape for name, shape in dataset.manifest.shapes.items() if name.startswith("image/")]
+    if not shapes:
         raise ValueError(f"{dataset.directory}: got no camera, expected one to show")
+    size = _fitting(*shapes[0][:2])
     separation: Separation = jax.device_get(_annotate(spec)(*dataset.signals())[0])
     rows = np.unique(np.linspace(0, dataset.num_episodes - 1, num_episodes).round().astype(int))
-    height = _TILE + _CAPTION
+    height = size[1] + _CAPTION
     sheet = Image.new("RGB", (num_columns * _TILE, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for row, index in enumerate(rows):
@@ -65,17 +67,18 @@ def contact_sheet(dataset: Dataset, spec: TaskSpec, *, num_episodes: int = 6, nu
         for column, t in enumerate(np.unique(np.linspace(0, episode.length, num_columns).round().astype(int))):
             image = next(iter(dataset.frame(int(dataset.first_frame[index] + t))["images"].values()))
             corner = (column * _TILE, row * height)
-            sheet.paste(_fit(Image.fromarray(image)), corner)
+            kind = Image.Resampling.NEAREST if size > image.shape[1::-1] else Image.Resampling.BOX
+            sheet.paste(Image.fromarray(image).resize(size, kind), corner)
             name = spec.stage_names[separation.stage_t[index, t]]
             outcome = (" success" if episode.success else " failure") if t == episode.length else ""
-            draw.text((corner[0] + 2, corner[1] + _TILE + 1), f"{index}: {t} {name}{outcome}", fill="black")
+            draw.text((corner[0] + 2, corner[1] + size[1] + 1), f"{index}: {t} {name}{outcome}", fill="black")
     return sheet
 
 
-def _fit(image: Image.Image) -> Image.Image:
-    scale = _TILE / max(image.size)
-    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
-    return image.resize((round(image.width * scale), round(image.height * scale)), kind)
+def _fitting(height: int, width: int) -> tuple[int, int]:
+    """Returns the (width, height) at which an image is shown."""
+    scale = _TILE / max(height, width)
+    return round(width * scale), round(height * scale)
 
 
 @functools.lru_cache(maxsize=4)

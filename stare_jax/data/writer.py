@@ -211,13 +211,33 @@ def _open_manifest(directory: Path, identity: dict[str, Any]) -> Manifest:
         schema.write_manifest(directory, manifest)
         return manifest
     manifest = schema.read_manifest(directory)
-    for name, expected in identity.items():
-        if (found := getattr(manifest, name)) != expected:
-            raise DatasetError(
-                f"{directory} cannot be continued: its {name} is {found}, not {expected}; "
-                "choose another folder, or the settings it was begun with"
-            )
+    require_same_kind(directory, manifest, identity)
     return manifest
+
+
+def require_same_kind(directory: str | os.PathLike, manifest: Manifest, identity: Mapping[str, Any]) -> None:
+    """Makes sure that what is to be added to a data set is of the kind that is in it.
+
+    Args:
+        directory: of the data set, for the message.
+        manifest: of the data set.
+        identity: field of the manifest -> the value expected; JSON-able.
+
+    Raises:
+        DatasetError: names every field, and entry of a field, that differs.
+    """
+    differences = []
+    for name, expected in _json_round_trip(identity).items():
+        found, prefix = getattr(manifest, name), f"{name}."
+        if not isinstance(expected, dict):
+            found, expected, prefix = {name: found}, {name: expected}, ""
+        changed = [key for key in {**found, **expected} if found.get(key) != expected.get(key)]
+        differences += [f"its {prefix}{key} is {found.get(key)!r}, not {expected.get(key)!r}" for key in changed]
+    if differences:
+        raise DatasetError(
+            f"{directory} cannot be continued: {', '.join(differences)}; choose another folder, or the settings it was "
+            "begun with"
+        )
 
 
 def _remove_leftovers(directory: Path, manifest: Manifest, *, say: bool = True) -> None:

@@ -18,6 +18,10 @@ Building = Callable[[], contextlib.AbstractContextManager]
 """held while a scene is built, or rebuilt"""
 
 
+class MissingAssetsError(FileNotFoundError):
+    """Files of a task are not on this machine; the message has the commands that download them."""
+
+
 def make_scene(config: EnvConfig) -> tuple[Any, Building]:
     """Builds the scene of a task.
 
@@ -25,7 +29,7 @@ def make_scene(config: EnvConfig) -> tuple[Any, Building]:
         The unwrapped `mani_skill` environment, and what to hold while it is reset with a reconfiguration.
 
     Raises:
-        FileNotFoundError: assets are missing, with the commands that download them.
+        MissingAssetsError: the task's assets are missing.
         RuntimeError: images are asked for and there is no usable Vulkan driver.
     """
     gymnasium, scene = import_mani_skill(), config.scene
@@ -74,7 +78,7 @@ def require_assets(names: Sequence[str]) -> None:
         names: of data sources of ManiSkill.
 
     Raises:
-        FileNotFoundError: some are missing, with the commands that download them.
+        MissingAssetsError: some are missing.
     """
     from mani_skill.utils.assets.data import DATA_SOURCES, is_data_source_downloaded
 
@@ -82,7 +86,7 @@ def require_assets(names: Sequence[str]) -> None:
     if missing:
         folders = ", ".join(str(DATA_SOURCES[name].output_dir / DATA_SOURCES[name].target_path) for name in missing)
         commands = "".join(f"\n    python -m mani_skill.utils.download_asset {name}" for name in missing)
-        raise FileNotFoundError(
+        raise MissingAssetsError(
             f"assets: {folders} missing (MS_ASSET_DIR says where ManiSkill looks); download them with{commands}"
         )
 

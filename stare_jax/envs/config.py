@@ -1,6 +1,7 @@
 """Which simulators to run, and what they should show."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from stare_jax.envs.scenes import SCENES, Scene
 from stare_jax.envs.widowx import JITTERS
@@ -91,3 +92,13 @@ class EnvConfig:
     @property
     def state_dim(self) -> int:
         return STATE_DIMS[self.use_state]
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """What data from these simulators depend on besides task, control mode and horizon, as manifests have it."""
+        return {
+            "camera": self.scene.camera.name if self.image_size else None,
+            "image_shape": list(self.image_shape),
+            "use_state": self.use_state,
+            "jitter": self.jitter if self.scene.num_starts else "none",
+        }

@@ -36,7 +36,7 @@ class Simulator:
         """Builds the scene; with rendering, the process's first image takes some ten seconds on the CPU.
 
         Raises:
-            FileNotFoundError: the task's assets are missing.
+            MissingAssetsError: the task's assets are missing.
             RuntimeError: images are asked for and there is no usable Vulkan driver.
         """
         self.config = config

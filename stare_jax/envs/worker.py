@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.building import import_mani_skill
+from stare_jax.envs.building import MissingAssetsError, import_mani_skill
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill import Frame, Simulator
 from stare_jax.types import Signals
@@ -106,6 +106,9 @@ def main() -> None:
             os.close(file)
             simulators = _start(config)
         except EOFError:
+            return
+        except MissingAssetsError as error:  # It says what to do; where it was raised adds nothing.
+            connection.send_bytes(FAILED + str(error).encode())
             return
         except BaseException:  # Whatever it is, the parent has to hear of it.
             connection.send_bytes(FAILED + traceback.format_exc().encode())

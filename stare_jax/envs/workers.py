@@ -184,7 +184,7 @@ class SimulatorPool:
         """
         pending = {self._workers[i].connection: i for i in indices}
         deadline = time.monotonic() + timeout_s
-        failures = []
+        failures: dict[str, list[int]] = {}  # What went wrong -> where, so that it is said once.
         while pending:
             ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -199,11 +199,13 @@ class SimulatorPool:
                 if answer == worker.DONE:
                     yield i
                 else:
-                    failures.append(f"simulator process {i} of {self.env_id}:\n{answer[1:].decode()}")
+                    failures.setdefault(answer[1:].decode(), []).append(i)
         for i in pending.values():
             on_lost(i)
         if failures:
-            raise SimulatorError("\n".join([*failures, REMEDY]))
+            where = {what: ", ".join(map(str, sorted(indices))) for what, indices in failures.items()}
+            lines = [f"simulator process {indices} of {self.env_id}:\n{what}" for what, indices in where.items()]
+            raise SimulatorError("\n".join([*lines, REMEDY]))
 
     def _raise_not_started(self, index: int) -> None:
         process = self._workers[index].process

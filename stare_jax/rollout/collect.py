@@ -18,8 +18,9 @@ Act = Callable[[Observation, Signals, Sequence[str], np.ndarray], tuple[Decision
 """act(observation [B], signals [B], instructions [B], is_first bool [B]) -> (Decision [B], the observation to store).
 
 Observations come raw, with empty prompts; a policy stores the one with its prompt filled in. `is_first` marks the rows
-that are in the first state of an episode. Rows of environments that have nothing left to do are asked about, too; what
-is decided there is not used.
+that are in the first state of an episode; episodes begin in the order of their seeds, within one call from the first
+row to the last. Rows of environments that have nothing left to do are asked about, too; what is decided there is not
+used.
 """
 
 

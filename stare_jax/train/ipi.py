@@ -20,7 +20,7 @@ from stare_jax.data.demos import DemosConfig, collect_demos, is_collected
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import collect_pairs
+from stare_jax.data.rollouts import collect_pairs, policy_actor
 from stare_jax.data.schema import read_manifest
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
@@ -30,7 +30,6 @@ from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
 from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
-from stare_jax.rollout.collect import policy_act
 from stare_jax.stages import StageParams, TaskSpec, get_task
 from stare_jax.train.checkpoint import load_norm_stats, load_params
 from stare_jax.train.config import ConfigError, to_dict
@@ -121,18 +120,15 @@ class Experiment:
     def demonstrations(self) -> Dataset:
         """The demonstrations to imitate: given, on disk from before, or collected now."""
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
-        if config.demos_from or is_collected(directory, config.demos, env_id=config.env.env_id):
+        if config.demos_from:
             return Dataset(directory)
-        simulator, clock = self.simulator, Clock()
+        env, expert = config.env, make_expert(config.env.env_id)
+        kind = {"control_mode": env.resolved_control_mode, "settings": env.data_settings}
+        if is_collected(directory, expert, config.demos, env_id=env.env_id, horizon=env.horizon, **kind):
+            return Dataset(directory)
+        watched = {"should_stop": self.should_stop, "clock": (clock := Clock())}
         demos = collect_demos(
-            simulator,
-            make_expert(config.env.env_id),
-            config.demos,
-            directory,
-            noise_fn=execution_noise,
-            control_mode=config.env.resolved_control_mode,
-            should_stop=self.should_stop,
-            clock=clock,
+            self.simulator, expert, config.demos, directory, noise_fn=execution_noise, **kind, **watched
         )
         self.report_collection("demos", demos, clock)
         return demos
@@ -248,15 +244,15 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
 def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
     config, policy, clock = experiment.config, experiment.policy, Clock()
-    act = policy_act(policy, params, jax.random.key(config.pairs.seed), temperature=config.pairs.temperature)
     rollouts, pairs = collect_pairs(
         experiment.simulator,
-        act,
+        policy_actor(policy, params, config.pairs),
         experiment.spec,
         config.pairs,
         experiment.directory / "data" / "pairs",
         source="sft",
         control_mode=config.env.resolved_control_mode,
+        settings=config.env.data_settings | {"temperature": config.pairs.temperature},
         should_stop=experiment.should_stop,
         clock=clock,
     )

@@ -11,7 +11,7 @@ from stare_jax.data.demos import DemosConfig, collect_demos, demo_quotas, expert
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.pairs import SAME_START_KINDS, PairsConfig, load_pairs, read_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import collect_pairs
+from stare_jax.data.rollouts import collect_pairs, expert_actor
 from stare_jax.data.schema import DatasetError
 from stare_jax.envs import toy
 from stare_jax.envs.experts import Expert, execution_noise
@@ -31,16 +31,21 @@ def _expert(speed=1.0):
         batch = jax.tree.map(lambda leaf: leaf[None], signals)
         return toy.expert_action(batch, speed=speed)[0], num_steps + 1
 
-    return Expert(lambda: 0, act, np.ones(2, np.float32))
+    return Expert(lambda: 0, act, (1.0, 1.0))
 
 
 def _collect(directory, config=CONFIG, **arguments):
     return _collect_from(_expert(), config, directory, **arguments)
 
 
-def _collect_from(expert, config, directory, **arguments):
+def _collect_from(expert, config, directory, *, num_envs=3, **arguments):
     arguments = {"noise_fn": execution_noise, "action_mask": MASK} | arguments
-    return collect_demos(toy.ToyPush(3), expert, config, directory, **arguments)
+    return collect_demos(toy.ToyPush(num_envs), expert, config, directory, **arguments)
+
+
+def _is_collected(directory, config, *, expert=None, **arguments):
+    arguments = {"env_id": toy.ENV_ID, "horizon": toy.HORIZON} | arguments
+    return is_collected(directory, expert or _expert(), config, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def test_every_environment_has_a_memory_of_its_own():
         seen.append(list(memory))
         return np.zeros(2, np.float32), [*memory, float(signals.support_z)]
 
-    act_all = expert_act(Expert(list, act, np.ones(2, np.float32)))
+    act_all = expert_act(Expert(list, act, (1.0, 1.0)))
     signals = Signals(*(np.arange(2.0) for _ in Signals._fields))
     for is_first in ([True, True], [False, False], [False, True]):
         decision, observation = act_all("as it is", signals, ["push"] * 2, np.array(is_first))
@@ -139,6 +144,16 @@ def test_an_interrupted_collection_ends_up_the_same(demos, tmp_path, assert_same
     assert (tmp_path / "norm_stats.json").read_text() == (demos.directory / "norm_stats.json").read_text()
 
 
+def test_the_number_of_environments_makes_no_difference(demos, tmp_path):
+    dataset = _collect(tmp_path, num_envs=5)
+    assert dataset.manifest.episodes == demos.manifest.episodes
+    for i in range(10):  # but for the rounding of the toy, whose environments are computed together
+        for got, expected in zip(
+            jax.tree.leaves(dataset.episode(i)[0]), jax.tree.leaves(demos.episode(i)[0]), strict=True
+        ):
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def test_a_complete_data_set_stays_and_a_larger_one_grows(tmp_path):
     small = DemosConfig(num_demos=3, idle_translation=-1.0)
     first = _collect(tmp_path, small)
@@ -149,18 +164,47 @@ def test_a_complete_data_set_stays_and_a_larger_one_grows(tmp_path):
     assert grown.manifest.episodes[:3] == first.manifest.episodes and grown.num_episodes == 5
     assert len({episode.seed for episode in grown.episodes}) == 5
     assert '"num_trajectories": 5' in (tmp_path / "norm_stats.json").read_text()
-    with pytest.raises(DatasetError, match="cannot be continued: its settings"):
+    with pytest.raises(DatasetError, match="cannot be continued: its settings.seed is 0, not 1; choose another folder"):
         _collect(tmp_path, DemosConfig(num_demos=9, seed=1, idle_translation=-1.0))
 
 
 def test_what_is_collected_is_known_without_a_simulator(demos, tmp_path):
-    assert is_collected(demos.directory, CONFIG)
-    assert is_collected(demos.directory, dataclasses.replace(CONFIG, num_demos=9))
-    for changes in ({"num_demos": 11}, {"seed": 1}, {"idle_translation": 0.01}, {"noise_scales": ((0.0, 1.0),)}):
-        assert not is_collected(demos.directory, dataclasses.replace(CONFIG, **changes))
-    assert not is_collected(tmp_path, CONFIG)
-    assert is_collected(demos.directory, CONFIG, env_id=toy.ENV_ID)
-    assert not is_collected(demos.directory, CONFIG, env_id="PushCube-v1")
+    assert _is_collected(demos.directory, CONFIG)
+    assert _is_collected(demos.directory, dataclasses.replace(CONFIG, num_demos=9))
+    for changes in ({"num_demos": 11}, {"noise_scales": ((0.0, 1.0),)}):
+        assert not _is_collected(demos.directory, dataclasses.replace(CONFIG, **changes))
+    assert not _is_collected(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"seed": 1}, {}, "settings.seed is 0, not 1"),
+        ({"reproducible": True}, {}, "settings.reproducible is False, not True"),
+        ({"idle_translation": 0.01}, {}, "filters.idle is None, not {'translation': 0.01, 'rotation': 0.0}"),
+        ({}, {"env_id": "PushCube-v1"}, "env_id is 'ToyPush-v0', not 'PushCube-v1'"),
+        ({}, {"horizon": 60}, "settings.horizon is 30, not 60"),
+        ({}, {"control_mode": "pd"}, "control_mode is '', not 'pd'"),
+        (
+            {},
+            {"settings": {"jitter": "none", "image_shape": (4, 4)}},
+            r"settings.jitter is None, not 'none', its settings.image_shape is None, not \[4, 4\]; choose",
+        ),
+    ],
+)
+def test_data_of_another_kind_are_named_without_a_simulator(demos, changes, arguments, message):
+    with pytest.raises(DatasetError, match=f"cannot be continued: its {message}"):
+        _is_collected(demos.directory, dataclasses.replace(CONFIG, **changes), **arguments)
+
+
+def test_what_is_idle_is_measured_by_the_largest_command(tmp_path):
+    action_scale = (0.05, 0.05, 0.05, 0.35, 0.35, 0.35, 1.0)
+    still = Expert(lambda: None, lambda signals, memory: (np.zeros(2, np.float32), memory), action_scale)
+    with pytest.raises(DatasetError, match="succeeded in only 0"):
+        _collect_from(still, DemosConfig(num_demos=1, max_attempts=1), tmp_path, settings={"jitter": "none"})
+    manifest = Dataset(tmp_path).manifest
+    assert manifest.filters == {"idle": {"translation": 0.0005, "rotation": 0.021}}
+    assert manifest.settings["jitter"] == "none" and manifest.settings["horizon"] == toy.HORIZON
 
 
 def test_an_expert_that_fails_is_given_up_on(tmp_path):
@@ -196,8 +240,9 @@ def _sometimes(share):
 
 
 def _collect_pairs(directory, config=PAIRS, share=0.5, source="sft", **arguments):
+    act = _sometimes(share)
     return collect_pairs(
-        toy.ToyPush(3), _sometimes(share), toy.task_spec(), config, directory, source=source, **arguments
+        toy.ToyPush(3), lambda rollouts: act, toy.task_spec(), config, directory, source=source, **arguments
     )
 
 
@@ -234,3 +279,42 @@ def test_rollouts_that_are_all_alike_make_no_pair(tmp_path):
     with pytest.raises(DatasetError, match="5 rollouts give no preference pair: 5 succeeded"):
         _collect_pairs(tmp_path, config, share=1.0)
     assert not (tmp_path / "pairs.json").exists()
+
+
+def _collect_expert_pairs(directory, **arguments):
+    actor = expert_actor(_expert(), PAIRS, execution_noise, noise_scale=4.0)
+    return collect_pairs(toy.ToyPush(3), actor, toy.task_spec(), PAIRS, directory, source="expert", **arguments)
+
+
+def test_pairs_of_a_disturbed_expert(tmp_path):
+    dataset, pairs = _collect_expert_pairs(tmp_path)
+    assert len(pairs) == 4 and all(pair.kind == "success, same start" for pair in pairs)
+    episodes = [dataset.episode(i) for i in range(dataset.num_episodes)]
+    # The first of the three rollouts from a state is the expert's own.
+    for trajectory, row in episodes[::3]:
+        states = jax.tree.map(lambda leaf, n=row["length"]: leaf[:n], trajectory.signals)
+        np.testing.assert_array_equal(trajectory.action, toy.expert_action(states))
+        assert row["success"]
+    # What is stored of the others is what was executed.
+    for trajectory, _ in episodes:
+        position = trajectory.signals.tcp_pos[:, :2]
+        moved, wanted = np.diff(position, axis=0), toy.MAX_STEP * trajectory.action
+        is_inside = np.abs(position[1:]) < toy.WORKSPACE - 1e-6
+        np.testing.assert_allclose(moved[is_inside], wanted[is_inside], atol=1e-6)
+    assert np.abs(episodes[2][0].action).mean() > np.abs(episodes[0][0].action).mean()
+
+
+def test_interrupted_rollouts_of_a_disturbed_expert_end_up_the_same(tmp_path, assert_same):
+    expected, pairs = _collect_expert_pairs(tmp_path / "whole")
+    ticks = iter(range(40))
+    with pytest.raises(Interrupted):
+        _collect_expert_pairs(tmp_path / "stopped", should_stop=lambda: next(ticks, None) is None)
+    dataset, same_pairs = _collect_expert_pairs(tmp_path / "stopped")
+    assert same_pairs == pairs and dataset.num_episodes == expected.num_episodes
+    for i in range(dataset.num_episodes):
+        assert_same(dataset.episode(i), expected.episode(i))
+
+
+def test_an_expert_without_noise_makes_no_pairs():
+    with pytest.raises(ValueError, match="noise_scale: got 0, expected more than 0"):
+        expert_actor(_expert(), PAIRS, execution_noise, noise_scale=0)

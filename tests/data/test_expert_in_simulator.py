@@ -12,7 +12,7 @@ from stare_jax.stages import get_task
 
 
 def test_demonstrations_of_push_cube(tmp_path):
-    env = EnvConfig(env_id="PushCube-v1", num_workers=1, image_size=0, use_state="tcp")
+    env = EnvConfig(env_id="PushCube-v1", num_workers=1, envs_per_worker=2, image_size=0, use_state="tcp")
     config = DemosConfig(num_demos=2, noise_scales=((0.0, 1.0), (0.15, 1.0)))
     with contextlib.closing(make_vec_env(env)) as simulator:
         dataset = collect_demos(simulator, make_expert(env.env_id), config, tmp_path, noise_fn=execution_noise)
@@ -28,3 +28,19 @@ def test_demonstrations_of_push_cube(tmp_path):
     assert [stage.completed for stage in summarize_stages(dataset, get_task(env.env_id))] == [1.0] * 4
     stats = read_norm_stats(tmp_path, action_dim=7, state_dim=3)
     assert (stats.action_q01[:6] <= stats.action_q99[:6]).all() and not stats.action_mask[6]
+
+
+def test_the_same_demonstrations_to_the_bit_however_many_simulators_collect_them(tmp_path, assert_same):
+    config = DemosConfig(num_demos=4, noise_scales=((0.0, 1.0), (0.15, 1.0)), reproducible=True)
+    collected = []
+    for num_workers, envs_per_worker in ((1, 3), (2, 1)):
+        layout = {"num_workers": num_workers, "envs_per_worker": envs_per_worker}
+        env = EnvConfig("StackCube-v1", image_size=0, use_state="low_dim", **layout)
+        directory = tmp_path / str(num_workers)
+        with contextlib.closing(make_vec_env(env)) as simulator:
+            expert = make_expert(env.env_id)
+            collected.append(collect_demos(simulator, expert, config, directory, noise_fn=execution_noise))
+    first, second = collected
+    assert first.manifest.episodes == second.manifest.episodes and first.num_episodes == 4
+    for i in range(4):
+        assert_same(first.episode(i), second.episode(i))

@@ -131,10 +131,12 @@ def test_kill_9_of_a_process_that_writes(tmp_path, open_writer, make_trajectory,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"env_id": "PullCube-v1"}, "its env_id is PushCube-v1, not PullCube-v1"),
-        ({"control_mode": "pd_joint_pos"}, "its control_mode is , not pd_joint_pos"),
-        ({"settings": {"seed": 1}}, r"its settings is .*'seed': 0.*, not .*'seed': 1"),
-        ({"filters": {"idle": {}}}, "its filters is"),
+        ({"env_id": "PullCube-v1"}, "its env_id is 'PushCube-v1', not 'PullCube-v1'"),
+        ({"control_mode": "pd_joint_pos"}, "its control_mode is '', not 'pd_joint_pos'"),
+        ({"settings": {"seed": 1}}, "its settings.seed is 0, not 1"),
+        ({"settings": {"seed": 0, "jitter": "none"}}, "its settings.jitter is None, not 'none'"),
+        ({"settings": {}}, "its settings.seed is 0, not None"),
+        ({"filters": {"idle": {}}}, "its filters.idle is None, not {}"),
     ],
 )
 def test_other_data_are_not_appended(open_writer, changes, message):

@@ -3,10 +3,8 @@
 import pytest
 
 from stare_jax.envs import vulkan
-from stare_jax.envs.building import import_mani_skill, require_assets
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill import Simulator
-from stare_jax.envs.scenes import SCENES
 
 
 @pytest.fixture(scope="session")
@@ -14,16 +12,6 @@ def vulkan_driver():
     """Skips where nothing can be rendered."""
     if not vulkan.has_gpu_driver() and vulkan.software_driver() is None:
         pytest.skip("needs a Vulkan driver: no GPU's and no lvp_icd*.json of mesa-vulkan-drivers found")
-
-
-@pytest.fixture(scope="session")
-def widowx_assets():
-    """Skips where the files of the WidowX tasks are not on this machine."""
-    try:
-        import_mani_skill()
-        require_assets(SCENES["PutCarrotOnPlateInScene-v1"].assets)
-    except FileNotFoundError as error:
-        pytest.skip(str(error).splitlines()[0])
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ HORIZON = 30
 SEED = 40_000
 
 
-def run(simulator, expert, seed, perturb=lambda action, is_first: action):
+def run(simulator, expert, seed, perturb=lambda action, is_first: action, horizon=HORIZON):
     memory, frame = expert.init(), simulator.reset(seed)
     signals = [frame.signals]
-    while len(signals) <= HORIZON and not frame.signals.success:
+    while len(signals) <= horizon and not frame.signals.success:
         action, memory = expert.act(frame.signals, memory)
-        frame = simulator.step(perturb(action[None], np.zeros(1, bool))[0])
+        frame = simulator.step(perturb(action[None], np.array([len(signals) == 1]))[0])
         signals.append(frame.signals)
     return signals
 
@@ -48,23 +48,58 @@ def test_experts_lean_the_tool_where_it_does_not_reach_pointing_down(env_id, see
 
 
 def test_push_expert_recovers_from_execution_noise(simulators):
-    expert = make_expert("PushCube-v1")
-    perturb = execution_noise(np.random.default_rng(0), 0.15, expert.noise_range)
-    successes = [run(simulators("PushCube-v1"), expert, SEED + e, perturb)[-1].success for e in range(10)]
+    expert, seeds = make_expert("PushCube-v1"), range(SEED, SEED + 10)
+    perturb = execution_noise(seeds, [0.15] * 10, expert.action_scale)
+    successes = [run(simulators("PushCube-v1"), expert, seed, perturb)[-1].success for seed in seeds]
     assert sum(successes) >= 9
+
+
+def test_a_limit_shortens_translations_and_keeps_their_direction(simulators):
+    free, limited = make_expert("StackCube-v1"), make_expert("StackCube-v1", limit=0.5)
+    signals = run(simulators("StackCube-v1"), limited, SEED, horizon=50)
+    assert signals[-1].success
+    memories, excess = [free.init(), limited.init()], []
+    for each in signals[:-1]:
+        (whole, memories[0]), (short, memories[1]) = free.act(each, memories[0]), limited.act(each, memories[1])
+        excess.append(np.abs(whole[:3]).max() / 0.5)
+        np.testing.assert_allclose(short[:3], whole[:3] / max(excess[-1], 1.0), rtol=1e-6)
+        np.testing.assert_array_equal(short[3:], whole[3:])
+    assert min(excess) < 1 < max(excess)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.1])
+def test_a_limit_is_a_fraction(limit):
+    with pytest.raises(ValueError, match=f"limit: got {limit}, expected 0 < limit <= 1"):
+        make_expert("PushCube-v1", limit=limit)
 
 
 def test_noise_leaves_rotation_gripper_and_clean_actions_alone():
     action = np.tile(np.linspace(-1, 1, 7, dtype=np.float32), (200, 1))
-    noise_range = make_expert("PushCube-v1").noise_range
-    is_first = np.zeros(200, bool)
-    noisy = execution_noise(np.random.default_rng(0), 0.3, noise_range)(action, is_first)
+    seeds, is_first, action_scale = range(200), np.ones(200, bool), make_expert("PushCube-v1").action_scale
+    noisy = execution_noise(seeds, [0.3] * 200, action_scale)(action, is_first)
     np.testing.assert_array_equal(noisy[:, 3:], action[:, 3:])
     assert noisy.dtype == np.float32 and np.abs(noisy[:, :3]).max() <= 1
     # Column 1 is at -0.67, 1.1 standard deviations from the clip: the interior column 2 at -0.33 has 2.2 to it.
     assert abs((noisy[:, 2] - action[:, 2]).std() - 0.3) < 0.05
-    clean = execution_noise(np.random.default_rng(0), 0.0, noise_range)(action, is_first)
+    clean = execution_noise(seeds, [0.0] * 200, action_scale)(action, is_first)
     np.testing.assert_array_equal(clean, action)
+
+
+def test_noise_is_measured_by_the_largest_command():
+    action_scale = make_expert("PutCarrotOnPlateInScene-v1").action_scale
+    noisy = execution_noise(range(500), [0.4] * 500, action_scale)(np.zeros((500, 7), np.float32), np.ones(500, bool))
+    assert abs(noisy[:, :3].std() - 0.4 * 0.05) < 0.001 and np.abs(noisy[:, :3]).max() <= np.float32(0.05)
+    assert not noisy[:, 3:].any()
+
+
+def test_noise_follows_from_the_seed_of_the_episode_whichever_row_it_is_in():
+    still = np.zeros((2, 7), np.float32)
+    both = execution_noise([7, 8, 9], [0.2, 0.2, 0.4], (1.0,) * 7)
+    first, second = both(still, np.array([True, True])), both(still, np.array([False, True]))
+    assert len(np.unique([first[0], first[1], second[0], second[1]], axis=0)) == 4
+    alone = execution_noise([7, 9], [0.2, 0.4], (1.0,) * 7)
+    for expected, is_first in ((first[0], True), (second[0], False), (second[1], True)):
+        np.testing.assert_array_equal(alone(still[:1], np.array([is_first]))[0], expected)
 
 
 def test_unknown_task():

@@ -85,8 +85,9 @@ def succeeding(env_id):
 
 def stumbling(env_id):
     """The expert with large execution noise."""
-    perturb = execution_noise(np.random.default_rng(0), 0.4, make_expert(env_id).noise_range)
-    return expert_policy(env_id, 25, lambda signals, action: perturb(action[None], np.zeros(1, bool))[0])
+    perturb = execution_noise([0], [0.4], make_expert(env_id).action_scale)
+    is_first = iter([True])
+    return expert_policy(env_id, 25, lambda signals, action: perturb(action[None], np.array([next(is_first, False)]))[0])
 
 
 def dropping(env_id):

@@ -1,4 +1,5 @@
-"""The command line of collection, on the toy environment dressed up as a task with images and a gripper."""
+"""The command line of collection, on the toy environment dressed up as a task with images and a gripper, and on the
+simulator without images."""
 
 import dataclasses
 import json
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stare_jax.data.filters import imitation_frames
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.envs import EnvConfig, Expert, toy
-from stare_jax.envs.seeds import DEMO_SEEDS, SLOT_SIZE
+from stare_jax.envs import EnvConfig, Expert, make_vec_env, toy
+from stare_jax.envs.seeds import DEMO_SEEDS, PAIR_SEEDS, SLOT_SIZE
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.models.normalize import identity_stats
 from stare_jax.stages import get_task
@@ -22,6 +24,8 @@ from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.config import to_dict
 from stare_jax.train.ipi import IPIConfig
 from stare_jax.types import TrainState
+
+CUBES = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 
 
 class DressedToy(toy.ToyPush):
@@ -65,7 +69,7 @@ def _act(signals, memory):
 def collect(monkeypatch, tmp_path):
     """Runs the command in this process, with OUT = tmp_path."""
     monkeypatch.setattr(command, "make_vec_env", lambda config: DressedToy(config.num_envs))
-    monkeypatch.setattr(command, "make_expert", lambda env_id: Expert(lambda: None, _act, np.ones(7, np.float32)))
+    monkeypatch.setattr(command, "make_expert", lambda env_id, *, limit: Expert(lambda: None, _act, (1.0,) * 7))
     return lambda *arguments: command.main([*arguments, f"--out={tmp_path}"])
 
 
@@ -78,6 +82,17 @@ def test_demonstrations_are_collected_reported_and_continued(collect, tmp_path, 
     assert [episode.noise_scale for episode in dataset.episodes] == [0.0, 0.0, 0.2, 0.2]
     assert min(episode.seed for episode in dataset.episodes) == DEMO_SEEDS + 3 * SLOT_SIZE
     assert dataset.manifest.control_mode == "pd_ee_delta_pose"
+    assert dataset.manifest.settings == {
+        "source": "expert",
+        "seed": 3,
+        "reproducible": True,
+        "horizon": 30,
+        "camera": "base_camera",
+        "image_shape": [64, 64],
+        "use_state": "none",
+        "jitter": "none",
+        "limit": 1.0,
+    }
     with Image.open(tmp_path / "demos" / "episodes.png") as sheet:
         assert sheet.size == (8 * 128, 4 * 142)
 
@@ -109,6 +124,8 @@ def test_an_interruption_says_how_to_go_on(collect, tmp_path, capsys, monkeypatc
         (["--demos=4", "--seed=-1"], "seed: got -1, expected 0 <= seed < 100"),
         (["--demos=4", "--workers=0"], "num_workers: got 0, expected at least 1"),
         (["--demos=4", "--noise=0.1:-1"], "noise_scales: got .* expected positive shares"),
+        (["--demos=4", "--image-width=0"], "image_width: got 0, expected at least 1 pixel"),
+        (["--pairs=4", "--pair-noise=0"], "noise_scale: got 0.0, expected more than 0"),
         (
             ["--pairs=4", "--checkpoint=nowhere/sft"],
             r"nowhere: expected a run directory.*config\.json does not exist",
@@ -126,8 +143,9 @@ def test_mistakes_are_explained_without_a_traceback(collect, capsys, arguments, 
     ("arguments", "message"),
     [
         ([], "nothing to collect"),
-        (["--pairs=4"], "--pairs and --checkpoint go together"),
-        (["--demos=4", "--checkpoint=runs/x/sft"], "--pairs and --checkpoint go together"),
+        (["--demos=4", "--checkpoint=runs/x/sft"], "--checkpoint is whose rollouts --pairs=N pairs, in one task"),
+        (["--task=all", "--pairs=4", "--checkpoint=runs/x/sft"], "--checkpoint is whose rollouts --pairs=N pairs"),
+        (["--demos=4", "--jitter=1m"], "argument --jitter: invalid choice: '1m'"),
         (["--demos=4", "--noise=a"], "got 'a', expected SCALE:SHARE"),
         (["--demos=4", "--task=PushCube"], "invalid choice: 'PushCube'"),
         (["--demos=4", "--episodes=3"], "unrecognized arguments: --episodes=3"),
@@ -141,8 +159,43 @@ def test_usage(collect, capsys, arguments, message):
 
 def test_data_of_another_kind_are_not_mixed(collect, capsys):
     assert collect("--demos=2") == 0
-    assert collect("--demos=3", "--seed=1") == 1
-    assert "cannot be continued: its settings" in capsys.readouterr().err
+    for changes, message in (
+        (["--seed=1"], "settings.seed is 0, not 1"),
+        (["--fast-resets"], "settings.reproducible is True, not False"),
+        (["--horizon=40"], "settings.horizon is 30, not 40"),
+        (["--limit=0.5"], "settings.limit is 1.0, not 0.5"),
+        (["--image-width=80"], "settings.image_shape is [64, 64], not [64, 80]"),
+        (["--state=tcp"], "settings.use_state is 'none', not 'tcp'"),
+    ):
+        assert collect("--demos=3", *changes) == 1
+        assert f"cannot be continued: its {message}; choose another folder" in capsys.readouterr().err
+
+
+def test_a_broken_shard_is_named(collect, tmp_path, capsys):
+    assert collect("--demos=2") == 0
+    shard = tmp_path / "demos" / "frames-00000.array_record"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert collect("--demos=2") == 1
+    assert re.search(r"error: .*frames-00000\.array_record is damaged: got \d+ bytes", capsys.readouterr().err)
+
+
+def test_a_task_has_its_own_horizon_and_images():
+    def env_config(*arguments, base=command.ENV):
+        return command.env_config(command.parse_arguments([*arguments, "--demos=1", "--out=data"]), base)
+
+    assert (env_config().horizon, env_config(f"--task={CUBES}").horizon) == (30, 60)
+    assert env_config(f"--task={CUBES}", "--horizon=7").horizon == 7
+    assert env_config(base=EnvConfig(CUBES, horizon=20)).horizon == 20
+    config = env_config(f"--task={CUBES}", "--image-size=48", "--image-width=64", "--jitter=none")
+    assert config.image_shape == (48, 64)
+    assert config.data_settings == {
+        "camera": "3rd_view_camera",
+        "image_shape": [48, 64],
+        "use_state": "none",
+        "jitter": "none",
+    }
+    assert env_config("--image-size=0").data_settings["camera"] is None
+    assert env_config(f"--task={CUBES}").data_settings["jitter"] == "15mm-15deg"
 
 
 def test_help_shows_examples_and_defaults(capsys):
@@ -183,4 +236,59 @@ def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
     assert dataset.frame(0)["token_mask"].any()
 
     assert collect(*arguments, "--image-size=32") == 1
-    assert "was trained with another image_size" in capsys.readouterr().err
+    assert "was trained with another image_shape" in capsys.readouterr().err
+    assert collect(*arguments, "--workers=1") == 1  # What a policy samples depends on how many environments there are.
+    assert "its settings.num_envs is 16, not 8" in capsys.readouterr().err
+
+
+def test_pairs_from_the_expert(collect, tmp_path, capsys):
+    assert collect("--pairs=3", "--rollouts-per-seed=3") == 0
+    assert "success, same start" in capsys.readouterr().out
+    assert len(read_pairs(tmp_path / "pairs")) == 3
+    dataset = Dataset(tmp_path / "pairs")
+    settings = dataset.manifest.settings
+    assert (settings["source"], settings["noise_scale"], settings["rollouts_per_seed"]) == ("expert", 1.0, 3)
+    assert [episode.seed for episode in dataset.episodes[:3]] == [PAIR_SEEDS] * 3
+    assert collect("--pairs=3", "--rollouts-per-seed=3", "--pair-noise=0.5") == 1
+    assert "its settings.noise_scale is 1.0, not 0.5" in capsys.readouterr().err
+
+
+# ---- The simulator ---------------------------------------------------------------------------------------------------
+
+SMALL = ("--image-size=0", "--workers=1", "--envs-per-worker=1")
+
+
+def test_demonstrations_and_pairs_of_a_widowx_task(widowx_assets, tmp_path, capsys):
+    arguments = [f"--task={CUBES}", "--rollouts-per-seed=2", "--max-rollouts=2", f"--out={tmp_path}", *SMALL]
+    assert command.main([*arguments, "--demos=2", "--pairs=1"]) == 0
+    demos, pairs = Dataset(tmp_path / "demos"), Dataset(tmp_path / "pairs")
+    assert [(episode.seed, episode.success) for episode in demos.episodes] == [
+        (DEMO_SEEDS, True),
+        (DEMO_SEEDS + 1, True),
+    ]
+    assert max(episode.length for episode in demos.episodes) <= 60 == demos.manifest.settings["horizon"]
+    assert demos.manifest.settings["jitter"] == pairs.manifest.settings["jitter"] == "15mm-15deg"
+    assert demos.manifest.filters == {"idle": {"translation": 0.0005, "rotation": 0.021}}
+    # Idle is little beside a step of 5 cm: the closing and opening of the fingers, not the approach.
+    assert 0.7 < len(imitation_frames(demos)) / (demos.num_frames - 2) < 1
+    ((chosen, rejected, kind),) = read_pairs(tmp_path / "pairs")
+    assert kind.endswith("same start") and pairs.episodes[chosen].success > pairs.episodes[rejected].success
+
+    capsys.readouterr()
+    assert command.main([*arguments, "--demos=2", "--jitter=none"]) == 1
+    assert "settings.jitter is '15mm-15deg', not 'none'" in capsys.readouterr().err
+
+
+def test_all_tasks_one_after_another_and_what_is_missing(collect, tmp_path, capsys, monkeypatch):
+    def make(config):
+        return make_vec_env(config) if config.env_id == CUBES else DressedToy(config.num_envs)
+
+    monkeypatch.setattr(command, "make_vec_env", make)
+    monkeypatch.setattr(command, "TASKS", (CUBES, "PushCube-v1"))
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path / "nothing"))
+    assert collect("--task=all", "--demos=1", "--pairs=1", *SMALL) == 1
+    error = capsys.readouterr().err
+    assert f"error: {CUBES}: simulator process 0" in error and f"1 of 2 tasks are not complete: {CUBES}" in error
+    assert "python -m mani_skill.utils.download_asset bridge_v2_real2sim" in error and "Traceback" not in error
+    assert Dataset(tmp_path / "PushCube-v1" / "demos").num_episodes == 1
+    assert len(read_pairs(tmp_path / "PushCube-v1" / "pairs")) == 1
