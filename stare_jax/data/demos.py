@@ -120,6 +120,7 @@ def expert_act(expert: Expert) -> Act:
 
     def act(observation, signals, instructions, is_first):
         del instructions
+        signals = jax.device_get(signals)
         memories.extend([None] * (len(is_first) - len(memories)))
         actions = []
         for i, is_new in enumerate(is_first):

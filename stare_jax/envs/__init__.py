@@ -1,6 +1,8 @@
 """Simulators behind one interface, `VecEnv`. Nothing outside this package imports PyTorch, SAPIEN or ManiSkill."""
 
 from stare_jax.envs.base import EnvStep, VecEnv
+from stare_jax.envs.batched import start_batch
+from stare_jax.envs.building import MissingAssetsError
 from stare_jax.envs.config import STATE_DIMS, EnvConfig
 from stare_jax.envs.experts import Expert, execution_noise, make_expert
 from stare_jax.envs.workers import SimulatorError, SimulatorPool
@@ -19,9 +21,17 @@ __all__ = [
 
 
 def make_vec_env(config: EnvConfig) -> VecEnv:
-    """Starts `config.num_envs` simulators in `config.num_workers` processes; close it when done.
+    """Starts `config.num_envs` environments; close it when done.
+
+    With `config.backend == "cpu"` they run in `config.num_workers` processes and give NumPy arrays; with "cuda" they
+    are one batch on the GPU and give JAX arrays that lie there.
 
     Raises:
-        SimulatorError: where one does not start, with its own message and the remedy.
+        SimulatorError: where they do not start, with the reason and the remedy.
     """
-    return SimulatorPool(config)
+    if config.backend == "cpu":
+        return SimulatorPool(config)
+    try:
+        return start_batch(config)
+    except (RuntimeError, MissingAssetsError) as error:
+        raise SimulatorError(f"{config.env_id}: {error}") from error

@@ -5,18 +5,21 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from stare_jax.types import Observation, Signals
+from stare_jax.types import Array, Observation, Signals
 
 
 class EnvStep(NamedTuple):
-    """The state each environment is in after a call; leaves are NumPy, `[B, ...]`, owned by the caller."""
+    """The state each environment is in after a call; leaves are `[B, ...]`, owned by the caller.
+
+    They are NumPy; or JAX, all of them, where the simulator's own arrays are on a device.
+    """
 
     observation: Observation
-    """raw, with empty prompts (`L = 0`)."""
+    """raw, with empty prompts (`L = 0`), which are NumPy."""
     signals: Signals
     alive: np.ndarray
-    """bool `[B]`: False where the simulator died or hung in this call. It has been restarted; its episode is lost, the
-    row's other values mean nothing, and the environment has to be reset next."""
+    """NumPy bool `[B]`: False where the simulator died or hung in this call. It has been restarted; its episode is
+    lost, the row's other values mean nothing, and the environment has to be reset next."""
 
 
 class VecEnv(Protocol):
@@ -34,13 +37,17 @@ class VecEnv(Protocol):
     """`[B]`, of the current episodes."""
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
-        """Resets all environments. `reproducible` pays for a reset after which equal actions give equal states."""
+        """Resets all environments. `reproducible` pays for a reset after which equal actions give equal states, where
+        the simulator has such a reset."""
         ...
 
     def step(
-        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+        self, action: Array, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
     ) -> EnvStep:
-        """Steps with float32 `[B, A]` actions in the simulator's units; `reproducible` is about the resets."""
+        """Steps with float32 `[B, A]` actions in the simulator's units; `reproducible` is about the resets.
+
+        Where states are JAX arrays, actions may be, too; NumPy is always understood.
+        """
         ...
 
     def close(self) -> None: ...

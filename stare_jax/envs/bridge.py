@@ -18,16 +18,24 @@ def torch_to_jax(tensor: Any) -> jax.Array:
     Args:
         tensor: a `torch.Tensor` of any layout; gradients are left behind.
     """
-    tensor = tensor.detach()
-    if tensor.is_cuda:
-        import torch
-
-        torch.cuda.current_stream(tensor.device).synchronize()
-    return jnp.array(jnp.from_dlpack(tensor.contiguous()), copy=True).block_until_ready()
+    _wait(tensor)
+    tensor = tensor.detach().contiguous()
+    _wait(tensor)
+    return jnp.array(jnp.from_dlpack(tensor), copy=True).block_until_ready()
 
 
 def jax_to_torch(array: jax.Array) -> Any:
     """Returns a `torch.Tensor` of its own memory with the array's values, on the same device."""
     import torch
 
-    return torch.from_dlpack(array.block_until_ready()).clone()
+    tensor = torch.from_dlpack(array.block_until_ready()).clone()
+    _wait(tensor)  # Afterwards JAX may use the array's memory for something else.
+    return tensor
+
+
+def _wait(tensor: Any) -> None:
+    """Waits until all work on the tensor's device is done: simulators write from streams of their own."""
+    if tensor.is_cuda:
+        import torch
+
+        torch.cuda.synchronize(tensor.device)

@@ -26,17 +26,24 @@ def make_scene(config: EnvConfig) -> tuple[Any, Building]:
     """Builds the scene of a task.
 
     Returns:
-        The unwrapped `mani_skill` environment, and what to hold while it is reset with a reconfiguration.
+        The unwrapped `mani_skill` environment, of one environment on the CPU and of the whole batch on a GPU; and what
+        to hold while it is reset with a reconfiguration.
 
     Raises:
         MissingAssetsError: the task's assets are missing.
-        RuntimeError: images are asked for and there is no usable Vulkan driver.
+        RuntimeError: images are asked for and there is no Vulkan driver that can draw them.
     """
     gymnasium, scene = import_mani_skill(), config.scene
     require_assets(scene.assets)
-    backend, variants = "none", [materials_without_device]
+    is_batched = config.backend == "cuda"
+    renderer, variants = "none", [materials_without_device]
     if config.image_size:
-        backend, variants = select_driver(), []
+        renderer, variants = select_driver(), []
+        if is_batched and renderer != "gpu":
+            raise RuntimeError(
+                "backend: got 'cuda' with images, and found no Vulkan driver of the GPU to draw them; expected one, or "
+                "image_size 0 (docs/simulators.md)"
+            )
         if config.lite_robot and scene.robot == "panda":
             variants.append(functools.partial(lite_panda_agent, ensure_panda_lite()))
     options = {}
@@ -48,12 +55,12 @@ def make_scene(config: EnvConfig) -> tuple[Any, Building]:
     with building():
         env = gymnasium.make(
             config.env_id,
-            num_envs=1,
+            num_envs=config.num_envs if is_batched else 1,
             control_mode=config.resolved_control_mode,
             obs_mode="none",
             reward_mode="none",
-            sim_backend="physx_cpu",
-            render_backend=backend,
+            sim_backend="physx_cuda" if is_batched else "physx_cpu",
+            render_backend=renderer,
             sensor_configs=camera_settings(config) if config.image_size else {},
             disable_env_checker=True,
             **options,

@@ -8,6 +8,7 @@ from stare_jax.envs.widowx import JITTERS
 from stare_jax.stages import TASKS
 
 STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 29}
+BACKENDS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -15,11 +16,15 @@ class EnvConfig:
     """A batch of simulators of one task; see `make_vec_env`."""
 
     env_id: str = "PushCube-v1"
+    backend: str = "cpu"
+    """where physics runs: "cpu", in processes that have some environments each; "cuda", on this process's GPU, all
+    environments at once, see `BatchedSimulator`."""
     num_workers: int = 2
     """processes: as many as CPU cores, or more where few environments share one."""
     envs_per_worker: int = 8
     """environments of a process, one after another: a further one costs megabytes and milliseconds, a further process
-    half a gigabyte and seconds, and the policy decides for all of them at once."""
+    half a gigabyte and seconds, and the policy decides for all of them at once. With "cuda" it is the whole batch, and
+    `num_workers` is 1."""
     horizon: int | None = None
     """actions an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
     image_size: int | None = 64
@@ -44,6 +49,8 @@ class EnvConfig:
     def __post_init__(self):
         if self.env_id not in TASKS:
             raise ValueError(f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: got {self.backend!r}, expected one of {sorted(BACKENDS)}")
         if self.horizon is None:
             object.__setattr__(self, "horizon", self.scene.horizon)
         for name in ("num_workers", "envs_per_worker", "horizon"):
@@ -65,6 +72,27 @@ class EnvConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts: got {self.max_restarts}, expected at least 0")
+        if self.backend == "cuda":
+            self._check_cuda()
+
+    def _check_cuda(self) -> None:
+        """Refuses what ManiSkill cannot do for a part of a batch."""
+        if self.scene.num_starts:
+            raise ValueError(
+                f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
+                "for which the physics of all other environments runs on, too, and judges success in every "
+                "environment by how the objects lie in the first"
+            )
+        if "target" in self.resolved_control_mode:
+            raise ValueError(
+                f"control_mode: got {self.resolved_control_mode!r}, expected one without targets with backend 'cuda', "
+                "where ManiSkill forgets the targets of all environments when one is reset"
+            )
+        if self.num_workers != 1:
+            raise ValueError(
+                f"num_workers: got {self.num_workers}, expected 1 with backend 'cuda', where envs_per_worker is the "
+                "whole batch"
+            )
 
     @property
     def num_envs(self) -> int:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.envs.building import make_scene
-from stare_jax.envs.config import EnvConfig
+from stare_jax.envs.config import STATE_DIMS, EnvConfig
 from stare_jax.envs.panda_control import make_drive
 from stare_jax.envs.panda_lite import flatten_floor
 from stare_jax.envs.signals import SignalReader
 from stare_jax.envs.widowx import JITTERS, Backdrop, Starts
-from stare_jax.types import Signals
+from stare_jax.types import Array, Signals
 
 
 class Frame(NamedTuple):
@@ -102,11 +102,7 @@ class Simulator:
             physics.step()
 
     def _frame(self, signals: Signals) -> Frame:
-        state = np.zeros(0, np.float32)
-        if self.config.use_state == "tcp":
-            state = signals.tcp_pos
-        elif self.config.use_state == "low_dim":
-            state = low_dim_state(signals, self._reader.gripper_opening())
+        state = observed_state(self.config.use_state, signals, self._reader.gripper_opening)
         return Frame(self._render() if self.config.image_size else None, state, signals)
 
     def _render(self) -> np.ndarray:
@@ -118,32 +114,47 @@ class Simulator:
         return self._backdrop.behind(image, self._camera.get_picture("PositionSegmentation")[..., 3])
 
 
-def low_dim_state(signals: Signals, gripper_opening: float) -> np.ndarray:
+def observed_state(use_state: str, signals: Signals, gripper_opening: Callable[[], Array]) -> Array:
+    """Returns the state `[S]` of one environment that a policy sees, in the namespace of the signals' arrays.
+
+    Args:
+        use_state: as in `EnvConfig`.
+        signals: of the environment.
+        gripper_opening: asked for the distance between the fingers, in metres, where it is needed.
+    """
+    if use_state == "low_dim":
+        return low_dim_state(signals, gripper_opening())
+    return signals.tcp_pos[: STATE_DIMS[use_state]]  # all of it, or nothing
+
+
+def low_dim_state(signals: Signals, gripper_opening: Array) -> Array:
     """Returns float32 `[29]`: tool (position, orientation), gripper opening, object (position, orientation), goal
     position, tool to grasp point, object to goal, is_grasped. Metres; an orientation is the first two columns of its
     rotation matrix.
     """
+    xp = signals.tcp_pos.__array_namespace__()
     parts = (
         signals.tcp_pos,
         _first_columns(signals.tcp_quat),
-        [gripper_opening],
+        xp.array([gripper_opening]),
         signals.obj_pos,
         _first_columns(signals.obj_quat),
         signals.goal_pos,
         signals.grasp_pos - signals.tcp_pos,
         signals.goal_pos - signals.obj_pos,
-        [signals.is_grasped],
+        xp.array([signals.is_grasped]),
     )
-    return np.concatenate(parts, dtype=np.float32)
+    return xp.concatenate(parts, dtype=xp.float32)
 
 
-def _first_columns(quat: np.ndarray) -> np.ndarray:
+def _first_columns(quat: Array) -> Array:
     """Returns `[6]`, which moves smoothly with the orientation. A quaternion does not: whichever of its two signs is
     chosen flips somewhere, and w >= 0 flips where tools point down."""
+    xp = quat.__array_namespace__()
     w, x, y, z = quat
     first = (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y))
     second = (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))
-    return np.array([*first, *second])
+    return xp.array([*first, *second])
 
 
 def _drive_of_mani_skill(agent: Any) -> Callable[[np.ndarray], None]:

@@ -1,17 +1,23 @@
-"""Rotations of single bodies in NumPy and Python floats, for experts and signals: float64, quaternions `wxyz`."""
+"""Rotations of single bodies, for experts and signals: NumPy and Python floats, float64, quaternions `wxyz`."""
 
 import numpy as np
 
 
 def body_axis(quat: np.ndarray, index: int) -> np.ndarray:
-    """Returns the unit vector `[3]`, float64, of body axis `index` (0, 1, 2) in the world."""
-    w, x, y, z = (float(part) for part in quat)
+    """Returns the unit vector `[3]` of body axis `index` (0, 1, 2) in the world.
+
+    Args:
+        quat: `[4]` of NumPy, or of JAX (then so is the axis, float32; the function can be traced).
+        index: of the axis.
+    """
+    xp = quat.__array_namespace__()
+    w, x, y, z = quat.tolist() if xp is np else quat  # Python's numbers are several times faster than NumPy's.
     columns = (
         (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)),
         (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)),
         (2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)),
     )
-    return np.array(columns[index])
+    return xp.array(columns[index])
 
 
 def rotation_matrix(quat: np.ndarray) -> np.ndarray:

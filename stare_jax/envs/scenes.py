@@ -1,12 +1,17 @@
-"""The table of ManiSkill tasks, one row each: how a task is built, what acts in it, and where its goal is."""
+"""The table of ManiSkill tasks, one row each: how a task is built, what acts in it, and where its goal is.
 
-from collections.abc import Callable, Mapping
+What depends on a state is written for one environment, in the namespace of its arrays: simulators on the CPU call it
+with NumPy at every step, a batch on the GPU maps and compiles it with JAX.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stare_jax.envs.rotations import body_axis
+from stare_jax.types import Array
 
 CUBE_SIZE = 0.04
 PEG_HALF_LENGTH = 0.12
@@ -15,9 +20,9 @@ PEG_HALF_LENGTH = 0.12
 class Start(NamedTuple):
     """An episode's first state, as far as goals depend on it."""
 
-    obj_pos: np.ndarray
-    obj_quat: np.ndarray
-    on_top: float
+    obj_pos: Array
+    obj_quat: Array
+    on_top: float | Array
     """height of the object's centre over that of what it is put on, in metres; 0 where it is put on nothing."""
 
 
@@ -47,11 +52,11 @@ class Scene(NamedTuple):
     """environment -> the link whose origin is the tool centre point."""
     objects: Callable[[Any], tuple[Any, Any]]
     """environment -> (the manipulated actor, the actor that the goal hangs on: itself where none does)."""
-    on_top: Callable[[Any], float]
-    """environment, after a reset -> `Start.on_top`."""
-    goal: Callable[[Start, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    on_top: Callable[[Any], Callable[[Array, Array], float | Array]]
+    """environment -> ((obj_quat, orientation of the actor that the goal hangs on), after a reset -> `Start.on_top`)."""
+    goal: Callable[[Start, Array], tuple[Array, Array]]
     """(start, position of the actor that the goal hangs on) -> (goal_pos, goal_quat)."""
-    grasp_point: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    grasp_point: Callable[[Array, Array, Array], Array]
     """(obj_pos, obj_quat, tcp_pos) -> grasp_pos."""
     success_reach: tuple[float, float]
     """(horizontal, vertical) distance of the object to its goal, in metres, beyond which success is impossible. It
@@ -65,56 +70,66 @@ class Scene(NamedTuple):
 # ---- Goals -----------------------------------------------------------------------------------------------------------
 
 
-def _at_region(start: Start, region_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([region_pos[0], region_pos[1], start.obj_pos[2]], np.float32), start.obj_quat
+def _at_region(start: Start, region_pos: Array) -> tuple[Array, Array]:
+    xp = region_pos.__array_namespace__()
+    return xp.array([region_pos[0], region_pos[1], start.obj_pos[2]], xp.float32), start.obj_quat
 
 
-def _on_top(start: Start, support_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return support_pos + np.array([0, 0, start.on_top], np.float32), start.obj_quat
+def _on_top(start: Start, support_pos: Array) -> tuple[Array, Array]:
+    xp = support_pos.__array_namespace__()
+    return support_pos + xp.array([0, 0, start.on_top], xp.float32), start.obj_quat
 
 
-def _upright(start: Start, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _upright(start: Start, _: Array) -> tuple[Array, Array]:
     """Over where the peg lay, turned about the horizontal axis that brings its x axis up."""
     axis = body_axis(start.obj_quat, 0)
-    horizontal = np.array([axis[1], -axis[0], 0.0])  # axis x up
+    xp = axis.__array_namespace__()
+    horizontal = xp.array([axis[1], -axis[0], 0.0])  # axis x up
     half = np.sqrt(0.5)
-    w, v = half, half * horizontal / np.linalg.norm(horizontal)
+    w, v = half, half * horizontal / xp.linalg.norm(horizontal)
     w0, v0 = start.obj_quat[0], start.obj_quat[1:]
-    quat = np.concatenate([[w * w0 - v @ v0], w * v0 + w0 * v + np.cross(v, v0)])
-    return np.array([start.obj_pos[0], start.obj_pos[1], PEG_HALF_LENGTH], np.float32), quat.astype(np.float32)
+    quat = xp.append(w * w0 - v @ v0, w * v0 + w0 * v + xp.cross(v, v0))
+    return xp.array([start.obj_pos[0], start.obj_pos[1], PEG_HALF_LENGTH], xp.float32), quat.astype(xp.float32)
 
 
-def _on_nothing(env: Any) -> float:
+def _on_nothing(obj_quat: Array, target_quat: Array) -> float:
     return 0.0
 
 
-def _on_a_cube(env: Any) -> float:
+def _on_a_cube(obj_quat: Array, target_quat: Array) -> float:
     return CUBE_SIZE
 
 
-def _half_heights(env: Any) -> float:
-    """The half heights of the object, as it lies, and of the target."""
-    obj, target = (env.objs[name] for name in (env.source_obj_name, env.target_obj_name))
-    sizes = (env.episode_model_bbox_sizes[name].numpy() for name in (env.source_obj_name, env.target_obj_name))
-    return sum(0.5 * _extent_z(actor.pose.q[0].numpy(), size) for actor, size in zip((obj, target), sizes, strict=True))
+def _half_heights(env: Any) -> Callable[[Array, Array], float | Array]:
+    """Returns the sum of the half heights of the object, as it lies, and of the target.
+
+    ManiSkill's own boxes are turned by the orientation in the first environment of a batch.
+    """
+    sizes = [env.episode_model_bbox_sizes[name].tolist() for name in (env.source_obj_name, env.target_obj_name)]
+
+    def on_top(*quats: Array) -> float | Array:
+        return sum(0.5 * _extent_z(quat, size) for quat, size in zip(quats, sizes, strict=True))
+
+    return on_top
 
 
-def _extent_z(quat: np.ndarray, size: np.ndarray) -> float:
+def _extent_z(quat: Array, size: Sequence[float]) -> float | Array:
     """Returns the vertical extent of a rotated box."""
-    return float(sum(abs(body_axis(quat, index)[2]) * size[index] for index in range(3)))
+    return sum(abs(body_axis(quat, index)[2]) * size[index] for index in range(3))
 
 
 # ---- Where the tool should go ----------------------------------------------------------------------------------------
 
 
-def _centre(obj_pos: np.ndarray, obj_quat: np.ndarray, tcp_pos: np.ndarray) -> np.ndarray:
+def _centre(obj_pos: Array, obj_quat: Array, tcp_pos: Array) -> Array:
     return obj_pos
 
 
-def _nearest_on_peg(obj_pos: np.ndarray, obj_quat: np.ndarray, tcp_pos: np.ndarray) -> np.ndarray:
+def _nearest_on_peg(obj_pos: Array, obj_quat: Array, tcp_pos: Array) -> Array:
     axis = body_axis(obj_quat, 0)
-    along = np.clip((tcp_pos - obj_pos) @ axis, -PEG_HALF_LENGTH, PEG_HALF_LENGTH)
-    return (obj_pos + along * axis).astype(np.float32)
+    xp = axis.__array_namespace__()
+    along = xp.clip((tcp_pos - obj_pos) @ axis, -PEG_HALF_LENGTH, PEG_HALF_LENGTH)
+    return (obj_pos + along * axis).astype(xp.float32)
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ _WIDOWX_ACTION_DIMS = MappingProxyType({"arm_pd_ee_target_delta_pose_align2_grip
 
 
 def _panda(**task: Any) -> Scene:
-    shared = {"camera": Camera("base_camera", (128, 128)), "grasp_point": _centre, "on_top": _on_nothing}
+    shared = {"camera": Camera("base_camera", (128, 128)), "grasp_point": _centre, "on_top": lambda env: _on_nothing}
     return Scene(
         robot="panda",
         horizon=30,
@@ -173,7 +188,10 @@ SCENES: Mapping[str, Scene] = MappingProxyType(
         "PushCube-v1": _panda(objects=_cube_and_region, goal=_at_region, success_reach=(0.101, np.inf)),
         "PullCube-v1": _panda(objects=_cube_and_region, goal=_at_region, success_reach=(0.101, np.inf)),
         "StackCube-v1": _panda(
-            objects=lambda env: (env.cubeA, env.cubeB), goal=_on_top, on_top=_on_a_cube, success_reach=(0.035, 0.006)
+            objects=lambda env: (env.cubeA, env.cubeB),
+            goal=_on_top,
+            on_top=lambda env: _on_a_cube,
+            success_reach=(0.035, 0.006),
         ),
         "LiftPegUpright-v1": _panda(
             objects=lambda env: (env.peg, env.peg),

@@ -36,6 +36,7 @@ class SignalReader:
         self._obj, self._obj_body, self._base = obj._objs[0], obj._bodies[0], base._objs[0]
         self._fingers = (agent.finger1_link._objs[0], agent.finger2_link._objs[0])
         self._articulation = agent.robot._objs[0]
+        self._on_top = scene.on_top(env)
         self._links = frozenset(link._objs[0] for link in agent.robot.links)
 
     def gripper_opening(self) -> float:
@@ -45,7 +46,7 @@ class SignalReader:
     def begin(self) -> Signals:
         """Returns the signals of an episode's first state, right after a reset."""
         pose = self._obj.pose
-        self._start = Start(pose.p, pose.q, self._scene.on_top(self._env))
+        self._start = Start(pose.p, pose.q, self._on_top(pose.q, self._base.pose.q))
         # The contacts that the simulator still lists are those of the episode before.
         return self._read(is_grasped=False, is_contact=False)
 

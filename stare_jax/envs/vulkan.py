@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DRIVER_VARIABLES = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES")
+_DEVICES = Path("/dev")
 _MANIFEST_FOLDERS = tuple(
     Path(folder) / "vulkan/icd.d" for folder in ("/etc", "/usr/share", "/usr/local/share", "/usr/local/etc")
 )
@@ -20,7 +21,7 @@ def has_gpu_driver() -> bool:
     """Says whether an NVIDIA GPU draws: the only kind that SAPIEN picks by itself, unless another driver is chosen."""
     chosen = next((os.environ[name] for name in DRIVER_VARIABLES if name in os.environ), None)
     has_driver = any(manifests("nvidia*.json")) if chosen is None else "nvidia" in chosen
-    return has_driver and any(Path("/dev").glob("nvidia[0-9]*"))
+    return has_driver and any(_DEVICES.glob("nvidia[0-9]*"))
 
 
 def software_driver() -> Path | None:

@@ -20,7 +20,7 @@ Act = Callable[[Observation, Signals, Sequence[str], np.ndarray], tuple[Decision
 Observations come raw, with empty prompts; a policy stores the one with its prompt filled in. `is_first` marks the rows
 that are in the first state of an episode; episodes begin in the order of their seeds, within one call from the first
 row to the last. Rows of environments that have nothing left to do are asked about, too; what is decided there is not
-used.
+used. Arrays are those of the simulator, NumPy or JAX, and what is decided may be either.
 """
 
 
@@ -57,7 +57,8 @@ def collect_episodes(
 
     Environment i takes the next seed of the list when its episode ends: at success (if `stop_at_success`, and after at
     least one action) or at the horizon. In the tick in which it is reset, `act` has been asked about the final state,
-    which records its value for bootstrapping.
+    which records its value for bootstrapping. What is recorded is copied to the host. Images and actions between a
+    simulator on a device and a policy there do not wait for that.
 
     Args:
         env: B environments.
@@ -93,11 +94,12 @@ def collect_episodes(
         is_first = places.is_first
         with clock("policy"):
             decision, seen = act(state.observation, state.signals, env.instructions, is_first)
+            recorded = jax.device_get(decision)
 
         # ---- Record, end episodes, hand out the next seeds ----------------------------------------------------------
         tick = places.look_at(state, env.horizon, stop_at_success, num_left)
         seen = seen if keep_images else seen._replace(images={})
-        records.write(places, tick, env.instructions, seen, state.signals, decision)
+        records.write(places, tick, env.instructions, *jax.device_get((seen, state.signals)), recorded)
         records.end_episodes(places, tick, on_episode)
         num_left, num_dropped = num_left - tick.is_acting.sum(), num_dropped + tick.is_lost.sum()
         reset_seeds = places.hand_out(tick, state.alive, seeds, is_spent=num_left <= 0)
@@ -106,8 +108,11 @@ def collect_episodes(
             break
 
         # ---- Step ---------------------------------------------------------------------------------------------------
-        executed = decision.action if perturb is None else perturb(decision.action, is_first)
-        executed = np.where(tick.is_acting[:, None], executed, np.float32(0.0)).astype(np.float32)
+        # What comes from a simulator on a device goes back to it without having left.
+        action = decision.action if isinstance(state.signals.success, jax.Array) else recorded.action
+        executed = action if perturb is None else perturb(recorded.action, is_first)
+        xp = executed.__array_namespace__()
+        executed = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
         with clock("env"):
             state = env.step(executed, reset_seeds, reproducible=reproducible)
 
@@ -150,7 +155,7 @@ class _Places:
         is_live = (self.episode >= 0) & state.alive
         is_over = is_live & (self.t == horizon)
         if stop_at_success:
-            is_over |= is_live & state.signals.success & (self.t > 0)
+            is_over |= is_live & np.asarray(state.signals.success) & (self.t > 0)
         is_acting = is_live & ~is_over
         is_acting &= np.cumsum(is_acting) <= num_left
         return _Tick(is_live, (self.episode >= 0) & ~state.alive, is_acting, (self.episode >= 0) & ~is_acting)
@@ -268,7 +273,7 @@ def policy_act(
         seen = with_prompt(policy, observation, instructions)
         placed = seen if sharding is None else jax.device_put(seen, sharding)
         decision = sample(params, placed, key, np.uint32(next(ticks)), temperature)
-        return jax.device_get(decision), seen
+        return decision, seen
 
     return act
 

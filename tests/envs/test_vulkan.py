@@ -32,6 +32,27 @@ def test_the_users_choice_is_kept(machine, monkeypatch):
     assert vulkan.select_driver() == "cpu"
 
 
+def test_a_gpu_draws_where_it_has_a_driver(machine, monkeypatch):
+    monkeypatch.setattr(vulkan, "_DEVICES", machine)
+    (machine / "lvp_icd.json").touch()
+    (machine / "nvidia_icd.json").touch()
+    assert not vulkan.has_gpu_driver()  # a driver without a GPU
+    (machine / "nvidia0").touch()
+    assert vulkan.select_driver() == "gpu" and vulkan.driver_environment() == {}
+    (machine / "nvidia_icd.json").unlink()
+    assert not vulkan.has_gpu_driver()  # a GPU without a driver, as in many containers
+    monkeypatch.setenv("VK_ICD_FILENAMES", "/opt/nvidia_icd.json")
+    assert vulkan.select_driver() == "gpu"
+
+
+@pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning")
+def test_mani_skill_knows_the_devices_by_these_names():
+    from mani_skill.envs.utils.system import backend
+
+    assert [backend.render_backend_name_mapping[name] for name in ("gpu", "cpu")] == ["sapien_cuda", "sapien_cpu"]
+    assert backend.parse_sim_and_render_backend("physx_cpu", "none").render_device is None
+
+
 def test_no_driver_is_an_error_with_a_remedy(machine):
     with pytest.raises(RuntimeError, match="no Vulkan driver.*doctor.py"):
         vulkan.select_driver()

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -87,6 +88,22 @@ def scripted_act(observation, signals, instructions, is_first):
     return decision, observation._replace(tokens=tokens, token_mask=np.ones_like(tokens, bool))
 
 
+class ScriptedEnvOnDevice(ScriptedEnv):
+    """Its states are JAX arrays, and its actions have to be."""
+
+    def step(self, action, reset_seeds=None, *, reproducible=False):
+        assert isinstance(action, jax.Array)
+        return super().step(np.asarray(action), reset_seeds, reproducible=reproducible)
+
+    def _advance(self, action, reset_seeds, reproducible):
+        state = super()._advance(action, reset_seeds, reproducible)
+        images, signals = jax.tree.map(jnp.array, (state.observation.images, state.signals))
+        self.last_image = images["camera"]
+        return EnvStep(
+            state.observation._replace(images=images, state=jnp.array(state.observation.state)), signals, state.alive
+        )
+
+
 SEEDS = [10, 11, 12, 13, 14, 15, 16]
 SCRIPTS = {10: Script(success_at=1), 12: Script(success_at=3), 13: Script(success_at=4), 15: Script(success_at=2)}
 
@@ -116,6 +133,22 @@ def test_every_seed_is_one_whole_episode_in_its_own_row(num_envs):
             assert not leaf.any()
     assert sorted(set(env.resets)) == SEEDS and len(env.resets) == max(num_envs, len(SEEDS))
     assert env.reproducible == {True}
+
+
+def test_what_is_on_a_device_stays_there_between_simulator_and_policy():
+    host, device = ScriptedEnv(3, SCRIPTS), ScriptedEnvOnDevice(3, SCRIPTS)
+
+    def act_on_device(observation, signals, instructions, is_first):
+        assert observation.images["camera"] is device.last_image
+        decision, seen = scripted_act(jax.device_get(observation), signals, instructions, is_first)
+        return jax.tree.map(jnp.array, decision), observation._replace(tokens=seen.tokens, token_mask=seen.token_mask)
+
+    expected = collect_episodes(host, scripted_act, SEEDS, stop_at_success=True)
+    rollout = collect_episodes(device, act_on_device, SEEDS, stop_at_success=True)
+    for leaf, other in zip(*map(jax.tree.leaves, (rollout.trajectory, expected.trajectory)), strict=True):
+        assert isinstance(leaf, np.ndarray)
+        np.testing.assert_array_equal(leaf, other)
+    assert device.executed == host.executed and device.resets == host.resets
 
 
 def test_success_does_not_end_an_episode_that_is_to_run_to_the_horizon():

@@ -1,0 +1,156 @@
+"""Many environments of one ManiSkill task on one GPU, in this process: `VecEnv` whose arrays never leave the device."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.envs.base import EnvStep
+from stare_jax.envs.batched_signals import BatchedSignalReader
+from stare_jax.envs.bridge import jax_to_torch, torch_to_jax
+from stare_jax.envs.building import make_scene
+from stare_jax.envs.config import EnvConfig
+from stare_jax.envs.maniskill import observed_state
+from stare_jax.stages import get_task
+from stare_jax.types import Observation, Signals
+
+SEEDS = "episode_seeds"  # our own among the options of a reset
+
+
+def start_batch(config: EnvConfig) -> "BatchedSimulator":
+    """Builds the batch of a configuration with the backend "cuda".
+
+    Raises:
+        RuntimeError: PyTorch or JAX sees no CUDA device, or images are asked for and the GPU has no Vulkan driver.
+        MissingAssetsError: the task's assets are missing.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"backend: got 'cuda', and PyTorch {torch.__version__} sees no CUDA device; expected one, or backend 'cpu' "
+            "(docs/simulators.md)"
+        )
+    if jax.default_backend() != "gpu":
+        raise RuntimeError(
+            f"backend: got 'cuda', and JAX computes on {jax.default_backend()!r}; expected 'gpu', with jax[cuda12] "
+            "installed, or backend 'cpu' (docs/simulators.md)"
+        )
+    return BatchedSimulator(make_scene(config)[0], config)
+
+
+class BatchedSimulator:
+    """`VecEnv` of one batched `mani_skill` environment; see `envs.base`.
+
+    Observations, signals and actions are JAX arrays on the simulator's device, copied there (`bridge`). In a call all
+    environments step together, and those that are to be reset are reset afterwards: what they did in the step is seen
+    by nobody, and no physics runs between a reset and the return.
+
+    An episode's first state depends on its seed alone, not on the environment that it is in nor on which others are
+    reset with it. It is another one than on the CPU: ManiSkill draws it from the device's own random numbers. Equal
+    actions from there on need not lead to equal states: PhysX does not promise it on a GPU, and the scene, with the
+    contacts that it remembers, is never rebuilt. So `reproducible` has no effect. No environment can hang or die alone,
+    so all are always alive.
+    """
+
+    def __init__(self, env: Any, config: EnvConfig):
+        """
+        Args:
+            env: the unwrapped `mani_skill` environment; `close` closes it.
+            config: what it was built from.
+        """
+        import torch
+
+        self.config = config
+        self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
+        self.action_dim = config.action_dim
+        self.instructions = (get_task(config.env_id).instruction,) * config.num_envs
+        self._env, self._device = env, torch_to_jax(torch.zeros(1, device=env.device)).device
+        env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)
+        self._reader = BatchedSignalReader(env, config.scene)
+        self._observed_state = jax.jit(jax.vmap(functools.partial(_observed_state, config.use_state)))
+
+    def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
+        """Resets all environments.
+
+        Raises:
+            ValueError: not one seed for each environment.
+        """
+        del reproducible
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
+        return self._observe(self._reset(dict(enumerate(seeds))), np.ones(self.num_envs, bool))
+
+    def step(self, action: Any, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False) -> EnvStep:
+        """Steps all environments with float32 `[B, A]` actions, of JAX or NumPy; then resets those in `reset_seeds`.
+
+        Raises:
+            ValueError: an action of another shape or not finite, or an index out of range.
+        """
+        del reproducible
+        reset_seeds = reset_seeds or {}
+        if not all(0 <= i < self.num_envs for i in reset_seeds):
+            raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
+        if action.shape != (self.num_envs, self.action_dim):
+            raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
+        is_reset = np.isin(np.arange(self.num_envs), list(reset_seeds))
+        action = jnp.where(is_reset[:, None], 0.0, jax.device_put(action, self._device)).astype(jnp.float32)
+        if not jnp.isfinite(action).all():
+            raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
+        info = self._env.step(jax_to_torch(action))[-1]
+        return self._observe(self._reset(reset_seeds) if reset_seeds else info, is_reset)
+
+    def close(self) -> None:
+        self._reader = None
+        self._env.close()
+
+    def _reset(self, seeds: Mapping[int, int]) -> Mapping[str, Any]:
+        import torch
+
+        env_idx = torch.tensor(list(seeds), device=self._env.device)
+        return self._env.reset(options={"env_idx": env_idx, SEEDS: [int(seed) for seed in seeds.values()]})[1]
+
+    def _observe(self, info: Mapping[str, Any], is_first: np.ndarray) -> EnvStep:
+        """Copies everything: the next call overwrites the simulator's buffers."""
+        signals, gripper_opening = self._reader.read(info["success"], is_first)
+        images = {self.config.scene.camera.name: self._render()} if self.config.image_size else {}
+        no_tokens = np.zeros((self.num_envs, 0), np.int32)
+        state = self._observed_state(signals, gripper_opening)
+        observation = Observation(images, state, no_tokens, no_tokens.astype(bool))
+        return EnvStep(observation, signals, np.ones(self.num_envs, bool))
+
+    def _render(self) -> jax.Array:
+        scene, camera = self._env.scene, self._env.scene.sensors[self.config.scene.camera.name]
+        scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        camera.capture()
+        return torch_to_jax(camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"])
+
+
+def _observed_state(use_state: str, signals: Signals, gripper_opening: jax.Array) -> jax.Array:
+    return observed_state(use_state, signals, lambda: gripper_opening)
+
+
+def _initialize_each(env: Any, initialize: Callable, env_idx: Any, options: Mapping[str, Any]) -> None:
+    """Begins the episodes of some environments one by one, each from a seed of its own.
+
+    ManiSkill itself draws the first states of all environments in a reset from the first one's seed.
+
+    Args:
+        env: the environment.
+        initialize: its own `_initialize_episode`.
+        env_idx: int tensor `[K]`.
+        options: of the reset, with the K seeds.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
+        for k, seed in enumerate(options[SEEDS]):
+            torch.manual_seed(seed)
+            env._episode_rng = np.random.RandomState(seed)
+            # What is written to the simulator's buffers goes to these environments alone.
+            env.scene._reset_mask.zero_()
+            env.scene._reset_mask[env_idx[k]] = True
+            initialize(env_idx[k : k + 1], options)

@@ -1,0 +1,51 @@
+import jax
+import numpy as np
+import pytest
+
+from stare_jax.envs.batched_signals import BatchedSignalReader
+from stare_jax.envs.experts import make_expert
+from stare_jax.envs.scenes import SCENES
+from stare_jax.envs.seeds import DEMO_SEEDS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy:UserWarning"),
+]
+
+
+@pytest.mark.parametrize("env_id", SCENES)
+def test_signals_are_those_of_the_single_environments_reader(env_id, simulators, request):
+    if SCENES[env_id].num_starts:
+        request.getfixturevalue("widowx_assets")
+    simulator, expert = simulators(env_id), make_expert(env_id)
+    reader, seen = BatchedSignalReader(simulator.env, SCENES[env_id]), set()
+
+    def compare(signals, is_first):
+        batch, gripper_opening = reader.read(simulator.env.evaluate()["success"], np.array([is_first]))
+        np.testing.assert_allclose(gripper_opening, [simulator._reader.gripper_opening()], atol=1e-6)
+        for name, value in signals._asdict().items():
+            got = np.asarray(getattr(batch, name))
+            assert got.dtype == np.asarray(value).dtype and got.shape == (1, *np.shape(value)), name
+            np.testing.assert_allclose(got[0], value, atol=1e-6, err_msg=name)
+        seen.update(name for name in ("is_grasped", "is_contact", "success") if getattr(signals, name))
+
+    for seed in (2, DEMO_SEEDS + 2):  # The second episode is another one, and begins with the contacts of the first.
+        memory, signals = expert.init(), simulator.reset(seed).signals
+        compare(signals, True)
+        for _ in range(30):
+            action, memory = expert.act(signals, memory)
+            signals = simulator.step(action).signals
+            compare(signals, False)
+    assert {"is_contact", "success"} <= seen
+    assert "is_grasped" in seen or env_id in ("PushCube-v1", "PullCube-v1")
+
+
+def test_half_heights_are_those_of_each_environments_own_objects(simulators, widowx_assets):
+    env_id = "PutCarrotOnPlateInScene-v1"
+    on_top = SCENES[env_id].on_top(simulators(env_id).env)
+    quats = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
+    quats /= np.linalg.norm(quats, axis=-1, keepdims=True)
+    alone = [on_top(*pair) for pair in zip(*quats, strict=True)]
+    assert np.ptp(alone) > 0.01
+    np.testing.assert_allclose(jax.vmap(on_top)(*quats), alone, atol=1e-6)
