@@ -86,8 +86,12 @@ def succeeding(env_id):
 def stumbling(env_id):
     """The expert with large execution noise."""
     perturb = execution_noise([0], [0.4], make_expert(env_id).action_scale)
-    is_first = iter([True])
-    return expert_policy(env_id, 25, lambda signals, action: perturb(action[None], np.array([next(is_first, False)]))[0])
+    is_first = iter([np.ones(1, bool)])
+
+    def stumble(signals, action):
+        return perturb(action[None], next(is_first, np.zeros(1, bool)))[0]
+
+    return expert_policy(env_id, 25, stumble)
 
 
 def dropping(env_id):
