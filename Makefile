@@ -4,6 +4,8 @@
 VENV ?= .venv
 ARGS ?=
 PYTHON := $(VENV)/bin/python
+# Files side by side, so that what a file sets up is set up once; -n 0 turns it off.
+IN_PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 # Any Python 3 starts the installer, which then picks the right one (a pyenv shim may exist and not run).
 define bootstrap
@@ -22,7 +24,7 @@ quickstart: setup-vulkan  ## set up everything, then clone -> trained, evaluated
 	$(PYTHON) launch/train.py --config=configs/quickstart.py --resume $(ARGS)
 
 test: setup  ## set up everything, then the tests
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-slow: setup  ## the tests that take minutes each
 	$(PYTHON) -m pytest -m slow $(ARGS)

@@ -49,6 +49,7 @@ setup(
             "nbclient>=0.10,<0.12",
             "pytest>=9,<10",
             "pytest-timeout>=2.4,<3",
+            "pytest-xdist>=3.8,<4",
             "rlax>=0.1.8,<0.2",
             "ruff>=0.17,<0.18",
         ],

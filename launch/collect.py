@@ -74,6 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of the run, 0 to 99: picks the simulator's seeds (default: 0)")
     add("--fast-resets", action="store_true", help="save 0.05 to 0.3 s an episode; not the same bit for bit next time")
+    add("--skip-broken", action="store_true", help="leave out demonstrations in damaged shards, instead of an error")
     add_simulator_options(parser.add_argument_group("simulator"))
     add_expert_options(parser.add_argument_group("expert"))
     add_pairs_options(parser.add_argument_group("pairs"))
@@ -195,11 +196,12 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
     kind = {"control_mode": env.resolved_control_mode, "settings": env.data_settings | {"limit": arguments.limit}}
     if is_collected(directory, expert, config, env_id=env.env_id, horizon=env.horizon, **kind):
         say(f"{directory} holds all of these already")
-        dataset = Dataset(directory)
+        dataset = Dataset(directory, skip_broken=arguments.skip_broken)
     else:
         with contextlib.closing(make_vec_env(env)) as simulator:
             watched = {"should_stop": should_stop, "clock": (clock := Clock())}
-            dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **kind, **watched)
+            options = kind | watched | {"skip_broken": arguments.skip_broken}
+            dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **options)
             say(clock.line())
     report(dataset, get_task(env.env_id))
 

@@ -144,6 +144,7 @@ def collect_demos(
     control_mode: str = "",
     settings: Mapping[str, Any] | None = None,
     action_mask: Sequence[bool] | None = None,
+    skip_broken: bool = False,
     should_stop: Callable[[], bool] | None = None,
     clock: Callable[[str], contextlib.AbstractContextManager] | None = None,
 ) -> Dataset:
@@ -162,12 +163,13 @@ def collect_demos(
         control_mode: of the simulator, for the manifest.
         settings: what else the data depend on, such as `EnvConfig.data_settings`, for the manifest.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
+        skip_broken: leave out shards on disk that are damaged, instead of raising.
         should_stop: polled; where it answers True the chunk in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:
         Interrupted: `should_stop` said so; calling again continues.
-        DatasetError: the expert fails too often, or the folder holds something else.
+        DatasetError: the expert fails too often, or the folder holds something else or a damaged shard.
     """
     act, clock = expert_act(expert), clock or (lambda area: contextlib.nullcontext())
     stats_file = Path(directory) / NORM_STATS_FILE
@@ -196,7 +198,7 @@ def collect_demos(
                 raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {directory}")
             with clock("data"):
                 _append_successes(writer, rollout, seeds, scale)
-    dataset = Dataset(directory)
+    dataset = Dataset(directory, skip_broken=skip_broken)
     if not stats_file.exists():
         write_statistics(directory, {env.env_id: dataset_statistics(dataset, action_mask=action_mask)})
     return dataset

@@ -48,7 +48,9 @@ class Dataset:
             first += shard.episodes.num_records
             if problem := _find_problem(self.directory, shard, verify=verify):
                 if not skip_broken:
-                    raise DatasetError(f"{problem}; skip_broken=True reads the data set without this shard")
+                    raise DatasetError(
+                        f"{problem}; skip_broken=True reads the data set without this shard"
+                    )
                 _log.warning("%s; leaving out its %d episodes", problem, len(rows))
             else:
                 shards.append((shard, rows))

@@ -74,6 +74,8 @@ class IPIConfig:
     checkpoint of the model; empty starts from random weights."""
     demos_from: str = ""
     """folder of a data set of demonstrations; empty collects them from the expert."""
+    skip_broken: bool = False
+    """leave out damaged shards of `demos_from`, and say so, instead of raising."""
     seed: int = 0
     """of the initial weights and of the order of demonstrations."""
 
@@ -121,7 +123,7 @@ class Experiment:
         """The demonstrations to imitate: given, on disk from before, or collected now."""
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
         if config.demos_from:
-            return Dataset(directory)
+            return Dataset(directory, skip_broken=config.skip_broken)
         env, expert = config.env, make_expert(config.env.env_id)
         kind = {"control_mode": env.resolved_control_mode, "settings": env.data_settings}
         if is_collected(directory, expert, config.demos, env_id=env.env_id, horizon=env.horizon, **kind):

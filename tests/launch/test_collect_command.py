@@ -179,6 +179,17 @@ def test_a_broken_shard_is_named(collect, tmp_path, capsys):
     assert re.search(r"error: .*frames-00000\.array_record is damaged: got \d+ bytes", capsys.readouterr().err)
 
 
+def test_a_broken_shard_is_left_out_if_asked_for(collect, tmp_path, capsys, caplog):
+    assert collect("--demos=2") == 0
+    assert collect("--demos=3") == 0
+    shard = tmp_path / "demos" / "frames-00000.array_record"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    capsys.readouterr()
+    assert collect("--demos=3", "--skip-broken") == 0
+    assert "frames-00000.array_record is damaged" in caplog.text and "leaving out its 2 episodes" in caplog.text
+    assert re.search(r"episodes +1\b", capsys.readouterr().out)
+
+
 def test_a_task_has_its_own_horizon_and_images():
     def env_config(*arguments, base=command.ENV):
         return command.env_config(command.parse_arguments([*arguments, "--demos=1", "--out=data"]), base)
