@@ -18,7 +18,7 @@ def test_software_driver_is_selected(machine):
     (machine / "intel_icd.json").touch()
     assert vulkan.software_driver() == manifest
     assert vulkan.driver_environment() == {
-        "LP_NUM_THREADS": "1",
+        "LP_NUM_THREADS": "0",
         "VK_DRIVER_FILES": str(manifest),
         "VK_ICD_FILENAMES": str(manifest),
     }
