@@ -1,9 +1,9 @@
 """How much of a PPO update carries over to episodes it has not seen? The surrogate gained on both, side by side.
 
-The policy of an imitation plays two batches of episodes. A critic learns the first; then PPO updates the policy on the
-first alone, at several learning rates, each from the same start. Gains are of the clipped surrogate in units of the
-advantage's standard deviation, an action: `trained` on the decisions of the update, `unseen` on those of the other
-batch, with its standard error. A policy that gains on the first and loses on the second gets worse by learning.
+The policy of an imitation plays three batches of episodes. A critic learns the first two, Adam's moments come from the
+first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. Gains are
+of the surrogate, ratio times advantage, in units of the advantage's standard deviation, an action: `trained` on the
+decisions of the update, `unseen` on those of the third batch, with its standard error: what the update is worth.
 
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_sta_ppo/sft
     python benchmarks/ppo_carryover.py --sft runs/ipi_pushcube_sta_ppo/sft --rates 1e-5 1e-4 --epochs 1 4 --json OUT
@@ -32,7 +32,7 @@ from stare_jax.train.restore import RestoredPolicy, restore_policy
 from stare_jax.train.steps import make_ppo_step
 from stare_jax.types import PyTree, TrainState
 
-CRITIC_EPOCHS = 6
+CRITIC_EPOCHS, MOMENT_EPOCHS = 4, 4
 SIZE = 512
 """decisions of a minibatch."""
 
@@ -80,14 +80,13 @@ class Learner:
         return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(value=value)))
 
     def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
-        """Returns how much the clipped surrogate has gained, its standard error, and the KL divergence (k3)."""
+        """Returns how much the surrogate has gained, its standard error, and the KL divergence (k3)."""
         where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
         gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
             log_ratio, advantage = logp - batch.trajectory.logp[at], batch.advantage[at]
-            ratio = np.exp(log_ratio)
-            clipped = np.clip(ratio, 1 - self.config.clip_eps, 1 + self.config.clip_eps)
-            gains.append(np.minimum(ratio * advantage, clipped * advantage) - advantage)
+            # Not clipped: min(.., clip(..)) takes away gains and keeps losses, so it falls for a step in any direction.
+            gains.append(np.expm1(log_ratio) * advantage)
             divergences.append(np.expm1(log_ratio) - log_ratio)
             episodes.append(at[0])
         gains, divergences, episodes = (np.concatenate(parts) for parts in (gains, divergences, episodes))
@@ -98,21 +97,22 @@ class Learner:
 
 
 def collect(restored: RestoredPolicy, policy: Policy, episodes: int) -> list[Rollout]:
-    """Returns two batches of episodes of the imitation, sampled at temperature 1."""
+    """Returns three batches of episodes of the imitation, sampled at temperature 1."""
     act = policy_act(policy, restored.params, jax.random.key(0))
     with contextlib.closing(make_vec_env(restored.config.env)) as env:
-        seeds = PPO_SEEDS + np.arange(2 * episodes)
-        return [collect_episodes(env, act, part, stop_at_success=True) for part in np.split(seeds, 2)]
+        seeds = PPO_SEEDS + np.arange(3 * episodes)
+        return [collect_episodes(env, act, part, stop_at_success=True) for part in np.split(seeds, 3)]
 
 
 def measure(restored: RestoredPolicy, episodes: int, rates: list[float], epochs: list[int]) -> list[dict]:
     learner = Learner(restored, max(rates))
-    trained, unseen = collect(restored, learner.policy, episodes)
+    before, trained, unseen = collect(restored, learner.policy, episodes)
     state, rng = learner.start(restored.params), np.random.default_rng(0)
-    for _ in range(CRITIC_EPOCHS):
-        batch = learner.annotated(state.params, trained)
+    for rollout in (before, trained) * CRITIC_EPOCHS:
+        batch = learner.annotated(state.params, rollout)
         state = learner.epoch(state, batch, rng, rate=max(rates), train_policy=False)
     params = state.params
+    earlier = learner.annotated(params, before)
     batches = [learner.annotated(params, rollout) for rollout in (trained, unseen)]
     for name, batch in zip(("trained", "unseen"), batches, strict=True):
         number = int(batch.annotation.valid_t.sum())
@@ -121,8 +121,11 @@ def measure(restored: RestoredPolicy, episodes: int, rates: list[float], epochs:
     rows = []
     for rate in rates:
         state, rng = learner.start(params), np.random.default_rng(1)
-        # Adam's first steps are of full length in every direction, whatever the gradient. Its moments learn first.
-        state = learner.epoch(state, batches[0], rng, rate=0.0)
+        # Adam's first steps are of full length in every direction, whatever the gradient. Its moments come from an
+        # update on other decisions, as in an iteration that is not the first; where that has led is forgotten.
+        for _ in range(MOMENT_EPOCHS):
+            state = learner.epoch(state, earlier, rng, rate=rate)
+        state = dataclasses.replace(state, params=params)
         for epoch in range(1, max(epochs) + 1):
             state = learner.epoch(state, batches[0], rng, rate=rate)
             if epoch in epochs:
