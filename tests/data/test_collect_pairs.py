@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -128,10 +129,14 @@ def test_an_expert_without_noise_makes_no_pairs():
 # ---- The same rollouts, whatever happens -----------------------------------------------------------------------------
 
 
-def _policy_actor(config=PAIRS):
-    """A policy with random weights, hot enough for its rollouts to differ."""
+@functools.cache  # so that it is compiled once
+def _restore():
     policy = make_mlp(MLPConfig(), toy.norm_stats())
-    return policy_actor(lambda: (policy, jax.jit(policy.init)(jax.random.key(0))), config, source="sft/1/abc")
+    return policy, jax.jit(policy.init)(jax.random.key(0))
+
+
+def _policy_actor(config):
+    return policy_actor(_restore, config, source="sft/1/abc")
 
 
 # Longer than the one chunk that would do for four pairs.
