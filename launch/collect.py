@@ -17,44 +17,30 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from stare_jax.data.demos import SOURCE, DemosConfig, collect_demos, is_collected
+from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig, count_kinds
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import Actor, collect_pairs, expert_actor, policy_actor
-from stare_jax.data.schema import DatasetError
-from stare_jax.data.summary import contact_sheet, summarize_stages
+from stare_jax.data.rollouts import Actor, expert_actor, policy_actor
+from stare_jax.data.schema import DamagedShardError, DatasetError
+from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
 from stare_jax.envs.widowx import JITTERS
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
 from stare_jax.stages import TASKS, TaskSpec, get_task
 from stare_jax.train.checkpoint import CheckpointError
-from stare_jax.train.config import ConfigError
+from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
+from stare_jax.train.config import ConfigError, user_input
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 ALL_TASKS = "all"
-
-
-class UsageError(ValueError):
-    """Something that the user can put right; printed without a traceback."""
-
-
-@contextlib.contextmanager
-def user_input() -> Iterator[None]:
-    """Where values from the command line are checked: what is refused is the user's, not a bug."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,6 +69,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("nothing to collect: give --demos=N, or --pairs=N, or both")
     if arguments.checkpoint and (arguments.pairs is None or arguments.task == ALL_TASKS):
         parser.error("--checkpoint is whose rollouts --pairs=N pairs, in one task")
+    if arguments.step is not None and not arguments.checkpoint:
+        parser.error("--step is of a --checkpoint")
+    if arguments.skip_broken and arguments.pairs is not None:
+        parser.error("--skip-broken is for --demos alone: pairs name rollouts by their number, none can be left out")
     return arguments
 
 
@@ -128,6 +118,7 @@ def add_pairs_options(group: argparse._ArgumentGroup) -> None:
         metavar="RUN/PHASE",
         help="the policy to roll out, e.g. runs/quickstart/sft (default: the expert, with noise)",
     )
+    add("--step", type=int, help="of the checkpoint (default: the phase's latest)")
     add("--temperature", type=float, default=PAIRS.temperature, help=f"of the policy (default: {PAIRS.temperature})")
     add(
         "--pair-noise",
@@ -181,6 +172,15 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     return dataclasses.replace(base, **changes)
 
 
+@contextlib.contextmanager
+def damage_explained(remedy: str) -> Iterator[None]:
+    """Adds to the message about a damaged shard what to do on the command line."""
+    try:
+        yield
+    except DamagedShardError as error:
+        raise DatasetError(f"{error} ({remedy})") from error
+
+
 def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
     """Collects demonstrations and says what they are."""
     with user_input():
@@ -192,54 +192,50 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
         )
         env = env_config(arguments, ENV)
         expert = make_expert(env.env_id, limit=arguments.limit)
-    directory = arguments.out / "demos"
-    kind = {"control_mode": env.resolved_control_mode, "settings": env.data_settings | {"limit": arguments.limit}}
-    if is_collected(directory, expert, config, env_id=env.env_id, horizon=env.horizon, **kind):
-        say(f"{directory} holds all of these already")
-        dataset = Dataset(directory, skip_broken=arguments.skip_broken)
-    else:
-        with contextlib.closing(make_vec_env(env)) as simulator:
-            watched = {"should_stop": should_stop, "clock": (clock := Clock())}
-            options = kind | watched | {"skip_broken": arguments.skip_broken}
-            dataset = collect_demos(simulator, expert, config, directory, noise_fn=execution_noise, **options)
-            say(clock.line())
+    directory, clock = arguments.out / "demos", Clock()
+    with damage_explained("here: --skip-broken"), contextlib.ExitStack() as simulators:
+        dataset, is_new = find_or_collect_demos(
+            directory,
+            env,
+            expert,
+            config,
+            simulator=lambda: simulators.enter_context(contextlib.closing(make_vec_env(env))),
+            settings={"limit": arguments.limit},
+            skip_broken=arguments.skip_broken,
+            should_stop=should_stop,
+            clock=clock,
+        )
+    say(clock.line() if is_new else f"{directory} holds all of these already")
+    if dataset.num_skipped:
+        say(f"{dataset.num_skipped} episodes lost in damaged shards; they are not collected again")
     report(dataset, get_task(env.env_id))
 
 
-class PairSource(NamedTuple):
-    """Whose rollouts are paired."""
+def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
+    """Returns the simulator that the policy of a checkpoint was trained in, its task, and the policy."""
+    # All of training, which experts do without.
+    from stare_jax.train.restore import identify_checkpoint, load_config, restore_policy
 
-    name: str
-    env: EnvConfig
-    spec: TaskSpec
-    actor: Actor
-    settings: dict[str, Any]
-    """for the manifest"""
-
-
-def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> PairSource:
-    """Returns the policy of a checkpoint, in the simulator that it was trained in."""
-    from stare_jax.train.restore import restore_policy  # all of training, which experts do without
-
-    run, policy, params = restore_policy(arguments.checkpoint)
+    run = load_config(arguments.checkpoint.parent)
+    step, name = identify_checkpoint(arguments.checkpoint, step=arguments.step)
     with user_input():
         env = env_config(arguments, run.env)
     seen = ("env_id", "image_shape", "use_state")
     if changed := [name for name in seen if getattr(env, name) != getattr(run.env, name)]:
-        raise UsageError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
+        raise ConfigError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
+    if config.reproducible and not env.has_reproducible_resets:
+        raise ConfigError(f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --fast-resets")
     spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
-    settings = {"temperature": config.temperature, "num_envs": env.num_envs}
-    return PairSource(str(arguments.checkpoint), env, spec, policy_actor(policy, params, config), settings)
+    return env, spec, policy_actor(lambda: restore_policy(arguments.checkpoint, step=step)[1:], config, source=name)
 
 
-def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> PairSource:
-    """Returns the expert, disturbed so that some of its episodes fail."""
-    noise_scale, limit = arguments.pair_noise, arguments.limit
+def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
+    """Returns simulator, task and expert, disturbed so that some of its episodes fail."""
     with user_input():
         env = env_config(arguments, ENV)
-        expert = make_expert(env.env_id, limit=limit)
-        actor = expert_actor(expert, config, execution_noise, noise_scale=noise_scale)
-    return PairSource(SOURCE, env, get_task(env.env_id), actor, {"noise_scale": noise_scale, "limit": limit})
+        expert = make_expert(env.env_id, limit=arguments.limit)
+        actor = expert_actor(expert, config, execution_noise, noise_scale=arguments.pair_noise)
+    return env, get_task(env.env_id), actor._replace(settings={**actor.settings, "limit": arguments.limit})
 
 
 def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
@@ -253,12 +249,20 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
             seed=arguments.seed,
             reproducible=not arguments.fast_resets,
         )
-    name, env, spec, actor, settings = (policy_source if arguments.checkpoint else expert_source)(arguments, config)
-    kind = {"source": name, "control_mode": env.resolved_control_mode, "settings": env.data_settings | settings}
-    with contextlib.closing(make_vec_env(env)) as simulator:
-        watched = {"should_stop": should_stop, "clock": (clock := Clock())}
-        dataset, pairs = collect_pairs(simulator, actor, spec, config, arguments.out / "pairs", **kind, **watched)
-        say(clock.line())
+    env, spec, actor = (policy_source if arguments.checkpoint else expert_source)(arguments, config)
+    directory, clock = arguments.out / "pairs", Clock()
+    with damage_explained("pairs need every rollout: collect in another folder"), contextlib.ExitStack() as simulators:
+        dataset, pairs, is_new = find_or_collect_pairs(
+            directory,
+            env,
+            actor,
+            spec,
+            config,
+            simulator=lambda: simulators.enter_context(contextlib.closing(make_vec_env(env))),
+            should_stop=should_stop,
+            clock=clock,
+        )
+    say(clock.line() if is_new else f"{directory} holds all of these already")
     report(dataset, spec)
     print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
     if len(pairs) < config.num_pairs:
@@ -268,21 +272,7 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
 
 def report(dataset: Dataset, spec: TaskSpec) -> None:
     """Prints tables of a data set and draws some of its episodes."""
-    lengths = np.array([episode.length for episode in dataset.episodes])
-    groups = sorted(Counter(episode.noise_scale for episode in dataset.episodes).items())
-    progress = dataset.manifest.progress
-    rows = [
-        ("episodes", dataset.num_episodes),
-        ("successful", sum(episode.success for episode in dataset.episodes)),
-        *((f"with noise {scale:g}", number) for scale, number in groups if scale or len(groups) > 1),
-        ("episodes tried", progress["num_attempts"]),
-        ("lost with a simulator", progress["num_dropped"]),
-        ("actions: mean", f"{lengths.mean():.1f}"),
-        ("actions: 90 % quantile", f"{np.quantile(lengths, 0.9):.0f}"),
-        ("actions: maximum", lengths.max()),
-        ("frames", dataset.num_frames),
-    ]
-    print_table([str(dataset.directory), ""], rows)
+    print_table([str(dataset.directory), ""], summarize_episodes(dataset))
     stages = [
         (row.name, f"{row.completed:.0%}", f"{row.skipped:.0%}", _mean(row.num_steps, 1), _mean(row.cost, 4))
         for row in summarize_stages(dataset, spec)
@@ -332,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as stopped:
         say(f"{stopped}\ngo on with: {command}")
         return 130
-    except (UsageError, ConfigError, CheckpointError, DatasetError, SimulatorError) as error:
+    except (ConfigError, CheckpointError, DatasetError, SimulatorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return status or 0

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -33,7 +33,7 @@ from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
 from stare_jax.rollout.collect import Act, policy_act
 from stare_jax.stages import get_task
 from stare_jax.train.checkpoint import CheckpointError
-from stare_jax.train.config import ConfigError
+from stare_jax.train.config import ConfigError, user_input
 from stare_jax.train.ipi import IPIConfig
 from stare_jax.train.restore import load_config, restore_policy
 
@@ -63,15 +63,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.run and not arguments.phase:
         parser.error("--run needs --phase")
     return arguments
-
-
-@contextlib.contextmanager
-def user_input() -> Iterator[None]:
-    """Where values of the command line are checked: what is refused here is the user's to put right, not a bug."""
-    try:
-        yield
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:

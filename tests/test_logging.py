@@ -162,6 +162,14 @@ def test_progress_off_a_terminal_prints_a_line_every_interval_and_at_the_end():
     ]
 
 
+def test_progress_that_goes_on_does_not_count_what_was_done_before():
+    stream, now = io.StringIO(), FakeTime()
+    with progress(100, "collect", "episode", initial=60, stream=stream, now=now) as bar:
+        now.seconds = 10.0
+        bar.update(20)
+    assert stream.getvalue().splitlines()[0] == "collect: 80/100 episode, 2 episode/s, ETA 00:10"
+
+
 def test_progress_without_a_total():
     stream, now = io.StringIO(), FakeTime()
     with progress(None, "wait", stream=stream, now=now) as bar:

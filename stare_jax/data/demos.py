@@ -1,6 +1,9 @@
 """Demonstrations: successful episodes of an expert, some of them disturbed, so that a policy sees recoveries, too.
 
 The noise is added to what is executed; what is stored, and imitated, is what the expert would have done (C.2).
+
+Equal configs collect the same seeds in the same chunks, with the same noise, interrupted or not, in however many
+environments, whether or not some of these die; with `reproducible` their episodes are the same bit for bit.
 """
 
 import contextlib
@@ -14,7 +17,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from stare_jax.data.norm_stats import NORM_STATS_FILE, dataset_statistics, write_statistics
+from stare_jax.data.chunks import collect_chunk
+from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
 from stare_jax.data.writer import DatasetWriter, require_same_kind
@@ -23,7 +27,7 @@ from stare_jax.envs.seeds import DEMO_SEEDS, first_seed
 from stare_jax.logging import Interrupted, progress
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes
-from stare_jax.types import Signals
+from stare_jax.types import Signals, Trajectory
 
 SOURCE = "expert"
 
@@ -86,34 +90,6 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
     return {scale: int(quota) for (scale, _), quota in zip(config.noise_scales, quotas, strict=True)}
 
 
-def is_collected(
-    directory: str | os.PathLike,
-    expert: Expert,
-    config: DemosConfig,
-    *,
-    env_id: str,
-    horizon: int,
-    control_mode: str = "",
-    settings: Mapping[str, Any] | None = None,
-) -> bool:
-    """Says whether a folder holds all that `collect_demos` would collect, so that no simulator need be started.
-
-    Args:
-        directory: of the data set, which need not exist.
-        env_id: of the simulator, as is the horizon; all else is as for `collect_demos`.
-
-    Raises:
-        DatasetError: the folder holds demonstrations of another kind.
-    """
-    directory = Path(directory)
-    if not (directory / MANIFEST_FILE).exists():
-        return False
-    manifest = read_manifest(directory)
-    settings = {"horizon": horizon, **(settings or {})}
-    require_same_kind(directory, manifest, _identity(expert, config, env_id, control_mode, settings))
-    return (directory / NORM_STATS_FILE).exists() and not _missing(config, manifest)
-
-
 def expert_act(expert: Expert) -> Act:
     """Returns an expert as `collect_episodes` wants it: one memory an environment, no tokens, no log-probabilities."""
     memories: list[Any] = []
@@ -134,6 +110,43 @@ def expert_act(expert: Expert) -> Act:
     return act
 
 
+def collected_demos(
+    directory: str | os.PathLike,
+    expert: Expert,
+    config: DemosConfig,
+    *,
+    env_id: str,
+    horizon: int,
+    control_mode: str = "",
+    settings: Mapping[str, Any] | None = None,
+    action_mask: Sequence[bool] | None = None,
+    skip_broken: bool = False,
+) -> Dataset | None:
+    """Returns what `collect_demos` would, where a folder holds it all, so that no simulator need be started.
+
+    Args:
+        directory: of the data set, which need not exist.
+        env_id: of the simulator, as is the horizon; all else is as for `collect_demos`.
+
+    Returns:
+        None where something is still to be collected.
+
+    Raises:
+        DatasetError: the folder holds demonstrations of another kind.
+        DamagedShardError: a shard on disk is missing or damaged.
+    """
+    if not (Path(directory) / MANIFEST_FILE).exists():
+        return None
+    manifest = read_manifest(directory)
+    settings = {"horizon": horizon, **(settings or {})}
+    require_same_kind(directory, manifest, _identity(expert, config, env_id, control_mode, settings))
+    dataset = Dataset(directory, skip_broken=skip_broken)
+    if _missing(config, manifest):
+        return None
+    renew_statistics(dataset, action_mask=action_mask)
+    return dataset
+
+
 def collect_demos(
     env: VecEnv,
     expert: Expert,
@@ -150,9 +163,7 @@ def collect_demos(
 ) -> Dataset:
     """Collects demonstrations into a data set, or continues one that was interrupted, and writes its statistics.
 
-    Equal configs collect the same seeds in the same chunks, with the same noise, interrupted or not, in however many
-    environments; `config.reproducible` makes their episodes the same bit for bit. A data set that is complete is
-    returned as it is; with a larger `num_demos` it grows.
+    A data set that is complete is returned as it is; with a larger `num_demos` it grows.
 
     Args:
         env: the simulator.
@@ -163,7 +174,8 @@ def collect_demos(
         control_mode: of the simulator, for the manifest.
         settings: what else the data depend on, such as `EnvConfig.data_settings`, for the manifest.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
-        skip_broken: leave out shards on disk that are damaged, instead of raising.
+        skip_broken: leave out damaged shards instead of raising before anything is collected. What they held is not
+            collected again.
         should_stop: polled; where it answers True the chunk in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
@@ -171,49 +183,91 @@ def collect_demos(
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the expert fails too often, or the folder holds something else or a damaged shard.
     """
-    act, clock = expert_act(expert), clock or (lambda area: contextlib.nullcontext())
-    stats_file = Path(directory) / NORM_STATS_FILE
+    clock = clock or (lambda area: contextlib.nullcontext())
     identity = _identity(expert, config, env.env_id, control_mode, {"horizon": env.horizon, **(settings or {})})
-    with (
-        DatasetWriter(directory, **identity, episodes_per_shard=None) as writer,
-        progress(config.num_demos, "demonstrations", "episode") as bar,
-    ):
-        bar.update(len(writer.manifest.episodes))
+    with DatasetWriter(directory, **identity, episodes_per_shard=None) as writer:
+        Dataset(directory, skip_broken=skip_broken)  # Damage is found before hours of collecting, not after.
+        _fill(writer, env, expert, config, noise_fn=noise_fn, should_stop=should_stop, clock=clock)
+    dataset = Dataset(directory, skip_broken=skip_broken)
+    renew_statistics(dataset, action_mask=action_mask)
+    return dataset
+
+
+def _fill(
+    writer: DatasetWriter,
+    env: VecEnv,
+    expert: Expert,
+    config: DemosConfig,
+    *,
+    noise_fn: NoiseFn,
+    should_stop: Callable[[], bool] | None,
+    clock: Callable[[str], contextlib.AbstractContextManager],
+) -> None:
+    """Collects and stores chunk after chunk, until no demonstration is missing."""
+    num_done = len(writer.manifest.episodes)
+    with progress(config.num_demos, "demonstrations", "episode", initial=num_done) as bar:
         while (chunk := _next_chunk(config, writer.manifest)) is not None:
-            scale, seeds = chunk
-            stats_file.unlink(missing_ok=True)  # statistics are those of a complete data set, or absent
-            rollout = collect_episodes(
+            # Statistics are those of a complete data set, or absent.
+            (writer.directory / NORM_STATS_FILE).unlink(missing_ok=True)
+            rollout = _collect_chunk(
                 env,
-                act,
-                seeds,
-                stop_at_success=True,
-                reproducible=config.reproducible,
-                perturb=noise_fn(seeds, [scale] * len(seeds), expert.action_scale) if scale else None,
-                on_episode=lambda e, episode: bar.update(int(episode.signals.success.any())),
+                expert,
+                config,
+                *chunk,
+                noise_fn=noise_fn,
+                on_episode=lambda episode: bar.update(int(episode.signals.success.any())),
                 should_stop=should_stop,
                 clock=clock,
             )
             if not rollout.is_complete:
                 num_done = len(writer.manifest.episodes)
-                raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {directory}")
+                raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {writer.directory}")
             with clock("data"):
-                _append_successes(writer, rollout, seeds, scale)
-    dataset = Dataset(directory, skip_broken=skip_broken)
-    if not stats_file.exists():
-        write_statistics(directory, {env.env_id: dataset_statistics(dataset, action_mask=action_mask)})
-    return dataset
+                _append_successes(writer, rollout, *chunk, first=first_seed(DEMO_SEEDS, config.seed))
+
+
+def _collect_chunk(
+    env: VecEnv,
+    expert: Expert,
+    config: DemosConfig,
+    scale: float,
+    seeds: Sequence[int],
+    *,
+    noise_fn: NoiseFn,
+    on_episode: Callable[[Trajectory], None],
+    should_stop: Callable[[], bool] | None,
+    clock: Callable[[str], contextlib.AbstractContextManager],
+) -> Rollout:
+    def run(chosen, tell):
+        chosen_seeds = [seeds[e] for e in chosen]
+        scales = [scale] * len(chosen)
+        return collect_episodes(
+            env,
+            expert_act(expert),
+            chosen_seeds,
+            stop_at_success=True,
+            reproducible=config.reproducible,
+            perturb=noise_fn(chosen_seeds, scales, expert.action_scale) if scale else None,
+            on_episode=tell,
+            should_stop=should_stop,
+            clock=clock,
+        )
+
+    return collect_chunk(run, len(seeds), as_a_whole=False, on_episode=on_episode)
 
 
 def _identity(
     expert: Expert, config: DemosConfig, env_id: str, control_mode: str, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the fields of the manifest that all of a data set has in common."""
-    settings = {"source": SOURCE, "seed": config.seed, "reproducible": config.reproducible, **settings}
+    total = sum(share for _, share in config.noise_scales)
+    common = {"source": SOURCE, "seed": config.seed, "reproducible": config.reproducible}
+    common["noise_scales"] = [[scale, round(share / total, 9)] for scale, share in config.noise_scales]
     translation = config.idle_translation * max(expert.action_scale[:3])
     rotation = config.idle_rotation * max(expert.action_scale[3:-1], default=0.0)
     idle = {"translation": round(translation, 9), "rotation": round(rotation, 9)}  # 0.021 and not 0.0209...98
     filters = {"idle": idle} if config.idle_translation >= 0 else {}
-    return {"env_id": env_id, "control_mode": control_mode, "settings": settings, "filters": filters}
+    return {"env_id": env_id, "control_mode": control_mode, "settings": common | settings, "filters": filters}
 
 
 def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:
@@ -239,12 +293,20 @@ def _next_chunk(config: DemosConfig, manifest: Manifest) -> tuple[float, list[in
     return scale, list(range(first, first + min(num_missing, config.chunk_episodes)))
 
 
-def _append_successes(writer: DatasetWriter, rollout: Rollout, seeds: Sequence[int], scale: float) -> None:
+def _append_successes(
+    writer: DatasetWriter, rollout: Rollout, scale: float, seeds: Sequence[int], *, first: int
+) -> None:
     for e, seed in enumerate(seeds):
         episode = jax.tree.map(lambda leaf, e=e: leaf[e], rollout.trajectory)
         if (episode.signals.success & episode.valid).any():
-            instruction = rollout.instructions[e]
-            writer.append(episode, instruction=instruction, seed=seed, source=SOURCE, noise_scale=scale)
+            writer.append(
+                episode,
+                instruction=rollout.instructions[e],
+                seed=seed,
+                source=SOURCE,
+                noise_scale=scale,
+                attempt=seed - first,
+            )
     before: dict[str, Any] = writer.manifest.progress
     added = {"num_attempts": len(seeds), "num_steps": rollout.num_steps, "num_dropped": rollout.num_dropped}
     writer.flush(progress={name: before.get(name, 0) + value for name, value in added.items()})

@@ -55,7 +55,11 @@ def compute_statistics(
 
 
 def dataset_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = None) -> dict[str, Any]:
-    """Returns `compute_statistics` of the frames that are imitated."""
+    """Returns `compute_statistics` of the frames that are imitated.
+
+    Raises:
+        DatasetError: there is no such frame.
+    """
     frames = [dataset.frame(int(i), with_images=False) for i in imitation_frames(dataset)]
     action, state = (np.stack([frame[name] for frame in frames]) for name in ("action", "state"))
     return compute_statistics(action, state, num_trajectories=dataset.num_episodes, action_mask=action_mask)
@@ -114,6 +118,25 @@ def _column(table: Mapping[str, Sequence[float]], name: str, size: int) -> np.nd
 def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes `norm_stats.json`: a map from the name of a data set to its statistics."""
     replace_text(Path(directory) / NORM_STATS_FILE, json.dumps(statistics, indent=2) + "\n")
+
+
+def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = None) -> None:
+    """Writes the statistics of a data set, unless those that are there are of its very episodes.
+
+    They are not where shards were left out, now or when they were written.
+
+    Args:
+        dataset: named after its environment in the file.
+        action_mask: as for `compute_statistics`.
+
+    Raises:
+        DatasetError: there is no frame to imitate.
+    """
+    path, key = dataset.directory / NORM_STATS_FILE, dataset.manifest.env_id
+    written = json.loads(path.read_text()) if path.exists() else {}
+    if not dataset.num_skipped and written.get(key, {}).get("num_trajectories") == dataset.num_episodes:
+        return
+    write_statistics(dataset.directory, {key: dataset_statistics(dataset, action_mask=action_mask)})
 
 
 def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int, key: str | None = None) -> NormStats:

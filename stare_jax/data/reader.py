@@ -11,7 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from stare_jax.data import records, schema
-from stare_jax.data.schema import DatasetError, Episode, Shard, ShardFile
+from stare_jax.data.schema import DamagedShardError, DatasetError, Episode, Shard, ShardFile
 from stare_jax.types import Observation, Signals, Trajectory
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class Dataset:
             verify: compare checksums (half a second a gigabyte) and not only sizes.
 
         Raises:
-            DatasetError: there is no manifest, or a shard is missing or damaged; the message names it.
+            DatasetError: there is no manifest.
+            DamagedShardError: a shard is missing or damaged; the message names it.
         """
         self.directory = Path(directory)
         self.manifest = schema.read_manifest(directory)
@@ -48,14 +49,14 @@ class Dataset:
             first += shard.episodes.num_records
             if problem := _find_problem(self.directory, shard, verify=verify):
                 if not skip_broken:
-                    raise DatasetError(
-                        f"{problem}; skip_broken=True reads the data set without this shard"
-                    )
+                    raise DamagedShardError(f"{problem}; skip_broken=True reads the data set without this shard")
                 _log.warning("%s; leaving out its %d episodes", problem, len(rows))
             else:
                 shards.append((shard, rows))
         self._shards = [shard for shard, _ in shards]
         self.episodes: tuple[Episode, ...] = tuple(row for _, rows in shards for row in rows)
+        self.num_skipped = len(self.manifest.episodes) - len(self.episodes)
+        """episodes of the shards that were left out."""
         self._episode_ends = np.cumsum([shard.episodes.num_records for shard in self._shards], dtype=np.int64)
         self._frame_ends = np.cumsum([shard.frames.num_records for shard in self._shards], dtype=np.int64)
         num_states = np.array([row.length + 1 for row in self.episodes], np.int64)

@@ -28,6 +28,10 @@ class DatasetError(RuntimeError):
     """A data set that cannot be read or continued; the message names the file or the field."""
 
 
+class DamagedShardError(DatasetError):
+    """A shard that is missing or damaged; the message names its file."""
+
+
 class ShardFile(NamedTuple):
     """One file of a shard."""
 
@@ -53,10 +57,14 @@ class Episode(NamedTuple):
     source: str
     """who acted: "expert", or the checkpoint."""
     noise_scale: float
-    """of the noise added to the executed, not to the stored, actions; a fraction of their range."""
+    """standard deviation of the noise in the executed actions, a fraction of their range. Demonstrations store what was
+    decided without it (`data.demos`), rollouts what was executed (`data.rollouts`)."""
     success: bool
     length: int
     """number of actions; an episode has `length` + 1 frames."""
+    attempt: int | None = None
+    """number of the episode among all that were tried, from 0, kept or not: what noise it had, and what a policy
+    sampled in it, follows from this number. None where nobody counted."""
 
 
 class Manifest(NamedTuple):

@@ -1,8 +1,9 @@
 """What is in a data set, at a glance: a table of its stages and a picture of its episodes."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,25 @@ class StageSummary(NamedTuple):
     """share of the episodes that have no state in it."""
     cost: float
     """mean cost l_k (3), over the episodes that have any state in it; NaN if none has, and so for `num_steps`."""
+
+
+def summarize_episodes(dataset: Dataset) -> list[tuple[str, Any]]:
+    """Returns names and numbers of what is in a data set that was collected here, and of what was lost."""
+    lengths = np.array([episode.length for episode in dataset.episodes])
+    groups = sorted(Counter(episode.noise_scale for episode in dataset.episodes).items())
+    progress, num_skipped = dataset.manifest.progress, dataset.num_skipped
+    return [
+        ("episodes", dataset.num_episodes),
+        *([("episodes lost in damaged shards", num_skipped)] if num_skipped else []),
+        ("successful", sum(episode.success for episode in dataset.episodes)),
+        *((f"with noise {scale:.3g}", number) for scale, number in groups if scale or len(groups) > 1),
+        ("episodes tried", progress["num_attempts"]),
+        ("lost with a simulator", progress["num_dropped"]),
+        ("actions: mean", f"{lengths.mean():.1f}"),
+        ("actions: 90 % quantile", f"{np.quantile(lengths, 0.9):.0f}"),
+        ("actions: maximum", lengths.max()),
+        ("frames", dataset.num_frames),
+    ]
 
 
 def summarize_stages(dataset: Dataset, spec: TaskSpec) -> list[StageSummary]:

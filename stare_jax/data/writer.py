@@ -76,12 +76,23 @@ class DatasetWriter:
             raise
 
     @property
+    def directory(self) -> Path:
+        return self._directory
+
+    @property
     def manifest(self) -> Manifest:
         """What is safely on disk; the episodes of the open shard are not in it."""
         return self._manifest
 
     def append(
-        self, trajectory: Trajectory, *, instruction: str, seed: int, source: str, noise_scale: float = 0.0
+        self,
+        trajectory: Trajectory,
+        *,
+        instruction: str,
+        seed: int,
+        source: str,
+        noise_scale: float = 0.0,
+        attempt: int | None = None,
     ) -> None:
         """Adds an episode.
 
@@ -90,7 +101,8 @@ class DatasetWriter:
             instruction: the task in words.
             seed: the simulator's, from which the initial state follows.
             source: who acted.
-            noise_scale: of the noise that was added to the executed actions, a fraction of their range.
+            noise_scale: of the noise in the executed actions, a fraction of their range.
+            attempt: number of the episode among all that were tried.
 
         Raises:
             ValueError: the episode is empty, `valid` is not a prefix, or a leaf has another shape than the data set's.
@@ -102,7 +114,7 @@ class DatasetWriter:
         self._check_shapes(trajectory)
         episode = len(self._manifest.episodes) + len(self._pending)
         success = bool(np.asarray(trajectory.signals.success)[: length + 1].any())
-        row = Episode(int(seed), instruction, source, float(noise_scale), success, length)
+        row = Episode(int(seed), instruction, source, float(noise_scale), success, length, attempt)
         # All is encoded before anything is written, so that an error leaves no part of an episode in the shard.
         frames = [
             records.pack(records.frame_record(trajectory, t, episode=episode, length=length)) for t in range(length + 1)

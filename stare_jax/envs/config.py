@@ -122,11 +122,19 @@ class EnvConfig:
         return STATE_DIMS[self.use_state]
 
     @property
+    def has_reproducible_resets(self) -> bool:
+        """Whether there are resets after which equal actions lead to equal states, bit for bit."""
+        return self.backend == "cpu"
+
+    @property
     def data_settings(self) -> dict[str, Any]:
         """What data from these simulators depend on besides task, control mode and horizon, as manifests have it."""
+        is_panda_drawn = self.scene.robot == "panda" and bool(self.image_size)
         return {
+            "backend": self.backend,
             "camera": self.scene.camera.name if self.image_size else None,
             "image_shape": list(self.image_shape),
+            "lite_robot": self.lite_robot if is_panda_drawn else None,
             "use_state": self.use_state,
             "jitter": self.jitter if self.scene.num_starts else "none",
         }

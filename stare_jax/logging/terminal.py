@@ -17,6 +17,7 @@ def progress(
     desc: str,
     unit: str = "it",
     *,
+    initial: int = 0,
     stream: Any = None,
     interval: float = 10.0,
     now: Callable[[], float] = time.monotonic,
@@ -30,6 +31,7 @@ def progress(
         total: number of units, or None where it is not known.
         desc: what the loop does.
         unit: what is counted.
+        initial: number of units that were done before; they do not count in the rate.
         stream: where to print; standard error if None.
         interval: seconds between two plain lines.
         now: the clock of the plain lines.
@@ -38,10 +40,11 @@ def progress(
     stream = stream or sys.stderr
     if stream.isatty():
         # leave=None keeps only the outermost bar on the screen.
-        with tqdm(total=total, desc=desc, unit=unit, file=stream, dynamic_ncols=True, leave=None) as bar:
+        shown = tqdm(total=total, desc=desc, unit=unit, initial=initial, file=stream, dynamic_ncols=True, leave=None)
+        with shown as bar:
             yield _Bar(bar)
         return
-    lines = _Lines(total, desc, unit, stream=stream, interval=interval, now=now)
+    lines = _Lines(total, desc, unit, initial=initial, stream=stream, interval=interval, now=now)
     _num_open_lines += 1
     try:
         yield lines
@@ -67,11 +70,13 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, total: int | None, desc: str, unit: str, *, stream: Any, interval: float, now: Callable):
-        self._total, self._desc, self._unit = total, desc, unit
+    def __init__(
+        self, total: int | None, desc: str, unit: str, *, initial: int, stream: Any, interval: float, now: Callable
+    ):
+        self._total, self._desc, self._unit, self._initial = total, desc, unit, initial
         self._stream, self._interval, self._now = stream, interval, now
         self._start = self._last_print = now()
-        self._count, self._printed_count = 0, -1
+        self._count, self._printed_count = initial, -1
         self._postfix: dict[str, Any] = {}
 
     def update(self, n: int = 1, **postfix: Any) -> None:
@@ -88,7 +93,7 @@ class _Lines:
     def _print(self) -> None:
         self._last_print, self._printed_count = self._now(), self._count
         elapsed = self._last_print - self._start
-        rate = self._count / elapsed if elapsed > 0 else 0.0
+        rate = (self._count - self._initial) / elapsed if elapsed > 0 else 0.0
         parts = [f"{self._desc}: {self._count}{'' if self._total is None else f'/{self._total}'} {self._unit}"]
         parts.append(f"{rate:.3g} {self._unit}/s")
         if self._total is not None and 0 < self._count < self._total and rate > 0:

@@ -6,6 +6,7 @@ Parameters are an item of their own, so that a policy can be loaded without the 
 killed is not seen by anything here and is removed when the directory is opened for writing.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from stare_jax.train.sharding import path_name
 from stare_jax.types import NormStats, PyTree, TrainState
 
 _MAX_NAMES = 20
+_METADATA_FILE = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(ValueError):
@@ -95,6 +97,28 @@ def complete_steps(directory: str | Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
 
 
+def resolve_step(directory: str | Path, step: int | None = None) -> int:
+    """Returns `step`, or the latest where it is None.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint of it.
+    """
+    steps = complete_steps(directory)
+    if not steps or (step is not None and step not in steps):
+        wanted = "any checkpoint" if step is None else f"step {step}"
+        raise CheckpointError(f"{directory}: got complete checkpoints of the steps {steps}, expected {wanted}")
+    return steps[-1] if step is None else step
+
+
+def fingerprint(directory: str | Path, *, step: int | None = None) -> str:
+    """Returns what tells a checkpoint from any other, wherever its folder lies, without reading its weights.
+
+    It is a checksum of Orbax's metadata: when the checkpoint was written, to the nanosecond, and what is in it.
+    """
+    metadata = (_step_path(directory, step) / _METADATA_FILE).read_bytes()
+    return hashlib.sha256(metadata).hexdigest()[:12]
+
+
 def restore(directory: str | Path, like: TrainState, *, step: int | None = None) -> Restored:
     """Loads a whole train state, onto whatever mesh `like` is on.
 
@@ -137,18 +161,14 @@ def _metadata(directory: str | Path, step: int | None) -> dict[str, Any]:
 def _is_complete(path: Path) -> bool:
     # The metadata are the first to go when a checkpoint is deleted, and say when its writing was finished.
     try:
-        metadata = json.loads((path / "_CHECKPOINT_METADATA").read_text())
+        metadata = json.loads((path / _METADATA_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return False
     return metadata.get("commit_timestamp_nsecs") is not None
 
 
 def _step_path(directory: str | Path, step: int | None) -> Path:
-    steps = complete_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        wanted = "any checkpoint" if step is None else f"step {step}"
-        raise CheckpointError(f"{directory}: got complete checkpoints of the steps {steps}, expected {wanted}")
-    return Path(directory).absolute() / str(steps[-1] if step is None else step)
+    return Path(directory).absolute() / str(resolve_step(directory, step))
 
 
 def _load(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:

@@ -4,15 +4,29 @@
 names the path of whatever does not fit.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be built; the message names the field, what it got and what was expected."""
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Where a command line's values are checked: what is refused here is the user's to put right, not a bug.
+
+    Raises:
+        ConfigError: for every ValueError, with its message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def to_dict(config: Any) -> Any:

@@ -16,15 +16,15 @@ from jax.sharding import Mesh
 
 from stare_jax.convert.openvla import load_params_and_rest
 from stare_jax.data.batches import imitation_batches
-from stare_jax.data.demos import DemosConfig, collect_demos, is_collected
+from stare_jax.data.demos import DemosConfig
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import collect_pairs, policy_actor
+from stare_jax.data.rollouts import policy_actor
 from stare_jax.data.schema import read_manifest
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.experts import execution_noise, make_expert
+from stare_jax.envs.experts import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
@@ -32,6 +32,7 @@ from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.stages import StageParams, TaskSpec, get_task
 from stare_jax.train.checkpoint import load_norm_stats, load_params
+from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.train.config import ConfigError, to_dict
 from stare_jax.train.directory import begin_phase, finish_phase, is_finished, locked, open_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
@@ -83,6 +84,12 @@ class IPIConfig:
         expected = tuple(phase for phase in PHASES if phase in self.phases)
         if not self.phases or tuple(self.phases) != expected:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        for name in ("demos", "pairs"):
+            if getattr(self, name).reproducible and not self.env.has_reproducible_resets:
+                raise ValueError(
+                    f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
+                    "actions need not lead to equal states"
+                )
 
 
 class Experiment:
@@ -124,15 +131,18 @@ class Experiment:
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
         if config.demos_from:
             return Dataset(directory, skip_broken=config.skip_broken)
-        env, expert = config.env, make_expert(config.env.env_id)
-        kind = {"control_mode": env.resolved_control_mode, "settings": env.data_settings}
-        if is_collected(directory, expert, config.demos, env_id=env.env_id, horizon=env.horizon, **kind):
-            return Dataset(directory)
-        watched = {"should_stop": self.should_stop, "clock": (clock := Clock())}
-        demos = collect_demos(
-            self.simulator, expert, config.demos, directory, noise_fn=execution_noise, **kind, **watched
+        expert, clock = make_expert(config.env.env_id), Clock()
+        demos, is_new = find_or_collect_demos(
+            directory,
+            config.env,
+            expert,
+            config.demos,
+            simulator=lambda: self.simulator,
+            should_stop=self.should_stop,
+            clock=clock,
         )
-        self.report_collection("demos", demos, clock)
+        if is_new:
+            self.report_collection("demos", demos, clock)
         return demos
 
     def report_collection(self, phase: str, dataset: Dataset, clock: Clock) -> None:
@@ -246,19 +256,18 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
 def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
     config, policy, clock = experiment.config, experiment.policy, Clock()
-    rollouts, pairs = collect_pairs(
-        experiment.simulator,
-        policy_actor(policy, params, config.pairs),
+    rollouts, pairs, is_new = find_or_collect_pairs(
+        experiment.directory / "data" / "pairs",
+        config.env,
+        policy_actor(lambda: (policy, params), config.pairs, source="sft"),
         experiment.spec,
         config.pairs,
-        experiment.directory / "data" / "pairs",
-        source="sft",
-        control_mode=config.env.resolved_control_mode,
-        settings=config.env.data_settings | {"temperature": config.pairs.temperature},
+        simulator=lambda: experiment.simulator,
         should_stop=experiment.should_stop,
         clock=clock,
     )
-    experiment.report_collection("pairs", rollouts, clock)
+    if is_new:
+        experiment.report_collection("pairs", rollouts, clock)
     kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
     say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {kinds}")
     counts = {f"pairs/{kind.replace(', ', '_').replace(' ', '_')}": count for kind, count in kinds.items()}

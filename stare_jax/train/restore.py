@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from stare_jax.models import Policy, make_policy
-from stare_jax.train.checkpoint import load_norm_stats, load_params
+from stare_jax.train.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
 from stare_jax.train.config import ConfigError, from_dict
 from stare_jax.train.ipi import IPIConfig, abstract_params
 from stare_jax.train.sharding import make_mesh
@@ -31,6 +31,19 @@ def load_config(run_directory: str | Path) -> IPIConfig:
     if not file.exists():
         raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
     return from_dict(IPIConfig, json.loads(file.read_text()))
+
+
+def identify_checkpoint(phase_directory: str | Path, *, step: int | None = None) -> tuple[int, str]:
+    """Returns the step of a checkpoint, the latest if None, and its name: phase, step and fingerprint.
+
+    The name, `sft/500/3f0a5e9c11d2`, is the same wherever the run lies, and no other weights have it.
+
+    Raises:
+        CheckpointError: no such checkpoint.
+    """
+    checkpoints = Path(phase_directory) / CHECKPOINTS
+    step = resolve_step(checkpoints, step)
+    return step, f"{Path(phase_directory).resolve().name}/{step}/{fingerprint(checkpoints, step=step)}"
 
 
 def restore_policy(phase_directory: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> RestoredPolicy:

@@ -1,18 +1,19 @@
-"""Demonstrations and rollouts for pairs on the toy environment: quotas, seeds, continuation."""
+"""Demonstrations on the toy environment: quotas, seeds, continuation, simulators that die, damaged shards."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from toy_collection import MortalToy, toy_expert
 
 from stare_jax.data.batches import imitation_batches
-from stare_jax.data.demos import DemosConfig, collect_demos, demo_quotas, expert_act, is_collected
+from stare_jax.data.chunks import MAX_TRIES
+from stare_jax.data.demos import DemosConfig, collect_demos, collected_demos, demo_quotas, expert_act
 from stare_jax.data.norm_stats import read_norm_stats
-from stare_jax.data.pairs import SAME_START_KINDS, PairsConfig, load_pairs, read_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import collect_pairs, expert_actor
-from stare_jax.data.schema import DatasetError
+from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.envs import toy
 from stare_jax.envs.experts import Expert, execution_noise
 from stare_jax.envs.seeds import DEMO_SEEDS, EVALUATION_SEEDS, PAIR_SEEDS, PPO_SEEDS, REGION_SIZE, first_seed
@@ -22,35 +23,38 @@ from stare_jax.types import Signals
 # Two translations and nothing else: no idle filter, and noise in both.
 CONFIG = DemosConfig(num_demos=10, noise_scales=((0.0, 0.4), (0.5, 0.6)), idle_translation=-1.0, chunk_episodes=4)
 MASK = (True, True)
+EXPERT = toy_expert()
 
 
-def _expert(speed=1.0):
-    """The toy's expert; its memory counts the steps of the episode."""
-
-    def act(signals, num_steps):
-        batch = jax.tree.map(lambda leaf: leaf[None], signals)
-        return toy.expert_action(batch, speed=speed)[0], num_steps + 1
-
-    return Expert(lambda: 0, act, (1.0, 1.0))
-
-
-def _collect(directory, config=CONFIG, **arguments):
-    return _collect_from(_expert(), config, directory, **arguments)
-
-
-def _collect_from(expert, config, directory, *, num_envs=3, **arguments):
+def _collect(directory, config=CONFIG, *, expert=EXPERT, env=None, **arguments):
     arguments = {"noise_fn": execution_noise, "action_mask": MASK} | arguments
-    return collect_demos(toy.ToyPush(num_envs), expert, config, directory, **arguments)
+    return collect_demos(env or toy.ToyPush(3), expert, config, directory, **arguments)
 
 
-def _is_collected(directory, config, *, expert=None, **arguments):
-    arguments = {"env_id": toy.ENV_ID, "horizon": toy.HORIZON} | arguments
-    return is_collected(directory, expert or _expert(), config, **arguments)
+def _collected(directory, config=CONFIG, **arguments):
+    arguments = {"env_id": toy.ENV_ID, "horizon": toy.HORIZON, "action_mask": MASK} | arguments
+    return collected_demos(directory, EXPERT, config, **arguments)
 
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
     return _collect(tmp_path_factory.mktemp("demos"))
+
+
+def _assert_same_data(got, expected, assert_same):
+    assert got.manifest.episodes == expected.manifest.episodes
+    for i in range(expected.num_episodes):
+        assert_same(got.episode(i), expected.episode(i))
+    statistics = [dataset.directory / "norm_stats.json" for dataset in (got, expected)]
+    assert statistics[0].read_text() == statistics[1].read_text()
+
+
+def _damage(directory, number=0):
+    """Cuts a shard short; returns what puts it right again."""
+    shard = directory / f"frames-{number:05d}.array_record"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-10])
+    return lambda: shard.write_bytes(content)
 
 
 def test_quotas_are_the_shares_by_largest_remainder():
@@ -106,6 +110,7 @@ def test_only_successes_are_kept_in_their_quotas(demos):
     assert [episode.noise_scale for episode in demos.episodes] == [0.0] * 4 + [0.5] * 6
     assert all(episode.success and episode.source == "expert" for episode in demos.episodes)
     seeds = [episode.seed for episode in demos.episodes]
+    assert [episode.attempt for episode in demos.episodes] == [seed - DEMO_SEEDS for seed in seeds]
     num_attempts = demos.manifest.progress["num_attempts"]
     assert len(set(seeds)) == 10 and min(seeds) == DEMO_SEEDS and max(seeds) < DEMO_SEEDS + num_attempts
     assert demos.manifest.settings["seed"] == 0 and demos.manifest.filters == {}
@@ -137,15 +142,12 @@ def test_an_interrupted_collection_ends_up_the_same(demos, tmp_path, assert_same
         assert not (tmp_path / "norm_stats.json").exists()
     assert 0 < Dataset(tmp_path).num_episodes < 10
     dataset = _collect(tmp_path)
-    assert dataset.manifest.episodes == demos.manifest.episodes
     assert dataset.manifest.progress == demos.manifest.progress
-    for i in range(10):
-        assert_same(dataset.episode(i), demos.episode(i))
-    assert (tmp_path / "norm_stats.json").read_text() == (demos.directory / "norm_stats.json").read_text()
+    _assert_same_data(dataset, demos, assert_same)
 
 
 def test_the_number_of_environments_makes_no_difference(demos, tmp_path):
-    dataset = _collect(tmp_path, num_envs=5)
+    dataset = _collect(tmp_path, env=toy.ToyPush(5))
     assert dataset.manifest.episodes == demos.manifest.episodes
     for i in range(10):  # but for the rounding of the toy, whose environments are computed together
         for got, expected in zip(
@@ -169,17 +171,22 @@ def test_a_complete_data_set_stays_and_a_larger_one_grows(tmp_path):
 
 
 def test_what_is_collected_is_known_without_a_simulator(demos, tmp_path):
-    assert _is_collected(demos.directory, CONFIG)
-    assert _is_collected(demos.directory, dataclasses.replace(CONFIG, num_demos=9))
-    for changes in ({"num_demos": 11}, {"noise_scales": ((0.0, 1.0),)}):
-        assert not _is_collected(demos.directory, dataclasses.replace(CONFIG, **changes))
-    assert not _is_collected(tmp_path, CONFIG)
+    assert _collected(demos.directory).num_episodes == 10
+    for changes in ({"num_demos": 9}, {"noise_scales": ((0.0, 40), (0.5, 60))}):
+        assert _collected(demos.directory, dataclasses.replace(CONFIG, **changes)) is not None
+    assert _collected(demos.directory, dataclasses.replace(CONFIG, num_demos=11)) is None
+    assert _collected(tmp_path) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
         ({"seed": 1}, {}, "settings.seed is 0, not 1"),
+        (
+            {"noise_scales": ((0.0, 1.0),)},
+            {},
+            r"settings.noise_scales is \[\[0.0, 0.4\], \[0.5, 0.6\]\], not \[\[0.0, 1.0\]\]",
+        ),
         ({"reproducible": True}, {}, "settings.reproducible is False, not True"),
         ({"idle_translation": 0.01}, {}, "filters.idle is None, not {'translation': 0.01, 'rotation': 0.0}"),
         ({}, {"env_id": "PushCube-v1"}, "env_id is 'ToyPush-v0', not 'PushCube-v1'"),
@@ -194,14 +201,14 @@ def test_what_is_collected_is_known_without_a_simulator(demos, tmp_path):
 )
 def test_data_of_another_kind_are_named_without_a_simulator(demos, changes, arguments, message):
     with pytest.raises(DatasetError, match=f"cannot be continued: its {message}"):
-        _is_collected(demos.directory, dataclasses.replace(CONFIG, **changes), **arguments)
+        _collected(demos.directory, dataclasses.replace(CONFIG, **changes), **arguments)
 
 
 def test_what_is_idle_is_measured_by_the_largest_command(tmp_path):
     action_scale = (0.05, 0.05, 0.05, 0.35, 0.35, 0.35, 1.0)
     still = Expert(lambda: None, lambda signals, memory: (np.zeros(2, np.float32), memory), action_scale)
     with pytest.raises(DatasetError, match="succeeded in only 0"):
-        _collect_from(still, DemosConfig(num_demos=1, max_attempts=1), tmp_path, settings={"jitter": "none"})
+        _collect(tmp_path, DemosConfig(num_demos=1, max_attempts=1), expert=still, settings={"jitter": "none"})
     manifest = Dataset(tmp_path).manifest
     assert manifest.filters == {"idle": {"translation": 0.0005, "rotation": 0.021}}
     assert manifest.settings["jitter"] == "none" and manifest.settings["horizon"] == toy.HORIZON
@@ -210,7 +217,7 @@ def test_what_is_idle_is_measured_by_the_largest_command(tmp_path):
 def test_an_expert_that_fails_is_given_up_on(tmp_path):
     config = DemosConfig(num_demos=2, idle_translation=-1.0, max_attempts=3)
     with pytest.raises(DatasetError, match="succeeded in only 0 of 6 episodes of ToyPush-v0, and 2 were asked for"):
-        _collect_from(_expert(speed=0.0), config, tmp_path)
+        _collect(tmp_path, config, expert=toy_expert(speed=0.0))
 
 
 def test_demonstrations_feed_batches(demos):
@@ -223,98 +230,63 @@ def test_demonstrations_feed_batches(demos):
     assert batch.action.shape == (16, 2) and batch.observation.tokens.shape == (16, 3)
 
 
-PAIRS = PairsConfig(num_pairs=4, rollouts_per_seed=3, max_rollouts=36, chunk_seeds=2)
+# ---- Simulators that die ---------------------------------------------------------------------------------------------
 
 
-def _sometimes(share):
-    """The expert at full speed in a share of the episodes, else too slowly to get anywhere near the goal."""
-    rng = np.random.default_rng(0)
-    speed, act_as_expert = np.ones((3, 1), np.float32), expert_act(_expert())
-
-    def act(observation, signals, instructions, is_first):
-        speed[is_first] = np.where(rng.random((3, 1)) < share, 1.0, 0.2)[is_first]
-        decision, observation = act_as_expert(observation, signals, instructions, is_first)
-        return decision._replace(action=decision.action * speed), observation
-
-    return act
+def test_a_simulator_that_dies_changes_no_data_set(demos, tmp_path, assert_same, caplog):
+    env = MortalToy(3, dies_in={5, 9, 20})
+    _assert_same_data(_collect(tmp_path, env=env), demos, assert_same)
+    assert not env.dies_in and "of 4 episodes were lost with a simulator; running" in caplog.text
+    assert Dataset(tmp_path).manifest.progress["num_dropped"] == 0
 
 
-def _collect_pairs(directory, config=PAIRS, share=0.5, source="sft", **arguments):
-    act = _sometimes(share)
-    return collect_pairs(
-        toy.ToyPush(3), lambda rollouts: act, toy.task_spec(), config, directory, source=source, **arguments
-    )
+def test_an_episode_that_always_kills_its_simulator_is_given_up(demos, tmp_path, caplog):
+    killer = demos.episodes[1].seed
+    dataset = _collect(tmp_path, env=MortalToy(3, killers={killer}))
+    assert caplog.text.count("1 of 4 episodes were lost") == MAX_TRIES and "giving up after 3 tries" in caplog.text
+    assert dataset.num_episodes == 10 and dataset.manifest.progress["num_dropped"] == 1
+    assert killer not in {episode.seed for episode in dataset.episodes}
+    assert [episode.attempt for episode in dataset.episodes] == [e.seed - DEMO_SEEDS for e in dataset.episodes]
 
 
-def test_pairs_of_a_policy(tmp_path):
-    dataset, pairs = _collect_pairs(tmp_path)
-    assert len(pairs) == 4 and read_pairs(tmp_path) == pairs
-    assert {pair.kind for pair in pairs} <= set(SAME_START_KINDS)
-    num_rollouts = dataset.num_episodes
-    assert num_rollouts % 6 == 0 and num_rollouts == dataset.manifest.progress["num_attempts"]
-    assert [episode.seed for episode in dataset.episodes[:6]] == [PAIR_SEEDS] * 3 + [PAIR_SEEDS + 1] * 3
-    batch = load_pairs(dataset, pairs, horizon=toy.HORIZON)
-    # The same seed is the same initial state, and the chosen one is the better.
-    np.testing.assert_array_equal(batch.chosen.observation.state[:, 0], batch.rejected.observation.state[:, 0])
-    assert (batch.chosen.signals.success.any(axis=1) >= batch.rejected.signals.success.any(axis=1)).all()
-
-    again, same_pairs = _collect_pairs(tmp_path)
-    assert again.num_episodes == num_rollouts and same_pairs == pairs
-    with pytest.raises(DatasetError, match="cannot be continued: its settings"):
-        _collect_pairs(tmp_path, source="tpo")
+# ---- Damaged shards --------------------------------------------------------------------------------------------------
 
 
-def test_interrupted_rollouts_go_on(tmp_path):
-    ticks = iter(range(75))
-    with pytest.raises(Interrupted, match="6 rollouts are safe"):
-        _collect_pairs(tmp_path, should_stop=lambda: next(ticks, None) is None)
-    dataset, pairs = _collect_pairs(tmp_path)
-    assert len(pairs) == 4
-    seeds = [episode.seed for episode in dataset.episodes]
-    assert seeds == [PAIR_SEEDS + i // 3 for i in range(len(seeds))]
+def test_damage_is_found_before_anything_is_simulated(demos, tmp_path):
+    shutil.copytree(demos.directory, tmp_path, dirs_exist_ok=True)
+    _damage(tmp_path)
+    larger = dataclasses.replace(CONFIG, num_demos=12)
+    for collect in (_collected, lambda *arguments: _collect(*arguments, env=MortalToy(3, is_asleep=True))):
+        for config in (CONFIG, larger):
+            with pytest.raises(DamagedShardError, match=r"frames-00000.* is damaged: .*skip_broken=True reads"):
+                collect(tmp_path, config)
 
 
-def test_rollouts_that_are_all_alike_make_no_pair(tmp_path):
-    config = PairsConfig(num_pairs=4, rollouts_per_seed=2, max_rollouts=5, chunk_seeds=2)
-    with pytest.raises(DatasetError, match="5 rollouts give no preference pair: 5 succeeded"):
-        _collect_pairs(tmp_path, config, share=1.0)
-    assert not (tmp_path / "pairs.json").exists()
+def test_statistics_are_of_what_can_be_read(demos, tmp_path, caplog):
+    shutil.copytree(demos.directory, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "norm_stats.json").read_text()
+    mend = _damage(tmp_path)
+    dataset = _collected(tmp_path, skip_broken=True)
+    assert dataset.num_skipped > 0 and dataset.num_episodes == 10 - dataset.num_skipped
+    assert f"leaving out its {dataset.num_skipped} episodes" in caplog.text
+    assert f'"num_trajectories": {dataset.num_episodes}' in (tmp_path / "norm_stats.json").read_text()
+    mend()
+    # What was written of a part is not taken for what is true of the whole.
+    assert _collected(tmp_path).num_skipped == 0
+    assert (tmp_path / "norm_stats.json").read_text() == whole
 
 
-def _collect_expert_pairs(directory, **arguments):
-    actor = expert_actor(_expert(), PAIRS, execution_noise, noise_scale=4.0)
-    return collect_pairs(toy.ToyPush(3), actor, toy.task_spec(), PAIRS, directory, source="expert", **arguments)
+def test_a_damaged_data_set_grows_if_asked_to(demos, tmp_path):
+    shutil.copytree(demos.directory, tmp_path, dirs_exist_ok=True)
+    _damage(tmp_path)
+    dataset = _collect(tmp_path, dataclasses.replace(CONFIG, num_demos=12), skip_broken=True)
+    assert dataset.num_episodes == 12 - dataset.num_skipped
+    assert f'"num_trajectories": {dataset.num_episodes}' in (tmp_path / "norm_stats.json").read_text()
 
 
-def test_pairs_of_a_disturbed_expert(tmp_path):
-    dataset, pairs = _collect_expert_pairs(tmp_path)
-    assert len(pairs) == 4 and all(pair.kind == "success, same start" for pair in pairs)
-    episodes = [dataset.episode(i) for i in range(dataset.num_episodes)]
-    # The first of the three rollouts from a state is the expert's own.
-    for trajectory, row in episodes[::3]:
-        states = jax.tree.map(lambda leaf, n=row["length"]: leaf[:n], trajectory.signals)
-        np.testing.assert_array_equal(trajectory.action, toy.expert_action(states))
-        assert row["success"]
-    # What is stored of the others is what was executed.
-    for trajectory, _ in episodes:
-        position = trajectory.signals.tcp_pos[:, :2]
-        moved, wanted = np.diff(position, axis=0), toy.MAX_STEP * trajectory.action
-        is_inside = np.abs(position[1:]) < toy.WORKSPACE - 1e-6
-        np.testing.assert_allclose(moved[is_inside], wanted[is_inside], atol=1e-6)
-    assert np.abs(episodes[2][0].action).mean() > np.abs(episodes[0][0].action).mean()
-
-
-def test_interrupted_rollouts_of_a_disturbed_expert_end_up_the_same(tmp_path, assert_same):
-    expected, pairs = _collect_expert_pairs(tmp_path / "whole")
-    ticks = iter(range(40))
-    with pytest.raises(Interrupted):
-        _collect_expert_pairs(tmp_path / "stopped", should_stop=lambda: next(ticks, None) is None)
-    dataset, same_pairs = _collect_expert_pairs(tmp_path / "stopped")
-    assert same_pairs == pairs and dataset.num_episodes == expected.num_episodes
-    for i in range(dataset.num_episodes):
-        assert_same(dataset.episode(i), expected.episode(i))
-
-
-def test_an_expert_without_noise_makes_no_pairs():
-    with pytest.raises(ValueError, match="noise_scale: got 0, expected more than 0"):
-        expert_actor(_expert(), PAIRS, execution_noise, noise_scale=0)
+def test_nothing_left_to_read_is_an_error(tmp_path):
+    config = DemosConfig(num_demos=2, idle_translation=-1.0)
+    _collect(tmp_path, config)
+    _damage(tmp_path)
+    with pytest.raises(DatasetError, match="no frame to imitate in 0 episodes"):
+        _collected(tmp_path, config, skip_broken=True)

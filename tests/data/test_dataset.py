@@ -11,7 +11,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.writer import DatasetWriter
 
-META = {"instruction": "push the cube", "seed": 7, "source": "expert", "noise_scale": 0.15}
+META = {"instruction": "push the cube", "seed": 7, "source": "expert", "noise_scale": 0.15, "attempt": 12}
 
 
 @pytest.fixture

@@ -30,17 +30,33 @@ def test_demonstrations_of_push_cube(tmp_path):
     assert (stats.action_q01[:6] <= stats.action_q99[:6]).all() and not stats.action_mask[6]
 
 
+def _collect_in(env_id, config, layouts, directory):
+    """Collects with several layouts of (processes, environments of a process)."""
+    for num_workers, envs_per_worker in layouts:
+        env = EnvConfig(
+            env_id, image_size=0, use_state="low_dim", num_workers=num_workers, envs_per_worker=envs_per_worker
+        )
+        with contextlib.closing(make_vec_env(env)) as simulator:
+            place = directory / f"{num_workers}x{envs_per_worker}"
+            yield collect_demos(simulator, make_expert(env_id), config, place, noise_fn=execution_noise)
+
+
+def _assert_same_data(first, second, assert_same):
+    assert first.manifest.episodes == second.manifest.episodes
+    for i in range(first.num_episodes):
+        assert_same(first.episode(i), second.episode(i))
+
+
 def test_the_same_demonstrations_to_the_bit_however_many_simulators_collect_them(tmp_path, assert_same):
     config = DemosConfig(num_demos=4, noise_scales=((0.0, 1.0), (0.15, 1.0)), reproducible=True)
-    collected = []
-    for num_workers, envs_per_worker in ((1, 3), (2, 1)):
-        layout = {"num_workers": num_workers, "envs_per_worker": envs_per_worker}
-        env = EnvConfig("StackCube-v1", image_size=0, use_state="low_dim", **layout)
-        directory = tmp_path / str(num_workers)
-        with contextlib.closing(make_vec_env(env)) as simulator:
-            expert = make_expert(env.env_id)
-            collected.append(collect_demos(simulator, expert, config, directory, noise_fn=execution_noise))
-    first, second = collected
-    assert first.manifest.episodes == second.manifest.episodes and first.num_episodes == 4
-    for i in range(4):
-        assert_same(first.episode(i), second.episode(i))
+    first, second = _collect_in("StackCube-v1", config, ((1, 3), (2, 1)), tmp_path)
+    assert first.num_episodes == 4
+    _assert_same_data(first, second, assert_same)
+
+
+def test_so_are_those_of_a_task_whose_objects_settle_in_a_reset(widowx_assets, tmp_path, assert_same):
+    config = DemosConfig(num_demos=2, noise_scales=((0.1, 1.0),), reproducible=True)
+    # In one environment the second episode follows the first, in two it is the first of its simulator.
+    first, second = _collect_in("PutCarrotOnPlateInScene-v1", config, ((1, 1), (1, 2)), tmp_path)
+    assert first.num_episodes == 2
+    _assert_same_data(first, second, assert_same)

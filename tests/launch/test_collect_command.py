@@ -4,6 +4,7 @@ simulator without images."""
 import dataclasses
 import json
 import re
+import shutil
 
 import collect as command
 import jax
@@ -20,9 +21,11 @@ from stare_jax.envs.seeds import DEMO_SEEDS, PAIR_SEEDS, SLOT_SIZE
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.models.normalize import identity_stats
 from stare_jax.stages import get_task
+from stare_jax.train import restore
 from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.config import to_dict
 from stare_jax.train.ipi import IPIConfig
+from stare_jax.train.restore import load_config
 from stare_jax.types import TrainState
 
 CUBES = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
@@ -86,9 +89,12 @@ def test_demonstrations_are_collected_reported_and_continued(collect, tmp_path, 
         "source": "expert",
         "seed": 3,
         "reproducible": True,
+        "noise_scales": [[0.0, 0.5], [0.2, 0.5]],
         "horizon": 30,
+        "backend": "cpu",
         "camera": "base_camera",
         "image_shape": [64, 64],
+        "lite_robot": True,
         "use_state": "none",
         "jitter": "none",
         "limit": 1.0,
@@ -98,7 +104,7 @@ def test_demonstrations_are_collected_reported_and_continued(collect, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(command, "make_vec_env", None)  # no simulator is started for what is there already
-        assert collect("--demos=4", "--noise=0:1,0.2:1", "--seed=3") == 0
+        assert collect("--demos=4", "--noise=0:3,0.2:3", "--seed=3") == 0
     assert "holds all of these already" in capsys.readouterr().out
     assert collect("--demos=6", "--noise=0:1,0.2:1", "--seed=3") == 0
     assert Dataset(tmp_path / "demos").num_episodes == 6
@@ -143,6 +149,8 @@ def test_mistakes_are_explained_without_a_traceback(collect, capsys, arguments, 
     ("arguments", "message"),
     [
         ([], "nothing to collect"),
+        (["--demos=4", "--pairs=4", "--skip-broken"], "--skip-broken is for --demos alone: pairs name rollouts"),
+        (["--pairs=4", "--step=3"], "--step is of a --checkpoint"),
         (["--demos=4", "--checkpoint=runs/x/sft"], "--checkpoint is whose rollouts --pairs=N pairs, in one task"),
         (["--task=all", "--pairs=4", "--checkpoint=runs/x/sft"], "--checkpoint is whose rollouts --pairs=N pairs"),
         (["--demos=4", "--jitter=1m"], "argument --jitter: invalid choice: '1m'"),
@@ -161,6 +169,7 @@ def test_data_of_another_kind_are_not_mixed(collect, capsys):
     assert collect("--demos=2") == 0
     for changes, message in (
         (["--seed=1"], "settings.seed is 0, not 1"),
+        (["--noise=0.2"], "settings.noise_scales is [[0.0, 1.0]], not [[0.2, 1.0]]"),
         (["--fast-resets"], "settings.reproducible is True, not False"),
         (["--horizon=40"], "settings.horizon is 30, not 40"),
         (["--limit=0.5"], "settings.limit is 1.0, not 0.5"),
@@ -171,12 +180,15 @@ def test_data_of_another_kind_are_not_mixed(collect, capsys):
         assert f"cannot be continued: its {message}; choose another folder" in capsys.readouterr().err
 
 
-def test_a_broken_shard_is_named(collect, tmp_path, capsys):
+def test_a_broken_shard_is_named(collect, tmp_path, capsys, monkeypatch):
     assert collect("--demos=2") == 0
     shard = tmp_path / "demos" / "frames-00000.array_record"
     shard.write_bytes(shard.read_bytes()[:-10])
-    assert collect("--demos=2") == 1
-    assert re.search(r"error: .*frames-00000\.array_record is damaged: got \d+ bytes", capsys.readouterr().err)
+    for number in (2, 3):  # before a simulator is started for what is missing
+        monkeypatch.setattr(command, "make_vec_env", None)
+        assert collect(f"--demos={number}") == 1
+        error = capsys.readouterr().err
+        assert re.search(r"error: .*frames-00000\.array_record is damaged: got \d+ bytes.*--skip-broken", error)
 
 
 def test_a_broken_shard_is_left_out_if_asked_for(collect, tmp_path, capsys, caplog):
@@ -187,7 +199,10 @@ def test_a_broken_shard_is_left_out_if_asked_for(collect, tmp_path, capsys, capl
     capsys.readouterr()
     assert collect("--demos=3", "--skip-broken") == 0
     assert "frames-00000.array_record is damaged" in caplog.text and "leaving out its 2 episodes" in caplog.text
-    assert re.search(r"episodes +1\b", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"episodes +1\n", printed) and re.search(r"episodes lost in damaged shards +2\n", printed)
+    assert "2 episodes lost in damaged shards; they are not collected again" in printed
+    assert '"num_trajectories": 1' in (tmp_path / "demos" / "norm_stats.json").read_text()
 
 
 def test_a_task_has_its_own_horizon_and_images():
@@ -204,8 +219,12 @@ def test_a_task_has_its_own_horizon_and_images():
         "image_shape": [48, 64],
         "use_state": "none",
         "jitter": "none",
+        "backend": "cpu",
+        "lite_robot": None,
     }
     assert env_config("--image-size=0").data_settings["camera"] is None
+    assert env_config("--image-size=0").data_settings["lite_robot"] is None
+    assert env_config(base=EnvConfig(lite_robot=False)).data_settings["lite_robot"] is False
     assert env_config(f"--task={CUBES}").data_settings["jitter"] == "15mm-15deg"
 
 
@@ -226,12 +245,16 @@ def run(tmp_path):
     config = IPIConfig(EnvConfig(use_state="tcp"), model, stages=get_task("PushCube-v1").params)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
-    stats = identity_stats(7, 3)
-    shapes = jax.eval_shape(make_policy(model, stats).init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    with Checkpoints(tmp_path / "run" / "sft" / "checkpoints") as checkpoints:
-        checkpoints.save(1, TrainState(jnp.int32(1), params, jnp.float32(0)), extra={}, norm_stats=stats)
+    save(tmp_path / "run", config, step=1)
     return tmp_path / "run"
+
+
+def save(directory, config, *, step):
+    stats = identity_stats(7, 3)
+    shapes = jax.eval_shape(make_policy(config.model, stats).init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    with Checkpoints(directory / "sft" / "checkpoints") as checkpoints:
+        checkpoints.save(step, TrainState(jnp.int32(step), params, jnp.float32(0)), extra={}, norm_stats=stats)
 
 
 def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
@@ -243,13 +266,47 @@ def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
     assert pairs and {pair.kind for pair in pairs} == {"success, same start"}
     assert f"these are {len(pairs)} of 9" in printed and re.search(rf"success, same start +{len(pairs)}\n", printed)
     dataset = Dataset(tmp_path / "pairs")
-    assert dataset.num_episodes == 4 and dataset.manifest.settings["source"] == str(run / "sft")
+    assert dataset.num_episodes == 4 and re.fullmatch("sft/1/[0-9a-f]{12}", dataset.manifest.settings["source"])
     assert dataset.frame(0)["token_mask"].any()
 
     assert collect(*arguments, "--image-size=32") == 1
     assert "was trained with another image_shape" in capsys.readouterr().err
     assert collect(*arguments, "--workers=1") == 1  # What a policy samples depends on how many environments there are.
     assert "its settings.num_envs is 16, not 8" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_the_same_wherever_it_lies_and_no_other_weights_are(
+    collect, run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(command, "make_vec_env", lambda config: OneStuck(config.num_envs))
+    arguments = ["--pairs=9", "--rollouts-per-seed=4", "--max-rollouts=4"]
+    assert collect(*arguments, f"--checkpoint={run / 'sft'}") == 0
+    shutil.copytree(run, tmp_path / "moved")
+    save(tmp_path / "other", load_config(run), step=1)
+    shutil.copy(run / "config.json", tmp_path / "other")
+    monkeypatch.setattr(command, "make_vec_env", None)  # neither simulators
+    monkeypatch.setattr(restore, "restore_policy", None)  # nor weights are needed for what is there
+    monkeypatch.chdir(tmp_path)
+    for same in ("run/sft", "moved/sft/"):
+        assert collect(*arguments, f"--checkpoint={same}") == 0
+        assert "holds all of these already" in capsys.readouterr().out
+    assert collect(*arguments, "--checkpoint=other/sft") == 1
+    assert re.search(r"its settings.source is 'sft/1/\w+', not 'sft/1/\w+'", capsys.readouterr().err)
+    # A run that goes on has other weights; those of before are still named by their step.
+    save(run, load_config(run), step=2)
+    assert collect(*arguments, "--checkpoint=run/sft") == 1
+    assert "not 'sft/2/" in capsys.readouterr().err
+    assert collect(*arguments, "--checkpoint=run/sft", "--step=1") == 0
+    assert collect(*arguments, "--checkpoint=run/sft", "--step=3") == 1
+    assert "got complete checkpoints of the steps [1, 2], expected step 3" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_the_gpu_has_no_reproducible_resets(collect, run, capsys):
+    config = load_config(run)
+    env = dataclasses.replace(config.env, backend="cuda", num_workers=1)
+    (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(config, env=env))))
+    assert collect("--pairs=9", f"--checkpoint={run / 'sft'}") == 1
+    assert "was trained with env.backend 'cuda': give --fast-resets" in capsys.readouterr().err
 
 
 def test_pairs_from_the_expert(collect, tmp_path, capsys):
@@ -260,8 +317,24 @@ def test_pairs_from_the_expert(collect, tmp_path, capsys):
     settings = dataset.manifest.settings
     assert (settings["source"], settings["noise_scale"], settings["rollouts_per_seed"]) == ("expert", 1.0, 3)
     assert [episode.seed for episode in dataset.episodes[:3]] == [PAIR_SEEDS] * 3
+    assert [(episode.noise_scale, episode.attempt) for episode in dataset.episodes[:3]] == [(0, 0), (0.5, 1), (1, 2)]
     assert collect("--pairs=3", "--rollouts-per-seed=3", "--pair-noise=0.5") == 1
     assert "its settings.noise_scale is 1.0, not 0.5" in capsys.readouterr().err
+
+
+def test_what_is_complete_starts_no_simulator(collect, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "TASKS", ("PushCube-v1",))
+    arguments = ("--task=all", "--demos=2", "--pairs=2", "--rollouts-per-seed=3")
+    assert collect(*arguments) == 0
+    monkeypatch.setattr(command, "make_vec_env", None)
+    capsys.readouterr()
+    assert collect(*arguments) == 0
+    assert capsys.readouterr().out.count("holds all of these already") == 2
+    shard = tmp_path / "PushCube-v1" / "pairs" / "frames-00000.array_record"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert collect(*arguments) == 1
+    error = capsys.readouterr().err
+    assert "frames-00000.array_record is damaged" in error and "pairs need every rollout" in error
 
 
 # ---- The simulator ---------------------------------------------------------------------------------------------------

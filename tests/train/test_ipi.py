@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from stare_jax.data.demos import DemosConfig
+from stare_jax.data.pairs import PairsConfig
 from stare_jax.data.schema import DatasetError, Manifest, write_manifest
 from stare_jax.envs import EnvConfig
 from stare_jax.models import openvla_tiny
@@ -57,6 +59,15 @@ def test_demonstrations_of_something_else_are_refused_before_the_run_begins(give
     assert str(refused.value).startswith(f"config.demos_from: {config.demos_from} is not for this run: ")
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["demos", "pairs"])
+def test_a_gpu_promises_no_reproducible_resets(name):
+    env = EnvConfig(backend="cuda", num_workers=1)
+    configs = {"demos": DemosConfig(reproducible=True), "pairs": PairsConfig(reproducible=True)}
+    with pytest.raises(ValueError, match=f"{name}.reproducible: got True, expected False with env.backend 'cuda'"):
+        IPIConfig(env, openvla_tiny(), get_task(env.env_id).params, **{name: configs[name]})
+    assert IPIConfig(env, openvla_tiny(), get_task(env.env_id).params).env.data_settings["backend"] == "cuda"
 
 
 def test_demonstrations_that_are_not_there_are_refused(given, tmp_path):
