@@ -59,7 +59,8 @@ class Scene(NamedTuple):
     grasp_point: Callable[[Array, Array, Array], Array]
     """(obj_pos, obj_quat, tcp_pos) -> grasp_pos."""
     contact_every: int
-    """physics sub-steps from one look at the contacts to the next, in which no touch may begin and end."""
+    """physics sub-steps from one look at the contacts to the next: a look costs as much as a tenth of a sub-step and
+    more, and touches that begin and end between two of them are missed."""
     success_reach: tuple[float, float]
     """(horizontal, vertical) distance of the object to its goal, in metres, beyond which success is impossible. It
     spares asking the simulator, which decides everywhere else."""

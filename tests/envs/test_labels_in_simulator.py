@@ -220,8 +220,8 @@ def test_contact_is_in_the_steps_in_which_the_robot_touches_the_object(env_id, p
         assert noticed.any() == touched.any() and noticed.argmax() == touched.argmax()
         num_touched, num_noticed = num_touched + touched.sum(), num_noticed + noticed.sum()
     assert num_touched >= 3
-    # The WidowX's many sub-steps are not all looked at.
-    assert num_noticed == num_touched if SCENES[env_id].contact_every == 1 else num_noticed >= 0.98 * num_touched
+    # Of the WidowX's hundred sub-steps a fifth is looked at.
+    assert num_noticed == num_touched if SCENES[env_id].contact_every == 1 else num_noticed >= 0.9 * num_touched
 
 
 @pytest.mark.parametrize("env_id", PUSH_TASKS)
