@@ -65,7 +65,7 @@ def start_batch(config: EnvConfig) -> "BatchedSimulator":
     """Builds the batch of a configuration with the backend "cuda".
 
     Raises:
-        MissingDeviceError: JAX or PyTorch sees no CUDA device, or images are asked for and the GPU has no driver for them.
+        MissingDeviceError: JAX or PyTorch sees no CUDA device, or images are asked for and the GPU cannot draw them.
         MissingAssetsError: the task's assets are missing.
     """
     if missing := missing_for_cuda(config):

@@ -59,8 +59,8 @@ class Scene(NamedTuple):
     grasp_point: Callable[[Array, Array, Array], Array]
     """(obj_pos, obj_quat, tcp_pos) -> grasp_pos."""
     contact_every: int
-    """physics sub-steps from one look at the contacts to the next: a look costs as much as a tenth of a sub-step and
-    more, and touches that begin and end between two of them are missed."""
+    """physics sub-steps from one look at the contacts to the next; touches that begin and end between two are missed,
+    but a look costs as much as a tenth to a quarter of a sub-step."""
     success_reach: tuple[float, float]
     """(horizontal, vertical) distance of the object to its goal, in metres, beyond which success is impossible. It
     spares asking the simulator, which decides everywhere else."""
