@@ -3,6 +3,7 @@
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --episodes=100
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --temperature=1 --name=ppo_sampled
     python launch/evaluate.py --run=runs/quickstart --phase=expert
+    python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --workers=8 --envs-per-worker=4
     python launch/evaluate.py --report=runs/quickstart
     python launch/evaluate.py --across runs/seed0 runs/seed1 runs/seed2
 
@@ -23,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 
 from stare_jax.data.demos import expert_act
-from stare_jax.envs import SimulatorError, make_vec_env
+from stare_jax.envs import BACKENDS, EnvConfig, SimulatorError, make_vec_env
 from stare_jax.envs.experts import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate_act
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
@@ -58,7 +59,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--first-seed", type=int, metavar="SEED")
     add("--temperature", type=float, help="0 is greedy")
     add("--videos", type=int, metavar="N", help="episodes to film")
+    add("--backend", choices=BACKENDS, help="where physics runs; only with cpu are episodes reproducible")
     add("--workers", type=int, metavar="N", help="simulator processes")
+    add("--envs-per-worker", type=int, metavar="N", help="simulators of a process")
     arguments = parser.parse_args(argv)
     if arguments.run and not arguments.phase:
         parser.error("--run needs --phase")
@@ -76,6 +79,24 @@ def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig
     changes = {name: value for name, value in changes.items() if value is not None}
     if {"num_episodes", "first_seed"} & changes.keys():
         changes["seeds"] = ()
+    return dataclasses.replace(config, **changes)
+
+
+def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
+    """Returns the run's own simulators with what the command line changes.
+
+    On a GPU as many are one batch; elsewhere such a batch would be one process, so there the default layout is taken.
+    """
+    given = {
+        "backend": arguments.backend,
+        "num_workers": arguments.workers,
+        "envs_per_worker": arguments.envs_per_worker,
+    }
+    changes = given = {name: value for name, value in given.items() if value is not None}
+    if arguments.backend == "cuda":
+        changes = {"num_workers": 1, "envs_per_worker": config.num_envs} | given
+    elif arguments.backend and config.backend == "cuda":
+        changes = {name: getattr(EnvConfig(), name) for name in ("num_workers", "envs_per_worker")} | given
     return dataclasses.replace(config, **changes)
 
 
@@ -100,13 +121,12 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
     with user_input():
         evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
-        num_workers = config.env.num_workers if arguments.workers is None else arguments.workers
-        env_config = dataclasses.replace(config.env, num_workers=num_workers)
-    spec = dataclasses.replace(get_task(env_config.env_id), params=config.stages)
+        simulators = env_config(config.env, arguments)
+    spec = dataclasses.replace(get_task(simulators.env_id), params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         act = make_act(config, evaluation_config.temperature, arguments)
-        simulator = stack.enter_context(contextlib.closing(make_vec_env(env_config)))
+        simulator = stack.enter_context(contextlib.closing(make_vec_env(simulators)))
         clock = Clock()
         watched = {"desc": f"evaluate {name}", "should_stop": lambda: interruption.requested, "clock": clock}
         evaluation, rollout = evaluate_act(act, simulator, spec, evaluation_config, **watched)

@@ -1,13 +1,15 @@
 """Simulators behind one interface, `VecEnv`. Nothing outside this package imports PyTorch, SAPIEN or ManiSkill."""
 
 from stare_jax.envs.base import EnvStep, VecEnv
-from stare_jax.envs.batched import start_batch
+from stare_jax.envs.batched import decided, start_batch
 from stare_jax.envs.building import MissingAssetsError
-from stare_jax.envs.config import STATE_DIMS, EnvConfig
+from stare_jax.envs.config import BACKENDS, STATE_DIMS, EnvConfig
 from stare_jax.envs.experts import Expert, execution_noise, make_expert
+from stare_jax.envs.vulkan import MissingDeviceError
 from stare_jax.envs.workers import SimulatorError, SimulatorPool
 
 __all__ = [
+    "BACKENDS",
     "STATE_DIMS",
     "EnvConfig",
     "EnvStep",
@@ -24,14 +26,15 @@ def make_vec_env(config: EnvConfig) -> VecEnv:
     """Starts `config.num_envs` environments; close it when done.
 
     With `config.backend == "cpu"` they run in `config.num_workers` processes and give NumPy arrays; with "cuda" they
-    are one batch on the GPU and give JAX arrays that lie there.
+    are one batch on the GPU and give JAX arrays that lie there. "auto" is decided here, and printed.
 
     Raises:
         SimulatorError: where they do not start, with the reason and the remedy.
     """
+    config = decided(config)
     if config.backend == "cpu":
         return SimulatorPool(config)
     try:
         return start_batch(config)
-    except (RuntimeError, MissingAssetsError) as error:
+    except (MissingDeviceError, MissingAssetsError) as error:
         raise SimulatorError(f"{config.env_id}: {error}") from error

@@ -1,5 +1,6 @@
 """Many environments of one ManiSkill task on one GPU, in this process: `VecEnv` whose arrays never leave the device."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,31 +15,61 @@ from stare_jax.envs.bridge import jax_to_torch, torch_to_jax
 from stare_jax.envs.building import make_scene
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill import observed_state
+from stare_jax.envs.panda_lite import report_to_stderr
+from stare_jax.envs.vulkan import MissingDeviceError, has_gpu_driver
 from stare_jax.stages import get_task
-from stare_jax.types import Observation, Signals
+from stare_jax.types import Observation
 
 SEEDS = "episode_seeds"  # our own among the options of a reset
+
+
+def decided(config: EnvConfig, report: Callable[[str], None] = report_to_stderr) -> EnvConfig:
+    """Returns a configuration with the backend "auto" replaced by "cuda", or by "cpu" where that cannot be.
+
+    Args:
+        report: is told which, and why.
+    """
+    if config.backend != "auto":
+        return config
+    obstacle = config.refused_by_cuda or missing_for_cuda(config)
+    if obstacle:
+        report(f"backend: 'auto' is 'cpu': {obstacle}")
+        return dataclasses.replace(config, backend="cpu")
+    report(f"backend: 'auto' is 'cuda', one batch of {config.num_envs} environments")
+    return dataclasses.replace(config, backend="cuda", num_workers=1, envs_per_worker=config.num_envs)
+
+
+def missing_for_cuda(config: EnvConfig) -> str | None:
+    """Returns what this machine lacks for the backend "cuda", None if nothing."""
+    if jax.default_backend() != "gpu":
+        return (
+            f"got 'cuda', and JAX computes on {jax.default_backend()!r}; expected 'gpu', with jax[cuda12] installed, "
+            "or backend 'cpu' (docs/simulators.md)"
+        )
+    import torch
+
+    if not torch.cuda.is_available():
+        return (
+            f"got 'cuda', and PyTorch {torch.__version__} sees no CUDA device; expected one, or backend 'cpu' "
+            "(docs/simulators.md)"
+        )
+    if config.image_size and not has_gpu_driver():
+        return (
+            "got 'cuda' with images, and found no Vulkan driver of the GPU to draw them; expected one, or image_size 0 "
+            "(docs/simulators.md)"
+        )
+    return None
 
 
 def start_batch(config: EnvConfig) -> "BatchedSimulator":
     """Builds the batch of a configuration with the backend "cuda".
 
     Raises:
-        RuntimeError: PyTorch or JAX sees no CUDA device, or images are asked for and the GPU has no Vulkan driver.
+        MissingDeviceError: JAX or PyTorch sees no CUDA device, or images are asked for and the GPU cannot draw them.
         MissingAssetsError: the task's assets are missing.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"backend: got 'cuda', and PyTorch {torch.__version__} sees no CUDA device; expected one, or backend 'cpu' "
-            "(docs/simulators.md)"
-        )
-    if jax.default_backend() != "gpu":
-        raise RuntimeError(
-            f"backend: got 'cuda', and JAX computes on {jax.default_backend()!r}; expected 'gpu', with jax[cuda12] "
-            "installed, or backend 'cpu' (docs/simulators.md)"
-        )
+    if missing := missing_for_cuda(config):
+        raise MissingDeviceError(f"backend: {missing}")
     return BatchedSimulator(make_scene(config)[0], config)
 
 
@@ -71,7 +102,8 @@ class BatchedSimulator:
         self._env, self._device = env, torch_to_jax(torch.zeros(1, device=env.device)).device
         env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)
         self._reader = BatchedSignalReader(env, config.scene)
-        self._observed_state = jax.jit(jax.vmap(functools.partial(_observed_state, config.use_state)))
+        env._after_simulation_step = self._reader.look  # ManiSkill's hook at every sub-step.
+        self._observed_state = jax.jit(jax.vmap(functools.partial(observed_state, config.use_state)))
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
         """Resets all environments.
@@ -97,8 +129,8 @@ class BatchedSimulator:
         if action.shape != (self.num_envs, self.action_dim):
             raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
         is_reset = np.isin(np.arange(self.num_envs), list(reset_seeds))
-        action = jnp.where(is_reset[:, None], 0.0, jax.device_put(action, self._device)).astype(jnp.float32)
-        if not jnp.isfinite(action).all():
+        action, is_finite = _executable(jax.device_put(action, self._device), is_reset)
+        if not is_finite:  # Waits for the policy, as handing its action over does anyway.
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
         info = self._env.step(jax_to_torch(action))[-1]
         return self._observe(self._reset(reset_seeds) if reset_seeds else info, is_reset)
@@ -115,22 +147,27 @@ class BatchedSimulator:
 
     def _observe(self, info: Mapping[str, Any], is_first: np.ndarray) -> EnvStep:
         """Copies everything: the next call overwrites the simulator's buffers."""
-        signals, gripper_opening = self._reader.read(info["success"], is_first)
         images = {self.config.scene.camera.name: self._render()} if self.config.image_size else {}
+        reading, images = torch_to_jax((self._reader.ask(info["success"]), images))
+        signals = self._reader.read(reading, is_first)
         no_tokens = np.zeros((self.num_envs, 0), np.int32)
-        state = self._observed_state(signals, gripper_opening)
+        state = self._observed_state(signals, reading.gripper_opening)
         observation = Observation(images, state, no_tokens, no_tokens.astype(bool))
         return EnvStep(observation, signals, np.ones(self.num_envs, bool))
 
-    def _render(self) -> jax.Array:
+    def _render(self) -> Any:
+        """Returns the images as the simulator has them, a tensor uint8 `[B, H, W, 3]`."""
         scene, camera = self._env.scene, self._env.scene.sensors[self.config.scene.camera.name]
         scene.update_render(update_sensors=True, update_human_render_cameras=False)
         camera.capture()
-        return torch_to_jax(camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"])
+        return camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
 
 
-def _observed_state(use_state: str, signals: Signals, gripper_opening: jax.Array) -> jax.Array:
-    return observed_state(use_state, signals, lambda: gripper_opening)
+@jax.jit
+def _executable(action: jax.Array, is_reset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 actions `[B, A]`, zeros in the rows that are reset, and whether all are finite."""
+    action = jnp.where(is_reset[:, None], 0.0, action).astype(jnp.float32)
+    return action, jnp.isfinite(action).all()
 
 
 def _initialize_each(env: Any, initialize: Callable, env_idx: Any, options: Mapping[str, Any]) -> None:

@@ -9,19 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stare_jax.types import PyTree
 
-def torch_to_jax(tensor: Any) -> jax.Array:
-    """Returns a JAX array with the tensor's values at this moment, on the same device.
 
-    64-bit numbers become 32-bit ones unless JAX has been told otherwise (`jax_enable_x64`).
+def torch_to_jax(tensors: PyTree) -> PyTree:
+    """Returns JAX arrays with the tensors' values at this moment, on the same device.
+
+    64-bit numbers become 32-bit ones unless JAX has been told otherwise (`jax_enable_x64`). A call waits twice, however
+    many tensors there are: give it all of a state at once.
 
     Args:
-        tensor: a `torch.Tensor` of any layout; gradients are left behind.
+        tensors: a pytree of `torch.Tensor`, of any layout and of one device; gradients are left behind.
     """
-    _wait(tensor)
-    tensor = tensor.detach().contiguous()
-    _wait(tensor)
-    return jnp.array(jnp.from_dlpack(tensor), copy=True).block_until_ready()
+    # Simulators write from streams of their own, so all work on the device has to be over. What PyTorch does from here
+    # on needs no waiting for: DLPack has the importing stream wait for the exporting one.
+    _wait(jax.tree.leaves(tensors)[0])
+    return jax.block_until_ready(jax.tree.map(_copied, tensors))
 
 
 def jax_to_torch(array: jax.Array) -> Any:
@@ -33,8 +36,12 @@ def jax_to_torch(array: jax.Array) -> Any:
     return tensor
 
 
+def _copied(tensor: Any) -> jax.Array:
+    return jnp.array(jnp.from_dlpack(tensor.detach().contiguous()), copy=True)
+
+
 def _wait(tensor: Any) -> None:
-    """Waits until all work on the tensor's device is done: simulators write from streams of their own."""
+    """Waits until all work on the tensor's device is done."""
     if tensor.is_cuda:
         import torch
 

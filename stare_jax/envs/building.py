@@ -31,7 +31,7 @@ def make_scene(config: EnvConfig) -> tuple[Any, Building]:
 
     Raises:
         MissingAssetsError: the task's assets are missing.
-        RuntimeError: images are asked for and there is no Vulkan driver that can draw them.
+        MissingDeviceError: images are asked for and there is no Vulkan driver that can draw them.
     """
     gymnasium, scene = import_mani_skill(), config.scene
     require_assets(scene.assets)
@@ -39,11 +39,6 @@ def make_scene(config: EnvConfig) -> tuple[Any, Building]:
     renderer, variants = "none", [materials_without_device]
     if config.image_size:
         renderer, variants = select_driver(), []
-        if is_batched and renderer != "gpu":
-            raise RuntimeError(
-                "backend: got 'cuda' with images, and found no Vulkan driver of the GPU to draw them; expected one, or "
-                "image_size 0 (docs/simulators.md)"
-            )
         if config.lite_robot and scene.robot == "panda":
             variants.append(functools.partial(lite_panda_agent, ensure_panda_lite()))
     options = {}

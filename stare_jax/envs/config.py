@@ -8,7 +8,7 @@ from stare_jax.envs.widowx import JITTERS
 from stare_jax.stages import TASKS
 
 STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 29}
-BACKENDS = ("cpu", "cuda")
+BACKENDS = ("cpu", "cuda", "auto")
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,14 @@ class EnvConfig:
     env_id: str = "PushCube-v1"
     backend: str = "cpu"
     """where physics runs: "cpu", in processes that have some environments each; "cuda", on this process's GPU, all
-    environments at once, see `BatchedSimulator`."""
+    environments at once, see `BatchedSimulator`; "auto", the second where it can be had, else the first: what a seed
+    begins with then depends on the machine."""
     num_workers: int = 2
     """processes: as many as CPU cores, or more where few environments share one."""
     envs_per_worker: int = 8
     """environments of a process, one after another: a further one costs megabytes and milliseconds, a further process
     half a gigabyte and seconds, and the policy decides for all of them at once. With "cuda" it is the whole batch, and
-    `num_workers` is 1."""
+    `num_workers` is 1; with "auto" the batch is as large as all processes together."""
     horizon: int | None = None
     """actions an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
     image_size: int | None = 64
@@ -73,26 +74,29 @@ class EnvConfig:
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts: got {self.max_restarts}, expected at least 0")
         if self.backend == "cuda":
-            self._check_cuda()
+            if self.refused_by_cuda:
+                raise ValueError(self.refused_by_cuda)
+            if self.num_workers != 1:
+                raise ValueError(
+                    f"num_workers: got {self.num_workers}, expected 1 with backend 'cuda', where envs_per_worker is "
+                    "the whole batch"
+                )
 
-    def _check_cuda(self) -> None:
-        """Refuses what ManiSkill cannot do for a part of a batch."""
+    @property
+    def refused_by_cuda(self) -> str | None:
+        """What of this ManiSkill cannot do for a part of a batch; None if it can do all."""
         if self.scene.num_starts:
-            raise ValueError(
+            return (
                 f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
                 "for which the physics of all other environments runs on, too, and judges success in every "
                 "environment by how the objects lie in the first"
             )
         if "target" in self.resolved_control_mode:
-            raise ValueError(
+            return (
                 f"control_mode: got {self.resolved_control_mode!r}, expected one without targets with backend 'cuda', "
                 "where ManiSkill forgets the targets of all environments when one is reset"
             )
-        if self.num_workers != 1:
-            raise ValueError(
-                f"num_workers: got {self.num_workers}, expected 1 with backend 'cuda', where envs_per_worker is the "
-                "whole batch"
-            )
+        return None
 
     @property
     def num_envs(self) -> int:

@@ -14,6 +14,7 @@ from stare_jax.envs.building import make_scene
 from stare_jax.envs.config import STATE_DIMS, EnvConfig
 from stare_jax.envs.panda_control import make_drive
 from stare_jax.envs.panda_lite import flatten_floor
+from stare_jax.envs.rotations import body_axis
 from stare_jax.envs.signals import SignalReader
 from stare_jax.envs.widowx import JITTERS, Backdrop, Starts
 from stare_jax.types import Array, Signals
@@ -37,7 +38,7 @@ class Simulator:
 
         Raises:
             MissingAssetsError: the task's assets are missing.
-            RuntimeError: images are asked for and there is no usable Vulkan driver.
+            MissingDeviceError: images are asked for and there is no Vulkan driver.
         """
         self.config = config
         self.env, self._building = make_scene(config)
@@ -97,12 +98,14 @@ class Simulator:
                 self._backdrop = Backdrop(self.env, camera, self.config.image_shape)
 
     def _advance(self) -> None:
-        physics = self.env.scene.px
-        for _ in range(self.env._sim_steps_per_control):
+        physics, reader, every = self.env.scene.px, self._reader, self.config.scene.contact_every
+        for sub_step in range(self.env._sim_steps_per_control, 0, -1):
             physics.step()
+            if sub_step == 1 or sub_step % every == 0 and not reader.is_touched:
+                reader.look()
 
     def _frame(self, signals: Signals) -> Frame:
-        state = observed_state(self.config.use_state, signals, self._reader.gripper_opening)
+        state = observed_state(self.config.use_state, signals, self._reader.gripper_opening())
         return Frame(self._render() if self.config.image_size else None, state, signals)
 
     def _render(self) -> np.ndarray:
@@ -114,20 +117,20 @@ class Simulator:
         return self._backdrop.behind(image, self._camera.get_picture("PositionSegmentation")[..., 3])
 
 
-def observed_state(use_state: str, signals: Signals, gripper_opening: Callable[[], Array]) -> Array:
+def observed_state(use_state: str, signals: Signals, gripper_opening: float | Array) -> Array:
     """Returns the state `[S]` of one environment that a policy sees, in the namespace of the signals' arrays.
 
     Args:
         use_state: as in `EnvConfig`.
         signals: of the environment.
-        gripper_opening: asked for the distance between the fingers, in metres, where it is needed.
+        gripper_opening: distance between the fingers, in metres.
     """
     if use_state == "low_dim":
-        return low_dim_state(signals, gripper_opening())
+        return low_dim_state(signals, gripper_opening)
     return signals.tcp_pos[: STATE_DIMS[use_state]]  # all of it, or nothing
 
 
-def low_dim_state(signals: Signals, gripper_opening: Array) -> Array:
+def low_dim_state(signals: Signals, gripper_opening: float | Array) -> Array:
     """Returns float32 `[29]`: tool (position, orientation), gripper opening, object (position, orientation), goal
     position, tool to grasp point, object to goal, is_grasped. Metres; an orientation is the first two columns of its
     rotation matrix.
@@ -150,11 +153,7 @@ def low_dim_state(signals: Signals, gripper_opening: Array) -> Array:
 def _first_columns(quat: Array) -> Array:
     """Returns `[6]`, which moves smoothly with the orientation. A quaternion does not: whichever of its two signs is
     chosen flips somewhere, and w >= 0 flips where tools point down."""
-    xp = quat.__array_namespace__()
-    w, x, y, z = quat
-    first = (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y))
-    second = (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))
-    return xp.array([*first, *second])
+    return quat.__array_namespace__().concatenate([body_axis(quat, 0), body_axis(quat, 1)])
 
 
 def _drive_of_mani_skill(agent: Any) -> Callable[[np.ndarray], None]:

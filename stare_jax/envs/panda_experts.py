@@ -25,6 +25,7 @@ REACH = 0.793
 """horizontal distance from the robot's base, in metres, up to which the tool can point straight down on the table."""
 WRIST_TO_TOOL = 0.21
 """metres; a tool that leans outwards reaches further by the sine of the angle times this."""
+MAX_LEAN = 0.6
 
 
 def _command(
@@ -137,7 +138,7 @@ def _nearest_grasp(signals: Signals) -> np.ndarray:
     x_axis = body_axis(signals.obj_quat, 0)
     yaws = np.arctan2(x_axis[1], x_axis[0]) + np.arange(4) * np.pi / 2
     choices = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) @ TOOL_DOWN for a in yaws]
-    return min(choices, key=lambda rotation: _turn_left(signals, rotation))
+    return min(choices, key=lambda rotation: _remaining_turn(signals, rotation))
 
 
 def _leant_outwards(rotation: np.ndarray, *places: np.ndarray) -> np.ndarray:
@@ -145,13 +146,18 @@ def _leant_outwards(rotation: np.ndarray, *places: np.ndarray) -> np.ndarray:
     the tool to reach the places `[3]`."""
     outwards = max((place[:2] - BASE for place in places), key=lambda offset: np.hypot(*offset))
     distance = np.hypot(*outwards)
-    beyond = max(0.0, distance - REACH + 0.01)  # 1 cm to spare
+    beyond = distance - REACH + 0.01  # 1 cm to spare
+    if beyond <= 0.0:
+        return rotation
     closing = rotation[:, 1]
     gain = WRIST_TO_TOOL * (closing[0] * outwards[1] - closing[1] * outwards[0]) / distance
-    return about_axis(beyond / gain * closing) @ rotation
+    # Of fingers that close outwards, no lean about them reaches further.
+    lean = np.sign(gain) * min(beyond / max(abs(gain), 1e-9), MAX_LEAN)
+    return about_axis(lean * closing) @ rotation
 
 
-def _turn_left(signals: Signals, rotation: np.ndarray) -> float:
+def _remaining_turn(signals: Signals, rotation: np.ndarray) -> float:
+    """Returns the angle from the tool's orientation to the one wanted."""
     return float(np.linalg.norm(rotation_vector(rotation @ rotation_matrix(signals.tcp_quat).T)))
 
 
@@ -164,7 +170,7 @@ def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
     phase, steps, rotation = memory.phase, memory.steps, memory.rotation
     aside = np.hypot(*(obj - tcp)[:2])
-    if phase == "reach" and aside < 0.01 and _turn_left(signals, rotation) < 0.2 and abs(tcp[2] - obj[2]) < 0.008:
+    if phase == "reach" and aside < 0.01 and _remaining_turn(signals, rotation) < 0.2 and abs(tcp[2] - obj[2]) < 0.008:
         phase = "grasp"
     elif phase == "grasp" and signals.is_grasped and steps > 0:
         phase = "carry"
@@ -179,7 +185,7 @@ def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
 
 def _stack_reach(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     tcp, obj = signals.tcp_pos, signals.obj_pos
-    is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _turn_left(signals, rotation) < 0.3
+    is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _remaining_turn(signals, rotation) < 0.3
     return _command(signals, obj + (0, 0, 0 if is_over else 0.05), rotation, gripper=OPEN, gain=14.0)
 
 

@@ -1,9 +1,14 @@
-"""Rotations of single bodies, for experts and signals: NumPy and Python floats, float64, quaternions `wxyz`."""
+"""Rotations of single bodies, for experts and signals: NumPy, float64, quaternions `wxyz`.
+
+`body_axis` takes JAX's arrays, too: what is computed of a state is written once for both.
+"""
 
 import numpy as np
 
+from stare_jax.types import Array
 
-def body_axis(quat: np.ndarray, index: int) -> np.ndarray:
+
+def body_axis(quat: Array, index: int) -> Array:
     """Returns the unit vector `[3]` of body axis `index` (0, 1, 2) in the world.
 
     Args:

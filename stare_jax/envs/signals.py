@@ -1,27 +1,69 @@
-"""What the CPU simulator says of a task's state, as `Signals`.
+"""What a simulator says of a task's state, as `Signals`; and the reader of one environment on the CPU.
 
-Everything is read from SAPIEN itself and computed in NumPy: on arrays of three numbers PyTorch costs more than the
-physics of the step.
+The reader asks SAPIEN itself and computes in NumPy: on arrays of three numbers PyTorch costs more than the physics of
+the step.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stare_jax.envs.rotations import body_axis
 from stare_jax.envs.scenes import Scene, Start
-from stare_jax.types import Signals
+from stare_jax.types import Array, Signals
 
-CONTACT_DISPLACEMENT = 2e-3  # m: an object that moved further in one control step has been touched in between,
-CONTACT_REACH = 0.05  # m: if the tool is that close to it. Further away, carrots roll and spoons rock by themselves.
-CONTACT_FORCE = 1e-2  # N, at the end of the control step.
+CONTACT_FORCE = 1e-2  # N, of the robot on the object.
 GRASP_FORCE = 0.5  # N on each finger, and the angle below: the simulator's own definition of a grasp.
 GRASP_ANGLE = np.deg2rad(85)
 
 
+class Poses(NamedTuple):
+    """Where the bodies of one environment are: positions float32 `[3]`, quaternions float32 `[4]`, wxyz."""
+
+    tcp_pos: Array
+    tcp_quat: Array
+    obj_pos: Array
+    obj_quat: Array
+    base_pos: Array
+    """of the actor that the goal hangs on."""
+    base_quat: Array
+
+
+def signals_of(
+    scene: Scene, start: Start, poses: Poses, *, is_grasped: Array, is_contact: Array, success: Array
+) -> Signals:
+    """Returns the signals of one environment, in the namespace of its arrays.
+
+    Args:
+        scene: the task's row of the table.
+        start: of the episode.
+        poses: in the state.
+        is_grasped: what the simulator says in the state, and likewise `success`.
+        is_contact: whether the robot has touched the object in the control step that led to the state.
+    """
+    goal_pos, goal_quat = scene.goal(start, poses.base_pos)
+    return Signals(
+        tcp_pos=poses.tcp_pos,
+        tcp_quat=poses.tcp_quat,
+        obj_pos=poses.obj_pos,
+        obj_quat=poses.obj_quat,
+        grasp_pos=scene.grasp_point(poses.obj_pos, poses.obj_quat, poses.tcp_pos),
+        goal_pos=goal_pos,
+        goal_quat=goal_quat,
+        is_grasped=is_grasped,
+        is_contact=is_contact,
+        success=success,
+        support_z=start.obj_pos[2],
+    )
+
+
 class SignalReader:
-    """Reads the `Signals` of one built scene; a reconfigured scene needs a new one."""
+    """Reads the `Signals` of one built scene; a reconfigured scene needs a new one.
+
+    A push that knocks the object away is over at the end of the control step: call `look` after the physics engine's
+    sub-steps, too.
+    """
 
     def __init__(self, env: Any, scene: Scene):
         """
@@ -38,6 +80,9 @@ class SignalReader:
         self._articulation = agent.robot._objs[0]
         self._on_top = scene.on_top(env)
         self._links = frozenset(link._objs[0] for link in agent.robot.links)
+        self._forces: Mapping[Any, np.ndarray] = {}
+        self.is_touched = False
+        """whether a `look` of this control step has seen the robot touch the object."""
 
     def gripper_opening(self) -> float:
         """Returns the distance between the fingers, in metres."""
@@ -45,46 +90,33 @@ class SignalReader:
 
     def begin(self) -> Signals:
         """Returns the signals of an episode's first state, right after a reset."""
-        pose = self._obj.pose
-        self._start = Start(pose.p, pose.q, self._on_top(pose.q, self._base.pose.q))
+        poses = self._poses()
+        self._start = Start(poses.obj_pos, poses.obj_quat, self._on_top(poses.obj_quat, poses.base_quat))
         # The contacts that the simulator still lists are those of the episode before.
-        return self._read(is_grasped=False, is_contact=False)
+        self._forces, self.is_touched = {}, False
+        return self._signals(poses)
+
+    def look(self) -> None:
+        """Notes which links the object touches at this sub-step."""
+        self._forces = self._forces_on_links()
+        self.is_touched = self.is_touched or any(
+            np.linalg.norm(force) > CONTACT_FORCE for force in self._forces.values()
+        )
 
     def read(self) -> Signals:
-        """Returns the signals of the state after a control step."""
-        forces = self._forces_on_links()
-        touched = any(np.linalg.norm(force) > CONTACT_FORCE for force in forces.values())
-        return self._read(
-            is_grasped=self._is_grasped(forces),
-            is_contact=touched or self._is_shifted(),
-        )
+        """Returns the signals of the state after a control step, whose last sub-step has been looked at."""
+        signals = self._signals(self._poses())
+        self.is_touched = False
+        return signals
 
-    def _read(self, *, is_grasped: bool, is_contact: bool) -> Signals:
-        tcp, obj = self._tcp.entity_pose, self._obj.pose
-        tcp_pos, obj_pos, obj_quat = tcp.p, obj.p, obj.q
-        goal_pos, goal_quat = self._scene.goal(self._start, self._base.pose.p)
-        self._last_obj_pos = obj_pos
-        return Signals(
-            tcp_pos=tcp_pos,
-            tcp_quat=tcp.q,
-            obj_pos=obj_pos,
-            obj_quat=obj_quat,
-            grasp_pos=self._scene.grasp_point(obj_pos, obj_quat, tcp_pos),
-            goal_pos=goal_pos,
-            goal_quat=goal_quat,
-            is_grasped=np.bool_(is_grasped),
-            is_contact=np.bool_(is_contact),
-            success=np.bool_(self._is_success(obj_pos - goal_pos)),
-            support_z=self._start.obj_pos[2],
-        )
+    def _poses(self) -> Poses:
+        tcp, obj, base = self._tcp.entity_pose, self._obj.pose, self._base.pose
+        return Poses(tcp.p, tcp.q, obj.p, obj.q, base.p, base.q)
 
-    def _is_shifted(self) -> bool:
-        """Says whether the object has moved next to the tool."""
-        obj, tcp_pos = self._obj.pose, self._tcp.entity_pose.p
-        moved = obj.p - self._last_obj_pos
-        if float(moved @ moved) <= CONTACT_DISPLACEMENT**2:
-            return False
-        return bool(np.linalg.norm(self._scene.grasp_point(obj.p, obj.q, tcp_pos) - tcp_pos) < CONTACT_REACH)
+    def _signals(self, poses: Poses) -> Signals:
+        flags = {"is_grasped": np.bool_(self._is_grasped()), "is_contact": np.bool_(self.is_touched)}
+        signals = signals_of(self._scene, self._start, poses, success=np.bool_(False), **flags)
+        return signals._replace(success=np.bool_(self._is_success(signals.obj_pos - signals.goal_pos)))
 
     def _is_success(self, to_goal: np.ndarray) -> bool:
         horizontal, vertical = self._scene.success_reach
@@ -93,7 +125,7 @@ class SignalReader:
         return bool(self._env.evaluate()["success"][0])
 
     def _forces_on_links(self) -> dict[Any, np.ndarray]:
-        """Returns the force of the object on each link that it touches at the end of the step, in newtons."""
+        """Returns the force of the object on each link that it touches at this sub-step, in newtons."""
         forces: dict[Any, np.ndarray] = {}
         for contact in self._px.get_contacts():
             first, second = contact.bodies
@@ -107,10 +139,10 @@ class SignalReader:
             forces[link] = forces.get(link, 0.0) + sign * impulse / self._timestep
         return forces
 
-    def _is_grasped(self, forces: Mapping[Any, np.ndarray]) -> bool:
+    def _is_grasped(self) -> bool:
         """Says whether both fingers press on the object along the direction in which they open."""
         for finger, outwards in zip(self._fingers, (1.0, -1.0), strict=True):
-            force = forces.get(finger)
+            force = self._forces.get(finger)
             norm = 0.0 if force is None else float(np.linalg.norm(force))
             if norm < GRASP_FORCE:
                 return False

@@ -11,6 +11,10 @@ _MANIFEST_FOLDERS = tuple(
 )
 
 
+class MissingDeviceError(RuntimeError):
+    """The machine has no device for what is asked for, or no driver of it; the message says which."""
+
+
 def manifests(pattern: str) -> Iterator[Path]:
     """Yields the installed Vulkan driver manifests whose file name matches a glob pattern."""
     for folder in _MANIFEST_FOLDERS:
@@ -48,13 +52,13 @@ def select_driver() -> str:
     """Prepares this process for rendering and returns ManiSkill's name of the device that renders.
 
     Raises:
-        RuntimeError: there is no Vulkan driver.
+        MissingDeviceError: there is no Vulkan driver.
     """
     os.environ.update(driver_environment())
     if has_gpu_driver():
         return "gpu"
     if not any(name in os.environ for name in DRIVER_VARIABLES):
-        raise RuntimeError(
+        raise MissingDeviceError(
             "no Vulkan driver: got neither a GPU's nor Mesa's software driver (mesa-vulkan-drivers >= 24.3), "
             "expected one of them to render with; `python launch/doctor.py` says how to install it"
         )

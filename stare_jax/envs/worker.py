@@ -20,6 +20,7 @@ import numpy as np
 from stare_jax.envs.building import MissingAssetsError, import_mani_skill
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill import Frame, Simulator
+from stare_jax.envs.vulkan import MissingDeviceError
 from stare_jax.types import Signals
 
 STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
@@ -107,7 +108,7 @@ def main() -> None:
             simulators = _start(config)
         except EOFError:
             return
-        except MissingAssetsError as error:  # It says what to do; where it was raised adds nothing.
+        except (MissingAssetsError, MissingDeviceError) as error:  # It says what to do: a traceback adds nothing.
             connection.send_bytes(FAILED + str(error).encode())
             return
         except BaseException:  # Whatever it is, the parent has to hear of it.

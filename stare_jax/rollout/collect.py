@@ -57,8 +57,8 @@ def collect_episodes(
 
     Environment i takes the next seed of the list when its episode ends: at success (if `stop_at_success`, and after at
     least one action) or at the horizon. In the tick in which it is reset, `act` has been asked about the final state,
-    which records its value for bootstrapping. What is recorded is copied to the host. Images and actions between a
-    simulator on a device and a policy there do not wait for that.
+    which records its value for bootstrapping. What is recorded is copied to the host before the next step, which a
+    simulator on a device waits for; the action goes from a policy there to such a simulator without leaving it.
 
     Args:
         env: B environments.
@@ -108,7 +108,8 @@ def collect_episodes(
             break
 
         # ---- Step ---------------------------------------------------------------------------------------------------
-        # What comes from a simulator on a device goes back to it without having left.
+        # The action for a simulator on a device has not left it. To fetch the record after the step would save nothing:
+        # such a simulator returns when the device is done.
         action = decision.action if isinstance(state.signals.success, jax.Array) else recorded.action
         executed = action if perturb is None else perturb(recorded.action, is_first)
         xp = executed.__array_namespace__()

@@ -1,6 +1,7 @@
 """A batch of environments: on ManiSkill's CPU, where it is a batch of one, and over a stand-in for its GPU."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,9 @@ import pytest
 import torch
 from standin_gpu import OPENED, StandIn
 
-from stare_jax.envs import SimulatorError, make_vec_env
+from stare_jax.envs import SimulatorError, batched, make_vec_env
 from stare_jax.envs.batched import BatchedSimulator
-from stare_jax.envs.building import make_scene
+from stare_jax.envs.building import MissingAssetsError, make_scene
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.experts import make_expert
 from stare_jax.envs.maniskill import Simulator
@@ -94,6 +95,18 @@ def test_an_environment_is_reset_in_a_call_of_its_own(make_batch):
         np.testing.assert_allclose(getattr(signals, name)[0], getattr(began, name)[1], atol=1e-6, err_msg=name)
     assert first.observation.state[0, 9] == OPENED
     assert signals.tcp_pos[1, 0] > final.tcp_pos[1, 0]
+
+
+def test_a_touch_that_is_over_before_the_last_sub_step_is_noticed(make_batch):
+    batch = make_batch(2)
+    state, moved, noticed = batch.reset(SEEDS[:2]), [], []
+    for _ in range(20):
+        last, state = state, batch.step(0.5 * push(state.signals))  # The first of two sub-steps goes all the way.
+        moved.append(np.linalg.norm(state.signals.obj_pos - last.signals.obj_pos, axis=-1) > 1e-5)
+        noticed.append(np.asarray(state.signals.is_contact))
+        assert not batch._env.scene.px._impulse.norm(dim=-1).gt(1e-5).any()
+    assert np.any(moved, axis=0).all() and not np.all(moved, axis=0).any()
+    np.testing.assert_array_equal(noticed, moved)
 
 
 def test_episodes_in_a_batch_are_those_of_environments_alone(make_batch):
@@ -180,7 +193,41 @@ def test_what_a_batch_cannot_do_is_refused(settings, message):
         EnvConfig(**({"backend": "cuda", "num_workers": 1} | settings))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a CUDA device")
 def test_no_cuda_device_is_an_error_that_says_so():
-    with pytest.raises(SimulatorError, match="PushCube-v1: backend: got 'cuda', and PyTorch .* sees no CUDA device"):
+    with pytest.raises(SimulatorError, match="PushCube-v1: backend: got 'cuda', and JAX computes on 'cpu'"):
         make_vec_env(EnvConfig(backend="cuda", num_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(MissingAssetsError("no files"), SimulatorError), (RuntimeError("CUDA out of memory"), RuntimeError)],
+)
+def test_only_what_the_user_can_put_right_loses_its_traceback(error, raised, monkeypatch):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(batched, "missing_for_cuda", lambda config: None)
+    monkeypatch.setattr(batched, "make_scene", fail)
+    with pytest.raises(raised, match=str(error)) as caught:
+        make_vec_env(EnvConfig(backend="cuda", num_workers=1))
+    assert type(caught.value) is raised
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing", "backend", "said"),
+    [
+        ({}, None, ("cuda", 1, 12), "'auto' is 'cuda', one batch of 12 environments"),
+        ({}, "got 'cuda', and PyTorch sees none", ("cpu", 3, 4), "'auto' is 'cpu': got 'cuda', and PyTorch sees none"),
+        ({"control_mode": "pd_ee_target_delta_pose"}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*without targets"),
+        ({"env_id": "PutSpoonOnTableClothInScene-v1"}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*settle"),
+        ({"backend": "cpu"}, None, ("cpu", 3, 4), ""),
+    ],
+)
+def test_auto_is_the_gpu_where_it_can_be(settings, missing, backend, said, monkeypatch):
+    monkeypatch.setattr(batched, "missing_for_cuda", lambda config: missing)
+    lines = []
+    config = EnvConfig(**({"backend": "auto", "num_workers": 3, "envs_per_worker": 4} | settings))
+    config = batched.decided(config, lines.append)
+    assert (config.backend, config.num_workers, config.envs_per_worker) == backend
+    assert re.search(said, "".join(lines)) and bool(lines) == bool(said)

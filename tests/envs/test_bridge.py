@@ -16,6 +16,14 @@ def test_import_survives_the_next_write(dtype):
     np.testing.assert_array_equal(np.asarray(array, np.float32), np.ones((64, 3)))
 
 
+def test_a_whole_tree_is_imported_at_once():
+    tensors = {"a": torch.ones(3), "b": (torch.zeros(2, 2), torch.arange(4)[::2])}
+    arrays = torch_to_jax(tensors)
+    for tensor in jax.tree.leaves(tensors):
+        tensor.fill_(7)
+    jax.tree.map(np.testing.assert_array_equal, arrays, {"a": np.ones(3), "b": (np.zeros((2, 2)), np.array([0, 2]))})
+
+
 def test_the_rule_is_needed():
     tensor = torch.ones(64)
     view = jnp.from_dlpack(tensor)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from stare_jax.envs.experts import execution_noise, make_expert
-from stare_jax.envs.panda_experts import BASE, PEG_GRIP, REACH
+from stare_jax.envs.panda_experts import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
 from stare_jax.stages import get_task, separate
 
 # Expected: 1.00, 1.00, .995, 1.00 of the episodes within 30 steps, measured over 200; the seeds are fixed.
@@ -20,6 +20,22 @@ def run(simulator, expert, seed, perturb=lambda action, is_first: action, horizo
         frame = simulator.step(perturb(action[None], np.array([len(signals) == 1]))[0])
         signals.append(frame.signals)
     return signals
+
+
+@pytest.mark.parametrize(
+    ("beyond", "direction", "lean"),
+    [
+        (-0.1, (1, 0), 0.0),  # within reach
+        (0.05, (1, 0), 0.06 / 0.21),  # the fingers close along y: a lean about them is one outwards; 1 cm to spare
+        (0.05, (0, 1), 0.0),  # and here none is
+        (0.3, (1, 0), MAX_LEAN),
+    ],
+)
+def test_the_tool_leans_no_further_than_it_helps(beyond, direction, lean):
+    place = np.append(BASE + (REACH + beyond) * np.array(direction), 0.02)
+    rotation = _leant_outwards(TOOL_DOWN, place)
+    np.testing.assert_allclose(np.arccos(np.clip(-rotation[2, 2], -1, 1)), lean, atol=1e-6)
+    assert (rotation[:, 2] @ np.append(direction, 0) > 0.01) == (lean > 0)
 
 
 @pytest.mark.parametrize("env_id", EPISODES)

@@ -23,6 +23,8 @@ PUSH_TASKS = ("PushCube-v1", "PullCube-v1")
 PICK_PLACE_TASKS = tuple(env_id for env_id in TASKS if get_task(env_id).family == "pick-place")
 OFFICIAL, OTHER = 0, DEMO_SEEDS + 99_000_000
 MAX_STATES = 80
+MAX_COST = 0.5
+"""of a stage whose cost is a distance: all that happens, happens within decimetres"""
 AFTERWARDS = 12
 """actions after success, in which an expert that still holds the object lets go of it and retreats"""
 
@@ -113,9 +115,22 @@ def giving_up(env_id):
     def leave(signals, action):
         nonlocal has_touched
         has_touched |= bool(signals.is_contact)
-        return np.array([0, 0, 0.5, 0, 0, 0, -1], np.float32) if has_touched else action
+        upwards = 0.5 * SCENES[env_id].action_scale[2]
+        return np.array([0, 0, upwards, 0, 0, 0, -1], np.float32) if has_touched else action
 
     return expert_policy(env_id, 25, leave)
+
+
+def ramming(env_id):
+    """The expert, which strikes at full speed once it is in line with the cube."""
+    side = -1 if env_id == "PushCube-v1" else 1
+
+    def strike(signals, action):
+        behind, aside, above = signals.tcp_pos - signals.obj_pos
+        is_in_line = 0.05 < side * behind < 0.11 and abs(aside) < 0.015 and abs(above) < 0.02
+        return np.array([-side, 0, 0, 0, 0, 0, -1], np.float32) if is_in_line else action
+
+    return expert_policy(env_id, 20, strike)
 
 
 def wandering(env_id):
@@ -157,7 +172,8 @@ def annotate(env_id, signals):
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
     result = _annotate(task, stacked, np.arange(MAX_STATES) < len(signals))
     separation, costs, potential_t = jax.device_get(result)
-    assert np.isfinite(costs).all() and (costs >= 0).all()
+    bounds = [np.pi / 2 if name == "upright" else MAX_COST for name in task.stage_names]
+    assert np.isfinite(costs).all() and (costs >= 0).all() and (costs <= bounds).all(), costs
     assert (potential_t >= 0).all() and (potential_t <= 1).all()
     return separation.stage_t[: len(signals)], separation.completed
 
@@ -191,17 +207,29 @@ def test_experts_act_in_every_stage_and_stages_end_where_their_events_are(env_id
     assert [bool(each.success) for each in signals] == [seen.success for seen in testimonies]
 
 
-@pytest.mark.parametrize("seed", [OFFICIAL, OTHER])
+@pytest.mark.parametrize("policy", [succeeding, stumbling, giving_up])
 @pytest.mark.parametrize("env_id", TASKS)
-def test_a_touch_is_noticed_in_the_step_in_which_it_happens(env_id, seed, rollout):
-    signals, testimonies = until_success(*rollout(env_id, succeeding, seed))
-    touched = np.array([seen.is_touched for seen in testimonies])
-    noticed = np.array([bool(each.is_contact) for each in signals])
-    assert touched.any() and noticed[touched.argmax()]
-    assert (touched == noticed).mean() >= 0.9
-    # What moves by itself may pass for touched only where reaching is over anyway.
-    assert all(seen.reach_distance < 0.05 for seen, wrong in zip(testimonies, noticed & ~touched, strict=True) if wrong)
-    assert all(seen.is_touched for seen in testimonies if seen.end_force > 1e-2)
+def test_contact_is_in_the_steps_in_which_the_robot_touches_the_object(env_id, policy, rollout):
+    num_touched, num_noticed, every = 0, 0, SCENES[env_id].contact_every
+    for seed in (OFFICIAL, OTHER) if policy is succeeding or every > 1 else (OFFICIAL, OTHER, OTHER + 1):
+        signals, testimonies = rollout(env_id, policy, seed)
+        touched = np.array([seen.is_touched for seen in testimonies])
+        noticed = np.array([bool(each.is_contact) for each in signals])
+        assert not (noticed & ~touched).any()
+        assert noticed[[seen.num_touching >= every or seen.end_force > 1e-2 for seen in testimonies]].all()
+        num_touched, num_noticed = num_touched + touched.sum(), num_noticed + noticed.sum()
+    assert num_touched >= 3
+    assert num_noticed >= 0.9 * num_touched  # shorter touches, too, where not all sub-steps are looked at
+
+
+@pytest.mark.parametrize("env_id", PUSH_TASKS)
+def test_a_cube_that_is_knocked_away_has_been_touched(env_id, rollout):
+    """At full speed: at the end of the step it is out of the tool's reach, and nothing presses on it."""
+    signals, testimonies = rollout(env_id, ramming)
+    touched = [step for step, seen in enumerate(testimonies) if seen.is_touched]
+    assert any(testimonies[step].end_force == 0.0 for step in touched)
+    assert all(signals[step].is_contact for step in touched)
+    assert checked_labels(env_id, signals, testimonies)[touched[0]] >= 2
 
 
 def test_an_object_that_rolls_by_itself_is_not_touched(rollout):

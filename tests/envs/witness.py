@@ -26,15 +26,16 @@ class Testimony(NamedTuple):
     is_grasping: bool
     end_force: float
     """of the object on either finger, at the end of the control step."""
-    sub_step_force: float
-    """of the object on any link of the robot, at any sub-step of the control step: at its end most pushes are over."""
+    num_touching: int
+    """longest run of sub-steps of the control step, one after the other, in which the object presses on any link of the
+    robot: at its end most pushes are over."""
     moved: float
     """how far the object has moved in the control step."""
     success: bool
 
     @property
     def is_touched(self):
-        return self.sub_step_force > 1e-2
+        return self.num_touching > 0
 
 
 class WatchedPhysics:
@@ -44,7 +45,11 @@ class WatchedPhysics:
         self._px = env.scene.px
         self._links = {link._objs[0] for link in env.agent.robot.links}
         self._actor = actor._bodies[0]
-        self.force = 0.0
+        self.begin()
+
+    def begin(self):
+        """Forgets the control step before."""
+        self.num_touching = self._run = 0
 
     def __getattr__(self, name):
         return getattr(self._px, name)
@@ -57,8 +62,9 @@ class WatchedPhysics:
             sign, link = (1, second) if first == self._actor else (-1, first)
             if self._actor in (first, second) and link in self._links:
                 impulses[link] = impulses.get(link, 0) + sign * sum(point.impulse for point in contact.points)
-        for impulse in impulses.values():
-            self.force = max(self.force, float(np.linalg.norm(impulse)) / self._px.timestep)
+        is_touched = any(np.linalg.norm(impulse) / self._px.timestep > 1e-2 for impulse in impulses.values())
+        self._run = self._run + 1 if is_touched else 0
+        self.num_touching = max(self.num_touching, self._run)
 
 
 def watch(simulator, seed, act):
@@ -75,12 +81,12 @@ def watch(simulator, seed, act):
     actor, base, tool = cast_of(env)
     scene, px = env.scene, env.scene.px
     physics = scene.px = WatchedPhysics(env, actor)
-    testimonies = [testify(env, actor, base, tool, [], 0.0)]
+    testimonies = [testify(env, actor, base, tool, [], physics)]
     try:
         while (action := act(signals[-1], len(signals) - 1)) is not None:
-            physics.force = 0.0
+            physics.begin()
             signals.append(simulator.step(action).signals)
-            testimonies.append(testify(env, actor, base, tool, testimonies, physics.force))
+            testimonies.append(testify(env, actor, base, tool, testimonies, physics))
     finally:
         scene.px = px
     return signals, testimonies
@@ -101,7 +107,7 @@ def cast_of(env):
     return actor, base, env.agent.tcp
 
 
-def testify(env, actor, base, tool, before, sub_step_force):
+def testify(env, actor, base, tool, before, physics):
     """Asks the simulator about its present state; `before` are the testimonies so far."""
     obj_pos, base_pos, tool_pos = (part.pose.p[0].numpy().astype(np.float64) for part in (actor, base, tool))
     axis = actor.pose.to_transformation_matrix()[0, :3, 0].numpy().astype(np.float64)
@@ -118,7 +124,7 @@ def testify(env, actor, base, tool, before, sub_step_force):
         tilt=np.arccos(min(abs(axis[2]), 1.0)),
         is_grasping=bool(before and env.agent.is_grasping(actor)[0]),
         end_force=max(float(torch.linalg.norm(force)) for force in forces) if before else 0.0,
-        sub_step_force=sub_step_force,
+        num_touching=physics.num_touching,
         moved=np.linalg.norm(obj_pos - last),
         success=bool(env.evaluate()["success"][0]),
     )

@@ -70,6 +70,28 @@ def test_the_command_line_changes_the_runs_own_choice(command):
     assert command.eval_config(own, untouched) == own
 
 
+@pytest.mark.parametrize(
+    ("own", "arguments", "expected"),
+    [
+        ({"num_workers": 4}, [], ("cpu", 4, 8)),
+        ({"num_workers": 4}, ["--envs-per-worker=2"], ("cpu", 4, 2)),
+        ({"num_workers": 4}, ["--backend=cpu"], ("cpu", 4, 8)),
+        ({"num_workers": 4}, ["--backend=cuda"], ("cuda", 1, 32)),
+        ({"num_workers": 4}, ["--backend=auto"], ("auto", 4, 8)),
+        ({"backend": "cuda", "num_workers": 1, "envs_per_worker": 256}, ["--backend=cpu"], ("cpu", 2, 8)),
+        (
+            {"backend": "cuda", "num_workers": 1, "envs_per_worker": 256},
+            ["--backend=cpu", "--workers=8", "--envs-per-worker=4"],
+            ("cpu", 8, 4),
+        ),
+    ],
+)
+def test_the_command_line_says_where_the_simulators_run(command, own, arguments, expected):
+    arguments = command.parse_arguments(["--run=x", "--phase=ppo", *arguments])
+    config = command.env_config(EnvConfig(use_state="tcp", **own), arguments)
+    assert (config.backend, config.num_workers, config.envs_per_worker) == expected and config.use_state == "tcp"
+
+
 def test_writes_a_report_again(command, run_directory, capsys):
     assert command.main([f"--report={run_directory}"]) == 0
     assert "ppo − sft" in capsys.readouterr().out
