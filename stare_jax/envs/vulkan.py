@@ -36,8 +36,8 @@ def software_driver() -> Path | None:
 def driver_environment() -> dict[str, str]:
     """Returns the environment variables that a rendering process needs on this machine before SAPIEN is loaded.
 
-    Empty where a GPU draws; a driver that the user has chosen is kept. No rendering threads: it is processes that run in
-    parallel here, and two that hand each frame to a thread of their own draw 15 % fewer on two cores.
+    Empty where a GPU draws; a driver that the user has chosen is kept. No rendering threads: it is processes that run
+    in parallel here, and two that hand each frame to a thread of their own draw 15 % fewer on two cores.
     """
     if has_gpu_driver():
         return {}
