@@ -14,6 +14,7 @@ from stare_jax.envs.building import make_scene
 from stare_jax.envs.config import STATE_DIMS, EnvConfig
 from stare_jax.envs.panda_control import make_drive
 from stare_jax.envs.panda_lite import flatten_floor
+from stare_jax.envs.reflections import skip_reflections
 from stare_jax.envs.rotations import body_axis
 from stare_jax.envs.signals import SignalReader
 from stare_jax.envs.widowx import JITTERS, Backdrop, Starts
@@ -34,7 +35,7 @@ class Simulator:
     """A single environment. Call `reset` before `step`, and `close` when done."""
 
     def __init__(self, config: EnvConfig):
-        """Builds the scene; with rendering, the process's first image takes some ten seconds on the CPU.
+        """Builds the scene.
 
         Raises:
             MissingAssetsError: the task's assets are missing.
@@ -94,6 +95,7 @@ class Simulator:
                 hidden.hide_visual()
             self._sapien_scene = scene.sub_scenes[0]
             self._camera = scene.sensors[camera].camera._render_cameras[0]
+            skip_reflections(self._sapien_scene.render_system, self._camera)
             if self._starts is not None:
                 self._backdrop = Backdrop(self.env, camera, self.config.image_shape)
 

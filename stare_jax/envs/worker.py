@@ -126,7 +126,7 @@ def _start(config: EnvConfig) -> list[Simulator]:
     import_mani_skill()
     gc.freeze()  # Rebuilding a scene collects garbage; without the modules' objects that takes 10 ms instead of 150.
     simulators = [Simulator(config) for _ in range(config.envs_per_worker)]
-    simulators[0].reset(0)  # The first image compiles shaders: part of the start, not of the first step.
+    simulators[0].reset(0)  # The first image compiles shaders, which belongs to the start.
     return simulators
 
 

@@ -143,7 +143,8 @@ class SimulatorPool:
 
     def _start_all(self, report: Callable[[str], None]) -> None:
         config, start = self.config, time.monotonic()
-        what = "the first image compiles shaders" if config.image_size else "no images"
+        height, width = config.image_shape
+        what = f"images of {height} x {width}" if config.image_size else "no images"
         each = config.envs_per_worker
         report(f"starting {config.num_workers} x {each} simulators of {config.env_id} ({what})")
         for index in range(config.num_workers):

@@ -31,7 +31,7 @@ def simulators():
 
 @pytest.fixture(scope="session")
 def rendering_simulator(vulkan_driver):
-    """PushCube with 64-pixel images of the low-polygon scene; the first one compiles shaders for some ten seconds."""
+    """PushCube with 64-pixel images of the low-polygon scene."""
     simulator = Simulator(EnvConfig(image_size=64))
     yield simulator
     simulator.close()

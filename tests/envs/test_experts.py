@@ -6,7 +6,7 @@ from stare_jax.envs.experts import execution_noise, make_expert
 from stare_jax.envs.panda_experts import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
 from stare_jax.stages import get_task, separate
 
-# Expected: 1.00, 1.00, .995, 1.00 of the episodes within 30 steps, measured over 200; the seeds are fixed.
+# Expected: 1.00, 1.00, .99, 1.00 of the episodes (benchmarks/results/experts.json); the seeds are fixed.
 EPISODES = {"PushCube-v1": 8, "PullCube-v1": 5, "StackCube-v1": 3, "LiftPegUpright-v1": 3}
 HORIZON = 30
 SEED = 40_000

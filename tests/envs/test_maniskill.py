@@ -171,7 +171,7 @@ def test_the_low_dim_state_does_not_jump_where_a_quaternion_changes_its_sign(sim
 
 
 def test_images_of_the_stock_robot_are_those_of_plain_maniskill(rendering_simulator):
-    rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests: it takes ten seconds to make one.
+    rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests.
     simulator = Simulator(EnvConfig(image_size=64, lite_robot=False))
     cameras = {"width": 64, "height": 64, "shader_pack": "minimal"}
     plain = plain_env("PushCube-v1", obs_mode="rgb", render_backend="cpu", sensor_configs=cameras)

@@ -130,7 +130,7 @@ def test_config_knows_the_task():
 @needs_assets
 def test_images_are_those_of_plain_maniskill_whatever_was_built_before(rendering_simulator, simulators):
     """ManiSkill keeps what to show in a list of the class: a second environment shows the first one's objects."""
-    rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests: it takes ten seconds to make one.
+    rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests.
     first = Simulator(EnvConfig(EGGPLANT, image_size=64))
     simulator = Simulator(EnvConfig(CUBES, image_size=120, image_width=160))
     camera = building.camera_settings(simulator.config)
