@@ -127,6 +127,7 @@ class SignalReader:
     def _forces_on_links(self) -> dict[Any, np.ndarray]:
         """Returns the force of the object on each link that it touches at this sub-step, in newtons."""
         forces: dict[Any, np.ndarray] = {}
+        # Bodies that are merely near are listed, too, with impulses of zero, and Python's numbers add up fastest.
         for contact in self._px.get_contacts():
             first, second = contact.bodies
             if second == self._obj_body and first in self._links:
@@ -135,8 +136,9 @@ class SignalReader:
                 link, sign = second, -1.0
             else:
                 continue
-            impulse = np.sum([point.impulse for point in contact.points], axis=0)
-            forces[link] = forces.get(link, 0.0) + sign * impulse / self._timestep
+            impulse = [sum(parts) for parts in zip(*(point.impulse.tolist() for point in contact.points), strict=True)]
+            if any(impulse):
+                forces[link] = forces.get(link, 0.0) + np.array(impulse) * (sign / self._timestep)
         return forces
 
     def _is_grasped(self) -> bool:
