@@ -3,8 +3,8 @@
     python launch/train.py --config=configs/quickstart.py        from images alone
     python launch/train.py --config=configs/quickstart.py:tcp    with the end-effector's position in the prompt
 
-Expect 94 % success from images alone, on 100 fresh episodes, in ten minutes on two CPU cores and no GPU. A policy of a
-million parameters, 64 x 64 images, 30 actions an episode. Ten minutes are too few for PPO to add much to that;
+Expect 94 to 99 % success from images alone, on 100 fresh episodes, in ten to twelve minutes on two CPU cores. A policy
+of a million parameters, 64 x 64 images, 30 actions an episode. Ten minutes are too few for PPO to add much to that;
 configs/ipi_pushcube.py gives it an hour, from a weaker start.
 """
 
