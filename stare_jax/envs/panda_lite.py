@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ RECIPE = 1  # Raise it whenever the meshes come out different for the same setti
 
 _VISUALS = Path("franka_description/meshes/visual")
 _GREY = (200, 200, 200, 255)
+_DECIMATION = threading.Lock()  # The decimating library keeps its triangles in globals and releases the interpreter.
 
 
 def cache_root() -> Path:
@@ -43,7 +45,8 @@ def report_to_stderr(line: str) -> None:
 def ensure_panda_lite(report: Callable[[str], None] = report_to_stderr) -> Path:
     """Returns the URDF file of the low-polygon Panda, made first if need be (a few seconds, once).
 
-    Safe to call from several processes at once: the folder appears under its final name only when it is complete.
+    Safe to call from several threads and processes at once: the folder appears under its final name only when it is
+    complete.
 
     Args:
         report: is told in one line when the meshes are about to be made, and in another when they are.
@@ -53,11 +56,12 @@ def ensure_panda_lite(report: Callable[[str], None] = report_to_stderr) -> Path:
     """
     source = _panda_folder()
     target = cache_root() / f"panda-lite-{_cache_key()}"
-    if not (target / URDF_NAME).exists():
-        report(f"making low-polygon Panda meshes in {target} (a few seconds, once)")
-        start = time.monotonic()
-        _publish(source, target)
-        report(f"made them in {time.monotonic() - start:.1f} s")
+    with _DECIMATION:
+        if not (target / URDF_NAME).exists():
+            report(f"making low-polygon Panda meshes in {target} (a few seconds, once)")
+            start = time.monotonic()
+            _publish(source, target)
+            report(f"made them in {time.monotonic() - start:.1f} s")
     return target / URDF_NAME
 
 

@@ -1,4 +1,5 @@
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,16 @@ def test_physics_is_a_copy_and_visuals_are_small(made):
         np.testing.assert_allclose(after.bounds, before.bounds, atol=5e-3)
         num_faces += sum(len(mesh.faces) for mesh in after.geometry.values())
     assert 5_000 < num_faces < 15_000
+
+
+def test_two_processes_at_once(monkeypatch, tmp_path, made):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        urdfs = list(pool.map(panda_lite.ensure_panda_lite, [str, str]))
+    assert urdfs[0] == urdfs[1]
+    assert [path.name for path in urdfs[0].parent.parent.iterdir()] == [urdfs[0].parent.name]
+    for path in (urdfs[0].parent / MESHES / "visual").iterdir():
+        assert path.read_bytes() == (made[0][0].parent / MESHES / "visual" / path.name).read_bytes()
 
 
 def test_missing_robot(monkeypatch):
