@@ -135,8 +135,9 @@ def load_openvla_params(
         leaves = jax.tree.leaves_with_path(like)
         wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     tensors = open_checkpoint(folder, config).tensors
-    params = read_tree(table, tensors, wanted, on_bytes)
-    return params | load_value_head(folder, key, config=config, wanted=wanted)
+    # First, so that what is wrong with it is found before everything else is read.
+    head = load_value_head(folder, key, config=config, wanted=wanted)
+    return read_tree(table, tensors, wanted, on_bytes) | head
 
 
 def load_value_head(
@@ -162,11 +163,11 @@ def load_value_head(
         check_tensors(file, tensors, table_specs(table, wanted, "float32"))
         return read_tree(table, tensors, wanted)
     num_features = wanted["value_head/layer_0/kernel"].shape[0]
-    fresh = {"value_head": ValueHead(config.value_dims).init(key, jnp.zeros((1, num_features)))["params"]}
-    tree: PyTree = {}
+    # Compiled as a whole: op by op it is dozens of compilations.
+    init = jax.jit(lambda key: ValueHead(config.value_dims).init(key, jnp.zeros((1, num_features)))["params"])
+    fresh, tree = {"value_head": jax.device_get(init(key))}, {}
     for path in table:
-        value = np.asarray(leaf_at(fresh, path))
-        insert(tree, path, _place(wanted[path], value.__getitem__))
+        insert(tree, path, _place(wanted[path], leaf_at(fresh, path).__getitem__))
     return tree
 
 
@@ -209,7 +210,7 @@ def read_leaf(
         return to_ours(read(tensors[name]), inner, entry.kind)[index]
 
     if not entry.is_stacked:
-        return np.array(layer(entry.names[0], index), leaf.dtype)
+        return np.array(layer(entry.names[0], index), leaf.dtype, order="C")
     index = index if index != (...,) else (slice(None),) * len(leaf.shape)
     names = entry.names[index[0]]
     part = np.empty((len(names), *layer(names[0], index[1:]).shape), leaf.dtype)

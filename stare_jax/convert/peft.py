@@ -157,7 +157,7 @@ def _check_copy(file: Path, name: str, copy: Stored, original: Stored, num_rows:
     got, expected = read(copy), read(original)
     for start in range(0, len(got), num_rows):
         rows = slice(start, start + num_rows)
-        if not np.array_equal(got[rows], expected[rows].astype(got.dtype)):
+        if not np.array_equal(got[rows].view(np.uint8), expected[rows].astype(got.dtype).view(np.uint8)):
             raise WeightsError(f"{file}: {name}: got other values than the base model's, expected an adapter of it")
 
 
