@@ -23,7 +23,7 @@ from stare_jax.train.sharding import path_name
 from stare_jax.types import NormStats, PyTree, TrainState
 
 _MAX_NAMES = 20
-_GROUP_BYTES = 128 * 2**20
+_GROUP_BYTES = 32 * 2**20
 _METADATA_FILE = "_CHECKPOINT_METADATA"
 
 

@@ -1,18 +1,23 @@
 """Parity with OpenVLA's own implementation on a tiny random checkpoint in the public format."""
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from openvla_files import read_folder
 
-from stare_jax.convert.openvla import load_openvla, read_config
+from stare_jax.convert.kept_aside import keep_aside, open_base
+from stare_jax.convert.openvla import load_openvla, read_tree
+from stare_jax.convert.openvla_config import read_config
+from stare_jax.convert.openvla_table import leaf_at, leaf_shapes
+from stare_jax.convert.peft import ADAPTER_MODEL, keep_adapter, open_adapter, write_adapter
 from stare_jax.models import make_policy
 from stare_jax.models import openvla as openvla_policy
 from stare_jax.models.heads import decode_bins
+from stare_jax.models.lora import add_adapters
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla_network import OpenVLA
 from stare_jax.types import Observation
@@ -30,29 +35,9 @@ def expected():
         return dict(arrays)
 
 
-def golden_config(prompt_length):
-    """The checkpoint's configuration with the widths of its towers, which public checkpoints do not state."""
-    config = read_config(FOLDER)
-    overrides = json.loads((FOLDER / "config.json").read_text())["tiny_timm_overrides"].values()
-    towers = [
-        dataclasses.replace(
-            tower,
-            width=sizes["embed_dim"],
-            depth=sizes["depth"],
-            num_heads=sizes["num_heads"],
-            mlp_dim=int(sizes["embed_dim"] * sizes.get("mlp_ratio", 4)),
-        )
-        for tower, sizes in zip((config.dino, config.siglip), overrides, strict=True)
-    ]
-    width = towers[0].width + towers[1].width
-    return dataclasses.replace(
-        config, dino=towers[0], siglip=towers[1], projector_dim=4 * width, prompt_length=prompt_length
-    )
-
-
 @pytest.fixture(scope="module")
 def loaded():
-    return load_openvla(FOLDER, jax.random.key(0), config=golden_config(11))
+    return load_openvla(FOLDER, jax.random.key(0), config=dataclasses.replace(read_config(FOLDER), prompt_length=11))
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +151,34 @@ def test_another_image_gives_other_logits(loaded, expected, normalised_images, s
     bins = 31999 - expected["action_tokens"].astype(np.int32)
     upright, turned = (score(loaded.params, o, bins) for o in (observation, observation._replace(images=images)))
     assert (np.abs(upright.logp - turned.logp) > 1e-2).all()
+
+
+@pytest.mark.parametrize("name", ["lora_all_linear", "lora_attention"])
+def test_adapters_of_peft(loaded, expected, tmp_path, name):
+    """Logits with the adapter on, and the file as it was."""
+    base = open_base(FOLDER)
+    adapter = open_adapter(FOLDER / name, base)
+    config = dataclasses.replace(loaded.config, lora=adapter.lora)
+    params = add_adapters(loaded.params, read_tree(adapter.table, adapter.tensors, leaf_shapes(config)))
+    network, tokens = OpenVLA(config), expected["input_ids"]
+
+    @partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(params, pixels):
+        bins = 31999 - expected["action_tokens"]
+        hidden = network.apply({"params": params}, pixels, tokens, tokens >= 0, bins, method="score")
+        return network.apply({"params": params}, hidden, method="all_logits")
+
+    pixels = tuple(expected["pixel_values"][:, i : i + 3].transpose(0, 2, 3, 1) for i in (0, 3))
+    logits = run(params, pixels)
+    with np.load(FOLDER / name / "expected.npz") as adapted:
+        np.testing.assert_allclose(logits, adapted["action_logits"], atol=1e-3, rtol=0)
+        logp = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), expected["action_tokens"][..., None], -1)
+        np.testing.assert_allclose(logp[..., 0], adapted["action_logp"], atol=1e-3, rtol=0)
+        assert np.abs(adapted["action_logits"] - expected["action_logits"]).max() > 0.1
+
+    keep_aside(FOLDER, base.unused, tmp_path / "kept")
+    keep_adapter(adapter, tmp_path / "kept")
+    (tmp_path / "back").mkdir()
+    kept = base._replace(folder=tmp_path / "kept")
+    write_adapter(tmp_path / "back", kept, config, partial(leaf_at, params), adapted=adapter.table)
+    assert read_folder(tmp_path / "back", ADAPTER_MODEL) == read_folder(FOLDER / name, ADAPTER_MODEL)
