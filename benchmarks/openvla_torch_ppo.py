@@ -94,7 +94,8 @@ def make_ppo_step(
 ) -> Callable[[Mapping[str, Any]], torch.Tensor]:
     """Returns step(batch) -> the mean loss: gradients of all microbatches, clipped to a norm of 10, AdamW.
 
-    The batch holds `pixels`, `ids`, `mask`, `actions`, `old_logp`, `old_value`, `advantage`, `return_`, `[N, ...]`.
+    The batch holds `pixels`, `ids`, `mask`, `actions`, `old_logp`, `old_value`, `advantage`, `return_`, `[N, ...]`;
+    nothing of it is padded.
     """
     lora, head = list(lora_parameters(model.requires_grad_(False))), list(value_head.parameters())
     for parameter in (*lora, *head):
@@ -109,7 +110,7 @@ def make_ppo_step(
             part = slice(i * microbatch, (i + 1) * microbatch)
             pixels = tuple(x[part] for x in batch["pixels"])
             inputs = (pixels, *(batch[name][part] for name in ("ids", "mask", "actions")))
-            logp, _, hidden = model.log_prob(*inputs, padded=not bool(batch["is_full"]))
+            logp, _, hidden = model.log_prob(*inputs, padded=False)
             scores = {name: batch[name][part] for name in names}
             mean = ppo_loss(logp, value_head(hidden), scores, **loss) / num_parts
             mean.backward()

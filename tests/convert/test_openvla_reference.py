@@ -1,21 +1,27 @@
 """Parity with timm and transformers at random small sizes, through a checkpoint folder in the public format."""
 
+import copy
 import dataclasses
+import functools
 import json
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import openvla_torch
+import openvla_torch_ppo
 import pytest
 import torch
+from flax import traverse_util
 from safetensors.numpy import save_file
 
-from stare_jax.convert.openvla import TIMM_IDS, load_openvla, read_config
+from stare_jax.convert.openvla import TIMM_IDS, load_openvla, read_config, tensor_table
+from stare_jax.losses import ppo_loss
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models import openvla as openvla_policy
+from stare_jax.models.heads import score_bins
 from stare_jax.models.llama import Llama, LlamaConfig
+from stare_jax.models.lora import LoRAConfig
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla_network import OpenVLA
 from stare_jax.types import Observation
@@ -28,7 +34,7 @@ except openvla_torch.MissingPackage as error:
 TOLERANCE = 1e-4
 PAD, LENGTH, BATCH = 290, 9, 3
 # Tests compile much and run little.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SIZES = {
     "narrow": {
@@ -106,12 +112,10 @@ class Case(NamedTuple):
     bins: np.ndarray
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def case(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    config = make_config(folder, **SIZES[request.param])
+def make_case(name, folder):
+    config = make_config(folder, **SIZES[name])
     model = openvla_torch.build(config)
-    fill(model, seed=len(request.param))
+    fill(model, seed=len(name))
     save_file({name: weight.numpy() for name, weight in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(describe(config)))
     loaded = load_openvla(folder, jax.random.key(0), config=config)
@@ -123,6 +127,21 @@ def case(request, tmp_path_factory):
     for row in range(BATCH):  # row 0 is full, the last has two tokens of text
         ids[row, 1 : 1 + row * (LENGTH - 3) // (BATCH - 1)] = PAD
     return Case(model, config, loaded.params, pixels, ids, ids != PAD, rng.integers(0, 256, (BATCH, 7)))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    return {name: make_case(name, tmp_path_factory.mktemp(name)) for name in SIZES}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def case(request, cases):
+    return cases[request.param]
+
+
+@pytest.fixture(scope="module")
+def narrow(cases):
+    return cases["narrow"]
 
 
 def as_torch(case):
@@ -185,18 +204,18 @@ def test_llama_at_every_position(case):
 
 
 @pytest.fixture(scope="module")
-def functions(case):
+def functions(narrow):
     """Greedy choice and score of our policy, for pixels that are normalised already."""
-    policy = make_policy(case.config, identity_stats(7, 0))
+    policy = make_policy(narrow.config, identity_stats(7, 0))
     patch = pytest.MonkeyPatch()
     patch.setattr(openvla_policy, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
     observation = Observation(
-        {case.config.camera: np.concatenate(case.pixels, axis=-1)}, np.zeros((BATCH, 0)), case.ids, case.mask
+        {narrow.config.camera: np.concatenate(narrow.pixels, axis=-1)}, np.zeros((BATCH, 0)), narrow.ids, narrow.mask
     )
     sample, log_prob = jit(policy.sample), jit(policy.log_prob)
     yield (
-        lambda: sample(case.params, observation, jax.random.key(0), temperature=0.0),
-        lambda bins: log_prob(case.params, observation, bins),
+        lambda: sample(narrow.params, observation, jax.random.key(0), temperature=0.0),
+        lambda bins: log_prob(narrow.params, observation, bins),
     )
     patch.undo()
 
@@ -205,30 +224,117 @@ def token_ids(case, bins):
     return torch.from_numpy(case.config.action_vocab_end - 1 - np.asarray(bins)).long()
 
 
-def test_greedy_tokens_exactly(case, functions):
+def test_greedy_tokens_exactly(narrow, functions):
     """Ours of the padded batch, and theirs of it, and of each row alone and unpadded."""
     greedy, score = functions
-    decision, prompt = greedy(), as_torch(case)
-    expected = openvla_torch.generate(case.model, *prompt)
-    tokens = token_ids(case, decision.action_tokens)
+    decision, prompt = greedy(), as_torch(narrow)
+    expected = openvla_torch.generate(narrow.model, *prompt)
+    tokens = token_ids(narrow, decision.action_tokens)
     np.testing.assert_array_equal(tokens, expected.tokens)
     for row in range(BATCH):
-        alone = openvla_torch.generate(case.model, *row_of(prompt, row), padded=False)
+        alone = openvla_torch.generate(narrow.model, *row_of(prompt, row), padded=False)
         np.testing.assert_array_equal(tokens[row], alone.tokens[0])
         close(alone.logits[0], expected.logits[row])
     # What was decided with a cache is what a pass over everything makes of it, here and there.
     close(decision.logp, score(decision.action_tokens).logp)
-    logp, _, _ = case.model.log_prob(*prompt, tokens)
+    logp, _, _ = narrow.model.log_prob(*prompt, tokens)
     close(decision.logp, logp)
 
 
-def test_log_probabilities_and_entropies_of_given_actions(case, functions):
+def test_log_probabilities_and_entropies_of_given_actions(narrow, functions):
     _, score = functions
-    ours, prompt = score(case.bins.astype(np.int32)), as_torch(case)
-    logp, entropy, _ = case.model.log_prob(*prompt, token_ids(case, case.bins))
+    ours, prompt = score(narrow.bins.astype(np.int32)), as_torch(narrow)
+    logp, entropy, _ = narrow.model.log_prob(*prompt, token_ids(narrow, narrow.bins))
     close(ours.logp, logp)
     close(ours.entropy, entropy)
     for row in range(BATCH):
-        tokens = token_ids(case, case.bins[row : row + 1])
-        alone, _, _ = case.model.log_prob(*row_of(prompt, row), tokens, padded=False)
+        tokens = token_ids(narrow, narrow.bins[row : row + 1])
+        alone, _, _ = narrow.model.log_prob(*row_of(prompt, row), tokens, padded=False)
         close(ours.logp[row], alone[0])
+
+
+# ---- Adapters and the update -----------------------------------------------------------------------------------------
+
+RANK, ALPHA = 3, 5.0
+
+
+def arrange(path, tensors):
+    """Adapters A or B of a module's layers in PyTorch's layout -> ours, but for the shape."""
+    if path.endswith("patch_embed/lora_a"):
+        return tensors[0].permute(2, 3, 1, 0)
+    arrays = [tensor.flatten(1).T for tensor in tensors]
+    return torch.stack(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def gather(config, model, head, read):
+    """What `read` makes of every trained parameter of the PyTorch model, by the path of ours."""
+    table, modules, found = tensor_table(config), dict(model.named_modules()), {}
+    for path in [path for path in table if path.endswith("kernel")]:
+        layers = [modules[name.removesuffix(".weight")] for name in table[path].names]
+        for leaf in ("lora_a", "lora_b"):
+            ours = path.removesuffix("kernel") + leaf
+            found[ours] = arrange(ours, [read(getattr(layer, leaf)) for layer in layers])
+    for i, name in enumerate(("layer_0", "layer_1", "out")):
+        linear = head[2 * i]
+        found[f"value_head/{name}/kernel"] = read(linear.weight).T
+        if linear.bias is not None:
+            found[f"value_head/{name}/bias"] = read(linear.bias)
+    return found
+
+
+def test_the_gradient_of_a_ppo_update_of_adapters(narrow):
+    """Of every adapter and of the value head, through both towers, projector, decoder and output layer."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(narrow.model)
+    openvla_torch_ppo.add_lora(model, rank=RANK, alpha=ALPHA)
+    head = openvla_torch_ppo.ValueHead(narrow.config.llm.width, narrow.config.value_dims)
+    for parameter in openvla_torch_ppo.lora_parameters(model):
+        torch.nn.init.normal_(parameter.requires_grad_(True), std=0.1)
+    rng = np.random.default_rng(2)
+    names = ("old_logp", "old_value", "advantage", "return_")
+    scores = {name: rng.normal(size=BATCH).astype(np.float32) for name in names}
+    tokens = token_ids(narrow, narrow.bins)
+    openvla_torch_ppo.checkpoint_layers(model)  # recomputed layers must not change anything
+    logp, _, hidden = model.log_prob(*as_torch(narrow), tokens)
+    scores["old_logp"] += logp.detach().numpy()  # ratios near one, inside the clip and outside
+    loss = {"clip_eps": 0.2, "value_clip_eps": 0.2, "huber": 0.5}
+    expected = openvla_torch_ppo.ppo_loss(
+        logp, head(hidden), {name: torch.from_numpy(value) for name, value in scores.items()}, **loss
+    )
+    expected.backward()
+
+    config = dataclasses.replace(narrow.config, lora=LoRAConfig(rank=RANK, alpha=ALPHA))
+    policy = make_policy(config, identity_stats(7, 0))
+    shapes = dict(flatten(jax.eval_shape(policy.init, jax.random.key(0))))
+    trained = gather(config, model, head, lambda parameter: parameter.detach())
+    trained = {path: value.numpy().reshape(shapes[path].shape) for path, value in trained.items()}
+    frozen = {path: leaf for path, leaf in flatten(narrow.params) if path not in trained}
+    assert trained.keys() | frozen.keys() == shapes.keys()
+
+    @jit
+    def grad(trained, frozen, pixels, ids, mask, bins, scores):
+        def objective(trained):
+            params = unflatten(frozen | trained)
+            apply = functools.partial(OpenVLA(config).apply, {"params": params})
+            hidden = apply(pixels, ids, mask, bins, method="score")
+            logp, entropy = score_bins(apply(hidden, method="action_logits"), bins, 1.0)
+            value = apply(hidden[:, 0], pixels, None, method="value")
+            data = (logp, scores["old_logp"], scores["advantage"], value, scores["old_value"], scores["return_"])
+            return ppo_loss(*data, entropy, clip_eps=0.2, value_clip_eps=0.2, huber_delta=0.5)[0]
+
+        return jax.value_and_grad(objective)(trained)
+
+    got, grads = grad(trained, frozen, narrow.pixels, narrow.ids, narrow.mask, narrow.bins, scores)
+    close(got, expected.detach())
+    for path, value in gather(config, model, head, lambda parameter: parameter.grad).items():
+        value = value.numpy().reshape(shapes[path].shape)
+        assert np.abs(value).max() > 1e-6, path
+        np.testing.assert_allclose(grads[path], value, atol=1e-4 * max(1.0, np.abs(value).max()), err_msg=path)
+
+
+def flatten(tree):
+    return [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in jax.tree.leaves_with_path(tree)]
+
+
+def unflatten(leaves):
+    return traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves.items()})

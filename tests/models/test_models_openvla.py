@@ -1,6 +1,7 @@
 """OpenVLA as a policy: rollout and update agree, batches agree with single rows, images and prompts matter."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, rand
 
 from stare_jax.models import make_policy, openvla_7b, openvla_state, openvla_tiny, with_prompt
 from stare_jax.models.heads import ZERO_BIN, decode_bins, encode_bins
+from stare_jax.models.layers import Execution
 from stare_jax.models.normalize import normalize_action, unnormalize_action
 from stare_jax.models.openvla_network import OpenVLA, preprocess
 
@@ -30,6 +32,32 @@ def test_rollout_log_probability_equals_the_recomputed_one(nano, temperature):
     np.testing.assert_allclose(decision.logp, score.logp, atol=1e-4)
     np.testing.assert_allclose(decision.value, score.value, atol=1e-4)
     assert (score.entropy < np.log(256)).all()
+
+
+def test_other_ways_to_run_the_decoder_change_nothing(nano, monkeypatch):
+    """Layers taken out of their stack, and padding moved to the end, where cuDNN's attention needs no mask for it."""
+    attention = partial(jax.nn.dot_product_attention, implementation="xla")
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, implementation, **kwargs: attention(*args, **kwargs)
+    )
+    monkeypatch.setattr(Execution, "__post_init__", lambda self: None)  # XLA's attention takes float32
+    config = nano_config(unstack_layers=True, execution=Execution(attention="cudnn"))
+    policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
+    key = jax.random.key(1)
+    expected = nano.sample(nano.params, nano.observation, key, temperature=1.0)
+    decision = jit(policy.sample)(nano.params, nano.observation, key, temperature=1.0)
+    np.testing.assert_array_equal(decision.action_tokens, expected.action_tokens)
+    np.testing.assert_allclose(decision.logp, expected.logp, atol=1e-4)
+    score = jit(policy.log_prob)(nano.params, nano.observation, decision.action_tokens)
+    np.testing.assert_allclose(score.logp, expected.logp, atol=1e-4)
+    np.testing.assert_allclose(score.value, expected.value, atol=1e-4)
+
+
+def test_attention_by_cudnn_needs_16_bits():
+    with pytest.raises(ValueError, match="dtype: got 'float32', expected 'bfloat16' or 'float16' for attention"):
+        Execution(attention="cudnn")
+    with pytest.raises(ValueError, match="attention: got 'flash', expected 'xla' or 'cudnn'"):
+        Execution(attention="flash")
 
 
 def test_temperature_zero_takes_the_most_likely_bin_each_time(nano):
