@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
+from stare_jax.convert.preprocessor import read_preprocessor
 from stare_jax.models.heads import ValueHead
 from stare_jax.models.llama import LlamaConfig
 from stare_jax.models.normalize import action_range, identity_stats
@@ -198,7 +199,7 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
     """Builds our configuration from a checkpoint's config.json; what it leaves out is as in OpenVLA-7B.
 
     Raises:
-        ValueError: its vision towers are not the two of OpenVLA-7B.
+        ValueError: its vision towers are not the two of OpenVLA-7B, or its images are not resized as theirs.
     """
     description = json.loads((Path(folder) / "config.json").read_text())
     base = openvla_7b(tokenizer=str(folder))
@@ -217,13 +218,14 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
         norm_eps=text.get("rms_norm_eps", base.llm.norm_eps),
     )
     dtype = description.get("torch_dtype") or "float32"
-    return dataclasses.replace(
+    config = dataclasses.replace(
         base,
         llm=llm,
         action_vocab_end=llm.vocab_size - description["pad_to_multiple_of"],
         image_size=description["image_sizes"][0],
         execution=dataclasses.replace(base.execution, dtype=dtype, param_dtype=dtype),
     )
+    return read_preprocessor(folder, config)
 
 
 def read_norm_stats(folder: str | Path, *, unnorm_key: str | None = None, state_dim: int = 0) -> NormStats:
