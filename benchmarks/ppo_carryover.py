@@ -26,7 +26,7 @@ from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.stages import get_task
-from stare_jax.train.optimizer import make_optimizer, split_params
+from stare_jax.train.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.train.ppo import PPOBatch, PPOConfig, make_prepare, minibatches
 from stare_jax.train.restore import RestoredPolicy, restore_policy
 from stare_jax.train.steps import make_ppo_step
@@ -53,7 +53,7 @@ class Learner:
         self.prepare = make_prepare(self.spec, self.config)
 
     def start(self, params: PyTree) -> TrainState:
-        trainable, _ = split_params(params, self.config.optimizer.freeze)
+        trainable, _ = split_params(params, frozen_params(self.policy, self.config.optimizer))
         return TrainState(step=np.int32(0), params=params, opt_state=self.tx.init(trainable))
 
     def epoch(self, state: TrainState, batch: PPOBatch, rng, *, rate: float, train_policy: bool = True) -> TrainState:

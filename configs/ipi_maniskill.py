@@ -2,21 +2,36 @@
 
     python launch/train.py --config=configs/ipi_maniskill.py --config.init_from=/path/to/openvla-7b
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1 --plan
+    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,full --plan    # all weights, not adapters
 
 The paper reports 96.4 % over PushCube, PullCube, StackCube and LiftPegUpright (table 2), on 300 episodes of 30 actions.
 A node of eight 80 GB accelerators; `--plan` prints what goes where.
 """
 
+import dataclasses
+
 from configs.common import base_config
 from stare_jax.envs import EnvConfig
-from stare_jax.models import openvla_7b
+from stare_jax.models import LoRAConfig, openvla_7b
 
 
-def get_config(env_id: str = "PushCube-v1"):
-    """`env_id` is one of the four Franka tasks."""
+def get_config(variant: str = "PushCube-v1"):
+    """`variant` is one of the four Franka tasks, with ",full" behind it where all weights are to be trained."""
+    env_id, _, tuning = variant.partition(",")
     env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=30, image_size=224)
-    model = openvla_7b(camera="base_camera")
-    return paper_recipe(base_config(env, model, name=f"ipi_{env_id}"))
+    model = fine_tuned(openvla_7b(camera="base_camera"), tuning)
+    return paper_recipe(base_config(env, model, name=f"ipi_{variant.replace(',', '_')}"))
+
+
+def fine_tuned(model, tuning):
+    """Says what of a model is trained: adapters of rank 32 beside bfloat16 weights, or float32 weights."""
+    changes = {
+        "": {"lora": LoRAConfig()},
+        "full": {"execution": dataclasses.replace(model.execution, param_dtype="float32")},
+    }
+    if tuning not in changes:
+        raise ValueError(f"variant: got {tuning!r} behind the task, expected 'full' or nothing")
+    return dataclasses.replace(model, **changes[tuning])
 
 
 def paper_recipe(config):

@@ -72,7 +72,7 @@ _LLAMA_LAYER = {
 _LLAMA = {
     "model.embed_tokens.weight": ("embed_tokens", "same"),
     "model.norm.weight": ("norm/scale", "same"),
-    "lm_head.weight": ("lm_head", "linear"),
+    "lm_head.weight": ("lm_head/kernel", "linear"),
 }
 _TOWERS = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}
 

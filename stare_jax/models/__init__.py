@@ -1,5 +1,6 @@
 """Networks as records of pure functions."""
 
+from stare_jax.models.lora import LoRAConfig, add_adapters, drop_adapters, merge_adapters
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b, openvla_state, openvla_tiny
 from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
@@ -26,12 +27,16 @@ def make_policy(config: OpenVLAConfig | MLPConfig, norm_stats: NormStats) -> Pol
 __all__ = [
     "ActionScore",
     "Decision",
+    "LoRAConfig",
     "MLPConfig",
     "OpenVLAConfig",
     "Policy",
+    "add_adapters",
+    "drop_adapters",
     "make_mlp",
     "make_openvla",
     "make_policy",
+    "merge_adapters",
     "openvla_7b",
     "openvla_state",
     "openvla_tiny",

@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.models.lora import LoRAConfig, module_adapters
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -21,6 +23,7 @@ class Execution:
     dtype: str = "float32"
     """of activations and matrix products."""
     param_dtype: str = "float32"
+    """of the parameters, adapters and value head apart, which are float32."""
     remat: str = "none"
     """"none", "full" (recompute every layer in the backward pass) or "dots" (keep matrix products)."""
     unroll: int = 1
@@ -50,6 +53,8 @@ class Linear(nn.Module):
     execution: Execution
     num_in_axes: int = 1
     use_bias: bool = True
+    lora: LoRAConfig | None = None
+    """of the model; whether this product has adapters follows from its path."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,7 +67,11 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.execution.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.execution.dtype)
-        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)
+        x = x.reshape(-1, fan_in)
+        y = x @ kernel.reshape(fan_in, fan_out)
+        if (adapters := module_adapters(self, self.lora, in_shape, self.features)) is not None:
+            a, b = (adapter.astype(x.dtype) for adapter in adapters)
+            y = y + self.lora.scale * (x @ a.reshape(fan_in, -1) @ b.reshape(-1, fan_out))
         if bias is not None:
             y = y + bias.reshape(-1)
         return y.reshape(*batch_shape, *self.features)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend
 from stare_jax.models.layers import Execution, Linear, scan_layers
+from stare_jax.models.lora import LoRAConfig, module_adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +97,13 @@ class LlamaBlock(nn.Module):
 
     config: LlamaConfig
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, KeyValue]:
         """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
         cfg = self.config
-        linear = partial(Linear, execution=self.execution, use_bias=False)
+        linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
         query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(normed), context.cos, context.sin)
         key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(normed), context.cos, context.sin)
@@ -123,11 +125,33 @@ def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Arr
     return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=1)
 
 
+class OutputLayer(nn.Module):
+    """The product with as many columns of the output layer as are asked for."""
+
+    vocab_size: int
+    param_dtype: str
+    lora: LoRAConfig | None = None
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
+        """Returns float32 logits `[..., stop - start]` of the token ids in [start, stop)."""
+        shape = (hidden.shape[-1], self.vocab_size)
+        # Small: from scratch, all tokens are about equally likely at first.
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+        logits = product(hidden, kernel[:, start:stop].astype(hidden.dtype))
+        if (adapters := module_adapters(self, self.lora, shape[:1], shape[1:])) is not None:
+            a, b = (adapter.astype(hidden.dtype) for adapter in adapters)
+            logits = logits + self.lora.scale * product(hidden @ a, b[:, start:stop])
+        return logits
+
+
 class Llama(nn.Module):
-    """Token embedding, layers with the final norm, and output projection: three functions of one set of parameters."""
+    """Token embedding, layers with the final norm, and output layer: three functions of one set of parameters."""
 
     config: LlamaConfig
     execution: Execution
+    lora: LoRAConfig | None = None
 
     def setup(self):
         cfg, exe = self.config, self.execution
@@ -135,9 +159,8 @@ class Llama(nn.Module):
         self.embed_tokens = self.param(
             "embed_tokens", normal(cfg.width**-0.5), (cfg.vocab_size, cfg.width), exe.param_dtype
         )
-        # Small: from scratch, all tokens are about equally likely at first.
-        self.lm_head = self.param("lm_head", normal(0.02), (cfg.width, cfg.vocab_size), exe.param_dtype)
-        self.layers = scan_layers(LlamaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)(cfg, exe)
+        self.lm_head = OutputLayer(cfg.vocab_size, exe.param_dtype, self.lora)
+        self.layers = scan_layers(LlamaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)(cfg, exe, self.lora)
         self.norm = RMSNorm(cfg.norm_eps, exe.param_dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -181,5 +204,4 @@ class Llama(nn.Module):
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
         """Returns float32 logits `[..., stop - start]` of the token ids in [start, stop)."""
-        kernel = self.lm_head[:, start:stop].astype(hidden.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden, start, stop)

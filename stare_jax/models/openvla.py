@@ -7,17 +7,18 @@ part in log-probabilities, entropies and losses, and tokens after the last dimen
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from stare_jax.losses.imitation import soft_cross_entropy, soft_labels
 from stare_jax.models.heads import NUM_BINS, ZERO_BIN, bin_coordinate, decode_bins, encode_bins, sample_bins, score_bins
 from stare_jax.models.layers import Execution
 from stare_jax.models.llama import LlamaConfig
+from stare_jax.models.lora import BASE_PARAMS
 from stare_jax.models.normalize import (
     is_constant_action,
     normalize_action,
@@ -26,6 +27,7 @@ from stare_jax.models.normalize import (
     unnormalize_action,
 )
 from stare_jax.models.openvla_network import OpenVLA, OpenVLAConfig, Scene, preprocess
+from stare_jax.models.openvla_sharding import sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.models.tokenizer import (
     OPENVLA_TEMPLATE,
@@ -158,6 +160,7 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
         sharding_rules=sharding_rules(config),
+        frozen=_frozen(config),
     )
 
 
@@ -190,10 +193,22 @@ def _state(norm_stats: NormStats, observation: Observation) -> jax.Array:
     return scale_state(jnp.asarray(observation.state), norm_stats)
 
 
+def _frozen(config: OpenVLAConfig) -> tuple[str, ...]:
+    return (*config.frozen, *(() if config.lora is None else (BASE_PARAMS,)))
+
+
 def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
-    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(network.config, 1))
-    bins = jnp.zeros((1, network.config.action_dim), jnp.int32)
-    return network.init(key, *_prompt(network, norm_stats, blank), bins, _state(norm_stats, blank))["params"]
+    config = network.config
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
+    bins = jnp.zeros((1, config.action_dim), jnp.int32)
+    params = network.init(key, *_prompt(network, norm_stats, blank), bins, _state(norm_stats, blank))["params"]
+
+    def store(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        is_frozen = any(re.search(pattern, name) for pattern in _frozen(config))
+        return leaf.astype(config.execution.dtype) if is_frozen else leaf
+
+    return jax.tree.map_with_path(store, params)
 
 
 def _sample(
@@ -336,40 +351,3 @@ def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
 
     return tokenize
-
-
-def sharding_rules(config: OpenVLAConfig) -> tuple[tuple[str, P], ...]:
-    """Returns (regex, PartitionSpec) over the axes `fsdp` and `tensor`; a leading None is the axis of layers.
-
-    Heads and hidden units are split over `tensor`, the other side of each product over `fsdp`; vectors of the model's
-    width are replicated.
-    """
-    decoder = (
-        (r"llm/embed_tokens$", P("tensor", "fsdp")),
-        (r"llm/lm_head$", P("fsdp", "tensor")),
-        (r"llm/layers/[qkv]_proj/kernel$", P(None, "fsdp", "tensor", None)),
-        (r"llm/layers/o_proj/kernel$", P(None, "tensor", None, "fsdp")),
-        (r"llm/layers/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
-        (r"llm/layers/down_proj/kernel$", P(None, "tensor", "fsdp")),
-        (r"norm/scale$", P()),
-        (r"value_head/layer_\d+/(kernel|bias)$|value_head/out/kernel$", P()),
-    )
-    if config.state_tokens:
-        return (*decoder, (r"state_embed/kernel$", P(None, None, "fsdp")), (r"state_embed/bias$", P()))
-    towers = (
-        (r"(dino|siglip)/blocks/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
-        (r"(dino|siglip)/blocks/qkv/bias$", P(None, None, "tensor", None)),
-        (r"(dino|siglip)/blocks/proj/kernel$", P(None, "tensor", None, "fsdp")),
-        (r"(dino|siglip)/blocks/fc1/kernel$", P(None, "fsdp", "tensor")),
-        (r"(dino|siglip)/blocks/fc1/bias$", P(None, "tensor")),
-        (r"(dino|siglip)/blocks/fc2/kernel$", P(None, "tensor", "fsdp")),
-        (r"(dino|siglip)/blocks/((proj|fc2)/bias|norm[12]/(scale|bias)|ls[12])$", P()),
-        (r"(dino|siglip)/(pos_embed|cls_token|reg_token|patch_embed/bias)$", P()),
-        (r"(dino|siglip)/patch_embed/kernel$", P(None, None, None, "fsdp")),
-        (r"projector/fc[13]/kernel$", P("fsdp", "tensor")),
-        (r"projector/fc2/kernel$", P("tensor", "fsdp")),
-        (r"projector/fc1/bias$", P("tensor")),
-        (r"projector/fc[23]/bias$", P()),
-    )
-    stem = ((r"stem/conv_\d+/(kernel|bias)$", P()),) if config.stem else ()
-    return (*decoder, *towers, *stem)

@@ -7,6 +7,7 @@ token, which predicts the first action token and carries the value, stands at th
 """
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from stare_jax.models.heads import NUM_BINS, ValueHead
 from stare_jax.models.layers import Execution, Linear, gelu
 from stare_jax.models.llama import Cache, Llama, LlamaConfig
+from stare_jax.models.lora import LoRAConfig
 from stare_jax.models.preprocess import RESIZERS, crop_center, normalize_image, resize_image
 from stare_jax.models.vit import ConvStem, ViT, ViTConfig, stem_stride
 
@@ -67,6 +69,11 @@ class OpenVLAConfig:
     a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt; "state", the
     state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
+    lora: LoRAConfig | None = None
+    """adapters, trained in place of everything else but the value head."""
+    frozen: tuple[str, ...] = ()
+    """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
+    `execution.dtype`, what is trained in `execution.param_dtype`."""
     decode_unroll: int = 1
     """action tokens per iteration of the decoding loop."""
 
@@ -125,12 +132,14 @@ class Projector(nn.Module):
     hidden_dim: int
     width: int
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = gelu(Linear((self.hidden_dim,), self.execution, name="fc1")(x))
-        x = gelu(Linear((self.width,), self.execution, name="fc2")(x))
-        return Linear((self.width,), self.execution, name="fc3")(x)
+        linear = partial(Linear, execution=self.execution, lora=self.lora)
+        x = gelu(linear((self.hidden_dim,), name="fc1")(x))
+        x = gelu(linear((self.width,), name="fc2")(x))
+        return linear((self.width,), name="fc3")(x)
 
 
 class OpenVLA(nn.Module):
@@ -144,12 +153,12 @@ class OpenVLA(nn.Module):
             self.state_embed = Linear((cfg.state_tokens, cfg.llm.width), execution)
         else:
             self.stem = ConvStem(cfg.stem, execution) if cfg.stem else None
-            self.dino = ViT(cfg.dino, execution)
-            self.siglip = ViT(cfg.siglip, execution)
-            self.projector = Projector(cfg.projector_dim, cfg.llm.width, execution)
+            self.dino = ViT(cfg.dino, execution, cfg.lora)
+            self.siglip = ViT(cfg.siglip, execution, cfg.lora)
+            self.projector = Projector(cfg.projector_dim, cfg.llm.width, execution, cfg.lora)
             if cfg.critic == "own":
                 self.value_stem = ConvStem(cfg.stem, execution)
-        self.llm = Llama(cfg.llm, execution)
+        self.llm = Llama(cfg.llm, execution, cfg.lora)
         self.value_head = ValueHead(cfg.value_dims)
 
     def vision(self, pixels: Pixels) -> jax.Array:

@@ -56,6 +56,8 @@ class Policy(NamedTuple):
     action_dim: int
     sharding_rules: tuple
     """(regex over the parameter's path, jax.sharding.PartitionSpec), first match wins."""
+    frozen: tuple[str, ...] = ()
+    """regexes of the parameters that are never trained: what adapters are beside."""
 
 
 def with_prompt(policy: Policy, observation: Observation, instructions: Sequence[str]) -> Observation:

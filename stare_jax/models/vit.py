@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend
 from stare_jax.models.layers import Execution, Linear, gelu, scan_layers
+from stare_jax.models.lora import LoRAConfig
 
 LAYER_NORM_EPS = 1e-6
 
@@ -90,10 +91,11 @@ class ViTBlock(nn.Module):
 
     config: ViTConfig
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        cfg, linear = self.config, partial(Linear, execution=self.execution)
+        cfg, linear = self.config, partial(Linear, execution=self.execution, lora=self.lora)
         heads = (cfg.num_heads, cfg.width // cfg.num_heads)
         qkv = linear((3, *heads), name="qkv")(self._norm(x, "norm1"))
         attended = attend(qkv[:, :, 0], [KeyValue(qkv[:, :, 1], qkv[:, :, 2])], [None])
@@ -118,6 +120,7 @@ class ViT(nn.Module):
 
     config: ViTConfig
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, image: jax.Array) -> jax.Array:
@@ -125,7 +128,7 @@ class ViT(nn.Module):
         cfg, param_dtype = self.config, self.execution.param_dtype
         # Wide enough to tell patches apart from the first step on; timm's 0.02 learns positions late from scratch.
         init = nn.initializers.normal(cfg.width**-0.5)
-        embed = Linear((cfg.width,), self.execution, num_in_axes=3, name="patch_embed")
+        embed = Linear((cfg.width,), self.execution, num_in_axes=3, lora=self.lora, name="patch_embed")
         x = embed(patchify(image, cfg.patch_size))
         x = x + self.param("pos_embed", init, (1, *x.shape[1:]), param_dtype).astype(x.dtype)
         if cfg.num_prefix:  # after the positions: timm's `no_embed_class`
@@ -134,5 +137,6 @@ class ViT(nn.Module):
                 tokens.append(self.param("reg_token", init, (1, cfg.num_prefix - 1, cfg.width), param_dtype))
             prefix = jnp.concatenate(tokens, axis=1).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:])), x], axis=1)
-        x, _ = scan_layers(ViTBlock, cfg.depth - 1, self.execution)(cfg, self.execution, name="blocks")(x)
+        blocks = scan_layers(ViTBlock, cfg.depth - 1, self.execution)
+        x, _ = blocks(cfg, self.execution, self.lora, name="blocks")(x)
         return x[:, cfg.num_prefix :]

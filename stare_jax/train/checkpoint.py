@@ -142,6 +142,12 @@ def load_params(directory: str | Path, like_params: PyTree, *, step: int | None 
     return _load(_step_path(directory, step), {"params": like_params})["params"]
 
 
+def param_names(directory: str | Path, *, step: int | None = None) -> list[str]:
+    """Returns the paths of the parameters in a checkpoint, without reading their values."""
+    stored = ocp.checkpointables_metadata(_step_path(directory, step)).metadata
+    return list(_describe(stored["params"]))
+
+
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
     stored = _metadata(directory, step)["norm_stats"]

@@ -30,8 +30,9 @@ from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
 from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
+from stare_jax.models.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
 from stare_jax.stages import StageParams, TaskSpec, get_task
-from stare_jax.train.checkpoint import load_norm_stats, load_params
+from stare_jax.train.checkpoint import load_norm_stats, load_params, param_names
 from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.train.config import ConfigError, to_dict
 from stare_jax.train.directory import begin_phase, finish_phase, is_finished, locked, open_directory
@@ -90,6 +91,12 @@ class IPIConfig:
                     f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
                     "actions need not lead to equal states"
                 )
+        param_dtype = self.model.execution.param_dtype
+        if self.model.lora is None and param_dtype != "float32":
+            raise ValueError(
+                f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
+                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
+            )
 
 
 class Experiment:
@@ -229,12 +236,23 @@ def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     if source is None and config.init_from:
         source = Path(config.init_from)
     key = jax.random.key(config.seed)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     if source is None:
-        return jax.jit(experiment.policy.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like))(key)
-    if (source / CHECKPOINTS).is_dir():
-        return load_params(source / CHECKPOINTS, like)
-    loaded, _ = load_params_and_rest(source, key, config=config.model)
-    return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), loaded, like)
+        return jax.jit(experiment.policy.init, out_shardings=shardings)(key)
+    adapters_key, key = jax.random.split(key)
+    base = drop_adapters(like)
+    if not (source / CHECKPOINTS).is_dir():
+        loaded, _ = load_params_and_rest(source, key, config=config.model)
+        loaded = jax.tree.map(lambda leaf, to: jax.device_put(leaf.astype(to.dtype), to.sharding), loaded, base)
+    else:
+        has_adapters = any(name.endswith("/lora_a") for name in param_names(source / CHECKPOINTS))
+        loaded = load_params(source / CHECKPOINTS, like if has_adapters else base)
+        if has_adapters:
+            return loaded
+    if config.model.lora is None:
+        return loaded
+    adapters = init_adapters(experiment.policy.init, adapters_key, out_shardings=keep_adapters(shardings))
+    return add_adapters(loaded, adapters)
 
 
 def abstract_params(policy: Policy, mesh: Mesh) -> PyTree:

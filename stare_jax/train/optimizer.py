@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import optax
 
+from stare_jax.models.policy import Policy
 from stare_jax.train.sharding import path_name
 from stare_jax.types import PyTree
 
@@ -121,8 +122,13 @@ def _schedule(config: OptimizerConfig, peak: float, num_steps: int | None) -> op
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
+def frozen_params(policy: Policy, config: OptimizerConfig) -> tuple[str, ...]:
+    """Returns the regexes of the parameters that a phase does not train: the model's own, and the phase's."""
+    return (*policy.frozen, *config.freeze)
+
+
 def split_params(params: PyTree, freeze: Sequence[str]) -> tuple[PyTree, PyTree]:
-    """Splits a nested dict of parameters into (trainable, frozen) by the regexes of `OptimizerConfig.freeze`.
+    """Splits a nested dict of parameters into (trainable, frozen) by the regexes of `frozen_params`.
 
     Raises:
         ValueError: a regex that matches nothing, or nothing left to train.

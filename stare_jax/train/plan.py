@@ -12,7 +12,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.stages import get_task
 from stare_jax.train.ipi import PHASES, IPIConfig
-from stare_jax.train.optimizer import make_optimizer
+from stare_jax.train.optimizer import frozen_params, make_optimizer
 from stare_jax.train.sharding import make_mesh
 from stare_jax.train.state import abstract_state
 from stare_jax.train.steps import (
@@ -52,7 +52,7 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
     for phase in config.phases:
         section = getattr(config, phase)
         tx = make_optimizer(section.optimizer, num_steps=1)
-        layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": section.optimizer.freeze}
+        layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, section.optimizer)}
         state = abstract_state(params, tx, **layout)
         batch = _batch(phase, policy, config)
         extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()

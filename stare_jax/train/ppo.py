@@ -24,7 +24,7 @@ from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
-from stare_jax.train.steps import DecisionBatch, check_microbatch, make_ppo_step
+from stare_jax.train.steps import DecisionBatch, check_microbatch, jit_step, make_ppo_step
 from stare_jax.types import PyTree, TrainState, Trajectory
 
 PHASE = "ppo"
@@ -125,8 +125,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("minibatch_size", config.minibatch_size, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
-    state, saved = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
-    step_fn = jax.jit(make_ppo_step(policy, tx, config), donate_argnums=0)
+    state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
+    step_fn = jit_step(make_ppo_step(policy, tx, config), policy, config)
     prepare = make_prepare(spec, config)
     counters = _Counters(**saved)
     clock, compiled = Clock(), None

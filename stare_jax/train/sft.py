@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-import jax
-
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.train.checkpoint import Checkpoints
@@ -12,7 +10,7 @@ from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimi
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.step_metrics import StepMetrics
-from stare_jax.train.steps import SFTBatch, check_microbatch, make_sft_step
+from stare_jax.train.steps import SFTBatch, check_microbatch, jit_step, make_sft_step
 from stare_jax.types import Array, Observation, PyTree
 
 PHASE = "sft"
@@ -64,8 +62,8 @@ def train_sft(
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("batch_size", config.batch_size, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    state, _ = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
-    step_fn = jax.jit(make_sft_step(policy, tx, config), donate_argnums=0)
+    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
+    step_fn = jit_step(make_sft_step(policy, tx, config), policy, config)
     first = int(state.step)
     batch_iterator = batches(first)
     steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="frames")

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from stare_jax.models.policy import Policy
 from stare_jax.train import checkpoint, sharding
-from stare_jax.train.optimizer import split_params
+from stare_jax.train.config import ConfigError
+from stare_jax.train.optimizer import OptimizerConfig, frozen_params, merge_params, split_params
 from stare_jax.types import NormStats, PyTree, TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -76,11 +78,17 @@ def create_state(
     rules: sharding.Rules,
     freeze: Sequence[str] = (),
 ) -> TrainState:
-    """Copies parameters to their devices and makes the optimiser state there; arguments as for `abstract_state`."""
+    """Copies parameters to their devices and makes the optimiser state there; arguments as for `abstract_state`.
+
+    Frozen parameters that are where they belong are shared with the caller, not copied.
+    """
     layout = abstract_state(params, tx, mesh=mesh, rules=rules, freeze=freeze)
-    # Without out_shardings, the moments that tx.init makes under jit end up on one device.
     shardings = jax.tree.map(lambda x: x.sharding, layout)
-    return jax.jit(functools.partial(_build, tx=tx, freeze=freeze), out_shardings=shardings)(params)
+    (trainable, frozen), (to, frozen_to) = (split_params(tree, freeze) for tree in (params, shardings.params))
+    # Without out_shardings, the moments that tx.init makes under jit end up on one device.
+    build = jax.jit(functools.partial(_build, tx=tx, freeze=()), out_shardings=shardings.replace(params=to))
+    state = build(trainable)
+    return state.replace(params=merge_params(state.params, jax.device_put(frozen, frozen_to)))
 
 
 def _build(params: PyTree, *, tx: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
@@ -88,21 +96,33 @@ def _build(params: PyTree, *, tx: optax.GradientTransformation, freeze: Sequence
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable))
 
 
+def check_precision(trainable: PyTree) -> None:
+    """Raises ConfigError where a parameter that is trained is not float32: small steps would be lost in rounding."""
+    leaves = jax.tree.leaves_with_path(trainable)
+    rounded = [sharding.path_name(path) for path, leaf in leaves if jnp.dtype(leaf.dtype).itemsize < 4]
+    if rounded:
+        raise ConfigError(
+            f"model.execution.param_dtype: got {len(rounded)} trained parameters of less, {rounded[0]} among "
+            "them, expected float32; train adapters (model.lora) or freeze what need not be trained (model.frozen)"
+        )
+
+
 def start_phase(
     phase: str,
     run: Run,
+    policy: Policy,
     params: PyTree,
     tx: optax.GradientTransformation,
-    *,
-    rules: sharding.Rules,
-    freeze: Sequence[str],
+    config: OptimizerConfig,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state a phase starts in, and the counters of the checkpoint it goes on from ({} without one).
 
     Raises:
         CheckpointError: not resuming, but the phase has checkpoints here already.
+        ConfigError: parameters of less than float32 would be trained.
     """
-    layout = {"mesh": run.mesh, "rules": rules, "freeze": freeze}
+    layout = {"mesh": run.mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, config)}
+    check_precision(split_params(params, layout["freeze"])[0])
     directory = checkpoint_directory(run, phase)
     steps = checkpoint.complete_steps(directory)
     if not steps:

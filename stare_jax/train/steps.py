@@ -4,8 +4,9 @@ A batch whose forward and backward pass does not fit into memory is cut into mic
 the gradient is that of the whole batch, the metrics are means over its parts.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import optax
 
 from stare_jax.losses import ppo_loss, sta_tpo_loss, tpo_loss
 from stare_jax.models.policy import Policy
-from stare_jax.train.optimizer import decay_schedule, merge_params, split_params
+from stare_jax.train.optimizer import decay_schedule, frozen_params, merge_params, split_params
 from stare_jax.types import Array, Observation, PyTree, TrainState
 
 Metrics = dict[str, Array]
@@ -85,10 +86,12 @@ def make_sft_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
         means = {f"sft/{name}": value.mean() for name, value in metrics.items()}
         return loss.mean(), means | {"sft/loss": loss.mean()}
 
+    freeze = frozen_params(policy, config.optimizer)
+
     def step(state, batch):
         weight = jnp.ones(batch.action.shape[0])
-        grads, metrics = _gradients(loss_fn, state, batch, weight, config)
-        return _apply(state, grads, tx, config), metrics | _norms(grads)
+        grads, metrics = _gradients(loss_fn, state, batch, weight, freeze, config.microbatch_size)
+        return _apply(state, grads, tx, freeze), metrics | _norms(grads)
 
     return step
 
@@ -117,13 +120,16 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
             entropy_coef=config.entropy_coef,
         )
 
+    freeze = frozen_params(policy, config.optimizer)
+
     def step(state, batch, train_policy, fraction_done):
-        grads, metrics = _gradients(loss_fn, state, batch, batch.valid.astype(jnp.float32), config)
+        weight = batch.valid.astype(jnp.float32)
+        grads, metrics = _gradients(loss_fn, state, batch, weight, freeze, config.microbatch_size)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
         scale = jnp.float32(decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
 
         def move(state):
-            return _apply(state, grads, tx, config, scale=scale, train_policy=train_policy)
+            return _apply(state, grads, tx, freeze, scale=scale, train_policy=train_policy)
 
         state = jax.lax.cond(is_far, lambda state: state, move, state)
         return state, metrics | _norms(grads) | {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
@@ -138,8 +144,10 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
     derivative of the loss by every log-probability, which weights the gradients of the second pass; this is exact.
     """
 
+    freeze = frozen_params(policy, config.optimizer)
+
     def step(state, batch):
-        trainable, frozen = split_params(state.params, config.optimizer.freeze)
+        trainable, frozen = split_params(state.params, freeze)
         decisions = _decisions(batch)
         shape = (*batch.chosen.valid.shape[:1], 2, *batch.chosen.valid.shape[1:])
 
@@ -160,9 +168,36 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
                 lambda part, weight: jax.grad(lambda params: jnp.vdot(logp_fn(params, part), weight))(trainable),
                 (parts, _cut(weight, config.microbatch_size)),
             )
-        return _apply(state, grads, tx, config), metrics | _norms(grads)
+        return _apply(state, grads, tx, freeze), metrics | _norms(grads)
 
     return step
+
+
+def jit_step(step: Callable, policy: Policy, config) -> Callable:
+    """Compiles a step so that the state it is given is reused for the one it returns, but for what is frozen.
+
+    Frozen parameters go in and do not come out, so that others may share them: the weights of a large model are in
+    memory once.
+
+    Args:
+        step: of `make_*_step`.
+        policy: whose step it is.
+        config: what the step was made with.
+    """
+    freeze = frozen_params(policy, config.optimizer)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def move(moving, frozen, *inputs):
+        state, metrics = step(moving.replace(params=merge_params(moving.params, frozen)), *inputs)
+        return state.replace(params=split_params(state.params, freeze)[0]), metrics
+
+    @functools.wraps(step)
+    def compiled_step(state, *inputs):
+        trainable, frozen = split_params(state.params, freeze)
+        moved, metrics = move(state.replace(params=trainable), frozen, *inputs)
+        return moved.replace(params=merge_params(moved.params, frozen)), metrics
+
+    return compiled_step
 
 
 def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metrics]:
@@ -197,14 +232,21 @@ def _decisions(batch: PairBatch) -> tuple[Observation, Array]:
     return jax.tree.map(flatten, *sides)
 
 
-def _gradients(loss_fn, state: TrainState, batch: PyTree, weight: Array, config) -> tuple[PyTree, Metrics]:
+def _gradients(
+    loss_fn: Callable,
+    state: TrainState,
+    batch: PyTree,
+    weight: Array,
+    freeze: Sequence[str],
+    microbatch_size: int | None,
+) -> tuple[PyTree, Metrics]:
     """Gradient of the trainable parameters and metrics; parts of a batch count by their sum of `weight` `[B]`."""
-    trainable, frozen = split_params(state.params, config.optimizer.freeze)
+    trainable, frozen = split_params(state.params, freeze)
 
     def grad_fn(part):
         return jax.grad(lambda params: loss_fn(merge_params(params, frozen), part), has_aux=True)(trainable)
 
-    if config.microbatch_size is None:
+    if microbatch_size is None:
         return grad_fn(batch)
     total = jnp.maximum(weight.sum(), 1e-8)
 
@@ -212,7 +254,7 @@ def _gradients(loss_fn, state: TrainState, batch: PyTree, weight: Array, config)
         fraction = weight.sum() / total
         return jax.tree.map(lambda x: jnp.where(fraction > 0, fraction * x, 0.0), grad_fn(part))
 
-    return _sum_over_parts(share, (_cut(batch, config.microbatch_size), _cut(weight, config.microbatch_size)))
+    return _sum_over_parts(share, (_cut(batch, microbatch_size), _cut(weight, microbatch_size)))
 
 
 def _cut(tree: PyTree, size: int) -> PyTree:
@@ -247,9 +289,15 @@ def _sum_over_parts(fn: Callable, parts: tuple) -> PyTree:
 
 
 def _apply(
-    state: TrainState, grads: PyTree, tx: optax.GradientTransformation, config, *, scale: Array | float = 1.0, **extra
+    state: TrainState,
+    grads: PyTree,
+    tx: optax.GradientTransformation,
+    freeze: Sequence[str],
+    *,
+    scale: Array | float = 1.0,
+    **extra,
 ) -> TrainState:
-    trainable, frozen = split_params(state.params, config.optimizer.freeze)
+    trainable, frozen = split_params(state.params, freeze)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, trainable)
     updates, opt_state = tx.update(grads, state.opt_state, trainable, **extra)
     updates = optax.tree.scale(scale, updates)

@@ -8,15 +8,17 @@ import jax
 import numpy as np
 
 from stare_jax.logging import Interrupted, progress, say
+from stare_jax.models.lora import drop_adapters, keep_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.stages import TaskSpec
 from stare_jax.train.annotate import action_stages
 from stare_jax.train.checkpoint import Checkpoints
+from stare_jax.train.config import ConfigError
 from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.step_metrics import StepMetrics
-from stare_jax.train.steps import PairBatch, ScoredTrajectory, make_tpo_step
+from stare_jax.train.steps import PairBatch, ScoredTrajectory, jit_step, make_tpo_step
 from stare_jax.types import PreferencePair, PyTree, Trajectory
 
 PHASE = "tpo"
@@ -40,6 +42,9 @@ class TPOConfig:
     """see `losses.sta_tpo_loss`, and likewise below."""
     margin: str = "paper"
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, freeze=(VALUE_PARAMS,))
+    reference: str = "start"
+    """whose log-probabilities the policy's are compared with: "start", the policy the phase starts from, adapters
+    included; "base", the same with its adapters off. Neither is a second copy of the weights."""
     reference_batch_size: int = 64
     """decisions that the reference policy scores at a time, once, before the first step."""
     seed: int = 0
@@ -63,6 +68,7 @@ class TPOConfig:
             raise ValueError(f"cost_coef: got {self.cost_coef}, expected >= 0")
         choices = {
             "variant": ("sta_tpo", "tpo"),
+            "reference": ("start", "base"),
             "stage_norm": ("K", "valid"),
             "margin": ("paper", "offset", "relabel"),
         }
@@ -78,8 +84,8 @@ def train_tpo(
 
     Args:
         policy: whose `log_prob` is compared.
-        params: to start from, and at the same time the frozen reference policy; not consumed. The log-probabilities
-            that the pairs bring along are not used.
+        params: to start from, and at the same time the reference policy (`TPOConfig.reference`); not consumed. The
+            log-probabilities that the pairs bring along are not used.
         pairs: NumPy leaves `[P, ...]`.
         spec: the task's stages.
         config: see `TPOConfig`.
@@ -88,17 +94,20 @@ def train_tpo(
     Raises:
         Interrupted: `run.should_stop` asked for it; a checkpoint has been saved.
         FloatingPointError: the loss is not finite.
+        ConfigError: the reference is to be the base of a policy that has no adapters.
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("batch_size", config.batch_size, run.mesh)
+    check_reference(config.reference, params)
     num_pairs = len(pairs.chosen.valid)
     if num_pairs == 0:
         raise ValueError("pairs: got none, expected at least one")
     num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
-    state, _ = start_phase(PHASE, run, params, tx, rules=policy.sharding_rules, freeze=config.optimizer.freeze)
-    step_fn = jax.jit(make_tpo_step(policy, tx, config), donate_argnums=0)
+    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
+    step_fn = jit_step(make_tpo_step(policy, tx, config), policy, config)
     reference = jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params))
+    reference = drop_adapters(reference) if config.reference == "base" else reference
     scored = score_pairs(policy, reference, pairs, spec, batch_size=config.reference_batch_size)
     del reference
     first = int(state.step)
@@ -131,6 +140,12 @@ def train_tpo(
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")
     say(f"{PHASE}: {num_steps - first} steps | {steps.clock.total_line()}")
     return state.params
+
+
+def check_reference(reference: str, params: PyTree) -> None:
+    """Raises ConfigError where `TPOConfig.reference` is "base" and there are no adapters to switch off."""
+    if reference == "base" and not jax.tree.leaves(keep_adapters(params)):
+        raise ConfigError("tpo.reference: got 'base', expected 'start' for a policy without adapters (model.lora)")
 
 
 def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:

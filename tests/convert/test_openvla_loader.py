@@ -107,7 +107,7 @@ def test_every_tensor_lands_where_it_belongs(tmp_path, tensors):
     np.testing.assert_array_equal(params["llm"]["layers"]["o_proj"]["kernel"][1, 1], out[:, 8:].T)
     conv = tensors["vision_backbone.fused_featurizer.patch_embed.proj.weight"]
     np.testing.assert_array_equal(params["siglip"]["patch_embed"]["kernel"][2, 5, 1], conv[:, 1, 2, 5])
-    np.testing.assert_array_equal(params["llm"]["lm_head"], tensors["language_model.lm_head.weight"].T)
+    np.testing.assert_array_equal(params["llm"]["lm_head"]["kernel"], tensors["language_model.lm_head.weight"].T)
     assert params["dino"]["blocks"]["ls1"].shape == (2, DIM)
     assert params["value_head"]["layer_0"]["kernel"].shape == (16, 512)
 

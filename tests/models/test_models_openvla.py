@@ -128,7 +128,7 @@ def test_loss_over_the_whole_vocabulary_is_larger_by_the_mass_outside(nano):
     # With all other tokens out of reach the two agree: their logits are hidden · column, and a column can be moved far.
     blocked = jax.tree.map(np.copy, nano.params)
     outside = np.r_[0 : 896 - 256, 896:960]
-    blocked["llm"]["lm_head"][:, outside] = 0.0
+    blocked["llm"]["lm_head"]["kernel"][:, outside] = 0.0
     same, _ = jit(policy.imitation_loss)(blocked, nano.observation, action)
     assert (same < whole).all()
 

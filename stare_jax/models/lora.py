@@ -1,0 +1,122 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): `y = x W + (alpha / rank) (x A) B` beside a frozen W.
+
+They are leaves of the parameter tree beside the kernel that they adapt, `lora_a` with the kernel's input axes and
+`lora_b` with its output axes, and are applied where they are: the tree without them is the base model.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from stare_jax.types import PyTree
+
+ALL_LINEAR = (r"^(dino|siglip|projector|llm)/",)
+"""what PEFT makes of "all-linear" for OpenVLA: every product, the output layer and both patch embeddings among them."""
+ATTENTION = (r"^llm/layers/[qv]_proj$",)
+"""PEFT's own choice for Llama: queries and values of the decoder."""
+BASE_PARAMS = r"^(?!value)(?!.*/lora_[ab]$)"
+"""regex of the parameters that adapters leave frozen: all but themselves and the value head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which products have adapters, and how large these are; alpha is 16 in OpenVLA and RL4VLA, the rank in RLinf."""
+
+    rank: int = 32
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ALL_LINEAR
+    """regexes of module paths such as `llm/layers/q_proj`, `dino/patch_embed`, `llm/lm_head`."""
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank: got {self.rank}, expected >= 1")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha: got {self.alpha}, expected > 0")
+        if not self.targets:
+            raise ValueError("targets: got none, expected at least one regex")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def adapts(self, path: str) -> bool:
+        """Returns whether the module at a path of names with slashes between has adapters."""
+        return any(re.search(pattern, path) for pattern in self.targets)
+
+
+def module_adapters(
+    module: nn.Module, config: LoRAConfig | None, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the adapters float32 `[*in, rank]` and `[rank, *out]` of a module; None where its parameters have none.
+
+    They are created, as parameters, when the module is initialised: A normal with deviation 1 / rank, B zero.
+
+    Raises:
+        ValueError: there are adapters and no config that says how much they count.
+    """
+    if module.is_initializing():
+        has_adapters = config is not None and config.adapts("/".join(module.path))
+    else:
+        has_adapters = module.has_variable("params", "lora_a")
+    if not has_adapters:
+        return None
+    if config is None:
+        raise ValueError(f"lora: got None, expected the LoRAConfig of the adapters at {'/'.join(module.path)}")
+    a = module.param("lora_a", nn.initializers.normal(1 / config.rank), (*in_shape, config.rank))
+    b = module.param("lora_b", nn.initializers.zeros, (config.rank, *out_shape))
+    return a, b
+
+
+def drop_adapters(params: PyTree) -> PyTree:
+    """Returns the parameters of the base model, the same arrays."""
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if not _is_adapter(path)})
+
+
+def keep_adapters(params: PyTree) -> PyTree:
+    """Returns the adapters alone, the same arrays."""
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if _is_adapter(path)})
+
+
+def add_adapters(params: PyTree, adapters: PyTree) -> PyTree:
+    """Returns parameters with the adapters of another tree in place of their own."""
+    return unflatten_dict(flatten_dict(drop_adapters(params)) | flatten_dict(keep_adapters(adapters)))
+
+
+def init_adapters(init: Callable[[jax.Array], PyTree], key: jax.Array, *, out_shardings: PyTree = None) -> PyTree:
+    """Returns fresh adapters, without allocating the rest of the model.
+
+    Args:
+        init: `Policy.init` of a model with adapters.
+        key: consumed.
+        out_shardings: of the adapters, where they are not to be on one device.
+    """
+    # What is not returned is not computed.
+    return jax.jit(lambda key: keep_adapters(init(key)), out_shardings=out_shardings)(key)
+
+
+def merge_adapters(params: PyTree, config: LoRAConfig) -> PyTree:
+    """Returns parameters of the base model that compute what `params` do: `W + (alpha / rank) A B`.
+
+    The sum is taken in float32 and rounded to the kernel's type once.
+    """
+    merged = dict(flatten_dict(params))
+    for path in [path for path in merged if path[-1] == "lora_a"]:
+        *module, _ = path
+        a, b, kernel = merged.pop(path), merged.pop((*module, "lora_b")), merged[(*module, "kernel")]
+        num_stacked = a.ndim + b.ndim - kernel.ndim - 2
+        stacked, in_shape, out_shape = kernel.shape[:num_stacked], a.shape[num_stacked:-1], b.shape[num_stacked + 1 :]
+        left = jnp.asarray(a, jnp.float32).reshape(*stacked, math.prod(in_shape), config.rank)
+        right = jnp.asarray(b, jnp.float32).reshape(*stacked, config.rank, math.prod(out_shape))
+        delta = config.scale * jnp.matmul(left, right, precision="highest").reshape(kernel.shape)
+        merged[(*module, "kernel")] = (jnp.asarray(kernel, jnp.float32) + delta).astype(kernel.dtype)
+    return unflatten_dict(merged)
+
+
+def _is_adapter(path: tuple[str, ...]) -> bool:
+    return path[-1] in ("lora_a", "lora_b")

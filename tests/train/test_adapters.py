@@ -1,0 +1,143 @@
+"""Training adapters: what moves, what is shared, what the preference phase compares with."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_task import random_pairs
+
+from stare_jax.envs import toy
+from stare_jax.models import LoRAConfig, make_policy, openvla_state
+from stare_jax.models.layers import Execution
+from stare_jax.models.llama import LlamaConfig
+from stare_jax.models.lora import drop_adapters, keep_adapters
+from stare_jax.train.compilations import num_compilations
+from stare_jax.train.config import ConfigError
+from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.train.ppo import PPOConfig
+from stare_jax.train.sharding import make_mesh
+from stare_jax.train.state import check_precision, create_state, start_phase
+from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step, make_tpo_step
+from stare_jax.train.tpo import TPOConfig, check_reference, score_pairs
+
+CONFIG = openvla_state(
+    state_dim=6,
+    action_dim=2,
+    llm=LlamaConfig(vocab_size=896, width=16, depth=2, num_heads=2, num_kv_heads=2, mlp_dim=32),
+    value_dims=(8,),
+    execution=Execution(dtype="bfloat16"),
+    lora=LoRAConfig(rank=2, alpha=4.0),
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
+TPO = TPOConfig(variant="tpo", optimizer=dataclasses.replace(OPTIMIZER, freeze=(VALUE_PARAMS,)))
+
+
+def leaves_of(tree):
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy(CONFIG, toy.norm_stats())
+
+
+@pytest.fixture(scope="module")
+def params(policy):
+    """With adapters that do something."""
+    params = jax.jit(policy.init)(jax.random.key(0))
+    fill = np.random.default_rng(0)
+    return jax.tree.map_with_path(
+        lambda path, x: jnp.asarray(fill.normal(0, 0.3, x.shape), x.dtype) if path[-1].key == "lora_b" else x, params
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(policy, params):
+    return random_pairs(policy, params, 3)
+
+
+def start(policy, params, config):
+    tx = make_optimizer(config.optimizer, num_steps=10)
+    layout = {"mesh": make_mesh(), "rules": policy.sharding_rules, "freeze": frozen_params(policy, config.optimizer)}
+    return tx, create_state(params, tx, **layout)
+
+
+def test_adapters_and_value_head_move_and_the_base_is_in_memory_once(policy, params, pairs):
+    config = PPOConfig(optimizer=OPTIMIZER, minibatch_size=16, target_kl=None)
+    tx, state = start(policy, params, config)
+    step = jit_step(make_ppo_step(policy, tx, config), policy, config)
+    trajectory = jax.tree.map(lambda x: np.asarray(x)[0, :16], pairs.chosen)
+    ones = np.ones(16, np.float32)
+    batch = DecisionBatch(
+        trajectory.observation, trajectory.action_tokens, trajectory.logp, *[0 * ones, ones, ones], ones > 0
+    )
+    before = jax.device_get(params)
+    state, _ = step(state, batch, np.bool_(True), np.float32(0))
+    compiled = num_compilations()
+    state, _ = step(state, batch, np.bool_(True), np.float32(0))
+    assert num_compilations() == compiled
+
+    start_leaves, end_leaves = leaves_of(params), leaves_of(state.params)
+    assert set(end_leaves) == set(start_leaves)
+    for name, leaf in end_leaves.items():
+        is_trained = "lora_" in name or name.startswith("value_head")
+        # What is frozen is still the caller's own buffer; what is trained was copied from it.
+        is_shared = leaf.unsafe_buffer_pointer() == start_leaves[name].unsafe_buffer_pointer()
+        assert is_shared != is_trained, name
+        assert np.any(np.asarray(leaf) != leaves_of(before)[name]) == is_trained, name
+        assert leaf.dtype == (jnp.float32 if is_trained else jnp.bfloat16), name
+    num_trained = sum(x.size for name, x in end_leaves.items() if "lora_" in name or name.startswith("value_head"))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * num_trained
+
+
+def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
+    spec = toy.task_spec()
+    scored = {
+        "start": score_pairs(policy, params, pairs, spec, batch_size=30),
+        "base": score_pairs(policy, drop_adapters(params), pairs, spec, batch_size=30),
+    }
+    step = jit_step(make_tpo_step(policy, start(policy, params, TPO)[0], TPO), policy, TPO)
+    losses = {name: float(step(start(policy, params, TPO)[1], batch)[1]["tpo/loss"]) for name, batch in scored.items()}
+    # Compared with itself a policy has no preference.
+    assert losses["start"] == pytest.approx(np.log(2), abs=1e-5)
+    assert abs(losses["base"] - np.log(2)) > 1e-4
+    np.testing.assert_allclose(scored["start"].chosen.ref_logp, pairs.chosen.logp, atol=0.1)  # bfloat16
+
+
+def test_two_passes_are_one_with_adapters(params, pairs):
+    exact = make_policy(dataclasses.replace(CONFIG, execution=Execution()), toy.norm_stats())
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    batch = score_pairs(exact, drop_adapters(params), pairs, toy.task_spec(), batch_size=30)
+    whole, cut = (
+        jit_step(make_tpo_step(exact, start(exact, params, config)[0], config), exact, config)(
+            start(exact, params, config)[1], batch
+        )
+        for config in (TPO, dataclasses.replace(TPO, microbatch_size=50))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), cut[1], whole[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+        keep_adapters(cut[0].params),
+        keep_adapters(whole[0].params),
+    )
+
+
+def test_a_base_needs_adapters(policy, params):
+    check_reference("base", params)
+    check_reference("start", drop_adapters(params))
+    with pytest.raises(ConfigError, match="tpo.reference: got 'base', expected 'start'"):
+        check_reference("base", drop_adapters(params))
+    with pytest.raises(ValueError, match="reference: got 'sft', expected one of"):
+        TPOConfig(reference="sft")
+
+
+def test_rounded_weights_are_not_trained(make_run):
+    config = dataclasses.replace(CONFIG, lora=None, execution=Execution(dtype="bfloat16", param_dtype="bfloat16"))
+    policy = make_policy(config, toy.norm_stats())
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"param_dtype: got \d+ trained parameters of less, llm/embed_tokens among"):
+        start_phase("sft", make_run(), policy, params, make_optimizer(OPTIMIZER, num_steps=1), OPTIMIZER)
+    check_precision({"a": jnp.zeros(1)})
