@@ -26,6 +26,8 @@ def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfi
     """
     for file in (Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"):
         description = read_json(file) if file.exists() else {}
+        if not isinstance(description, dict):
+            raise WeightsError(f"{file}: got a {type(description).__name__}, expected an object of named fields")
         _check_resizing(file, description, config.image_size)
     if not description:
         return config

@@ -80,3 +80,9 @@ def test_another_way_of_resizing_is_refused(read, field, value, message):
     resize = PUBLISHED["tvf_resize_params"][0] | {field: value}
     with pytest.raises(ValueError, match=re.escape(f"tvf_resize_params.{field}: {message}")):
         read(PUBLISHED | {"tvf_resize_params": [resize, resize]})
+
+
+def test_another_kind_of_file(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="preprocessor_config.json: got a list, expected an object"):
+        read_preprocessor(tmp_path, openvla_7b())
