@@ -1,10 +1,10 @@
 """Reads preprocessor_config.json of an OpenVLA checkpoint: what its images must go through, and their normalisation."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from stare_jax.convert.safetensors_folder import WeightsError, read_json
 from stare_jax.models.openvla import OpenVLAConfig
 
 BICUBIC = ("bicubic", 3)
@@ -22,10 +22,10 @@ def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfi
         config: what its config.json says.
 
     Raises:
-        ValueError: images are to be resized in another way than bicubically to a square of `config.image_size`.
+        WeightsError: images are to be resized in another way than bicubically to a square of `config.image_size`.
     """
     for file in (Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"):
-        description = json.loads(file.read_text()) if file.exists() else {}
+        description = read_json(file) if file.exists() else {}
         _check_resizing(file, description, config.image_size)
     if not description:
         return config
@@ -33,7 +33,7 @@ def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfi
     if fields is None:
         fields = [{"mean": m, "std": s} for m, s in zip(description["means"], description["stds"], strict=True)]
     if len(fields) != 2:
-        raise ValueError(f"{file}: tvf_normalize_params: got {len(fields)}, expected 2, of DINO's tower and SigLIP's")
+        raise WeightsError(f"{file}: tvf_normalize_params: got {len(fields)}, expected 2, of DINO's tower and SigLIP's")
     towers = {
         name: dataclasses.replace(getattr(config, name), mean=tuple(stats["mean"]), std=tuple(stats["std"]))
         for name, stats in zip(("dino", "siglip"), fields, strict=True)
@@ -42,7 +42,7 @@ def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfi
 
 
 def _check_resizing(file: Path, description: dict[str, Any], size: int) -> None:
-    """Raises ValueError where images would go through anything but a bicubic squash, as far as the file says."""
+    """Raises WeightsError where images would go through anything but a bicubic squash, as far as the file says."""
     square = [size, size]
     wanted = [
         ("image_resize_strategy", description.get("image_resize_strategy"), ("resize-naive",)),
@@ -56,4 +56,4 @@ def _check_resizing(file: Path, description: dict[str, Any], size: int) -> None:
     for name, got, allowed in wanted:
         if got is not None and got not in allowed:
             expected = " or ".join(repr(value) for value in allowed)
-            raise ValueError(f"{file}: {name}: got {got!r}, expected {expected}")
+            raise WeightsError(f"{file}: {name}: got {got!r}, expected {expected}")
