@@ -21,7 +21,7 @@ def with_output_layer(params, kernel):
 
 @pytest.fixture(scope="module")
 def sharp(nano):
-    """Parameters whose distributions are far from uniform: entropies of about half of log 256."""
+    """Parameters whose distributions are far from uniform: entropies of about 2 nats, of 5.5."""
     return with_output_layer(nano.params, 20 * nano.params["llm"]["lm_head"]["kernel"])
 
 
@@ -31,9 +31,9 @@ def test_rollout_and_update_agree_to_rounding(nano, sharp, temperature):
     for seed in range(3):
         decision = nano.sample(sharp, nano.observation, jax.random.key(seed), temperature=temperature)
         score = nano.log_prob(sharp, nano.observation, decision.action_tokens, temperature=temperature)
-        np.testing.assert_allclose(decision.logp, score.logp, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(decision.logp, score.logp, rtol=0, atol=1e-5)
         np.testing.assert_allclose(decision.value, score.value, rtol=0, atol=1e-5)
-        assert (score.entropy < 4.5).all()
+        assert (score.entropy < 3).all()
 
 
 def test_no_token_but_the_256_takes_part_in_rollout_or_update(nano, sharp):
