@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from stare_jax.convert.openvla import read_norm_stats
+from stare_jax.convert.openvla_config import read_norm_stats
 from stare_jax.models.heads import decode_bins, encode_bins
 from stare_jax.models.normalize import is_constant_action, normalize_action, unnormalize_action
 

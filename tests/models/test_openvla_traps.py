@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from nano_policy import jit, nano_config
 
-from stare_jax.convert.openvla import TIMM_IDS, read_config
+from stare_jax.convert.openvla_config import TIMM_IDS, read_config
 from stare_jax.losses import gae, ppo_loss
 from stare_jax.models import LoRAConfig
 from stare_jax.models.heads import decode_bins, encode_bins
