@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, measure, measure_peak, weight_recipe
 
-from stare_jax.convert.openvla import tensor_table
+from stare_jax.convert.openvla_table import checkpoint_shape, insert, layer_shape, leaf_shapes, tensor_table, to_ours
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.models.lora import add_adapters, init_adapters
 from stare_jax.models.normalize import identity_stats
@@ -50,47 +50,29 @@ class Update:
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "kind", "leaf_shape", "dtype", "is_stacked"))
-def _fill(block, offsets, scale, shift, *, shape, kind, leaf_shape, dtype, is_stacked):
-    """Makes one leaf of the parameters from the tensors `shape` of a checkpoint that it consists of."""
+@functools.partial(jax.jit, static_argnames=("shape", "kind", "dtype", "is_stacked"))
+def _fill(block, offsets, scale, shift, *, shape, kind, dtype, is_stacked):
+    """Makes one leaf of the parameters from the checkpoint's tensors, which `shape` is the arrangement of in ours."""
+    size = math.prod(shape)
 
     def one(offset):
-        size = math.prod(shape)
         values = jnp.tile(jnp.roll(block, -offset), -(-size // block.size))[:size]
-        tensor = (scale * values + shift).astype(dtype).reshape(shape)
-        if kind == "conv":
-            return tensor.transpose(2, 3, 1, 0)
-        return (tensor if kind in ("same", "vector") else tensor.T).reshape(leaf_shape)
+        return to_ours((scale * values + shift).astype(dtype).reshape(checkpoint_shape(shape, kind)), shape, kind)
 
     return jax.lax.map(one, offsets) if is_stacked else one(offsets[0])
 
 
 def make_params(policy: Policy, config: OpenVLAConfig, seed: int) -> PyTree:
     """Returns the base model's parameters on the device, and a fresh value head."""
-    shapes = jax.eval_shape(policy.init, jax.random.key(seed))
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(shapes)}
-    block, params = jnp.asarray(make_block(seed)), {}
+    leaves, block, params = leaf_shapes(config), jnp.asarray(make_block(seed)), {}
     for path, entry in tensor_table(config).items():
-        leaf_shape = leaves[path].shape[1:] if entry.is_stacked else leaves[path].shape
-        shape = _checkpoint_shape(leaf_shape, entry.kind)
-        recipes = [weight_recipe(name, shape) for name in entry.names]
-        options = {"shape": shape, "kind": entry.kind, "leaf_shape": leaf_shape, "is_stacked": entry.is_stacked}
+        shape = layer_shape(leaves[path].shape, entry)
+        recipes = [weight_recipe(name, checkpoint_shape(shape, entry.kind)) for name in entry.names]
         offsets = np.array([offset for offset, _, _ in recipes], np.int32)
-        leaf = _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options)
-        *parents, last = path.split("/")
-        functools.reduce(lambda tree, name: tree.setdefault(name, {}), parents, params)[last] = leaf
+        options = {"shape": shape, "kind": entry.kind, "is_stacked": entry.is_stacked}
+        insert(params, path, _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options))
     head = jax.jit(lambda key: policy.init(key)["value_head"])(jax.random.key(seed))  # nothing else is computed
     return params | {"value_head": head}
-
-
-def _checkpoint_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    if kind == "conv":
-        height, width, channels, features = shape
-        return (features, channels, height, width)
-    if kind == "vector":
-        return (math.prod(shape),)
-    num_in = {"linear": 1, "heads": 2}.get(kind)
-    return shape if num_in is None else (math.prod(shape[num_in:]), math.prod(shape[:num_in]))
 
 
 def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:

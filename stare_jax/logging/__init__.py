@@ -6,8 +6,10 @@ Imports nothing else of the library, so that every layer with a loop may use it.
 from stare_jax.logging.clock import Clock as Clock
 from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
+from stare_jax.logging.files import new_directory as new_directory
 from stare_jax.logging.files import replace_text as replace_text
 from stare_jax.logging.files import sync_directory as sync_directory
+from stare_jax.logging.memory import PeakMemory as PeakMemory
 from stare_jax.logging.metrics import METRICS_FILE as METRICS_FILE
 from stare_jax.logging.metrics import Writer as Writer
 from stare_jax.logging.metrics import last_lines as last_lines
@@ -17,4 +19,5 @@ from stare_jax.logging.metrics import versions as versions
 from stare_jax.logging.metrics import write_metadata as write_metadata
 from stare_jax.logging.terminal import print_table as print_table
 from stare_jax.logging.terminal import progress as progress
+from stare_jax.logging.terminal import progress_bytes as progress_bytes
 from stare_jax.logging.terminal import say as say

@@ -1,6 +1,9 @@
 """Files that are whole at every moment, whatever kills the process that writes them."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -23,3 +26,27 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yields a folder to write into, `<directory>.partial`, which takes its name when all is written, else goes.
+
+    Raises:
+        FileExistsError: there is something of that name, or a folder left by a process that was killed.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory}: got something there, expected a new name; nothing is overwritten")
+    partial = directory.with_name(directory.name + ".partial")
+    if partial.exists():
+        raise FileExistsError(
+            f"{partial}: got a folder, expected none: another process is writing it, or was killed; then delete it"
+        )
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_directory(directory.parent)

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+MEGABYTE = 10**6
+
 _num_open_lines = 0
 
 
@@ -51,6 +53,25 @@ def progress(
     finally:
         _num_open_lines -= 1
         lines.finish(is_outermost=_num_open_lines == 0)
+
+
+@contextlib.contextmanager
+def progress_bytes(total: int, desc: str) -> Iterator[Callable[[int], None]]:
+    """Shows how far reading or writing is, in whole megabytes: `with progress_bytes(n, "read") as on_bytes: ...`.
+
+    Args:
+        total: bytes.
+        desc: what is done.
+    """
+    done = 0
+    with progress(total // MEGABYTE, desc, "MB") as bar:
+
+        def on_bytes(num_bytes: int) -> None:
+            nonlocal done
+            before, done = done, done + num_bytes
+            bar.update(done // MEGABYTE - before // MEGABYTE)
+
+        yield on_bytes
 
 
 def say(text: str = "") -> None:

@@ -335,6 +335,9 @@ def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
         free = config.action_vocab_end - NUM_BINS
         if config.tokenizer == "words" and loaded.vocab_size > free:
             raise ValueError(f"action_vocab_end: got {free} ids below the actions, expected >= {loaded.vocab_size}")
+        if loaded.vocab_size > config.llm.vocab_size:
+            expected = f"at most vocab_size {config.llm.vocab_size}"
+            raise ValueError(f"tokenizer {config.tokenizer!r}: got {loaded.vocab_size} ids, expected {expected}")
         return loaded
 
     @functools.lru_cache(maxsize=1024)

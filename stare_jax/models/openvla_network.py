@@ -13,13 +13,13 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stare_jax.models.attention import KeyValue
 from stare_jax.models.heads import NUM_BINS, ValueHead
 from stare_jax.models.layers import Execution, Linear, gelu
 from stare_jax.models.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.lora import LoRAConfig
+from stare_jax.models.preprocess import RESIZERS, crop_center, normalize_image, resize_image
 from stare_jax.models.vit import ConvStem, ViT, ViTConfig, stem_stride
 from stare_jax.types import PyTree
 
@@ -51,8 +51,11 @@ class OpenVLAConfig:
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
     image_size: int = 224
-    resize: str = "cubic"
-    """`jax.image.resize` method for cameras of another size; antialiased and rounded to uint8, as PIL does."""
+    resize: str = "bicubic"
+    """how images of another size are resized: one of `preprocess.RESIZERS`, explained there."""
+    center_crop: float = 1.0
+    """share of the image's area, around its middle, that is enlarged to the whole; 1 crops nothing, 0.9 is for
+    checkpoints that were trained on random crops."""
     stem: tuple[int, ...] = ()
     """channels of a convolutional stem that both towers read instead of the image; empty has none."""
     state_tokens: int = 0
@@ -85,8 +88,11 @@ class OpenVLAConfig:
             self._check_state_only()
         else:
             self._check_towers()
-        if self.critic not in CRITICS:
-            raise ValueError(f"critic: got {self.critic!r}, expected one of {CRITICS}")
+        for name, allowed in (("critic", CRITICS), ("resize", RESIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        if not 0 < self.center_crop <= 1:
+            raise ValueError(f"center_crop: got {self.center_crop}, expected in (0, 1]")
         if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
             expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
             raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
@@ -272,11 +278,7 @@ class OpenVLA(nn.Module):
 
 
 def preprocess(image: jax.Array, config: OpenVLAConfig) -> Pixels:
-    """Resizes uint8 images `[B, H, W, 3]` where needed and normalises them for each tower."""
-    size = config.image_size
-    pixels = image.astype(jnp.float32)
-    if image.shape[1:3] != (size, size):
-        resized = jax.image.resize(pixels, (image.shape[0], size, size, 3), config.resize, antialias=True)
-        pixels = jnp.clip(jnp.round(resized), 0.0, 255.0)
-    towers = (config.dino, config.siglip)
-    return tuple((pixels / 255.0 - np.float32(tower.mean)) / np.float32(tower.std) for tower in towers)
+    """Resizes and crops uint8 images `[B, H, W, 3]` as the configuration says, and normalises them for each tower."""
+    pixels = crop_center(resize_image(image, config.image_size, config.resize), config.center_crop)
+    dino, siglip = (normalize_image(pixels, tower.mean, tower.std) for tower in (config.dino, config.siglip))
+    return dino, siglip

@@ -7,8 +7,10 @@ killed is not seen by anything here and is removed when the directory is opened 
 """
 
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from stare_jax.train.sharding import path_name
 from stare_jax.types import NormStats, PyTree, TrainState
 
 _MAX_NAMES = 20
+_GROUP_BYTES = 128 * 2**20
 _METADATA_FILE = "_CHECKPOINT_METADATA"
 
 
@@ -70,9 +73,7 @@ class Checkpoints:
             "params": state.params,
             "optimizer": {"step": state.step, "opt_state": state.opt_state},
         }
-        # As JSON, because Orbax refuses arrays of size zero, which the state of an image-only policy has.
-        stats = {name: np.asarray(value).tolist() for name, value in norm_stats._asdict().items()}
-        metadata = {"extra": extra, "norm_stats": stats}
+        metadata = _custom_metadata(extra, norm_stats)
         self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
 
     def wait(self) -> None:
@@ -87,6 +88,34 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def save_params(
+    directory: str | Path, step: int, params: PyTree, *, extra: dict[str, Any], norm_stats: NormStats
+) -> None:
+    """Saves parameters that no optimiser belongs to, and waits; the host holds little more than one leaf besides them.
+
+    Args:
+        directory: of checkpoints, without this step.
+        step: its name.
+        params: arrays of any sharding.
+        extra: JSON-able, as for `Checkpoints.save`.
+        norm_stats: of the policy.
+    """
+    shards = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    context = ocp.Context()
+    # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
+    context.memory.write_concurrent_bytes = max(shards) + 1
+    context.memory.transfer_concurrent_bytes = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
+    with context:
+        path = Path(directory).absolute() / str(step)
+        ocp.save_checkpointables(path, {"params": params}, custom_metadata=_custom_metadata(extra, norm_stats))
+
+
+def _custom_metadata(extra: dict[str, Any], norm_stats: NormStats) -> dict[str, Any]:
+    # As JSON, because Orbax refuses arrays of size zero, which the state of an image-only policy has.
+    stats = {name: np.asarray(value).tolist() for name, value in norm_stats._asdict().items()}
+    return {"extra": extra, "norm_stats": stats}
 
 
 def complete_steps(directory: str | Path) -> list[int]:
@@ -137,15 +166,67 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     return Restored(state, load_extra(directory, step=step), load_norm_stats(directory, step=step))
 
 
-def load_params(directory: str | Path, like_params: PyTree, *, step: int | None = None) -> PyTree:
-    """Loads the parameters alone; arguments and errors as for `restore`."""
-    return _load(_step_path(directory, step), {"params": like_params})["params"]
+def load_params(directory: str | Path, like_params: PyTree, *, step: int | None = None, cast: bool = False) -> PyTree:
+    """Loads the parameters alone; arguments and errors as for `restore`, but that `cast` lets dtypes differ."""
+    return _load(_step_path(directory, step), {"params": like_params}, cast=cast)["params"]
 
 
-def param_names(directory: str | Path, *, step: int | None = None) -> list[str]:
-    """Returns the paths of the parameters in a checkpoint, without reading their values."""
+def param_shapes(directory: str | Path, *, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of the parameters in a checkpoint, by path, without reading their values."""
     stored = ocp.checkpointables_metadata(_step_path(directory, step)).metadata
-    return list(_describe(stored["params"]))
+    leaves = jax.tree.leaves_with_path(stored["params"])
+    return {path_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
+
+
+def leaf_loader(directory: str | Path, order: Sequence[str], *, step: int | None = None) -> Callable[[str], np.ndarray]:
+    """Returns a function that loads one parameter of a checkpoint, given its path, onto the host.
+
+    Small ones are loaded together with those that come after them, because each call of Orbax takes its time.
+
+    Args:
+        directory: as for `restore`.
+        order: paths, as they will probably be asked for.
+        step: as for `restore`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or not all of these are in it.
+    """
+    folder, shapes = _step_path(directory, step), param_shapes(directory, step=step)
+    if missing := [path for path in order if path not in shapes]:
+        raise CheckpointError(f"{folder}: got no {', '.join(missing[:_MAX_NAMES])}, expected them")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    waiting: dict[str, np.ndarray] = {}
+
+    def load(path: str) -> np.ndarray:
+        if path not in waiting:
+            waiting.clear()
+            sizes = itertools.accumulate(_num_bytes(shapes[name]) for name in order[order.index(path) :])
+            count = max(sum(size <= _GROUP_BYTES for size in sizes), 1)
+            group = order[order.index(path) :][:count]
+            # Nothing is allocated for arrays that are not written to.
+            like = _nest({name: np.empty(shapes[name].shape, shapes[name].dtype) for name in group})
+            with context:
+                loaded = ocp.load_checkpointables(folder, {"params": like})["params"]
+            waiting.update({path_name(key): leaf for key, leaf in jax.tree.leaves_with_path(loaded)})
+        return waiting.pop(path)
+
+    return load
+
+
+def _nest(leaves: dict[str, Any]) -> PyTree:
+    tree: PyTree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return leaf.size * jnp.dtype(leaf.dtype).itemsize
 
 
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
@@ -177,11 +258,12 @@ def _step_path(directory: str | Path, step: int | None) -> Path:
     return Path(directory).absolute() / str(resolve_step(directory, step))
 
 
-def _load(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
+def _load(path: Path, like: dict[str, PyTree], *, cast: bool = False) -> dict[str, PyTree]:
     stored = ocp.checkpointables_metadata(path).metadata
     if missing := sorted(set(like) - set(stored)):
         raise CheckpointError(f"{path}: got the items {sorted(stored)}, expected also {missing}")
-    _check(path, {name: stored[name] for name in like}, like)
+    describe = _describe_shapes if cast else _describe
+    _check(path, *(describe(tree) for tree in ({name: stored[name] for name in like}, like)))
     return ocp.load_checkpointables(path, jax.tree.map(_abstract, like))
 
 
@@ -191,9 +273,8 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def _check(path: Path, stored: dict[str, PyTree], like: dict[str, PyTree]) -> None:
+def _check(path: Path, got: dict[str, str], expected: dict[str, str]) -> None:
     """Compares names, shapes and dtypes, because Orbax's own complaint names neither path nor shape."""
-    got, expected = _describe(stored), _describe(like)
     problems = [f"{name}: not in the checkpoint" for name in expected if name not in got]
     problems += [f"{name}: only in the checkpoint" for name in got if name not in expected]
     problems += [
@@ -212,3 +293,7 @@ def _check(path: Path, stored: dict[str, PyTree], like: dict[str, PyTree]) -> No
 def _describe(tree: PyTree) -> dict[str, str]:
     leaves = jax.tree.leaves_with_path(tree)
     return {path_name(path): f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _describe_shapes(tree: PyTree) -> dict[str, str]:
+    return {path_name(path): f"{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(tree)}

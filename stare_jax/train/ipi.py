@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
-from stare_jax.convert.openvla import load_params_and_rest
+from stare_jax.convert.openvla import load_openvla_params
 from stare_jax.data.batches import imitation_batches
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.norm_stats import read_norm_stats
@@ -28,18 +27,18 @@ from stare_jax.envs.experts import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
-from stare_jax.logging import Clock, Interruption, make_writer, say
+from stare_jax.logging import Clock, Interruption, make_writer, progress_bytes, say
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.models.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
 from stare_jax.stages import StageParams, TaskSpec, get_task
-from stare_jax.train.checkpoint import load_norm_stats, load_params, param_names
+from stare_jax.train.checkpoint import load_extra, load_norm_stats, load_params, param_shapes
 from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.train.config import ConfigError, to_dict
 from stare_jax.train.directory import begin_phase, finish_phase, is_finished, locked, open_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.sharding import make_mesh, tree_shardings
-from stare_jax.train.state import CHECKPOINTS, Run
+from stare_jax.train.sharding import make_mesh
+from stare_jax.train.state import CHECKPOINTS, Run, abstract_params, num_bytes
 from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.types import NormStats, PyTree
 
@@ -242,12 +241,13 @@ def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     adapters_key, key = jax.random.split(key)
     base = drop_adapters(like)
     if not (source / CHECKPOINTS).is_dir():
-        loaded, _ = load_params_and_rest(source, key, config=config.model)
-        loaded = jax.tree.map(lambda leaf, to: jax.device_put(leaf.astype(to.dtype), to.sharding), loaded, base)
+        with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
+            loaded = load_openvla_params(source, key, config=config.model, like=base, on_bytes=on_bytes)
     else:
-        has_adapters = any(name.endswith("/lora_a") for name in param_names(source / CHECKPOINTS))
-        loaded = load_params(source / CHECKPOINTS, like if has_adapters else base)
+        has_adapters = any(name.endswith("/lora_a") for name in param_shapes(source / CHECKPOINTS))
+        loaded = load_params(source / CHECKPOINTS, like if has_adapters else base, cast=True)
         if has_adapters:
+            _check_alpha(source, config.model)
             return loaded
     if config.model.lora is None:
         return loaded
@@ -255,11 +255,12 @@ def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     return add_adapters(loaded, adapters)
 
 
-def abstract_params(policy: Policy, mesh: Mesh) -> PyTree:
-    """Returns shapes and shardings of a policy's parameters, without allocating anything."""
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = tree_shardings(shapes, mesh, policy.sharding_rules)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+def _check_alpha(source: Path, model: OpenVLAConfig) -> None:
+    """Makes sure that adapters count as much as where they come from, which their shapes do not tell."""
+    origin = load_extra(source / CHECKPOINTS).get("model") or {}
+    expected = (origin.get("lora") or {}).get("alpha")
+    if expected is not None and expected != model.lora.alpha:
+        raise ConfigError(f"model.lora.alpha: got {model.lora.alpha}, expected {expected}, as the adapters of {source}")
 
 
 def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from stare_jax.models import Policy, make_policy
 from stare_jax.train.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
 from stare_jax.train.config import ConfigError, from_dict
-from stare_jax.train.ipi import IPIConfig, abstract_params
+from stare_jax.train.ipi import IPIConfig
 from stare_jax.train.sharding import make_mesh
-from stare_jax.train.state import CHECKPOINTS
+from stare_jax.train.state import CHECKPOINTS, abstract_params
 from stare_jax.types import PyTree
 
 

@@ -48,6 +48,18 @@ def checkpoint_directory(run: Run, phase: str) -> Path:
     return Path(run.directory) / phase / CHECKPOINTS
 
 
+def abstract_params(policy: Policy, mesh: Mesh) -> PyTree:
+    """Returns shapes and shardings of a policy's parameters, without allocating anything."""
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    shardings = sharding.tree_shardings(shapes, mesh, policy.sharding_rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def num_bytes(tree: PyTree) -> int:
+    """Returns how large the arrays of a tree are, or will be."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
 def abstract_state(
     params: PyTree,
     tx: optax.GradientTransformation,

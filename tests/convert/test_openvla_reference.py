@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,16 @@ import torch
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from stare_jax.convert.openvla import TIMM_IDS, load_openvla, read_config, tensor_table
+from stare_jax.convert.openvla import load_openvla
+from stare_jax.convert.openvla_config import OVERRIDES, TIMM_IDS, read_config
+from stare_jax.convert.openvla_table import (
+    adapter_table,
+    layer_shape,
+    leaf_shapes,
+    tensor_table,
+    to_ours,
+    value_head_table,
+)
 from stare_jax.losses import ppo_loss
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models import openvla as openvla_policy
@@ -69,8 +79,8 @@ def make_config(folder, dino, siglip, llm, image_size):
 
 
 def describe(config):
-    """What a checkpoint's config.json says of the model; the towers' widths go without saying."""
-    llm = config.llm
+    """What a checkpoint's config.json says of the model."""
+    llm, towers = config.llm, (config.dino, config.siglip)
     text = {
         "vocab_size": llm.vocab_size,
         "hidden_size": llm.width,
@@ -82,12 +92,18 @@ def describe(config):
     quantiles = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
     return {
         "timm_model_ids": TIMM_IDS,
+        OVERRIDES: dict(zip(TIMM_IDS, map(describe_tower, towers), strict=True)),
         "image_sizes": [config.image_size] * 2,
         "pad_to_multiple_of": 64,
         "text_config": text,
         "torch_dtype": "float32",
         "norm_stats": {"robot": {"action": quantiles}},
     }
+
+
+def describe_tower(tower):
+    ratio = tower.mlp_dim / tower.width
+    return {"embed_dim": tower.width, "depth": tower.depth, "num_heads": tower.num_heads, "mlp_ratio": ratio}
 
 
 def fill(model, seed):
@@ -162,8 +178,10 @@ def close(got, want):
 
 def test_configuration_is_read(case):
     config = read_config(case.config.tokenizer)
-    towers = {name: getattr(case.config, name) for name in ("dino", "siglip", "projector_dim")}
-    assert dataclasses.replace(config, **towers, prompt_length=LENGTH) == case.config
+    # How many registers there are and the projector's width follow from the towers elsewhere.
+    dino = dataclasses.replace(config.dino, num_prefix=case.config.dino.num_prefix)
+    rest = {"dino": dino, "projector_dim": case.config.projector_dim, "prompt_length": LENGTH}
+    assert dataclasses.replace(config, **rest) == case.config
 
 
 def test_towers_and_projector(case):
@@ -258,27 +276,17 @@ def test_log_probabilities_and_entropies_of_given_actions(narrow, functions):
 RANK, ALPHA = 3, 5.0
 
 
-def arrange(path, tensors):
-    """Adapters A or B of a module's layers in PyTorch's layout -> ours, but for the shape."""
-    if path.endswith("patch_embed/lora_a"):
-        return tensors[0].permute(2, 3, 1, 0)
-    arrays = [tensor.flatten(1).T for tensor in tensors]
-    return torch.stack(arrays) if len(arrays) > 1 else arrays[0]
-
-
 def gather(config, model, head, read):
-    """What `read` makes of every trained parameter of the PyTorch model, by the path of ours."""
-    table, modules, found = tensor_table(config), dict(model.named_modules()), {}
-    for path in [path for path in table if path.endswith("kernel")]:
-        layers = [modules[name.removesuffix(".weight")] for name in table[path].names]
-        for leaf in ("lora_a", "lora_b"):
-            ours = path.removesuffix("kernel") + leaf
-            found[ours] = arrange(ours, [read(getattr(layer, leaf)) for layer in layers])
-    for i, name in enumerate(("layer_0", "layer_1", "out")):
-        linear = head[2 * i]
-        found[f"value_head/{name}/kernel"] = read(linear.weight).T
-        if linear.bias is not None:
-            found[f"value_head/{name}/bias"] = read(linear.bias)
+    """What `read` makes of every trained parameter of the PyTorch model, in our arrangement, by path."""
+    shapes, found = leaf_shapes(config), {}
+    theirs = {re.sub(r"lora_(.)$", lambda m: f"lora_{m[1].upper()}.weight", n): p for n, p in model.named_parameters()}
+    theirs |= {
+        f"head_l{i + 1}.{name}": p for i, linear in enumerate(head[::2]) for name, p in linear.named_parameters()
+    }
+    for path, entry in (adapter_table(tensor_table(config)) | value_head_table(config)).items():
+        shape = layer_shape(shapes[path].shape, entry)
+        layers = [to_ours(read(theirs[name]).numpy(), shape, entry.kind) for name in entry.names]
+        found[path] = np.stack(layers) if entry.is_stacked else layers[0]
     return found
 
 
@@ -304,12 +312,9 @@ def test_the_gradient_of_a_ppo_update_of_adapters(narrow):
     expected.backward()
 
     config = dataclasses.replace(narrow.config, lora=LoRAConfig(rank=RANK, alpha=ALPHA))
-    policy = make_policy(config, identity_stats(7, 0))
-    shapes = dict(flatten(jax.eval_shape(policy.init, jax.random.key(0))))
     trained = gather(config, model, head, lambda parameter: parameter.detach())
-    trained = {path: value.numpy().reshape(shapes[path].shape) for path, value in trained.items()}
     frozen = {path: leaf for path, leaf in flatten(narrow.params) if path not in trained}
-    assert trained.keys() | frozen.keys() == shapes.keys()
+    assert trained.keys() | frozen.keys() == leaf_shapes(config).keys()
 
     @jit
     def grad(trained, frozen, pixels, ids, mask, bins, scores):
@@ -327,7 +332,6 @@ def test_the_gradient_of_a_ppo_update_of_adapters(narrow):
     got, grads = grad(trained, frozen, narrow.pixels, narrow.ids, narrow.mask, narrow.bins, scores)
     close(got, expected.detach())
     for path, value in gather(config, model, head, lambda parameter: parameter.grad).items():
-        value = value.numpy().reshape(shapes[path].shape)
         assert np.abs(value).max() > 1e-6, path
         np.testing.assert_allclose(grads[path], value, atol=1e-4 * max(1.0, np.abs(value).max()), err_msg=path)
 

@@ -1,0 +1,163 @@
+"""Writes parameters as an OpenVLA checkpoint folder in Hugging Face's format, one leaf in memory at a time."""
+
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.convert.kept_aside import Base, copy_side_files
+from stare_jax.convert.openvla import VALUE_HEAD
+from stare_jax.convert.openvla_config import CONFIG, STATISTICS, write_json
+from stare_jax.convert.openvla_table import (
+    Entry,
+    leaf_shapes,
+    table_specs,
+    tensor_table,
+    to_checkpoint,
+    unused_specs,
+    value_head_table,
+)
+from stare_jax.convert.safetensors_folder import Spec, WeightsError, read, read_json, write_file, write_model
+from stare_jax.models.lora import LoRAConfig, merge_adapters
+from stare_jax.models.openvla import OpenVLAConfig
+
+Leaves = Callable[[str], np.ndarray]
+"""path of a parameter -> its value, read when it is asked for."""
+Named = Iterator[tuple[str, np.ndarray]]
+
+_MEANING = ("dino", "siglip", "projector_dim", "llm", "action_vocab_end", "image_size")
+"""fields of the configuration that say what a checkpoint's tensors are and how they are used."""
+
+
+def check_counterpart(config: OpenVLAConfig, base: Base) -> None:
+    """Makes sure that a model is the checkpoint's, whatever its weights.
+
+    Raises:
+        WeightsError: the model has parts that OpenVLA does not have, or differs from the checkpoint; names the fields.
+    """
+    parts = {name: getattr(config, name) for name in ("stem", "state_tokens")}
+    foreign = [f"model.{name} = {value!r}" for name, value in parts.items() if value]
+    if foreign:
+        raise WeightsError(f"got a model with {', '.join(foreign)}, expected one that OpenVLA's checkpoints have")
+    problems = [
+        f"model.{name}: got {getattr(config, name)}, expected {getattr(base.config, name)}"
+        for name in _MEANING
+        if getattr(config, name) != getattr(base.config, name)
+    ]
+    if problems:
+        raise WeightsError(f"the model is not that of {base.folder}:\n  " + "\n  ".join(problems))
+
+
+def export_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
+    """Returns all tensors of the checkpoint of a model, in the order in which they are written."""
+    return table_specs(tensor_table(config), leaf_shapes(config), dtype) | unused_specs(config, dtype)
+
+
+def write_openvla(
+    to: Path,
+    base: Base,
+    config: OpenVLAConfig,
+    leaves: Leaves,
+    *,
+    dtype: str,
+    max_bytes: int,
+    merge_unused: Callable[[str, np.ndarray], np.ndarray] = lambda name, tensor: tensor,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Writes a whole checkpoint folder.
+
+    Args:
+        to: an empty folder.
+        base: gives what our parameters do not have.
+        config: of the model.
+        leaves: its parameters, adapters merged.
+        dtype: of the tensors; other parameters are rounded to it.
+        max_bytes: see `write_model`.
+        merge_unused: what to make of a tensor that is never run, given its name.
+        on_bytes: called with the size of every tensor that is written.
+    """
+    copy_side_files(base.folder, to)
+    if base.config.execution.param_dtype != dtype:
+        write_json(to / CONFIG, read_json(to / CONFIG) | {"torch_dtype": dtype})
+    write_value_head(to, config, leaves)
+    unused = ((name, merge_unused(name, read(stored)).astype(jnp.dtype(dtype))) for name, stored in base.unused.items())
+    values = itertools.chain(table_values(tensor_table(config), leaves, dtype), unused)
+    specs = table_specs(tensor_table(config), leaf_shapes(config), dtype)
+    specs |= {name: Spec(dtype, stored.spec.shape) for name, stored in base.unused.items()}
+    write_model(to, specs, values, max_bytes=max_bytes, on_bytes=on_bytes)
+
+
+def write_value_head(to: Path, config: OpenVLAConfig, leaves: Leaves) -> None:
+    """Writes the value head's side file, which Hugging Face's own loader passes over."""
+    table = value_head_table(config)
+    specs = table_specs(table, leaf_shapes(config), "float32")
+    write_file(to / VALUE_HEAD, specs, table_values(table, leaves, "float32"))
+
+
+def table_values(table: Mapping[str, Entry], leaves: Leaves, dtype: str) -> Named:
+    """Yields the tensors of a table, one after the other, as the checkpoint has them."""
+    for path, entry in table.items():
+        leaf = leaves(path)
+        for i, name in enumerate(entry.names):
+            layer = leaf[i] if entry.is_stacked else leaf
+            yield name, to_checkpoint(layer, entry.kind).astype(jnp.dtype(dtype), copy=False)
+
+
+def merged_leaves(leaves: Leaves, adapted: Collection[str], lora: LoRAConfig) -> Leaves:
+    """Returns the parameters of the base model that compute what those with adapters do.
+
+    Args:
+        leaves: parameters, adapters among them.
+        adapted: the paths of all of them.
+        lora: how much adapters count.
+    """
+
+    def merged(path: str) -> np.ndarray:
+        module, _, name = path.rpartition("/")
+        if name != "kernel" or f"{module}/lora_a" not in adapted:
+            return leaves(path)
+        kernel, a, b = leaves(path), leaves(f"{module}/lora_a"), leaves(f"{module}/lora_b")
+        if a.ndim + b.ndim == kernel.ndim + 2:
+            return _merge(kernel, a, b, lora)
+        # Layer by layer, because the sum is taken in float32.
+        out = np.empty_like(kernel)
+        for i in range(len(kernel)):
+            out[i] = _merge(kernel[i], a[i], b[i], lora)
+        return out
+
+    return merged
+
+
+def merge_tensor(weight: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:
+    """Returns a linear layer's weight `[out, in]` with its adapters `[rank, in]` and `[out, rank]` in it."""
+    return _merge(weight.T, a.T, b.T, lora).T
+
+
+def _merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig) -> np.ndarray:
+    params = {"module": {"kernel": kernel, "lora_a": a, "lora_b": b}}
+    return jax.device_get(_merge_adapters(params, config=lora)["module"]["kernel"])
+
+
+_merge_adapters = jax.jit(merge_adapters, static_argnames="config")
+
+
+def add_statistics(to: Path, statistics: Mapping[str, Any]) -> None:
+    """Puts statistics of data sets, by name, over those of a folder, in both places where they are looked for."""
+    side = read_json(to / STATISTICS) if (to / STATISTICS).exists() else {}
+    write_json(to / STATISTICS, {**side, **statistics})
+    if (to / CONFIG).exists():
+        description = read_json(to / CONFIG)
+        description["norm_stats"] = {**(description.get("norm_stats") or {}), **statistics}
+        write_json(to / CONFIG, description)
+
+
+def widest_dtype(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """Returns the type in which none of the parameters that a checkpoint holds is rounded, given all of ours."""
+    ours = re.compile(r"^value_head/|/lora_[ab]$")
+    dtypes = {jnp.dtype(leaf.dtype).name for path, leaf in shapes.items() if not ours.search(path)}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
