@@ -15,5 +15,5 @@ from stare_jax.models import openvla_7b
 
 def get_config(env_id: str = "PutCarrotOnPlateInScene-v1"):
     """`env_id` is one of the four WidowX tasks."""
-    env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=60, image_size=224)
+    env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=60, image_size=224, gripper_threshold=0.5)
     return paper_recipe(base_config(env, openvla_7b(), name=f"ipi_{env_id}"))
