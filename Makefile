@@ -37,11 +37,12 @@ format: setup  ## ruff: format and mend what it can
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-setup:  ## system packages, virtual environment, pinned packages, this package
+setup:  ## system packages, virtual environment, pinned packages with extras, this package
 	$(call bootstrap,launch/install.py --venv "$(VENV)")
 
+# What the quickstart does without is not downloaded for it; an environment that has it is fine as it is.
 setup-vulkan:
-	$(call bootstrap,launch/install.py --venv "$(VENV)" --need-vulkan)
+	$(call bootstrap,launch/install.py --venv "$(VENV)" --need-vulkan --without-extras)
 
 doctor:  ## check this machine and explain each failure with its remedy
 	$(call bootstrap,launch/doctor.py)

@@ -41,6 +41,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        # tensorflow-cpu, the same without CUDA, does as well and is a quarter of the size: requirements.txt pins that.
         "rlds": ["tensorflow>=2.20,<3"],
         "wandb": ["wandb>=0.19,<1"],
         "reference": ["timm>=1,<2"],

@@ -17,5 +17,5 @@ from stare_jax.models import openvla_7b
 def get_config(variant: str = "PutCarrotOnPlateInScene-v1"):
     """`variant` is one of the four WidowX tasks, with ",full" behind it where all weights are to be trained."""
     env_id, _, tuning = variant.partition(",")
-    env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=60, image_size=224)
+    env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=60, image_size=224, gripper_threshold=0.5)
     return paper_recipe(base_config(env, fine_tuned(openvla_7b(), tuning), name=f"ipi_{variant.replace(',', '_')}"))

@@ -38,7 +38,7 @@ BRIDGE_ASSETS = {
     "widowx250s": "robots/widowx/wx250s.urdf",
 }
 """ManiSkill's name for a download -> what it brings, relative to $MS_ASSET_DIR/data."""
-EXTRAS = {"rlds": "tensorflow", "wandb": "wandb"}
+EXTRAS = {"rlds": "tensorflow", "reference": "timm", "wandb": "wandb"}
 
 IMPORT_PROBE = """
 import importlib, sys, time
@@ -104,7 +104,7 @@ def check_python() -> Check:
 
 
 def check_packages() -> Check:
-    pins = install.read_pins((ROOT / "requirements.txt").read_text())
+    pins = install.read_pins(install.requirements(with_extras=False))
     have = install.installed(Path(sys.prefix))
     missing = [name for name in [*pins, "stare-jax"] if name not in have]
     if missing:

@@ -26,7 +26,7 @@ import jax
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, SimulatorError, make_vec_env
 from stare_jax.envs.experts import make_expert
-from stare_jax.evaluate.protocol import EvalConfig, evaluate_act
+from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate_act
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import load_results, print_report, write_report
 from stare_jax.evaluate.summary import mean_and_std
@@ -79,7 +79,10 @@ def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig
     changes = {name: value for name, value in changes.items() if value is not None}
     if {"num_episodes", "first_seed"} & changes.keys():
         changes["seeds"] = ()
-    return dataclasses.replace(config, **changes)
+    config = dataclasses.replace(config, **changes)
+    if not episode_seeds(config):
+        raise ValueError(f"num_episodes: got {config.num_episodes}, expected at least 1; --episodes=N says how many")
+    return config
 
 
 def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:

@@ -1,7 +1,8 @@
 """Sets up everything the project needs: system packages, a virtual environment, pinned packages, the package itself.
 
-    python3 launch/install.py                  # into .venv, next to this checkout
-    python3 launch/install.py --need-vulkan    # stop if the simulator could not render afterwards
+    python3 launch/install.py                      # into .venv, next to this checkout
+    python3 launch/install.py --need-vulkan        # stop if the simulator could not render afterwards
+    python3 launch/install.py --without-extras     # none of the packages that only the tests and some commands use
 
 Standard library only. A second call finds the stamp of the first, checks it against what is installed, and returns.
 pip is used with the configuration the machine gives it. `make` calls this; launch/doctor.py explains what is wrong.
@@ -32,6 +33,8 @@ LOG = "install.log"
 PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3")
 DISK_GB = 8
 """Twice what the environment takes with the CPU build of torch: pip unpacks beside what it has downloaded."""
+EXTRAS = "# --- extras"
+"""begins the last section of requirements.txt, which not everybody needs"""
 
 REMEDIES = {
     r"No space left on device": "The disk is full: free some space and run this again; it continues.",
@@ -111,6 +114,12 @@ def make_venv(venv: Path) -> None:
 # ---------------------------------------------------------------------------------------------- packages
 
 
+def requirements(*, with_extras: bool) -> str:
+    """The text of requirements.txt, or what stands before its section of extras."""
+    text = (ROOT / "requirements.txt").read_text()
+    return text if with_extras else text.partition(EXTRAS)[0]
+
+
 def read_pins(text: str) -> dict[str, str]:
     """Package name (normalised) -> exact version, of the lines `name==version`."""
     pins = re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;]+)", text, flags=re.MULTILINE)
@@ -145,24 +154,23 @@ def write_stamp(venv: Path) -> None:
     (venv / STAMP).write_text(json.dumps({"fingerprint": fingerprint()}))
 
 
-def is_current(venv: Path) -> bool:
-    """True where the stamp fits the files and the environment still holds what the stamp says."""
+def is_current(venv: Path, *, with_extras: bool) -> bool:
+    """True where the stamp fits the files and the environment holds all that is wanted, and perhaps more."""
     try:
         stamp = json.loads((venv / STAMP).read_text())
     except (OSError, ValueError):
         return False
-    pins = read_pins((ROOT / "requirements.txt").read_text())
-    have = installed(venv)
+    pins, have = read_pins(requirements(with_extras=with_extras)), installed(venv)
     return stamp.get("fingerprint") == fingerprint() and "stare-jax" in have and not differences(pins, have)
 
 
-def install_packages(venv: Path) -> None:
+def install_packages(venv: Path, *, with_extras: bool) -> None:
     """Torch first, by itself: the one package whose build depends on the machine, and the largest."""
     free = shutil.disk_usage(venv).free / 1e9
     if free < DISK_GB:
         print(f"  warning: {free:.1f} GB free on this disk; the installation wants about {DISK_GB}")
-    requirements = ROOT / "requirements.txt"
-    text = requirements.read_text()
+    text, wanted = requirements(with_extras=with_extras), venv / "requirements.txt"
+    wanted.write_text(text)
     torch = f"torch=={read_pins(text)['torch']}"
     if "torch" not in installed(venv) and not system.has_nvidia_gpu():
         print(
@@ -171,8 +179,8 @@ def install_packages(venv: Path) -> None:
         )
     have = set(installed(venv))
     missing = [name for name in read_pins(text) if name not in have]
-    pip(venv, ["install", "-c", str(requirements), torch], "torch", 12)
-    pip(venv, ["install", "-r", str(requirements)], "packages", max(1, len(missing)))
+    pip(venv, ["install", "-c", str(wanted), torch], "torch", 12)
+    pip(venv, ["install", "-r", str(wanted)], "packages", max(1, len(missing)))
     pip(venv, ["install", "--no-deps", "-e", str(ROOT)], "stare_jax", 1)
     left = differences(read_pins(text), installed(venv))
     if left:
@@ -295,22 +303,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment goes (default: .venv)")
     parser.add_argument("--need-vulkan", action="store_true", help="stop if the simulator could not render")
+    parser.add_argument("--without-extras", action="store_true", help="leave the extras of requirements.txt out")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    venv = arguments.venv.absolute()
+    venv, chosen = arguments.venv.absolute(), {"with_extras": not arguments.without_extras}
     start = time.monotonic()
     try:
         install_system(venv, arguments.need_vulkan)
-        if is_usable(venv) and is_current(venv):
+        if is_usable(venv) and is_current(venv, **chosen):
             return 0
         print(f"Python environment in {venv} (log: {venv / LOG})", flush=True)
         if not is_usable(venv):
             make_venv(venv)
         (venv / STAMP).unlink(missing_ok=True)
-        install_packages(venv)
+        install_packages(venv, **chosen)
         write_stamp(venv)
     except (Failed, system.Unsupported) as error:
         print(f"\nset-up stopped: {error}", file=sys.stderr)

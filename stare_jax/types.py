@@ -60,8 +60,8 @@ class Trajectory(NamedTuple):
 
     observation: Observation
     """leaves `[N + 1, ...]`."""
-    signals: Signals
-    """leaves `[N + 1, ...]`."""
+    signals: Signals | None
+    """leaves `[N + 1, ...]`; None where nobody measured: then an episode can be imitated, and has no stages."""
     valid: Array
     """bool `[N + 1]`, a prefix: which states exist. Action t exists iff state t + 1 does: `valid[1:]`.
     An episode lost to a dead simulator has no valid state at all."""

@@ -33,7 +33,7 @@ ALLOWED = {
 
 CONFINED = {
     ("torch", "sapien", "mani_skill", "gymnasium"): ("stare_jax/envs/", "benchmarks/"),
-    ("tensorflow", "tensorflow_datasets"): ("stare_jax/data/",),
+    ("tensorflow", "tensorflow_datasets"): ("stare_jax/data/rlds_source.py",),
     ("orbax",): ("stare_jax/train/checkpoint.py",),
     ("tensorboardX", "wandb"): ("stare_jax/logging",),
     ("absl",): ("launch/",),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stare_jax.convert.preprocessor import read_preprocessor
 from stare_jax.convert.safetensors_folder import WeightsError, read_json
 from stare_jax.models.llama import LlamaConfig
 from stare_jax.models.normalize import action_range
@@ -26,7 +27,8 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
     """Builds our configuration from a checkpoint's config.json; what it leaves out is as in OpenVLA-7B.
 
     Raises:
-        WeightsError: a field is missing, or its vision towers are not the two of OpenVLA-7B.
+        WeightsError: a field is missing, its vision towers are not the two of OpenVLA-7B, or its images are not resized
+            as theirs.
     """
     file = Path(folder) / CONFIG
     description = read_json(file)
@@ -41,7 +43,7 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
     )
     llm = _read_llama(description["text_config"], base.llm)
     dtype = description.get("torch_dtype") or "float32"
-    return dataclasses.replace(
+    config = dataclasses.replace(
         base,
         dino=dino,
         siglip=siglip,
@@ -51,6 +53,7 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
         image_size=description["image_sizes"][0],
         execution=dataclasses.replace(base.execution, dtype=dtype, param_dtype=dtype),
     )
+    return read_preprocessor(folder, config)
 
 
 def _override(tower: ViTConfig, sizes: Mapping[str, Any]) -> ViTConfig:

@@ -70,6 +70,7 @@ def imitation_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    with_state: bool = True,
     cache_mib: int = 1024,
     num_prefetched: int = 2,
 ) -> Iterator[ImitationBatch]:
@@ -84,6 +85,7 @@ def imitation_batches(
         batch_size: B.
         seed: of the order, in [0, 2**32).
         start_step: number of batches to pass over, in no time: the step a resumed run is at.
+        with_state: False gives `[B, 0]` for the states that are stored, to policies that see none.
         cache_mib: mebibytes that decoded frames may take.
         num_prefetched: batches that are kept ready.
     """
@@ -93,8 +95,9 @@ def imitation_batches(
     def make_batch(rows: np.ndarray) -> ImitationBatch:
         frames = read(rows) if read else read_frames(dataset, indices[rows])
         instructions = [dataset.episodes[i].instruction for i in frames.episode]
-        tokens, token_mask = tokenize(instructions, frames.observation.state)
-        observation = frames.observation._replace(tokens=tokens, token_mask=token_mask)
+        state = frames.observation.state if with_state else np.zeros((len(rows), 0), np.float32)
+        tokens, token_mask = tokenize(instructions, state)
+        observation = frames.observation._replace(state=state, tokens=tokens, token_mask=token_mask)
         return ImitationBatch(observation, frames.action)
 
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat().batch(batch_size)

@@ -60,8 +60,11 @@ def dataset_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None =
     Raises:
         DatasetError: there is no such frame.
     """
-    frames = [dataset.frame(int(i), with_images=False) for i in imitation_frames(dataset)]
-    action, state = (np.stack([frame[name] for frame in frames]) for name in ("action", "state"))
+    indices, shapes = imitation_frames(dataset), dataset.manifest.shapes
+    action, state = (np.empty((len(indices), *shapes[name]), np.float32) for name in ("action", "state"))
+    for row, index in enumerate(indices):  # one by one: images are read along with them
+        frame = dataset.frame(int(index), with_images=False)
+        action[row], state[row] = frame["action"], frame["state"]
     return compute_statistics(action, state, num_trajectories=dataset.num_episodes, action_mask=action_mask)
 
 
@@ -83,10 +86,9 @@ def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: 
     """Returns what policies need of a data set's statistics.
 
     Args:
-        statistics: of one data set, in the file's format. A missing mask means that all dimensions are normalised;
-            missing "proprio" is right for policies without a state.
+        statistics: of one data set, in the file's format. A missing mask means that all dimensions are normalised.
         action_dim: A.
-        state_dim: S.
+        state_dim: S; with 0, for policies that see no state, "proprio" is not looked at.
 
     Raises:
         ValueError: an entry is missing or has another length; the message names it, got and expected.
@@ -94,7 +96,7 @@ def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: 
     action = statistics.get("action")
     if action is None:
         raise ValueError(f"norm_stats: got fields {sorted(statistics)}, expected 'action' among them")
-    state = statistics.get("proprio", {"q01": [], "q99": []})
+    state = statistics.get("proprio", {}) if state_dim else {}
     names = ["q01", "q99", *(name for name in ("min", "max") if name in action)]
     columns = {name: _column(action, f"action.{name}", action_dim) for name in names}
     mask = _column({"mask": [True] * action_dim} | action, "action.mask", action_dim).astype(bool)

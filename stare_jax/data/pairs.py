@@ -212,8 +212,10 @@ def load_pairs(
         NumPy leaves `[P, ...]`; the reference log-probabilities are zeros, for the trainer to fill in.
 
     Raises:
-        DatasetError: the data set was opened without some of its shards, so that indices mean other episodes.
+        DatasetError: the data set was opened without some of its shards, so that indices mean other episodes; or it has
+            no signals.
     """
+    dataset.require_signals()
     if dataset.num_episodes != (num_expected := len(dataset.manifest.episodes)):
         raise DatasetError(f"{dataset.directory}: got {dataset.num_episodes} episodes, expected all {num_expected}")
 

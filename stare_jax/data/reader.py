@@ -98,6 +98,18 @@ class Dataset:
         observation = stack_observations(frames)
         return records.pad_trajectory(record, observation, num_actions=horizon), self.episodes[index]._asdict()
 
+    def require_signals(self) -> None:
+        """Makes sure that there is something to compute stages from.
+
+        Raises:
+            DatasetError: the episodes are not from a simulator.
+        """
+        if self.num_episodes and self.episode_record(0)["signals"] is None:
+            raise DatasetError(
+                f"{self.directory}: got episodes of {self.manifest.env_id} without signals, expected those of a "
+                "simulator: stages, costs and preference pairs are made of them; imitation alone does without"
+            )
+
     def signals(self, horizon: int | None = None) -> tuple[Signals, np.ndarray]:
         """Reads what the stages are computed from, without decoding an image.
 
@@ -108,11 +120,12 @@ class Dataset:
             Signals `[E, N + 1]` and valid bool `[E, N + 1]` of all episodes.
 
         Raises:
-            DatasetError: there is no episode.
+            DatasetError: there is no episode, or there are no signals.
             ValueError: an episode is longer than `horizon`.
         """
         if self.num_episodes == 0:
             raise DatasetError(f"{self.directory}: the data set has no episode")
+        self.require_signals()
         lengths = np.array([row.length for row in self.episodes])
         horizon = int(lengths.max()) if horizon is None else horizon
         if lengths.max() > horizon:

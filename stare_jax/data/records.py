@@ -85,10 +85,13 @@ def frame_observation(record: Mapping[str, Any]) -> Observation:
 
 
 def episode_record(trajectory: Trajectory, meta: Mapping[str, Any], *, length: int) -> dict[str, Any]:
-    """Returns the record of an episode: `length` + 1 states of signals, `length` actions, and `meta`."""
+    """Returns the record of an episode: `length` + 1 states of signals (or None), `length` actions, and `meta`."""
+    signals = trajectory.signals
+    if signals is not None:
+        signals = {name: value[: length + 1] for name, value in signals._asdict().items()}
     return dict(meta) | {
         "length": length,
-        "signals": {name: value[: length + 1] for name, value in trajectory.signals._asdict().items()},
+        "signals": signals,
         "action": trajectory.action[:length],
         "action_tokens": trajectory.action_tokens[:length],
         "logp": trajectory.logp[:length],
@@ -117,8 +120,10 @@ def pad_trajectory(record: Mapping[str, Any], observation: Observation, *, num_a
     )
 
 
-def pad_signals(record: Mapping[str, Any], *, num_states: int) -> Signals:
-    """Returns the signals of an episode's record, padded with zeros to `[num_states, ...]`."""
+def pad_signals(record: Mapping[str, Any], *, num_states: int) -> Signals | None:
+    """Returns the signals of an episode's record, padded with zeros to `[num_states, ...]`; None where it has none."""
+    if record["signals"] is None:
+        return None
     return Signals(**{name: _pad(value, num_states) for name, value in record["signals"].items()})
 
 

@@ -51,15 +51,16 @@ class Shard(NamedTuple):
 class Episode(NamedTuple):
     """What the manifest says of an episode."""
 
-    seed: int
-    """of the simulator, which gives the initial state."""
+    seed: int | None
+    """of the simulator, which gives the initial state; None where none was at work."""
     instruction: str
     source: str
-    """who acted: "expert", or the checkpoint."""
+    """who acted: "expert", or the checkpoint; or the data set that the episode is from."""
     noise_scale: float
     """standard deviation of the noise in the executed actions, a fraction of their range. Demonstrations store what was
     decided without it (`data.demos`), rollouts what was executed (`data.rollouts`)."""
-    success: bool
+    success: bool | None
+    """None where nobody judged."""
     length: int
     """number of actions; an episode has `length` + 1 frames."""
     attempt: int | None = None
@@ -71,7 +72,9 @@ class Manifest(NamedTuple):
     """The content of `manifest.json`."""
 
     env_id: str
+    """the task, or the name of the data set that was imported."""
     control_mode: str
+    """what an action means: the simulator's control mode, or a data set's own words."""
     settings: dict[str, Any]
     """how the data were made; a writer that continues has to have the same."""
     filters: dict[str, Any]

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.stages import Separation, TaskSpec, separate, stage_costs, stage_mask
 
@@ -49,6 +50,23 @@ def summarize_episodes(dataset: Dataset) -> list[tuple[str, Any]]:
     ]
 
 
+def summarize_import(dataset: Dataset) -> list[tuple[str, Any]]:
+    """Returns names and numbers of what is in a data set that was imported, and of what was dropped."""
+    lengths, progress = np.array([episode.length for episode in dataset.episodes]), dataset.manifest.progress
+    return [
+        ("episodes", dataset.num_episodes),
+        ("episodes read", progress["num_read"]),
+        *((f"dropped, {reason}", number) for reason, number in progress["dropped"].items()),
+        ("instructions", len({episode.instruction for episode in dataset.episodes})),
+        ("actions: mean", f"{lengths.mean():.1f}"),
+        ("actions: 90 % quantile", f"{np.quantile(lengths, 0.9):.0f}"),
+        ("actions: maximum", lengths.max()),
+        ("actions", lengths.sum()),
+        ("actions left out as idle", lengths.sum() - len(imitation_frames(dataset))),
+        ("frames", dataset.num_frames),
+    ]
+
+
 def summarize_stages(dataset: Dataset, spec: TaskSpec) -> list[StageSummary]:
     """Returns a summary of every stage of the task."""
     signals, valid = dataset.signals()
@@ -61,12 +79,14 @@ def summarize_stages(dataset: Dataset, spec: TaskSpec) -> list[StageSummary]:
     return [StageSummary(name, *map(float, values)) for name, *values in zip(*columns, strict=True)]
 
 
-def contact_sheet(dataset: Dataset, spec: TaskSpec, *, num_episodes: int = 6, num_columns: int = 8) -> Image.Image:
+def contact_sheet(
+    dataset: Dataset, spec: TaskSpec | None, *, num_episodes: int = 6, num_columns: int = 8
+) -> Image.Image:
     """Draws episodes as rows of frames, first to last, with the step and its stage below each.
 
     Args:
         dataset: with images; the first camera is shown.
-        spec: the task.
+        spec: the task; None leaves the stages out, where there is nothing to tell them by.
         num_episodes: rows, spread over the data set.
         num_columns: frames of an episode, spread over its length.
 
@@ -77,7 +97,7 @@ def contact_sheet(dataset: Dataset, spec: TaskSpec, *, num_episodes: int = 6, nu
     if not shapes:
         raise ValueError(f"{dataset.directory}: got no camera, expected one to show")
     size = _fitting(*shapes[0][:2])
-    separation: Separation = jax.device_get(_annotate(spec)(*dataset.signals())[0])
+    separation: Separation | None = spec and jax.device_get(_annotate(spec)(*dataset.signals())[0])
     rows = np.unique(np.linspace(0, dataset.num_episodes - 1, num_episodes).round().astype(int))
     height = size[1] + _CAPTION
     sheet = Image.new("RGB", (num_columns * _TILE, len(rows) * height), "white")
@@ -89,9 +109,11 @@ def contact_sheet(dataset: Dataset, spec: TaskSpec, *, num_episodes: int = 6, nu
             corner = (column * _TILE, row * height)
             kind = Image.Resampling.NEAREST if size > image.shape[1::-1] else Image.Resampling.BOX
             sheet.paste(Image.fromarray(image).resize(size, kind), corner)
-            name = spec.stage_names[separation.stage_t[index, t]]
-            outcome = (" success" if episode.success else " failure") if t == episode.length else ""
-            draw.text((corner[0] + 2, corner[1] + size[1] + 1), f"{index}: {t} {name}{outcome}", fill="black")
+            caption = f"{index}: {t}"
+            if spec is not None:
+                caption += f" {spec.stage_names[separation.stage_t[index, t]]}"
+                caption += (" success" if episode.success else " failure") if t == episode.length else ""
+            draw.text((corner[0] + 2, corner[1] + size[1] + 1), caption, fill="black")
     return sheet
 
 

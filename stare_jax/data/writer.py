@@ -89,7 +89,7 @@ class DatasetWriter:
         trajectory: Trajectory,
         *,
         instruction: str,
-        seed: int,
+        seed: int | None,
         source: str,
         noise_scale: float = 0.0,
         attempt: int | None = None,
@@ -99,7 +99,7 @@ class DatasetWriter:
         Args:
             trajectory: one episode, unbatched, NumPy leaves, padded or not; padding is not stored.
             instruction: the task in words.
-            seed: the simulator's, from which the initial state follows.
+            seed: the simulator's, from which the initial state follows; None where none was at work.
             source: who acted.
             noise_scale: of the noise in the executed actions, a fraction of their range.
             attempt: number of the episode among all that were tried.
@@ -113,8 +113,9 @@ class DatasetWriter:
             raise ValueError(f"trajectory.valid: got {valid}, expected a prefix of at least two valid states")
         self._check_shapes(trajectory)
         episode = len(self._manifest.episodes) + len(self._pending)
-        success = bool(np.asarray(trajectory.signals.success)[: length + 1].any())
-        row = Episode(int(seed), instruction, source, float(noise_scale), success, length, attempt)
+        signals, seed = trajectory.signals, None if seed is None else int(seed)
+        success = None if signals is None else bool(np.asarray(signals.success)[: length + 1].any())
+        row = Episode(seed, instruction, source, float(noise_scale), success, length, attempt)
         # All is encoded before anything is written, so that an error leaves no part of an episode in the shard.
         frames = [
             records.pack(records.frame_record(trajectory, t, episode=episode, length=length)) for t in range(length + 1)

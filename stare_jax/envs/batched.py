@@ -14,7 +14,7 @@ from stare_jax.envs.batched_signals import BatchedSignalReader
 from stare_jax.envs.bridge import jax_to_torch, torch_to_jax
 from stare_jax.envs.building import make_scene
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.maniskill import observed_state
+from stare_jax.envs.maniskill import executed_action, observed_state
 from stare_jax.envs.panda_lite import report_to_stderr
 from stare_jax.envs.vulkan import MissingDeviceError, has_gpu_driver
 from stare_jax.stages import get_task
@@ -129,7 +129,7 @@ class BatchedSimulator:
         if action.shape != (self.num_envs, self.action_dim):
             raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
         is_reset = np.isin(np.arange(self.num_envs), list(reset_seeds))
-        action, is_finite = _executable(jax.device_put(action, self._device), is_reset)
+        action, is_finite = _executable(jax.device_put(action, self._device), is_reset, self.config.gripper_threshold)
         if not is_finite:  # Waits for the policy, as handing its action over does anyway.
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
         info = self._env.step(jax_to_torch(action))[-1]
@@ -163,11 +163,11 @@ class BatchedSimulator:
         return camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
 
 
-@jax.jit
-def _executable(action: jax.Array, is_reset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns float32 actions `[B, A]`, zeros in the rows that are reset, and whether all are finite."""
+@functools.partial(jax.jit, static_argnums=2)
+def _executable(action: jax.Array, is_reset: jax.Array, gripper_threshold: float | None) -> tuple[jax.Array, jax.Array]:
+    """Returns what to execute, float32 `[B, A]`, nothing in the rows that are reset, and whether all was finite."""
     action = jnp.where(is_reset[:, None], 0.0, action).astype(jnp.float32)
-    return action, jnp.isfinite(action).all()
+    return executed_action(action, gripper_threshold), jnp.isfinite(action).all()
 
 
 def _initialize_each(env: Any, initialize: Callable, env_idx: Any, options: Mapping[str, Any]) -> None:

@@ -37,6 +37,10 @@ class EnvConfig:
     robot, object and goal `[29]`, see `low_dim_state`."""
     control_mode: str = ""
     """a control mode of the robot; empty for the task's default."""
+    gripper_threshold: float | None = None
+    """what of an action's last number opens the gripper: more does, all else closes it. None gives the number to the
+    controller as it is, from -1, closed, to +1, open. 0.5 is for policies that learnt from Bridge V2, OpenVLA-7B among
+    them, where closed is 0; for those that learnt from the experts here, closed is -1, it is right, too."""
     lite_robot: bool = True
     """low-polygon visuals of the Panda; physics is the same."""
     jitter: str = "15mm-15deg"
@@ -122,6 +126,11 @@ class EnvConfig:
         return self.scene.action_dims[self.resolved_control_mode]
 
     @property
+    def takes_metres(self) -> bool:
+        """Whether actions are metres and radians, and not fractions of the largest command."""
+        return self.scene.robot != "panda"
+
+    @property
     def state_dim(self) -> int:
         return STATE_DIMS[self.use_state]
 
@@ -141,4 +150,5 @@ class EnvConfig:
             "lite_robot": self.lite_robot if is_panda_drawn else None,
             "use_state": self.use_state,
             "jitter": self.jitter if self.scene.num_starts else "none",
+            "gripper_threshold": self.gripper_threshold,
         }

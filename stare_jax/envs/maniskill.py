@@ -65,7 +65,7 @@ class Simulator:
         return self._frame(self._reader.begin())
 
     def step(self, action: np.ndarray) -> Frame:
-        """Executes one control step with a float32 action `[A]` in the controller's units.
+        """Executes one control step with a float32 action `[A]` in the controller's units; see `executed_action`.
 
         Raises:
             ValueError: the action has another shape or is not finite.
@@ -73,7 +73,7 @@ class Simulator:
         action = np.array(action, np.float32)
         if action.shape != (self.config.action_dim,) or not np.isfinite(action).all():
             raise ValueError(f"action: got {action}, expected {self.config.action_dim} finite numbers")
-        self._drive(action)
+        self._drive(executed_action(action, self.config.gripper_threshold))
         self._advance()
         return self._frame(self._reader.read())
 
@@ -117,6 +117,20 @@ class Simulator:
         if self._backdrop is None:
             return image
         return self._backdrop.behind(image, self._camera.get_picture("PositionSegmentation")[..., 3])
+
+
+def executed_action(action: Array, gripper_threshold: float | None) -> Array:
+    """Returns what the controller is given for actions float32 `[..., A]`, in the namespace of their array.
+
+    Args:
+        action: of a policy; the gripper is last.
+        gripper_threshold: as in `EnvConfig`.
+    """
+    if gripper_threshold is None:
+        return action
+    xp = action.__array_namespace__()
+    gripper = xp.where(action[..., -1:] > gripper_threshold, 1.0, -1.0)
+    return xp.concatenate([action[..., :-1], gripper], axis=-1, dtype=xp.float32)
 
 
 def observed_state(use_state: str, signals: Signals, gripper_opening: float | Array) -> Array:

@@ -26,6 +26,7 @@ class EvalConfig:
     """Which episodes an evaluation consists of and how actions are decoded."""
 
     num_episodes: int = 100
+    """0, without seeds below, is no evaluation: where there is no simulator of what was learnt."""
     first_seed: int = EVALUATION_SEEDS
     """episodes use the seeds first_seed, first_seed + 1, ..."""
     seeds: tuple[int, ...] = ()
@@ -36,8 +37,8 @@ class EvalConfig:
     """episodes to film, half of them successes and half failures where there are enough of both."""
 
     def __post_init__(self):
-        if self.num_episodes < 1:
-            raise ValueError(f"num_episodes: got {self.num_episodes}, expected at least 1")
+        if self.num_episodes < 0:
+            raise ValueError(f"num_episodes: got {self.num_episodes}, expected at least 0")
         if self.temperature < 0:
             raise ValueError(f"temperature: got {self.temperature}, expected at least 0")
         if self.num_videos < 0:

@@ -14,6 +14,29 @@ class KeyValue(NamedTuple):
     value: jax.Array
 
 
+def self_attend(
+    query: jax.Array, new: KeyValue, mask: jax.Array | None, *, is_causal: bool, implementation: str
+) -> jax.Array:
+    """Returns the attention `[B, T, H, D]` of a whole sequence to itself.
+
+    Args:
+        query: `[B, T, H, D]`.
+        new: `[B, T, K, D]` each.
+        mask: of "xla", as in `attend`, causality included. "cudnn" knows causality alone: what is padded must come
+            last, where the tokens before never see it.
+        is_causal: whether tokens see only those before them.
+        implementation: "xla", or "cudnn", which keeps no matrix of scores and skips what causality hides.
+    """
+    if implementation == "xla":
+        return attend(query, [new], [mask])
+    batch, length = query.shape[:2]
+    padding = length % 2  # JAX refuses cuDNN's backward pass of an odd number of tokens.
+    padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, *new))
+    lengths = jnp.full(batch, length, jnp.int32) if padding and not is_causal else None
+    options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "is_causal": is_causal}
+    return jax.nn.dot_product_attention(*padded, **options, implementation=implementation)[:, :length]
+
+
 def attend(query: jax.Array, segments: Sequence[KeyValue], masks: Sequence[jax.Array | None]) -> jax.Array:
     """Returns softmax(q kᵀ / √D) v, the softmax running over all segments together.
 

@@ -28,12 +28,18 @@ class Execution:
     """"none", "full" (recompute every layer in the backward pass) or "dots" (keep matrix products)."""
     unroll: int = 1
     """layers per iteration of the scan over layers."""
+    attention: str = "xla"
+    """over whole sequences: "xla", or "cudnn", which needs an NVIDIA GPU and 16 bits; see `attention.self_attend`."""
 
     def __post_init__(self):
         if self.remat not in ("none", *REMAT_POLICIES):
             raise ValueError(f"remat: got {self.remat!r}, expected one of {('none', *REMAT_POLICIES)}")
         if self.unroll < 1:
             raise ValueError(f"unroll: got {self.unroll}, expected at least 1")
+        if self.attention not in ("xla", "cudnn"):
+            raise ValueError(f"attention: got {self.attention!r}, expected 'xla' or 'cudnn'")
+        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"dtype: got {self.dtype!r}, expected 'bfloat16' or 'float16' for attention = 'cudnn'")
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The Llama decoder: RMSNorm, rotary positions (rotate-half), grouped heads, SwiGLU, and a KV cache of static shape."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stare_jax.models.attention import KeyValue, attend
+from stare_jax.models.attention import KeyValue, attend, self_attend
 from stare_jax.models.layers import Execution, Linear, scan_layers
 from stare_jax.models.lora import LoRAConfig, module_adapters
+from stare_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,11 @@ class LlamaConfig:
 
 
 class Cache(NamedTuple):
-    """What decoding one more token needs of the tokens before it; every array has a leading axis of layers."""
+    """What decoding one more token needs of the tokens before it.
+
+    Every array has a leading axis of layers; where layers are run one by one (`unstack`), there is a tuple of
+    `KeyValue` without that axis instead.
+    """
 
     prefix: KeyValue
     """`[layers, B, P, K, D]`, complete: only read."""
@@ -53,8 +59,8 @@ class Context(NamedTuple):
     cos: jax.Array
     """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the new tokens."""
     sin: jax.Array
-    masks: tuple[jax.Array, ...]
-    """bool `[B, T, S]`, one for each segment of keys."""
+    masks: tuple[jax.Array | None, ...]
+    """bool `[B, T, S]`, one for each segment of keys; None where causality alone decides."""
     index: jax.Array | int = 0
     """decoding only: the slot of the suffix that the new token fills."""
 
@@ -105,14 +111,19 @@ class LlamaBlock(nn.Module):
         cfg = self.config
         linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
-        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(normed), context.cos, context.sin)
-        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(normed), context.cos, context.sin)
-        new = KeyValue(key, linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(normed))
-        segments = [new]
+        for_query, for_key, for_value = normed, normed, normed
         if cache is not None:
+            # Else XLA's GPU compiler joins the three products and, for that, copies their weights for every token.
+            for_query, for_key, for_value = jax.lax.optimization_barrier((normed, normed, normed))
+        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), context.cos, context.sin)
+        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), context.cos, context.sin)
+        new = KeyValue(key, linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
+        if cache is None:
+            implementation = self.execution.attention
+            attended = self_attend(query, new, *context.masks, is_causal=True, implementation=implementation)
+        else:
             new = jax.tree.map(partial(_write, index=context.index), cache.suffix, new)
-            segments = [cache.prefix, new]
-        attended = attend(query, segments, context.masks)
+            attended = attend(query, [cache.prefix, new], context.masks)
         x = x + linear((cfg.width,), num_in_axes=2, name="o_proj")(attended)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
         gate = linear((cfg.mlp_dim,), name="gate_proj")(normed)
@@ -123,6 +134,20 @@ class LlamaBlock(nn.Module):
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
     """Writes `[B, 1, K, D]` into slot `index` of `[B, M, K, D]`."""
     return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=1)
+
+
+def unstack(layers: PyTree, depth: int) -> tuple[PyTree, ...]:
+    """Returns the parameters of each layer as arrays of their own, copied out of their stack.
+
+    XLA's GPU compiler copies a layer out of the stack wherever a matrix product reads it, which for a single token is
+    most of the time that the product takes. Copies made here once serve all tokens; the barrier keeps XLA from
+    making them anew for each.
+
+    Args:
+        layers: leaves `[depth, ...]`.
+        depth: number of layers.
+    """
+    return jax.lax.optimization_barrier(tuple(jax.tree.map(lambda x: x[i], layers) for i in range(depth)))  # noqa: B023
 
 
 class OutputLayer(nn.Module):
@@ -168,22 +193,49 @@ class Llama(nn.Module):
         return self.embed_tokens[tokens].astype(self.execution.dtype)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Runs a whole sequence and returns its hidden states after the final norm; otherwise like `run`."""
+        x, kept = self.run(x, mask)
+        return self.norm(x), kept
+
+    def run(
+        self, x: jax.Array, mask: jax.Array, layers: Sequence[PyTree] | None = None
+    ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...]]:
         """Runs a whole sequence; padding takes no position, so it changes nothing for the tokens after it.
 
         Args:
             x: `[B, T, width]` embeddings.
-            mask: bool `[B, T]`, False on padding; the first token is real.
+            mask: bool `[B, T]`, False on padding; the first token is real. With cuDNN's attention padding comes last.
+            layers: `unstack`ed parameters to use instead of the stacked ones.
 
         Returns:
-            Hidden states after the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`.
+            Hidden states before the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`, or of each
+            layer.
         """
         positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        is_causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        x, kept = self.layers(x, None, Context(cos, sin, (is_causal & mask[:, None],)))
-        return self.norm(x), kept
+        allowed = None
+        if self.execution.attention == "xla":
+            allowed = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) & mask[:, None]
+        return self._run_layers(x, None, Context(cos, sin, (allowed,)), layers)
 
-    def decode(self, x: jax.Array, cache: Cache, mask: jax.Array, index: jax.Array | int) -> tuple[jax.Array, Cache]:
+    def _run_layers(self, x: jax.Array, cache: Cache | None, context: Context, layers: Sequence[PyTree] | None):
+        if layers is None:
+            return self.layers(x, cache, context)
+        block, kept = LlamaBlock(self.config, self.execution, self.lora, parent=None), []
+        for i, params in enumerate(layers):
+            layer_cache = None if cache is None else Cache(cache.prefix[i], cache.suffix[i])
+            x, new = block.apply({"params": params}, x, layer_cache, context)
+            kept.append(new)
+        return x, tuple(kept)
+
+    def decode(
+        self,
+        x: jax.Array,
+        cache: Cache,
+        mask: jax.Array,
+        index: jax.Array | int,
+        layers: Sequence[PyTree] | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Runs one more token against a cache.
 
         Args:
@@ -191,15 +243,16 @@ class Llama(nn.Module):
             cache: keys and values of the prefix, and of the `index` tokens decoded since.
             mask: bool `[B, P]` of the prefix, False on padding.
             index: how many tokens were decoded before this one, in [0, M).
+            layers: as in `run`; the cache is of the same kind.
 
         Returns:
             Hidden state after the final norm `[B, 1, width]` and the cache with this token in slot `index`.
         """
         positions = mask.sum(axis=1, keepdims=True, dtype=jnp.int32) + index
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        num_slots = cache.suffix.key.shape[2]
+        num_slots = jax.tree.leaves(cache.suffix)[0].shape[-3]
         is_decoded = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
-        x, suffix = self.layers(x, cache, Context(cos, sin, (mask[:, None], is_decoded), index))
+        x, suffix = self._run_layers(x, cache, Context(cos, sin, (mask[:, None], is_decoded), index), layers)
         return self.norm(x), cache._replace(suffix=suffix)
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from stare_jax.losses.imitation import soft_cross_entropy, soft_labels
 from stare_jax.models.heads import NUM_BINS, ZERO_BIN, bin_coordinate, decode_bins, encode_bins, sample_bins, score_bins
 from stare_jax.models.layers import Execution
-from stare_jax.models.llama import LlamaConfig
+from stare_jax.models.llama import LlamaConfig, unstack
 from stare_jax.models.lora import BASE_PARAMS
 from stare_jax.models.normalize import (
     is_constant_action,
@@ -225,23 +225,25 @@ def _sample(
     num_later = len(is_decided) - 1
     keys = jax.random.split(key, network.config.action_dim)
     prompt = _prompt(network, norm_stats, observation)
-    hidden, cache, mask = _apply(network, params, *prompt, method="prefill")
+    layers = unstack(params["llm"]["layers"], network.config.llm.depth) if network.config.unstack_layers else None
+    hidden, cache, mask = _apply(network, params, *prompt, layers, method="prefill")
 
     def choose(hidden, key, is_decided):
         logits = _apply(network, params, hidden, method="action_logits")
         return jnp.where(is_decided, sample_bins(key, logits, temperature), ZERO_BIN), logits
 
     def decode_next(carry, inputs):
-        bins, cache = carry
+        bins, suffix = carry
         index, key, is_decided = inputs
-        hidden, cache = _apply(network, params, bins, cache, mask, index, method="decode")
+        decoded = bins, cache._replace(suffix=suffix), mask, index, layers
+        hidden, (_, suffix) = _apply(network, params, *decoded, method="decode")
         bins, logits = choose(hidden, key, is_decided)
-        return (bins, cache), (bins, logits)
+        return (bins, suffix), (bins, logits)
 
     first_bins, first_logits = choose(hidden, keys[0], is_decided[0])
     inputs = (jnp.arange(num_later), keys[1 : num_later + 1], is_decided[1:])
     unroll = max(min(network.config.decode_unroll, num_later), 1)
-    _, (later_bins, later_logits) = jax.lax.scan(decode_next, (first_bins, cache), inputs, unroll=unroll)
+    _, (later_bins, later_logits) = jax.lax.scan(decode_next, (first_bins, cache.suffix), inputs, unroll=unroll)
     bins = jnp.concatenate([first_bins[None], later_bins]).T
     logits = jnp.concatenate([first_logits[None], later_logits]).swapaxes(0, 1)
     logp, _ = score_bins(logits, bins, temperature, is_decided)
@@ -333,6 +335,9 @@ def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
         free = config.action_vocab_end - NUM_BINS
         if config.tokenizer == "words" and loaded.vocab_size > free:
             raise ValueError(f"action_vocab_end: got {free} ids below the actions, expected >= {loaded.vocab_size}")
+        if loaded.vocab_size > config.llm.vocab_size:
+            expected = f"at most vocab_size {config.llm.vocab_size}"
+            raise ValueError(f"tokenizer {config.tokenizer!r}: got {loaded.vocab_size} ids, expected {expected}")
         return loaded
 
     @functools.lru_cache(maxsize=1024)

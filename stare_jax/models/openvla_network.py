@@ -7,18 +7,21 @@ token, which predicts the first action token and carries the value, stands at th
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from stare_jax.models.attention import KeyValue
 from stare_jax.models.heads import NUM_BINS, ValueHead
 from stare_jax.models.layers import Execution, Linear, gelu
 from stare_jax.models.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.lora import LoRAConfig
+from stare_jax.models.preprocess import RESIZERS, crop_center, normalize_image, resize_image
 from stare_jax.models.vit import ConvStem, ViT, ViTConfig, stem_stride
+from stare_jax.types import PyTree
 
 Pixels = tuple[jax.Array, jax.Array]
 """float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
@@ -48,8 +51,11 @@ class OpenVLAConfig:
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
     image_size: int = 224
-    resize: str = "cubic"
-    """`jax.image.resize` method for cameras of another size; antialiased and rounded to uint8, as PIL does."""
+    resize: str = "bicubic"
+    """how images of another size are resized: one of `preprocess.RESIZERS`, explained there."""
+    center_crop: float = 1.0
+    """share of the image's area, around its middle, that is enlarged to the whole; 1 crops nothing, 0.9 is for
+    checkpoints that were trained on random crops."""
     stem: tuple[int, ...] = ()
     """channels of a convolutional stem that both towers read instead of the image; empty has none."""
     state_tokens: int = 0
@@ -73,14 +79,20 @@ class OpenVLAConfig:
     `execution.dtype`, what is trained in `execution.param_dtype`."""
     decode_unroll: int = 1
     """action tokens per iteration of the decoding loop."""
+    unstack_layers: bool = False
+    """whether sampling takes each decoder layer's weights out of their stack first (`llama.unstack`): on GPUs a token
+    then costs a third of the memory traffic, and the decoder's weights are in memory twice while it lasts."""
 
     def __post_init__(self):
         if self.state_tokens:
             self._check_state_only()
         else:
             self._check_towers()
-        if self.critic not in CRITICS:
-            raise ValueError(f"critic: got {self.critic!r}, expected one of {CRITICS}")
+        for name, allowed in (("critic", CRITICS), ("resize", RESIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        if not 0 < self.center_crop <= 1:
+            raise ValueError(f"center_crop: got {self.center_crop}, expected in (0, 1]")
         if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
             expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
             raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
@@ -175,23 +187,45 @@ class OpenVLA(nn.Module):
         is_patch = jnp.ones(patches.shape[:2], bool)
         return embeds, jnp.concatenate([token_mask[:, :1], is_patch, token_mask[:, 1:]], axis=1)
 
-    def prefill(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, Cache, jax.Array]:
-        """Runs the prompt.
+    def prefill(
+        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, layers: Sequence[PyTree] | None = None
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        """Runs the prompt; `layers` are the decoder's `unstack`ed parameters, for this and all calls of `decode`.
 
         Returns:
             The hidden state `[B, width]` of the last prompt token, a cache with room for the action tokens that are fed
-            back (all but the last), and the prompt's mask bool `[B, P]`.
+            back (all but the last), and the mask bool `[B, P]` of the cache's prefix.
         """
         embeds, mask = self.embed_prompt(scene, tokens, token_mask)
-        hidden, prefix = self.llm(embeds, mask)
+        hidden, prefix, mask = self._read(embeds, mask, 1, layers)
         num_slots = self.config.action_dim - 1
-        suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], num_slots, *x.shape[3:]), x.dtype), prefix)
-        return hidden[:, -1], Cache(prefix, suffix), mask
+        suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-3], num_slots, *x.shape[-2:]), x.dtype), prefix)
+        return hidden[:, 0], Cache(prefix, suffix), mask
 
-    def decode(self, bins: jax.Array, cache: Cache, mask: jax.Array, index: jax.Array) -> tuple[jax.Array, Cache]:
+    def _read(
+        self, embeds: jax.Array, mask: jax.Array, num_last: int, layers: Sequence[PyTree] | None = None
+    ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...], jax.Array]:
+        """Returns the last tokens' hidden states `[B, num_last, width]`, keys and values, and the mask of these."""
+        if self.config.execution.attention == "xla":
+            x, kept = self.llm.run(embeds, mask, layers)
+            return self.llm.norm(x[:, -num_last:]), kept, mask
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        mask = jnp.take_along_axis(mask, order, axis=1)
+        x, kept = self.llm.run(jnp.take_along_axis(embeds, order[..., None], axis=1), mask, layers)
+        last = mask.sum(axis=1, keepdims=True) - num_last + jnp.arange(num_last)
+        return self.llm.norm(jnp.take_along_axis(x, last[..., None], axis=1)), kept, mask
+
+    def decode(
+        self,
+        bins: jax.Array,
+        cache: Cache,
+        mask: jax.Array,
+        index: jax.Array,
+        layers: Sequence[PyTree] | None = None,
+    ) -> tuple[jax.Array, Cache]:
         """Feeds the bins int32 `[B]` of action dimension `index`; returns the next hidden state and the cache."""
         embeds = self.llm.embed(self.token_ids(bins))[:, None]
-        hidden, cache = self.llm.decode(embeds, cache, mask, index)
+        hidden, cache = self.llm.decode(embeds, cache, mask, index, layers)
         return hidden[:, 0], cache
 
     def score(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
@@ -203,8 +237,8 @@ class OpenVLA(nn.Module):
         actions = self.llm.embed(self.token_ids(bins[:, :-1]))
         embeds = jnp.concatenate([embeds, actions], axis=1)
         mask = jnp.concatenate([mask, jnp.ones(actions.shape[:2], bool)], axis=1)
-        hidden, _ = self.llm(embeds, mask)
-        return hidden[:, -bins.shape[1] :]
+        hidden, _, _ = self._read(embeds, mask, bins.shape[1])
+        return hidden
 
     def token_ids(self, bins: jax.Array) -> jax.Array:
         """Returns the vocabulary's ids of action bins."""
@@ -244,11 +278,7 @@ class OpenVLA(nn.Module):
 
 
 def preprocess(image: jax.Array, config: OpenVLAConfig) -> Pixels:
-    """Resizes uint8 images `[B, H, W, 3]` where needed and normalises them for each tower."""
-    size = config.image_size
-    pixels = image.astype(jnp.float32)
-    if image.shape[1:3] != (size, size):
-        resized = jax.image.resize(pixels, (image.shape[0], size, size, 3), config.resize, antialias=True)
-        pixels = jnp.clip(jnp.round(resized), 0.0, 255.0)
-    towers = (config.dino, config.siglip)
-    return tuple((pixels / 255.0 - np.float32(tower.mean)) / np.float32(tower.std) for tower in towers)
+    """Resizes and crops uint8 images `[B, H, W, 3]` as the configuration says, and normalises them for each tower."""
+    pixels = crop_center(resize_image(image, config.image_size, config.resize), config.center_crop)
+    dino, siglip = (normalize_image(pixels, tower.mean, tower.std) for tower in (config.dino, config.siglip))
+    return dino, siglip

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,14 +57,17 @@ def word_tokenizer() -> Tokenizer:
 
 
 def huggingface_tokenizer(folder: str) -> Tokenizer:
-    """Returns the tokenizer that a checkpoint folder carries.
+    """Returns the tokenizer in a checkpoint folder's tokenizer.json and tokenizer_config.json.
 
     Raises:
-        ValueError: its vocabulary has no lone space ("▁"), which OpenVLA puts before the actions.
+        ValueError: the folder has none, or its vocabulary no lone space ("▁"), which OpenVLA puts before the actions.
     """
-    from transformers import AutoTokenizer
+    # Not AutoTokenizer, which goes by config.json and asks on the terminal whether to run the code that comes with it.
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if Path(folder).is_dir() and not (Path(folder) / "tokenizer.json").exists():
+        raise ValueError(f"tokenizer: got {folder!r} without a tokenizer.json, expected a checkpoint's folder")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     answer_id = tokenizer.convert_tokens_to_ids("▁")
     if answer_id is None or answer_id == tokenizer.unk_token_id:
         raise ValueError(f"tokenizer {folder!r}: got no token '▁', expected a Llama vocabulary")

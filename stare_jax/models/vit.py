@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stare_jax.models.attention import KeyValue, attend
+from stare_jax.models.attention import KeyValue, self_attend
 from stare_jax.models.layers import Execution, Linear, gelu, scan_layers
 from stare_jax.models.lora import LoRAConfig
 
@@ -98,7 +98,8 @@ class ViTBlock(nn.Module):
         cfg, linear = self.config, partial(Linear, execution=self.execution, lora=self.lora)
         heads = (cfg.num_heads, cfg.width // cfg.num_heads)
         qkv = linear((3, *heads), name="qkv")(self._norm(x, "norm1"))
-        attended = attend(qkv[:, :, 0], [KeyValue(qkv[:, :, 1], qkv[:, :, 2])], [None])
+        new, implementation = KeyValue(qkv[:, :, 1], qkv[:, :, 2]), self.execution.attention
+        attended = self_attend(qkv[:, :, 0], new, None, is_causal=False, implementation=implementation)
         x = x + self._scale(linear((cfg.width,), num_in_axes=2, name="proj")(attended), "ls1")
         hidden = gelu(linear((cfg.mlp_dim,), name="fc1")(self._norm(x, "norm2")))
         return x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2"), None

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from stare_jax.convert.openvla import load_openvla_params
 from stare_jax.data.batches import imitation_batches
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.norm_stats import read_norm_stats
@@ -24,21 +24,21 @@ from stare_jax.data.schema import read_manifest
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.experts import make_expert
-from stare_jax.evaluate.protocol import EvalConfig, evaluate
+from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
-from stare_jax.logging import Clock, Interruption, make_writer, progress_bytes, say
+from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
-from stare_jax.models.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
 from stare_jax.stages import StageParams, TaskSpec, get_task
-from stare_jax.train.checkpoint import load_extra, load_norm_stats, load_params, param_shapes
+from stare_jax.train.checkpoint import load_norm_stats, load_params
 from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
-from stare_jax.train.config import ConfigError, to_dict
+from stare_jax.train.config import ConfigError, to_dict, user_input
 from stare_jax.train.directory import begin_phase, finish_phase, is_finished, locked, open_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.sharding import make_mesh
-from stare_jax.train.state import CHECKPOINTS, Run, abstract_params, num_bytes
+from stare_jax.train.starting import starting_params
+from stare_jax.train.state import CHECKPOINTS, Run, abstract_params
 from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.types import NormStats, PyTree
 
@@ -75,6 +75,9 @@ class IPIConfig:
     checkpoint of the model; empty starts from random weights."""
     demos_from: str = ""
     """folder of a data set of demonstrations; empty collects them from the expert."""
+    demos_of: str = ""
+    """name of the data set in `demos_from` where it is of a real robot, imported, and not of `env`'s simulator; its
+    actions are in metres and radians, its gripper is 1 open and 0 closed."""
     skip_broken: bool = False
     """leave out damaged shards of `demos_from`, and say so, instead of raising."""
     seed: int = 0
@@ -84,6 +87,8 @@ class IPIConfig:
         expected = tuple(phase for phase in PHASES if phase in self.phases)
         if not self.phases or tuple(self.phases) != expected:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        if self.demos_of:
+            self._check_foreign()
         for name in ("demos", "pairs"):
             if getattr(self, name).reproducible and not self.env.has_reproducible_resets:
                 raise ValueError(
@@ -96,6 +101,21 @@ class IPIConfig:
                 f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
                 "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
             )
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether phases are evaluated."""
+        return bool(episode_seeds(self.evaluation))
+
+    def _check_foreign(self) -> None:
+        """Makes sure that a simulator, if the run needs one, takes what a real robot's demonstrations teach."""
+        if tuple(self.phases) == ("sft",) and not self.has_evaluation:
+            return
+        without = "or phases ('sft',) and evaluation.num_episodes 0, which need no simulator"
+        if not self.env.takes_metres:
+            raise ValueError(f"env.env_id: got {self.env.env_id!r} with demos_of, expected a WidowX task, {without}")
+        if self.env.gripper_threshold is None:
+            raise ValueError(f"env.gripper_threshold: got None with demos_of, expected 0.5, {without}")
 
 
 class Experiment:
@@ -121,7 +141,8 @@ class Experiment:
         if self.config.init_from and checkpoints.is_dir():
             return load_norm_stats(checkpoints)
         sizes = {"action_dim": self.config.model.action_dim, "state_dim": self.config.model.state_dim}
-        return read_norm_stats(self.demonstrations.directory, **sizes, key=self.config.env.env_id)
+        key = self.config.demos_of or self.config.env.env_id
+        return read_norm_stats(self.demonstrations.directory, **sizes, key=key)
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -168,8 +189,11 @@ def check_demonstrations(config: IPIConfig) -> None:
         DatasetError: there is no data set.
     """
     manifest, env, model = read_manifest(config.demos_from), config.env, config.model
-    expected = {"env_id": env.env_id, "state": [model.state_dim], "action": [model.action_dim]}
-    expected["control_mode"] = env.resolved_control_mode
+    expected = {"env_id": config.demos_of or env.env_id, "action": [model.action_dim]}
+    if not config.demos_of:
+        expected["control_mode"] = env.resolved_control_mode
+    if model.state_dim:  # A policy that sees no state is not shown what is stored.
+        expected["state"] = [model.state_dim]
     if env.image_size:
         expected[f"image/{model.camera}"] = [*env.image_shape, 3]
     got = manifest._asdict() | manifest.shapes
@@ -177,6 +201,17 @@ def check_demonstrations(config: IPIConfig) -> None:
     if wrong:
         fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
         raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
+
+
+def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) -> None:
+    """Makes sure that every instruction fits into the policy's prompt, before anything is trained.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
+    with user_input():
+        policy.tokenize(instructions, np.zeros((len(instructions), state_dim), np.float32))
 
 
 def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -> Path:
@@ -195,6 +230,8 @@ def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -
     directory = Path(directory)
     if config.init_from and not Path(config.init_from).is_dir():
         raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
+    if config.demos_of and not config.demos_from:
+        raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
     if config.demos_from:
         check_demonstrations(config)
     trainers = {"sft": _train_sft, "tpo": _train_tpo, "ppo": _train_ppo}
@@ -202,6 +239,8 @@ def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -
         stack.enter_context(locked(directory))
         open_directory(directory, to_dict(config), resume=resume)
         experiment = Experiment(config, directory, stack)
+        if config.demos_from:
+            check_instructions(experiment.demonstrations, experiment.policy, config.model.state_dim)
         for phase in config.phases:
             params = _run_phase(experiment, phase, trainers[phase])
             _evaluate_phase(experiment, phase, params)
@@ -230,37 +269,10 @@ def _predecessor(experiment: Experiment, phase: str) -> Path | None:
 
 def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     """The weights of the last finished phase before this one, or what the configuration starts from."""
-    like = abstract_params(experiment.policy, experiment.mesh)
     config, source = experiment.config, _predecessor(experiment, phase)
     if source is None and config.init_from:
         source = Path(config.init_from)
-    key = jax.random.key(config.seed)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    if source is None:
-        return jax.jit(experiment.policy.init, out_shardings=shardings)(key)
-    adapters_key, key = jax.random.split(key)
-    base = drop_adapters(like)
-    if not (source / CHECKPOINTS).is_dir():
-        with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
-            loaded = load_openvla_params(source, key, config=config.model, like=base, on_bytes=on_bytes)
-    else:
-        has_adapters = any(name.endswith("/lora_a") for name in param_shapes(source / CHECKPOINTS))
-        loaded = load_params(source / CHECKPOINTS, like if has_adapters else base, cast=True)
-        if has_adapters:
-            _check_alpha(source, config.model)
-            return loaded
-    if config.model.lora is None:
-        return loaded
-    adapters = init_adapters(experiment.policy.init, adapters_key, out_shardings=keep_adapters(shardings))
-    return add_adapters(loaded, adapters)
-
-
-def _check_alpha(source: Path, model: OpenVLAConfig) -> None:
-    """Makes sure that adapters count as much as where they come from, which their shapes do not tell."""
-    origin = load_extra(source / CHECKPOINTS).get("model") or {}
-    expected = (origin.get("lora") or {}).get("alpha")
-    if expected is not None and expected != model.lora.alpha:
-        raise ConfigError(f"model.lora.alpha: got {model.lora.alpha}, expected {expected}, as the adapters of {source}")
+    return starting_params(source, experiment.policy, config.model, experiment.mesh, jax.random.key(config.seed))
 
 
 def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
@@ -268,6 +280,7 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
     def batches(start_step):
         order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
+        order["with_state"] = config.model.state_dim > 0
         return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
 
     return train_sft(policy, params, batches, config.sft, experiment.run)
@@ -301,8 +314,10 @@ def _train_ppo(experiment: Experiment, params: PyTree) -> PyTree:
 
 
 def _evaluate_phase(experiment: Experiment, phase: str, params: PyTree) -> None:
-    """Evaluates a phase and shows some of its episodes, unless that has been done, in the same way."""
+    """Evaluates a phase and shows some of its episodes, unless that is not wanted, or has been done in the same way."""
     config, clock = experiment.config.evaluation, Clock()
+    if not experiment.config.has_evaluation:
+        return
     settings = json.loads(json.dumps(to_dict(config)))
     file = evaluation_file(experiment.directory, phase)
     if file.exists() and json.loads(file.read_text()).get("settings") == settings:

@@ -20,6 +20,7 @@ VARIANTS = {
     "quickstart": ("", "tcp"),
     "study_pushcube_state": ("ppo", "sta_ppo"),
     "ipi_pushcube": ("ppo", "sta_ppo"),
+    "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
     "ipi_maniskill": ("PushCube-v1,full", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1"),
     "ipi_widowx": (
         "PutSpoonOnTableClothInScene-v1,full",
@@ -49,7 +50,7 @@ def test_the_table_above_lists_every_configuration():
 @pytest.mark.parametrize(("name", "variant"), [(name, variant) for name, all_ in VARIANTS.items() for variant in all_])
 def test_config_is_valid(name, variant):
     config = load(name, variant)
-    assert config.env.horizon == (60 if name == "ipi_widowx" else 30)
+    assert config.env.horizon == (60 if name in ("ipi_widowx", "sft_bridge") else 30)
     assert config.stages == load(name, variant).stages
 
 

@@ -1,6 +1,7 @@
-"""The command line is no package: its folder goes on the path, as it does when it is run."""
+"""Command lines and benchmarks are no packages: their folders go on the path, as they do when they are run."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
+for folder in ("benchmarks", "launch"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))

@@ -22,7 +22,7 @@ from stare_jax.train.state import abstract_params
 SIDE_FILES = {
     "tokenizer.model": b"\x00\xff binary",
     "generation_config.json": b"{}\n",
-    "preprocessor_config.json": b"[ ]",
+    "preprocessor_config.json": b"{ }",
 }
 
 

@@ -1,4 +1,7 @@
+import dataclasses
+
 import gymnasium
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from stare_jax.envs import building
 from stare_jax.envs.building import import_mani_skill, materials_without_device, require_assets
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.experts import make_expert
-from stare_jax.envs.maniskill import Simulator
+from stare_jax.envs.maniskill import Simulator, executed_action
 from stare_jax.envs.scenes import SCENES
 from stare_jax.envs.seeds import DEMO_SEEDS
 from stare_jax.envs.widowx import bridge_scene, scaled_intrinsics
@@ -174,3 +177,39 @@ def test_a_small_image_is_the_large_one_made_smaller(rendering_simulator):
     assert np.abs(shrunk - small.reset(7).image).mean() < 4
     large.close()
     small.close()
+
+
+# ---- The gripper -----------------------------------------------------------------------------------------------------
+
+
+@needs_assets
+@pytest.mark.parametrize(
+    ("threshold", "command", "opening"),
+    [
+        # Both fingers are 15 mm out where closed, 37 mm where open, as the controller's limits say.
+        (0.5, 0.0, 0.030),  # Bridge V2 says 0 for closed,
+        (0.5, 0.996, 0.074),  # and 1 for open, which is decoded as 0.996;
+        (0.5, -0.996, 0.030),  # the experts here say -1 for closed.
+        (None, 0.0, 0.052),  # Without a threshold 0 is half open,
+        (None, -1.0, 0.030),
+    ],
+)
+def test_the_gripper_opens_beyond_the_threshold_and_closes_else(simulators, monkeypatch, threshold, command, opening):
+    simulator = simulators(CUBES)
+    monkeypatch.setattr(simulator, "config", dataclasses.replace(simulator.config, gripper_threshold=threshold))
+    simulator.reset(0)
+    for _ in range(6):
+        simulator.step(np.array([0, 0, 0, 0, 0, 0, command], np.float32))
+    fingers = simulator.env.agent.robot.get_qpos()[0, -2:].numpy()
+    np.testing.assert_allclose(fingers, opening / 2, atol=2e-4)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_a_threshold_changes_nothing_but_the_gripper(xp):
+    action = xp.array([[0.01, -0.02, 0.5, 0.2], [0.03, 0.04, 0.05, 0.51], [1.0, 1.0, 1.0, -1.0]], xp.float32)
+    executed = executed_action(action, 0.5)
+    assert isinstance(executed, type(action)) and executed.dtype == np.float32
+    np.testing.assert_array_equal(executed[:, :3], action[:, :3])
+    assert executed[:, 3].tolist() == [-1.0, 1.0, -1.0]
+    np.testing.assert_array_equal(executed_action(executed, 0.5), executed)
+    assert executed_action(action, None) is action

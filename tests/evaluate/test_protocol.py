@@ -119,7 +119,7 @@ def test_config_says_what_is_wrong():
     assert episode_seeds(EvalConfig(num_episodes=3, first_seed=7)) == [7, 8, 9]
     assert episode_seeds(EvalConfig(seeds=(4, 2))) == [4, 2]
     for arguments, message in [
-        ({"num_episodes": 0}, "num_episodes: got 0"),
+        ({"num_episodes": -1}, "num_episodes: got -1"),
         ({"temperature": -0.1}, "temperature: got -0.1"),
         ({"num_videos": -1}, "num_videos: got -1"),
         ({"seeds": (3, 3)}, "seeds: got repeated"),

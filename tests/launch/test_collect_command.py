@@ -97,6 +97,7 @@ def test_demonstrations_are_collected_reported_and_continued(collect, tmp_path, 
         "lite_robot": True,
         "use_state": "none",
         "jitter": "none",
+        "gripper_threshold": None,
         "limit": 1.0,
     }
     with Image.open(tmp_path / "demos" / "episodes.png") as sheet:
@@ -221,6 +222,7 @@ def test_a_task_has_its_own_horizon_and_images():
         "jitter": "none",
         "backend": "cpu",
         "lite_robot": None,
+        "gripper_threshold": None,
     }
     assert env_config("--image-size=0").data_settings["camera"] is None
     assert env_config("--image-size=0").data_settings["lite_robot"] is None

@@ -93,23 +93,58 @@ def test_differences():
     assert install.differences(pins, have) == ["flax 0.12.8 (have 0.12.0)", "chex 0.1.92 (have none)"]
 
 
+def is_current(venv: Path, with_extras: bool = True) -> bool:
+    return install.is_current(venv, with_extras=with_extras)
+
+
 def test_is_current_follows_the_files_and_the_environment(monkeypatch, tmp_path):
     venv = tmp_path / "venv"
     monkeypatch.setattr(install, "ROOT", tmp_path)
     (tmp_path / "setup.py").write_text("setup()")
     (tmp_path / "requirements.txt").write_text("jax==0.10.2\n")
-    assert not install.is_current(venv)
+    assert not is_current(venv)
     put(venv, "jax", "0.10.2")
     put(venv, "stare_jax", "0.1.0")
-    assert not install.is_current(venv), "without a stamp"
+    assert not is_current(venv), "without a stamp"
     install.write_stamp(venv)
-    assert install.is_current(venv)
+    assert is_current(venv)
     (tmp_path / "requirements.txt").write_text("jax==0.10.2\nflax==0.12.8\n")
-    assert not install.is_current(venv), "requirements.txt has changed"
+    assert not is_current(venv), "requirements.txt has changed"
     install.write_stamp(venv)
-    assert not install.is_current(venv), "flax is not installed"
+    assert not is_current(venv), "flax is not installed"
     put(venv, "flax", "0.12.8")
-    assert install.is_current(venv)
+    assert is_current(venv)
+
+
+def test_the_quickstart_does_without_extras_and_leaves_those_that_are_there(monkeypatch, tmp_path):
+    venv = tmp_path / "venv"
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text("setup()")
+    (tmp_path / "requirements.txt").write_text("jax==0.10.2\n\n# --- extras\ntensorflow-cpu==2.20.0\n")
+    assert install.read_pins(install.requirements(with_extras=False)) == {"jax": "0.10.2"}
+    assert install.read_pins(install.requirements(with_extras=True)) == {"jax": "0.10.2", "tensorflow-cpu": "2.20.0"}
+    put(venv, "jax", "0.10.2")
+    put(venv, "stare_jax", "0.1.0")
+    install.write_stamp(venv)
+    assert is_current(venv, with_extras=False) and not is_current(venv, with_extras=True)
+    put(venv, "tensorflow_cpu", "2.20.0")
+    assert is_current(venv, with_extras=False) and is_current(venv, with_extras=True)
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [([], "tensorflow-cpu"), (["--without-extras"], "jax")])
+def test_pip_is_given_what_is_wanted(monkeypatch, tmp_path, arguments, wanted):
+    asked, venv = [], tmp_path / "venv"
+    venv.mkdir()
+    (tmp_path / "requirements.txt").write_text("torch==1\njax==2\n\n# --- extras\ntensorflow-cpu==3\n")
+    (tmp_path / "setup.py").write_text("setup()")
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "install_system", lambda venv, need_vulkan: None)
+    monkeypatch.setattr(install, "is_usable", lambda venv: True)
+    monkeypatch.setattr(install, "differences", lambda pins, have: [])
+    monkeypatch.setattr(install, "pip", lambda venv, arguments, *shown: asked.append(arguments))
+    assert install.main(["--venv", str(venv), *arguments]) == 0
+    (requirements,) = (Path(command[2]) for command in asked if command[1] == "-r")
+    assert list(install.read_pins(requirements.read_text()))[-1] == wanted
 
 
 @pytest.mark.parametrize(
@@ -184,7 +219,7 @@ def test_set_up_stops_without_ensurepip(nothing_renders, monkeypatch, tmp_path):
 def test_a_second_call_says_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(install, "install_system", lambda venv, need_vulkan: None)
     monkeypatch.setattr(install, "is_usable", lambda venv: True)
-    monkeypatch.setattr(install, "is_current", lambda venv: True)
+    monkeypatch.setattr(install, "is_current", lambda venv, with_extras: True)
     assert install.main(["--venv", str(tmp_path)]) == 0
     assert capsys.readouterr().out == ""
 
@@ -199,13 +234,27 @@ def setup_arguments() -> dict:
     return {name: ast.literal_eval(value) for name, value in literal.items()}
 
 
+BUILDS = {"tensorflow": "tensorflow-cpu"}
+"""Package -> the build of it under another name that is pinned."""
+
+
 def test_pins_lie_within_the_ranges_of_setup():
     arguments = setup_arguments()
-    pins = install.read_pins((ROOT / "requirements.txt").read_text())
-    for text in [*arguments["install_requires"], *arguments["extras_require"]["test"]]:
+    extras = arguments["extras_require"]
+    pins = install.read_pins(install.requirements(with_extras=True))
+    for text in [*arguments["install_requires"], *extras["test"], *extras["rlds"], *extras["reference"]]:
         requirement = Requirement(text)
-        pin = pins[install.normalise(requirement.name)]
+        pin = pins[BUILDS.get(requirement.name, install.normalise(requirement.name))]
         assert pin in requirement.specifier, f"{text}, pinned to {pin}"
+
+
+def test_the_quickstart_has_all_that_the_code_imports_but_extras():
+    arguments = setup_arguments()
+    pins = install.read_pins(install.requirements(with_extras=False))
+    for text in arguments["install_requires"]:
+        assert install.normalise(Requirement(text).name) in pins
+    for text in [*arguments["extras_require"]["rlds"], *arguments["extras_require"]["reference"]]:
+        assert BUILDS.get(Requirement(text).name, Requirement(text).name) not in pins
 
 
 def test_every_dependency_is_bounded_above():
@@ -221,7 +270,7 @@ def test_every_import_is_declared():
         *arguments["extras_require"]["wandb"],
         *arguments["extras_require"]["rlds"],
     ]
-    declared = {install.normalise(Requirement(text).name) for text in texts} | {"stare-jax"}
+    declared = {install.normalise(Requirement(text).name) for text in texts} | {"stare-jax", *BUILDS.values()}
     distributions = metadata.packages_distributions()
     undeclared = set()
     for file in (ROOT / "stare_jax").rglob("*.py"):

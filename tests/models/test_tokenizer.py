@@ -1,9 +1,14 @@
-"""Prompts: layout, templates, the built-in vocabulary, and a Hugging Face tokenizer built on the spot."""
+"""Prompts: layout, templates, the built-in vocabulary, and tokenizers in Hugging Face's format built on the spot."""
+
+import dataclasses
 
 import numpy as np
 import pytest
+from llama_tokenizer import NEWLINE_ID, PAD_ID, SPACE_ID, write_llama_tokenizer
 
 from stare_jax import stages
+from stare_jax.models import make_policy, openvla_7b
+from stare_jax.models.normalize import identity_stats
 from stare_jax.models.tokenizer import (
     OPENVLA_STATE_TEMPLATE,
     OPENVLA_TEMPLATE,
@@ -84,3 +89,47 @@ def test_hugging_face_tokenizer(checkpoint_folder):
 def test_hugging_face_tokenizer_without_the_lone_space_is_refused(checkpoint_folder):
     with pytest.raises(ValueError, match="got no token '▁', expected a Llama vocabulary"):
         make_tokenizer(checkpoint_folder())
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer: got '.*' without a tokenizer.json, expected"):
+        make_tokenizer(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with Llama's tokenizer, as it comes with OpenVLA's checkpoints, and its pieces' ids."""
+    folder = tmp_path_factory.mktemp("llama")
+    return str(folder), write_llama_tokenizer(folder)
+
+
+def test_openvlas_prompt_piece_by_piece(llama):
+    """Lower case, BOS, padding that is masked, text, one lone space: ids are those of the files."""
+    folder, ids = llama
+    policy = make_policy(openvla_7b(tokenizer=folder), identity_stats(7, 0))
+    tokens, mask = policy.tokenize(["Put CARROT on plate ", "put carrot"], np.zeros((2, 0)))
+    question = ["▁In", ":", "▁What", "▁action", "▁should", "▁the", "▁robot", "▁take", "▁to"]
+    answer = [ids["?"], NEWLINE_ID, ids["Out"], ids[":"], SPACE_ID]
+    for row, kept, words in zip(tokens, mask, ("▁put ▁carrot ▁on ▁plate", "▁put ▁carrot"), strict=True):
+        text = [ids[piece] for piece in (*question, *words.split())] + answer
+        assert (row.dtype, row.shape) == (np.int32, (40,))
+        np.testing.assert_array_equal(row, [1, *[PAD_ID] * (39 - len(text)), *text])
+        np.testing.assert_array_equal(kept, [True, *[False] * (39 - len(text)), *[True] * len(text)])
+
+
+def test_the_lone_space_is_there_once(llama):
+    tokenizer = make_tokenizer(llama[0])
+    assert tokenizer[1:] == (1, PAD_ID, SPACE_ID, PAD_ID + 1)
+    prompt = format_prompt(OPENVLA_TEMPLATE, "put carrot", ())
+    assert tokenizer.encode(prompt)[-1] != SPACE_ID and tokenizer.encode(prompt + " ")[-1] == SPACE_ID
+    once, with_space = (encode_prompt(tokenizer, text, length=40) for text in (prompt, prompt + " "))
+    np.testing.assert_array_equal(once, with_space)
+    assert once[0][-2:].tolist() == [llama[1][":"], SPACE_ID]
+
+
+def test_more_ids_than_the_model_has_are_refused(llama):
+    small = openvla_7b(tokenizer=llama[0])
+    small = dataclasses.replace(small, llm=dataclasses.replace(small.llm, vocab_size=32000))
+    policy = make_policy(small, identity_stats(7, 0))
+    with pytest.raises(ValueError, match="tokenizer '.*': got 32001 ids, expected at most vocab_size 32000"):
+        policy.tokenize(["put carrot"], np.zeros((1, 0)))

@@ -1,6 +1,7 @@
 """What a whole run refuses before it begins."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.data.schema import DatasetError, Manifest, write_manifest
 from stare_jax.envs import EnvConfig
+from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.models import openvla_tiny
 from stare_jax.stages import get_task
 from stare_jax.train.config import ConfigError
@@ -18,14 +20,15 @@ SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens
 
 @pytest.fixture
 def given(tmp_path):
-    """given(**fields of the manifest) -> a configuration with such a data set of demonstrations."""
+    """given(**fields of the manifest) -> a configuration with such a data set of demonstrations; `run` has other fields
+    of the configuration."""
 
-    def make(shapes=SHAPES, env=None, **fields):
+    def make(shapes=SHAPES, env=None, model=None, run=None, **fields):
         fields = {"env_id": "PushCube-v1", "control_mode": "pd_ee_delta_pose"} | fields
         empty = {"settings": {}, "filters": {}, "packages": {}, "progress": {}, "shards": (), "episodes": ()}
         write_manifest(tmp_path / "demos", Manifest(shapes=shapes, **empty, **fields))
-        env = env or EnvConfig()
-        return IPIConfig(env, openvla_tiny(), get_task(env.env_id).params, demos_from=str(tmp_path / "demos"))
+        env, run = env or EnvConfig(), {"demos_from": str(tmp_path / "demos")} | (run or {})
+        return IPIConfig(env, model or openvla_tiny(), get_task(env.env_id).params, **run)
 
     return make
 
@@ -46,8 +49,8 @@ def test_demonstrations_that_fit_are_taken(given):
             "image/base_camera: got [32, 32, 3], expected [64, 64, 3]",
         ),
         (
-            {"shapes": SHAPES | {"state": [3], "action": [4]}},
-            "state: got [3], expected [0]; action: got [4], expected [7]",
+            {"shapes": SHAPES | {"state": [3], "action": [4]}, "model": openvla_tiny(state_dim=29)},
+            "action: got [4], expected [7]; state: got [3], expected [29]",
         ),
         ({"shapes": {}}, "image/base_camera: got None, expected [64, 64, 3]"),
     ],
@@ -68,6 +71,45 @@ def test_a_gpu_promises_no_reproducible_resets(name):
     with pytest.raises(ValueError, match=f"{name}.reproducible: got True, expected False with env.backend 'cuda'"):
         IPIConfig(env, openvla_tiny(), get_task(env.env_id).params, **{name: configs[name]})
     assert IPIConfig(env, openvla_tiny(), get_task(env.env_id).params).env.data_settings["backend"] == "cuda"
+
+
+REAL = {"env_id": "bridge_orig", "control_mode": "reached ee delta pose", "shapes": SHAPES | {"state": [7]}}
+SFT_ALONE = {"demos_of": "bridge_orig", "phases": ("sft",), "evaluation": EvalConfig(num_episodes=0)}
+
+
+def test_demonstrations_of_a_real_robot_are_taken_where_they_are_asked_for(given):
+    check_demonstrations(given(**REAL, run=SFT_ALONE))
+    widow_x = EnvConfig("PutSpoonOnTableClothInScene-v1", gripper_threshold=0.5)
+    check_demonstrations(given(**REAL, env=widow_x, run={"demos_of": "bridge_orig"}))
+    for run, message in [
+        ({}, "env_id: got 'bridge_orig', expected 'PushCube-v1'; control_mode: got 'reached"),
+        (SFT_ALONE | {"demos_of": "fractal"}, "env_id: got 'bridge_orig', expected 'fractal'$"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check_demonstrations(given(**REAL, run=run))
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (EnvConfig(), "env.env_id: got 'PushCube-v1' with demos_of, expected a WidowX task, or phases ('sft',) and"),
+        (
+            EnvConfig("PutSpoonOnTableClothInScene-v1"),
+            "env.gripper_threshold: got None with demos_of, expected 0.5, or",
+        ),
+    ],
+)
+@pytest.mark.parametrize("part", [{"evaluation": EvalConfig(num_episodes=1)}, {"phases": ("sft", "ppo")}])
+def test_a_simulator_has_to_take_what_a_real_robot_teaches(given, env, message, part):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        given(**REAL, env=env, run=SFT_ALONE | part)
+
+
+def test_a_real_robots_demonstrations_are_in_a_folder(given, tmp_path):
+    with pytest.raises(
+        ConfigError, match="config.demos_from: got '', expected the folder that bridge_orig was imported"
+    ):
+        run_ipi(given(**REAL, run=SFT_ALONE | {"demos_from": ""}), tmp_path / "run")
 
 
 def test_demonstrations_that_are_not_there_are_refused(given, tmp_path):

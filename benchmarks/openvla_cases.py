@@ -1,0 +1,137 @@
+"""What `openvla.py` measures: sizes, inputs and weights, the same for every implementation.
+
+Weights are cut from one block of random numbers, at a place that follows from the tensor's name, so that a model of any
+size is filled on its device in seconds, and equally by frameworks with other random number generators.
+"""
+
+import dataclasses
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.models import OpenVLAConfig, openvla_7b
+from stare_jax.models.layers import Execution
+from stare_jax.models.llama import LlamaConfig
+from stare_jax.models.lora import LoRAConfig
+
+BLOCK_SIZE = 1_048_573  # prime, so that rows of matrices do not repeat
+LORA = LoRAConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """One measurement of one implementation; travels to its process as JSON."""
+
+    size: str
+    """"7b" or "reduced"."""
+    dtype: str
+    cases: tuple[str, ...]
+    """of "generate" and "update"."""
+    batches: tuple[int, ...]
+    prompt_length: int
+    update_batch: int
+    microbatch: int
+    remat: str
+    """ours: "none", "full" or "dots"."""
+    attention: str
+    unstack: bool
+    torch_remat: bool
+    torch_compile: bool
+    repeats: int
+    seed: int
+    profile: str | None
+
+
+def make_config(spec: Spec, *, lora: bool = False) -> OpenVLAConfig:
+    """The model, for generation or, with adapters, for an update."""
+    execution = Execution(
+        dtype=spec.dtype,
+        param_dtype=spec.dtype,
+        attention=spec.attention,
+        remat=spec.remat if lora else "none",
+    )
+    config = openvla_7b(
+        prompt_length=spec.prompt_length,
+        execution=execution,
+        unstack_layers=spec.unstack,
+        lora=LORA if lora else None,
+    )
+    if spec.size == "7b":
+        return config
+    return dataclasses.replace(
+        config,
+        dino=dataclasses.replace(config.dino, width=128, depth=4, num_heads=2, mlp_dim=512),
+        siglip=dataclasses.replace(config.siglip, width=144, depth=4, num_heads=2, mlp_dim=538),
+        projector_dim=1088,
+        llm=LlamaConfig(vocab_size=32064, width=512, depth=4, num_heads=4, num_kv_heads=4, mlp_dim=1376),
+        image_size=112,
+    )
+
+
+class Inputs(NamedTuple):
+    """Prompts without padding, and decisions to learn from."""
+
+    images: np.ndarray
+    """uint8 `[B, H, W, 3]`."""
+    ids: np.ndarray
+    """int32 `[B, L]`."""
+    bins: np.ndarray
+    """int32 `[B, A]`."""
+    old_logp: np.ndarray
+    """float32 `[B]`, and likewise below."""
+    old_value: np.ndarray
+    advantage: np.ndarray
+    return_: np.ndarray
+
+
+def make_inputs(config: OpenVLAConfig, batch: int, seed: int) -> Inputs:
+    rng = np.random.default_rng([seed, batch])
+    ids = rng.integers(3, config.action_vocab_end - 256, (batch, config.prompt_length), dtype=np.int32)
+    ids[:, 0] = 1
+    scores = (rng.normal(size=batch).astype(np.float32) for _ in range(4))
+    return Inputs(
+        rng.integers(0, 256, (batch, config.image_size, config.image_size, 3), dtype=np.uint8),
+        ids,
+        rng.integers(0, 256, (batch, config.action_dim), dtype=np.int32),
+        *scores,
+    )
+
+
+def make_block(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=BLOCK_SIZE).astype(np.float32)
+
+
+def weight_recipe(name: str, shape: tuple[int, ...]) -> tuple[int, float, float]:
+    """Returns (offset, scale, shift): the tensor is `scale * block + shift`, read from `offset` on, over and over."""
+    offset = zlib.crc32(name.encode()) % BLOCK_SIZE
+    if len(shape) > 1:
+        is_token = name.endswith(("cls_token", "reg_token", "pos_embed"))
+        return offset, 0.02 if is_token else float(np.prod(shape[1:])) ** -0.5, 0.0
+    return offset, 0.02, 0.0 if name.endswith("bias") else 1.0
+
+
+def measure(run: Callable[[], Any], repeats: int) -> list[float]:
+    """Returns the seconds of each run; `run` returns when all of its work is done."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def measure_peak(product: Callable[[], Any], size: int, copy: Callable[[], Any], num_bytes: int) -> dict[str, float]:
+    """Returns what a square product of `size` and a copy of `num_bytes` reach at their fastest."""
+    product(), copy()
+    return {
+        "flops": 2 * size**3 / min(measure(product, 5)),
+        "bandwidth": 2 * num_bytes / min(measure(copy, 5)),
+    }
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {"min_s": min(seconds), "median_s": statistics.median(seconds), "max_s": max(seconds)}

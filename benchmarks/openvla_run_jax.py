@@ -1,0 +1,177 @@
+"""Measures this library's OpenVLA in a process of its own, which `openvla.py` starts: one JSON line on stdout.
+
+python benchmarks/openvla_run_jax.py '{"size": "reduced", ...}'
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+# The other framework may hold memory of the same device, and what is held here beforehand is nobody's measurement.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, measure, measure_peak, weight_recipe
+
+from stare_jax.convert.openvla_table import checkpoint_shape, insert, layer_shape, leaf_shapes, tensor_table, to_ours
+from stare_jax.models import OpenVLAConfig, Policy, make_policy
+from stare_jax.models.lora import add_adapters, init_adapters
+from stare_jax.models.normalize import identity_stats
+from stare_jax.train.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
+from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step
+from stare_jax.types import Observation, PyTree, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The fields of `PPOConfig` that its step reads, with RL4VLA's numbers."""
+
+    microbatch_size: int
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
+    temperature: float = 1.0
+    clip_eps: float = 0.2
+    clip_eps_high: float | None = None
+    dual_clip: float | None = None
+    value_coef: float = 1.0
+    value_clip_eps: float | None = 0.2
+    huber_delta: float | None = 10.0
+    entropy_coef: float = 0.0
+    target_kl: float | None = None
+
+
+# ---- Weights and inputs ----------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "kind", "dtype", "is_stacked"))
+def _fill(block, offsets, scale, shift, *, shape, kind, dtype, is_stacked):
+    """Makes one leaf of the parameters from the checkpoint's tensors, which `shape` is the arrangement of in ours."""
+    size = math.prod(shape)
+
+    def one(offset):
+        values = jnp.tile(jnp.roll(block, -offset), -(-size // block.size))[:size]
+        return to_ours((scale * values + shift).astype(dtype).reshape(checkpoint_shape(shape, kind)), shape, kind)
+
+    return jax.lax.map(one, offsets) if is_stacked else one(offsets[0])
+
+
+def make_params(policy: Policy, config: OpenVLAConfig, seed: int) -> PyTree:
+    """Returns the base model's parameters on the device, and a fresh value head."""
+    leaves, block, params = leaf_shapes(config), jnp.asarray(make_block(seed)), {}
+    for path, entry in tensor_table(config).items():
+        shape = layer_shape(leaves[path].shape, entry)
+        recipes = [weight_recipe(name, checkpoint_shape(shape, entry.kind)) for name in entry.names]
+        offsets = np.array([offset for offset, _, _ in recipes], np.int32)
+        options = {"shape": shape, "kind": entry.kind, "is_stacked": entry.is_stacked}
+        insert(params, path, _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options))
+    head = jax.jit(lambda key: policy.init(key)["value_head"])(jax.random.key(seed))  # nothing else is computed
+    return params | {"value_head": head}
+
+
+def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:
+    ids = jnp.asarray(inputs.ids)
+    state = jnp.zeros((len(ids), config.state_dim), jnp.float32)
+    return Observation({config.camera: jnp.asarray(inputs.images)}, state, ids, jnp.ones(ids.shape, bool))
+
+
+# ---- Measurements ----------------------------------------------------------------------------------------------------
+
+
+def run_generate(spec: Spec) -> list[dict[str, Any]]:
+    config = make_config(spec)
+    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    params, rows = make_params(policy, config, spec.seed), []
+    for batch in spec.batches:
+        observation, key = observe(make_inputs(config, batch, spec.seed), config), jax.random.key(0)
+        start = time.perf_counter()
+        sample = jax.jit(policy.sample).lower(params, observation, key, temperature=jnp.float32(0.0)).compile()
+        compile_s = time.perf_counter() - start
+
+        def run(sample=sample, observation=observation, key=key):
+            return jax.block_until_ready(sample(params, observation, key, temperature=jnp.float32(0.0)))
+
+        decision = run()
+        run()
+        row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
+        check = {"bins": np.asarray(decision.action_tokens).tolist(), "logp": np.asarray(decision.logp).tolist()}
+        rows.append(row | check | _memory(sample))
+        _profile(run, spec, f"generate_{batch}")
+    return rows
+
+
+def run_update(spec: Spec) -> list[dict[str, Any]]:
+    config, settings = make_config(spec, lora=True), Update(spec.microbatch)
+    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    params = add_adapters(make_params(policy, config, spec.seed), init_adapters(policy.init, jax.random.key(1)))
+    tx = make_optimizer(settings.optimizer, num_steps=None)
+    trainable, frozen = split_params(params, frozen_params(policy, settings.optimizer))
+    state = TrainState(step=jnp.int32(0), params=merge_params(trainable, frozen), opt_state=jax.jit(tx.init)(trainable))
+    inputs = make_inputs(config, spec.update_batch, spec.seed)
+    scores = [jnp.asarray(x) for x in (inputs.old_logp, inputs.old_value, inputs.advantage, inputs.return_)]
+    bins = jnp.asarray(inputs.bins)
+    batch = DecisionBatch(observe(inputs, config), bins, *scores, jnp.ones(spec.update_batch, bool))
+    # Ratios near one, so that the surrogate is not clipped away.
+    score = jax.jit(policy.log_prob)
+    parts = [slice(i, i + spec.microbatch) for i in range(0, spec.update_batch, spec.microbatch)]
+    logp = [score(params, *jax.tree.map(lambda x, part=part: x[part], batch[:2])).logp for part in parts]
+    batch = batch._replace(old_logp=jnp.concatenate(logp))
+    step = jit_step(make_ppo_step(policy, tx, settings), policy, settings)
+    del params, trainable, frozen
+    start = time.perf_counter()
+    state, metrics = jax.block_until_ready(step(state, batch, True, jnp.float32(0.0)))
+    compile_s = time.perf_counter() - start
+
+    def run():
+        nonlocal state
+        state, _ = jax.block_until_ready(step(state, batch, True, jnp.float32(0.0)))
+
+    run()
+    row = {"case": "update", "batch": spec.update_batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
+    check = {"loss": float(metrics["ppo/loss"]), "grad_norm": float(metrics["grad/norm"])}
+    _profile(run, spec, "update")
+    return [row | check | {"logp": np.asarray(batch.old_logp).tolist()} | _memory()]
+
+
+def _memory(compiled: Any = None) -> dict[str, float]:
+    """Bytes in use at most, and what the compiler set aside for intermediate results."""
+    stats = jax.devices()[0].memory_stats() or {}
+    found = {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+    analysis = compiled.memory_analysis() if compiled is not None else None
+    return found | ({"temporary_bytes": analysis.temp_size_in_bytes} if analysis is not None else {})
+
+
+def _profile(run, spec: Spec, name: str) -> None:
+    if spec.profile:
+        with jax.profiler.trace(os.path.join(spec.profile, name)):
+            run()
+
+
+def peak(dtype: str) -> dict[str, float]:
+    size, num_bytes = 1536, 2**28
+    a, long = jnp.ones((size, size), dtype), jnp.ones(num_bytes // 4, jnp.float32)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    return measure_peak(
+        lambda: product(a, a).block_until_ready(), size, lambda: copy(long).block_until_ready(), num_bytes
+    )
+
+
+def main() -> None:
+    with contextlib.redirect_stdout(sys.stderr):  # compilers talk
+        spec = Spec(**json.loads(sys.argv[1]))
+        device = jax.devices()[0]
+        rows = [row for case in spec.cases for row in {"generate": run_generate, "update": run_update}[case](spec)]
+        result = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "rows": rows}
+        if device.platform == "cpu":
+            result["peak"] = peak(spec.dtype)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Imports demonstrations of real robots, Bridge V2 or Open X-Embodiment, from RLDS into the library's own store.
+
+Episodes are stored one by one, without signals, so memory does not grow. The manifest counts what has been read, and a
+second call goes on from there.
+"""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
+from stare_jax.data.reader import Dataset
+from stare_jax.data.rlds_layouts import LAYOUTS, Layout
+from stare_jax.data.rlds_source import (
+    RESIZE,
+    EpisodeSteps,
+    Source,
+    check_source,
+    list_fields,
+    name_episode,
+    read_episodes,
+)
+from stare_jax.data.schema import DatasetError
+from stare_jax.data.writer import DatasetWriter
+from stare_jax.logging import Interrupted, progress
+from stare_jax.types import Observation, Trajectory
+
+IDLE_FILTERS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType(
+    {"none": {}, "no_noops": {"idle": {"translation": 1e-4, "rotation": 1e-4}}}
+)
+"""name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" none that moves the
+arm by less than 0.1 mm and 0.1 mrad and leaves the gripper as it is, of which OpenVLA cleaned its LIBERO data."""
+NO_INSTRUCTION, TOO_SHORT = "without instruction", "too short"
+"""why an episode is dropped"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """What of a data set is imported, and how."""
+
+    split: str = "train"
+    image_size: int = 224
+    """pixels; images become squares, whatever their shape was."""
+    camera: str = "3rd_view_camera"
+    """name that the images are stored under, where policies look for them; as the simulated WidowX calls its camera."""
+    idle_filter: str = "none"
+    """one of `IDLE_FILTERS`; the shards hold everything, readers leave out."""
+    limit: int | None = None
+    """episodes of the split to read at most; None reads all."""
+    chunk_episodes: int = 256
+    """episodes read between two writes, which is what a killed process loses."""
+
+    def __post_init__(self):
+        for name in ("image_size", "limit", "chunk_episodes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.idle_filter not in IDLE_FILTERS:
+            raise ValueError(f"idle_filter: got {self.idle_filter!r}, expected one of {sorted(IDLE_FILTERS)}")
+
+
+def known_layout(source: Source, name: str) -> Layout:
+    """Returns the layout that data sets of a name have.
+
+    Raises:
+        DatasetError: nobody knows; lists the fields there are.
+    """
+    if name not in LAYOUTS:
+        raise DatasetError(
+            f"{source.directory}: got data set {name!r} with steps of {list_fields(source)}; expected one of "
+            f"{', '.join(LAYOUTS)}, or to be told which of these fields are image and action"
+        )
+    return LAYOUTS[name]
+
+
+def import_rlds(
+    source: Source,
+    directory: str | os.PathLike,
+    layout: Layout,
+    config: ImportConfig,
+    *,
+    name: str,
+    should_stop: Callable[[], bool] | None = None,
+) -> Dataset:
+    """Imports a data set, or goes on with an import that was interrupted, and writes its statistics.
+
+    With a larger limit a data set grows. Statistics are of all actions but those that the idle filter leaves out.
+
+    Args:
+        source: what to read; see `open_source`.
+        directory: of the data set that is written.
+        layout: of the source.
+        config: what of it.
+        name: of the data set in the manifest, as `env_id`, and in `norm_stats.json`.
+        should_stop: polled after every episode.
+
+    Raises:
+        Interrupted: `should_stop` said so; what was read is safe, and calling again goes on.
+        DatasetError: a field or the split is missing; an episode is damaged, is not what the layout says, or has a
+            value that is not finite; nothing is left to imitate; or the folder holds something else.
+    """
+    check_source(source, layout, config.split)
+    directory, num_wanted = Path(directory), source.num_episodes[config.split]
+    num_wanted = num_wanted if config.limit is None else min(num_wanted, config.limit)
+    with DatasetWriter(directory, **_identity(source, layout, config, name), episodes_per_shard=None) as writer:
+        Dataset(directory, verify=False)  # A shard that is gone is found before hours of reading, not after.
+        if _num_read(writer) < num_wanted:
+            # Statistics are those of a complete data set, or absent.
+            (directory / NORM_STATS_FILE).unlink(missing_ok=True)
+            _fill(writer, source, layout, config, num_wanted, should_stop)
+    dataset = Dataset(directory, verify=False)
+    if not dataset.num_episodes:
+        raise DatasetError(f"{source.directory}: no episode is left to imitate: {dataset.manifest.progress}")
+    renew_statistics(dataset)
+    return dataset
+
+
+def _identity(source: Source, layout: Layout, config: ImportConfig, name: str) -> dict[str, Any]:
+    """Returns the fields of the manifest that all of an import has in common."""
+    settings = {
+        "source": "rlds",
+        "dataset": source.name,
+        "version": source.version,
+        "split": config.split,
+        "image": layout.image,
+        "state": layout.state,
+        "action": list(layout.action),
+        "instruction": layout.instruction,
+        "image_size": config.image_size,
+        "resize": RESIZE,
+        "idle_filter": config.idle_filter,
+    }
+    filters = IDLE_FILTERS[config.idle_filter]
+    return {"env_id": name, "control_mode": layout.meaning, "settings": settings, "filters": filters}
+
+
+def _num_read(writer: DatasetWriter) -> int:
+    return writer.manifest.progress.get("num_read", 0)
+
+
+def _fill(
+    writer: DatasetWriter,
+    source: Source,
+    layout: Layout,
+    config: ImportConfig,
+    num_wanted: int,
+    should_stop: Callable[[], bool] | None,
+) -> None:
+    """Reads and stores episodes until none is missing."""
+    num_read, origin = _num_read(writer), f"{source.name}/{source.version}/{config.split}"
+    dropped = Counter(writer.manifest.progress.get("dropped", {NO_INSTRUCTION: 0, TOO_SHORT: 0}))
+    episodes = read_episodes(source, layout, config.split, num_read, num_wanted, image_size=config.image_size)
+    with progress(num_wanted, "import", "episode", initial=num_read) as bar:
+        for steps in episodes:
+            try:
+                problem = _append(writer, steps, layout, camera=config.camera, origin=origin, index=num_read)
+            except ValueError as error:
+                raise DatasetError(f"{name_episode(source, config.split, num_read)}: {error}") from error
+            num_read += 1
+            dropped.update([problem] if problem else [])
+            bar.update(1, dropped=dropped.total())
+            is_stopping = should_stop is not None and should_stop()
+            if is_stopping or num_read == num_wanted or num_read % config.chunk_episodes == 0:
+                writer.flush(progress={"num_read": num_read, "dropped": dict(dropped)})
+            if is_stopping and num_read < num_wanted:
+                raise Interrupted(f"import: {num_read} of {num_wanted} episodes read, safe in {writer.directory}")
+
+
+def _append(
+    writer: DatasetWriter, steps: EpisodeSteps, layout: Layout, *, camera: str, origin: str, index: int
+) -> str | None:
+    """Stores an episode; returns why not, where it is dropped."""
+    instruction = next(filter(None, steps.instruction), None)
+    if instruction is None:
+        return NO_INSTRUCTION
+    for name, values in (("state", steps.state), ("action", steps.action)):
+        if not (is_finite := np.isfinite(values).all(axis=1)).all():
+            step = int(is_finite.argmin())
+            raise ValueError(f"{name}: got {values[step].tolist()} in step {step}, expected finite numbers")
+    action, first = layout.standardize(steps.state, steps.action)
+    if not len(action):
+        return TOO_SHORT
+    states = slice(first, first + len(action) + 1)
+    trajectory = _unmeasured({camera: steps.image[states]}, steps.state[states], action)
+    writer.append(trajectory, instruction=instruction, seed=None, source=origin, attempt=index)
+    return None
+
+
+def _unmeasured(images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray) -> Trajectory:
+    """Returns an episode of which nothing is known but what was seen and done."""
+    num_actions, num_states = len(action), len(state)
+    no_tokens = np.zeros((num_states, 0), np.int32)
+    return Trajectory(
+        observation=Observation(dict(images), state, no_tokens, no_tokens.astype(bool)),
+        signals=None,
+        valid=np.ones(num_states, bool),
+        action=action,
+        action_tokens=np.zeros(action.shape, np.int32),
+        logp=np.zeros(num_actions, np.float32),
+        value=np.zeros(num_states, np.float32),
+    )

@@ -1,0 +1,135 @@
+"""What the steps of RLDS data sets mean: where their fields are, and how their actions become those of the store.
+
+There all are alike, in the convention of OpenVLA: x, y, z in metres, roll, pitch, yaw in radians, and the gripper, 1
+open and 0 closed. Everything here is NumPy in, NumPy out.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+ACTION_DIM = 7
+OPEN_ABOVE, CLOSED_BELOW = 0.95, 0.05
+"""A gripper between these is on its way."""
+GRIPPER_TOLERANCE = 0.2
+"""how far recorded grippers may lie beyond what is said to be open and closed, as a fraction of the way between."""
+
+
+class Standardized(NamedTuple):
+    """The part of an episode that is imitated."""
+
+    action: np.ndarray
+    """float32 `[N, 7]`; N is 0 where the episode is too short."""
+    first: int
+    """step whose observation the first action is taken in; action n leads from step first + n to first + n + 1."""
+
+
+class Layout(NamedTuple):
+    """One kind of RLDS data set; fields of a step are named by their paths, such as `observation/image_0`."""
+
+    image: str
+    state: str | None
+    """None where there is none to be stored."""
+    action: tuple[str, ...]
+    """fields that make up the action, in this order."""
+    instruction: str
+    standardize: Callable[[np.ndarray, np.ndarray], Standardized]
+    """(state float32 `[T, S]`, action float32 `[T, A]`) of the T steps of an episode -> what to imitate."""
+    meaning: str
+    """of the actions that come out, for the manifest."""
+
+
+def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
+    """Returns 1 where a gripper is open, 0 where it is closed; what lies between is what it is about to become.
+
+    Args:
+        gripper: float32 `[T]`, from 0, closed, to 1, open.
+
+    Returns:
+        float32 `[T]`; between the two only where the gripper is on its way until the end, which keeps the last value.
+    """
+    binary = gripper.copy()
+    for t in reversed(range(len(gripper))):
+        if gripper[t] > OPEN_ABOVE:
+            binary[t] = 1.0
+        elif gripper[t] < CLOSED_BELOW:
+            binary[t] = 0.0
+        elif t + 1 < len(gripper):
+            binary[t] = binary[t + 1]
+    return binary
+
+
+def reached_actions(state: np.ndarray, action: np.ndarray) -> Standardized:
+    """Returns Bridge V2's actions as OpenVLA takes them: how far the arm came, and what the gripper was told.
+
+    The first step is left out: its action is all zeros. The last one has no next state, and ends the episode. Angles
+    are subtracted as they are, so a turn past pi is nearly 2 pi, as in the statistics that are published.
+
+    Args:
+        state: float32 `[T, 7]`: x, y, z, roll, pitch, yaw, gripper.
+        action: float32 `[T, 7]`, commanded.
+
+    Raises:
+        ValueError: a shape is another one.
+    """
+    for name, values in (("state", state), ("action", action)):
+        if values.shape[1:] != (ACTION_DIM,):
+            raise ValueError(f"{name}: got shape {list(values.shape)}, expected [T, {ACTION_DIM}]")
+    motion = np.diff(state[1:, :6], axis=0)
+    gripper = binarize_gripper(action[1:, 6])[: len(motion)]
+    return Standardized(np.concatenate([motion, gripper[:, None]], axis=1, dtype=np.float32), first=1)
+
+
+def recorded_actions(state: np.ndarray, action: np.ndarray, *, closed: float, opened: float) -> Standardized:
+    """Returns actions as they were recorded, with the gripper brought to 0 and 1.
+
+    The last step's action is left out: in RLDS it means nothing, and its observation ends the episode.
+
+    Args:
+        state: float32 `[T, S]`, not used.
+        action: float32 `[T, 7]`: change of x, y, z, roll, pitch, yaw, then the gripper.
+        closed, opened: what the gripper is where it is closed, and where it is open.
+
+    Raises:
+        ValueError: the shape is another one, or the gripper is not between the two.
+    """
+    del state
+    if action.shape[1:] != (ACTION_DIM,):
+        raise ValueError(f"action: got shape {list(action.shape)}, expected [T, {ACTION_DIM}]")
+    action = action[:-1]
+    gripper = (action[:, 6] - np.float32(closed)) / np.float32(opened - closed)
+    if (np.abs(gripper - 0.5) > 0.5 + GRIPPER_TOLERANCE).any():
+        low, high = action[:, 6].min(), action[:, 6].max()
+        raise ValueError(f"gripper: got {low:g} to {high:g}, expected {closed:g}, closed, to {opened:g}, open")
+    binary = binarize_gripper(gripper)
+    return Standardized(np.concatenate([action[:, :6], binary[:, None]], axis=1, dtype=np.float32), first=0)
+
+
+def recorded_layout(
+    *, image: str, action: tuple[str, ...], instruction: str, state: str | None, closed: float, opened: float
+) -> Layout:
+    """Returns the layout of a data set whose actions can be taken as they are; see `Layout` and `recorded_actions`.
+
+    Raises:
+        ValueError: open and closed are the same.
+    """
+    if closed == opened:
+        raise ValueError(f"gripper: got {closed:g} both for closed and for open, expected two numbers")
+    standardize = functools.partial(recorded_actions, closed=closed, opened=opened)
+    meaning = f"recorded ee delta pose, gripper 1 open 0 closed (recorded as {opened:g} and {closed:g})"
+    return Layout(image, state, action, instruction, standardize, meaning)
+
+
+BRIDGE = Layout(
+    image="observation/image_0",
+    state="observation/state",
+    action=("action",),
+    instruction="language_instruction",
+    standardize=reached_actions,
+    meaning="reached ee delta pose in m and rad, gripper 1 open 0 closed",
+)
+LAYOUTS: Mapping[str, Layout] = MappingProxyType({"bridge_orig": BRIDGE, "bridge_dataset": BRIDGE})
+"""by the names that data sets have: Bridge V2 as its authors publish it, and what OpenVLA calls the same."""

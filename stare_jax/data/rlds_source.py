@@ -1,0 +1,191 @@
+"""RLDS data sets as tensorflow-datasets keeps them on disk (TFRecord), episode by episode in the order of the files.
+
+The only file that needs TensorFlow, and not before a data set is opened. Images are decoded and resized by TensorFlow,
+too, as OpenVLA's own loader does it: Lanczos-3 with antialiasing, rounded, clipped to uint8.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.data.rlds_layouts import Layout
+from stare_jax.data.schema import DatasetError
+
+RESIZE = "lanczos3"
+MAX_STEPS = 1 << 14
+"""of an episode; TensorFlow reserves as many places for each."""
+
+
+class Source(NamedTuple):
+    """An RLDS data set on disk."""
+
+    directory: Path
+    builder: Any
+    """of tensorflow-datasets."""
+    name: str
+    version: str
+    fields: dict[str, str]
+    """of a step: path, such as `observation/image_0` -> type and shape."""
+    num_episodes: dict[str, int]
+    """by split."""
+
+
+class EpisodeSteps(NamedTuple):
+    """What is read of the T steps of an episode."""
+
+    image: np.ndarray
+    """uint8 `[T, size, size, 3]`."""
+    state: np.ndarray
+    """float32 `[T, S]`; S = 0 where the layout has none."""
+    action: np.ndarray
+    """float32 `[T, A]`, the layout's fields one after another."""
+    instruction: list[str]
+    """`[T]`."""
+
+
+def open_source(directory: str | os.PathLike) -> Source:
+    """Opens a data set without reading its episodes.
+
+    Args:
+        directory: of one version of it, `.../NAME/VERSION`, with `dataset_info.json` and `features.json`.
+
+    Raises:
+        DatasetError: it is no such folder, its episodes are not made of steps, or TensorFlow is not installed.
+    """
+    directory = Path(directory)
+    for name in ("dataset_info.json", "features.json"):
+        if not (directory / name).exists():
+            raise DatasetError(
+                f"{directory} is no data set of tensorflow-datasets: it has no {name}; expected .../NAME/VERSION"
+            )
+    tfds = _tensorflow()[1]
+    builder = tfds.builder_from_directory(str(directory))
+    features = dict(builder.info.features.items())
+    if not isinstance(features.get("steps"), tfds.features.Dataset):
+        raise DatasetError(f"{directory}: got episodes of {sorted(features)}, expected RLDS, with 'steps' among them")
+    fields = {path: _kind(feature) for path, feature in _step_features(builder).items()}
+    num_episodes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    return Source(directory, builder, builder.name, str(builder.version), fields, num_episodes)
+
+
+def check_source(source: Source, layout: Layout, split: str) -> None:
+    """Makes sure that a split, and the fields of a layout, are there.
+
+    Raises:
+        DatasetError: names what was found and what was expected.
+    """
+    if split not in source.num_episodes:
+        raise DatasetError(f"{source.directory}: split: got {split!r}, expected one of {sorted(source.num_episodes)}")
+    state = [layout.state] if layout.state else []
+    wanted = (layout.image, *state, *layout.action, layout.instruction)
+    if missing := ", ".join(path for path in wanted if path not in source.fields):
+        raise DatasetError(f"{source.directory}: got steps of {list_fields(source)}; expected {missing}, too")
+    if not source.fields[layout.image].startswith("uint8"):
+        raise DatasetError(f"{source.directory}: {layout.image}: got {source.fields[layout.image]}, expected images")
+
+
+def list_fields(source: Source) -> str:
+    """Returns the fields of a step, in words."""
+    return ", ".join(f"{path} ({kind})" for path, kind in sorted(source.fields.items()))
+
+
+def name_episode(source: Source, split: str, index: int) -> str:
+    """Returns how messages name an episode."""
+    return f"{source.directory}: episode {index} of {split!r}"
+
+
+def read_episodes(
+    source: Source, layout: Layout, split: str, first: int, last: int, *, image_size: int
+) -> Iterator[EpisodeSteps]:
+    """Yields the episodes [first, last) of a split; those before are passed over without reading their files.
+
+    Raises:
+        DatasetError: a file is damaged.
+    """
+    tf, tfds = _tensorflow()
+    raw = source.builder.as_dataset(
+        split=tfds.core.ReadInstruction(split, from_=first, to=last, unit="abs"),
+        shuffle_files=False,
+        decoders=_undecoded_images(tfds, source.builder),
+        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),  # in order, nothing kept in memory
+    )
+
+    def all_steps(episode):
+        steps = episode["steps"].map(lambda step: _step(tf, step, layout, image_size))
+        return steps.batch(MAX_STEPS).get_single_element()
+
+    rows = raw.map(all_steps, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(1)
+    iterator = rows.as_numpy_iterator()
+    for index in range(first, last):
+        try:
+            image, state, action, texts = next(iterator)
+        except (tf.errors.OpError, StopIteration) as error:
+            reason = " ".join(str(error).split())[:300] or "the files end before it"
+            raise DatasetError(f"{name_episode(source, split, index)} cannot be read: {reason}") from error
+        yield EpisodeSteps(image, state, action, [text.decode(errors="replace").strip() for text in texts.tolist()])
+
+
+def _tensorflow() -> tuple[Any, Any]:
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DatasetError(f"RLDS is read with TensorFlow: pip install -e '.[rlds]' ({error})") from error
+    tf.config.set_visible_devices([], "GPU")  # It would take all the memory there, for resizing images.
+    return tf, tfds
+
+
+def _step_features(builder: Any) -> dict[str, Any]:
+    """Returns the features of a step by their paths."""
+
+    def flat(features: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, feature in features.items():
+            if hasattr(feature, "items"):
+                yield from flat(feature, f"{prefix}{name}/")
+            else:
+                yield prefix + name, feature
+
+    return dict(flat(builder.info.features["steps"].feature, ""))
+
+
+def _kind(feature: Any) -> str:
+    is_array = isinstance(feature.shape, tuple)
+    return f"{feature.tf_dtype.name} {list(feature.shape)}" if is_array else type(feature).__name__
+
+
+def _undecoded_images(tfds: Any, builder: Any) -> dict[str, Any]:
+    """Returns decoders that leave images the files they are, as one camera of several is looked at."""
+    decoders: dict[str, Any] = {}
+    for path, feature in _step_features(builder).items():
+        if isinstance(feature, tfds.features.Image):
+            *folders, name = path.split("/")
+            place = decoders
+            for folder in folders:
+                place = place.setdefault(folder, {})
+            place[name] = tfds.decode.SkipDecoding()
+    return {"steps": decoders}
+
+
+def _step(tf: Any, step: Mapping[str, Any], layout: Layout, image_size: int) -> tuple[Any, Any, Any, Any]:
+    """Returns image, state, action and instruction of a step, as tensors."""
+
+    def field(path: str) -> Any:
+        value = step
+        for name in path.split("/"):
+            value = value[name]
+        return value
+
+    def numbers(paths: tuple[str, ...]) -> Any:
+        return tf.concat([tf.zeros(0), *(tf.reshape(tf.cast(field(path), tf.float32), [-1]) for path in paths)], axis=0)
+
+    image = field(layout.image)
+    if image.dtype == tf.string:
+        image = tf.io.decode_image(image, channels=3, expand_animations=False)
+    size = (image_size, image_size)
+    image = tf.image.resize(tf.cast(image, tf.float32), size, method=RESIZE, antialias=True)
+    image = tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
+    state = numbers((layout.state,) if layout.state else ())
+    return image, state, numbers(layout.action), field(layout.instruction)

@@ -1,0 +1,59 @@
+"""What a phase starts from: weights of ours or in Hugging Face's format, with adapters of their own or fresh ones."""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from stare_jax.convert.openvla import load_openvla_params
+from stare_jax.logging import progress_bytes
+from stare_jax.models import OpenVLAConfig, Policy
+from stare_jax.models.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
+from stare_jax.train.checkpoint import load_extra, load_params, param_shapes
+from stare_jax.train.config import ConfigError
+from stare_jax.train.state import CHECKPOINTS, abstract_params, num_bytes
+from stare_jax.types import PyTree
+
+
+def starting_params(source: Path | None, policy: Policy, model: OpenVLAConfig, mesh: Mesh, key: jax.Array) -> PyTree:
+    """Returns parameters on the mesh.
+
+    Args:
+        source: a folder with `checkpoints`, or one in Hugging Face's format; None takes random weights.
+        policy: whose parameters they are to be.
+        model: what the policy was made of. Where it has adapters and the source has none, they are fresh.
+        mesh: where the parameters are to be.
+        key: of all that is random; consumed.
+
+    Raises:
+        ConfigError: the source's adapters count more or less than the model's.
+        CheckpointError, WeightsError: the source does not fit.
+    """
+    like = abstract_params(policy, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    if source is None:
+        return jax.jit(policy.init, out_shardings=shardings)(key)
+    adapters_key, key = jax.random.split(key)
+    base = drop_adapters(like)
+    if not (source / CHECKPOINTS).is_dir():
+        with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
+            loaded = load_openvla_params(source, key, config=model, like=base, on_bytes=on_bytes)
+    else:
+        has_adapters = any(name.endswith("/lora_a") for name in param_shapes(source / CHECKPOINTS))
+        if has_adapters and model.lora is not None:
+            _check_alpha(source, model)
+        loaded = load_params(source / CHECKPOINTS, like if has_adapters else base, cast=True)
+        if has_adapters:
+            return loaded
+    if model.lora is None:
+        return loaded
+    adapters = init_adapters(policy.init, adapters_key, out_shardings=keep_adapters(shardings))
+    return add_adapters(loaded, adapters)
+
+
+def _check_alpha(source: Path, model: OpenVLAConfig) -> None:
+    """Makes sure that adapters count as much as where they come from, which their shapes do not tell."""
+    origin = load_extra(source / CHECKPOINTS).get("model") or {}
+    expected = (origin.get("lora") or {}).get("alpha")
+    if expected is not None and expected != model.lora.alpha:
+        raise ConfigError(f"model.lora.alpha: got {model.lora.alpha}, expected {expected}, as the adapters of {source}")

@@ -1,0 +1,296 @@
+"""The import of real robots' data from RLDS, on a small Bridge V2 that tensorflow-datasets itself has written."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import import_rlds as command
+import jax
+import numpy as np
+import pytest
+import rlds_builder
+from PIL import Image
+
+from stare_jax.data import import_rlds as importer
+from stare_jax.data.filters import imitation_frames
+from stare_jax.data.norm_stats import NORM_STATS_FILE
+from stare_jax.data.reader import Dataset
+from stare_jax.logging import read_metrics
+from stare_jax.train import ipi
+from stare_jax.train.checkpoint import load_norm_stats
+from stare_jax.train.config import ConfigError, from_dict
+
+RAW = rlds_builder.raw_episodes()["train"]
+KEPT = (0, 3, 4, 5, 6, 7)
+"""all but the one without words and the one of two steps"""
+
+
+@pytest.fixture(scope="session")
+def rlds(tmp_path_factory):
+    return rlds_builder.build(tmp_path_factory.mktemp("rlds"))
+
+
+@pytest.fixture
+def run(rlds, tmp_path):
+    """Runs the command in this process; returns its exit status and the folder of the data set."""
+
+    def run(*arguments, data=rlds, out="out"):
+        return command.main([f"--data={data}", f"--out={tmp_path / out}", *arguments]), tmp_path / out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bridge(rlds, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("imported")
+    assert command.main([f"--data={rlds}", f"--out={directory}", "--name=bridge_orig", "--image-size=64"]) == 0
+    return directory
+
+
+def bridge_actions(raw):
+    """Bridge V2's actions, looking forward where the library looks back."""
+    rows = []
+    for t in range(1, len(raw.state) - 1):
+        later = [g for g in raw.action[t:, 6] if g > 0.95 or g < 0.05]
+        gripper = round(float(later[0])) if later else raw.action[-1, 6]
+        rows.append([*(raw.state[t + 1] - raw.state[t])[:6], gripper])
+    return np.array(rows, np.float32)
+
+
+def test_actions_states_and_words_are_bridges(bridge):
+    dataset = Dataset(bridge)
+    assert [row.attempt for row in dataset.episodes] == list(KEPT)
+    for i, index in enumerate(KEPT):
+        raw, (trajectory, row) = RAW[index], dataset.episode(i)
+        np.testing.assert_array_equal(trajectory.action, bridge_actions(raw))
+        # From step 1 on; the last step has no action, and is what the last action led to.
+        np.testing.assert_array_equal(trajectory.observation.state, raw.state[1:])
+        assert row["instruction"] == raw.instruction[-1].strip()
+        assert (row["success"], row["seed"], row["source"]) == (None, None, "bridge_dataset/1.0.0/train")
+    # Episode 3 ends with the gripper on its way, which stays as it is.
+    np.testing.assert_array_equal(dataset.episode_record(1)["action"][:, 6], np.float32([1, 0, 0, 0.6, 0.6]))
+
+
+def test_images_are_resized_with_lanczos(bridge):
+    dataset = Dataset(bridge)
+    for i, index in enumerate(KEPT):
+        images = dataset.episode(i)[0].observation.images["3rd_view_camera"]
+        for got, raw in zip(images, RAW[index].image_0[1:], strict=True):
+            resized = jax.image.resize(raw.astype(np.float32), (64, 64, 3), "lanczos3", antialias=True)
+            np.testing.assert_allclose(got, np.clip(np.round(resized), 0, 255), atol=1)
+            np.testing.assert_allclose(got, np.clip(resized, 0, 255), atol=0.51)
+
+
+def test_statistics_are_of_all_actions(bridge):
+    (name, statistics), *others = json.loads((bridge / NORM_STATS_FILE).read_text()).items()
+    actions = np.concatenate([bridge_actions(RAW[i]) for i in KEPT])
+    states = np.concatenate([RAW[i].state[1:-1] for i in KEPT])
+    assert name == "bridge_orig" and not others
+    for values, table in ((actions, statistics["action"]), (states, statistics["proprio"])):
+        np.testing.assert_allclose(table["q01"], np.percentile(values, 1, axis=0), atol=1e-6)
+        np.testing.assert_allclose(table["q99"], np.percentile(values, 99, axis=0), atol=1e-6)
+        np.testing.assert_allclose(table["std"], values.std(axis=0), rtol=1e-5, atol=1e-7)
+    assert statistics["action"]["mask"] == [True] * 6 + [False]
+    assert (statistics["num_transitions"], statistics["num_trajectories"]) == (len(actions), len(KEPT))
+
+
+def test_the_manifest_says_what_was_done(bridge):
+    manifest = Dataset(bridge).manifest
+    assert manifest.env_id == "bridge_orig" and "gripper 1 open 0 closed" in manifest.control_mode
+    assert manifest.progress == {"num_read": 8, "dropped": {"without instruction": 1, "too short": 1}}
+    assert manifest.settings == {
+        "source": "rlds",
+        "dataset": "bridge_dataset",
+        "version": "1.0.0",
+        "split": "train",
+        "image": "observation/image_0",
+        "state": "observation/state",
+        "action": ["action"],
+        "instruction": "language_instruction",
+        "image_size": 64,
+        "resize": "lanczos3",
+        "idle_filter": "none",
+    }
+    with Image.open(bridge / "episodes.png") as sheet:
+        assert sheet.size == (8 * 128, len(KEPT) * 142)
+
+
+def same(directory, other):
+    """Whether two data sets hold the same, however many shards they are in."""
+    a, b = Dataset(directory), Dataset(other)
+    assert (a.episodes, a.manifest.settings, a.manifest.progress) == (
+        b.episodes,
+        b.manifest.settings,
+        b.manifest.progress,
+    )
+    for i in range(a.num_frames):
+        ours, theirs = a.frame(i), b.frame(i)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert (a.directory / NORM_STATS_FILE).read_text() == (b.directory / NORM_STATS_FILE).read_text()
+
+
+def test_an_import_goes_on_where_it_was_stopped_or_killed(run, bridge, monkeypatch, capsys):
+    arguments = ("--name=bridge_orig", "--image-size=64")
+    polls = iter(range(100))
+
+    class StoppedAfterFour(command.Interruption):
+        requested = property(lambda self: next(polls) >= 3, lambda self, value: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "Interruption", StoppedAfterFour)
+        status, out = run(*arguments)
+    said = capsys.readouterr().out
+    assert status == 130 and "import: 4 of 8 episodes read, safe in" in said and "go on with: python" in said
+    assert Dataset(out).manifest.progress["num_read"] == 4 and not (out / NORM_STATS_FILE).exists()
+
+    def killed(*call, index, **more):
+        if index == 6:
+            raise KeyboardInterrupt
+        return append(*call, index=index, **more)
+
+    append = importer._append
+    with monkeypatch.context() as patch:
+        patch.setattr(importer, "_append", killed)
+        assert run(*arguments)[0] == 130
+    assert Dataset(out).manifest.progress["num_read"] == 4  # What was not written yet is read again.
+
+    assert run(*arguments)[0] == 0
+    assert [shard.frames.num_records for shard in Dataset(out).manifest.shards] == [11, 19]
+    same(out, bridge)
+    monkeypatch.setattr(importer, "read_episodes", lambda *call, **more: iter(()))  # Nothing is missing any more.
+    assert run(*arguments)[0] == 0
+
+
+def test_a_limit_may_grow(run, bridge, capsys):
+    arguments = ("--name=bridge_orig", "--image-size=64")
+    status, out = run(*arguments, "--limit=2")
+    assert status == 0 and Dataset(out).num_episodes == 1
+    assert json.loads((out / NORM_STATS_FILE).read_text())["bridge_orig"]["num_trajectories"] == 1
+    assert run(*arguments, "--limit=100")[0] == 0
+    same(out, bridge)
+    assert run("--name=bridge_orig", "--image-size=32")[0] == 1
+    assert "cannot be continued: its settings.image_size is 64, not 32" in capsys.readouterr().err
+
+
+def test_a_data_set_of_another_layout_is_described(run, tmp_path, capsys):
+    """Its actions are taken as they are, its images are of the right size already, and idle actions are left out."""
+    keys = ("--image-key=observation/image_1", "--action-key=action", "--gripper=0:1")
+    status, out = run("--name=mine", *keys, "--image-size=32", "--camera=wrist", "--idle-filter=no_noops")
+    assert status == 0
+    dataset = Dataset(out)
+    # Two steps are enough here: one action, and what it led to.
+    assert [row.attempt for row in dataset.episodes] == [0, 2, 3, 4, 5, 6, 7]
+    for i, row in enumerate(dataset.episodes):
+        raw, (trajectory, _) = RAW[row.attempt], dataset.episode(i)
+        np.testing.assert_array_equal(trajectory.action[:, :6], raw.action[:-1, :6])
+        np.testing.assert_array_equal(trajectory.observation.images["wrist"], raw.image_1)
+        assert trajectory.observation.state.shape == (len(raw.state), 0)
+    # The first action of every episode is all zeros.
+    assert dataset.manifest.filters == {"idle": {"translation": 1e-4, "rotation": 1e-4}}
+    assert len(imitation_frames(dataset)) == dataset.num_frames - 2 * dataset.num_episodes
+    assert dataset.manifest.settings["idle_filter"] == "no_noops" and "mine" in (out / NORM_STATS_FILE).read_text()
+    assert re.search(r"actions left out as idle +7\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--name=mine"],
+            r"got data set 'mine' with steps of action \(float32 \[7\]\), .* expected one of bridge_orig",
+        ),
+        (["--split=test"], r"split: got 'test', expected one of \['broken', 'train'\]"),
+        (
+            ["--name=mine", "--image-key=observation/rgb", "--action-key=action,gripper"],
+            r"got steps of .*observation/image_0 \(uint8 \[80, 96, 3\]\).*; expected observation/rgb, gripper, too",
+        ),
+        (["--name=mine", "--image-key=action", "--action-key=action"], r"action: got float32 \[7\], expected images"),
+        (["--image-key=observation/image_1", "--action-key=action"], "got one for bridge_dataset, whose fields are kn"),
+        (["--split=broken"], r"episode 1 of 'broken': state: got .*nan.* in step 2, expected finite numbers"),
+        (
+            ["--name=mine", "--image-key=observation/image_0", "--action-key=observation/state"],
+            "episode 0 of 'train': gripper: got .* expected 0, closed, to 1, open",
+        ),
+        (["--limit=0"], "limit: got 0, expected at least 1"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(run, capsys, arguments, message):
+    assert run(*arguments)[0] == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
+
+
+def test_what_is_no_data_set_or_is_damaged_is_named(run, rlds, tmp_path, capsys):
+    assert run(data=rlds.parent)[0] == 1
+    assert (
+        "bridge_dataset is no data set of tensorflow-datasets: it has no dataset_info.json" in capsys.readouterr().err
+    )
+    shutil.copytree(rlds, tmp_path / "bridge_dataset" / "1.0.0")
+    shard = sorted((tmp_path / "bridge_dataset" / "1.0.0").glob("*train*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(content)
+    status, out = run(data=shard.parent)
+    assert status == 1
+    assert re.search(r"episode \d of 'train' cannot be read: .*corrupted record", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image-key=image"], "--image-key and --action-key belong together"),
+        (["--state-key=state"], "--state-key goes with --image-key and --action-key"),
+        (["--gripper=open"], "got 'open', expected CLOSED:OPEN such as 0:1 or 1:-1"),
+        (["--idle-filter=some"], "invalid choice: 'some'"),
+    ],
+)
+def test_usage(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---- Imitation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(bridge, monkeypatch):
+    """config(**changes) -> the configuration for imported data with a smaller network and three steps of two frames."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
+    jax.config.update("jax_disable_most_optimizations", True)  # Compiling is all that takes time here.
+
+    def make(**changes):
+        values = importlib.import_module("configs.sft_bridge").get_config()
+        values.demos_from = str(bridge)
+        values.sft.update(num_steps=3, batch_size=2, log_every=1, checkpoint_every=3)
+        for tower in (values.model.dino, values.model.siglip):
+            tower.update(width=16, depth=2, num_heads=1, mlp_dim=16)
+        values.model.llm.update(width=16, depth=1, num_heads=1, num_kv_heads=1, mlp_dim=16)
+        values.model.update(stem=(8, 16), projector_dim=16, decode_unroll=1)
+        values.model.execution.unroll = 1
+        values.update_from_flattened_dict(changes)
+        values = values.to_dict()
+        values.pop("name")
+        return from_dict(ipi.IPIConfig, values)
+
+    yield make
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_imported_demonstrations_are_imitated_without_a_simulator(config, bridge, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ipi, "make_vec_env", None)
+    ipi.run_ipi(config(), tmp_path / "run")
+    losses = [line["sft/loss"] for line in read_metrics(tmp_path / "run") if "sft/loss" in line]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    assert not (tmp_path / "run" / "eval").exists() and "no evaluation yet" in capsys.readouterr().out
+    stats = load_norm_stats(tmp_path / "run" / "sft" / "checkpoints")
+    statistics = json.loads((bridge / NORM_STATS_FILE).read_text())["bridge_orig"]["action"]
+    np.testing.assert_array_equal(stats.action_q01[:6], np.float32(statistics["q01"][:6]))
+    assert stats.action_mask.tolist() == [True] * 6 + [False] and stats.state_q01.shape == (0,)
+
+
+def test_an_instruction_that_is_too_long_is_found_before_the_first_step(config, tmp_path):
+    with pytest.raises(ConfigError, match="prompt_length: got 4, expected at least 5 for 'close the drawer'"):
+        ipi.run_ipi(config(**{"model.prompt_length": 4}), tmp_path / "run")
