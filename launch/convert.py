@@ -12,6 +12,7 @@ Only safetensors and JSON are read. What is written is there when it is complete
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,8 +23,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import logging
 
+from stare_jax.convert.kept_aside import KEPT
 from stare_jax.convert.safetensors_folder import WeightsError
 from stare_jax.logging import PeakMemory, say
+from stare_jax.models import LoRAConfig
 from stare_jax.train.checkpoint import CheckpointError
 from stare_jax.train.config import ConfigError
 from stare_jax.train.import_weights import Imported, import_openvla
@@ -98,11 +101,11 @@ def report_import(imported: Imported, to: Path) -> None:
     say(f"kept aside: {imported.num_unused} tensors that are never run, and all JSON files")
     if imported.left:
         say(f"not taken along: {', '.join(imported.left)}")
-    flags = [f"--config.init_from={to}", f"--config.model.tokenizer={to / 'huggingface'}"]
+    flags = [f"--config.init_from={to}", f"--config.model.tokenizer={to / KEPT}"]
     if lora is not None:
         flags += [f"--config.model.lora.rank={lora.rank}", f"--config.model.lora.alpha={lora.alpha}"]
-        flags += [f"--config.model.lora.targets={lora.targets!r}"]
-    say(f"written: {to}; train with {' '.join(flags)}")
+        flags += [f"--config.model.lora.targets={lora.targets!r}"] if lora.targets != LoRAConfig().targets else []
+    say(f"written: {to}; train with {shlex.join(flags)}")
 
 
 def stop(number: int, frame: Any) -> None:

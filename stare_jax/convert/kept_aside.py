@@ -8,12 +8,13 @@ A converted folder keeps it, byte for byte, so that the way back loses nothing:
     <folder>/huggingface/adapter/          the same of a PEFT adapter, where there is one
 """
 
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from stare_jax.convert.openvla import open_checkpoint
+from stare_jax.convert.openvla import VALUE_HEAD, open_checkpoint
 from stare_jax.convert.openvla_config import read_config
 from stare_jax.convert.openvla_table import unused_specs
 from stare_jax.convert.safetensors_folder import (
@@ -29,6 +30,9 @@ from stare_jax.convert.safetensors_folder import (
 from stare_jax.models.openvla import OpenVLAConfig
 
 KEPT, UNUSED, ADAPTER = "huggingface", "unused.safetensors", "adapter"
+ADAPTER_MODEL = "adapter_model.safetensors"
+_TAKEN = (UNUSED, VALUE_HEAD, ADAPTER_MODEL)
+"""weights that are read by name."""
 
 
 class Base(NamedTuple):
@@ -87,7 +91,7 @@ def copy_side_files(source: Path, to: Path, *, skip: Collection[str] = ()) -> li
     """
     left = []
     for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors" or path.name in (INDEX, *skip):
+        if path.name in (INDEX, *_TAKEN, *skip) or re.fullmatch(r"model.*\.safetensors", path.name):
             continue
         if path.is_file() and path.suffix not in WEIGHT_SUFFIXES:
             shutil.copyfile(path, to / path.name)

@@ -36,14 +36,22 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
         raise WeightsError(f"{file}: got no {', '.join(missing)}, expected the configuration of an OpenVLA checkpoint")
     if tuple(description["timm_model_ids"]) != TIMM_IDS:
         raise WeightsError(f"{file}: timm_model_ids: got {description['timm_model_ids']}, expected {TIMM_IDS}")
-    base, overrides = openvla_7b(tokenizer=str(folder)), description.get(OVERRIDES, {})
+    try:
+        config = _build(openvla_7b(tokenizer=str(folder)), description)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file}: {error}") from error
+    return read_preprocessor(folder, config)
+
+
+def _build(base: OpenVLAConfig, description: Mapping[str, Any]) -> OpenVLAConfig:
+    overrides = description.get(OVERRIDES, {})
     dino, siglip = (
         _override(tower, overrides.get(name, {}))
         for name, tower in zip(TIMM_IDS, (base.dino, base.siglip), strict=True)
     )
     llm = _read_llama(description["text_config"], base.llm)
     dtype = description.get("torch_dtype") or "float32"
-    config = dataclasses.replace(
+    return dataclasses.replace(
         base,
         dino=dino,
         siglip=siglip,
@@ -53,7 +61,6 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
         image_size=description["image_sizes"][0],
         execution=dataclasses.replace(base.execution, dtype=dtype, param_dtype=dtype),
     )
-    return read_preprocessor(folder, config)
 
 
 def _override(tower: ViTConfig, sizes: Mapping[str, Any]) -> ViTConfig:

@@ -90,14 +90,13 @@ def write_openvla(
         on_bytes: called with the size of every tensor that is written.
     """
     copy_side_files(base.folder, to)
-    if base.config.execution.param_dtype != dtype:
+    if {stored.spec.dtype for stored in base.unused.values()} != {dtype}:
         write_json(to / CONFIG, read_json(to / CONFIG) | {"torch_dtype": dtype})
     write_value_head(to, config, leaves)
-    unused = ((name, merge_unused(name, read(stored)).astype(jnp.dtype(dtype))) for name, stored in base.unused.items())
+    kept = ((name, read(base.unused[name])) for name in unused_specs(config, dtype))
+    unused = ((name, merge_unused(name, tensor).astype(jnp.dtype(dtype))) for name, tensor in kept)
     values = itertools.chain(table_values(tensor_table(config), leaves, dtype), unused)
-    specs = table_specs(tensor_table(config), leaf_shapes(config), dtype)
-    specs |= {name: Spec(dtype, stored.spec.shape) for name, stored in base.unused.items()}
-    write_model(to, specs, values, max_bytes=max_bytes, on_bytes=on_bytes)
+    write_model(to, export_specs(config, dtype), values, max_bytes=max_bytes, on_bytes=on_bytes)
 
 
 def write_value_head(to: Path, config: OpenVLAConfig, leaves: Leaves) -> None:
@@ -132,11 +131,10 @@ def merged_leaves(leaves: Leaves, adapted: Collection[str], lora: LoRAConfig) ->
         kernel, a, b = leaves(path), leaves(f"{module}/lora_a"), leaves(f"{module}/lora_b")
         if a.ndim + b.ndim == kernel.ndim + 2:
             return _merge(kernel, a, b, lora)
-        # Layer by layer, because the sum is taken in float32.
-        out = np.empty_like(kernel)
-        for i in range(len(kernel)):
-            out[i] = _merge(kernel[i], a[i], b[i], lora)
-        return out
+        kernel = np.require(kernel, requirements="W")
+        for i in range(len(kernel)):  # layer by layer, because the sum is taken in float32
+            kernel[i] = _merge(kernel[i], a[i], b[i], lora)
+        return kernel
 
     return merged
 

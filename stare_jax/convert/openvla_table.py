@@ -3,6 +3,7 @@
 An entry's tensors are rearranged, never computed with: both directions are views, and the numbers keep their bits.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -123,9 +124,13 @@ def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
     return adapters
 
 
-@functools.lru_cache(maxsize=8)
 def leaf_shapes(config: OpenVLAConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of every leaf of our tree, by path, without allocating it."""
+    return _leaf_shapes(dataclasses.replace(config, tokenizer=""))
+
+
+@functools.lru_cache(maxsize=8)
+def _leaf_shapes(config: OpenVLAConfig) -> dict[str, jax.ShapeDtypeStruct]:
     policy = make_openvla(config, identity_stats(config.action_dim, config.state_dim))
     leaves = jax.tree.leaves_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.convert.kept_aside import ADAPTER, UNUSED, Base, copy_side_files, keep_aside
+from stare_jax.convert.kept_aside import ADAPTER, ADAPTER_MODEL, UNUSED, Base, copy_side_files, keep_aside
 from stare_jax.convert.openvla_config import write_json
 from stare_jax.convert.openvla_export import Leaves, merge_tensor, table_values
 from stare_jax.convert.openvla_table import Entry, adapter_table, leaf_shapes, table_specs, tensor_table, to_checkpoint
@@ -31,7 +31,7 @@ from stare_jax.convert.safetensors_folder import (
 from stare_jax.models.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla import OpenVLAConfig
 
-ADAPTER_CONFIG, ADAPTER_MODEL, KEPT_RECORD = "adapter_config.json", "adapter_model.safetensors", "kept.json"
+ADAPTER_CONFIG, KEPT_RECORD = "adapter_config.json", "kept.json"
 PREFIX = "base_model.model."
 _COPY, _SUFFIX_A = ".base_layer.weight", ".lora_A.weight"
 
@@ -82,7 +82,10 @@ def read_lora(folder: Path) -> LoRAConfig:
     problems += [f"{name}: got nothing, expected a number" for name in ("r", "lora_alpha") if name not in description]
     if problems:
         raise WeightsError(f"{file}:\n  " + "\n  ".join(problems))
-    return LoRAConfig(rank=int(description["r"]), alpha=float(description["lora_alpha"]))
+    try:
+        return LoRAConfig(rank=int(description["r"]), alpha=float(description["lora_alpha"]))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{file}: {error}") from error
 
 
 def open_adapter(folder: Path, base: Base) -> Adapter:
@@ -100,7 +103,10 @@ def open_adapter(folder: Path, base: Base) -> Adapter:
     if not (folder / ADAPTER_MODEL).exists():
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {ADAPTER_MODEL}; pickles are never read")
-    tensors = {name.removeprefix(PREFIX): stored for name, stored in list_file(folder / ADAPTER_MODEL).items()}
+    listed = list_file(folder / ADAPTER_MODEL)
+    if foreign := [name for name in listed if not name.startswith(PREFIX)]:
+        raise WeightsError(f"{folder / ADAPTER_MODEL}: got {foreign[0]}, expected names that begin with {PREFIX}")
+    tensors = {name.removeprefix(PREFIX): stored for name, stored in listed.items()}
     copies = {name for name in tensors if name.endswith(_COPY)}
     dtypes = {stored.spec.dtype for name, stored in tensors.items() if name not in copies}
     if len(dtypes) != 1 or not jnp.issubdtype(jnp.dtype(next(iter(dtypes))), jnp.floating):
@@ -108,6 +114,10 @@ def open_adapter(folder: Path, base: Base) -> Adapter:
     (dtype,) = dtypes
     full = adapter_table(tensor_table(base.config))
     adapted = {module_of(path) for path, entry in full.items() if tensors.keys() & set(entry.names)}
+    if not adapted:
+        raise WeightsError(
+            f"{folder / ADAPTER_MODEL}: got {', '.join(sorted(tensors)[:3])} ..., expected adapters of OpenVLA"
+        )
     lora = dataclasses.replace(lora, targets=_targets(adapted, {module_of(path) for path in full}))
     table = {path: entry for path, entry in full.items() if module_of(path) in adapted}
     used = table_specs(table, leaf_shapes(dataclasses.replace(base.config, lora=lora)), dtype)
@@ -134,8 +144,6 @@ def _targets(adapted: Collection[str], everything: Collection[str]) -> tuple[str
     for targets in (ALL_LINEAR, ATTENTION):
         if adapted == {module for module in everything if any(re.search(pattern, module) for pattern in targets)}:
             return targets
-    if not adapted:
-        raise WeightsError("got an adapter of nothing that is ever run, expected one of the model's products")
     return tuple(f"^{module}$" for module in sorted(adapted))
 
 

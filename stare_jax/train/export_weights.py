@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +30,6 @@ from stare_jax.train.config import ConfigError, from_dict
 from stare_jax.train.restore import load_config
 from stare_jax.train.state import CHECKPOINTS
 from stare_jax.train.weight_folders import check_space
-from stare_jax.types import NormStats
 
 _MAX_CHAIN = 100
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -94,14 +93,14 @@ def export_openvla(
     adapted = adapter_paths(origin.shapes)
     if merge and not adapted:
         raise ConfigError("merge: got True, expected False for parameters without adapters")
+    statistics = _run_statistics(origin, stats_name or origin.name) if origin.name else {}
     with new_directory(to) as partial:
         if adapted and not merge:
             _write_adapter(partial, origin, dtype=dtype)
         else:
             _write_model(partial, origin, dtype=dtype, max_bytes=max_bytes)
-        if origin.name:
-            stats = load_norm_stats(origin.checkpoints, step=origin.step)
-            _add_run_statistics(partial, stats_name or origin.name, stats)
+        if not statistics.keys() <= read_statistics([partial]).keys():
+            add_statistics(partial, statistics)
     return "adapter" if adapted and not merge else "model"
 
 
@@ -165,6 +164,7 @@ def _write_adapter(partial: Path, origin: Source, *, dtype: str | None) -> None:
     """Writes the adapters alone, and the value head."""
     if origin.name:
         check_unchanged(origin)
+        dtype = dtype or "float32"  # in which they are trained, whatever they came in
     adapted = adapter_paths(origin.shapes)
     write_value_head(partial, origin.config, _leaves(origin))
     leaves = leaf_loader(origin.checkpoints, [*adapted, *tensor_table(origin.config)], step=origin.step)
@@ -214,12 +214,12 @@ def _write_model(partial: Path, origin: Source, *, dtype: str | None, max_bytes:
         add_statistics(partial, statistics)
 
 
-def _add_run_statistics(to: Path, name: str, stats: NormStats) -> None:
-    if name in read_statistics([to]):
-        known = read_norm_stats(to, unnorm_key=name, state_dim=len(stats.state_q01))
+def _run_statistics(origin: Source, name: str) -> dict[str, Any]:
+    """Returns the statistics of a run under their name, having made sure that it is no other data set's."""
+    stats, folders = load_norm_stats(origin.checkpoints, step=origin.step), [origin.base.folder]
+    folders.append(origin.base.folder / ADAPTER)
+    if name in read_statistics(folders):
+        known = read_norm_stats(*folders, unnorm_key=name, state_dim=len(stats.state_q01))
         if not all(map(np.array_equal, known, stats)):
-            raise ConfigError(
-                f"stats_name: got {name!r}, of which the checkpoint has other statistics, expected another"
-            )
-    else:
-        add_statistics(to, {name: to_statistics(stats)})
+            raise ConfigError(f"stats_name: got {name!r}, of which the checkpoint has others, expected a new name")
+    return {name: to_statistics(stats)}

@@ -30,6 +30,7 @@ def is_huggingface(folder: Path) -> bool:
         resolve_step(folder / CHECKPOINTS)
         return False
     description = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    description = description if isinstance(description, dict) else {}
     if "phases" in description:
         phases = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{CHECKPOINTS}"))) or "none yet"
         raise ConfigError(f"{folder}: got a run, expected one of its phases with checkpoints: {phases}")

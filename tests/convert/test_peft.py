@@ -159,7 +159,7 @@ def test_an_adapter_of_another_model_is_refused(base, adapters, tmp_path):
     other[-1, -1] += 1
     with pytest.raises(WeightsError, match="lm_head.base_layer.weight: got other values than the base model's"):
         open_adapter(write(tmp_path / "a", adapters | {COPY: other}), open_base(base))
-    with pytest.raises(WeightsError, match="got an adapter of nothing that is ever run"):
+    with pytest.raises(WeightsError, match="attn_pool.kv.lora_A.weight, .* expected adapters of OpenVLA"):
         only = {name: value for name, value in adapters.items() if ".attn_pool.kv." in name}
         open_adapter(write(tmp_path / "b", only), open_base(base))
     with pytest.raises(WeightsError, match=r"got adapters of \['bfloat16', 'float32'\], expected one floating type"):
