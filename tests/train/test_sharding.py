@@ -53,7 +53,7 @@ def test_a_mesh_that_the_machine_cannot_give_is_refused():
 
 def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_path):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
