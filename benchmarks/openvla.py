@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ FOLDER = Path(__file__).parent
 SCRIPTS = {"jax": ("openvla_run_jax.py", {}), "torch": ("openvla_run_torch.py", {"JAX_PLATFORMS": "cpu"})}
 
 
-def run(framework: str, spec: Spec) -> dict[str, Any]:
+def run(framework: str, spec: Spec, cache: str) -> dict[str, Any]:
     """Measures one implementation; an error is a result, too, and its text goes to stderr."""
     script, environment = SCRIPTS[framework]
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # What one pass compiles, the next one finds; PyTorch sees to that by itself.
+    environment = environment | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(FOLDER / script), json.dumps(dataclasses.asdict(spec))]
     print(f"... {framework}", file=sys.stderr, flush=True)
@@ -50,9 +53,9 @@ def run(framework: str, spec: Spec) -> dict[str, Any]:
 def collect(frameworks: list[str], spec: Spec, num_passes: int) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Returns what each framework said of itself, and its rows, with the seconds of all passes together."""
     about, rows = {}, {name: [] for name in frameworks}
-    for _ in range(num_passes):
-        for name in frameworks:
-            result = run(name, spec)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in frameworks * num_passes:
+            result = run(name, spec, cache)
             found = result.pop("rows")
             if "peak" in result and "peak" in about.get(name, {}):
                 result["peak"] = {k: max(v, about[name]["peak"][k]) for k, v in result["peak"].items()}

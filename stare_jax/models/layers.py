@@ -7,12 +7,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.models.lora import LoRAConfig, module_adapters
 
+PRODUCT = "product"
+"""name of what `Linear` computes, for rematerialisation."""
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name, as the kernel's and the adapters' products would be kept apart, although their sum is all that is used.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -25,7 +29,7 @@ class Execution:
     param_dtype: str = "float32"
     """of the parameters, adapters and value head apart, which are float32."""
     remat: str = "none"
-    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep matrix products)."""
+    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep what linear layers compute)."""
     unroll: int = 1
     """layers per iteration of the scan over layers."""
     attention: str = "xla"
@@ -78,6 +82,7 @@ class Linear(nn.Module):
         if (adapters := module_adapters(self, self.lora, in_shape, self.features)) is not None:
             a, b = (adapter.astype(x.dtype) for adapter in adapters)
             y = y + self.lora.scale * (x @ a.reshape(fan_in, -1) @ b.reshape(-1, fan_out))
+        y = checkpoint_name(y, PRODUCT)
         if bias is not None:
             y = y + bias.reshape(-1)
         return y.reshape(*batch_shape, *self.features)

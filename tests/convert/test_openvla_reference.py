@@ -281,7 +281,7 @@ def gather(config, model, head, read):
     shapes, found = leaf_shapes(config), {}
     theirs = {re.sub(r"lora_(.)$", lambda m: f"lora_{m[1].upper()}.weight", n): p for n, p in model.named_parameters()}
     theirs |= {
-        f"head_l{i + 1}.{name}": p for i, linear in enumerate(head[::2]) for name, p in linear.named_parameters()
+        f"head_l{i + 1}.{name}": p for i, linear in enumerate(list(head)[::2]) for name, p in linear.named_parameters()
     }
     for path, entry in (adapter_table(tensor_table(config)) | value_head_table(config)).items():
         shape = layer_shape(shapes[path].shape, entry)
