@@ -26,7 +26,6 @@ from stare_jax.convert.safetensors_folder import WeightsError
 from stare_jax.logging import PeakMemory, say
 from stare_jax.train.checkpoint import CheckpointError
 from stare_jax.train.config import ConfigError
-from stare_jax.train.export_weights import export_openvla
 from stare_jax.train.import_weights import Imported, import_openvla
 from stare_jax.train.sharding import ShardingError
 from stare_jax.train.weight_folders import is_huggingface
@@ -85,6 +84,8 @@ def convert(arguments: argparse.Namespace) -> None:
     max_gb = options.pop("max_shard_gb", 5.0)
     if not max_gb > 0:
         raise ConfigError(f"max_shard_gb: got {max_gb}, expected > 0")
+    from stare_jax.train.export_weights import export_openvla  # knows runs, and so all that they are made of
+
     kind = export_openvla(source, to, dtype=arguments.dtype, max_bytes=int(max_gb * 1e9), **options)
     size = sum(path.stat().st_size for path in to.iterdir())
     say(f"written: {to}, {'an adapter' if kind == 'adapter' else 'a model'} of {size / 1e9:.2f} GB")

@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"got arguments {argv[1:]}, expected flags only")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every checkpoint
+    from stare_jax.convert.safetensors_folder import WeightsError
     from stare_jax.data.schema import DatasetError
     from stare_jax.envs import SimulatorError
     from stare_jax.logging import Interrupted, say
@@ -55,7 +56,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped at once; what was finished is safe; go on with: {go_on_command()}", file=sys.stderr)
         return 130
-    except (ConfigError, CheckpointError, DatasetError, ShardingError, SimulatorError, FloatingPointError) as error:
+    except (
+        *(ConfigError, CheckpointError, DatasetError, ShardingError, SimulatorError, WeightsError, FloatingPointError),
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

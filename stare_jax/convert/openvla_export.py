@@ -1,5 +1,6 @@
 """Writes parameters as an OpenVLA checkpoint folder in Hugging Face's format, one leaf in memory at a time."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,9 +31,6 @@ Leaves = Callable[[str], np.ndarray]
 """path of a parameter -> its value, read when it is asked for."""
 Named = Iterator[tuple[str, np.ndarray]]
 
-_MEANING = ("dino", "siglip", "projector_dim", "llm", "action_vocab_end", "image_size")
-"""fields of the configuration that say what a checkpoint's tensors are and how they are used."""
-
 
 def check_counterpart(config: OpenVLAConfig, base: Base) -> None:
     """Makes sure that a model is the checkpoint's, whatever its weights.
@@ -44,13 +42,23 @@ def check_counterpart(config: OpenVLAConfig, base: Base) -> None:
     foreign = [f"model.{name} = {value!r}" for name, value in parts.items() if value]
     if foreign:
         raise WeightsError(f"got a model with {', '.join(foreign)}, expected one that OpenVLA's checkpoints have")
+    got, expected = _meaning(config), _meaning(base.config)
     problems = [
-        f"model.{name}: got {getattr(config, name)}, expected {getattr(base.config, name)}"
-        for name in _MEANING
-        if getattr(config, name) != getattr(base.config, name)
+        f"model.{name}: got {got[name]}, expected {expected[name]}" for name in got if got[name] != expected[name]
     ]
     if problems:
         raise WeightsError(f"the model is not that of {base.folder}:\n  " + "\n  ".join(problems))
+
+
+def _meaning(config: OpenVLAConfig) -> dict[str, Any]:
+    """Returns what a checkpoint's tensors are and how they are used, as far as a checkpoint says it."""
+    names = ("projector_dim", "llm", "action_vocab_end", "image_size")
+    meaning = {name: getattr(config, name) for name in names}
+    for name in ("dino", "siglip"):
+        tower = getattr(config, name)
+        # Initial values are of no concern, and the images' normalisation is published with different rounding.
+        meaning[name] = dataclasses.replace(tower, mean=(0,) * 3, std=(1,) * 3, layer_scale=tower.layer_scale and 1.0)
+    return meaning
 
 
 def export_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:

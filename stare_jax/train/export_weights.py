@@ -9,7 +9,7 @@ import numpy as np
 
 from stare_jax.convert.kept_aside import ADAPTER, KEPT, Base, open_base
 from stare_jax.convert.openvla import FLOATS, read_leaf
-from stare_jax.convert.openvla_config import read_norm_stats, read_statistics, to_statistics
+from stare_jax.convert.openvla_config import CONFIG, read_norm_stats, read_statistics, to_statistics
 from stare_jax.convert.openvla_export import (
     Leaves,
     add_statistics,
@@ -29,9 +29,10 @@ from stare_jax.train.checkpoint import leaf_loader, load_extra, load_norm_stats,
 from stare_jax.train.config import ConfigError, from_dict
 from stare_jax.train.restore import load_config
 from stare_jax.train.state import CHECKPOINTS
-from stare_jax.train.weight_folders import check_space, find_base
+from stare_jax.train.weight_folders import check_space
 from stare_jax.types import NormStats
 
+_MAX_CHAIN = 100
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -122,6 +123,28 @@ def find_source(source: Path, base: Path | None, step: int | None) -> Source:
     run = load_config(source.parent)
     base = base or find_base(source)
     return Source(*stored, run.model, run.env.env_id, open_base(base), base)
+
+
+def find_base(folder: Path) -> Path:
+    """Returns the checkpoint, in Hugging Face's format or converted, that a phase of a run began as.
+
+    Args:
+        folder: the phase's, or that checkpoint itself.
+
+    Raises:
+        ConfigError: a run began from random weights, or from a folder that is not there.
+    """
+    given, advice = folder, "--base names the OpenVLA checkpoint that it began as"
+    for _ in range(_MAX_CHAIN):
+        if (folder / KEPT).is_dir() or ((folder / CONFIG).exists() and not (folder / CHECKPOINTS).is_dir()):
+            return folder
+        if not folder.is_dir():
+            raise ConfigError(f"{given}: began as {folder}, which is not there; {advice}")
+        init_from = load_config(folder.parent).init_from
+        if not init_from:
+            raise ConfigError(f"{given}: began from random weights, expected an OpenVLA checkpoint; {advice}")
+        folder = Path(init_from)
+    raise ConfigError(f"{given}: began as itself, expected an OpenVLA checkpoint; {advice}")
 
 
 def adapter_paths(paths: Iterable[str]) -> list[str]:

@@ -1,18 +1,15 @@
-"""Which kind of weights a folder holds, told by what is in it, and where weights came from."""
+"""Which kind of weights a folder holds, told by what is in it, and whether there is room for more."""
 
 import shutil
 from pathlib import Path
 
-from stare_jax.convert.kept_aside import KEPT
 from stare_jax.convert.openvla_config import CONFIG
 from stare_jax.convert.peft import ADAPTER_CONFIG
 from stare_jax.convert.safetensors_folder import list_model, read_json
 from stare_jax.train.checkpoint import resolve_step
 from stare_jax.train.config import ConfigError
-from stare_jax.train.restore import load_config
 from stare_jax.train.state import CHECKPOINTS
 
-_MAX_CHAIN = 100
 _EXPECTED = (
     "expected an OpenVLA checkpoint (config.json, model*.safetensors), a converted one (checkpoints, huggingface) or a "
     "phase of a run (checkpoints)"
@@ -47,28 +44,6 @@ def is_huggingface(folder: Path) -> bool:
     names = sorted(path.name for path in folder.iterdir())
     got = f"a model_type {kind!r} in config.json" if kind else ", ".join(names[:10]) or "nothing"
     raise ConfigError(f"{folder}: got {got}, {_EXPECTED}")
-
-
-def find_base(folder: Path) -> Path:
-    """Returns the checkpoint, in Hugging Face's format or converted, that a phase of a run began as.
-
-    Args:
-        folder: the phase's, or that checkpoint itself.
-
-    Raises:
-        ConfigError: a run began from random weights, or from a folder that is not there.
-    """
-    given, advice = folder, "--base names the OpenVLA checkpoint that it began as"
-    for _ in range(_MAX_CHAIN):
-        if (folder / KEPT).is_dir() or ((folder / CONFIG).exists() and not (folder / CHECKPOINTS).is_dir()):
-            return folder
-        if not folder.is_dir():
-            raise ConfigError(f"{given}: began as {folder}, which is not there; {advice}")
-        init_from = load_config(folder.parent).init_from
-        if not init_from:
-            raise ConfigError(f"{given}: began from random weights, expected an OpenVLA checkpoint; {advice}")
-        folder = Path(init_from)
-    raise ConfigError(f"{given}: began as itself, expected an OpenVLA checkpoint; {advice}")
 
 
 def check_space(to: Path, size: int) -> None:

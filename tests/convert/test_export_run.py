@@ -1,8 +1,8 @@
 """Runs that start from a converted checkpoint, and their export: where the rest comes from, and what is refused."""
 
-import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import convert as command
 import jax
@@ -14,13 +14,14 @@ from openvla_files import ACTION, SMALL, read_folder
 from stare_jax.convert.openvla import load_openvla
 from stare_jax.convert.openvla_config import read_config, read_norm_stats
 from stare_jax.envs import EnvConfig
-from stare_jax.models import LoRAConfig, openvla_state, openvla_tiny
+from stare_jax.models import LoRAConfig, make_policy, openvla_state, openvla_tiny
 from stare_jax.models.lora import ATTENTION
 from stare_jax.stages import get_task
-from stare_jax.train import ipi
+from stare_jax.train import starting
 from stare_jax.train.checkpoint import load_params, save_params
 from stare_jax.train.config import ConfigError, to_dict
 from stare_jax.train.ipi import IPIConfig
+from stare_jax.train.sharding import make_mesh
 from stare_jax.types import NormStats
 
 ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)
@@ -55,13 +56,11 @@ def run_config(base, init_from, **model):
     return IPIConfig(ENV, model, get_task(ENV.env_id).params, init_from=str(init_from))
 
 
-def starting_params(config, directory):
+def start_of(config):
     """What the first phase of a run begins with."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        experiment = ipi.Experiment(config, directory, stack)
-        experiment.norm_stats = STATS
-        return ipi._starting_params(experiment, "sft")
+    return starting.starting_params(
+        Path(config.init_from), make_policy(config.model, STATS), config.model, make_mesh(), jax.random.key(0)
+    )
 
 
 def save_run(directory, config, params, phase="ppo"):
@@ -88,16 +87,16 @@ def tuned(base, tmp_path_factory):
     """A run that trained all weights in float32, from the converted checkpoint."""
     directory = tmp_path_factory.mktemp("tuned")
     config = run_config(base, base / "ours")
-    start = starting_params(config, directory / "start")
+    start = start_of(config)
     return save_run(directory / "run", config, moved(start)), start
 
 
-def test_a_run_starts_from_the_converted_checkpoint(base, tuned, tmp_path):
+def test_a_run_starts_from_the_converted_checkpoint(base, tuned):
     """bfloat16 weights become the float32 ones that are trained; the checkpoint itself gives the same."""
     _, start = tuned
     expected = load_openvla(base / "hf", jax.random.key(0)).params
     jax.tree.map(np.testing.assert_array_equal, start, jax.tree.map(lambda leaf: leaf.astype(np.float32), expected))
-    direct = starting_params(run_config(base, base / "hf"), tmp_path)
+    direct = start_of(run_config(base, base / "hf"))
     for part in expected.keys() - {"value_head"}:  # which is a new one
         jax.tree.map(np.testing.assert_array_equal, direct[part], start[part])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(start)} == {"float32"}
@@ -162,7 +161,7 @@ def test_a_run_of_another_model_is_refused(base, tmp_path, capsys, model, messag
 
 def test_adapters_of_a_run_come_out_alone_or_merged(base, tmp_path, capsys):
     config = run_config(base, base / "ours", lora=LORA)
-    start = starting_params(config, tmp_path / "start")
+    start = start_of(config)
     run = save_run(tmp_path / "run", config, moved(start, only="lora_"))
     assert convert(f"--from={run}", f"--to={tmp_path / 'peft'}") == 0
     description = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -181,9 +180,9 @@ def test_adapters_of_a_run_come_out_alone_or_merged(base, tmp_path, capsys):
     again, saved = (load_params(folder / "checkpoints", start) for folder in (to, run))
     jax.tree.map(np.testing.assert_array_equal, again, saved)
     # A run that goes on from there has to count them alike.
-    ipi._check_alpha(to, config.model)
+    starting._check_alpha(to, config.model)
     with pytest.raises(ConfigError, match=r"model.lora.alpha: got 1.0, expected 5.0, as the adapters of"):
-        ipi._check_alpha(to, dataclasses.replace(config.model, lora=dataclasses.replace(LORA, alpha=1.0)))
+        starting._check_alpha(to, dataclasses.replace(config.model, lora=dataclasses.replace(LORA, alpha=1.0)))
 
     # Weights beside the adapters that are not the base's would be lost.
     other = save_run(tmp_path / "other_base", config, moved(start, only="projector/fc1/kernel"))
