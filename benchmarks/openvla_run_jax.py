@@ -122,7 +122,7 @@ def run_update(spec: Spec) -> list[dict[str, Any]]:
     parts = [slice(i, i + spec.microbatch) for i in range(0, spec.update_batch, spec.microbatch)]
     logp = [score(params, *jax.tree.map(lambda x, part=part: x[part], batch[:2])).logp for part in parts]
     batch = batch._replace(old_logp=jnp.concatenate(logp))
-    step = jit_step(make_ppo_step(policy, tx, settings), policy, settings)
+    step = jit_step(make_ppo_step(policy, tx, settings), policy, settings, state)
     del params, trainable, frozen
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch, True, jnp.float32(0.0)))
