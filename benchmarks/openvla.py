@@ -36,7 +36,7 @@ SCRIPTS = {"jax": ("openvla_run_jax.py", {}), "torch": ("openvla_run_torch.py", 
 
 
 def run(framework: str, spec: Spec, cache: str) -> dict[str, Any]:
-    """Measures one implementation; an error is a result, too, and its text goes to stderr."""
+    """Measures one implementation; what goes wrong is a result, too, and its text goes to stderr."""
     script, environment = SCRIPTS[framework]
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     # What one pass compiles, the next one finds; PyTorch sees to that by itself.
@@ -46,7 +46,7 @@ def run(framework: str, spec: Spec, cache: str) -> dict[str, Any]:
     print(f"... {framework}", file=sys.stderr, flush=True)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        return {"error": f"{script} ended with {done.returncode}", "rows": []}
+        return {"errors": [f"{script} ended with {done.returncode}"], "rows": []}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -57,9 +57,10 @@ def collect(frameworks: list[str], spec: Spec, num_passes: int) -> tuple[dict[st
         for name in frameworks * num_passes:
             result = run(name, spec, cache)
             found = result.pop("rows")
-            if "peak" in result and "peak" in about.get(name, {}):
-                result["peak"] = {k: max(v, about[name]["peak"][k]) for k, v in result["peak"].items()}
-            about[name] = result
+            before = about.get(name, {})
+            if "peak" in result and "peak" in before:
+                result["peak"] = {key: max(value, before["peak"][key]) for key, value in result["peak"].items()}
+            about[name] = before | result | {"errors": [*before.get("errors", []), *result["errors"]]}
             for new in found:
                 same = [row for row in rows[name] if _identity(row) == _identity(new)]
                 if same:
@@ -215,7 +216,7 @@ def main() -> None:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
-    if errors := [said["error"] for said in about.values() if "error" in said]:
+    if errors := [error for said in about.values() for error in said["errors"]]:
         sys.exit("\n".join(errors))
 
 
