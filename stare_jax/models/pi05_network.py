@@ -41,8 +41,10 @@ class Pi05NetworkConfig:
 
 
 def time_embedding(time: jax.Array, width: int) -> jax.Array:
-    """Returns sines and cosines float32 `[B, width]` of flow times `[B]` in [0, 1]: `2 π t / period`, `width / 2` periods
-    from 4e-3 to 4, equally far apart in their logarithm."""
+    """Returns sines and cosines of `2 π t / period`, float32 `[B, width]`, for flow times `[B]` in [0, 1].
+
+    The `width / 2` periods go from 4e-3 to 4, equally far apart in their logarithm.
+    """
     fraction = jnp.linspace(0.0, 1.0, width // 2)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
     angle = 2 * jnp.pi * time.astype(jnp.float32)[:, None] / period
@@ -122,7 +124,7 @@ class Pi05(nn.Module):
         return nn.swish(self.time_mlp_out(hidden))
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
-        """Runs a noisy chunk float32 `[B, H, A]` at flow times `[B]` against a prefix; returns hidden `[B, H, width]`."""
+        """Runs a noisy chunk `[B, H, A]` at flow times `[B]` against a prefix; returns hidden states `[B, H, width]`."""
         batch, horizon = noisy.shape[:2]
         cond = self.condition(time)
         embeds = self.action_in_proj(noisy).astype(self.config.execution.dtype)

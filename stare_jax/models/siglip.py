@@ -1,4 +1,4 @@
-"""The SigLIP tower of PaliGemma, with the parameter names of openpi's checkpoints: all blocks, final norm, projection."""
+"""The SigLIP tower of PaliGemma: all blocks, final norm, projection; parameter names are those of openpi's checkpoints."""
 
 import dataclasses
 from functools import partial
