@@ -124,7 +124,7 @@ class Pi05(nn.Module):
         return nn.swish(self.time_mlp_out(hidden))
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
-        """Runs a noisy chunk `[B, H, A]` at flow times `[B]` against a prefix; returns hidden states `[B, H, width]`."""
+        """Returns the hidden states `[B, H, width]` of a noisy chunk `[B, H, A]` at flow times `[B]` after a prefix."""
         batch, horizon = noisy.shape[:2]
         cond = self.condition(time)
         embeds = self.action_in_proj(noisy).astype(self.config.execution.dtype)

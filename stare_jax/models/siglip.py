@@ -1,4 +1,4 @@
-"""The SigLIP tower of PaliGemma: all blocks, final norm, projection; parameter names are those of openpi's checkpoints."""
+"""The SigLIP tower of PaliGemma: all blocks, final norm, projection; with the parameter names of openpi's files."""
 
 import dataclasses
 from functools import partial
