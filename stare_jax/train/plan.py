@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from stare_jax.logging import print_table
 from stare_jax.models import make_policy
@@ -59,27 +60,23 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
         tx = make_optimizer(section.optimizer, num_steps=1)
         layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, section.optimizer)}
         state = abstract_state(params, tx, **layout)
-        size = section.minibatch_size if phase == "ppo" else section.batch_size
-        for name, rows in (("size of a batch", size), ("microbatch_size", section.microbatch_size)):
-            check_batch_size(f"{phase}: {name}", rows, mesh)
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),
-            _batch(phase, policy, config),
-        )
+        for name in ("batch_size", "minibatch_size", "microbatch_size"):
+            check_batch_size(f"{phase}.{name}", getattr(section, name, None), mesh)
+        batch = _batch(phase, policy, config, batch_sharding(mesh))
         extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
         _, metrics = jax.eval_shape(steps[phase](policy, tx, section), state, batch, *extra)
         plans[phase] = PhasePlan(state, batch, metrics)
     return plans
 
 
-def _batch(phase: str, policy: Policy, config: IPIConfig) -> PyTree:
+def _batch(phase: str, policy: Policy, config: IPIConfig, sharding: NamedSharding) -> PyTree:
     """The batch of one optimiser step, as shapes."""
 
     def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def reshaped(tree, *leading):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype), tree)
+        return jax.tree.map(lambda x: array(*leading, *x.shape[1:], dtype=x.dtype), tree)
 
     size, dim = 1, policy.action_dim
     observation = policy.observation_shape(size)
