@@ -4,11 +4,13 @@ Weights are cut from one block of random numbers, at a place that follows from t
 size is filled on its device in seconds, and equally by frameworks with other random number generators.
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
+import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +133,16 @@ def measure_peak(product: Callable[[], Any], size: int, copy: Callable[[], Any],
         "flops": 2 * size**3 / min(measure(product, 5)),
         "bandwidth": 2 * num_bytes / min(measure(copy, 5)),
     }
+
+
+@contextlib.contextmanager
+def reported(errors: list[str], what: str) -> Iterator[None]:
+    """Notes an error, such as memory that does not suffice, and lets the other measurements go on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        errors.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

@@ -11,15 +11,26 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
-# The other framework may hold memory of the same device, and what is held here beforehand is nobody's measurement.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# This process has the device to itself; what is left over is for cuBLAS and cuDNN.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, measure, measure_peak, weight_recipe
+from openvla_cases import (
+    Inputs,
+    Spec,
+    make_block,
+    make_config,
+    make_inputs,
+    measure,
+    measure_peak,
+    reported,
+    weight_recipe,
+)
 
 from stare_jax.convert.openvla_table import checkpoint_shape, insert, layer_shape, leaf_shapes, tensor_table, to_ours
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
@@ -84,29 +95,38 @@ def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:
 # ---- Measurements ----------------------------------------------------------------------------------------------------
 
 
-def run_generate(spec: Spec) -> list[dict[str, Any]]:
+def run_generate(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
     config = make_config(spec)
     policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
-    params, rows = make_params(policy, config, spec.seed), []
+    params = make_params(policy, config, spec.seed)
     for batch in spec.batches:
-        observation, key = observe(make_inputs(config, batch, spec.seed), config), jax.random.key(0)
-        start = time.perf_counter()
-        sample = jax.jit(policy.sample).lower(params, observation, key, temperature=jnp.float32(0.0)).compile()
-        compile_s = time.perf_counter() - start
-
-        def run(sample=sample, observation=observation, key=key):
-            return jax.block_until_ready(sample(params, observation, key, temperature=jnp.float32(0.0)))
-
-        decision = run()
-        run()
-        row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-        check = {"bins": np.asarray(decision.action_tokens).tolist(), "logp": np.asarray(decision.logp).tolist()}
-        rows.append(row | check | _memory(sample))
-        _profile(run, spec, f"generate_{batch}")
-    return rows
+        with reported(errors, f"stare_jax, generate {batch}"):
+            yield _generate(policy, params, observe(make_inputs(config, batch, spec.seed), config), batch, spec)
 
 
-def run_update(spec: Spec) -> list[dict[str, Any]]:
+def _generate(policy: Policy, params: PyTree, observation: Observation, batch: int, spec: Spec) -> dict[str, Any]:
+    arguments, greedy = (params, observation, jax.random.key(0)), jnp.float32(0.0)
+    start = time.perf_counter()
+    sample = jax.jit(policy.sample).lower(*arguments, temperature=greedy).compile()
+    compile_s = time.perf_counter() - start
+
+    def run():
+        return jax.block_until_ready(sample(*arguments, temperature=greedy))
+
+    decision = run()
+    run()
+    row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
+    check = {"bins": np.asarray(decision.action_tokens).tolist(), "logp": np.asarray(decision.logp).tolist()}
+    _profile(run, spec, f"generate_{batch}")
+    return row | check | _memory(sample)
+
+
+def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
+    with reported(errors, f"stare_jax, update {spec.update_batch}"):
+        yield _update(spec)
+
+
+def _update(spec: Spec) -> dict[str, Any]:
     config, settings = make_config(spec, lora=True), Update(spec.microbatch)
     policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
     params = add_adapters(make_params(policy, config, spec.seed), init_adapters(policy.init, jax.random.key(1)))
@@ -122,7 +142,7 @@ def run_update(spec: Spec) -> list[dict[str, Any]]:
     parts = [slice(i, i + spec.microbatch) for i in range(0, spec.update_batch, spec.microbatch)]
     logp = [score(params, *jax.tree.map(lambda x, part=part: x[part], batch[:2])).logp for part in parts]
     batch = batch._replace(old_logp=jnp.concatenate(logp))
-    step = jit_step(make_ppo_step(policy, tx, settings), policy, settings)
+    step = jit_step(make_ppo_step(policy, tx, settings), policy, settings, state)
     del params, trainable, frozen
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch, True, jnp.float32(0.0)))
@@ -136,7 +156,7 @@ def run_update(spec: Spec) -> list[dict[str, Any]]:
     row = {"case": "update", "batch": spec.update_batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
     check = {"loss": float(metrics["ppo/loss"]), "grad_norm": float(metrics["grad/norm"])}
     _profile(run, spec, "update")
-    return [row | check | {"logp": np.asarray(batch.old_logp).tolist()} | _memory()]
+    return row | check | {"logp": np.asarray(batch.old_logp).tolist()} | _memory()
 
 
 def _memory(compiled: Any = None) -> dict[str, float]:
@@ -166,8 +186,10 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # compilers talk
         spec = Spec(**json.loads(sys.argv[1]))
         device = jax.devices()[0]
-        rows = [row for case in spec.cases for row in {"generate": run_generate, "update": run_update}[case](spec)]
-        result = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "rows": rows}
+        errors: list[str] = []
+        runs = {"generate": run_generate, "update": run_update}
+        rows = [row for case in spec.cases for row in runs[case](spec, errors)]
+        result = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "errors": errors, "rows": rows}
         if device.platform == "cpu":
             result["peak"] = peak(spec.dtype)
     print(json.dumps(result))

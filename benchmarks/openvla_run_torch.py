@@ -7,10 +7,22 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from openvla_cases import LORA, Inputs, Spec, make_block, make_config, make_inputs, measure, measure_peak, weight_recipe
+from openvla_cases import (
+    LORA,
+    Inputs,
+    Spec,
+    make_block,
+    make_config,
+    make_inputs,
+    measure,
+    measure_peak,
+    reported,
+    weight_recipe,
+)
 from openvla_torch import OpenVLA, build, generate, is_never_run, make_decoder
 from openvla_torch_ppo import ValueHead, add_lora, checkpoint_layers, make_ppo_step
 
@@ -66,38 +78,48 @@ def normalize(images: torch.Tensor, config: OpenVLAConfig, dtype: torch.dtype) -
 # ---- Measurements ----------------------------------------------------------------------------------------------------
 
 
-def run_generate(spec: Spec) -> list[dict[str, Any]]:
-    config, dtype, rows = make_config(spec), getattr(torch, spec.dtype), []
+def run_generate(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
+    config = make_config(spec)
     model = make_model(config, spec)
     vision = model.vision_backbone.forward
     for batch in spec.batches:
-        tensors = as_tensors(make_inputs(config, batch, spec.seed), config)
-        length = (config.image_size // config.dino.patch_size) ** 2 + spec.prompt_length
         for compiled in (False, True)[: 1 + spec.torch_compile]:
-            decoder = make_decoder(model, batch, length, compiled=compiled)
-            model.vision_backbone.forward = torch.compile(vision, dynamic=False) if compiled else vision
-
-            def run(tensors=tensors, decoder=decoder):
-                pixels = normalize(tensors["images"], config, dtype)
-                found = generate(model, pixels, tensors["ids"], tensors["mask"], padded=False, decoder=decoder)
-                wait()
-                return found
-
-            start = time.perf_counter()
-            found = run()
-            compile_s = time.perf_counter() - start
-            run(), run()  # CUDA graphs are recorded in the second run
-            row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-            bins = config.action_vocab_end - 1 - found.tokens
-            index = (found.tokens - (config.action_vocab_end - 256))[..., None]
-            logp = torch.log_softmax(found.logits, -1).gather(-1, index)[..., 0].sum(1)
-            rows.append(row | {"compiled": compiled, "bins": bins.tolist(), "logp": logp.tolist()} | _memory())
-            del decoder, run
+            with reported(errors, f"PyTorch{', compiled' if compiled else ''}, generate {batch}"):
+                model.vision_backbone.forward = torch.compile(vision, dynamic=False) if compiled else vision
+                yield _generate(model, config, batch, spec, compiled)
+            if compiled:
+                torch.compiler.reset()  # Else the compiler gives up after a number of shapes.
             _release()
-    return rows
 
 
-def run_update(spec: Spec) -> list[dict[str, Any]]:
+def _generate(model: OpenVLA, config: OpenVLAConfig, batch: int, spec: Spec, compiled: bool) -> dict[str, Any]:
+    tensors = as_tensors(make_inputs(config, batch, spec.seed), config)
+    length = (config.image_size // config.dino.patch_size) ** 2 + spec.prompt_length
+    decoder, dtype = make_decoder(model, batch, length, compiled=compiled), getattr(torch, spec.dtype)
+
+    def run():
+        pixels = normalize(tensors["images"], config, dtype)
+        found = generate(model, pixels, tensors["ids"], tensors["mask"], padded=False, decoder=decoder)
+        wait()
+        return found
+
+    start = time.perf_counter()
+    found = run()
+    compile_s = time.perf_counter() - start
+    run(), run()  # CUDA graphs are recorded in the second run
+    row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
+    index = (found.tokens - (config.action_vocab_end - 256))[..., None]
+    logp = torch.log_softmax(found.logits, -1).gather(-1, index)[..., 0].sum(1)
+    check = {"bins": (config.action_vocab_end - 1 - found.tokens).tolist(), "logp": logp.tolist()}
+    return row | {"compiled": compiled} | check | _memory()
+
+
+def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
+    with reported(errors, f"PyTorch, update {spec.update_batch}"):
+        yield _update(spec)
+
+
+def _update(spec: Spec) -> dict[str, Any]:
     config, dtype = make_config(spec, lora=True), getattr(torch, spec.dtype)
     torch.manual_seed(spec.seed)
     model = make_model(config, spec)
@@ -125,7 +147,7 @@ def run_update(spec: Spec) -> list[dict[str, Any]]:
 
     run()
     row = {"case": "update", "batch": spec.update_batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-    return [row | {"compiled": False, "loss": loss, "logp": batch["old_logp"].tolist()} | _memory()]
+    return row | {"compiled": False, "loss": loss, "logp": batch["old_logp"].tolist()} | _memory()
 
 
 def _memory() -> dict[str, float]:
@@ -133,7 +155,7 @@ def _memory() -> dict[str, float]:
 
 
 def _release() -> None:
-    """Gives back what one batch size needed, compiled graphs and their memory among it."""
+    """Gives back the memory that one batch size needed."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -149,10 +171,11 @@ def peak(dtype: str) -> dict[str, float]:
 def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         spec = Spec(**json.loads(sys.argv[1]))
-        rows = [row for case in spec.cases for row in {"generate": run_generate, "update": run_update}[case](spec)]
-        versions = {"torch": torch.__version__}
-        result = {"device": torch.cuda.get_device_name() if device() == "cuda" else "cpu", "versions": versions}
-        result["rows"] = rows
+        errors: list[str] = []
+        runs = {"generate": run_generate, "update": run_update}
+        rows = [row for case in spec.cases for row in runs[case](spec, errors)]
+        name, versions = torch.cuda.get_device_name() if device() == "cuda" else "cpu", {"torch": torch.__version__}
+        result = {"device": name, "versions": versions, "errors": errors, "rows": rows}
         if device() == "cpu":
             result["peak"] = peak(spec.dtype)
     print(json.dumps(result))

@@ -75,7 +75,9 @@ def checkpoint_layers(model: OpenVLA) -> None:
     """Recomputes every layer in the backward pass, in all three parts."""
     for tower in model.vision_backbone.children():
         tower.set_grad_checkpointing(True)
-    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    llama, arguments = model.language_model, {"use_reentrant": False}
+    # transformers 5 has changed the name on the way.
+    getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)(arguments)
     model.language_model.train()  # transformers checkpoints in training mode alone; there is no dropout
 
 

@@ -1,6 +1,7 @@
 """The paper's recipe on the SimplerEnv WidowX tasks (B, C): OpenVLA-7B, 100 demonstrations, 50 pairs, PPO.
 
-    python launch/train.py --config=configs/ipi_widowx.py --config.init_from=/path/to/openvla-7b
+    python launch/train.py --config=configs/ipi_widowx.py --config.init_from=/path/to/openvla-7b \\
+        --config.model.tokenizer=/path/to/openvla-7b
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1 --plan
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1,full --plan
 

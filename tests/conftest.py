@@ -1,6 +1,28 @@
 """What the tests of several rooms share."""
 
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+
 import pytest
+
+# Tests compile much and run little. This has to be said before JAX is imported, and holds for the processes that tests
+# start, too. A flag of the user's own comes last and wins.
+_QUICK = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):  # later ones do not know it; here it saves two thirds of what is left
+    _QUICK += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+# What was compiled once is not compiled again. A folder for each process of the suite and for what that one starts:
+# two that write at once would read each other's half-written files.
+_COMPILED = tempfile.mkdtemp(prefix="stare_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from stare_jax.models.lora import LoRAConfig, module_adapters
 
+BATCH_AXES = ("data", "fsdp")
+"""axes of the mesh over which rows of a batch are split."""
+PRODUCT = "product"
+"""name of what `Linear` computes, for rematerialisation."""
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # By name, as the kernel's and the adapters' products would be kept apart, although their sum is all that is used.
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
@@ -25,7 +33,7 @@ class Execution:
     param_dtype: str = "float32"
     """of the parameters, adapters and value head apart, which are float32."""
     remat: str = "none"
-    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep matrix products)."""
+    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep what linear layers compute)."""
     unroll: int = 1
     """layers per iteration of the scan over layers."""
     attention: str = "xla"
@@ -46,6 +54,19 @@ def gelu(x: jax.Array) -> jax.Array:
     """Returns the exact GELU x Φ(x), computed in float32 by erf, which CPUs do faster than `jax.nn.gelu`'s erfc."""
     x32 = x.astype(jnp.float32)
     return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keeps the rows `[B, ...]` of activations split over the mesh on which parameters lie, where it divides them.
+
+    Left to itself, the compiler would rather split activations as it finds weights split, by width, and exchange
+    activations of the whole batch in every layer instead of gathering the layer's weights. On one device this is
+    nothing.
+    """
+    mesh = jax.typeof(x).sharding.mesh  # every value knows it, wherever it is traced
+    if mesh.size <= 1 or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
 class Linear(nn.Module):
@@ -78,6 +99,7 @@ class Linear(nn.Module):
         if (adapters := module_adapters(self, self.lora, in_shape, self.features)) is not None:
             a, b = (adapter.astype(x.dtype) for adapter in adapters)
             y = y + self.lora.scale * (x @ a.reshape(fan_in, -1) @ b.reshape(-1, fan_out))
+        y = checkpoint_name(y, PRODUCT)
         if bias is not None:
             y = y + bias.reshape(-1)
         return y.reshape(*batch_shape, *self.features)

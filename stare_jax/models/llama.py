@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend, self_attend
-from stare_jax.models.layers import Execution, Linear, scan_layers
+from stare_jax.models.layers import Execution, Linear, scan_layers, split_batch
 from stare_jax.models.lora import LoRAConfig, module_adapters
 from stare_jax.types import PyTree
 
@@ -128,7 +128,7 @@ class LlamaBlock(nn.Module):
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
         gate = linear((cfg.mlp_dim,), name="gate_proj")(normed)
         gated = nn.silu(gate) * linear((cfg.mlp_dim,), name="up_proj")(normed)
-        return x + linear((cfg.width,), name="down_proj")(gated), new
+        return split_batch(x + linear((cfg.width,), name="down_proj")(gated)), new
 
 
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -190,7 +190,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings `[..., width]` of token ids `[...]`."""
-        return self.embed_tokens[tokens].astype(self.execution.dtype)
+        return split_batch(self.embed_tokens[tokens].astype(self.execution.dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Runs a whole sequence and returns its hidden states after the final norm; otherwise like `run`."""

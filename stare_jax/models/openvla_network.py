@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue
 from stare_jax.models.heads import NUM_BINS, ValueHead
-from stare_jax.models.layers import Execution, Linear, gelu
+from stare_jax.models.layers import Execution, Linear, gelu, split_batch
 from stare_jax.models.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.lora import LoRAConfig
 from stare_jax.models.preprocess import RESIZERS, crop_center, normalize_image, resize_image
@@ -144,8 +144,8 @@ class Projector(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         linear = partial(Linear, execution=self.execution, lora=self.lora)
         x = gelu(linear((self.hidden_dim,), name="fc1")(x))
-        x = gelu(linear((self.width,), name="fc2")(x))
-        return linear((self.width,), name="fc3")(x)
+        x = gelu(split_batch(linear((self.width,), name="fc2")(x)))
+        return split_batch(linear((self.width,), name="fc3")(x))
 
 
 class OpenVLA(nn.Module):

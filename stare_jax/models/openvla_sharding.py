@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
 def sharding_rules(config: OpenVLAConfig) -> tuple[Rule, ...]:
     """Returns the rules of the model's parameters, and no others."""
     vectors = [
-        (r"llm/embed_tokens$", P("tensor", "fsdp")),
+        (r"llm/embed_tokens$", P(("tensor", "fsdp"))),
         (r"norm/scale$", P()),
         (r"value_head/layer_\d+/(kernel|bias)$|value_head/out/kernel$", P()),
     ]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, self_attend
-from stare_jax.models.layers import Execution, Linear, gelu, scan_layers
+from stare_jax.models.layers import Execution, Linear, gelu, scan_layers, split_batch
 from stare_jax.models.lora import LoRAConfig
 
 LAYER_NORM_EPS = 1e-6
@@ -102,7 +102,7 @@ class ViTBlock(nn.Module):
         attended = self_attend(qkv[:, :, 0], new, None, is_causal=False, implementation=implementation)
         x = x + self._scale(linear((cfg.width,), num_in_axes=2, name="proj")(attended), "ls1")
         hidden = gelu(linear((cfg.mlp_dim,), name="fc1")(self._norm(x, "norm2")))
-        return x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2"), None
+        return split_batch(x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2")), None
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
         types = {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}

@@ -1,10 +1,16 @@
-"""What a run is made of, without allocating any of it: shapes and sizes of state and batches, phase by phase."""
+"""What a run is made of, without allocating any of it: shapes, sizes and places of state and batches, phase by phase.
 
+The devices need not be there: the plan of a run on eight accelerators can be made on a laptop.
+"""
+
+import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from stare_jax.logging import print_table
 from stare_jax.models import make_policy
@@ -13,7 +19,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.stages import get_task
 from stare_jax.train.ipi import PHASES, IPIConfig
 from stare_jax.train.optimizer import frozen_params, make_optimizer
-from stare_jax.train.sharding import make_mesh
+from stare_jax.train.sharding import batch_sharding, check_batch_size, make_abstract_mesh
 from stare_jax.train.state import abstract_state
 from stare_jax.train.steps import (
     DecisionBatch,
@@ -28,7 +34,7 @@ from stare_jax.types import PyTree, TrainState
 
 
 class PhasePlan(NamedTuple):
-    """Trees of `jax.ShapeDtypeStruct`."""
+    """Trees of `jax.ShapeDtypeStruct`, with the shardings of the configuration's mesh."""
 
     state: TrainState
     batch: PyTree
@@ -40,12 +46,12 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
     """Traces one optimiser step of every phase of a run on shapes alone.
 
     Raises:
-        ShardingError: the rules, the mesh and the model do not fit.
+        ShardingError: the rules, the mesh, the model and the batches do not fit.
         TypeError, ValueError: a step does not fit its batch.
     """
     stats = identity_stats(config.model.action_dim, config.model.state_dim)
     policy = make_policy(config.model, stats)
-    mesh = make_mesh(data=1)  # Shapes do not depend on how many devices there are.
+    mesh = make_abstract_mesh(**dataclasses.asdict(config.mesh))
     params = jax.eval_shape(policy.init, jax.random.key(0))
     steps = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}
     plans = {}
@@ -54,21 +60,23 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
         tx = make_optimizer(section.optimizer, num_steps=1)
         layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, section.optimizer)}
         state = abstract_state(params, tx, **layout)
-        batch = _batch(phase, policy, config)
+        for name in ("batch_size", "minibatch_size", "microbatch_size"):
+            check_batch_size(f"{phase}.{name}", getattr(section, name, None), mesh)
+        batch = _batch(phase, policy, config, batch_sharding(mesh))
         extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
         _, metrics = jax.eval_shape(steps[phase](policy, tx, section), state, batch, *extra)
         plans[phase] = PhasePlan(state, batch, metrics)
     return plans
 
 
-def _batch(phase: str, policy: Policy, config: IPIConfig) -> PyTree:
+def _batch(phase: str, policy: Policy, config: IPIConfig, sharding: NamedSharding) -> PyTree:
     """The batch of one optimiser step, as shapes."""
 
     def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def reshaped(tree, *leading):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape[1:]), x.dtype), tree)
+        return jax.tree.map(lambda x: array(*leading, *x.shape[1:], dtype=x.dtype), tree)
 
     size, dim = 1, policy.action_dim
     observation = policy.observation_shape(size)
@@ -95,24 +103,26 @@ def _batch(phase: str, policy: Policy, config: IPIConfig) -> PyTree:
 
 
 def print_plan(config: IPIConfig) -> None:
-    """Prints parameters, optimiser state and batch of each phase."""
+    """Prints parameters, optimiser state and batch of each phase, in all and on one device of the mesh."""
+    mesh = make_abstract_mesh(**dataclasses.asdict(config.mesh))
     rows = []
     for phase, plan in plan_run(config).items():
-        params = jax.tree.leaves(plan.state.params)
-        rows.append(
-            (
-                phase,
-                f"{sum(leaf.size for leaf in params):,}",
-                _gib(plan.state.params),
-                _gib(plan.state.opt_state),
-                f"{max(leaf.shape[0] for leaf in jax.tree.leaves(plan.batch))}",
-                _gib(plan.batch),
-            )
-        )
-    header = ("phase", "parameters", "weights", "optimiser", "batch", "batch size")
-    print_table(header, rows, title=f"{config.env.env_id}, phases {', '.join(p for p in PHASES if p in config.phases)}")
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))
+        num_rows = max(leaf.shape[0] for leaf in jax.tree.leaves(plan.batch))
+        trees = (plan.state.params, plan.state.opt_state, plan.batch)
+        rows.append((phase, f"{num_params:,}", f"{num_rows}", *(_gib(tree) for tree in trees)))
+        if mesh.size > 1:
+            rows.append(("  on a device", "", "", *(_gib(tree, on_device=True) for tree in trees)))
+    phases = ", ".join(p for p in PHASES if p in config.phases)
+    title = f"{config.env.env_id}, phases {phases}, data x fsdp x tensor = {mesh.axis_sizes}"
+    print_table(("phase", "parameters", "batch size", "weights", "optimiser", "batch"), rows, title=title)
 
 
-def _gib(tree: PyTree) -> str:
-    num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes > 2**28 else f"{num_bytes / 2**20:.2f} MiB"
+def _gib(tree: PyTree, *, on_device: bool = False) -> str:
+    """Returns the size of a tree, or that of the part of it that lies on one device."""
+
+    def num_bytes(leaf):
+        return math.prod(leaf.sharding.shard_shape(leaf.shape) if on_device else leaf.shape) * leaf.dtype.itemsize
+
+    total = sum(map(num_bytes, jax.tree.leaves(tree)))
+    return f"{total / 2**30:.2f} GiB" if total > 2**28 else f"{total / 2**20:.2f} MiB"

@@ -124,9 +124,10 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("minibatch_size", config.minibatch_size, run.mesh)
+    check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
-    step_fn = jit_step(make_ppo_step(policy, tx, config), policy, config)
+    step_fn = jit_step(make_ppo_step(policy, tx, config), policy, config, state)
     prepare = make_prepare(spec, config)
     counters = _Counters(**saved)
     clock, compiled = Clock(), None

@@ -61,9 +61,10 @@ def train_sft(
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("batch_size", config.batch_size, run.mesh)
+    check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
-    step_fn = jit_step(make_sft_step(policy, tx, config), policy, config)
+    step_fn = jit_step(make_sft_step(policy, tx, config), policy, config, state)
     first = int(state.step)
     batch_iterator = batches(first)
     steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="frames")

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stare_jax.models.layers import BATCH_AXES
 from stare_jax.types import PyTree
 
-BATCH_AXES = ("data", "fsdp")
+AXES = (*BATCH_AXES, "tensor")
+# Auto, because under the default (Explicit) an embedding's gather raises.
+AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 Rules = Sequence[tuple[str, P]]
 
 
@@ -35,9 +38,16 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or np.prod(sizes) > num_devices:
         raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected at most {num_devices} device(s)")
-    # Auto, because under the default (Explicit) an embedding's gather raises.
-    axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh(sizes, (*BATCH_AXES, "tensor"), axis_types, devices=jax.devices()[: int(np.prod(sizes))])
+    return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def make_abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
+    """Returns a mesh of devices that need not be there, for layouts; arguments as for `make_mesh`, -1 at least one."""
+    if data == -1:
+        data = max(jax.device_count() // (fsdp * tensor), 1)
+    if min(data, fsdp, tensor) < 1:
+        raise ShardingError(f"mesh: got data x fsdp x tensor = {(data, fsdp, tensor)}, expected at least 1 of each")
+    return AbstractMesh((data, fsdp, tensor), AXES, AXIS_TYPES)
 
 
 def path_name(path: tuple) -> str:
@@ -45,7 +55,7 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def tree_shardings(tree: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
+def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> PyTree:
     """Returns the NamedSharding of every leaf of a train state: the first rule whose regex is found in its path.
 
     Optimiser moments carry the path of their parameter inside their own, so they land where the parameter does.
@@ -96,13 +106,13 @@ def _fits(shape: tuple[int, ...], spec: P, mesh: Mesh) -> bool:
     return True
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of a batch: leading axis over `data` and `fsdp`."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
+def check_batch_size(name: str, size: int | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError unless a batch of `size` can be cut over the mesh; `name` is the config field to blame."""
     num_parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    if size % num_parts:
+    if size is not None and size % num_parts:
         raise ShardingError(f"{name}: got {size}, expected a multiple of data x fsdp = {num_parts}")

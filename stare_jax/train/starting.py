@@ -1,11 +1,15 @@
 """What a phase starts from: weights of ours or in Hugging Face's format, with adapters of their own or fresh ones."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from stare_jax.convert.kept_aside import KEPT
 from stare_jax.convert.openvla import load_openvla_params
+from stare_jax.convert.openvla_config import read_config
 from stare_jax.logging import progress_bytes
 from stare_jax.models import OpenVLAConfig, Policy
 from stare_jax.models.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
@@ -26,7 +30,7 @@ def starting_params(source: Path | None, policy: Policy, model: OpenVLAConfig, m
         key: of all that is random; consumed.
 
     Raises:
-        ConfigError: the source's adapters count more or less than the model's.
+        ConfigError: the model computes something else than the source's, or its adapters count more or less.
         CheckpointError, WeightsError: the source does not fit.
     """
     like = abstract_params(policy, mesh)
@@ -36,9 +40,12 @@ def starting_params(source: Path | None, policy: Policy, model: OpenVLAConfig, m
     adapters_key, key = jax.random.split(key)
     base = drop_adapters(like)
     if not (source / CHECKPOINTS).is_dir():
+        check_model(source, model)
         with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
             loaded = load_openvla_params(source, key, config=model, like=base, on_bytes=on_bytes)
     else:
+        if (source / KEPT).is_dir():
+            check_model(source / KEPT, model)
         has_adapters = any(name.endswith("/lora_a") for name in param_shapes(source / CHECKPOINTS))
         if has_adapters and model.lora is not None:
             _check_alpha(source, model)
@@ -49,6 +56,28 @@ def starting_params(source: Path | None, policy: Policy, model: OpenVLAConfig, m
         return loaded
     adapters = init_adapters(policy.init, adapters_key, out_shardings=keep_adapters(shardings))
     return add_adapters(loaded, adapters)
+
+
+def check_model(folder: Path, model: OpenVLAConfig) -> None:
+    """Makes sure that a run's model is that of a checkpoint folder, also in what no tensor's shape tells.
+
+    Means and deviations of the images' colours may differ by rounding: those of published files are in bfloat16.
+
+    Raises:
+        ConfigError: names all fields that differ, got and expected.
+    """
+    origin, problems = read_config(folder), []
+    for name in ("llm", "action_vocab_end", "image_size"):
+        if (got := getattr(model, name)) != (expected := getattr(origin, name)):
+            problems.append(f"model.{name}: got {got}, expected {expected}")
+    for name in ("dino", "siglip"):
+        got, expected = getattr(model, name), getattr(origin, name)
+        colours = [(*tower.mean, *tower.std) for tower in (got, expected) if tower is not None]
+        is_same = len(colours) == 2 and np.allclose(*colours, atol=2e-3)
+        if not is_same or dataclasses.replace(got, mean=expected.mean, std=expected.std) != expected:
+            problems.append(f"model.{name}: got {got}, expected {expected}")
+    if problems:
+        raise ConfigError(f"init_from: {folder} is of another model:\n  " + "\n  ".join(problems))
 
 
 def _check_alpha(source: Path, model: OpenVLAConfig) -> None:

@@ -173,7 +173,7 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
     return step
 
 
-def jit_step(step: Callable, policy: Policy, config) -> Callable:
+def jit_step(step: Callable, policy: Policy, config, state: TrainState) -> Callable:
     """Compiles a step so that the state it is given is reused for the one it returns, but for what is frozen.
 
     Frozen parameters go in and do not come out, so that others may share them: the weights of a large model are in
@@ -183,13 +183,10 @@ def jit_step(step: Callable, policy: Policy, config) -> Callable:
         step: of `make_*_step`.
         policy: whose step it is.
         config: what the step was made with.
+        state: where it lies, the states that the step returns will lie; `abstract_state` will do.
     """
     freeze = frozen_params(policy, config.optimizer)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def move(moving, frozen, *inputs):
-        state, metrics = step(moving.replace(params=merge_params(moving.params, frozen)), *inputs)
-        return state.replace(params=split_params(state.params, freeze)[0]), metrics
+    move = _jit_move(step, freeze, state)
 
     @functools.wraps(step)
     def compiled_step(state, *inputs):
@@ -198,6 +195,27 @@ def jit_step(step: Callable, policy: Policy, config) -> Callable:
         return moved.replace(params=merge_params(moved.params, frozen)), metrics
 
     return compiled_step
+
+
+def lower_step(step: Callable, policy: Policy, config, state: TrainState, *inputs) -> jax.stages.Lowered:
+    """Lowers what `jit_step` compiles, for arrays or for `jax.ShapeDtypeStruct`s with shardings."""
+    freeze = frozen_params(policy, config.optimizer)
+    trainable, frozen = split_params(state.params, freeze)
+    return _jit_move(step, freeze, state).lower(state.replace(params=trainable), frozen, *inputs)
+
+
+def _jit_move(step: Callable, freeze: Sequence[str], state: TrainState) -> Callable:
+    """Compiles (state of what is trained, frozen parameters, *inputs) -> (state of what is trained, metrics)."""
+    layout = state.replace(params=split_params(state.params, freeze)[0])
+    # Left to the compiler, some leaves would lie elsewhere after the first step, and the second be compiled anew.
+    out_shardings = (jax.tree.map(lambda x: x.sharding, layout), None)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
+    def move(moving, frozen, *inputs):
+        state, metrics = step(moving.replace(params=merge_params(moving.params, frozen)), *inputs)
+        return state.replace(params=split_params(state.params, freeze)[0]), metrics
+
+    return move
 
 
 def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metrics]:

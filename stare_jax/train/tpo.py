@@ -98,6 +98,7 @@ def train_tpo(
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("batch_size", config.batch_size, run.mesh)
+    check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
     check_reference(config.reference, params)
     num_pairs = len(pairs.chosen.valid)
     if num_pairs == 0:
@@ -105,7 +106,7 @@ def train_tpo(
     num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
-    step_fn = jit_step(make_tpo_step(policy, tx, config), policy, config)
+    step_fn = jit_step(make_tpo_step(policy, tx, config), policy, config, state)
     reference = jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params))
     reference = drop_adapters(reference) if config.reference == "base" else reference
     scored = score_pairs(policy, reference, pairs, spec, batch_size=config.reference_batch_size)

@@ -37,11 +37,12 @@ def test_the_host_never_holds_the_model_twice(tmp_path):
 
 def grow(folder, *arguments):
     """By how much the memory of a process grew that ran the command on four devices, in bytes."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     script = Path(__file__).with_name("memory_process.py")
     small, out = folder / "small", tempfile.mkdtemp(dir=folder) + "/small"
     command = [sys.executable, script, small, out, *arguments]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    print(arguments, done.stdout.splitlines()[-1])
     return int(done.stdout.splitlines()[-1])

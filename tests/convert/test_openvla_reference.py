@@ -225,17 +225,17 @@ def test_llama_at_every_position(case):
 def functions(narrow):
     """Greedy choice and score of our policy, for pixels that are normalised already."""
     policy = make_policy(narrow.config, identity_stats(7, 0))
-    patch = pytest.MonkeyPatch()
-    patch.setattr(openvla_policy, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
     observation = Observation(
         {narrow.config.camera: np.concatenate(narrow.pixels, axis=-1)}, np.zeros((BATCH, 0)), narrow.ids, narrow.mask
     )
     sample, log_prob = jit(policy.sample), jit(policy.log_prob)
-    yield (
-        lambda: sample(narrow.params, observation, jax.random.key(0), temperature=0.0),
-        lambda bins: log_prob(narrow.params, observation, bins),
-    )
-    patch.undo()
+
+    def call(function, *args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(openvla_policy, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
+            return function(narrow.params, observation, *args, **kwargs)
+
+    return functools.partial(call, sample, jax.random.key(0), temperature=0.0), functools.partial(call, log_prob)
 
 
 def token_ids(case, bins):
@@ -281,7 +281,7 @@ def gather(config, model, head, read):
     shapes, found = leaf_shapes(config), {}
     theirs = {re.sub(r"lora_(.)$", lambda m: f"lora_{m[1].upper()}.weight", n): p for n, p in model.named_parameters()}
     theirs |= {
-        f"head_l{i + 1}.{name}": p for i, linear in enumerate(head[::2]) for name, p in linear.named_parameters()
+        f"head_l{i + 1}.{name}": p for i, linear in enumerate(list(head)[::2]) for name, p in linear.named_parameters()
     }
     for path, entry in (adapter_table(tensor_table(config)) | value_head_table(config)).items():
         shape = layer_shape(shapes[path].shape, entry)

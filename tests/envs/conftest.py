@@ -1,5 +1,7 @@
 """What the simulator's tests share: scenes built once a session, and the reason to skip what renders."""
 
+import gc
+
 import pytest
 
 from stare_jax.envs import vulkan
@@ -22,6 +24,7 @@ def simulators():
     def get(env_id):
         if env_id not in built:
             built[env_id] = Simulator(EnvConfig(env_id=env_id, image_size=None, use_state="tcp"))
+            gc.freeze()  # as workers do: rebuilding a scene collects garbage, and what was imported is none
         return built[env_id]
 
     yield get

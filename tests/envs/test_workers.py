@@ -130,16 +130,6 @@ def test_a_lost_worker_is_restarted_and_the_others_go_on(number, pool):
     assert state.signals.success.all()
 
 
-def test_losing_workers_for_ever_is_an_error(pool):
-    pool.reset([0, 1, 2, 3])
-    restarts, pool.num_restarts = pool.num_restarts, pool.config.max_restarts
-    pool._workers[0].process.kill()
-    with pytest.raises(SimulatorError, match="max_restarts: .* lost 101 times, expected at most 100.*doctor.py"):
-        pool.step(np.zeros((4, 7)))
-    pool.num_restarts = restarts
-    pool._restart(0)
-
-
 def test_an_error_in_a_worker_is_raised_with_its_traceback(pool):
     pool.reset([0, 1, 2, 3])
     pool._workers[0].connection.send_bytes(b"- ?")  # Taken for a reset without a seed.
@@ -148,6 +138,15 @@ def test_an_error_in_a_worker_is_raised_with_its_traceback(pool):
     ):
         list(pool._answers([0], 5.0, on_lost=pytest.fail))
     assert pool.step(np.zeros((4, 7))).alive.all()
+
+
+def test_losing_workers_for_ever_is_an_error(pool):
+    """The last test of this pool: the process that it kills stays lost."""
+    pool.reset([0, 1, 2, 3])
+    pool.num_restarts = pool.config.max_restarts
+    pool._workers[0].process.kill()
+    with pytest.raises(SimulatorError, match="max_restarts: .* lost 101 times, expected at most 100.*doctor.py"):
+        pool.step(np.zeros((4, 7)))
 
 
 def test_images_and_reproducible_resets(rendering_pool):

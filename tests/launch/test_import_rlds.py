@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import import_rlds as command
@@ -237,6 +238,12 @@ def test_what_is_no_data_set_or_is_damaged_is_named(run, rlds, tmp_path, capsys)
     assert re.search(r"episode \d of 'train' cannot be read: .*corrupted record", capsys.readouterr().err)
 
 
+def test_without_tensorflow_it_is_said_how_to_get_it(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    assert run()[0] == 1
+    assert "RLDS is read with TensorFlow: pip install -e '.[rlds]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -259,7 +266,6 @@ def test_usage(run, capsys, arguments, message):
 def config(bridge, monkeypatch):
     """config(**changes) -> the configuration for imported data with a smaller network and three steps of two frames."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    jax.config.update("jax_disable_most_optimizations", True)  # Compiling is all that takes time here.
 
     def make(**changes):
         values = importlib.import_module("configs.sft_bridge").get_config()
@@ -275,8 +281,7 @@ def config(bridge, monkeypatch):
         values.pop("name")
         return from_dict(ipi.IPIConfig, values)
 
-    yield make
-    jax.config.update("jax_disable_most_optimizations", False)
+    return make
 
 
 def test_imported_demonstrations_are_imitated_without_a_simulator(config, bridge, tmp_path, monkeypatch, capsys):

@@ -9,22 +9,6 @@ from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.train.state import Run
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compilation_cache(tmp_path_factory):
-    """Loops make their steps anew every time; this spares all but the first of the equal ones their compilation."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture
 def make_run(tmp_path):
     """make_run(name, **fields of Run) -> Run with a `Writer`; the same name is the same directory."""

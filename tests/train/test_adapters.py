@@ -64,10 +64,16 @@ def start(policy, params, config):
     return tx, create_state(params, tx, **layout)
 
 
+def take_step(policy, params, config, batch):
+    """A preference step from fresh optimiser state."""
+    tx, state = start(policy, params, config)
+    return jit_step(make_tpo_step(policy, tx, config), policy, config, state)(state, batch)
+
+
 def test_adapters_and_value_head_move_and_the_base_is_in_memory_once(policy, params, pairs):
     config = PPOConfig(optimizer=OPTIMIZER, minibatch_size=16, target_kl=None)
     tx, state = start(policy, params, config)
-    step = jit_step(make_ppo_step(policy, tx, config), policy, config)
+    step = jit_step(make_ppo_step(policy, tx, config), policy, config, state)
     trajectory = jax.tree.map(lambda x: np.asarray(x)[0, :16], pairs.chosen)
     ones = np.ones(16, np.float32)
     batch = DecisionBatch(
@@ -99,8 +105,7 @@ def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
         "start": score_pairs(policy, params, pairs, spec, batch_size=30),
         "base": score_pairs(policy, drop_adapters(params), pairs, spec, batch_size=30),
     }
-    step = jit_step(make_tpo_step(policy, start(policy, params, TPO)[0], TPO), policy, TPO)
-    losses = {name: float(step(start(policy, params, TPO)[1], batch)[1]["tpo/loss"]) for name, batch in scored.items()}
+    losses = {name: float(take_step(policy, params, TPO, batch)[1]["tpo/loss"]) for name, batch in scored.items()}
     # Compared with itself a policy has no preference.
     assert losses["start"] == pytest.approx(np.log(2), abs=1e-5)
     assert abs(losses["base"] - np.log(2)) > 1e-4
@@ -111,12 +116,8 @@ def test_two_passes_are_one_with_adapters(params, pairs):
     exact = make_policy(dataclasses.replace(CONFIG, execution=Execution()), toy.norm_stats())
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     batch = score_pairs(exact, drop_adapters(params), pairs, toy.task_spec(), batch_size=30)
-    whole, cut = (
-        jit_step(make_tpo_step(exact, start(exact, params, config)[0], config), exact, config)(
-            start(exact, params, config)[1], batch
-        )
-        for config in (TPO, dataclasses.replace(TPO, microbatch_size=50))
-    )
+    configs = (TPO, dataclasses.replace(TPO, microbatch_size=50))
+    whole, cut = (take_step(exact, params, config, batch) for config in configs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), cut[1], whole[1])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),

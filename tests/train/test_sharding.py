@@ -51,24 +51,62 @@ def test_a_mesh_that_the_machine_cannot_give_is_refused():
     assert make_mesh(data=-1).shape["data"] == jax.device_count()
 
 
-def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_path):
+def run_on_eight_devices(script, *arguments, timeout):
+    """Runs a file of this folder in a process with eight fake devices and returns what it prints last."""
+    tests = Path(__file__).resolve().parents[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tests / "models"), os.environ.get("PYTHONPATH", "")]),
     }
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("eight_devices.py")), str(tmp_path)],
+        [sys.executable, str(tests / "train" / script), *arguments],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check_openvla(report):
+    for found in report["steps"]:
+        # Sums over devices are taken in another order.
+        assert found["difference"] < 1e-5 < 1e-3 < found["change"], found
+        assert found["misplaced"] == [] and found["exchanged"] == [], found
+    for found in report["actions"]:
+        assert found["tokens_0"] and found["tokens_1"], found
+        assert found["difference_0"] < 1e-4 and found["difference_1"] < 1e-4, found
+
+
+def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_path):
+    report = run_on_eight_devices("eight_devices.py", str(tmp_path), timeout=300)
     assert report["num_devices"] == 8
     # Sums over devices are taken in another order.
     assert report["ppo_difference"] < 1e-5 and report["tpo_difference"] < 1e-5
     assert report["kernel_shard"] == [4, 24] and report["moment_shards"] == [[4, 24], [4, 24]]
     assert report["restored_elsewhere_equal"] and report["restored_shard"] == [8, 24]
     assert report["batch_error"] == "minibatch_size: got 12, expected a multiple of data x fsdp = 8"
+    check_openvla(report["openvla"])
+
+
+@pytest.mark.slow
+def test_every_step_of_openvla_on_eight_devices_is_that_on_one():
+    check_openvla(run_on_eight_devices("sharded_openvla.py", timeout=3000))
+
+
+# An all-gather of one layer's largest product, which is the largest thing that is ever exchanged.
+LARGEST_KERNEL = 4096 * 11008
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ppo 8 1", "ppo 8 1 full", "tpo 8 1", "sample 8 1", "ppo 4 2", "sample 4 2"])
+def test_openvla_7b_gathers_one_layer_at_a_time(case):
+    found = run_on_eight_devices("compile_7b.py", *case.split(), timeout=1200)
+    assert found["moved_out"] == [] and found["largest"] <= LARGEST_KERNEL
+    if " 8 1" in case:
+        assert found["not_zero3"] == []
+    # What a device holds is its share, and what a step changes is changed in place.
+    assert abs(found["argument_bytes"] - found["expected_bytes"]) < 2**20
+    assert abs(found["reused_bytes"] - found["moving_bytes"]) < 2**20

@@ -1,0 +1,102 @@
+"""Compiles OpenVLA-7B for eight fake devices without allocating it; run by test_sharding.py in its own process.
+
+    python tests/train/compile_7b.py ppo 8 1          # phase, fsdp, tensor
+    python tests/train/compile_7b.py sample 8 1
+    python tests/train/compile_7b.py ppo 8 1 full     # all weights, not adapters
+
+prints what it found as one line of JSON.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from collectives import moved_out, not_zero3, read_collectives
+from jax.sharding import NamedSharding
+
+from configs import ipi_widowx
+from stare_jax.models import make_policy
+from stare_jax.models.normalize import identity_stats
+from stare_jax.train.config import from_dict
+from stare_jax.train.ipi import IPIConfig, MeshConfig, abstract_params
+from stare_jax.train.optimizer import frozen_params, make_optimizer, split_params
+from stare_jax.train.plan import plan_run
+from stare_jax.train.sharding import batch_sharding, make_mesh, path_name
+from stare_jax.train.steps import lower_step, make_ppo_step, make_sft_step, make_tpo_step
+
+# Nothing is run: what makes programs fast may be left out.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def load(fsdp, tensor, tuning):
+    values = ipi_widowx.get_config(f"PutCarrotOnPlateInScene-v1{tuning}").to_dict()
+    values.pop("name")
+    return dataclasses.replace(from_dict(IPIConfig, values), mesh=MeshConfig(1, fsdp, tensor))
+
+
+def lower_phase(phase, config, policy, mesh):
+    """The step of a phase as `train_*` compiles it, and the arguments that it reuses and that it only reads."""
+    section, plan = getattr(config, phase), plan_run(config)[phase]
+    state, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), plan[:2]
+    )
+    tx = make_optimizer(section.optimizer, num_steps=None if phase == "ppo" else 10)
+    make_step = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}[phase]
+    extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
+    lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
+    trainable, frozen = split_params(state.params, frozen_params(policy, section.optimizer))
+    return lowered, state.replace(params=trainable), (frozen, batch)
+
+
+def lower_sampling(policy, mesh, size=64):
+    params = abstract_params(policy, mesh)
+    sharding = batch_sharding(mesh)
+    shapes = policy.observation_shape(size)
+    observation = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    sample = functools.partial(policy.sample, temperature=1.0)
+    return jax.jit(sample).lower(params, observation, jax.random.key(0)), (), (params, observation)
+
+
+def bytes_on_a_device(tree):
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+
+def main(phase, fsdp, tensor, *tuning):
+    config = load(fsdp, tensor, "".join(f",{name}" for name in tuning))
+    policy = make_policy(config.model, identity_stats(config.model.action_dim, config.model.state_dim))
+    mesh = make_mesh(fsdp=fsdp, tensor=tensor)
+    if phase == "sample":
+        lowered, moving, read = lower_sampling(policy, mesh)
+    else:
+        lowered, moving, read = lower_phase(phase, config, policy, mesh)
+    compiled = lowered.compile(compiler_options=QUICK)
+    found, memory = read_collectives(compiled.as_text()), compiled.memory_analysis()
+    params = jax.tree.leaves_with_path(abstract_params(policy, mesh))
+    leaves = [(path_name(path), leaf.shape, not leaf.sharding.is_fully_replicated) for path, leaf in params]
+    # A preference step scores all decisions before it differentiates some; to act is to read the prompt and to decode.
+    num_passes = dict.fromkeys(("dino", "siglip", "llm"), {"sample": 1, "tpo": 3}.get(phase, 2))
+    num_passes["llm"] += phase == "sample"
+    print(
+        json.dumps(
+            {
+                "not_zero3": not_zero3(found, leaves, num_passes),
+                "moved_out": moved_out(found),
+                "largest": max(max(one.sizes) for one in found),
+                "argument_bytes": memory.argument_size_in_bytes,
+                "expected_bytes": bytes_on_a_device((moving, read)),
+                "reused_bytes": memory.alias_size_in_bytes,
+                "moving_bytes": bytes_on_a_device(moving),
+                "temporary_bytes": memory.temp_size_in_bytes,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
