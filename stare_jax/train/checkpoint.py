@@ -107,6 +107,8 @@ def save_params(
     # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
     context.memory.write_concurrent_bytes = max(shards) + 1
     context.memory.transfer_concurrent_bytes = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
+    # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
+    context.array.saving.use_replica_parallel = False
     with context:
         path = Path(directory).absolute() / str(step)
         ocp.save_checkpointables(path, {"params": params}, custom_metadata=_custom_metadata(extra, norm_stats))
