@@ -10,7 +10,7 @@ from stare_jax.convert.kept_aside import KEPT, Base, keep_aside, open_base
 from stare_jax.convert.openvla import FLOATS, VALUE_HEAD, load_openvla_params, load_value_head, read_tree
 from stare_jax.convert.openvla_config import read_norm_stats
 from stare_jax.convert.peft import Adapter, keep_adapter, open_adapter
-from stare_jax.logging import new_directory, progress_bytes, say
+from stare_jax.logging import Interruption, new_directory, progress_bytes, say
 from stare_jax.models import OpenVLAConfig, make_policy
 from stare_jax.models.lora import add_adapters, drop_adapters
 from stare_jax.train.checkpoint import save_params
@@ -62,6 +62,7 @@ def import_openvla(
         ConfigError: the statistics are not those of the model's actions, or the disk is too small.
         ShardingError: there are not so many devices, or the model cannot be cut over them.
         FileExistsError: there is something at `to`.
+        KeyboardInterrupt: also where SIGINT or SIGTERM came while it saved.
     """
     base = open_base(source)
     adapters = None if adapter is None else open_adapter(adapter, base)
@@ -78,7 +79,10 @@ def import_openvla(
         params = _read_params(source, adapters, config, like, jax.random.key(seed))
         say(f"saving {num_bytes(params) / 1e9:.2f} GB")
         extra = {"model": to_dict(config)}
-        save_params(partial / CHECKPOINTS, 0, params, extra=extra, norm_stats=norm_stats)
+        with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
+            save_params(partial / CHECKPOINTS, 0, params, extra=extra, norm_stats=norm_stats)
+        if interruption.requested:
+            raise KeyboardInterrupt
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Imported(config, num_params, num_bytes(params), len(base.unused), tuple(left))
 

@@ -1,8 +1,10 @@
 """The command line: to our format and back without a bit lost, what it refuses, what it leaves when it is stopped."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import convert as command
 import jax
@@ -15,7 +17,7 @@ from safetensors.numpy import save_file
 from stare_jax.convert.openvla import VALUE_HEAD, load_openvla
 from stare_jax.models import make_policy
 from stare_jax.train import import_weights
-from stare_jax.train.checkpoint import load_extra, load_norm_stats, load_params
+from stare_jax.train.checkpoint import load_extra, load_norm_stats, load_params, save_params
 from stare_jax.train.sharding import make_mesh
 from stare_jax.train.state import abstract_params
 
@@ -168,11 +170,12 @@ def test_tensors_that_do_not_fit_are_listed_and_nothing_is_written(refuse, tmp_p
 def test_what_is_stopped_leaves_nothing_that_looks_finished(original, tmp_path, monkeypatch, capsys):
     to = tmp_path / "out"
 
-    def stop(*arguments, **options):
-        assert (tmp_path / "out.partial" / "huggingface" / "config.json").exists() and not to.exists()
-        raise KeyboardInterrupt
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save_params(*arguments, **options)
+        assert (tmp_path / "out.partial" / "checkpoints" / "0").exists() and not to.exists()
 
-    monkeypatch.setattr(import_weights, "save_params", stop)
+    monkeypatch.setattr(import_weights, "save_params", interrupted)
     assert run(f"--from={original}", f"--to={to}", "--unnorm-key=robot") == 130
     assert "stopped; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
