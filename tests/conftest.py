@@ -1,7 +1,9 @@
 """What the tests of several rooms share."""
 
+import importlib
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -19,6 +21,12 @@ _COMPILED = tempfile.mkdtemp(prefix="stare_jax_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# rlax imports TensorFlow along where that is installed, and the simulator's renderer crashes in a process that has
+# TensorFlow before it has the renderer. Who wants TensorFlow itself imports it later.
+sys.modules["tensorflow"] = None
+importlib.import_module("rlax")
+del sys.modules["tensorflow"]
 
 
 def pytest_unconfigure():
