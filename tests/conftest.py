@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from importlib.metadata import version
 
 import pytest
@@ -25,7 +26,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # rlax imports TensorFlow along where that is installed, and the simulator's renderer crashes in a process that has
 # TensorFlow before it has the renderer. Who wants TensorFlow itself imports it later.
 sys.modules["tensorflow"] = None
-importlib.import_module("rlax")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # It uses what JAX has deprecated.
+    importlib.import_module("rlax")
 del sys.modules["tensorflow"]
 
 
