@@ -1,8 +1,11 @@
 """What the tests of several rooms share."""
 
+import importlib
 import os
 import shutil
+import sys
 import tempfile
+import warnings
 from importlib.metadata import version
 
 import pytest
@@ -19,6 +22,14 @@ _COMPILED = tempfile.mkdtemp(prefix="stare_jax_compiled_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# rlax imports TensorFlow along where that is installed, and the simulator's renderer crashes in a process that has
+# TensorFlow before it has the renderer. Who wants TensorFlow itself imports it later.
+sys.modules["tensorflow"] = None
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # It uses what JAX has deprecated.
+    importlib.import_module("rlax")
+del sys.modules["tensorflow"]
 
 
 def pytest_unconfigure():

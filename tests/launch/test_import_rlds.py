@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import multiprocessing
 import re
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import import_rlds as command
@@ -12,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 import rlds_builder
+import rlds_session
 from PIL import Image
 
-from stare_jax.data import import_rlds as importer
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
@@ -29,24 +31,33 @@ KEPT = (0, 3, 4, 5, 6, 7)
 
 
 @pytest.fixture(scope="session")
-def rlds(tmp_path_factory):
-    return rlds_builder.build(tmp_path_factory.mktemp("rlds"))
+def process():
+    """The process that has TensorFlow."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def rlds(process, tmp_path_factory):
+    return process.submit(rlds_builder.build, tmp_path_factory.mktemp("rlds")).result()
 
 
 @pytest.fixture
-def run(rlds, tmp_path):
-    """Runs the command in this process; returns its exit status and the folder of the data set."""
+def run(process, rlds, tmp_path):
+    """Runs the command as `rlds_session.run` does; the data set goes to `tmp_path / "out"`."""
 
-    def run(*arguments, data=rlds, out="out"):
-        return command.main([f"--data={data}", f"--out={tmp_path / out}", *arguments]), tmp_path / out
+    def run(*arguments, data=rlds, **more):
+        arguments = [f"--data={data}", f"--out={tmp_path / 'out'}", *arguments]
+        return process.submit(rlds_session.run, arguments, **more).result()
 
     return run
 
 
 @pytest.fixture(scope="session")
-def bridge(rlds, tmp_path_factory):
+def bridge(process, rlds, tmp_path_factory):
     directory = tmp_path_factory.mktemp("imported")
-    assert command.main([f"--data={rlds}", f"--out={directory}", "--name=bridge_orig", "--image-size=64"]) == 0
+    arguments = [f"--data={rlds}", f"--out={directory}", "--name=bridge_orig", "--image-size=64"]
+    assert process.submit(rlds_session.run, arguments).result().status == 0
     return directory
 
 
@@ -132,55 +143,39 @@ def same(directory, other):
     assert (a.directory / NORM_STATS_FILE).read_text() == (b.directory / NORM_STATS_FILE).read_text()
 
 
-def test_an_import_goes_on_where_it_was_stopped_or_killed(run, bridge, monkeypatch, capsys):
-    arguments = ("--name=bridge_orig", "--image-size=64")
-    polls = iter(range(100))
-
-    class StoppedAfterFour(command.Interruption):
-        requested = property(lambda self: next(polls) >= 3, lambda self, value: None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(command, "Interruption", StoppedAfterFour)
-        status, out = run(*arguments)
-    said = capsys.readouterr().out
-    assert status == 130 and "import: 4 of 8 episodes read, safe in" in said and "go on with: python" in said
+def test_an_import_goes_on_where_it_was_stopped_or_killed(run, bridge, tmp_path):
+    arguments, out = ("--name=bridge_orig", "--image-size=64"), tmp_path / "out"
+    stopped = run(*arguments, stop_after=4)
+    assert stopped.status == 130
+    assert "import: 4 of 8 episodes read, safe in" in stopped.output and "go on with: python" in stopped.output
     assert Dataset(out).manifest.progress["num_read"] == 4 and not (out / NORM_STATS_FILE).exists()
 
-    def killed(*call, index, **more):
-        if index == 6:
-            raise KeyboardInterrupt
-        return append(*call, index=index, **more)
-
-    append = importer._append
-    with monkeypatch.context() as patch:
-        patch.setattr(importer, "_append", killed)
-        assert run(*arguments)[0] == 130
+    assert run(*arguments, kill_at=6).status == 130
     assert Dataset(out).manifest.progress["num_read"] == 4  # What was not written yet is read again.
 
-    assert run(*arguments)[0] == 0
+    assert run(*arguments).status == 0
     assert [shard.frames.num_records for shard in Dataset(out).manifest.shards] == [11, 19]
     same(out, bridge)
-    monkeypatch.setattr(importer, "read_episodes", lambda *call, **more: iter(()))  # Nothing is missing any more.
-    assert run(*arguments)[0] == 0
+    assert run(*arguments, kill_at=0).status == 0  # Nothing is missing any more, so nothing is read.
 
 
-def test_a_limit_may_grow(run, bridge, capsys):
-    arguments = ("--name=bridge_orig", "--image-size=64")
-    status, out = run(*arguments, "--limit=2")
-    assert status == 0 and Dataset(out).num_episodes == 1
+def test_a_limit_may_grow(run, bridge, tmp_path):
+    arguments, out = ("--name=bridge_orig", "--image-size=64"), tmp_path / "out"
+    assert run(*arguments, "--limit=2").status == 0 and Dataset(out).num_episodes == 1
     assert json.loads((out / NORM_STATS_FILE).read_text())["bridge_orig"]["num_trajectories"] == 1
-    assert run(*arguments, "--limit=100")[0] == 0
+    assert run(*arguments, "--limit=100").status == 0
     same(out, bridge)
-    assert run("--name=bridge_orig", "--image-size=32")[0] == 1
-    assert "cannot be continued: its settings.image_size is 64, not 32" in capsys.readouterr().err
+    refused = run("--name=bridge_orig", "--image-size=32")
+    assert refused.status == 1
+    assert "cannot be continued: its settings.image_size is 64, not 32" in refused.error
 
 
-def test_a_data_set_of_another_layout_is_described(run, tmp_path, capsys):
+def test_a_data_set_of_another_layout_is_described(run, tmp_path):
     """Its actions are taken as they are, its images are of the right size already, and idle actions are left out."""
     keys = ("--image-key=observation/image_1", "--action-key=action", "--gripper=0:1")
-    status, out = run("--name=mine", *keys, "--image-size=32", "--camera=wrist", "--idle-filter=no_noops")
-    assert status == 0
-    dataset = Dataset(out)
+    done = run("--name=mine", *keys, "--image-size=32", "--camera=wrist", "--idle-filter=no_noops")
+    assert done.status == 0
+    dataset = Dataset(tmp_path / "out")
     # Two steps are enough here: one action, and what it led to.
     assert [row.attempt for row in dataset.episodes] == [0, 2, 3, 4, 5, 6, 7]
     for i, row in enumerate(dataset.episodes):
@@ -191,8 +186,9 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path, capsys):
     # The first action of every episode is all zeros.
     assert dataset.manifest.filters == {"idle": {"translation": 1e-4, "rotation": 1e-4}}
     assert len(imitation_frames(dataset)) == dataset.num_frames - 2 * dataset.num_episodes
-    assert dataset.manifest.settings["idle_filter"] == "no_noops" and "mine" in (out / NORM_STATS_FILE).read_text()
-    assert re.search(r"actions left out as idle +7\n", capsys.readouterr().out)
+    assert dataset.manifest.settings["idle_filter"] == "no_noops"
+    assert list(json.loads((tmp_path / "out" / NORM_STATS_FILE).read_text())) == ["mine"]
+    assert re.search(r"actions left out as idle +7\n", done.output)
 
 
 @pytest.mark.parametrize(
@@ -217,30 +213,27 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path, capsys):
         (["--limit=0"], "limit: got 0, expected at least 1"),
     ],
 )
-def test_mistakes_are_explained_without_a_traceback(run, capsys, arguments, message):
-    assert run(*arguments)[0] == 1
-    error = capsys.readouterr().err
-    assert re.search(message, error) and "Traceback" not in error
+def test_mistakes_are_explained_without_a_traceback(run, arguments, message):
+    done = run(*arguments)
+    assert done.status == 1 and re.search(message, done.error) and "Traceback" not in done.error
 
 
-def test_what_is_no_data_set_or_is_damaged_is_named(run, rlds, tmp_path, capsys):
-    assert run(data=rlds.parent)[0] == 1
-    assert (
-        "bridge_dataset is no data set of tensorflow-datasets: it has no dataset_info.json" in capsys.readouterr().err
-    )
-    shutil.copytree(rlds, tmp_path / "bridge_dataset" / "1.0.0")
-    shard = sorted((tmp_path / "bridge_dataset" / "1.0.0").glob("*train*"))[1]
+def test_what_is_no_data_set_or_is_damaged_is_named(run, rlds, tmp_path):
+    done = run(data=rlds.parent)
+    assert done.status == 1
+    assert "bridge_dataset is no data set of tensorflow-datasets: it has no dataset_info.json" in done.error
+    copy = shutil.copytree(rlds, tmp_path / "bridge_dataset" / "1.0.0")
+    shard = sorted(copy.glob("*train*"))[1]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
-    status, out = run(data=shard.parent)
-    assert status == 1
-    assert re.search(r"episode \d of 'train' cannot be read: .*corrupted record", capsys.readouterr().err)
+    done = run(data=copy)
+    assert done.status == 1 and re.search(r"episode \d of 'train' cannot be read: .*corrupted record", done.error)
 
 
-def test_without_tensorflow_it_is_said_how_to_get_it(run, monkeypatch, capsys):
+def test_without_tensorflow_it_is_said_how_to_get_it(rlds, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    assert run()[0] == 1
+    assert command.main([f"--data={rlds}", f"--out={tmp_path}"]) == 1
     assert "RLDS is read with TensorFlow: pip install -e '.[rlds]'" in capsys.readouterr().err
 
 
@@ -253,9 +246,9 @@ def test_without_tensorflow_it_is_said_how_to_get_it(run, monkeypatch, capsys):
         (["--idle-filter=some"], "invalid choice: 'some'"),
     ],
 )
-def test_usage(run, capsys, arguments, message):
+def test_usage(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
+        command.main(["--data=data", "--out=out", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -73,9 +73,9 @@ TRAPS = {
         ("models/test_models_heads.py", "test_bins_are_those_of_openvla"),
     ],
     "statistics in a side file, of several data sets": [
-        ("convert/test_norm_stats.py", "test_the_side_file_goes_over_the_configuration"),
-        ("convert/test_norm_stats.py", "test_the_data_set_is_named_where_there_are_several"),
-        ("convert/test_norm_stats.py", "test_tokens_are_millimetres_and_milliradians_of_bridge"),
+        ("convert/test_openvla_statistics.py", "test_the_side_file_goes_over_the_configuration"),
+        ("convert/test_openvla_statistics.py", "test_the_data_set_is_named_where_there_are_several"),
+        ("convert/test_openvla_statistics.py", "test_tokens_are_millimetres_and_milliradians_of_bridge"),
     ],
     "top-k off": [(GENERATION, "test_every_one_of_the_256_tokens_can_be_drawn")],
     "the same masks in rollout and update": [
