@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.base.weight[start:stop]) + self._delta(x, self.lora_b[start:stop])
 
     def _delta(self, x: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
-        return self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), lora_b.to(x.dtype))
+        return F.linear(self.scale * F.linear(x, self.lora_a.to(x.dtype)), lora_b.to(x.dtype))
 
 
 class LoRAConv(nn.Module):
@@ -55,7 +55,7 @@ class LoRAConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         low = F.conv2d(x, self.lora_a.to(x.dtype), stride=self.base.stride)
-        return self.base(x) + self.scale * F.conv2d(low, self.lora_b.to(x.dtype))
+        return self.base(x) + F.conv2d(self.scale * low, self.lora_b.to(x.dtype))
 
 
 def add_lora(model: OpenVLA, *, rank: int = 32, alpha: float = 16.0) -> None:

@@ -98,7 +98,8 @@ class Linear(nn.Module):
         y = x @ kernel.reshape(fan_in, fan_out)
         if (adapters := module_adapters(self, self.lora, in_shape, self.features)) is not None:
             a, b = (adapter.astype(x.dtype) for adapter in adapters)
-            y = y + self.lora.scale * (x @ a.reshape(fan_in, -1) @ b.reshape(-1, fan_out))
+            # Scaled where there are `rank` numbers a row, and added by the product itself where the compiler can.
+            y = y + (self.lora.scale * (x @ a.reshape(fan_in, -1))) @ b.reshape(-1, fan_out)
         y = checkpoint_name(y, PRODUCT)
         if bias is not None:
             y = y + bias.reshape(-1)
