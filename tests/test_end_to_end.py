@@ -21,6 +21,7 @@ SMALL = (
     "--config.model.decode_unroll=1",
     "--config.demos.num_demos=12",
     "--config.sft.num_steps=60",
+    "--config.sft.batch_size=16",
     "--config.sft.log_every=10",
     "--config.pairs.num_pairs=3",
     "--config.pairs.max_rollouts=16",

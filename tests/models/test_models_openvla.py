@@ -217,7 +217,7 @@ def test_actions_that_the_data_never_moves_cost_nothing(nano):
         score = jit(policy.log_prob)(nano.params, nano.observation, decision.action_tokens)
         np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
         # What the whole policy makes of the same tokens, less the constant one's share.
-        hidden = OpenVLA(nano_config()).apply(
+        hidden = jit(OpenVLA(nano_config()).apply)(
             {"params": nano.params},
             preprocess(nano.observation.images["base_camera"], nano_config()),
             nano.observation.tokens,

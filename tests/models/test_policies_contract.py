@@ -6,8 +6,14 @@ import pytest
 from nano_policy import jit, random_observation, some_stats
 
 from stare_jax.models import ActionScore, Decision, MLPConfig, Policy, make_policy, openvla_state, openvla_tiny
+from stare_jax.models.layers import Execution
 
-CONFIGS = {"openvla_tiny": openvla_tiny(state_dim=3), "openvla_state": openvla_state(), "mlp": MLPConfig()}
+ROLLED = {"execution": Execution(), "decode_unroll": 1}  # compiles faster
+CONFIGS = {
+    "openvla_tiny": openvla_tiny(state_dim=3, **ROLLED),
+    "openvla_state": openvla_state(**ROLLED),
+    "mlp": MLPConfig(),
+}
 INSTRUCTIONS = ("push the blue cube to the target", "lift the peg upright")
 
 
