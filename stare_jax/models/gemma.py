@@ -6,16 +6,19 @@ modulated by the flow time. Parameter names and shapes are those of openpi's che
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.models.attention import KeyValue, attend
-from stare_jax.models.layers import Execution, scan_layers
+from stare_jax.models.layers import PRODUCT, Execution, scan_layers, split_batch
 from stare_jax.models.llama import rotary_angles, rotate
+from stare_jax.models.lora import LoRAConfig, low_rank_einsum, stacked_adapters
 
 ROPE_THETA = 10_000.0
 NORM_EPS = 1e-6
@@ -48,7 +51,7 @@ class Context(NamedTuple):
     masks: tuple[jax.Array, ...]
     """bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call."""
     cond: jax.Array | None
-    """`[B, width]` of expert 1, which modulates its norms."""
+    """`[B, G, width]` of expert 1, which modulates its norms: one for each of G equally long runs of its tokens."""
 
 
 Tokens = tuple[jax.Array | None, jax.Array | None]
@@ -76,10 +79,13 @@ class AdaptiveNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the normalised tokens `[B, T, D]` and the gate `[B, 1, D]`."""
+        """Returns the normalised tokens `[B, T, D]` and the gate of each, `[B, T, D]` or, of all, `[B, 1, D]`."""
         types = {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
         dense = nn.Dense(3 * x.shape[-1], kernel_init=nn.initializers.zeros, name="Dense_0", **types)
-        scale, shift, gate = jnp.split(dense(cond)[:, None], 3, axis=-1)
+        modulation, num_runs = dense(cond), cond.shape[1]
+        if num_runs > 1:
+            modulation = jnp.repeat(modulation, x.shape[1] // num_runs, axis=1)
+        scale, shift, gate = jnp.split(modulation, 3, axis=-1)
         return (_rms(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype), gate
 
 
@@ -88,18 +94,35 @@ def _rms(x: jax.Array) -> jax.Array:
     return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + NORM_EPS)
 
 
+def product(
+    module: nn.Module,
+    equation: str,
+    x: jax.Array,
+    name: str,
+    shape: tuple[int, ...],
+    execution: Execution,
+    lora: LoRAConfig | None,
+) -> jax.Array:
+    """Returns `einsum(equation, x, w)` with a weight of the calling module, and what its adapters add."""
+    x_axes, w_axes, _ = re.split(",|->", equation)
+    fan_in = math.prod(size for size, axis in zip(shape, w_axes, strict=True) if axis in x_axes)
+    w = module.param(name, nn.initializers.normal(fan_in**-0.5), shape, execution.param_dtype)
+    y = jnp.einsum(equation, x, w.astype(execution.dtype))
+    if (adapters := stacked_adapters(module, lora, name, shape)) is not None:
+        y = y + lora.scale * low_rank_einsum(equation, x, *(adapter.astype(x.dtype) for adapter in adapters))
+    return checkpoint_name(y, PRODUCT)
+
+
 class Einsum(nn.Module):
     """A product with one weight `w`."""
 
     shape: tuple[int, ...]
-    in_axes: tuple[int, ...]
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, equation: str, x: jax.Array) -> jax.Array:
-        fan_in = math.prod(self.shape[axis] for axis in self.in_axes)
-        w = self.param("w", nn.initializers.normal(fan_in**-0.5), self.shape, self.execution.param_dtype)
-        return jnp.einsum(equation, x, w.astype(self.execution.dtype))
+        return product(self, equation, x, "w", self.shape, self.execution, self.lora)
 
 
 class Attention(nn.Module):
@@ -107,6 +130,7 @@ class Attention(nn.Module):
 
     configs: tuple[GemmaConfig, GemmaConfig]
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, xs: Tokens, cache: KeyValue | None, context: Context) -> tuple[Tokens, KeyValue]:
@@ -115,10 +139,10 @@ class Attention(nn.Module):
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
                 continue
-            q_shape = (cfg.num_heads, cfg.width, cfg.head_dim)
-            queries.append(self._einsum("q_einsum", i, q_shape, (1,))("btd,ndh->btnh", x))
-            kv_shape = (2, cfg.num_kv_heads, cfg.width, cfg.head_dim)
-            key, value = self._einsum("kv_einsum", i, kv_shape, (2,))("btd,ckdh->cbtkh", x)
+            q_shape, kv_heads = (cfg.num_heads, cfg.width, cfg.head_dim), cfg.num_kv_heads
+            queries.append(self._einsum("q_einsum", i, q_shape)("btd,ndh->btnh", x))
+            kv_shape = (2, kv_heads, cfg.width, cfg.head_dim)
+            key, value = self._einsum("kv_einsum", i, kv_shape)("btd,ckdh->cbtkh", x)
             keys.append(key)
             values.append(value)
         query, key, value = (jnp.concatenate(parts, axis=1) for parts in (queries, keys, values))
@@ -132,12 +156,12 @@ class Attention(nn.Module):
                 continue
             part = attended[:, start : start + x.shape[1]]
             shape = (cfg.num_heads, cfg.head_dim, cfg.width)
-            outputs.append(self._einsum("attn_vec_einsum", i, shape, (0, 1))("btnh,nhd->btd", part))
+            outputs.append(self._einsum("attn_vec_einsum", i, shape)("btnh,nhd->btd", part))
             start += x.shape[1]
         return tuple(outputs), new
 
-    def _einsum(self, name: str, expert: int, shape: tuple[int, ...], in_axes: tuple[int, ...]) -> Einsum:
-        return Einsum(shape, in_axes, self.execution, name=_named(name, expert))
+    def _einsum(self, name: str, expert: int, shape: tuple[int, ...]) -> Einsum:
+        return Einsum(shape, self.execution, self.lora, name=_named(name, expert))
 
 
 class FeedForward(nn.Module):
@@ -145,13 +169,14 @@ class FeedForward(nn.Module):
 
     config: GemmaConfig
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width, mlp_dim, exe = self.config.width, self.config.mlp_dim, self.execution
-        gating = self.param("gating_einsum", _normal(width), (2, width, mlp_dim), exe.param_dtype).astype(exe.dtype)
-        linear = self.param("linear", _normal(mlp_dim), (mlp_dim, width), exe.param_dtype).astype(exe.dtype)
-        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+        width, mlp_dim, rest = self.config.width, self.config.mlp_dim, (self.execution, self.lora)
+        gate, up = product(self, "btd,cdm->cbtm", x, "gating_einsum", (2, width, mlp_dim), *rest)
+        hidden = nn.gelu(gate, approximate=True) * up
+        return product(self, "btm,md->btd", hidden, "linear", (mlp_dim, width), *rest)
 
 
 class GemmaBlock(nn.Module):
@@ -159,15 +184,16 @@ class GemmaBlock(nn.Module):
 
     configs: tuple[GemmaConfig, GemmaConfig]
     execution: Execution
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(self, xs: Tokens, cache: KeyValue | None, context: Context) -> tuple[Tokens, KeyValue]:
         normed, gates = self._norm("pre_attention_norm", xs, context.cond)
-        attended, new = Attention(self.configs, self.execution, name="attn")(normed, cache, context)
+        attended, new = Attention(self.configs, self.execution, self.lora, name="attn")(normed, cache, context)
         xs = _add(xs, attended, gates)
         normed, gates = self._norm("pre_ffw_norm", xs, context.cond)
         fed = tuple(
-            None if x is None else FeedForward(cfg, self.execution, name=_named("mlp", i))(x)
+            None if x is None else FeedForward(cfg, self.execution, self.lora, name=_named("mlp", i))(x)
             for i, (x, cfg) in enumerate(zip(normed, self.configs, strict=True))
         )
         return _add(xs, fed, gates), new
@@ -192,17 +218,13 @@ def _add(xs: Tokens, branches: Tokens, gates: Tokens) -> Tokens:
     """The residual connection of each expert."""
 
     def one(x, branch, gate):
-        return None if x is None else x + (branch if gate is None else branch * gate)
+        return None if x is None else split_batch(x + (branch if gate is None else branch * gate))
 
     return tuple(one(*parts) for parts in zip(xs, branches, gates, strict=True))
 
 
 def _named(name: str, expert: int) -> str:
     return name if expert == 0 else f"{name}_{expert}"
-
-
-def _normal(fan_in: int) -> nn.initializers.Initializer:
-    return nn.initializers.normal(fan_in**-0.5)
 
 
 class Embedder(nn.Module):
@@ -227,11 +249,13 @@ class Gemma(nn.Module):
     configs: tuple[GemmaConfig, GemmaConfig]
     vocab_size: int
     execution: Execution
+    lora: LoRAConfig | None = None
 
     def setup(self):
         cfg, exe = self.configs[0], self.execution
         self.embedder = Embedder(self.vocab_size, cfg.width, exe)
-        self.layers = scan_layers(GemmaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)(self.configs, exe)
+        layers = scan_layers(GemmaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)
+        self.layers = layers(self.configs, exe, self.lora)
         self.final_norm = Norm(exe)
         self.final_norm_1 = AdaptiveNorm(exe)
 
@@ -253,7 +277,7 @@ class Gemma(nn.Module):
             xs: embeddings of each expert's tokens.
             positions: int32 `[B, T]` of all tokens of this call, expert 0's first.
             masks: bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call.
-            cond: `[B, width]` of expert 1; needed where it has tokens.
+            cond: `[B, G, width]` of expert 1, see `Context`; needed where it has tokens.
             cache: keys and values `[layers, B, P, K, D]` of an earlier call, to be attended to as well.
 
         Returns:

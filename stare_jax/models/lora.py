@@ -20,7 +20,7 @@ ALL_LINEAR = (r"^(dino|siglip|projector|llm)/",)
 """what PEFT makes of "all-linear" for OpenVLA: every product, the output layer and both patch embeddings among them."""
 ATTENTION = (r"^llm/layers/[qv]_proj$",)
 """PEFT's own choice for Llama: queries and values of the decoder."""
-BASE_PARAMS = r"^(?!value)(?!.*/lora_[ab]$)"
+BASE_PARAMS = r"^(?!value)(?!.*lora_[ab]$)"
 """regex of the parameters that adapters leave frozen: all but themselves and the value head."""
 
 
@@ -60,17 +60,53 @@ def module_adapters(
     Raises:
         ValueError: there are adapters and no config that says how much they count.
     """
+    rank = config.rank if config is not None else 0
+    return _adapters(module, config, "", (*in_shape, rank), (rank, *out_shape))
+
+
+def stacked_adapters(
+    module: nn.Module, config: LoRAConfig | None, name: str, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the adapters `[..., in, rank]` and `[..., rank, out]` of one weight `[..., in, out]` of a module.
+
+    They are adapters of each matrix in the stack, as openpi has them, and carry its names: `lora_a` beside a weight
+    called `w`, and `<name>_lora_a` beside others. Otherwise as `module_adapters`.
+    """
+    rank = config.rank if config is not None else 0
+    prefix = "" if name == "w" else f"{name}_"
+    return _adapters(module, config, prefix, (*shape[:-1], rank), (*shape[:-2], rank, shape[-1]))
+
+
+def _adapters(
+    module: nn.Module, config: LoRAConfig | None, prefix: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array] | None:
+    path = "/".join((*module.path, prefix.rstrip("_"))).rstrip("/")
     if module.is_initializing():
-        has_adapters = config is not None and config.adapts("/".join(module.path))
+        has_adapters = config is not None and config.adapts(path)
     else:
-        has_adapters = module.has_variable("params", "lora_a")
+        has_adapters = module.has_variable("params", f"{prefix}lora_a")
     if not has_adapters:
         return None
     if config is None:
-        raise ValueError(f"lora: got None, expected the LoRAConfig of the adapters at {'/'.join(module.path)}")
-    a = module.param("lora_a", nn.initializers.normal(1 / config.rank), (*in_shape, config.rank))
-    b = module.param("lora_b", nn.initializers.zeros, (config.rank, *out_shape))
+        raise ValueError(f"lora: got None, expected the LoRAConfig of the adapters at {path}")
+    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank), a_shape)
+    b = module.param(f"{prefix}lora_b", nn.initializers.zeros, b_shape)
     return a, b
+
+
+def low_rank_einsum(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns `einsum(equation, x, a @ b)` without the product of the adapters.
+
+    Args:
+        equation: of x and a weight `[..., in, out]`, such as "btd,ndh->btnh"; "r" is not among its axes.
+        x: the input.
+        a: `[..., in, rank]`.
+        b: `[..., rank, out]`.
+    """
+    x_axes, w_axes, y_axes = re.split(",|->", equation)
+    low = "".join(dict.fromkeys(x_axes + w_axes[:-2])).replace(w_axes[-2], "") + "r"
+    narrow = jnp.einsum(f"{x_axes},{w_axes[:-1]}r->{low}", x, a)
+    return jnp.einsum(f"{low},{w_axes[:-2]}r{w_axes[-1]}->{y_axes}", narrow, b)
 
 
 def drop_adapters(params: PyTree) -> PyTree:
@@ -106,17 +142,28 @@ def merge_adapters(params: PyTree, config: LoRAConfig) -> PyTree:
     The sum is taken in float32 and rounded to the kernel's type once.
     """
     merged = dict(flatten_dict(params))
-    for path in [path for path in merged if path[-1] == "lora_a"]:
-        *module, _ = path
-        a, b, kernel = merged.pop(path), merged.pop((*module, "lora_b")), merged[(*module, "kernel")]
-        num_stacked = a.ndim + b.ndim - kernel.ndim - 2
-        stacked, in_shape, out_shape = kernel.shape[:num_stacked], a.shape[num_stacked:-1], b.shape[num_stacked + 1 :]
-        left = jnp.asarray(a, jnp.float32).reshape(*stacked, math.prod(in_shape), config.rank)
-        right = jnp.asarray(b, jnp.float32).reshape(*stacked, config.rank, math.prod(out_shape))
-        delta = config.scale * jnp.matmul(left, right, precision="highest").reshape(kernel.shape)
-        merged[(*module, "kernel")] = (jnp.asarray(kernel, jnp.float32) + delta).astype(kernel.dtype)
+    for path in [path for path in merged if path[-1].endswith("lora_a")]:
+        *module, name = path
+        a, b = merged.pop(path), merged.pop((*module, f"{name[:-1]}b"))
+        stem = name.removesuffix("lora_a").rstrip("_")
+        target = next(
+            key for key in ((*module, leaf) for leaf in ((stem,) if stem else ("kernel", "w"))) if key in merged
+        )
+        kernel = merged[target]
+        a, b = (jnp.asarray(adapter, jnp.float32) for adapter in (a, b))
+        if target[-1] == "kernel":
+            num_stacked = a.ndim + b.ndim - kernel.ndim - 2
+            stacked, in_shape, out_shape = (
+                kernel.shape[:num_stacked],
+                a.shape[num_stacked:-1],
+                b.shape[num_stacked + 1 :],
+            )
+            a = a.reshape(*stacked, math.prod(in_shape), config.rank)
+            b = b.reshape(*stacked, config.rank, math.prod(out_shape))
+        delta = config.scale * jnp.matmul(a, b, precision="highest").reshape(kernel.shape)
+        merged[target] = (jnp.asarray(kernel, jnp.float32) + delta).astype(kernel.dtype)
     return unflatten_dict(merged)
 
 
 def _is_adapter(path: tuple[str, ...]) -> bool:
-    return path[-1] in ("lora_a", "lora_b")
+    return path[-1].endswith(("lora_a", "lora_b"))

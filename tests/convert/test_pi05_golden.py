@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.pi05_network import Pi05, Pi05NetworkConfig
+from stare_jax.models.pi05_network import Pi05, Pi05Config
 from stare_jax.models.siglip import SigLIPConfig
 
 FOLDER = Path(__file__).resolve().parents[2] / "../shared/golden/pi05_tiny"
@@ -29,13 +29,18 @@ def description():
 @pytest.fixture(scope="module")
 def network(description):
     tower = {name: value for name, value in description["siglip"].items() if name != "patch_size"}
-    config = Pi05NetworkConfig(
+    config = Pi05Config(
         siglip=SigLIPConfig(**tower, patch_size=description["siglip"]["patch_size"][0]),
         paligemma=GemmaConfig(**description["paligemma"]),
         expert=GemmaConfig(**description["action_expert"]),
         vocab_size=description["vocab_size"],
-        action_dim=description["action_dim"],
+        tokenizer="words",
+        prompt_template="{instruction}",
+        prompt_length=description["max_token_len"],
+        model_action_dim=description["action_dim"],
         horizon=description["action_horizon"],
+        chunk=description["action_horizon"],
+        image_size=28,
     )
     return Pi05(config)
 
@@ -50,7 +55,7 @@ def expected():
 def inputs(expected):
     """Images, their masks, tokens and mask; the noisy chunk and its times."""
     images = tuple(expected[f"image/{camera}"] for camera in CAMERAS)
-    image_masks = tuple(expected[f"image_mask/{camera}"] for camera in CAMERAS)
+    image_masks = np.stack([expected[f"image_mask/{camera}"] for camera in CAMERAS], axis=1)
     t = expected["time"][:, None, None]
     noisy = t * expected["noise"] + (1 - t) * expected["actions"]
     prompt = (expected["tokenized_prompt"], expected["tokenized_prompt_mask"])
@@ -104,7 +109,8 @@ def test_chunk_after_prefix_is_the_same_and_samples_follow(apply, params, inputs
     close(hidden, expected["prefix_out"], np.asarray(valid))
 
     def velocity(noisy, time):
-        return apply(params, apply(params, cache, valid, noisy, time, method="suffix"), method="velocity")
+        hidden = apply(params, cache, valid, noisy[:, None], time[:, None], method="suffix")
+        return apply(params, hidden, method="velocity")[:, 0]
 
     close(velocity(noisy, time), expected["velocity"])
     for num_steps in (10, 3):
@@ -118,7 +124,7 @@ def test_what_is_masked_changes_nothing(apply, params, inputs):
     """Another image of the missing camera, other ids on the padding."""
     (images, image_masks, tokens, token_mask), noisy, time = inputs
     velocity, *_ = apply(params, images, image_masks, tokens, token_mask, noisy, time)
-    masked = [-image if not mask.any() else image for image, mask in zip(images, image_masks, strict=True)]
+    masked = [-image if not mask.any() else image for image, mask in zip(images, image_masks.T, strict=True)]
     assert not np.array_equal(masked[2], images[2])
     other = (tuple(masked), image_masks, np.where(token_mask, tokens, 7), token_mask)
     np.testing.assert_allclose(apply(params, *other, noisy, time)[0], velocity, atol=1e-6)

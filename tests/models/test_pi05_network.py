@@ -6,19 +6,22 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.pi05_network import Pi05, Pi05NetworkConfig
+from stare_jax.models.pi05_network import Pi05, Pi05Config
 from stare_jax.models.siglip import SigLIPConfig
 
 
 def full_size():
     heads = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
-    return Pi05NetworkConfig(
+    return Pi05Config(
         siglip=SigLIPConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304),
         paligemma=GemmaConfig(width=2048, depth=18, mlp_dim=16384, **heads),
         expert=GemmaConfig(width=1024, depth=18, mlp_dim=4096, **heads),
         vocab_size=257_152,
-        action_dim=32,
+        tokenizer="words",
+        prompt_template="{instruction}",
+        prompt_length=200,
         horizon=50,
+        chunk=50,
     )
 
 
@@ -26,7 +29,7 @@ def inputs(size, batch=1, horizon=50, action_dim=32):
     images = (jnp.zeros((batch, size, size, 3)),) * 3
     return (
         images,
-        (jnp.ones(batch, bool),) * 3,
+        jnp.ones((batch, 3), bool),
         jnp.zeros((batch, 200), jnp.int32),
         jnp.ones((batch, 200), bool),
         jnp.ones((batch, horizon, action_dim)),
@@ -51,13 +54,19 @@ def test_as_many_parameters_as_published():
 def test_fresh_adaptive_norms_make_the_expert_an_identity():
     """Their gates are zero, so what comes out is what went in, normalised once."""
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
-    config = Pi05NetworkConfig(
+    config = Pi05Config(
         siglip=SigLIPConfig(width=16, depth=1, num_heads=2, mlp_dim=16),
         paligemma=GemmaConfig(width=16, depth=2, mlp_dim=16, **heads),
         expert=GemmaConfig(width=8, depth=2, mlp_dim=16, **heads),
         vocab_size=32,
+        tokenizer="words",
+        prompt_template="{instruction}",
+        prompt_length=200,
+        model_action_dim=4,
         action_dim=4,
         horizon=3,
+        chunk=3,
+        image_size=28,
     )
     network = Pi05(config)
     *prompt, noisy, time = inputs(28, horizon=3, action_dim=4)
