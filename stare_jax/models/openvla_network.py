@@ -83,6 +83,10 @@ class OpenVLAConfig:
     """whether sampling takes each decoder layer's weights out of their stack first (`llama.unstack`): on GPUs a token
     then costs a third of the memory traffic, and the decoder's weights are in memory twice while it lasts."""
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return () if self.state_tokens else (self.camera,)
+
     def __post_init__(self):
         if self.state_tokens:
             self._check_state_only()
