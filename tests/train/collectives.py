@@ -11,8 +11,8 @@ from stare_jax.models.heads import NUM_BINS
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
 """what weights and their gradients take; the others move activations from one layout to another."""
-IN_LAYERS = re.compile(r"/(layers|blocks)/")
-"""in the paths of what is in a loop over layers."""
+IN_LAYERS = re.compile(r"\b(layers|blocks)/")
+"""in the paths of what is in a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
 
 
 class Collective(NamedTuple):

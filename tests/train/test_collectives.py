@@ -43,6 +43,11 @@ def test_weights_of_one_layer_at_a_time_are_fine():
     [
         ([GATHER], [("all-gather", "2,8,16", LAYER)], "moved out of its loop"),
         ([], [GATHER], "moved out of its loop"),
+        (
+            [GATHER],
+            [("all-reduce", "8", LAYER.replace("layers/up_proj", "(layers/a:layers/b)"))],
+            "moved out of its loop",
+        ),
         ([("all-gather", "2,8,16", LAYER)], [], "not weights of a layer"),
         ([GATHER, ("all-gather", "4,16", LAYER)], [], "not weights of a layer: all-gather of (64,)"),
         ([GATHER, ("all-reduce", "4,16", LAYER)], [], "not weights of a layer: all-reduce of (64,)"),
