@@ -147,7 +147,7 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         linear = partial(Linear, execution=self.execution, lora=self.lora)
-        x = gelu(linear((self.hidden_dim,), name="fc1")(x))
+        x = gelu(linear((self.hidden_dim,), name="fc1")(split_batch(x)))
         x = gelu(split_batch(linear((self.width,), name="fc2")(x)))
         return split_batch(linear((self.width,), name="fc3")(x))
 
