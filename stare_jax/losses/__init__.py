@@ -1,7 +1,7 @@
 """Losses and returns, as pure functions of arrays."""
 
 from stare_jax.losses.imitation import flow_matching_loss, soft_cross_entropy, soft_labels, token_cross_entropy
-from stare_jax.losses.ppo import clipped_surrogate, explained_variance, ppo_loss, value_loss
+from stare_jax.losses.ppo import clipped_surrogate, explained_variance, ppo_loss, reference_penalty, value_loss
 from stare_jax.losses.preference import sta_tpo_loss, tpo_loss
 from stare_jax.losses.returns import discounted_returns, gae, whiten
 
@@ -12,6 +12,7 @@ __all__ = [
     "flow_matching_loss",
     "gae",
     "ppo_loss",
+    "reference_penalty",
     "soft_cross_entropy",
     "soft_labels",
     "sta_tpo_loss",

@@ -128,6 +128,19 @@ def is_constant_action(stats: NormStats) -> np.ndarray:
     return np.asarray(stats.action_q01) == np.asarray(stats.action_q99)
 
 
+def check_stats(stats: NormStats, *, action_dim: int, state_dim: int) -> None:
+    """Makes sure that statistics are those of a policy's actions and states.
+
+    Raises:
+        ValueError: they are of another number of dimensions, or of actions that never move.
+    """
+    for name, size in (("action_q01", action_dim), ("state_q01", state_dim)):
+        if np.shape(getattr(stats, name)) != (size,):
+            raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(stats, name))}, expected ({size},)")
+    if is_constant_action(stats).all():
+        raise ValueError("norm_stats: got q01 equal to q99 in all action dimensions, expected one that moves")
+
+
 def identity_stats(action_dim: int, state_dim: int) -> NormStats:
     """Returns statistics under which actions and states in [-1, 1] are their own normalised values."""
     return NormStats(

@@ -28,6 +28,7 @@ from stare_jax.models.layers import Execution
 from stare_jax.models.llama import LlamaConfig, unstack
 from stare_jax.models.lora import BASE_PARAMS, store_frozen
 from stare_jax.models.normalize import (
+    check_stats,
     is_constant_action,
     normalize_action,
     normalize_state,
@@ -152,11 +153,7 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
     Raises:
         ValueError: the statistics are of another number of dimensions than the config.
     """
-    for name, size in (("action_q01", config.action_dim), ("state_q01", config.state_dim)):
-        if np.shape(getattr(norm_stats, name)) != (size,):
-            raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(norm_stats, name))}, expected ({size},)")
-    if is_constant_action(norm_stats).all():
-        raise ValueError("norm_stats: got q01 equal to q99 in all action dimensions, expected one that moves")
+    check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
     network = OpenVLA(config)
     return Policy(
         init=functools.partial(_init, network, norm_stats),

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.losses import flow
+from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.attention import KeyValue
 from stare_jax.models.gemma import GemmaConfig
 from stare_jax.models.layers import Execution
 from stare_jax.models.lora import store_frozen
-from stare_jax.models.normalize import from_quantiles, is_constant_action, scale_state, to_quantiles
+from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
 from stare_jax.models.pi05_network import Pi05, Pi05Config
 from stare_jax.models.pi05_prompt import STATELESS_TEMPLATE, make_tokenize, observation_shape, read_observation
 from stare_jax.models.pi05_sharding import frozen_patterns, has_frozen_prefix, sharding_rules
@@ -128,11 +128,7 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
     Raises:
         ValueError: the statistics are of another number of dimensions than the config.
     """
-    for name, size in (("action_q01", config.action_dim), ("state_q01", config.state_dim)):
-        if np.shape(getattr(norm_stats, name)) != (size,):
-            raise ValueError(f"norm_stats.{name}: got shape {np.shape(getattr(norm_stats, name))}, expected ({size},)")
-    if is_constant_action(norm_stats).all():
-        raise ValueError("norm_stats: got q01 equal to q99 in all action dimensions, expected one that moves")
+    check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
     network = Pi05(config)
     return Policy(
         init=functools.partial(_init, network, norm_stats),
@@ -366,7 +362,7 @@ def _imitation_loss(
     noisy = flow.noisy_chunk(unit, noise, at)
     hidden = _apply(network, params, prefix.cache, prefix.valid, noisy[:, None], time[:, None], method="suffix")
     velocity = _apply(network, params, hidden, method="velocity")[:, 0]
-    error = flow.flow_matching_error(velocity, unit, noise).mean(axis=-1)
+    error = flow_matching_loss(velocity, noise - unit)
     counts = jnp.ones_like(valid) if config.pad_actions else valid
     loss = jnp.sum(jnp.where(counts, error, 0.0), axis=1) / jnp.maximum(counts.sum(axis=1), 1)
     estimate = jnp.abs(noisy - at * velocity - unit)

@@ -87,15 +87,7 @@ def annotate_episode(
     separation = separate(spec, signals, valid)
     valid_t = valid[1:]
     reward_t = success_rewards(signals.success, valid)
-    is_last = valid_t & ~jnp.append(valid_t[1:], False)
-    is_terminated = reward_t > 0
-    ends_t = is_terminated
-    if time_limit == "terminate":
-        ends_t = ends_t.at[-1].set(valid_t[-1])
-    position_t = jnp.arange(len(valid_t)) % chunk
-    ends_decision_t = is_last | (position_t == chunk - 1) if chunk_discount == "decision" else jnp.ones_like(valid_t)
-    gamma_t = jnp.where(ends_decision_t, jnp.float32(gamma), 1.0)
-    discount_t = jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
+    gamma_t, discount_t = _discounts(valid_t, reward_t > 0, gamma, time_limit, chunk, chunk_discount)
 
     shaped_reward_t = reward_t
     if shaping:
@@ -122,10 +114,24 @@ def annotate_episode(
         advantage_t=at_first_action(advantage),
         return_t=at_first_action(return_),
         valid_t=valid_t,
-        decided_t=valid_t & (position_t == 0),
+        decided_t=valid_t & (jnp.arange(len(valid_t)) % chunk == 0),
         stage_t=separation.stage_t,
         completed=separation.completed,
     )
+
+
+def _discounts(
+    valid_t: Array, is_terminated: Array, gamma: float, time_limit: str, chunk: int, chunk_discount: str
+) -> tuple[Array, Array]:
+    """Returns the discount of each action, float32 `[N]`, and the same with 0 where nothing follows."""
+    ends_t = is_terminated
+    if time_limit == "terminate":
+        ends_t = ends_t.at[-1].set(valid_t[-1])
+    gamma_t = jnp.full(valid_t.shape, gamma, jnp.float32)
+    if chunk_discount == "decision":
+        is_last = valid_t & ~jnp.append(valid_t[1:], False)
+        gamma_t = jnp.where(is_last | (jnp.arange(len(valid_t)) % chunk == chunk - 1), gamma_t, 1.0)
+    return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
 
 
 def gather_decisions(reward_t: Array, discount_t: Array, value_t: Array, valid_t: Array, *, chunk: int) -> Decisions:

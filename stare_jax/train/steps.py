@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stare_jax.losses import ppo_loss, sta_tpo_loss, tpo_loss
+from stare_jax.losses import ppo_loss, reference_penalty, sta_tpo_loss, tpo_loss
 from stare_jax.models.policy import Policy
 from stare_jax.train.accumulate import cut, gradients, sum_over_parts, uncut
 from stare_jax.train.optimizer import decay_schedule, frozen_params, merge_params, split_params
@@ -115,13 +115,10 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
     freeze, temperature = frozen_params(policy, config.optimizer), config.temperature
 
     def loss_fn(params, batch, reference):
-        decisions, divergence = (batch.observation, batch.action_tokens), None
+        decisions = (batch.observation, batch.action_tokens)
         score = policy.log_prob(params, *decisions, temperature=temperature)
-        if config.kl_coef is not None:
-            reference = merge_params(reference, split_params(params, freeze)[1])
-            divergence = policy.divergence(params, reference, *decisions, temperature=temperature)
         data = (score.logp, batch.old_logp, batch.advantage, score.value, batch.old_value, batch.return_)
-        return ppo_loss(
+        loss, metrics = ppo_loss(
             *data,
             score.entropy,
             batch.valid,
@@ -132,9 +129,13 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
             value_clip_eps=config.value_clip_eps,
             huber_delta=config.huber_delta,
             entropy_coef=config.entropy_coef,
-            divergence=divergence,
-            kl_coef=config.kl_coef or 0.0,
         )
+        if config.kl_coef is None:
+            return loss, metrics
+        reference = merge_params(reference, split_params(params, freeze)[1])
+        divergence = policy.divergence(params, reference, *decisions, temperature=temperature)
+        penalty, penalty_metrics = reference_penalty(divergence, batch.valid, kl_coef=config.kl_coef)
+        return loss + penalty, metrics | penalty_metrics | {"ppo/loss": loss + penalty}
 
     def step(state, batch, train_policy, fraction_done, reference=None):
         weight, loss = batch.valid.astype(jnp.float32), functools.partial(loss_fn, reference=reference)
