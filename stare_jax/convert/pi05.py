@@ -25,6 +25,7 @@ OPENPI, PORT, PALIGEMMA = "openpi", "safetensors", "paligemma"
 HEADS = "value_head.safetensors"
 """side file of value head and noise head, which none of the formats know."""
 
+_ADAPTERS = ("lora_a", "lora_b")
 OnBytes = Callable[[int], None]
 LoadLeaf = Callable[[str, jax.ShapeDtypeStruct], Array]
 """Loads a leaf of openpi's tree, given its path there, and shape, dtype and sharding to have it in."""
@@ -62,9 +63,9 @@ def _float(dtype: str) -> str:
     return dtype if dtype in FLOATS else FLOATS[0]
 
 
-def _common(config: Pi05Config, dtypes: Mapping[str, str]) -> Pi05Config:
+def _typed(config: Pi05Config, tensors: Tensors) -> Pi05Config:
     """Returns a configuration with the type of all weights, or that in which none of them is rounded."""
-    found = set(dtypes.values())
+    found = {_float(stored.spec.dtype) for name, stored in tensors.items() if not name.endswith(_ADAPTERS)}
     dtype = found.pop() if len(found) == 1 else FLOATS[0]
     return dataclasses.replace(config, execution=dataclasses.replace(config.execution, dtype=dtype, param_dtype=dtype))
 
@@ -84,7 +85,7 @@ def open_port(source: Path, tensors: Tensors, *, base: Pi05Config, config: Pi05C
     clean = clean_names(source, tensors)
     if config is None:
         shapes = {name: stored.spec.shape for name, stored in clean.tensors.items()}
-        config = read_sizes(source, port_shapes(shapes, base, EMBEDDINGS[0]), base)
+        config = _typed(read_sizes(source, port_shapes(shapes, base, EMBEDDINGS[0]), base), clean.tensors)
     table = tensor_table(config)
     dtypes = check(source, clean.tensors, table_specs(table, leaf_shapes(config), FLOATS[0]))
     own = _own(config, table)
@@ -93,7 +94,7 @@ def open_port(source: Path, tensors: Tensors, *, base: Pi05Config, config: Pi05C
         return read_tree(table, clean.tensors, wanted, on_bytes)
 
     form = LEROBOT if clean.is_lerobot else PORT
-    return Weights(form, _common(config, dtypes), dtypes, clean.left, own, read)
+    return Weights(form, config, dtypes, clean.left, own, read)
 
 
 def open_openpi(
@@ -124,10 +125,9 @@ def open_openpi(
     shapes = {path: tensor.spec.shape for path, tensor in tensors.items()}
     lora = read_lora(source, shapes)
     if config is None:
-        config = dataclasses.replace(read_sizes(source, shapes, base), lora=lora)
+        config = dataclasses.replace(_typed(read_sizes(source, shapes, base), tensors), lora=lora)
     expected = _expected(config, with_adapters=lora is not None)
     dtypes = check(source, tensors, expected)
-    is_weight = {path: dtype for path, dtype in dtypes.items() if not path.endswith(("lora_a", "lora_b"))}
 
     def read(wanted: Mapping[str, jax.ShapeDtypeStruct], on_bytes: OnBytes) -> PyTree:
         tree: PyTree = {}
@@ -136,7 +136,7 @@ def open_openpi(
             on_bytes(wanted[path].size * jnp.dtype(wanted[path].dtype).itemsize)
         return tree
 
-    return Weights(OPENPI, _common(config, is_weight), dtypes, (), _own(config, expected), read)
+    return Weights(OPENPI, config, dtypes, (), _own(config, expected), read)
 
 
 def openpi_names(source: Any, stored: Mapping[str, Any]) -> dict[str, str]:
@@ -171,7 +171,8 @@ def open_paligemma(source: Path, *, base: Pi05Config, config: Pi05Config | None 
     names = {f"PaliGemma/{name.removeprefix('params/')}": name for name in arrays}
     tensors = {path: Stored(arrays[name], source, 0) for path, name in names.items()}
     if config is None:
-        config = read_sizes(source, {path: tensor.spec.shape for path, tensor in tensors.items()}, base)
+        shapes = {path: tensor.spec.shape for path, tensor in tensors.items()}
+        config = _typed(read_sizes(source, shapes, base), tensors)
     everything = _expected(config, with_adapters=False)
     expected = {path: spec for path, spec in everything.items() if is_paligemma(path)}
     dtypes = check(source, tensors, expected)
@@ -184,7 +185,7 @@ def open_paligemma(source: Path, *, base: Pi05Config, config: Pi05Config | None 
             on_bytes(wanted[path].size * jnp.dtype(wanted[path].dtype).itemsize)
         return tree
 
-    return Weights(PALIGEMMA, _common(config, dtypes), dtypes, (), _own(config, expected), read)
+    return Weights(PALIGEMMA, config, dtypes, (), _own(config, expected), read)
 
 
 def is_paligemma(path: str) -> bool:
@@ -202,13 +203,13 @@ def _expected(config: Pi05Config, *, with_adapters: bool) -> dict[str, Spec]:
     shapes = leaf_shapes(config)
     paths = [path for path in shapes if not path.startswith(OUR_OWN)]
     if not with_adapters:
-        paths = [path for path in paths if not path.endswith(("lora_a", "lora_b"))]
+        paths = [path for path in paths if not path.endswith(_ADAPTERS)]
     return {path: Spec(FLOATS[0], shapes[path].shape) for path in paths}
 
 
 def _own(config: Pi05Config, given: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the leaves, adapters apart, that are not given."""
-    return tuple(p for p in leaf_shapes(config) if p not in given and not p.endswith(("lora_a", "lora_b")))
+    return tuple(p for p in leaf_shapes(config) if p not in given and not p.endswith(_ADAPTERS))
 
 
 def with_heads(folder: Path, weights: Weights, *, config: Pi05Config | None = None) -> Weights:
@@ -234,8 +235,6 @@ def with_heads(folder: Path, weights: Weights, *, config: Pi05Config | None = No
         heads = read_tree(table, tensors, wanted, on_bytes)  # first, as it is small
         return weights.read(wanted, on_bytes) | heads
 
-    execution = weights.config.execution
-    config = dataclasses.replace(config, execution=execution)
     fresh = tuple(path for path in shapes if path in _own(config, table) and path in weights.fresh)
     return weights._replace(config=config, fresh=fresh, read=read)
 

@@ -13,7 +13,7 @@ import numpy as np
 from stare_jax.convert.openpi_stats import ASSETS, STATS, to_openpi_stats
 from stare_jax.convert.pi05 import HEADS
 from stare_jax.convert.pi05_port import LEROBOT, LEROBOT_PREFIX
-from stare_jax.convert.pi05_table import UNUSED, head_table, leaf_shapes, tensor_table
+from stare_jax.convert.pi05_table import EMBEDDINGS, UNUSED, head_table, leaf_shapes, tensor_table
 from stare_jax.convert.safetensors_folder import Spec, WeightsError, write_file, write_model
 from stare_jax.convert.tensor_table import Leaves, Named, dtype_of, insert, table_specs, table_values
 from stare_jax.models.lora import LoRAConfig, merge_adapters
@@ -78,7 +78,7 @@ _merge_adapters = jax.jit(merge_adapters, static_argnames="config")
 def port_specs(config: Pi05Config, dtypes: Dtypes) -> dict[str, Spec]:
     """Returns all tensors of the port's file, in the order in which they are written."""
     specs = table_specs(tensor_table(config), leaf_shapes(config), dtypes)
-    unused = dtypes if isinstance(dtypes, str) else dtypes.get(UNUSED) or next(iter(dtypes.values()))
+    unused = dtypes if isinstance(dtypes, str) else dtypes[EMBEDDINGS[0]]
     return specs | {UNUSED: Spec(unused, (config.vocab_size, config.expert.width))}
 
 

@@ -51,8 +51,11 @@ def read_sizes(what: object, shapes: Shapes, base: Pi05Config) -> Pi05Config:
         "mlp_dim": size(f"{_BLOCK}MlpBlock_0/Dense_0/kernel", 2, 3, base.siglip.mlp_dim),
         "patch_size": patch,
     }
-    experts = {}
+    experts: dict[str, dict[str, int]] = {}
     for suffix, default in (("", base.paligemma), ("_1", base.expert)):
+        if experts:  # depth and heads are the same for both, and PaliGemma may come alone
+            shared = {name: experts[""][name] for name in ("depth", "num_heads", "num_kv_heads", "head_dim")}
+            default = dataclasses.replace(default, **shared)
         query = f"{_LAYERS}attn/q_einsum{suffix}/w"
         experts[suffix] = {
             "width": size(query, 2, 4, default.width),

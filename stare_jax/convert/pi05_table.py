@@ -14,6 +14,7 @@ import numpy as np
 
 from stare_jax.convert.openvla_table import value_head_table
 from stare_jax.convert.tensor_table import Entry, insert, leaf_at, place
+from stare_jax.models.heads import ValueHead
 from stare_jax.models.pi05_network import NoiseHead, Pi05, Pi05Config
 from stare_jax.types import PyTree
 
@@ -109,7 +110,11 @@ def head_table(config: Pi05Config) -> dict[str, Entry]:
 
 def leaf_shapes(config: Pi05Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of every leaf of our tree, by path, without allocating it."""
-    return dict(_leaf_shapes(dataclasses.replace(config, tokenizer="")))
+    # Without what no shape depends on, as a trace takes a second.
+    state_dim = config.state_dim if config.state_tokens or config.critic == "state" else 0
+    text = {"tokenizer": "", "prompt_template": "{instruction}", "prompt_length": 2}
+    actions = {"horizon": 1, "chunk": 1, "action_dim": 1}
+    return dict(_leaf_shapes(dataclasses.replace(config, state_dim=state_dim, **text, **actions)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -142,10 +147,24 @@ def fresh_params(
         return {}
 
     def init(key):  # what is not returned is not computed
-        params = _init(config, key)
+        params = _init_heads(config, key, wanted) if all(map(_is_head, paths)) else _init(config, key)
         return {path: leaf_at(params, path).astype(wanted[path].dtype) for path in paths}
 
     tree: PyTree = {}
     for path, leaf in jax.device_get(jax.jit(init)(key)).items():
         insert(tree, path, place(wanted[path], np.asarray(leaf).__getitem__))
     return tree
+
+
+def _is_head(path: str) -> bool:
+    return path.startswith(("value_head/", "noise_head/"))
+
+
+def _init_heads(config: Pi05Config, key: jax.Array, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> PyTree:
+    """Returns the heads alone, as that takes seconds less than to trace the whole network."""
+    heads = {"value_head": ValueHead(config.value_dims), "noise_head": NoiseHead(config.model_action_dim)}
+    params = {}
+    for (name, head), part in zip(heads.items(), jax.random.split(key), strict=True):
+        if (first := wanted.get(f"{name}/layer_0/kernel")) is not None:
+            params[name] = head.init(part, jnp.zeros((1, first.shape[0])))["params"]
+    return params

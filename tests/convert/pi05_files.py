@@ -1,6 +1,7 @@
 """Checkpoints of pi0.5 to convert, of any size, written name by name as openpi, its PyTorch port and lerobot have them.
 
-The names, shapes and rearrangements here are put down once more, so that the code's own table is compared with something.
+The names, shapes and rearrangements are put down once more here, so that the code's own table is compared with
+something.
 """
 
 import json
@@ -137,7 +138,9 @@ UNUSED = "paligemma_with_expert.gemma_expert.lm_head.weight"
 
 def write_openpi(folder, tree, *, wrap=False, managed=False):
     """Writes a folder as openpi does: on its own as when it exports, or as a step of a training run's manager."""
-    nested = unflatten_dict({tuple(f"{name}/value".split("/") if wrap else name.split("/")): x for name, x in tree.items()})
+    nested = unflatten_dict(
+        {tuple(f"{name}/value".split("/") if wrap else name.split("/")): x for name, x in tree.items()}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import orbax.checkpoint as ocp
