@@ -9,13 +9,13 @@ import ml_collections
 from ml_collections import config_dict
 
 from stare_jax.envs import EnvConfig
-from stare_jax.models import OpenVLAConfig
+from stare_jax.models import OpenVLAConfig, Pi05Config
 from stare_jax.stages import get_task
 from stare_jax.train.config import to_dict
 from stare_jax.train.ipi import IPIConfig
 
 
-def base_config(env: EnvConfig, model: OpenVLAConfig, *, name: str) -> ml_collections.ConfigDict:
+def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str) -> ml_collections.ConfigDict:
     """Returns the whole configuration of a run, every field of which can be overridden as `--config.ppo.gamma=0.98`.
 
     Args:
@@ -26,7 +26,7 @@ def base_config(env: EnvConfig, model: OpenVLAConfig, *, name: str) -> ml_collec
     values = _with_placeholders(IPIConfig(env=env, model=model, stages=get_task(env.env_id).params))
     config = ml_collections.ConfigDict(values, type_safe=False)
     config.name = name
-    for section in ("demos", "pairs", "ppo", "tpo"):
+    for section in ("demos", "sft", "pairs", "ppo", "tpo"):
         config[section].seed = config.get_ref("seed")
     return config
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
+from stare_jax.data.windows import ActionWindows
 from stare_jax.types import Array, Observation
 
 Tokenize = Callable[[Sequence[str], np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -24,7 +25,9 @@ class ImitationBatch(NamedTuple):
     observation: Observation
     """`[B, ...]`, raw, with the prompt."""
     action: Array
-    """float32 `[B, A]`, the clean action, raw."""
+    """float32 `[B, A]`, the clean action, raw; `[B, H, A]`, it and those that follow, where a horizon is asked for."""
+    valid: Array
+    """bool `[B]` or `[B, H]`: False beyond an episode's end, where its last action is repeated."""
 
 
 class Frames(NamedTuple):
@@ -71,6 +74,7 @@ def imitation_batches(
     seed: int,
     start_step: int = 0,
     with_state: bool = True,
+    horizon: int | None = None,
     cache_mib: int = 1024,
     num_prefetched: int = 2,
 ) -> Iterator[ImitationBatch]:
@@ -86,10 +90,12 @@ def imitation_batches(
         seed: of the order, in [0, 2**32).
         start_step: number of batches to pass over, in no time: the step a resumed run is at.
         with_state: False gives `[B, 0]` for the states that are stored, to policies that see none.
+        horizon: H, actions to imitate at a time; None imitates one.
         cache_mib: mebibytes that decoded frames may take.
         num_prefetched: batches that are kept ready.
     """
     indices = imitation_frames(dataset)
+    windows = None if horizon is None else ActionWindows(dataset, horizon)
     read = _cached_reader(dataset, indices) if _num_mib(dataset, len(indices)) <= cache_mib else None
 
     def make_batch(rows: np.ndarray) -> ImitationBatch:
@@ -98,7 +104,9 @@ def imitation_batches(
         state = frames.observation.state if with_state else np.zeros((len(rows), 0), np.float32)
         tokens, token_mask = tokenize(instructions, state)
         observation = frames.observation._replace(state=state, tokens=tokens, token_mask=token_mask)
-        return ImitationBatch(observation, frames.action)
+        if windows is None:
+            return ImitationBatch(observation, frames.action, np.ones(len(rows), bool))
+        return ImitationBatch(observation, *windows(indices[rows], frames.episode))
 
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat().batch(batch_size)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=num_prefetched)

@@ -27,8 +27,10 @@ def ppo_loss(
     value_clip_eps: float | None = None,
     huber_delta: float | None = None,
     entropy_coef: float = 0.0,
+    divergence: Array | None = None,
+    kl_coef: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns policy loss + value_coef value loss - entropy_coef entropy (2), and metrics `ppo/...`.
+    """Returns policy loss + value_coef value loss - entropy_coef entropy + kl_coef divergence (2), and metrics.
 
     All arrays have one shape `[...]`, a minibatch of decisions in any arrangement; means are over the valid ones.
     Only `logp`, `value` and `entropy` carry a gradient.
@@ -49,9 +51,13 @@ def ppo_loss(
       value_clip_eps: see `value_loss`.
       huber_delta: see `value_loss`.
       entropy_coef: weight of the entropy bonus.
+      divergence: of the policy from a reference, nats; carries a gradient. None for none.
+      kl_coef: its weight.
 
     Returns:
       The scalar loss and a flat dict of float32 scalars.
+
+    Differs from the paper: which has no reference in this phase.
     """
     arrays = (logp, old_logp, advantage, value, old_value, return_, entropy)
     chex.assert_equal_shape(arrays)
@@ -82,6 +88,11 @@ def ppo_loss(
         "ppo/explained_variance": explained_variance(value, return_, valid),
         **_ratio_metrics(log_ratio, ratio, valid, clip_eps, clip_eps_high),
     }
+    if divergence is not None:
+        chex.assert_shape(divergence, logp.shape, custom_message="divergence")
+        kl = _mean(jnp.asarray(divergence, jnp.float32), valid)
+        loss += kl_coef * kl
+        metrics |= {"ppo/loss": loss, "ppo/reference_kl": kl}
     return loss, {name: jax.lax.stop_gradient(jnp.asarray(value, jnp.float32)) for name, value in metrics.items()}
 
 

@@ -3,11 +3,15 @@
 from stare_jax.models.lora import LoRAConfig, add_adapters, drop_adapters, merge_adapters
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b, openvla_state, openvla_tiny
+from stare_jax.models.pi05 import Pi05Config, make_pi05, pi05_base, pi05_state, pi05_tiny
 from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
 from stare_jax.types import NormStats
 
+ModelConfig = OpenVLAConfig | Pi05Config | MLPConfig
+"""what `make_policy` takes."""
 
-def make_policy(config: OpenVLAConfig | MLPConfig, norm_stats: NormStats) -> Policy:
+
+def make_policy(config: ModelConfig, norm_stats: NormStats) -> Policy:
     """Builds the policy that a configuration describes, with the statistics of the data it is trained on baked in.
 
     Args:
@@ -17,7 +21,7 @@ def make_policy(config: OpenVLAConfig | MLPConfig, norm_stats: NormStats) -> Pol
     Raises:
         TypeError: no network has such a configuration.
     """
-    makers = {OpenVLAConfig: make_openvla, MLPConfig: make_mlp}
+    makers = {OpenVLAConfig: make_openvla, Pi05Config: make_pi05, MLPConfig: make_mlp}
     if type(config) not in makers:
         expected = ", ".join(sorted(cls.__name__ for cls in makers))
         raise TypeError(f"config: got {type(config).__name__}, expected one of {expected}")
@@ -29,16 +33,22 @@ __all__ = [
     "Decision",
     "LoRAConfig",
     "MLPConfig",
+    "ModelConfig",
     "OpenVLAConfig",
+    "Pi05Config",
     "Policy",
     "add_adapters",
     "drop_adapters",
     "make_mlp",
     "make_openvla",
+    "make_pi05",
     "make_policy",
     "merge_adapters",
     "openvla_7b",
     "openvla_state",
     "openvla_tiny",
+    "pi05_base",
+    "pi05_state",
+    "pi05_tiny",
     "with_prompt",
 ]

@@ -106,6 +106,15 @@ def score_bins(
     return logp.sum(axis=-1, where=is_decided), entropy.mean(axis=-1, where=is_decided)
 
 
+def kl_of_bins(logits: Array, reference_logits: Array, temperature: Array | float) -> jax.Array:
+    """Returns KL(policy ‖ reference) in nats, float32 `[...]`, of logits `[..., num_bins]` at a temperature."""
+    chex.assert_equal_shape([logits, reference_logits])
+    log_probs, reference = (
+        jax.nn.log_softmax(scale_logits(x, temperature), axis=-1) for x in (logits, reference_logits)
+    )
+    return jnp.sum(jnp.exp(log_probs) * (log_probs - reference), axis=-1)
+
+
 class ValueHead(nn.Module):
     """An MLP with exact GELU that ends in one number without bias, as RL4VLA's value head; float32 throughout."""
 

@@ -7,7 +7,7 @@ They are leaves of the parameter tree beside the kernel that they adapt, `lora_a
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -134,6 +134,16 @@ def init_adapters(init: Callable[[jax.Array], PyTree], key: jax.Array, *, out_sh
     """
     # What is not returned is not computed.
     return jax.jit(lambda key: keep_adapters(init(key)), out_shardings=out_shardings)(key)
+
+
+def store_frozen(params: PyTree, patterns: Sequence[str], dtype: str) -> PyTree:
+    """Returns parameters with those that one of the regexes matches in another type."""
+
+    def store(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf.astype(dtype) if any(re.search(pattern, name) for pattern in patterns) else leaf
+
+    return jax.tree.map_with_path(store, params)
 
 
 def merge_adapters(params: PyTree, config: LoRAConfig) -> PyTree:

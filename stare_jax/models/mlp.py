@@ -10,7 +10,15 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.losses import soft_cross_entropy, soft_labels
-from stare_jax.models.heads import ValueHead, bin_coordinate, decode_bins, encode_bins, sample_bins, score_bins
+from stare_jax.models.heads import (
+    ValueHead,
+    bin_coordinate,
+    decode_bins,
+    encode_bins,
+    kl_of_bins,
+    sample_bins,
+    score_bins,
+)
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation
@@ -91,7 +99,13 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         logp, entropy = score_bins(logits, action_tokens, temperature)
         return ActionScore(logp, entropy, value)
 
-    def imitation_loss(params, observation, action):
+    def divergence(params, reference_params, observation, action_tokens, *, temperature=1.0):
+        del action_tokens  # Dimensions are decided on at once.
+        (logits, _), (reference, _) = (apply(tree, observation) for tree in (params, reference_params))
+        return kl_of_bins(logits, jax.lax.stop_gradient(reference), temperature).sum(axis=-1)
+
+    def imitation_loss(params, observation, action, *, valid=None, key=None):
+        del valid, key
         logits, _ = apply(params, observation)
         unit = normalize_action(jnp.asarray(action), norm_stats)
         # The last two ids decode to the same action: soft targets are spread over the others.
@@ -107,6 +121,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         log_prob=log_prob,
         value=lambda params, observation: apply(params, observation)[1],
         imitation_loss=imitation_loss,
+        divergence=divergence,
         tokenize=_no_prompt,
         observation_shape=functools.partial(_observation_shape, config),
         action_dim=config.action_dim,

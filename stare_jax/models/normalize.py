@@ -13,6 +13,8 @@ from stare_jax.types import Array, NormStats
 
 MIN_STATE_RANGE = 0.02
 """metres, or entries of a rotation matrix."""
+QUANTILE_EPS = 1e-6
+"""what openpi adds to a range, both ways."""
 
 
 def _to_unit(x: Array, low: Array, high: Array) -> Array:
@@ -70,6 +72,40 @@ def scale_state(state: Array, stats: NormStats) -> Array:
     low, high = (xp.asarray(q, xp.float32) for q in (stats.state_q01, stats.state_q99))
     span = xp.maximum(high - low, MIN_STATE_RANGE)
     return xp.clip(2.0 * (state - 0.5 * (low + high)) / span, -3.0, 3.0).astype(xp.float32)
+
+
+def to_quantiles(x: Array, low: Array, high: Array) -> Array:
+    """Returns `2 (x - low) / (high - low + 1e-6) - 1`, openpi's normalisation: the data's range becomes [-1, 1], and
+    what is beyond it stays beyond.
+
+    Args:
+        x: float32 `[..., D]`, raw.
+        low: float32 `[E]` quantiles, E >= D; those beyond D are not used. `high` likewise.
+        high: the upper ones.
+
+    Raises:
+        ValueError: there are fewer quantiles than dimensions.
+    """
+    num_dims = x.shape[-1]
+    if len(low) < num_dims or len(high) < num_dims:
+        raise ValueError(f"quantiles: got {len(low)} and {len(high)}, expected at least {num_dims}")
+    low, high = (np.asarray(q, np.float32)[:num_dims] for q in (low, high))
+    return 2.0 * (x - low) / (high - low + QUANTILE_EPS) - 1.0
+
+
+def from_quantiles(x: Array, low: Array, high: Array) -> Array:
+    """Returns `(x + 1) (high - low + 1e-6) / 2 + low`, the inverse of `to_quantiles`.
+
+    Args:
+        x: float32 `[..., D]`.
+        low: float32 `[E]`; dimensions beyond E, with which a model's actions are padded, pass through.
+        high: likewise.
+    """
+    num_dims = min(len(low), x.shape[-1])
+    low, high = (np.asarray(q, np.float32)[:num_dims] for q in (low, high))
+    raw = (x[..., :num_dims] + 1.0) / 2.0 * (high - low + QUANTILE_EPS) + low
+    xp = jnp if isinstance(x, jax.Array) else np
+    return xp.concatenate([raw, x[..., num_dims:]], axis=-1)
 
 
 def action_range(action: Mapping[str, Sequence[float]], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ part in log-probabilities, entropies and losses, and tokens after the last dimen
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -15,10 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.losses.imitation import soft_cross_entropy, soft_labels
-from stare_jax.models.heads import NUM_BINS, ZERO_BIN, bin_coordinate, decode_bins, encode_bins, sample_bins, score_bins
+from stare_jax.models.heads import (
+    NUM_BINS,
+    ZERO_BIN,
+    bin_coordinate,
+    decode_bins,
+    encode_bins,
+    kl_of_bins,
+    sample_bins,
+    score_bins,
+)
 from stare_jax.models.layers import Execution
 from stare_jax.models.llama import LlamaConfig, unstack
-from stare_jax.models.lora import BASE_PARAMS
+from stare_jax.models.lora import BASE_PARAMS, store_frozen
 from stare_jax.models.normalize import (
     is_constant_action,
     normalize_action,
@@ -156,6 +164,7 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         log_prob=functools.partial(_log_prob, network, norm_stats),
         value=functools.partial(_value, network, norm_stats),
         imitation_loss=functools.partial(_imitation_loss, network, norm_stats),
+        divergence=functools.partial(_divergence, network, norm_stats),
         tokenize=make_tokenize(config, norm_stats),
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
@@ -202,13 +211,7 @@ def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
     bins = jnp.zeros((1, config.action_dim), jnp.int32)
     params = network.init(key, *_prompt(network, norm_stats, blank), bins, _state(norm_stats, blank))["params"]
-
-    def store(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        is_frozen = any(re.search(pattern, name) for pattern in _frozen(config))
-        return leaf.astype(config.execution.dtype) if is_frozen else leaf
-
-    return jax.tree.map_with_path(store, params)
+    return store_frozen(params, _frozen(config), config.execution.dtype)
 
 
 def _sample(
@@ -273,6 +276,28 @@ def _log_prob(
     return ActionScore(logp, entropy, value)
 
 
+def _divergence(
+    network: OpenVLA,
+    norm_stats: NormStats,
+    params: PyTree,
+    reference_params: PyTree,
+    observation: Observation,
+    action_tokens: Array,
+    *,
+    temperature: Array | float = 1.0,
+) -> jax.Array:
+    """Returns the sum over the action's tokens of KL(policy ‖ reference), each given the tokens that were chosen."""
+    is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
+    bins = jnp.asarray(action_tokens)[:, : len(is_decided)]
+
+    def logits(params):
+        hidden = _apply(network, params, *prompt, bins, method="score")
+        return _apply(network, params, hidden, method="action_logits")
+
+    kl = kl_of_bins(logits(params), jax.lax.stop_gradient(logits(reference_params)), temperature)
+    return kl.sum(axis=-1, where=is_decided)
+
+
 def _value(network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:
     prompt = _prompt(network, norm_stats, observation)
     hidden, _, _ = _apply(network, params, *prompt, method="prefill")
@@ -280,9 +305,17 @@ def _value(network: OpenVLA, norm_stats: NormStats, params: PyTree, observation:
 
 
 def _imitation_loss(
-    network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation, action: Array
+    network: OpenVLA,
+    norm_stats: NormStats,
+    params: PyTree,
+    observation: Observation,
+    action: Array,
+    *,
+    valid: Array | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the cross entropy `[B]` of raw actions `[B, A]`, mean over decided tokens, and how far the greedy is."""
+    del valid, key
     is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
     unit = normalize_action(jnp.asarray(action), norm_stats)[:, : len(is_decided)]
     bins = jnp.where(is_decided, encode_bins(unit), ZERO_BIN)

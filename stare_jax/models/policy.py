@@ -16,11 +16,11 @@ class Decision(NamedTuple):
     """What a policy decided in a batch of states."""
 
     action: Array
-    """float32 `[B, A]` in the simulator's units."""
+    """float32 `[B, A]` in the simulator's units; `[B, C, A]` of a policy that decides on C actions at a time."""
     action_tokens: Array
-    """int32 `[B, A]`, or whatever else `Policy.log_prob` needs to score the action again."""
+    """int32 `[B, A]`, or whatever else `Policy.log_prob` needs to score the decision again."""
     logp: Array
-    """float32 `[B]`, summed over the action's tokens, of the distribution that was sampled."""
+    """float32 `[B]`, of all that was decided, of the distribution that was sampled."""
     value: Array
     """float32 `[B]`."""
 
@@ -41,9 +41,16 @@ class Policy(NamedTuple):
     sample(params, observation, key, *, temperature=1.0) -> Decision; temperature 0 is greedy, and may be traced
     log_prob(params, observation, action_tokens, *, temperature=1.0) -> ActionScore
     value(params, observation) -> float32 [B]
-    imitation_loss(params, observation, action) -> (loss float32 [B], metrics: dict of float32 [B])
+    imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32
+        [B]); action [B, A], or [B, H, A] with valid bool [B, H], False beyond an episode's end, where `horizon` is H;
+        key [B], one for every row, of policies that draw something
+    divergence(params, reference_params, observation, action_tokens, *, temperature=1.0) -> float32 [B], the KL
+        divergence of what the policy would decide from what the reference would, along the decision that was made
     tokenize(instructions, state [B, S]) -> (tokens int32 [B, L], token_mask bool [B, L]), on the host
     observation_shape(batch_size) -> Observation of jax.ShapeDtypeStruct
+    preference_score(params, observation, action, seeds uint32 [B, K]) -> float32 [B, K, C], what stands for the
+        log-probability of each executed action [B, H, A] in preference learning, K estimates that equal seeds make
+        comparable; None where `log_prob` itself does
     """
 
     init: Callable
@@ -51,6 +58,7 @@ class Policy(NamedTuple):
     log_prob: Callable
     value: Callable
     imitation_loss: Callable
+    divergence: Callable
     tokenize: Callable
     observation_shape: Callable
     action_dim: int
@@ -58,6 +66,11 @@ class Policy(NamedTuple):
     """(regex over the parameter's path, jax.sharding.PartitionSpec), first match wins."""
     frozen: tuple[str, ...] = ()
     """regexes of the parameters that are never trained: what adapters are beside."""
+    horizon: int | None = None
+    """H, actions of the chunk that is imitated; None where one action is, and arrays have no axis for it."""
+    chunk: int = 1
+    """C, actions that one decision executes."""
+    preference_score: Callable | None = None
 
 
 def with_prompt(policy: Policy, observation: Observation, instructions: Sequence[str]) -> Observation:

@@ -56,6 +56,31 @@ def resize_image(image: jax.Array, size: int, resize: str) -> jax.Array:
     return _pass_of_pil(_pass_of_pil(pixels, columns, _apply_columns), rows, _apply_rows)
 
 
+def resize_with_pad(image: jax.Array, size: int) -> jax.Array:
+    """Resizes images to fit into a square, their aspect ratio kept, and pads with black, as openpi does.
+
+    PIL's bilinear filter, bytes after each of its two passes; the odd pixel of padding is below or right.
+
+    Args:
+        image: uint8 `[B, H, W, 3]`.
+        size: pixels of a side.
+
+    Returns:
+        float32 `[B, size, size, 3]`, whole numbers in [0, 255].
+    """
+    pixels = image.astype(jnp.float32)
+    height, width = image.shape[1:3]
+    ratio = max(height, width) / size
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    if (new_height, new_width) != (height, width):
+        rows, columns = (
+            kernel_weights(old, new, triangle_kernel) for old, new in ((height, new_height), (width, new_width))
+        )
+        pixels = _pass_of_pil(_pass_of_pil(pixels, columns, _apply_columns), rows, _apply_rows)
+    (top, bottom), (left, right) = (((size - n) // 2, (size - n + 1) // 2) for n in (new_height, new_width))
+    return jnp.pad(pixels, ((0, 0), (top, bottom), (left, right), (0, 0)))
+
+
 def crop_center(pixels: jax.Array, area: float) -> jax.Array:
     """Cuts out the middle and enlarges it to the size it had, bilinearly, as OpenVLA's evaluations do.
 
@@ -85,6 +110,11 @@ def cubic_kernel(x: np.ndarray) -> np.ndarray:
     x = np.abs(x)
     inner, outer = (1.5 * x - 2.5) * x * x + 1.0, ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     return np.where(x < 1.0, inner, np.where(x < 2.0, outer, 0.0))
+
+
+def triangle_kernel(x: np.ndarray) -> np.ndarray:
+    """Returns 1 - |x|, zero beyond 1: bilinear interpolation."""
+    return np.maximum(1.0 - np.abs(x), 0.0)
 
 
 def lanczos3_kernel(x: np.ndarray) -> np.ndarray:

@@ -17,10 +17,12 @@ from stare_jax.types import Array, Observation, PyTree, Signals, Trajectory
 Act = Callable[[Observation, Signals, Sequence[str], np.ndarray], tuple[Decision, Observation]]
 """act(observation [B], signals [B], instructions [B], is_first bool [B]) -> (Decision [B], the observation to store).
 
-Observations come raw, with empty prompts; a policy stores the one with its prompt filled in. `is_first` marks the rows
-that are in the first state of an episode; episodes begin in the order of their seeds, within one call from the first
-row to the last. Rows of environments that have nothing left to do are asked about, too; what is decided there is not
-used. Arrays are those of the simulator, NumPy or JAX, and what is decided may be either.
+A decision holds one action a row, `[B, A]`, or always the same number C of them, `[B, C, A]`, which are executed one
+after the other before `act` is asked again. Observations come raw, with empty prompts; a policy stores the one with its
+prompt filled in. `is_first` marks the rows that are in the first state of an episode; episodes begin in the order of
+their seeds, within one call from the first row to the last. Rows of environments that have nothing left to do are asked
+about, too; what is decided there is not used. Arrays are those of the simulator, NumPy or JAX, and what is decided may
+be either.
 """
 
 
@@ -60,13 +62,18 @@ def collect_episodes(
     which records its value for bootstrapping. What is recorded is copied to the host before the next step, which a
     simulator on a device waits for; the action goes from a policy there to such a simulator without leaving it.
 
+    Where decisions hold C actions, all environments decide in the same tick: an episode that ends in between waits for
+    the next such tick to be followed by another. What a decision is made of (tokens, log-probability, value, prompt) is
+    recorded with its first action, t = 0, C, 2C .., and is zero elsewhere, but for the value at the horizon.
+
     Args:
         env: B environments.
         act: who acts; see `Act`, `policy_act`.
         seeds: E seeds, one an episode.
         stop_at_success: end an episode at success instead of at the horizon.
-        max_steps: actions to execute in all. Episodes under way when they are spent are cut short; the state after the
-            last action is kept with its value, for bootstrapping. As many seeds suffice. None: every seed is played.
+        max_steps: actions to execute in all, or up to C a row fewer. Episodes under way when they are spent are cut
+            short; the state after the last action is kept with its value, for bootstrapping. As many seeds suffice.
+            None: every seed is played.
         reproducible: passed to the simulator's resets.
         perturb: (action [B, A], is_first [B]) -> the action to execute instead; the one recorded stays as it was.
         on_episode: called with (e, views of row e) when an episode is over or cut short; one that is dropped, or cut
@@ -85,6 +92,7 @@ def collect_episodes(
     seeds = [int(seed) for seed in seeds]
     clock = clock or (lambda area: contextlib.nullcontext())
     places, records = _Places(env.num_envs, len(seeds)), _Records(len(seeds), env.horizon, grows=max_steps is not None)
+    decisions = _Decisions(act)
     num_left, num_dropped = math.inf if max_steps is None else max_steps, 0
     with clock("env"):
         state = env.reset([seeds[i % len(seeds)] for i in range(env.num_envs)], reproducible=reproducible)
@@ -92,19 +100,23 @@ def collect_episodes(
     while True:
         # ---- Decide -------------------------------------------------------------------------------------------------
         is_first = places.is_first
+        needs_value = bool((places.t == env.horizon).any())
         with clock("policy"):
-            decision, seen = act(state.observation, state.signals, env.instructions, is_first)
+            decision, seen = decisions.next(state, env.instructions, is_first, needs_value=needs_value)
             recorded = jax.device_get(decision)
 
         # ---- Record, end episodes, hand out the next seeds ----------------------------------------------------------
-        tick = places.look_at(state, env.horizon, stop_at_success, num_left)
+        budget = num_left / decisions.chunk if decisions.is_new else math.inf
+        tick = places.look_at(state, env.horizon, stop_at_success, budget)
         seen = seen if keep_images else seen._replace(images={})
         records.write(places, tick, env.instructions, *jax.device_get((seen, state.signals)), recorded)
         records.end_episodes(places, tick, on_episode)
         num_left, num_dropped = num_left - tick.is_acting.sum(), num_dropped + tick.is_lost.sum()
-        reset_seeds = places.hand_out(tick, state.alive, seeds, is_spent=num_left <= 0)
-        is_complete = places.are_empty or should_stop is None or not should_stop()
-        if places.are_empty or not is_complete:
+        is_open = decisions.are_executed and num_left >= decisions.chunk
+        reset_seeds = places.hand_out(tick, state.alive, seeds, is_open=is_open)
+        is_over = places.are_empty and (places.num_started == len(seeds) or num_left < decisions.chunk)
+        is_complete = is_over or should_stop is None or not should_stop()
+        if is_over or not is_complete:
             break
 
         # ---- Step ---------------------------------------------------------------------------------------------------
@@ -119,6 +131,54 @@ def collect_episodes(
 
     trajectory, instructions = records.finish(places)
     return Rollout(trajectory, instructions, records.num_steps, int(num_dropped), is_complete)
+
+
+class _Decisions:
+    """Asks who acts, and plays what was decided, action by action."""
+
+    def __init__(self, act: Act):
+        self._act = act
+        self._decided: tuple[Decision, Observation] | None = None
+        self._num_played = 0
+        self.chunk = 1
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the last answer was a decision's first action."""
+        return self._num_played == 1
+
+    @property
+    def are_executed(self) -> bool:
+        """Whether the next answer will be."""
+        return self._num_played == self.chunk
+
+    def next(
+        self, state: EnvStep, instructions: Sequence[str], is_first: np.ndarray, *, needs_value: bool
+    ) -> tuple[Decision, Observation]:
+        """Returns what is to be done in a state, one action a row, and the observation to store.
+
+        Args:
+            state: of the environments.
+            instructions: of each.
+            is_first: as `Act` gets it.
+            needs_value: whether some row's value has to be known, also where nothing new is to be decided.
+        """
+        is_new = self._decided is None or self.are_executed
+        asked = None
+        if is_new or needs_value:
+            asked = self._act(state.observation, state.signals, instructions, is_first)
+        if is_new:
+            self._decided, self._num_played = asked, 0
+            self.chunk = asked[0].action.shape[1] if asked[0].action.ndim == 3 else 1
+        decision, seen = self._decided
+        action = decision.action[:, self._num_played] if decision.action.ndim == 3 else decision.action
+        self._num_played += 1
+        if is_new:
+            return decision._replace(action=action), seen
+        nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), decision._replace(action=()))
+        value = nothing.value if asked is None else asked[0].value
+        no_prompt = {"tokens": np.zeros_like(seen.tokens), "token_mask": np.zeros_like(seen.token_mask)}
+        return nothing._replace(action=action, value=value), state.observation._replace(**no_prompt)
 
 
 class _Tick(NamedTuple):
@@ -151,23 +211,30 @@ class _Places:
     def are_empty(self) -> bool:
         return bool((self.episode < 0).all())
 
-    def look_at(self, state: EnvStep, horizon: int, stop_at_success: bool, num_left: float) -> _Tick:
-        """Decides who acts; `num_left` actions may still be executed."""
+    def look_at(self, state: EnvStep, horizon: int, stop_at_success: bool, budget: float) -> _Tick:
+        """Decides who acts; at most `budget` rows do."""
         is_live = (self.episode >= 0) & state.alive
         is_over = is_live & (self.t == horizon)
         if stop_at_success:
             is_over |= is_live & np.asarray(state.signals.success) & (self.t > 0)
         is_acting = is_live & ~is_over
-        is_acting &= np.cumsum(is_acting) <= num_left
+        is_acting &= np.cumsum(is_acting) <= budget
         return _Tick(is_live, (self.episode >= 0) & ~state.alive, is_acting, (self.episode >= 0) & ~is_acting)
 
-    def hand_out(self, tick: _Tick, alive: np.ndarray, seeds: Sequence[int], *, is_spent: bool) -> dict[int, int]:
-        """Moves on by the actions of a tick; returns the seeds of the environments to be reset."""
+    def hand_out(self, tick: _Tick, alive: np.ndarray, seeds: Sequence[int], *, is_open: bool) -> dict[int, int]:
+        """Moves on by the actions of a tick; returns the seeds of the environments to be reset.
+
+        Args:
+            tick: what became of the episodes.
+            alive: bool `[B]` of the environments.
+            seeds: of all episodes.
+            is_open: whether episodes may begin in the next tick.
+        """
         reset_seeds = {}
         self.t = np.where(tick.is_acting, self.t + 1, 0)
-        for i in np.flatnonzero(tick.is_ending):
-            self.episode[i] = -1
-            if self.num_started < len(seeds) and not is_spent:
+        self.episode[tick.is_ending] = -1
+        for i in np.flatnonzero(self.episode < 0):
+            if is_open and self.num_started < len(seeds):
                 self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
                 self.num_started += 1
         for i in np.flatnonzero((self.episode < 0) & ~alive):

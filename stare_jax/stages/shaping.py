@@ -13,7 +13,7 @@ def shape_rewards(
     next_potential_t: Array,
     discount_t: Array,
     *,
-    gamma: float,
+    gamma: Array | float,
     terminal_potential: str = "zero",
 ) -> Array:
     """Returns r'_t = r_t + gamma Phi(s_{t+1}) - Phi(s_t) (5), float32 `[N]`, t = 0 .. N-1.
@@ -26,7 +26,7 @@ def shape_rewards(
       potential_t: `[N]` Phi(s_t).
       next_potential_t: `[N]` Phi(s_{t+1}) of the state that a_t led to, also where the simulator has reset since.
       discount_t: `[N]` 0 after a true termination, else gamma.
-      gamma: discount factor of one step.
+      gamma: discount factor of one step, or of each, `[N]`.
       terminal_potential: "zero", or "keep" to use the real next potential at a termination too.
 
     Raises:

@@ -24,13 +24,31 @@ class Annotation(NamedTuple):
     shaped_reward_t: Array
     """r'_t (5), or r_t where there is no shaping."""
     advantage_t: Array
+    """of the decision that begins at t, 0 where none does; and likewise below."""
     return_t: Array
     valid_t: Array
     """bool `[N]`: which actions exist."""
+    decided_t: Array
+    """bool `[N]`: which of them a decision begins with; all of them where a decision is one action."""
     stage_t: Array
     """int32 `[N + 1]` labels of the states."""
     completed: Array
     """bool `[K]`."""
+
+
+class Decisions(NamedTuple):
+    """The D = ceil(N / C) decisions of an episode of N actions; each executes C of them, the last perhaps fewer."""
+
+    reward: Array
+    """float32 `[D]`, and likewise below: rewards of the actions, discounted to the first of them."""
+    discount: Array
+    """of all of them, 0 after a true termination and where there is no decision."""
+    value: Array
+    """of the state in which it was decided."""
+    next_value: Array
+    """of the state that the last action led to."""
+    valid: Array
+    """bool `[D]`."""
 
 
 def annotate_episode(
@@ -44,6 +62,8 @@ def annotate_episode(
     gae_lambda: float,
     time_limit: str,
     terminal_potential: str,
+    chunk: int = 1,
+    chunk_discount: str = "step",
 ) -> Annotation:
     """Labels one episode, rewards its success, shapes the reward (5) and estimates advantages (2).
 
@@ -51,7 +71,7 @@ def annotate_episode(
         signals: leaves `[N + 1, ...]`.
         valid: bool `[N + 1]` which states exist, a prefix. An episode of fewer than N actions that did not succeed was
             cut short, and is bootstrapped from its last value.
-        value: float32 `[N + 1]` of the states.
+        value: float32 `[N + 1]` of the states; read where a decision begins and where the episode ends.
         spec: the task.
         shaping: whether GAE sees r' (STA-PPO) or r (PPO).
         gamma: discount factor.
@@ -59,6 +79,10 @@ def annotate_episode(
         time_limit: at the horizon of N actions "bootstrap" from the value of the last state, or "terminate" with
             nothing after it.
         terminal_potential: see `stages.shaping.shape_rewards`.
+        chunk: C, actions that one decision executes.
+        chunk_discount: "step" discounts by gamma an action, "decision" by gamma a decision and not within it. Shaping
+            follows, so that over a decision it is what it is discounted by times the potential at its end, less that
+            at its beginning.
     """
     separation = separate(spec, signals, valid)
     valid_t = valid[1:]
@@ -68,27 +92,69 @@ def annotate_episode(
     ends_t = is_terminated
     if time_limit == "terminate":
         ends_t = ends_t.at[-1].set(valid_t[-1])
-    discount_t = jnp.where(valid_t & ~ends_t, jnp.float32(gamma), 0.0)
+    position_t = jnp.arange(len(valid_t)) % chunk
+    ends_decision_t = is_last | (position_t == chunk - 1) if chunk_discount == "decision" else jnp.ones_like(valid_t)
+    gamma_t = jnp.where(ends_decision_t, jnp.float32(gamma), 1.0)
+    discount_t = jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
 
     shaped_reward_t = reward_t
     if shaping:
         potential_t = potentials(spec, signals, separation)
         shaped_reward_t = shape_rewards(
-            reward_t, potential_t[:-1], potential_t[1:], discount_t, gamma=gamma, terminal_potential=terminal_potential
+            reward_t,
+            potential_t[:-1],
+            potential_t[1:],
+            discount_t,
+            gamma=gamma_t,
+            terminal_potential=terminal_potential,
         )
     shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
-    value_t = jnp.where(valid, value, 0.0)
-    advantage_t, return_t = gae(
-        shaped_reward_t, discount_t, value_t[:-1], value_t[1:], gae_lambda=gae_lambda, truncated_t=is_last
-    )
+    decisions = gather_decisions(shaped_reward_t, discount_t, jnp.where(valid, value, 0.0), valid_t, chunk=chunk)
+    is_last_decision = decisions.valid & ~jnp.append(decisions.valid[1:], False)
+    advantage, return_ = gae(*decisions[:4], gae_lambda=gae_lambda, truncated_t=is_last_decision)
+
+    def at_first_action(x):
+        return jnp.zeros_like(reward_t).at[::chunk].set(jnp.where(decisions.valid, x, 0.0))
+
     return Annotation(
         reward_t=reward_t,
         shaped_reward_t=shaped_reward_t,
-        advantage_t=jnp.where(valid_t, advantage_t, 0.0),
-        return_t=jnp.where(valid_t, return_t, 0.0),
+        advantage_t=at_first_action(advantage),
+        return_t=at_first_action(return_),
         valid_t=valid_t,
+        decided_t=valid_t & (position_t == 0),
         stage_t=separation.stage_t,
         completed=separation.completed,
+    )
+
+
+def gather_decisions(reward_t: Array, discount_t: Array, value_t: Array, valid_t: Array, *, chunk: int) -> Decisions:
+    """Sums up what the actions of each decision earn: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
+
+    Args:
+        reward_t: float32 `[N]` of the actions.
+        discount_t: float32 `[N]`, 0 after a true termination.
+        value_t: float32 `[N + 1]` of the states.
+        valid_t: bool `[N]`, a prefix: which actions were executed.
+        chunk: C, actions of a decision; the last one may have executed fewer.
+    """
+    num_decisions = -(-len(valid_t) // chunk)
+    padding = (0, num_decisions * chunk - len(valid_t))
+
+    def cut(x):
+        return jnp.pad(x, padding).reshape(num_decisions, chunk)
+
+    executed = cut(valid_t)
+    discount = jnp.where(executed, cut(discount_t), 1.0)
+    so_far = jnp.cumprod(jnp.pad(discount, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+    first = jnp.arange(num_decisions) * chunk
+    is_valid = executed[:, 0]
+    return Decisions(
+        reward=jnp.sum(jnp.where(executed, so_far[:, :-1] * cut(reward_t), 0.0), axis=1),
+        discount=jnp.where(is_valid, so_far[:, -1], 0.0),
+        value=value_t[first],
+        next_value=value_t[first + executed.sum(axis=1)],
+        valid=is_valid,
     )
 
 

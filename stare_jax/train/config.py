@@ -96,6 +96,12 @@ def _convert_union(hints: tuple, value: Any, path: str) -> Any:
     if value is None and type(None) in hints:
         return None
     candidates = [hint for hint in hints if hint is not type(None)]
+    if isinstance(value, Mapping) and all(map(dataclasses.is_dataclass, candidates)):
+        # What most of the fields belong to is meant, so that a wrong one is named among the right ones.
+        num_known = {hint: len({f.name for f in dataclasses.fields(hint)} & set(value)) for hint in candidates}
+        best = max(num_known, key=num_known.get)
+        if num_known[best]:
+            return _convert(best, value, path)
     errors = []
     for hint in candidates:
         try:

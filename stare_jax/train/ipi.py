@@ -28,7 +28,7 @@ from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate
 from stare_jax.evaluate.record import evaluation_file, record_evaluation
 from stare_jax.evaluate.report import print_report, write_report
 from stare_jax.logging import Clock, Interruption, make_writer, say
-from stare_jax.models import OpenVLAConfig, Policy, make_policy
+from stare_jax.models import OpenVLAConfig, Pi05Config, Policy, make_policy
 from stare_jax.stages import StageParams, TaskSpec, get_task
 from stare_jax.train.checkpoint import load_norm_stats, load_params
 from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
@@ -59,7 +59,7 @@ class IPIConfig:
     """A whole run."""
 
     env: EnvConfig
-    model: OpenVLAConfig
+    model: OpenVLAConfig | Pi05Config
     stages: StageParams
     demos: DemosConfig = DemosConfig()
     sft: SFTConfig = SFTConfig()
@@ -280,7 +280,7 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
     def batches(start_step):
         order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
-        order["with_state"] = config.model.state_dim > 0
+        order |= {"with_state": config.model.state_dim > 0, "horizon": policy.horizon}
         return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
 
     return train_sft(policy, params, batches, config.sft, experiment.run)

@@ -18,7 +18,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.stages import get_task
 from stare_jax.train.ipi import PHASES, IPIConfig
-from stare_jax.train.optimizer import frozen_params, make_optimizer
+from stare_jax.train.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.train.sharding import batch_sharding, check_batch_size, make_abstract_mesh
 from stare_jax.train.state import abstract_state
 from stare_jax.train.steps import (
@@ -63,7 +63,10 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
         for name in ("batch_size", "minibatch_size", "microbatch_size"):
             check_batch_size(f"{phase}.{name}", getattr(section, name, None), mesh)
         batch = _batch(phase, policy, config, batch_sharding(mesh))
-        extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
+        extra = ()
+        if phase == "ppo":
+            reference = None if section.kl_coef is None else split_params(state.params, layout["freeze"])[0]
+            extra = (np.bool_(True), np.float32(0.0), reference)
         _, metrics = jax.eval_shape(steps[phase](policy, tx, section), state, batch, *extra)
         plans[phase] = PhasePlan(state, batch, metrics)
     return plans
@@ -78,22 +81,25 @@ def _batch(phase: str, policy: Policy, config: IPIConfig, sharding: NamedShardin
     def reshaped(tree, *leading):
         return jax.tree.map(lambda x: array(*leading, *x.shape[1:], dtype=x.dtype), tree)
 
-    size, dim = 1, policy.action_dim
-    observation = policy.observation_shape(size)
+    observation = policy.observation_shape(1)
+    window = (policy.action_dim,) if policy.horizon is None else (policy.horizon, policy.action_dim)
     if phase == "sft":
         size = config.sft.batch_size
-        return SFTBatch(reshaped(observation, size), array(size, dim))
+        return SFTBatch(reshaped(observation, size), array(size, *window), array(size, *window[:-1], dtype=bool))
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    tokens = jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).action_tokens
     if phase == "ppo":
         size = config.ppo.minibatch_size
-        tokens = array(size, dim, dtype=jnp.int32)
-        return DecisionBatch(
-            reshaped(observation, size), tokens, *(array(size) for _ in range(4)), array(size, dtype=bool)
-        )
+        rest = (*(array(size) for _ in range(4)), array(size, dtype=bool))
+        return DecisionBatch(reshaped(observation, size), reshaped(tokens, size), *rest)
     size, steps, num_stages = config.tpo.batch_size, config.env.horizon, get_task(config.env.env_id).num_stages
+    num_decisions, is_exact = -(-steps // policy.chunk), policy.preference_score is None
+    num_draws = 1 if is_exact else config.tpo.num_draws
     side = ScoredTrajectory(
-        observation=reshaped(observation, size, steps),
-        action_tokens=array(size, steps, dim, dtype=jnp.int32),
-        ref_logp=array(size, steps),
+        observation=reshaped(observation, size, num_decisions),
+        decision=reshaped(tokens, size, num_decisions) if is_exact else array(size, num_decisions, *window),
+        seed=array(size, num_decisions, num_draws, dtype=jnp.uint32),
+        ref_logp=array(size, steps, num_draws),
         valid=array(size, steps, dtype=bool),
         stage_mask=array(size, num_stages, steps, dtype=bool),
         stage_cost=array(size, num_stages),

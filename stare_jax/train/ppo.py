@@ -1,10 +1,7 @@
 """Interaction: PPO, and STA-PPO, which is PPO on rewards shaped by the potentials of stages."""
 
 import dataclasses
-import functools
 import itertools
-import math
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -13,19 +10,18 @@ import numpy as np
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import PPO_SEEDS, first_seed
 from stare_jax.logging import Clock, Interrupted, progress, say
-from stare_jax.losses import explained_variance, whiten
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.stages import TaskSpec
-from stare_jax.train.annotate import Annotation, annotate_episode
 from stare_jax.train.checkpoint import Checkpoints
 from stare_jax.train.compilations import num_compilations
-from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
+from stare_jax.train.optimizer import OptimizerConfig, frozen_params, make_optimizer, split_params
+from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
-from stare_jax.train.steps import DecisionBatch, check_microbatch, jit_step, make_ppo_step
-from stare_jax.types import PyTree, TrainState, Trajectory
+from stare_jax.train.steps import check_microbatch, jit_step, make_ppo_step
+from stare_jax.types import PyTree, TrainState
 
 PHASE = "ppo"
 
@@ -63,6 +59,12 @@ class PPOConfig:
     """a minibatch whose approximate KL divergence from the policy that acted is above this ends the iteration."""
     value_warmup_iterations: int = 0
     """iterations at the start in which only the value head moves."""
+    kl_coef: float | None = None
+    """weight in the loss of the KL divergence from the policy that the phase starts from (`Policy.divergence`); 0
+    measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
+    chunk_discount: str = "step"
+    """of policies that decide on several actions at a time: "step" discounts by gamma an action, "decision" by gamma a
+    decision, as pi_RL does."""
     time_limit: str = "bootstrap"
     """at the horizon: "bootstrap" from the value of the last state, or "terminate"."""
     terminal_potential: str = "zero"
@@ -86,8 +88,8 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1]")
-        for name in ("value_coef", "entropy_coef", "value_warmup_iterations"):
-            if not getattr(self, name) >= 0:
+        for name in ("value_coef", "entropy_coef", "kl_coef", "value_warmup_iterations"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
         for name in (
             "clip_eps",
@@ -100,7 +102,12 @@ class PPOConfig:
         ):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
-        for name, allowed in (("time_limit", ("bootstrap", "terminate")), ("terminal_potential", ("zero", "keep"))):
+        choices = {
+            "time_limit": ("bootstrap", "terminate"),
+            "terminal_potential": ("zero", "keep"),
+            "chunk_discount": ("step", "decision"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
         check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
@@ -128,7 +135,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     tx = make_optimizer(config.optimizer, num_steps=None)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     step_fn = jit_step(make_ppo_step(policy, tx, config), policy, config, state)
-    prepare = make_prepare(spec, config)
+    reference = reference_params(policy, params, state, config)
+    prepare = make_prepare(spec, config, chunk=policy.chunk)
     counters = _Counters(**saved)
     clock, compiled = Clock(), None
 
@@ -146,7 +154,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
             # ---- Annotate and update --------------------------------------------------------------------------------
             with clock("update"):
                 batch = prepare(rollout)
-                state, updates = _update(state, batch, step_fn, config, run, counters.iteration)
+                state, updates = _update(state, batch, step_fn, reference, config, run, counters.iteration)
             check_finite(updates, phase=PHASE, first_step=counters.updates + 1)
             counters = counters.after(rollout, updates)
             compiled = num_compilations() if compiled is None else compiled
@@ -223,88 +231,33 @@ def _collect(
     return rollout
 
 
-def _metrics(rollout: Rollout, batch: "PPOBatch", updates: list, spec: TaskSpec, config: PPOConfig) -> dict[str, float]:
+def _metrics(rollout: Rollout, batch: PPOBatch, updates: list, spec: TaskSpec, config: PPOConfig) -> dict[str, float]:
     """Returns what an iteration says about learning."""
-    num_actions = batch.annotation.valid_t.sum()
+    num_decisions = batch.annotation.decided_t.sum()
     return (
-        update_metrics(updates, num_actions=num_actions, size=config.minibatch_size)
+        update_metrics(updates, num_decisions=num_decisions, size=config.minibatch_size)
         | rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)
         | {"ppo/explained_variance": float(batch.explained_variance), "ppo/num_minibatches": len(updates)}
     )
 
 
-class PPOBatch(NamedTuple):
-    """Episodes and what is to be learned from them."""
+def reference_params(policy: Policy, params: PyTree, state: TrainState, config: PPOConfig) -> PyTree:
+    """Returns the trained parameters of the policy that a phase starts from, where the state's are; None without need.
 
-    trajectory: Trajectory
-    """NumPy leaves `[E, ...]`."""
-    annotation: Annotation
-    """NumPy leaves `[E, ...]`."""
-    advantage: np.ndarray
-    """float32 `[E, N]`, whitened over the actions that exist."""
-    explained_variance: np.ndarray
-    """float32 scalar, of the returns by the values when the actions were taken."""
-
-
-def make_prepare(spec: TaskSpec, config: PPOConfig) -> Callable[[Rollout], PPOBatch]:
-    """Returns a function that annotates all episodes of a rollout in one compiled call."""
-
-    @jax.jit
-    def annotate(signals, valid, value):
-        annotation = jax.vmap(
-            functools.partial(
-                annotate_episode,
-                spec=spec,
-                shaping=config.shaping,
-                gamma=config.gamma,
-                gae_lambda=config.gae_lambda,
-                time_limit=config.time_limit,
-                terminal_potential=config.terminal_potential,
-            )
-        )(signals, valid, value)
-        advantage = whiten(annotation.advantage_t, annotation.valid_t)
-        return annotation, advantage, explained_variance(value[:, :-1], annotation.return_t, annotation.valid_t)
-
-    def prepare(rollout):
-        trajectory = rollout.trajectory
-        num_episodes = len(trajectory.valid)
-        # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
-        num_rows = config.num_steps or num_episodes
-        inputs = (trajectory.signals, trajectory.valid, trajectory.value)
-        results = jax.device_get(annotate(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
-        return PPOBatch(trajectory, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
-
-    return prepare
-
-
-def _pad(x: np.ndarray, num_rows: int) -> np.ndarray:
-    return np.pad(x, [(0, num_rows - len(x))] + [(0, 0)] * (x.ndim - 1))
-
-
-def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iterator[DecisionBatch]:
-    """Yields the decisions of a batch once, shuffled, in as few minibatches as can be, of equal numbers of decisions to
-    within one and filled up to `size` with rows that are not valid.
-
-    A last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure
-    the KL divergence by them.
+    Args:
+        policy: whose they are.
+        params: that the phase starts from.
+        state: of the phase.
+        config: says whether the divergence from them is asked for.
     """
-    episode, t = np.nonzero(batch.annotation.valid_t)
-    order = rng.permutation(len(episode))
-    for chosen in np.array_split(order, math.ceil(len(order) / size)):
-        rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
-        at = (episode[rows], t[rows])
-        yield DecisionBatch(
-            observation=jax.tree.map(lambda x, at=at: x[at], batch.trajectory.observation),
-            action_tokens=batch.trajectory.action_tokens[at],
-            old_logp=batch.trajectory.logp[at],
-            old_value=batch.trajectory.value[at],
-            advantage=batch.advantage[at],
-            return_=batch.annotation.return_t[at],
-            valid=np.arange(size) < len(chosen),
-        )
+    if config.kl_coef is None:
+        return None
+    freeze = frozen_params(policy, config)
+    (start, _), (now, _) = split_params(params, freeze), split_params(state.params, freeze)
+    return jax.device_put(start, jax.tree.map(lambda x: x.sharding, now))
 
 
-def _update(state, batch: PPOBatch, step_fn, config: PPOConfig, run: Run, iteration: int):
+def _update(state, batch: PPOBatch, step_fn, reference: PyTree, config: PPOConfig, run: Run, iteration: int):
     """Returns the state after the epochs of an iteration, and the metrics of every minibatch."""
     train_policy = np.bool_(iteration >= config.value_warmup_iterations)
     fraction_done = np.float32(iteration / config.num_iterations)
@@ -312,7 +265,7 @@ def _update(state, batch: PPOBatch, step_fn, config: PPOConfig, run: Run, iterat
     epochs = (minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
     updates = []
     for minibatch in itertools.chain.from_iterable(epochs):
-        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done)
+        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
         updates.append(metrics)
         if (config.target_kl is not None and metrics["ppo/stopped"]) or run.should_stop():
             break

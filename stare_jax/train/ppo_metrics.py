@@ -11,7 +11,7 @@ from stare_jax.train.annotate import Annotation
 
 
 def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *, shaping: bool) -> dict[str, float]:
-    """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all actions.
+    """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions.
 
     An episode is over at success or at the horizon; those cut short and those lost do not count, and without any that
     is over, means are NaN. In a batch of a fixed number of steps short episodes end more often than long ones, so the
@@ -23,7 +23,7 @@ def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *,
         spec: the task.
         shaping: whether there is shaping to report on.
     """
-    valid_t = annotation.valid_t
+    valid_t, decided_t = annotation.valid_t, annotation.decided_t
     is_success = annotation.reward_t.any(axis=1)
     is_over = is_success | valid_t[:, -1]
     num_over = int(is_over.sum())
@@ -46,9 +46,9 @@ def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *,
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
         **completed,
         **(shaping_metrics(over, spec) if shaping else {}),
-        "ppo/advantage_std": float(annotation.advantage_t[valid_t].std()),
-        "ppo/return_mean": float(annotation.return_t[valid_t].mean()),
-        "ppo/value_mean": float(rollout.trajectory.value[:, :-1][valid_t].mean()),
+        "ppo/advantage_std": float(annotation.advantage_t[decided_t].std()),
+        "ppo/return_mean": float(annotation.return_t[decided_t].mean()),
+        "ppo/value_mean": float(rollout.trajectory.value[:, :-1][decided_t].mean()),
     }
 
 
@@ -84,7 +84,7 @@ def shaping_metrics(annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
     return within | into | {"shaping/at_success": mean(annotation.reward_t > 0)}
 
 
-def update_metrics(updates: Sequence[Mapping[str, float]], *, num_actions: int, size: int) -> dict[str, float]:
+def update_metrics(updates: Sequence[Mapping[str, float]], *, num_decisions: int, size: int) -> dict[str, float]:
     """Returns the means over an iteration's minibatches, the one that stopped it included, and how far it came.
 
     `ppo/kl_last` is the approximate KL divergence of the last minibatch; `ppo/epochs` counts the minibatches that moved
@@ -92,11 +92,11 @@ def update_metrics(updates: Sequence[Mapping[str, float]], *, num_actions: int, 
 
     Args:
         updates: metrics of each minibatch, see `steps.make_ppo_step`.
-        num_actions: of the batch.
+        num_decisions: of the batch.
         size: of a minibatch.
     """
     num_moves = sum(1 - update["ppo/stopped"] for update in updates)
     return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]} | {
         "ppo/kl_last": float(updates[-1]["ppo/approx_kl"]),
-        "ppo/epochs": float(num_moves / math.ceil(num_actions / size)),
+        "ppo/epochs": float(num_moves / math.ceil(num_decisions / size)),
     }

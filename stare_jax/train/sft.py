@@ -25,6 +25,10 @@ class SFTConfig:
     microbatch_size: int | None = None
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
+    ema_decay: float | None = None
+    """of an exponential moving average of the parameters, which is what the phase ends with; None keeps none."""
+    seed: int = 0
+    """of what the loss draws, such as the noise and the times of flow matching."""
     log_every: int = 20
     """steps."""
     checkpoint_every: int = 1000
@@ -41,7 +45,7 @@ class SFTConfig:
 def train_sft(
     policy: Policy,
     params: PyTree,
-    batches: Callable[[int], Iterator[tuple[Observation, Array]]],
+    batches: Callable[[int], Iterator[tuple[Observation, Array, Array]]],
     config: SFTConfig,
     run: Run,
 ) -> PyTree:
@@ -50,8 +54,8 @@ def train_sft(
     Args:
         policy: whose `imitation_loss` is minimised.
         params: to start from; not consumed.
-        batches: called with the number of steps already taken, returns an iterator over (observation `[B, ...]` with
-            prompts, action float32 `[B, A]`) from there on.
+        batches: called with the number of steps already taken, returns an iterator over what `SFTBatch` holds, with
+            prompts, from there on.
         config: see `SFTConfig`.
         run: see `Run`.
 

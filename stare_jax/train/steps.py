@@ -1,8 +1,4 @@
-"""The optimiser steps of the phases: `make_*_step(policy, tx, config)` -> pure (state, batch) -> (state, metrics).
-
-A batch whose forward and backward pass does not fit into memory is cut into microbatches whose gradients are added up;
-the gradient is that of the whole batch, the metrics are means over its parts.
-"""
+"""The optimiser steps of the phases: `make_*_step(policy, tx, config)` -> pure (state, batch) -> (state, metrics)."""
 
 import functools
 import math
@@ -15,6 +11,7 @@ import optax
 
 from stare_jax.losses import ppo_loss, sta_tpo_loss, tpo_loss
 from stare_jax.models.policy import Policy
+from stare_jax.train.accumulate import cut, gradients, sum_over_parts, uncut
 from stare_jax.train.optimizer import decay_schedule, frozen_params, merge_params, split_params
 from stare_jax.types import Array, Observation, PyTree, TrainState
 
@@ -27,7 +24,9 @@ class SFTBatch(NamedTuple):
     observation: Observation
     """leaves `[B, ...]`."""
     action: Array
-    """float32 `[B, A]`, raw."""
+    """float32 `[B, A]`, raw; `[B, H, A]` of policies with a horizon."""
+    valid: Array
+    """bool `[B]` or `[B, H]`: False beyond an episode's end, where its last action is repeated."""
 
 
 class DecisionBatch(NamedTuple):
@@ -47,16 +46,21 @@ class DecisionBatch(NamedTuple):
 
 
 class ScoredTrajectory(NamedTuple):
-    """One side of B preference pairs, with all that does not depend on the parameters that are trained."""
+    """One side of B preference pairs, with all that does not depend on the parameters that are trained.
+
+    N actions come from D = ceil(N / C) decisions.
+    """
 
     observation: Observation
-    """leaves `[B, N, ...]` of the states in which actions were taken."""
-    action_tokens: Array
-    """`[B, N, ...]`."""
+    """leaves `[B, D, ...]` of the states in which was decided."""
+    decision: Array
+    """what was: `action_tokens` `[B, D, ...]`, or float32 `[B, D, H, A]` for a policy with a `preference_score`."""
+    seed: Array
+    """uint32 `[B, D, M]` of its estimates, the same for both sides of a pair; M is 1 where there is but one."""
     ref_logp: Array
-    """float32 `[B, N]`."""
+    """float32 `[B, N, M]` of each action, or of the decision that begins with it."""
     valid: Array
-    """bool `[B, N]`."""
+    """bool `[B, N]`: which actions exist, or decisions begin with."""
     stage_mask: Array
     """bool `[B, K, N]`."""
     stage_cost: Array
@@ -81,31 +85,41 @@ def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
 def make_sft_step(policy: Policy, tx: optax.GradientTransformation, config) -> Callable:
     """Imitation: (state, `SFTBatch`) -> the mean of `policy.imitation_loss`; config is an `SFTConfig`."""
 
-    def loss_fn(params, batch):
-        loss, metrics = policy.imitation_loss(params, batch.observation, batch.action)
+    def loss_fn(params, inputs):
+        batch, keys = inputs
+        rest = {"valid": batch.valid, "key": jax.random.wrap_key_data(keys)}
+        loss, metrics = policy.imitation_loss(params, batch.observation, batch.action, **rest)
         means = {f"sft/{name}": value.mean() for name, value in metrics.items()}
         return loss.mean(), means | {"sft/loss": loss.mean()}
 
     freeze = frozen_params(policy, config.optimizer)
 
     def step(state, batch):
-        weight = jnp.ones(batch.action.shape[0])
-        grads, metrics = _gradients(loss_fn, state, batch, weight, freeze, config.microbatch_size)
+        size = batch.action.shape[0]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step), size)
+        inputs, weight = (batch, jax.random.key_data(keys)), jnp.ones(size)
+        grads, metrics = gradients(loss_fn, state, inputs, weight, freeze, config.microbatch_size)
         return _apply(state, grads, tx, freeze), metrics | _norms(grads)
 
     return step
 
 
 def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, config) -> Callable:
-    """PPO (2): (state, `DecisionBatch`, train_policy, fraction_done) -> `ppo_loss`; config is a `PPOConfig`.
+    """PPO (2): (state, `DecisionBatch`, train_policy, fraction_done, reference) -> `ppo_loss`; config is a `PPOConfig`.
 
     Where the approximate KL divergence of the batch is above `config.target_kl` the step changes nothing and says so in
     `ppo/stopped`. `train_policy` False moves the value head alone. `fraction_done`, of all iterations, is where
-    `config.optimizer.schedule` stands; the optimiser itself has none.
+    `config.optimizer.schedule` stands; the optimiser itself has none. `reference` are the trained parameters of the
+    policy that the loss may keep to, None where `config.kl_coef` is.
     """
+    freeze, temperature = frozen_params(policy, config.optimizer), config.temperature
 
-    def loss_fn(params, batch):
-        score = policy.log_prob(params, batch.observation, batch.action_tokens, temperature=config.temperature)
+    def loss_fn(params, batch, reference):
+        decisions, divergence = (batch.observation, batch.action_tokens), None
+        score = policy.log_prob(params, *decisions, temperature=temperature)
+        if config.kl_coef is not None:
+            reference = merge_params(reference, split_params(params, freeze)[1])
+            divergence = policy.divergence(params, reference, *decisions, temperature=temperature)
         data = (score.logp, batch.old_logp, batch.advantage, score.value, batch.old_value, batch.return_)
         return ppo_loss(
             *data,
@@ -118,13 +132,13 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
             value_clip_eps=config.value_clip_eps,
             huber_delta=config.huber_delta,
             entropy_coef=config.entropy_coef,
+            divergence=divergence,
+            kl_coef=config.kl_coef or 0.0,
         )
 
-    freeze = frozen_params(policy, config.optimizer)
-
-    def step(state, batch, train_policy, fraction_done):
-        weight = batch.valid.astype(jnp.float32)
-        grads, metrics = _gradients(loss_fn, state, batch, weight, freeze, config.microbatch_size)
+    def step(state, batch, train_policy, fraction_done, reference=None):
+        weight, loss = batch.valid.astype(jnp.float32), functools.partial(loss_fn, reference=reference)
+        grads, metrics = gradients(loss, state, batch, weight, freeze, config.microbatch_size)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
         scale = jnp.float32(decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
 
@@ -148,29 +162,43 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
 
     def step(state, batch):
         trainable, frozen = split_params(state.params, freeze)
+        batch = _pick_draws(batch, state.step, config.draws_per_step)
         decisions = _decisions(batch)
-        shape = (*batch.chosen.valid.shape[:1], 2, *batch.chosen.valid.shape[1:])
+        num_pairs, num_actions = batch.chosen.valid.shape
 
         def logp_fn(params, decisions):
-            return policy.log_prob(merge_params(params, frozen), *decisions).logp
+            params, (observation, decision, seed) = merge_params(params, frozen), decisions
+            if policy.preference_score is None:
+                return policy.log_prob(params, observation, decision).logp[:, None]
+            return policy.preference_score(params, observation, decision, seed).mean(axis=1)
 
         def loss_of_logp(logp):
-            return _preference_loss(logp.reshape(shape), batch, config)
+            logp = logp.reshape(num_pairs, 2, -1, logp.shape[1])
+            return _preference_loss(over_actions(logp, num_actions, policy.chunk), batch, config)
 
         if config.microbatch_size is None:
             grads, metrics = jax.grad(lambda params: loss_of_logp(logp_fn(params, decisions)), has_aux=True)(trainable)
         else:
-            size = batch.chosen.valid.size * 2
-            parts = _cut(decisions, config.microbatch_size)
-            logp = _uncut(jax.lax.map(lambda part: logp_fn(trainable, part), parts), size)
+            size = len(decisions[2])
+            parts = cut(decisions, config.microbatch_size)
+            logp = uncut(jax.lax.map(lambda part: logp_fn(trainable, part), parts), size)
             weight, metrics = jax.grad(loss_of_logp, has_aux=True)(logp)
-            grads = _sum_over_parts(
+            grads = sum_over_parts(
                 lambda part, weight: jax.grad(lambda params: jnp.vdot(logp_fn(params, part), weight))(trainable),
-                (parts, _cut(weight, config.microbatch_size)),
+                (parts, cut(weight, config.microbatch_size)),
             )
         return _apply(state, grads, tx, freeze), metrics | _norms(grads)
 
     return step
+
+
+def over_actions(score: Array, num_actions: int, chunk: int) -> Array:
+    """Lays scores of decisions `[..., D, C or 1]` out over the N actions, `[..., N]`.
+
+    C scores are those of the actions that were executed; a single one stands where the decision begins.
+    """
+    score = jnp.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, chunk - score.shape[-1])])
+    return score.reshape(*score.shape[:-2], -1)[..., :num_actions]
 
 
 def jit_step(step: Callable, policy: Policy, config, state: TrainState) -> Callable:
@@ -221,7 +249,9 @@ def _jit_move(step: Callable, freeze: Sequence[str], state: TrainState) -> Calla
 def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metrics]:
     """The loss of `[B, 2, N]` log-probabilities, chosen first."""
     chosen, rejected = batch
-    scores = (logp[:, 0], chosen.ref_logp, logp[:, 1], rejected.ref_logp, chosen.valid, rejected.valid)
+    ref_logp = (side.ref_logp.mean(axis=-1) for side in batch)
+    chosen_ref_logp, rejected_ref_logp = ref_logp
+    scores = (logp[:, 0], chosen_ref_logp, logp[:, 1], rejected_ref_logp, chosen.valid, rejected.valid)
     if config.variant == "tpo":
         return tpo_loss(*scores, beta=config.beta)
     return sta_tpo_loss(
@@ -239,71 +269,23 @@ def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metr
     )
 
 
-def _decisions(batch: PairBatch) -> tuple[Observation, Array]:
-    """Observations and tokens of both sides, `[B * 2 * N, ...]`; rows stay with their pair, and so on their device."""
+def _pick_draws(batch: PairBatch, step: Array, size: int) -> PairBatch:
+    """Keeps the estimates that a step uses, of all that the reference was asked for; they take turns."""
+    num_draws = batch.chosen.seed.shape[-1]
+    index = (step * size + jnp.arange(min(size, num_draws))) % num_draws
+    return PairBatch(*(side._replace(seed=side.seed[..., index], ref_logp=side.ref_logp[..., index]) for side in batch))
+
+
+def _decisions(batch: PairBatch) -> tuple[Observation, Array, Array]:
+    """Observations, decisions and seeds of both sides, `[B * 2 * D, ...]`; rows stay with their pair, and so on their
+    device."""
 
     def flatten(chosen, rejected):
         both = jnp.stack([chosen, rejected], axis=1)
         return both.reshape(math.prod(both.shape[:3]), *both.shape[3:])  # -1 fails on a state of size zero
 
-    sides = [(side.observation, side.action_tokens) for side in batch]
+    sides = [(side.observation, side.decision, side.seed) for side in batch]
     return jax.tree.map(flatten, *sides)
-
-
-def _gradients(
-    loss_fn: Callable,
-    state: TrainState,
-    batch: PyTree,
-    weight: Array,
-    freeze: Sequence[str],
-    microbatch_size: int | None,
-) -> tuple[PyTree, Metrics]:
-    """Gradient of the trainable parameters and metrics; parts of a batch count by their sum of `weight` `[B]`."""
-    trainable, frozen = split_params(state.params, freeze)
-
-    def grad_fn(part):
-        return jax.grad(lambda params: loss_fn(merge_params(params, frozen), part), has_aux=True)(trainable)
-
-    if microbatch_size is None:
-        return grad_fn(batch)
-    total = jnp.maximum(weight.sum(), 1e-8)
-
-    def share(part, weight):
-        fraction = weight.sum() / total
-        return jax.tree.map(lambda x: jnp.where(fraction > 0, fraction * x, 0.0), grad_fn(part))
-
-    return _sum_over_parts(share, (_cut(batch, microbatch_size), _cut(weight, microbatch_size)))
-
-
-def _cut(tree: PyTree, size: int) -> PyTree:
-    """Cuts leaves `[D, ...]` into `[ceil(D / size), size, ...]`, filled up with zeros.
-
-    Rows are dealt out in turn, so that every part has rows of every device.
-    """
-
-    def one(x):
-        num_parts = -(-x.shape[0] // size)
-        x = jnp.pad(x, [(0, num_parts * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(size, num_parts, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(one, tree)
-
-
-def _uncut(parts: Array, size: int) -> Array:
-    """The inverse of `_cut` for one array of `size` rows."""
-    return parts.swapaxes(0, 1).reshape(math.prod(parts.shape[:2]), *parts.shape[2:])[:size]
-
-
-def _sum_over_parts(fn: Callable, parts: tuple) -> PyTree:
-    """Returns the sum of fn(*part) over the leading axis of `parts`, in float32, one part in memory at a time."""
-    shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, fn(*part)), None
-
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return total
 
 
 def _apply(

@@ -7,6 +7,7 @@ import math
 import jax
 import numpy as np
 
+from stare_jax.data.windows import window_indices
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.lora import drop_adapters, keep_adapters
 from stare_jax.models.policy import Policy
@@ -18,8 +19,8 @@ from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimi
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.step_metrics import StepMetrics
-from stare_jax.train.steps import PairBatch, ScoredTrajectory, jit_step, make_tpo_step
-from stare_jax.types import PreferencePair, PyTree, Trajectory
+from stare_jax.train.steps import PairBatch, ScoredTrajectory, jit_step, make_tpo_step, over_actions
+from stare_jax.types import Observation, PreferencePair, PyTree, Trajectory
 
 PHASE = "tpo"
 
@@ -45,6 +46,11 @@ class TPOConfig:
     reference: str = "start"
     """whose log-probabilities the policy's are compared with: "start", the policy the phase starts from, adapters
     included; "base", the same with its adapters off. Neither is a second copy of the weights."""
+    num_draws: int = 16
+    """noises and times at which a flow policy's reference is asked about every decision, once, before the first step;
+    policies with a log-probability need none of them."""
+    draws_per_step: int = 2
+    """of these, how many a step uses; they take turns."""
     reference_batch_size: int = 64
     """decisions that the reference policy scores at a time, once, before the first step."""
     seed: int = 0
@@ -57,11 +63,14 @@ class TPOConfig:
 
     def __post_init__(self):
         counts = ("num_epochs", "batch_size", "reference_batch_size", "log_every", "checkpoint_every")
-        for name in (*counts, "keep_checkpoints"):
+        for name in (*counts, "keep_checkpoints", "num_draws", "draws_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
         if self.microbatch_size is not None and self.microbatch_size < 1:
             raise ValueError(f"microbatch_size: got {self.microbatch_size}, expected >= 1 or None")
+        if self.num_draws % self.draws_per_step:
+            expected = f"a divisor of num_draws = {self.num_draws}"
+            raise ValueError(f"draws_per_step: got {self.draws_per_step}, expected {expected}")
         if not self.beta > 0:
             raise ValueError(f"beta: got {self.beta}, expected > 0")
         if not self.cost_coef >= 0:
@@ -109,7 +118,8 @@ def train_tpo(
     step_fn = jit_step(make_tpo_step(policy, tx, config), policy, config, state)
     reference = jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params))
     reference = drop_adapters(reference) if config.reference == "base" else reference
-    scored = score_pairs(policy, reference, pairs, spec, batch_size=config.reference_batch_size)
+    sizes = {"batch_size": config.reference_batch_size, "num_draws": config.num_draws}
+    scored = score_pairs(policy, reference, pairs, spec, **sizes)
     del reference
     first = int(state.step)
     steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="pairs")
@@ -160,7 +170,9 @@ def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np
     return np.array([orders[p // num_pairs][p % num_pairs] for p in position])
 
 
-def score_pairs(policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, *, batch_size: int) -> PairBatch:
+def score_pairs(
+    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, *, batch_size: int, num_draws: int = 1
+) -> PairBatch:
     """Computes what stays the same throughout training: reference log-probabilities, stage masks and costs.
 
     Args:
@@ -169,24 +181,54 @@ def score_pairs(policy: Policy, params: PyTree, pairs: PreferencePair, spec: Tas
         pairs: NumPy leaves `[P, ...]`.
         spec: the task's stages.
         batch_size: decisions scored at a time.
+        num_draws: M, estimates of each score where the policy makes estimates.
 
     Returns:
         NumPy leaves `[P, ...]`.
     """
     stages = jax.jit(jax.vmap(functools.partial(action_stages, spec=spec)))
-    log_prob = jax.jit(lambda params, *decisions: policy.log_prob(params, *decisions).logp)
+
+    @jax.jit
+    def score_decisions(params, observation, decision, seed):
+        if policy.preference_score is None:
+            return policy.log_prob(params, observation, decision).logp[:, None, None]
+        return policy.preference_score(params, observation, decision, seed)
 
     def score(trajectory: Trajectory) -> ScoredTrajectory:
-        observation = jax.tree.map(lambda x: x[:, :-1], trajectory.observation)
-        valid = trajectory.valid[:, 1:]
-        ref_logp = np.zeros(valid.shape, np.float32)
-        pair, t = np.nonzero(valid)
+        observation, decision, valid = decisions_of(policy, trajectory)
+        num_pairs, num_decisions = decision.shape[:2]
+        shape = (num_pairs, num_decisions, 1 if policy.preference_score is None else num_draws)
+        seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+        num_scores = 1 if policy.preference_score is None else policy.chunk
+        scores = np.zeros((*shape, num_scores), np.float32)
+        pair, d = np.nonzero(valid[:, :: policy.chunk])
         for start in range(0, len(pair), batch_size):
             rows = np.arange(start, start + batch_size) % len(pair)
-            at = (pair[rows], t[rows])
-            decisions = (jax.tree.map(lambda x, at=at: x[at], observation), trajectory.action_tokens[at])
-            ref_logp[at] = log_prob(params, *decisions)
-        mask, cost, completed = jax.device_get(stages(trajectory.signals, trajectory.valid))
-        return ScoredTrajectory(observation, trajectory.action_tokens, ref_logp, valid, mask, cost, completed)
+            at = (pair[rows], d[rows])
+            inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
+            scores[at] = score_decisions(params, *inputs)
+        over_time = over_actions(scores.swapaxes(1, 2), valid.shape[1], policy.chunk)
+        ref_logp = np.ascontiguousarray(np.moveaxis(over_time, 1, 2))
+        rest = jax.device_get(stages(trajectory.signals, trajectory.valid))
+        return ScoredTrajectory(observation, decision, seed, ref_logp, valid, *rest)
 
     return PairBatch(score(pairs.chosen), score(pairs.rejected))
+
+
+def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, np.ndarray, np.ndarray]:
+    """Returns what was decided in each state in which was decided, t = 0, C, 2C .., and where that counts.
+
+    Args:
+        policy: that is to score the decisions.
+        trajectory: NumPy leaves `[P, ...]`.
+
+    Returns:
+        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; `ScoredTrajectory.valid`.
+    """
+    valid = np.asarray(trajectory.valid)[:, 1:]
+    starts = np.arange(0, valid.shape[1], policy.chunk)
+    observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
+    if policy.preference_score is None:
+        return observation, trajectory.action_tokens[:, starts], valid & (np.arange(valid.shape[1]) % policy.chunk == 0)
+    index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.horizon)
+    return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid

@@ -61,7 +61,7 @@ def observations(policy, size):
 
 def sft_batch(policy):
     action = np.random.default_rng(0).uniform(-0.3, 0.5, (SIZE, policy.action_dim))
-    return SFTBatch(observations(policy, SIZE), action.astype(np.float32))
+    return SFTBatch(observations(policy, SIZE), action.astype(np.float32), np.ones(SIZE, bool))
 
 
 def ppo_batch(policy):
@@ -80,8 +80,9 @@ def pair_batch(policy):
     def side():
         return ScoredTrajectory(
             observation=observation,
-            action_tokens=rng.integers(0, 256, (*shape, policy.action_dim)),
-            ref_logp=rng.normal(-16, 1, shape).astype(np.float32),
+            decision=rng.integers(0, 256, (*shape, policy.action_dim)),
+            seed=np.zeros((*shape, 1), np.uint32),
+            ref_logp=rng.normal(-16, 1, (*shape, 1)).astype(np.float32),
             valid=np.arange(shape[1]) < rng.integers(1, 3, (shape[0], 1)),
             stage_mask=rng.random((shape[0], num_stages, shape[1])) < 0.5,
             stage_cost=rng.random((shape[0], num_stages)).astype(np.float32),

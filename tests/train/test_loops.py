@@ -173,8 +173,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, mak
     observation, action = demonstrations(2)
 
     def batches(start_step):
-        for step, (seen, acted) in enumerate(demo_batches(observation, action, size=32)(start_step), start_step + 1):
-            yield seen, np.where(step < 3, acted, np.float32("nan"))
+        found = demo_batches(observation, action, size=32)(start_step)
+        for step, (seen, acted, valid) in enumerate(found, start_step + 1):
+            yield seen, np.where(step < 3, acted, np.float32("nan")), valid
 
     with pytest.raises(FloatingPointError, match="sft: sft/loss of step 3 is nan"):
         train_sft(policy, params, batches, dataclasses.replace(SFT, log_every=5), make_run())

@@ -11,7 +11,8 @@ from toy_task import expert_episodes
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.train.annotate import Annotation
-from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
+from stare_jax.train.ppo import PPOConfig, train_ppo
+from stare_jax.train.ppo_batch import make_prepare
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
 from stare_jax.types import Trajectory
 
@@ -28,7 +29,7 @@ def annotation():
     stage_t = np.array([[0, 1, 3, 3, 3], [0, 0, 1, 2, 2], [0, 0, 1, 2, 2], [0, 0, 0, 0, 0]])
     completed = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     number_t = np.where(valid_t, np.arange(4), 99).astype(np.float32)
-    return Annotation(reward_t, reward_t + bonus_t, number_t, 2 * number_t, valid_t, stage_t, completed)
+    return Annotation(reward_t, reward_t + bonus_t, number_t, 2 * number_t, valid_t, valid_t, stage_t, completed)
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_annotated_the_same(s
 
 def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing():
     updates = [{"ppo/approx_kl": kl, "ppo/stopped": float(kl > 0.05)} for kl in (0.01, 0.02, 0.03, 0.04, 0.1)]
-    metrics = update_metrics([jax.tree.map(np.float32, update) for update in updates], num_actions=90, size=40)
+    metrics = update_metrics([jax.tree.map(np.float32, update) for update in updates], num_decisions=90, size=40)
     # Of the 3 minibatches of an epoch, the last one of 10 actions, 4 moved parameters.
     expected = {"ppo/approx_kl": 0.04, "ppo/stopped": 0.2, "ppo/kl_last": 0.1, "ppo/epochs": 4 / 3}
     assert metrics == pytest.approx(expected, rel=1e-6)

@@ -12,7 +12,8 @@ from toy_task import NUM_ENVS, demonstrations, random_pairs
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.train.ppo import PPOConfig, make_prepare, minibatches
+from stare_jax.train.ppo import PPOConfig
+from stare_jax.train.ppo_batch import make_prepare, minibatches
 from stare_jax.train.sft import SFTConfig
 from stare_jax.train.sharding import make_mesh
 from stare_jax.train.state import create_state
@@ -72,7 +73,7 @@ def test_minibatches_hold_every_decision_once_and_none_is_small(prepared):
 
 def test_sft_microbatches_give_the_step_of_the_whole_batch(policy, params):
     observation, action = demonstrations(4)
-    batch = SFTBatch(*jax.tree.map(lambda x: x[:24], (observation, action)))
+    batch = SFTBatch(*jax.tree.map(lambda x: x[:24], (observation, action, np.ones(len(action), bool))))
     whole, metrics = take_step(make_sft_step, policy, params, SFTConfig(optimizer=VALUE_FROZEN), batch)
     config = SFTConfig(optimizer=VALUE_FROZEN, batch_size=24, microbatch_size=8)
     cut, cut_metrics = take_step(make_sft_step, policy, params, config, batch)
@@ -165,7 +166,7 @@ def test_pairs_are_scored_by_the_reference_policy_where_there_are_actions(policy
     batch = score_pairs(policy, params, pairs, spec, batch_size=16)
     for side, trajectory in zip(batch, (pairs.chosen, pairs.rejected), strict=True):
         # The reference is the policy that acted, so what it thought then is what it thinks now.
-        np.testing.assert_allclose(side.ref_logp, trajectory.logp, rtol=1e-5)
+        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.logp, rtol=1e-5)
         np.testing.assert_array_equal(side.valid, trajectory.valid[:, 1:])
         np.testing.assert_array_equal(side.stage_mask.sum(axis=1), side.valid)
         assert side.stage_cost.shape == (3, spec.num_stages) and (side.stage_cost >= 0).all()

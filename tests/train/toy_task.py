@@ -61,7 +61,7 @@ def demo_batches(observation, action, *, size, seed=0):
         step = start_step
         while True:
             rows = np.random.default_rng((seed, step)).integers(0, len(action), size)
-            yield jax.tree.map(lambda x, rows=rows: x[rows], observation), action[rows]
+            yield jax.tree.map(lambda x, rows=rows: x[rows], observation), action[rows], np.ones(size, bool)
             step += 1
 
     return batches
