@@ -9,6 +9,7 @@ import jax
 
 from stare_jax.convert.openpi_stats import find_stats, read_openpi_stats
 from stare_jax.convert.pi05 import Weights, load_weights, open_openpi, open_paligemma, open_port, with_heads
+from stare_jax.convert.pi05_export import check_counterpart
 from stare_jax.convert.pi05_files import list_tensors, tree_folder
 from stare_jax.convert.pi05_kept import KEPT, keep_aside
 from stare_jax.convert.pi05_npz import is_npz
@@ -52,8 +53,10 @@ def open_weights(source: Path, *, config: Pi05Config | None = None) -> Weights:
         config: what the model has to be; None takes its sizes from the weights, and the rest from `pi05_base`.
 
     Raises:
-        WeightsError: there are none, or they do not fit.
+        WeightsError: there are none, or they do not fit, or the model has parts that openpi's does not have.
     """
+    if config is not None:
+        check_counterpart(config)
     base = config or pi05_base()
     if is_npz(source):
         return open_paligemma(source, base=base, config=config)
