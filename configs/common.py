@@ -3,6 +3,7 @@
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -29,6 +30,26 @@ def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str)
     for section in ("demos", "sft", "pairs", "ppo", "tpo"):
         config[section].seed = config.get_ref("seed")
     return config
+
+
+def split_variant(variant: str, *, tasks: Sequence[str], words: Sequence[str]) -> tuple[str, set[str]]:
+    """Returns the task of a variant such as "StackCube-v1,pi05,full", the first one where none is named, and the rest.
+
+    Args:
+        variant: what stands behind the colon of `--config`.
+        tasks: environments to choose from.
+        words: what else may stand there.
+
+    Raises:
+        ValueError: something else does.
+    """
+    parts = [part for part in variant.split(",") if part]
+    named = [part for part in parts if part in tasks]
+    if unknown := set(parts) - set(tasks) - set(words):
+        raise ValueError(f"variant: got {', '.join(sorted(unknown))}, expected some of {', '.join((*words, *tasks))}")
+    if len(named) > 1:
+        raise ValueError(f"variant: got {', '.join(named)}, expected one task")
+    return (named or list(tasks))[0], set(parts) - set(named)
 
 
 def _with_placeholders(config: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python launch/train.py --config=configs/quickstart.py        from images alone
     python launch/train.py --config=configs/quickstart.py:tcp    with the end-effector's position in the prompt
+    python launch/train.py --config=configs/quickstart.py:pi05   the same with pi0.5, a flow over chunks of actions
 
 Expect 94 to 99 % success from images alone, on 100 fresh episodes, in ten to twelve minutes on two CPU cores. A policy
 of a million parameters, 64 x 64 images, 30 actions an episode. Ten minutes are too few for PPO to add much to that;
@@ -10,17 +11,21 @@ configs/ipi_pushcube.py gives it an hour, from a weaker start.
 
 from configs.common import base_config
 from stare_jax.envs import EnvConfig
-from stare_jax.models import openvla_tiny
+from stare_jax.models import openvla_tiny, pi05_tiny
 
 
-def get_config(state: str = ""):
-    """`state` is "" or "tcp"."""
-    if state not in ("", "tcp"):
-        raise ValueError(f"quickstart: got {state!r}, expected 'tcp' or nothing")
-    env = EnvConfig("PushCube-v1", num_workers=2, horizon=30, image_size=64, use_state=state or "low_dim")
+def get_config(variant: str = ""):
+    """`variant` is "", "tcp" or "pi05"."""
+    if variant not in ("", "tcp", "pi05"):
+        raise ValueError(f"quickstart: got {variant!r}, expected 'tcp', 'pi05' or nothing")
+    use_state = "tcp" if variant == "tcp" else "low_dim"
+    env = EnvConfig("PushCube-v1", num_workers=2, horizon=30, image_size=64, use_state=use_state)
     # Without "tcp" the policy sees images alone; its critic, which is gone after training, sees the state.
-    model = openvla_tiny(env.state_dim, critic="own" if state else "state")
-    config = base_config(env, model, name=f"quickstart_{state}".strip("_"))
+    if variant == "pi05":
+        model = pi05_tiny(env.state_dim, critic="state")
+    else:
+        model = openvla_tiny(env.state_dim, critic="own" if variant else "state")
+    config = base_config(env, model, name=f"quickstart_{variant}".strip("_"))
     config.stages.progressive = True
 
     config.demos.num_demos = 760
@@ -55,4 +60,12 @@ def get_config(state: str = ""):
     config.ppo.checkpoint_every = 1
 
     config.evaluation.num_episodes = 100
+    if variant == "pi05":
+        set_flow(config)
     return config
+
+
+def set_flow(config):
+    """Sets what differs where a chunk of actions flows from noise."""
+    config.tpo.beta = 0.01
+    config.ppo.temperature = 1.0

@@ -11,10 +11,12 @@ The tiny policy, a million parameters, shows on two CPU cores that all works, an
 settings and wants a node of eight 80 GB accelerators, see `--plan`.
 """
 
+import dataclasses
+
 from configs.common import base_config
-from configs.ipi_maniskill import fine_tuned
+from configs.recipes import make_model
 from stare_jax.envs import EnvConfig
-from stare_jax.models import openvla_7b, openvla_tiny
+from stare_jax.models import openvla_tiny
 
 
 def get_config(arg: str = "tiny"):
@@ -32,7 +34,7 @@ def get_config(arg: str = "tiny"):
     if is_tiny:
         model = openvla_tiny(camera="3rd_view_camera", prompt_length=160)
     else:
-        model = fine_tuned(openvla_7b(prompt_length=128), "full")
+        model = dataclasses.replace(make_model({"full"}, camera="3rd_view_camera"), prompt_length=128)
     config = base_config(env, model, name=f"sft_bridge_{preset}")
     config.phases = ("sft",)
     config.demos_of = "bridge_orig"

@@ -4,6 +4,8 @@ from stare_jax.models.lora import LoRAConfig, add_adapters, drop_adapters, merge
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.openvla import OpenVLAConfig, make_openvla, openvla_7b, openvla_state, openvla_tiny
 from stare_jax.models.pi05 import Pi05Config, make_pi05, pi05_base, pi05_state, pi05_tiny
+from stare_jax.models.pi05_sharding import EXPERTS as PI05_EXPERTS
+from stare_jax.models.pi05_sharding import PALIGEMMA as PI05_PALIGEMMA
 from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
 from stare_jax.types import NormStats
 
@@ -29,6 +31,8 @@ def make_policy(config: ModelConfig, norm_stats: NormStats) -> Policy:
 
 
 __all__ = [
+    "PI05_EXPERTS",
+    "PI05_PALIGEMMA",
     "ActionScore",
     "Decision",
     "LoRAConfig",

@@ -60,8 +60,9 @@ def split_batch(x: jax.Array) -> jax.Array:
     """Keeps the rows `[B, ...]` of activations split over the mesh on which parameters lie, where it divides them.
 
     Left to itself, the compiler would rather split activations as it finds weights split, by width, and exchange
-    activations of the whole batch in every layer instead of gathering the layer's weights. On one device this is
-    nothing.
+    activations of the whole batch in every layer instead of gathering the layer's weights. Gradients are kept split
+    where the activations are: what goes into a product whose weights are split by its input has to be split here, or
+    its gradient is not. On one device this is nothing.
     """
     mesh = jax.typeof(x).sharding.mesh  # every value knows it, wherever it is traced
     if mesh.size <= 1 or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):

@@ -257,4 +257,4 @@ class Llama(nn.Module):
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
         """Returns float32 logits `[..., stop - start]` of the token ids in [start, stop)."""
-        return self.lm_head(hidden, start, stop)
+        return self.lm_head(split_batch(hidden), start, stop)

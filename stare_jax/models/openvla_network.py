@@ -83,6 +83,10 @@ class OpenVLAConfig:
     """whether sampling takes each decoder layer's weights out of their stack first (`llama.unstack`): on GPUs a token
     then costs a third of the memory traffic, and the decoder's weights are in memory twice while it lasts."""
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return () if self.state_tokens else (self.camera,)
+
     def __post_init__(self):
         if self.state_tokens:
             self._check_state_only()
@@ -143,7 +147,7 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         linear = partial(Linear, execution=self.execution, lora=self.lora)
-        x = gelu(linear((self.hidden_dim,), name="fc1")(x))
+        x = gelu(linear((self.hidden_dim,), name="fc1")(split_batch(x)))
         x = gelu(split_batch(linear((self.width,), name="fc2")(x)))
         return split_batch(linear((self.width,), name="fc3")(x))
 

@@ -14,6 +14,8 @@ from stare_jax.models.pi05_network import Pi05Config
 
 Rule = tuple[str, P]
 
+EXPERTS = (r"^PaliGemma/llm/layers/(attn|mlp)",)
+"""what openpi adapts: all products of both language models; with `_1` behind the names, of the action expert."""
 PALIGEMMA = r"^PaliGemma/(?:img/|llm/(?!.*_1/))(?!.*lora_[ab]$)"
 """regex of the vision tower and the language model without its action expert: what is frozen where the expert alone is
 trained, as in pi_RL."""
@@ -40,14 +42,14 @@ def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
         (r"llm/layers/pre_\w+_norm_1/Dense_0/kernel$", P(None, "fsdp", None)),
         (r"llm/final_norm_1/Dense_0/kernel$", P("fsdp", None)),
         (r"llm/.*norm_1/Dense_0/bias$", P()),
-        (r"^(action_(in|out)_proj|time_mlp_(in|out)|value_head/\w+|noise_head/\w+)/(kernel|bias)$", P()),
+        (r"(action_(in|out)_proj|time_mlp_(in|out)|value_head/\w+|noise_head/\w+)/(kernel|bias)$", P()),
     ]
     if config.state_tokens:
-        rules += [(r"^state_embed/kernel$", P(None, None, "fsdp")), (r"^state_embed/bias$", P())]
+        rules += [(r"state_embed/kernel$", P(None, None, "fsdp")), (r"state_embed/bias$", P())]
     else:
         rules += _tower_rules()
         if config.stem:
-            rules.append((r"^stem/conv_\d+/(kernel|bias)$", P()))
+            rules.append((r"stem/conv_\d+/(kernel|bias)$", P()))
     for path, (*stack, inputs, outputs) in _WEIGHTS.items():
         rules.append((rf"{path}$", P(None, *stack, inputs, outputs)))
         module = path.removesuffix("/w").replace("(_1)?", "")

@@ -100,9 +100,8 @@ def collect_episodes(
     while True:
         # ---- Decide -------------------------------------------------------------------------------------------------
         is_first = places.is_first
-        needs_value = bool((places.t == env.horizon).any())
         with clock("policy"):
-            decision, seen = decisions.next(state, env.instructions, is_first, needs_value=needs_value)
+            decision, seen = decisions.next(state, env.instructions, is_first, needs_value=places.t == env.horizon)
             recorded = jax.device_get(decision)
 
         # ---- Record, end episodes, hand out the next seeds ----------------------------------------------------------
@@ -153,7 +152,7 @@ class _Decisions:
         return self._num_played == self.chunk
 
     def next(
-        self, state: EnvStep, instructions: Sequence[str], is_first: np.ndarray, *, needs_value: bool
+        self, state: EnvStep, instructions: Sequence[str], is_first: np.ndarray, *, needs_value: np.ndarray
     ) -> tuple[Decision, Observation]:
         """Returns what is to be done in a state, one action a row, and the observation to store.
 
@@ -161,11 +160,11 @@ class _Decisions:
             state: of the environments.
             instructions: of each.
             is_first: as `Act` gets it.
-            needs_value: whether some row's value has to be known, also where nothing new is to be decided.
+            needs_value: bool `[B]`, rows whose value has to be known, also where nothing new is to be decided.
         """
         is_new = self._decided is None or self.are_executed
         asked = None
-        if is_new or needs_value:
+        if is_new or needs_value.any():
             asked = self._act(state.observation, state.signals, instructions, is_first)
         if is_new:
             self._decided, self._num_played = asked, 0
@@ -176,7 +175,7 @@ class _Decisions:
         if is_new:
             return decision._replace(action=action), seen
         nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), decision._replace(action=()))
-        value = nothing.value if asked is None else asked[0].value
+        value = nothing.value if asked is None else np.where(needs_value, asked[0].value, nothing.value)
         no_prompt = {"tokens": np.zeros_like(seen.tokens), "token_mask": np.zeros_like(seen.token_mask)}
         return nothing._replace(action=action, value=value), state.observation._replace(**no_prompt)
 

@@ -95,6 +95,10 @@ class IPIConfig:
                     f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
                     "actions need not lead to equal states"
                 )
+        if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
+            raise ValueError(
+                "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
+            )
         param_dtype = self.model.execution.param_dtype
         if self.model.lora is None and param_dtype != "float32":
             raise ValueError(
@@ -195,7 +199,7 @@ def check_demonstrations(config: IPIConfig) -> None:
     if model.state_dim:  # A policy that sees no state is not shown what is stored.
         expected["state"] = [model.state_dim]
     if env.image_size:
-        expected[f"image/{model.camera}"] = [*env.image_shape, 3]
+        expected |= {f"image/{camera}": [*env.image_shape, 3] for camera in model.cameras}
     got = manifest._asdict() | manifest.shapes
     wrong = {name: value for name, value in expected.items() if got.get(name) != value}
     if wrong:

@@ -3,13 +3,15 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from stare_jax.models.policy import Policy
 from stare_jax.train.sharding import path_name
-from stare_jax.types import PyTree
+from stare_jax.types import PyTree, TrainState
 
 VALUE_PARAMS = r"^value"
 
@@ -120,6 +122,40 @@ def _schedule(config: OptimizerConfig, peak: float, num_steps: int | None) -> op
     # Starts at one step's worth, not at zero, so that the first update is not lost.
     warmup = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+class AverageState(NamedTuple):
+    """State of `keep_average`."""
+
+    inner: PyTree
+    average: PyTree
+    """of the trainable parameters."""
+
+
+def keep_average(tx: optax.GradientTransformation, decay: float | None) -> optax.GradientTransformation:
+    """Returns an optimiser that also keeps an exponential moving average of the parameters, beginning with the first.
+
+    Args:
+        tx: the optimiser; its updates are taken to be applied as they are.
+        decay: what remains of the average after a step, in (0, 1); None returns `tx`.
+    """
+    if decay is None:
+        return tx
+
+    def init(params):
+        return AverageState(tx.init(params), jax.tree.map(jnp.array, params))
+
+    def update(grads, state, params):
+        updates, inner = tx.update(grads, state.inner, params)
+        moved = optax.apply_updates(params, updates)
+        return updates, AverageState(inner, optax.incremental_update(moved, state.average, 1 - decay))
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged_params(state: TrainState, freeze: Sequence[str]) -> PyTree:
+    """Returns the parameters with the average of `keep_average` in place of those that are trained."""
+    return merge_params(state.opt_state.average, split_params(state.params, freeze)[1])
 
 
 def frozen_params(policy: Policy, config: OptimizerConfig) -> tuple[str, ...]:

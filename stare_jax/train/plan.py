@@ -18,7 +18,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.stages import get_task
 from stare_jax.train.ipi import PHASES, IPIConfig
-from stare_jax.train.optimizer import frozen_params, make_optimizer, split_params
+from stare_jax.train.optimizer import frozen_params, keep_average, make_optimizer, split_params
 from stare_jax.train.sharding import batch_sharding, check_batch_size, make_abstract_mesh
 from stare_jax.train.state import abstract_state
 from stare_jax.train.steps import (
@@ -57,7 +57,7 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
     plans = {}
     for phase in config.phases:
         section = getattr(config, phase)
-        tx = make_optimizer(section.optimizer, num_steps=1)
+        tx = keep_average(make_optimizer(section.optimizer, num_steps=1), getattr(section, "ema_decay", None))
         layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, section.optimizer)}
         state = abstract_state(params, tx, **layout)
         for name in ("batch_size", "minibatch_size", "microbatch_size"):

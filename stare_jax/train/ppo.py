@@ -252,7 +252,7 @@ def reference_params(policy: Policy, params: PyTree, state: TrainState, config: 
     """
     if config.kl_coef is None:
         return None
-    freeze = frozen_params(policy, config)
+    freeze = frozen_params(policy, config.optimizer)
     (start, _), (now, _) = split_params(params, freeze), split_params(state.params, freeze)
     return jax.device_put(start, jax.tree.map(lambda x: x.sharding, now))
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
+from stare_jax.train.optimizer import (
+    VALUE_PARAMS,
+    OptimizerConfig,
+    averaged_params,
+    frozen_params,
+    keep_average,
+    make_optimizer,
+)
 from stare_jax.train.sharding import check_batch_size
 from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.step_metrics import StepMetrics
@@ -26,7 +33,8 @@ class SFTConfig:
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
     ema_decay: float | None = None
-    """of an exponential moving average of the parameters, which is what the phase ends with; None keeps none."""
+    """of an exponential moving average of the parameters, with which the phase ends, and its last checkpoint; None
+    keeps none."""
     seed: int = 0
     """of what the loss draws, such as the noise and the times of flow matching."""
     log_every: int = 20
@@ -39,6 +47,8 @@ class SFTConfig:
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, expected in (0, 1) or None")
         check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
 
 
@@ -66,7 +76,7 @@ def train_sft(
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_batch_size("batch_size", config.batch_size, run.mesh)
     check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
-    tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
+    tx = keep_average(make_optimizer(config.optimizer, num_steps=config.num_steps), config.ema_decay)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     step_fn = jit_step(make_sft_step(policy, tx, config), policy, config, state)
     first = int(state.step)
@@ -93,6 +103,8 @@ def train_sft(
                 bar.update(num_steps, loss=means["sft/loss"])
 
             # ---- Save -----------------------------------------------------------------------------------------------
+            if is_last and config.ema_decay is not None:
+                state = state.replace(params=averaged_params(state, frozen_params(policy, config.optimizer)))
             if is_saving:
                 checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
             if is_stopping and not is_last:

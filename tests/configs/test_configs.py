@@ -17,12 +17,14 @@ from stare_jax.train.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
-    "quickstart": ("", "tcp"),
+    "quickstart": ("", "tcp", "pi05"),
     "study_pushcube_state": ("ppo", "sta_ppo"),
     "ipi_pushcube": ("ppo", "sta_ppo"),
     "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
-    "ipi_maniskill": ("PushCube-v1,full", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1"),
+    "ipi_maniskill": ("pi05", "PushCube-v1,full", "PullCube-v1", "StackCube-v1,pi05,lora", "LiftPegUpright-v1"),
     "ipi_widowx": (
+        "pi05",
+        "StackGreenCubeOnYellowCubeBakedTexInScene-v1,pi05,full",
         "PutSpoonOnTableClothInScene-v1,full",
         "PutCarrotOnPlateInScene-v1",
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1",
@@ -43,7 +45,7 @@ def load(name: str, variant: str) -> IPIConfig:
 
 
 def test_the_table_above_lists_every_configuration():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common", "recipes"}
     assert files == set(VARIANTS)
 
 

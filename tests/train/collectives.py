@@ -9,8 +9,10 @@ from typing import NamedTuple
 from stare_jax.models.heads import NUM_BINS
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-IN_LAYERS = re.compile(r"/(layers|blocks)/")
-"""in the paths of what is in a loop over layers."""
+OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
+"""what weights and their gradients take; the others move activations from one layout to another."""
+IN_LAYERS = re.compile(r"\b(layers|blocks)/")
+"""in the paths of what is in a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
 
 
 class Collective(NamedTuple):
@@ -98,7 +100,7 @@ def not_zero3(
             in_layers.add(size)
             missing[_stack(path), size] += num_passes[_stack(path)] * is_split
         else:
-            elsewhere |= {math.prod(shape), shape[0] * NUM_BINS, shape[-1] * NUM_BINS}
+            elsewhere |= {math.prod(shape), shape[0] * NUM_BINS} if "lm_head" in path else {math.prod(shape)}
     # A tower's class token and registers are put together before anything is done with them.
     for tower in ("dino", "siglip"):
         elsewhere.add(
@@ -107,11 +109,11 @@ def not_zero3(
     problems = moved_out(found)
     for one in found:
         if IN_LAYERS.search(one.source):
-            if one.kind not in ("all-gather", "all-reduce", "reduce-scatter") or not in_layers.issuperset(one.sizes):
+            if one.kind not in OF_WEIGHTS or not in_layers.issuperset(one.sizes):
                 problems.append(f"not weights of a layer: {one}")
             if one.kind == "all-gather":
                 missing.subtract((_stack(one.source), size) for size in one.sizes)
-        elif "llm.embed/" not in one.source and not elsewhere.issuperset(one.sizes):
+        elif one.kind not in OF_WEIGHTS or not ("llm.embed/" in one.source or elsewhere.issuperset(one.sizes)):
             problems.append(f"not weights: {one}")
     counts = [f"{stack}: {n} gathers too few of {size} elements" for (stack, size), n in missing.items() if n]
     return problems + counts

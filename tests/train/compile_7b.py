@@ -50,6 +50,8 @@ def lower_phase(phase, config, policy, mesh):
     extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
     lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
     trainable, frozen = split_params(state.params, frozen_params(policy, section.optimizer))
+    if phase == "tpo":  # Preferences ask for no value, and a compiled program is not given what it does not read.
+        frozen = {name: leaf for name, leaf in frozen.items() if name != "value_head"}
     return lowered, state.replace(params=trainable), (frozen, batch)
 
 

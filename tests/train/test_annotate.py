@@ -12,7 +12,16 @@ from stare_jax.train.annotate import action_stages, annotate_episode
 
 annotate = jax.jit(
     annotate_episode,
-    static_argnames=("spec", "shaping", "gamma", "gae_lambda", "time_limit", "terminal_potential"),
+    static_argnames=(
+        "spec",
+        "shaping",
+        "gamma",
+        "gae_lambda",
+        "time_limit",
+        "terminal_potential",
+        "chunk",
+        "chunk_discount",
+    ),
 )
 PLAIN = {"shaping": False, "gamma": 0.5, "gae_lambda": 1.0, "time_limit": "bootstrap", "terminal_potential": "zero"}
 
@@ -109,3 +118,39 @@ def test_what_is_not_valid_does_not_count(episodes, spec):
     np.testing.assert_allclose(padded_stages.cost, stages.cost, atol=1e-6)
     np.testing.assert_array_equal(padded_stages.mask[:, :11], stages.mask)
     assert not padded_stages.mask[:, 11:].any()
+
+
+@pytest.mark.parametrize("chunk_discount", ["step", "decision"])
+@pytest.mark.parametrize("time_limit", ["bootstrap", "terminate"])
+@pytest.mark.parametrize("chunk", [2, 3, 7, 40])
+def test_shaping_telescopes_at_the_ends_of_chunks(episodes, spec, chunk, time_limit, chunk_discount):
+    """`sum_k d_0 .. d_{k-1} F_k = -Phi(s_0)`, plus what is left at a time limit; short last chunks included."""
+    signals, valid = episodes
+    options = PLAIN | {"gamma": 0.9, "time_limit": time_limit, "chunk": chunk, "chunk_discount": chunk_discount}
+    for e in (0, 9):  # a failure, which runs to the horizon, and a success, which ends within a chunk
+        one = jax.tree.map(lambda x, e=e: x[e], (signals, valid))
+        zero = np.zeros(len(one[1]), np.float32)
+        # With a critic of zero and lambda 1 the first return is the sum of all that decisions earn.
+        shaped, plain = (annotate(*one, zero, spec=spec, **(options | {"shaping": on})) for on in (True, False))
+        potential = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(*one)
+        length = int(one[1].sum()) - 1
+        is_open = plain.reward_t.sum() == 0 and time_limit == "bootstrap"
+        num_decisions = -(-length // chunk)
+        discount = 0.9 ** (num_decisions if chunk_discount == "decision" else length) if is_open else 0.0
+        gap = shaped.return_t[0] - plain.return_t[0]
+        np.testing.assert_allclose(gap, discount * potential[length] - potential[0], atol=1e-5)
+        assert plain.decided_t.sum() == num_decisions and not plain.advantage_t[~plain.decided_t].any()
+
+
+def test_decisions_earn_what_their_actions_do(episodes, spec):
+    """Five actions in chunks of two, success at the fifth: by hand."""
+    first = jax.tree.map(lambda x: x[0, :6], episodes[0])
+    signals, valid = first._replace(success=np.arange(6) == 5), np.ones(6, bool)
+    value = np.float32([0.1, 9.0, 0.2, 9.0, 0.4, 9.0])  # 9 where nothing is decided: never read
+    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2}))
+    # From the last: A = 1 - 0.4; A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6; A = 0.25 * 0.2 - 0.1 + 0.25 * 0.05
+    np.testing.assert_allclose(got.advantage_t, [-0.0375, 0, 0.05, 0, 0.6], atol=1e-6)
+    np.testing.assert_allclose(got.return_t, [0.0625, 0, 0.25, 0, 1.0], atol=1e-6)
+    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2, "chunk_discount": "decision"}))
+    # A = 0.6; A = 0.5 * 0.4 - 0.2 + 0.5 * 0.6; A = 0.5 * 0.2 - 0.1 + 0.5 * 0.3
+    np.testing.assert_allclose(got.advantage_t, [0.15, 0, 0.3, 0, 0.6], atol=1e-6)

@@ -96,17 +96,19 @@ def test_every_step_of_openvla_on_eight_devices_is_that_on_one():
     check_openvla(run_on_eight_devices("sharded_openvla.py", timeout=3000))
 
 
-# An all-gather of one layer's largest product, which is the largest thing that is ever exchanged.
+# An all-gather of one layer's largest kernel, or of the share of it that a tensor axis leaves to a device, is the
+# largest thing that is ever exchanged.
 LARGEST_KERNEL = 4096 * 11008
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["ppo 8 1", "ppo 8 1 full", "tpo 8 1", "sample 8 1", "ppo 4 2", "sample 4 2"])
 def test_openvla_7b_gathers_one_layer_at_a_time(case):
+    tensor = int(case.split()[2])
     found = run_on_eight_devices("compile_7b.py", *case.split(), timeout=1200)
-    assert found["moved_out"] == [] and found["largest"] <= LARGEST_KERNEL
-    if " 8 1" in case:
+    assert found["moved_out"] == [] and found["largest"] <= LARGEST_KERNEL // tensor
+    if tensor == 1:
         assert found["not_zero3"] == []
-    # What a device holds is its share, and what a step changes is changed in place.
-    assert abs(found["argument_bytes"] - found["expected_bytes"]) < 2**20
-    assert abs(found["reused_bytes"] - found["moving_bytes"]) < 2**20
+    # What a device holds is its share, up to a few scalars, and what a step changes is changed in place.
+    assert abs(found["argument_bytes"] - found["expected_bytes"]) < 2**10
+    assert found["reused_bytes"] == found["moving_bytes"]

@@ -1,0 +1,340 @@
+"""pi0.5 as a policy: chains and their densities, the surrogate for preferences, what is trained, what it reads."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nano_flow import INSTRUCTIONS, flow_config, random_params
+from nano_policy import jit, random_observation, some_stats
+from PIL import Image
+
+from stare_jax.losses import flow
+from stare_jax.models import (
+    PI05_EXPERTS,
+    PI05_PALIGEMMA,
+    LoRAConfig,
+    drop_adapters,
+    make_policy,
+    merge_adapters,
+    pi05_base,
+    with_prompt,
+)
+from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
+from stare_jax.models.pi05_network import Pi05
+from stare_jax.models.pi05_prompt import STATE_TEMPLATE, bin_state, clean, encode_prompt, read_observation
+from stare_jax.models.pi05_sharding import has_frozen_prefix
+from stare_jax.models.preprocess import resize_with_pad
+from stare_jax.models.tokenizer import word_tokenizer
+from stare_jax.train.optimizer import split_params
+from stare_jax.train.sharding import path_name
+
+STATS = some_stats(3, 2)
+
+
+@functools.cache
+def case(noise="sde", **changes):
+    policy = make_policy(flow_config(noise=noise, **changes), STATS)
+    return policy, random_params(policy), random_observation(policy, INSTRUCTIONS)
+
+
+@functools.cache
+def decided(noise):
+    policy, params, observation = case(noise)
+    return jit(policy.sample)(params, observation, jax.random.key(1), temperature=0.7)
+
+
+@pytest.mark.parametrize(("noise", "num_drawn"), [("sde", 1), ("learned", 3)])
+def test_a_chain_is_scored_as_it_was_drawn(noise, num_drawn):
+    policy, params, observation = case(noise)
+    decision = decided(noise)
+    chain = np.asarray(decision.action_tokens)
+    assert decision.action.shape == (2, 2, 3) and chain.shape == (2, 4, 4, 5)
+    np.testing.assert_array_equal(chain[..., -1], np.broadcast_to(chain[:, :, :1, -1], chain.shape[:-1]))
+    assert (chain[:, :, 0, -1].sum(axis=1) == num_drawn).all() and not chain[:, 0, 0, -1].any()
+    score = jit(policy.log_prob)(params, observation, chain, temperature=0.7)
+    np.testing.assert_allclose(score.logp, decision.logp, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(score.value, decision.value, atol=1e-5)
+    # The end of the chain is what is executed, in raw units.
+    expected = from_quantiles(chain[:, -1, :2, :3], STATS.action_q01, STATS.action_q99)
+    np.testing.assert_allclose(decision.action, expected, atol=1e-6)
+
+
+def test_a_density_that_is_computed_by_hand():
+    """Flow-SDE, from the drift form of pi_RL's paper, with the velocities of the network itself."""
+    policy, params, observation = case("sde")
+    chain, config = np.asarray(decided("sde").action_tokens), flow_config()
+    prefix, velocity = by_hand(config, params, observation)
+    num_steps, level = 3, config.noise_level * 0.7
+    for row in range(2):
+        (i,) = np.flatnonzero(chain[row, 1:, 0, -1])
+        x, after = chain[row, i, :, :-1], chain[row, i + 1, :, :-1]
+        t, delta = 1 - i / num_steps, 1 / num_steps
+        sigma = level * np.sqrt(t / (1 - (t if i else 1 - delta)))
+        v = velocity(prefix, np.broadcast_to(x, (2, *x.shape)), t)[row]
+        mean = x - delta * v - sigma**2 * delta / (2 * t) * (x + (1 - t) * v)
+        z = (after - mean)[:2, :3] / (sigma * np.sqrt(delta))  # executed steps, the robot's dimensions
+        expected = np.sum(-0.5 * z**2 - np.log(sigma * np.sqrt(delta)) - 0.5 * np.log(2 * np.pi))
+        np.testing.assert_allclose(decided("sde").logp[row], expected, rtol=1e-4)
+
+
+def by_hand(config, params, observation):
+    """The prefix, and (prefix, points [B, H, A], time) -> velocities."""
+    network = Pi05(config)
+    apply = jit(
+        lambda params, *args, method: network.apply({"params": params}, *args, method=method), static_argnames="method"
+    )
+    scene, tokens, mask = read_observation(config, STATS, observation)
+    _, cache, valid = apply(params, scene, None, tokens, mask, method="prefix")
+
+    def velocity(prefix, x, t):
+        time = np.full((len(x), 1), t, np.float32)
+        hidden = apply(params, *prefix, x[:, None].astype(np.float32), time, method="suffix")
+        return np.asarray(apply(params, hidden, method="velocity"))[:, 0]
+
+    return (cache, valid), velocity
+
+
+@pytest.mark.parametrize("noise", ["ode", "sde", "learned"])
+def test_without_temperature_it_is_eulers_method(noise):
+    policy, params, observation = case(noise)
+    decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=0.0)
+    chain = np.asarray(decision.action_tokens)[..., :-1]
+    prefix, velocity = by_hand(flow_config(noise=noise), params, observation)
+    for i in range(3):
+        np.testing.assert_allclose(
+            chain[:, i + 1], chain[:, i] - velocity(prefix, chain[:, i], 1 - i / 3) / 3, atol=1e-5
+        )
+    assert not np.asarray(decision.action_tokens)[..., -1].any() and not np.asarray(decision.logp).any()
+
+
+@pytest.mark.parametrize("noise", ["sde", "learned"])
+def test_the_divergence_is_zero_from_itself_and_that_of_normal_distributions_from_another(noise):
+    policy, params, observation = case(noise)
+    tokens = decided(noise).action_tokens
+    other = jax.tree.map(lambda x: 1.02 * x, params)
+    divergence = jit(policy.divergence)
+    np.testing.assert_allclose(divergence(params, params, observation, tokens), 0, atol=1e-6)
+    found = np.asarray(divergence(params, other, observation, tokens))
+    assert (found > 1e-6).all()
+    if noise == "sde":
+        # delta (1 + sigma^2 (1 - t) / 2 t)^2 |v - v_ref|^2 / 2 sigma^2
+        (prefix, velocity), (ref_prefix, ref_velocity) = (
+            by_hand(flow_config(), p, observation) for p in (params, other)
+        )
+        chain = np.asarray(tokens)
+        for row in range(2):
+            (i,) = np.flatnonzero(chain[row, 1:, 0, -1])
+            t, x = 1 - i / 3, np.broadcast_to(chain[row, i, :, :-1], (2, 4, 4))
+            sigma = 0.5 * np.sqrt(t / (1 - (t if i else 2 / 3)))
+            gap = (velocity(prefix, x, t) - ref_velocity(ref_prefix, x, t))[row, :2, :3]
+            factor = (1 + sigma**2 * (1 - t) / (2 * t)) ** 2 / (2 * sigma**2) / 3
+            np.testing.assert_allclose(found[row], factor * np.sum(gap**2), rtol=2e-3)
+
+
+def test_a_frozen_prefix_is_read_once_for_policy_and_reference():
+    names = [
+        path_name(path) for path, _ in jax.tree.leaves_with_path(case("sde", frozen=(PI05_PALIGEMMA, "^stem/"))[1])
+    ]
+    assert has_frozen_prefix(names, (PI05_PALIGEMMA, "^stem/")) and not has_frozen_prefix(names, (PI05_PALIGEMMA,))
+    policy, params, observation = case("sde", frozen=(PI05_PALIGEMMA, "^stem/"))
+    whole, _, _ = case("sde")
+    tokens = decided("sde").action_tokens
+    other = jax.tree.map_with_path(
+        lambda path, x: x if has_frozen_prefix([path_name(path)], ()) is False else 1.02 * x, params
+    )
+    found, expected = (jit(p.divergence)(params, other, observation, tokens) for p in (policy, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    towers = [
+        sum(
+            "SigLIP.__call__" in str(eqn.source_info.name_stack) or "embed_scene" in str(eqn.source_info.name_stack)
+            for eqn in jax.make_jaxpr(p.divergence)(params, other, observation, tokens).eqns
+        )
+        for p in (policy, whole)
+    ]
+    assert towers[1] == 2 * towers[0] > 0
+
+
+def test_preference_scores_depend_on_seeds_and_executed_actions_alone():
+    policy, params, observation = case("sde")
+    score = jit(policy.preference_score)
+    action = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 4, 3)).astype(np.float32)
+    seeds = np.uint32([[1, 2, 3], [1, 2, 3]])
+    found = np.asarray(score(params, observation, action, seeds))
+    assert found.shape == (2, 3, 2) and (found < 0).all()
+    # Draws are each other's strangers: one at a time they come out the same.
+    for k in range(3):
+        np.testing.assert_allclose(
+            score(params, observation, action, seeds[:, k : k + 1])[:, 0], found[:, k], rtol=1e-4
+        )
+    assert np.abs(found[:, 0] - found[:, 1]).min() > 1e-3
+    swapped = jax.tree.map(lambda x: x[::-1], (observation, action))
+    np.testing.assert_allclose(score(params, *swapped, seeds), found[::-1], rtol=1e-4)
+
+
+def test_the_imitation_loss_is_the_flow_matching_error():
+    policy, params, observation = case("sde")
+    config, rng = flow_config(), np.random.default_rng(0)
+    action = rng.uniform(-0.3, 0.3, (2, 4, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(5), 2)
+    loss, metrics = jit(policy.imitation_loss)(params, observation, action, key=keys)
+    prefix, velocity = by_hand(config, params, observation)
+    unit = np.pad(to_quantiles(action, STATS.action_q01, STATS.action_q99), ((0, 0), (0, 0), (0, 1)))
+    for row, key in enumerate(keys):
+        noise_key, time_key = jax.random.split(key)
+        noise, t = jax.random.normal(noise_key, (4, 4)), float(flow.sample_times(time_key, ()))
+        noisy = t * noise + (1 - t) * unit[row]
+        v = velocity(prefix, np.broadcast_to(noisy, (2, 4, 4)), t)[row]
+        np.testing.assert_allclose(loss[row], np.mean((v - (noise - unit[row])) ** 2), rtol=1e-4)
+    valid = np.bool_([[1, 1, 0, 0], [1, 1, 1, 1]])
+    repeated, _ = jit(policy.imitation_loss)(params, observation, action, valid=valid, key=keys)
+    np.testing.assert_allclose(repeated, loss, rtol=1e-6)
+    strict = make_policy(dataclasses.replace(config, pad_actions=False), STATS)
+    cut, _ = jit(strict.imitation_loss)(params, observation, action, valid=valid, key=keys)
+    other = np.where(valid[..., None], action, 9.0).astype(np.float32)
+    assert abs(cut[0] - loss[0]) > 1e-3 and cut[1] == pytest.approx(float(loss[1]), rel=1e-5)
+    assert np.isfinite(jit(strict.imitation_loss)(params, observation, other, valid=valid, key=keys)[0]).all()
+
+
+def test_a_camera_that_is_left_out_is_one_that_is_masked():
+    config = flow_config()
+    policy, params, observation = case("sde")
+    network = Pi05(config)
+    scene, tokens, mask = read_observation(config, STATS, observation)
+    noisy, time = jax.random.normal(jax.random.key(0), (2, 1, 4, 4)), jnp.full((2, 1), 0.5)
+
+    def velocity(scene, scene_mask):
+        _, cache, valid = network.apply({"params": params}, scene, scene_mask, tokens, mask, method="prefix")
+        hidden = network.apply({"params": params}, cache, valid, noisy, time, method="suffix")
+        return network.apply({"params": params}, hidden, method="velocity")
+
+    masked = jit(velocity)(scene, np.tile([True, False], (2, 1)))
+    np.testing.assert_allclose(jit(velocity)(scene[:1], None), masked, atol=1e-5)
+    assert np.abs(jit(velocity)(scene, None) - masked).max() > 1e-3
+
+
+# ---- What is trained ------------------------------------------------------------------------------------------------
+def test_the_expert_alone_is_trained_where_paligemma_is_frozen():
+    config = dataclasses.replace(pi05_base(), frozen=(PI05_PALIGEMMA,))
+    policy = make_policy(config, identity_stats(7, 0))
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    trainable, frozen = split_params(shapes, policy.frozen)
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    value_head = 2048 * 1024 + 1024 * 513 + 512 * 257 + 2 * 256
+    assert count(frozen) == 414_803_696 + 2_508_531_712
+    assert count(trainable) == 427_932_672 + 2_165_792 + value_head
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
+
+
+def test_adapters_of_both_experts_start_as_nothing_and_merge():
+    lora = LoRAConfig(rank=2, alpha=3.0, targets=PI05_EXPERTS)
+    policy, params, observation = case("learned", lora=lora)
+    base, _, _ = case("learned")
+    adapters = [name for name in map(path_name, dict(jax.tree.leaves_with_path(params))) if name.endswith("lora_a")]
+    assert len(adapters) == 10
+    fresh = jit(policy.init)(jax.random.key(0))
+    trainable, frozen = split_params(fresh, policy.frozen)
+    assert set(trainable) == {"PaliGemma", *(set(fresh) - {"PaliGemma"})}
+    tokens = decided("learned").action_tokens
+    start, plain = (
+        jit(p.log_prob)(tree, observation, tokens) for p, tree in ((policy, fresh), (base, drop_adapters(fresh)))
+    )
+    np.testing.assert_allclose(start.logp, plain.logp, rtol=1e-5)
+    score, merged, without = (
+        jit(p.log_prob)(tree, observation, tokens).logp
+        for p, tree in ((policy, params), (base, merge_adapters(params, lora)), (base, drop_adapters(params)))
+    )
+    np.testing.assert_allclose(score, merged, rtol=1e-4)
+    assert np.abs(score - without).min() > 1e-2
+
+
+# ---- What it reads --------------------------------------------------------------------------------------------------
+def test_bins_of_the_state():
+    state = np.float32([-1.5, -1, 0, 0.9921, 0.9922, 2])
+    np.testing.assert_array_equal(bin_state(state), [-1, 0, 128, 254, 255, 255])
+
+
+def test_prompts_begin_with_their_text_and_end_with_padding():
+    tokenizer = word_tokenizer()
+    assert clean(" pick_up the\nCube ") == "pick up the Cube"
+    tokens, mask = encode_prompt(tokenizer, "push the cube\n", length=8)
+    words = tokenizer.encode("push the cube")
+    np.testing.assert_array_equal(
+        tokens, [1, *words, *tokenizer.encode("\n"), *[0] * (7 - len(words) - len(tokenizer.encode("\n")))]
+    )
+    np.testing.assert_array_equal(mask, np.arange(8) < 1 + len(words) + len(tokenizer.encode("\n")))
+    with pytest.raises(ValueError, match=r"prompt_length: got 3, expected at least 4 for 'push the cube'"):
+        encode_prompt(tokenizer, "push the cube", length=3)
+
+
+def test_the_state_is_part_of_the_prompt_where_the_template_says_so():
+    policy = make_policy(flow_config(prompt_template=STATE_TEMPLATE, prompt_length=80), STATS)
+    (first, _), (second, _) = (
+        (tokens[0], mask[0])
+        for tokens, mask in (policy.tokenize(["push the cube"], np.float32([[0, value]])) for value in (0.2, 0.9))
+    )
+    assert not np.array_equal(first, second)
+    expected = "Task: push the cube, State: 0 51;\nAction: "
+    tokens, _ = encode_prompt(word_tokenizer(), expected, length=80)
+    np.testing.assert_array_equal(first, tokens)
+
+
+def test_quantiles_there_and_back():
+    rng = np.random.default_rng(0)
+    low, high = rng.normal(size=4).astype(np.float32), rng.normal(size=4).astype(np.float32) + 5
+    x = rng.normal(size=(5, 3)).astype(np.float32) * 10
+    unit = to_quantiles(x, low, high)  # statistics of more dimensions
+    np.testing.assert_allclose(unit, 2 * (x - low[:3]) / (high[:3] - low[:3] + 1e-6) - 1, rtol=1e-6)
+    np.testing.assert_allclose(from_quantiles(unit, low, high), x, atol=1e-4)
+    padded = np.concatenate([unit, np.full((5, 2), 7, np.float32)], axis=1)  # of fewer
+    raw = from_quantiles(padded, low[:3], high[:3])
+    np.testing.assert_allclose(raw[:, :3], x, atol=1e-4)
+    np.testing.assert_array_equal(raw[:, 3:], 7)
+    with pytest.raises(ValueError, match="quantiles: got 2 and 2, expected at least 3"):
+        to_quantiles(x, low[:2], high[:2])
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (100, 37), (28, 28), (9, 20), (64, 128)])
+def test_images_are_shrunk_and_padded_as_pil_does(height, width):
+    image = np.random.default_rng(0).integers(0, 256, (1, height, width, 3)).astype(np.uint8)
+    ratio = max(height, width) / 28
+    new = (int(width / ratio), int(height / ratio))
+    # Rows first, as Pillow always did up to version 12; later ones begin with what is cheaper.
+    resized = Image.fromarray(image[0]).resize((new[0], height), Image.BILINEAR).resize(new, Image.BILINEAR)
+    expected = Image.new("RGB", (28, 28))
+    expected.paste(resized, ((28 - new[0]) // 2, (28 - new[1]) // 2))
+    np.testing.assert_array_equal(resize_with_pad(jnp.asarray(image), 28)[0], np.asarray(expected))
+
+
+def test_what_is_missing_is_named():
+    policy, params, observation = case("sde")
+    with pytest.raises(ValueError, match="cameras: got images of .'base_camera'., expected .'hand_camera'. as well"):
+        policy.value(params, observation._replace(images={"base_camera": observation.images["base_camera"]}))
+    with pytest.raises(ValueError, match="observation.tokens: got shape .*expected a prompt"):
+        policy.value(params, observation._replace(tokens=np.zeros((2, 0), np.int32)))
+    with pytest.raises(ValueError, match="prompt_length: got 14"):
+        with_prompt(policy, observation, ["lift the peg upright " * 5] * 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk": 5}, r"chunk: got 5, expected in \[1, 4\], the horizon"),
+        ({"noise": "white"}, "noise: got 'white', expected one of"),
+        ({"model_action_dim": 2}, "model_action_dim: got 2, expected >= 3"),
+        ({"preference": "chain"}, "preference: got 'chain', expected 'flow' with noise 'sde'"),
+        ({"image_size": 30}, "image_size: got 30, expected a multiple of 16"),
+        ({"cameras": ()}, "siglip, cameras: got"),
+        ({"noise_std": (0.2, 0.1)}, "noise_std: got"),
+        ({"noise_level": 0.0}, "noise_level: got 0.0, expected > 0"),
+        ({"state_dim": 0, "prompt_template": "{instruction} {state}"}, "state_dim: got 0"),
+        ({"prompt_template": "go"}, "prompt_template: got 'go'"),
+        ({"num_denoising_steps": 0}, "num_denoising_steps: got 0"),
+    ],
+)
+def test_configurations_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        flow_config(**changes)

@@ -1,0 +1,76 @@
+"""Decisions on several actions at a time: executed in order, all in step, recorded where they were taken."""
+
+import numpy as np
+import pytest
+from test_collect import Script, ScriptedEnv
+
+from stare_jax.models.policy import Decision
+from stare_jax.rollout.collect import collect_episodes
+
+
+def chunk_act(chunk, asked):
+    """Decides on actions [seed + t / 10, number in the chunk] and writes down who was asked, and when."""
+
+    def act(observation, signals, instructions, is_first):
+        seed, t = observation.state.T
+        asked.append(t.tolist())
+        action = np.stack([np.stack([seed + (t + i) / 10, np.full(len(t), i)], axis=1) for i in range(chunk)], axis=1)
+        tokens = np.stack([seed, t], axis=1).astype(np.float32)
+        prompt = {"tokens": np.ones((len(t), 3), np.int32), "token_mask": np.ones((len(t), 3), bool)}
+        decision = Decision(action.astype(np.float32), tokens, 1 + t, 10 + t)
+        return decision, observation._replace(**prompt)
+
+    return act
+
+
+def collect(chunk, num_envs, scripts, **options):
+    env, asked = ScriptedEnv(num_envs, scripts), []
+    seeds = sorted(scripts)
+    rollout = collect_episodes(env, chunk_act(chunk, asked), seeds, stop_at_success=True, **options)
+    return env, asked, rollout
+
+
+def test_a_chunk_is_executed_action_by_action_and_recorded_where_it_was_decided():
+    env, asked, rollout = collect(3, 1, {5: Script()})
+    trajectory = rollout.trajectory
+    # Four actions, the horizon: a whole chunk, and the first action of another.
+    np.testing.assert_allclose(trajectory.action[0], [[5.0, 0], [5.1, 1], [5.2, 2], [5.3, 0]])
+    assert [row[:2] for row in env.executed] == [(5, 0), (5, 1), (5, 2), (5, 3)]
+    assert asked == [[0.0], [3.0], [4.0]]  # the last time for the value alone
+    np.testing.assert_array_equal(trajectory.action_tokens[0], [[5, 0], [0, 0], [0, 0], [5, 3]])
+    np.testing.assert_array_equal(trajectory.logp[0], [1, 0, 0, 4])
+    np.testing.assert_array_equal(trajectory.value[0], [10, 0, 0, 13, 14])
+    np.testing.assert_array_equal(trajectory.observation.state[0, :, 1], np.arange(5))
+    np.testing.assert_array_equal(trajectory.observation.token_mask[0].any(axis=1), [True, False, False, True, False])
+
+
+def test_an_episode_that_ends_within_a_chunk_waits_for_the_others_decision():
+    scripts = {1: Script(success_at=1), 2: Script(), 3: Script(success_at=2), 4: Script()}
+    env, asked, rollout = collect(2, 2, scripts)
+    assert rollout.is_complete and rollout.trajectory.valid.sum(axis=1).tolist() == [2, 5, 3, 5]
+    # Every row is at a multiple of the chunk when it is asked, or has nothing to do.
+    assert all(t % 2 == 0 for row in asked for t in row if t <= env.horizon)
+    for row, seed in enumerate(sorted(scripts)):
+        length = int(rollout.trajectory.valid[row, 1:].sum())
+        t = np.arange(length)
+        np.testing.assert_allclose(rollout.trajectory.action[row, :length, 0], seed + t / 10, rtol=1e-6)
+        np.testing.assert_array_equal(rollout.trajectory.action[row, :length, 1], t % 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_as_many_environments_as_one_likes_give_the_same_episodes(chunk):
+    scripts = {seed: Script(success_at=seed % 5 or None) for seed in range(1, 8)}
+    one, many = (collect(chunk, num_envs, scripts)[-1].trajectory for num_envs in (1, 3))
+    for name in ("valid", "action", "action_tokens", "logp", "value"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(many, name), err_msg=name)
+
+
+@pytest.mark.parametrize(("max_steps", "lengths"), [(8, [4, 4]), (7, [4, 2]), (2, [2]), (4, [2, 2])])
+def test_a_budget_of_steps_is_spent_in_whole_chunks(max_steps, lengths):
+    env, _, rollout = collect(2, 2, {seed: Script() for seed in range(1, 9)}, max_steps=max_steps)
+    valid = rollout.trajectory.valid
+    assert valid[:, 1:].sum(axis=1)[valid[:, 0]].tolist() == lengths
+    assert rollout.num_steps == sum(lengths) <= max_steps
+    # The state after the last action has its value, for bootstrapping.
+    for row, length in zip(rollout.trajectory.value[valid[:, 0]], lengths, strict=True):
+        assert row[length] == 10 + length
