@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,10 @@ from stare_jax.train.sharding import make_mesh, path_name
 from stare_jax.train.state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.train.weight_folders import check_space
 from stare_jax.types import NormStats
+
+_NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
+# Orbax says so of every leaf where a tree was copied without the file that was beside it.
+logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
 
 
 class ImportedPi05(NamedTuple):

@@ -99,7 +99,7 @@ def test_to_pytorch_and_back(tree, converted, tmp_path, form):
     assert bits(read_openpi(tmp_path / "last")) == bits(tree)
 
 
-@pytest.mark.parametrize("layout", [{"managed": True, "wrap": True}, {"wrap": True}, {"managed": True}])
+@pytest.mark.parametrize("layout", [{"managed": True, "wrap": True}, {"managed": True}])
 def test_other_layouts_of_openpi(tree, tmp_path, layout):
     """A step of its training's manager, and leaves under `value`, as the state of an NNX module has them."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
