@@ -32,8 +32,10 @@ def find_kind(folder: Path) -> str:
         CheckpointError: it is one of ours without a complete checkpoint.
         WeightsError: it is one of theirs without safetensors or with damaged ones, or config.json is not JSON.
     """
-    if folder.is_file() and holds_pi05(folder):
-        return PI05
+    if folder.is_file():
+        if holds_pi05(folder):
+            return PI05
+        raise ConfigError(f"{folder}: got tensors that are not pi0.5's, {_EXPECTED}")
     if not folder.is_dir():
         raise ConfigError(f"{folder}: got no such folder, {_EXPECTED}")
     if (folder / CHECKPOINTS).is_dir():

@@ -236,6 +236,8 @@ def test_mistakes_are_one_line(original, converted, refuse, tmp_path):
     assert "dtype: got 'int8'" in refuse(f"--from={original}", "--dtype=int8")
     assert "unnorm_key: got 'x', expected one of ['droid']" in refuse(f"--from={original}", "--unnorm-key=x")
     assert "got 9 numbers, expected 12" in refuse(f"--from={original}", "--action-dim=12")
+    save_file({"lm_head.weight": np.zeros(2)}, tmp_path / "other")
+    assert "got tensors that are not pi0.5's, expected" in refuse(f"--from={tmp_path / 'other'}")
     (tmp_path / "some.txt").write_text("no weights")
     assert "expected a whole safetensors file" in refuse(f"--from={tmp_path / 'some.txt'}")
 
