@@ -67,5 +67,7 @@ def get_config(variant: str = ""):
 
 def set_flow(config):
     """Sets what differs where a chunk of actions flows from noise."""
-    config.tpo.beta = 0.01
+    config.tpo.beta = 0.3
     config.ppo.temperature = 1.0
+    config.ppo.num_epochs = 2
+    config.ppo.target_kl = 0.1

@@ -2,6 +2,7 @@
 
     python launch/train.py --config=configs/study_pushcube_state.py               STA-PPO
     python launch/train.py --config=configs/study_pushcube_state.py:ppo           PPO without shaping
+    python launch/train.py --config=configs/study_pushcube_state.py:sta_ppo,pi05  either of them with pi0.5
 
 The rig for studying algorithms: the policy starts from an imitation of few demonstrations that succeeds about every
 second time.
@@ -9,13 +10,17 @@ second time.
 
 from configs.common import base_config
 from stare_jax.envs import EnvConfig
-from stare_jax.models import openvla_state
+from stare_jax.models import openvla_state, pi05_state
 
 
-def get_config(algorithm: str = "sta_ppo"):
-    """`algorithm` is "ppo" or "sta_ppo"."""
+def get_config(variant: str = "sta_ppo"):
+    """`variant` is "ppo" or "sta_ppo", with ",pi05" behind it for pi0.5."""
+    algorithm, _, model = variant.partition(",")
+    if model not in ("", "pi05"):
+        raise ValueError(f"variant: got {model!r} behind the algorithm, expected 'pi05' or nothing")
     env = EnvConfig("PushCube-v1", horizon=30, image_size=0, use_state="low_dim")
-    config = base_config(env, openvla_state(env.state_dim, label_width=30.0), name=f"study_pushcube_state_{algorithm}")
+    model = pi05_state(env.state_dim) if model else openvla_state(env.state_dim, label_width=30.0)
+    config = base_config(env, model, name=f"study_pushcube_state_{variant.replace(',', '_')}")
     config.phases = ("sft", "ppo")
 
     config.demos.num_demos = 80

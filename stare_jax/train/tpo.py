@@ -49,7 +49,7 @@ class TPOConfig:
     num_draws: int = 16
     """noises and times at which a flow policy's reference is asked about every decision, once, before the first step;
     policies with a log-probability need none of them."""
-    draws_per_step: int = 2
+    draws_per_step: int = 8
     """of these, how many a step uses; they take turns."""
     reference_batch_size: int = 64
     """decisions that the reference policy scores at a time, once, before the first step."""

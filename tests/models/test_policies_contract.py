@@ -5,13 +5,25 @@ import numpy as np
 import pytest
 from nano_policy import jit, random_observation, some_stats
 
-from stare_jax.models import ActionScore, Decision, MLPConfig, Policy, make_policy, openvla_state, openvla_tiny
+from stare_jax.models import (
+    ActionScore,
+    Decision,
+    MLPConfig,
+    Policy,
+    make_policy,
+    openvla_state,
+    openvla_tiny,
+    pi05_state,
+    pi05_tiny,
+)
 from stare_jax.models.layers import Execution
 
 ROLLED = {"execution": Execution(), "decode_unroll": 1}  # compiles faster
 CONFIGS = {
     "openvla_tiny": openvla_tiny(state_dim=3, **ROLLED),
     "openvla_state": openvla_state(**ROLLED),
+    "pi05_tiny": pi05_tiny(state_dim=3, execution=Execution()),
+    "pi05_state": pi05_state(noise="learned", execution=Execution()),
     "mlp": MLPConfig(),
 }
 INSTRUCTIONS = ("push the blue cube to the target", "lift the peg upright")
@@ -35,8 +47,12 @@ def test_policy(config):
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), observation)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), policy.observation_shape(2))
 
-    tokens, floats = ((2, config.action_dim), np.int32), ((2,), np.float32)
-    action = ((2, config.action_dim), np.float32)
+    floats = ((2,), np.float32)
+    tokens, action = ((2, config.action_dim), np.int32), ((2, config.action_dim), np.float32)
+    if policy.horizon is not None:
+        num_points = config.num_denoising_steps + 1
+        tokens = ((2, num_points, policy.horizon, config.model_action_dim + 1), np.float32)
+        action = ((2, policy.chunk, config.action_dim), np.float32)
     decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=1.0)
     assert isinstance(decision, Decision)
     assert_arrays(decision, {"action": action, "action_tokens": tokens, "logp": floats, "value": floats})
@@ -45,17 +61,24 @@ def test_policy(config):
     assert_arrays(score, {"logp": floats, "entropy": floats, "value": floats})
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
     np.testing.assert_allclose(score.value, decision.value, atol=1e-4)
-    # A fresh policy is close to uniform over its bins, and its critic close to zero.
-    num_bins = getattr(config, "num_bins", 256)
-    assert (score.entropy > 0.95 * np.log(num_bins)).all()
+    # A fresh critic is close to zero, and a fresh policy close to uniform over its bins, where it has bins.
     assert (np.abs(score.value) < 0.5).all()
+    if policy.horizon is None:
+        assert (score.entropy > 0.95 * np.log(getattr(config, "num_bins", 256))).all()
+    divergence = jit(policy.divergence)(params, params, observation, decision.action_tokens)
+    assert (divergence.shape, divergence.dtype) == floats
+    np.testing.assert_allclose(divergence, 0, atol=1e-6)
     value = jit(policy.value)(params, observation)
     np.testing.assert_allclose(value, score.value, atol=1e-4)
-    loss, metrics = jit(policy.imitation_loss)(params, observation, decision.action)
+    shown = decision.action
+    if policy.horizon is not None:
+        shown = np.zeros((2, policy.horizon, config.action_dim), np.float32)
+    keys = jax.random.split(jax.random.key(2), 2)
+    loss, metrics = jit(policy.imitation_loss)(params, observation, shown, key=keys)
     assert (loss.shape, loss.dtype) == floats and np.isfinite(loss).all()
     assert {(leaf.shape, leaf.dtype) for leaf in metrics.values()} == {((2,), np.dtype("float32"))}
 
 
 def test_unknown_configurations_are_refused():
-    with pytest.raises(TypeError, match="config: got dict, expected one of MLPConfig, OpenVLAConfig"):
+    with pytest.raises(TypeError, match="config: got dict, expected one of MLPConfig, OpenVLAConfig, Pi05Config"):
         make_policy({}, some_stats(2, 2))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from stare_jax.data.windows import window_indices
 from stare_jax.envs import toy
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes, policy_act
@@ -54,14 +55,29 @@ def demonstrations(num_episodes, *, seed=0, noise=0.5):
     return jax.tree.map(lambda x: x[at], trajectory.observation), trajectory.action[at]
 
 
-def demo_batches(observation, action, *, size, seed=0):
+def demo_windows(num_episodes, *, horizon, seed=0):
+    """The same for policies that predict several actions: observations, windows of actions, what is inside."""
+    trajectory = expert_episodes(num_episodes, seed=seed)
+    valid = trajectory.valid[:, 1:]
+    episode, t = np.nonzero(valid)
+    index, is_inside = window_indices(t, valid.sum(axis=1)[episode], horizon)
+    return (
+        jax.tree.map(lambda x: x[episode, t], trajectory.observation),
+        trajectory.action[episode[:, None], index],
+        is_inside,
+    )
+
+
+def demo_batches(observation, action, valid=None, *, size, seed=0):
     """batches(start_step) for `train_sft`: batch s is a function of s alone."""
+
+    valid = np.ones(len(action), bool) if valid is None else valid
 
     def batches(start_step):
         step = start_step
         while True:
             rows = np.random.default_rng((seed, step)).integers(0, len(action), size)
-            yield jax.tree.map(lambda x, rows=rows: x[rows], observation), action[rows], np.ones(size, bool)
+            yield jax.tree.map(lambda x, rows=rows: x[rows], observation), action[rows], valid[rows]
             step += 1
 
     return batches
