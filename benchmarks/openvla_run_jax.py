@@ -32,7 +32,8 @@ from openvla_cases import (
     weight_recipe,
 )
 
-from stare_jax.convert.openvla_table import checkpoint_shape, insert, layer_shape, leaf_shapes, tensor_table, to_ours
+from stare_jax.convert.openvla_table import leaf_shapes, tensor_table
+from stare_jax.convert.tensor_table import checkpoint_shape, insert, layer_shape, to_ours
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.models.lora import add_adapters, init_adapters
 from stare_jax.models.normalize import identity_stats
@@ -80,7 +81,7 @@ def make_params(policy: Policy, config: OpenVLAConfig, seed: int) -> PyTree:
         shape = layer_shape(leaves[path].shape, entry)
         recipes = [weight_recipe(name, checkpoint_shape(shape, entry.kind)) for name in entry.names]
         offsets = np.array([offset for offset, _, _ in recipes], np.int32)
-        options = {"shape": shape, "kind": entry.kind, "is_stacked": entry.is_stacked}
+        options = {"shape": shape, "kind": entry.kind, "is_stacked": bool(entry.num_stacked)}
         insert(params, path, _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options))
     head = jax.jit(lambda key: policy.init(key)["value_head"])(jax.random.key(seed))  # nothing else is computed
     return params | {"value_head": head}

@@ -10,38 +10,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from stare_jax.convert.openvla_config import read_config, read_norm_stats
-from stare_jax.convert.openvla_table import (
-    Entry,
-    insert,
-    layer_shape,
-    leaf_at,
-    leaf_shapes,
-    table_specs,
-    tensor_table,
-    to_ours,
-    unused_specs,
-    value_head_table,
-)
+from stare_jax.convert.openvla_table import leaf_shapes, tensor_table, unused_specs, value_head_table
 from stare_jax.convert.safetensors_folder import (
     Stored,
-    Tensors,
     WeightsError,
     check_tensors,
     list_file,
     list_model,
     read,
 )
+from stare_jax.convert.tensor_table import FLOATS, insert, leaf_at, place, read_tree, table_specs
 from stare_jax.models.heads import ValueHead
 from stare_jax.models.openvla import OpenVLAConfig
 from stare_jax.types import Array, NormStats, PyTree
 
 VALUE_HEAD = "value_head.safetensors"
 """side file of the value head, which the public format does not know."""
-FLOATS = ("float32", "bfloat16", "float16")
-"""of the tensors of a model."""
 
 
 class LoadedOpenVLA(NamedTuple):
@@ -167,61 +153,5 @@ def load_value_head(
     init = jax.jit(lambda key: ValueHead(config.value_dims).init(key, jnp.zeros((1, num_features)))["params"])
     fresh, tree = {"value_head": jax.device_get(init(key))}, {}
     for path in table:
-        insert(tree, path, _place(wanted[path], leaf_at(fresh, path).__getitem__))
+        insert(tree, path, place(wanted[path], leaf_at(fresh, path).__getitem__))
     return tree
-
-
-def read_tree(
-    table: Mapping[str, Entry],
-    tensors: Tensors,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
-) -> PyTree:
-    """Reads all leaves of a table, one after the other.
-
-    Args:
-        table: where the leaves are.
-        tensors: checked.
-        wanted: shape, dtype and, where the leaf is not to be a NumPy array, sharding of each.
-        on_bytes: called with the size of every leaf that is read.
-    """
-    tree: PyTree = {}
-    for path, entry in table.items():
-        leaf = wanted[path]
-        insert(tree, path, _place(leaf, lambda index, part=(entry, leaf): read_leaf(*part, tensors, index)))
-        on_bytes(leaf.size * jnp.dtype(leaf.dtype).itemsize)
-    return tree
-
-
-def read_leaf(
-    entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors, index: tuple[slice, ...] = (...,)
-) -> np.ndarray:
-    """Reads a part of one leaf, from as little of the files as it takes.
-
-    Args:
-        entry: where it is.
-        leaf: its whole shape, and the type to have it in.
-        tensors: checked.
-        index: the part.
-    """
-    inner = layer_shape(leaf.shape, entry)
-
-    def layer(name: str, index: tuple) -> np.ndarray:
-        return to_ours(read(tensors[name]), inner, entry.kind)[index]
-
-    if not entry.is_stacked:
-        return np.array(layer(entry.names[0], index), leaf.dtype, order="C")
-    index = index if index != (...,) else (slice(None),) * len(leaf.shape)
-    names = entry.names[index[0]]
-    part = np.empty((len(names), *layer(names[0], index[1:]).shape), leaf.dtype)
-    for i, name in enumerate(names):
-        part[i] = layer(name, index[1:])
-    return part
-
-
-def _place(leaf: jax.ShapeDtypeStruct, part: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:
-    """Makes an array of parts, each where its sharding has it; a NumPy array where there is no sharding."""
-    if leaf.sharding is None:
-        return part((...,))
-    array = jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)
-    return array.block_until_ready()

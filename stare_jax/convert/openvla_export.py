@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,11 @@ import numpy as np
 from stare_jax.convert.kept_aside import Base, copy_side_files
 from stare_jax.convert.openvla import VALUE_HEAD
 from stare_jax.convert.openvla_config import CONFIG, STATISTICS, write_json
-from stare_jax.convert.openvla_table import (
-    Entry,
-    leaf_shapes,
-    table_specs,
-    tensor_table,
-    to_checkpoint,
-    unused_specs,
-    value_head_table,
-)
+from stare_jax.convert.openvla_table import leaf_shapes, tensor_table, unused_specs, value_head_table
 from stare_jax.convert.safetensors_folder import Spec, WeightsError, read, read_json, write_file, write_model
+from stare_jax.convert.tensor_table import Leaves, table_specs, table_values
 from stare_jax.models.lora import LoRAConfig, merge_adapters
 from stare_jax.models.openvla import OpenVLAConfig
-
-Leaves = Callable[[str], np.ndarray]
-"""path of a parameter -> its value, read when it is asked for."""
-Named = Iterator[tuple[str, np.ndarray]]
 
 
 def check_counterpart(config: OpenVLAConfig, base: Base) -> None:
@@ -104,15 +93,6 @@ def write_value_head(to: Path, config: OpenVLAConfig, leaves: Leaves) -> None:
     table = value_head_table(config)
     specs = table_specs(table, leaf_shapes(config), "float32")
     write_file(to / VALUE_HEAD, specs, table_values(table, leaves, "float32"))
-
-
-def table_values(table: Mapping[str, Entry], leaves: Leaves, dtype: str) -> Named:
-    """Yields the tensors of a table, one after the other, as the checkpoint has them."""
-    for path, entry in table.items():
-        leaf = leaves(path)
-        for i, name in enumerate(entry.names):
-            layer = leaf[i] if entry.is_stacked else leaf
-            yield name, to_checkpoint(layer, entry.kind).astype(jnp.dtype(dtype), copy=False)
 
 
 def merged_leaves(leaves: Leaves, adapted: Collection[str], lora: LoRAConfig) -> Leaves:

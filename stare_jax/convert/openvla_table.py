@@ -1,33 +1,16 @@
-"""Where every tensor of an OpenVLA checkpoint goes in our parameters, as one table, and what we never run.
-
-An entry's tensors are rearranged, never computed with: both directions are views, and the numbers keep their bits.
-"""
+"""Where every tensor of an OpenVLA checkpoint goes in our parameters, as one table, and what we never run."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from stare_jax.convert.safetensors_folder import Spec
+from stare_jax.convert.tensor_table import Entry, table_specs
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla import OpenVLAConfig, make_openvla
 from stare_jax.models.vit import ViTConfig
-
-
-class Entry(NamedTuple):
-    """Where one leaf of our tree comes from."""
-
-    names: tuple[str, ...]
-    """its tensors in the checkpoint: one, or one per layer to be stacked."""
-    kind: str
-    """"same"; "vector", of another rank; "linear", transposed, with one input axis; "heads", with two; "conv";
-    "pointwise", a convolution of 1x1."""
-    is_stacked: bool
-
 
 _LINEAR = {"weight": ("kernel", "linear"), "bias": ("bias", "vector")}
 _HEADS_IN = {"weight": ("kernel", "heads"), "bias": ("bias", "vector")}
@@ -67,12 +50,12 @@ def tensor_table(config: OpenVLAConfig) -> dict[str, Entry]:
         table |= _tower_table(tower, prefix, getattr(config, tower))
     for layer in ("fc1", "fc2", "fc3"):
         for suffix, (leaf, kind) in _LINEAR.items():
-            table[f"projector/{layer}/{leaf}"] = Entry((f"projector.{layer}.{suffix}",), kind, False)
+            table[f"projector/{layer}/{leaf}"] = Entry((f"projector.{layer}.{suffix}",), kind)
     for name, (leaf, kind) in _LLAMA.items():
-        table[f"llm/{leaf}"] = Entry((f"language_model.{name}",), kind, False)
+        table[f"llm/{leaf}"] = Entry((f"language_model.{name}",), kind)
     for name, (leaf, kind) in _LLAMA_LAYER.items():
         names = tuple(f"language_model.model.layers.{i}.{name}" for i in range(config.llm.depth))
-        table[f"llm/layers/{leaf}"] = Entry(names, kind, True)
+        table[f"llm/layers/{leaf}"] = Entry(names, kind, 1)
     return table
 
 
@@ -94,10 +77,10 @@ def _tower_table(tower: str, prefix: str, config: ViTConfig) -> dict[str, Entry]
     }
     if config.layer_scale is not None:
         blocks |= {f"{name}.scale_factor": (name, "same") for name in ("ls1", "ls2")}
-    table = {f"{tower}/{leaf}": Entry((prefix + name,), kind, False) for name, (leaf, kind) in single.items()}
+    table = {f"{tower}/{leaf}": Entry((prefix + name,), kind) for name, (leaf, kind) in single.items()}
     for name, (leaf, kind) in blocks.items():
         names = tuple(f"{prefix}blocks.{i}.{name}" for i in range(config.depth - 1))
-        table[f"{tower}/blocks/{leaf}"] = Entry(names, kind, True)
+        table[f"{tower}/blocks/{leaf}"] = Entry(names, kind, 1)
     return table
 
 
@@ -106,21 +89,21 @@ def value_head_table(config: OpenVLAConfig) -> dict[str, Entry]:
     table = {}
     for i in range(len(config.value_dims)):
         for suffix, (leaf, kind) in _VALUE_HEAD.items():
-            table[f"value_head/layer_{i}/{leaf}"] = Entry((f"head_l{i + 1}.{suffix}",), kind, False)
-    return table | {"value_head/out/kernel": Entry((f"head_l{len(config.value_dims) + 1}.weight",), "linear", False)}
+            table[f"value_head/layer_{i}/{leaf}"] = Entry((f"head_l{i + 1}.{suffix}",), kind)
+    return table | {"value_head/out/kernel": Entry((f"head_l{len(config.value_dims) + 1}.weight",), "linear")}
 
 
 def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
     """Returns where adapters of a table's kernels are in PEFT's files, less the beginning of their names."""
     adapters = {}
-    for path, (names, kind, is_stacked) in table.items():
+    for path, (names, kind, num_stacked) in table.items():
         module, _, leaf = path.rpartition("/")
         if leaf == "kernel":
             modules = [name.removesuffix(".weight") for name in names]
             kind_b = "pointwise" if kind == "conv" else "linear"
             for ours, theirs, which in (("lora_a", "lora_A", kind), ("lora_b", "lora_B", kind_b)):
                 files = tuple(f"{name}.{theirs}.weight" for name in modules)
-                adapters[f"{module}/{ours}"] = Entry(files, which, is_stacked)
+                adapters[f"{module}/{ours}"] = Entry(files, which, num_stacked)
     return adapters
 
 
@@ -134,15 +117,6 @@ def _leaf_shapes(config: OpenVLAConfig) -> dict[str, jax.ShapeDtypeStruct]:
     policy = make_openvla(config, identity_stats(config.action_dim, config.state_dim))
     leaves = jax.tree.leaves_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def table_specs(table: Mapping[str, Entry], shapes: Mapping[str, jax.ShapeDtypeStruct], dtype: str) -> dict[str, Spec]:
-    """Returns the tensors of a table, in its order, given the shapes of our leaves."""
-    return {
-        name: Spec(dtype, checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind))
-        for path, entry in table.items()
-        for name in entry.names
-    }
 
 
 def used_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
@@ -165,63 +139,3 @@ def unused_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
     for name, shape in linear.items():
         unused |= {f"{pool}{name}.weight": Spec(dtype, shape), f"{pool}{name}.bias": Spec(dtype, shape[:1])}
     return unused | {f"{pool}norm.{suffix}": Spec(dtype, (width,)) for suffix in ("weight", "bias")}
-
-
-def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
-    """Returns the shape of one of an entry's tensors in our arrangement, given that of the leaf."""
-    return shape[1:] if entry.is_stacked else shape
-
-
-def checkpoint_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """Returns the shape that a leaf of ours, without its axis of layers, has in the checkpoint."""
-    if kind == "same":
-        return shape
-    if kind == "vector":
-        return (math.prod(shape),)
-    if kind == "conv":
-        height, width, channels, features = shape
-        return (features, channels, height, width)
-    if kind == "pointwise":
-        channels, features = shape
-        return (features, channels, 1, 1)
-    num_in = {"linear": 1, "heads": 2}[kind]
-    return (math.prod(shape[num_in:]), math.prod(shape[:num_in]))
-
-
-def to_ours(tensor: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """Returns one tensor of the checkpoint as a view in our arrangement, of the given shape."""
-    if kind == "conv":
-        return tensor.transpose(2, 3, 1, 0)
-    if kind in ("same", "vector"):
-        return tensor.reshape(shape)
-    num_in = {"linear": 1, "heads": 2, "pointwise": 1}[kind]
-    # Axes are taken apart before they change places: a reshape after the transposition would copy.
-    apart = tensor.reshape(*shape[num_in:], *shape[:num_in])
-    num_out = len(shape) - num_in
-    return apart.transpose(*range(num_out, len(shape)), *range(num_out))
-
-
-def to_checkpoint(leaf: np.ndarray, kind: str) -> np.ndarray:
-    """Returns a leaf of ours, without its axis of layers, as the checkpoint arranges it."""
-    if kind == "conv":
-        return leaf.transpose(3, 2, 0, 1)
-    if kind in ("same", "vector"):
-        return leaf.reshape(checkpoint_shape(leaf.shape, kind))
-    num_in = {"linear": 1, "heads": 2, "pointwise": 1}[kind]
-    turned = leaf.transpose(*range(num_in, leaf.ndim), *range(num_in))
-    return turned.reshape(checkpoint_shape(leaf.shape, kind))
-
-
-def insert(tree: dict, path: str, leaf: object) -> None:
-    """Puts a leaf into a nested dict at a path of names with slashes between."""
-    *parents, last = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = leaf
-
-
-def leaf_at(tree: Mapping, path: str) -> object:
-    """Returns the leaf of a nested dict at a path of names with slashes between."""
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree

@@ -16,8 +16,8 @@ import numpy as np
 
 from stare_jax.convert.kept_aside import ADAPTER, ADAPTER_MODEL, UNUSED, Base, copy_side_files, keep_aside
 from stare_jax.convert.openvla_config import write_json
-from stare_jax.convert.openvla_export import Leaves, merge_tensor, table_values
-from stare_jax.convert.openvla_table import Entry, adapter_table, leaf_shapes, table_specs, tensor_table, to_checkpoint
+from stare_jax.convert.openvla_export import merge_tensor
+from stare_jax.convert.openvla_table import adapter_table, leaf_shapes, tensor_table
 from stare_jax.convert.safetensors_folder import (
     Spec,
     Stored,
@@ -28,6 +28,7 @@ from stare_jax.convert.safetensors_folder import (
     read_json,
     write_file,
 )
+from stare_jax.convert.tensor_table import Entry, Leaves, table_specs, table_values, to_checkpoint
 from stare_jax.models.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla import OpenVLAConfig
 
@@ -244,7 +245,7 @@ def _base_tensor(name: str, base: Base, config: OpenVLAConfig, leaves: Leaves) -
         return read(base.unused[name])
     (path, entry), *_ = (item for item in tensor_table(config).items() if name in item[1].names)
     leaf = leaves(path)
-    return to_checkpoint(leaf[entry.names.index(name)] if entry.is_stacked else leaf, entry.kind)
+    return to_checkpoint(leaf[entry.names.index(name)] if entry.num_stacked else leaf, entry.kind)
 
 
 def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:

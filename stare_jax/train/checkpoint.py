@@ -20,7 +20,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from stare_jax.train.sharding import path_name
-from stare_jax.types import NormStats, PyTree, TrainState
+from stare_jax.types import Array, NormStats, PyTree, TrainState
 
 _MAX_NAMES = 20
 _GROUP_BYTES = 32 * 2**20
@@ -102,16 +102,67 @@ def save_params(
         extra: JSON-able, as for `Checkpoints.save`.
         norm_stats: of the policy.
     """
-    shards = [shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
-    context = ocp.Context()
-    # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
-    context.memory.write_concurrent_bytes = max(shards) + 1
-    context.memory.transfer_concurrent_bytes = max(leaf.nbytes for leaf in jax.tree.leaves(params)) + 1
-    # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
-    context.array.saving.use_replica_parallel = False
-    with context:
+    with _leaf_by_leaf(params):
         path = Path(directory).absolute() / str(step)
         ocp.save_checkpointables(path, {"params": params}, custom_metadata=_custom_metadata(extra, norm_stats))
+
+
+def _leaf_by_leaf(params: PyTree) -> ocp.Context:
+    leaves, context = jax.tree.leaves(params), ocp.Context()
+    shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
+    sizes = [leaf.nbytes for leaf in leaves]
+    # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
+    context.memory.write_concurrent_bytes = max(shards or sizes) + 1
+    context.memory.transfer_concurrent_bytes = max(sizes) + 1
+    context.memory.deepcopy_host_arrays = False
+    # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
+    context.array.saving.use_replica_parallel = False
+    return context
+
+
+def save_tree(directory: str | Path, name: str, tree: PyTree) -> None:
+    """Saves a tree on its own, as other programs' checkpoints have it; memory as for `save_params`.
+
+    Args:
+        directory: a folder.
+        name: of a new folder in it.
+        tree: arrays of any sharding.
+    """
+    directory = Path(directory).absolute()
+    with _leaf_by_leaf(tree):
+        ocp.save_checkpointables(directory / f"{name}.partial", {name: tree})
+    for path in (directory / f"{name}.partial").iterdir():
+        path.rename(directory / path.name)
+    (directory / f"{name}.partial").rmdir()
+
+
+def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them."""
+    path, name = _tree_at(folder)
+    stored = ocp.metadata(path, checkpointable_name=name).metadata
+    leaves = ((path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(stored))
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves}
+
+
+def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) -> Array:
+    """Loads one leaf of a tree that was saved on its own: a NumPy array where `like` has no sharding."""
+    path, name = _tree_at(folder)
+    wanted = like if like.sharding is not None else np.empty(like.shape, like.dtype)  # nothing is written to it
+    with _partly():
+        tree = ocp.load(path, _nest({leaf_path: wanted}), checkpointable_name=name)
+    return jax.tree.leaves(tree)[0]
+
+
+def _tree_at(folder: str | Path) -> tuple[Path, str | None]:
+    """Returns how Orbax wants a tree to be named: a checkpoint of its own, or a part of one."""
+    folder = Path(folder).absolute()
+    return (folder, None) if (folder / _METADATA_FILE).exists() else (folder.parent, folder.name)
+
+
+def _partly() -> ocp.Context:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    return context
 
 
 def _custom_metadata(extra: dict[str, Any], norm_stats: NormStats) -> dict[str, Any]:
@@ -196,8 +247,6 @@ def leaf_loader(directory: str | Path, order: Sequence[str], *, step: int | None
     folder, shapes = _step_path(directory, step), param_shapes(directory, step=step)
     if missing := [path for path in order if path not in shapes]:
         raise CheckpointError(f"{folder}: got no {', '.join(missing[:_MAX_NAMES])}, expected them")
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
     waiting: dict[str, np.ndarray] = {}
 
     def load(path: str) -> np.ndarray:
@@ -208,7 +257,7 @@ def leaf_loader(directory: str | Path, order: Sequence[str], *, step: int | None
             group = order[order.index(path) :][:count]
             # Nothing is allocated for arrays that are not written to.
             like = _nest({name: np.empty(shapes[name].shape, shapes[name].dtype) for name in group})
-            with context:
+            with _partly():
                 loaded = ocp.load_checkpointables(folder, {"params": like})["params"]
             waiting.update({path_name(key): leaf for key, leaf in jax.tree.leaves_with_path(loaded)})
         return waiting.pop(path)

@@ -8,10 +8,8 @@ import jax
 import numpy as np
 
 from stare_jax.convert.kept_aside import ADAPTER, KEPT, Base, open_base
-from stare_jax.convert.openvla import FLOATS, read_leaf
 from stare_jax.convert.openvla_config import CONFIG, read_norm_stats, read_statistics, to_statistics
 from stare_jax.convert.openvla_export import (
-    Leaves,
     add_statistics,
     check_counterpart,
     export_specs,
@@ -23,6 +21,7 @@ from stare_jax.convert.openvla_export import (
 from stare_jax.convert.openvla_table import tensor_table, value_head_table
 from stare_jax.convert.peft import kept_adapter, merge_kept, module_of, write_adapter
 from stare_jax.convert.safetensors_folder import WeightsError
+from stare_jax.convert.tensor_table import FLOATS, Leaves, read_leaf
 from stare_jax.logging import new_directory, progress, progress_bytes
 from stare_jax.models import OpenVLAConfig
 from stare_jax.train.checkpoint import leaf_loader, load_extra, load_norm_stats, param_shapes, resolve_step

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 
 from stare_jax.convert.kept_aside import KEPT, Base, keep_aside, open_base
-from stare_jax.convert.openvla import FLOATS, VALUE_HEAD, load_openvla_params, load_value_head, read_tree
+from stare_jax.convert.openvla import VALUE_HEAD, load_openvla_params, load_value_head
 from stare_jax.convert.openvla_config import read_norm_stats
 from stare_jax.convert.peft import Adapter, keep_adapter, open_adapter
+from stare_jax.convert.tensor_table import FLOATS, read_tree
 from stare_jax.logging import Interruption, new_directory, progress_bytes, say
 from stare_jax.models import OpenVLAConfig, make_policy
 from stare_jax.models.lora import add_adapters, drop_adapters

@@ -1,4 +1,4 @@
-"""What a phase starts from: weights of ours or in Hugging Face's format, with adapters of their own or fresh ones."""
+"""What a phase starts from: weights of ours or in the formats of others, with adapters of their own or fresh ones."""
 
 import dataclasses
 from pathlib import Path
@@ -10,20 +10,26 @@ from jax.sharding import Mesh
 from stare_jax.convert.kept_aside import KEPT
 from stare_jax.convert.openvla import load_openvla_params
 from stare_jax.convert.openvla_config import read_config
+from stare_jax.convert.pi05 import load_weights
 from stare_jax.logging import progress_bytes
 from stare_jax.models import OpenVLAConfig, Policy
 from stare_jax.models.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
+from stare_jax.models.pi05_network import Pi05Config
 from stare_jax.train.checkpoint import load_extra, load_params, param_shapes
 from stare_jax.train.config import ConfigError
+from stare_jax.train.import_pi05 import open_weights
 from stare_jax.train.state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
 
 
-def starting_params(source: Path | None, policy: Policy, model: OpenVLAConfig, mesh: Mesh, key: jax.Array) -> PyTree:
+def starting_params(
+    source: Path | None, policy: Policy, model: OpenVLAConfig | Pi05Config, mesh: Mesh, key: jax.Array
+) -> PyTree:
     """Returns parameters on the mesh.
 
     Args:
-        source: a folder with `checkpoints`, or one in Hugging Face's format; None takes random weights.
+        source: a folder with `checkpoints`, an OpenVLA checkpoint in Hugging Face's format, or one of pi0.5 in openpi's
+            or lerobot's; None takes random weights.
         policy: whose parameters they are to be.
         model: what the policy was made of. Where it has adapters and the source has none, they are fresh.
         mesh: where the parameters are to be.
@@ -39,14 +45,25 @@ def starting_params(source: Path | None, policy: Policy, model: OpenVLAConfig, m
         return jax.jit(policy.init, out_shardings=shardings)(key)
     adapters_key, key = jax.random.split(key)
     base = drop_adapters(like)
-    if not (source / CHECKPOINTS).is_dir():
+    if not (source / CHECKPOINTS).is_dir() and isinstance(model, Pi05Config):
+        weights = open_weights(source, config=model)
+        has_adapters = any(path.endswith("lora_a") for path in weights.dtypes)
+        if has_adapters and model.lora.alpha != model.lora.rank:
+            raise ConfigError(
+                f"model.lora.alpha: got {model.lora.alpha}, expected the rank {model.lora.rank}, as openpi's"
+            )
+        with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
+            loaded = load_weights(weights, key, config=model, like=like, on_bytes=on_bytes)
+        if has_adapters:
+            return loaded
+    elif not (source / CHECKPOINTS).is_dir():
         check_model(source, model)
         with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
             loaded = load_openvla_params(source, key, config=model, like=base, on_bytes=on_bytes)
     else:
         if (source / KEPT).is_dir():
             check_model(source / KEPT, model)
-        has_adapters = any(name.endswith("/lora_a") for name in param_shapes(source / CHECKPOINTS))
+        has_adapters = any(name.endswith("lora_a") for name in param_shapes(source / CHECKPOINTS))
         if has_adapters and model.lora is not None:
             _check_alpha(source, model)
         loaded = load_params(source / CHECKPOINTS, like if has_adapters else base, cast=True)

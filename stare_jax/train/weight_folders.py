@@ -5,30 +5,42 @@ from pathlib import Path
 
 from stare_jax.convert.openvla_config import CONFIG
 from stare_jax.convert.peft import ADAPTER_CONFIG
+from stare_jax.convert.pi05_files import holds_pi05
 from stare_jax.convert.safetensors_folder import list_model, read_json
 from stare_jax.train.checkpoint import resolve_step
 from stare_jax.train.config import ConfigError
 from stare_jax.train.state import CHECKPOINTS
 
 _EXPECTED = (
-    "expected an OpenVLA checkpoint (config.json, model*.safetensors), a converted one (checkpoints, huggingface) or a "
-    "phase of a run (checkpoints)"
+    "expected an OpenVLA checkpoint (config.json, model*.safetensors), one of pi0.5 (params, or model*.safetensors), a "
+    "converted one (checkpoints) or a phase of a run (checkpoints)"
 )
+OPENVLA, PI05, OURS = "openvla", "pi05", "ours"
 
 
-def is_huggingface(folder: Path) -> bool:
-    """Returns whether a folder is an OpenVLA checkpoint in Hugging Face's format, else whether it is one of ours.
+def find_kind(folder: Path) -> str:
+    """Returns whose weights a folder holds.
+
+    Args:
+        folder: or a file of safetensors, or PaliGemma's npz file.
+
+    Returns:
+        "openvla", in Hugging Face's format; "pi05", in that of openpi, its PyTorch port, lerobot or PaliGemma; "ours".
 
     Raises:
-        ConfigError: it is neither; says what it is, where that can be told.
+        ConfigError: it is none of these; says what it is, where that can be told.
         CheckpointError: it is one of ours without a complete checkpoint.
-        WeightsError: it is one of theirs without safetensors, or config.json is not JSON.
+        WeightsError: it is one of theirs without safetensors or with damaged ones, or config.json is not JSON.
     """
+    if folder.is_file():
+        if holds_pi05(folder):
+            return PI05
+        raise ConfigError(f"{folder}: got tensors that are not pi0.5's, {_EXPECTED}")
     if not folder.is_dir():
         raise ConfigError(f"{folder}: got no such folder, {_EXPECTED}")
     if (folder / CHECKPOINTS).is_dir():
         resolve_step(folder / CHECKPOINTS)
-        return False
+        return OURS
     description = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     description = description if isinstance(description, dict) else {}
     if "phases" in description:
@@ -41,7 +53,9 @@ def is_huggingface(folder: Path) -> bool:
     kind = description.get("model_type")
     if kind == "openvla" or "timm_model_ids" in description:
         list_model(folder)
-        return True
+        return OPENVLA
+    if holds_pi05(folder):
+        return PI05
     names = sorted(path.name for path in folder.iterdir())
     got = f"a model_type {kind!r} in config.json" if kind else ", ".join(names[:10]) or "nothing"
     raise ConfigError(f"{folder}: got {got}, {_EXPECTED}")

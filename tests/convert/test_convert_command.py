@@ -129,7 +129,7 @@ def test_mistakes_are_one_line(original, converted, refuse, tmp_path):
     key = "--unnorm-key=robot"
     assert "got something there, expected a new name" in refuse(f"--from={original}", key, to=converted)
     assert "--base: got an OpenVLA checkpoint in" in refuse(f"--from={original}", key, f"--base={original}")
-    assert "--unnorm-key: got our own checkpoint in" in refuse(f"--from={converted}", key)
+    assert "--unnorm-key: got our own checkpoint of OpenVLA in" in refuse(f"--from={converted}", key)
     assert "dtype: got 'int8', expected one of" in refuse(f"--from={original}", key, "--dtype=int8")
     assert "dtype: got 'int8', expected one of" in refuse(f"--from={converted}", "--dtype=int8")
     assert "mesh: got data x fsdp x tensor = (1, 64, 1)" in refuse(f"--from={original}", key, "--fsdp=64")
@@ -204,7 +204,10 @@ def test_help_shows_examples_and_defaults(capsys):
         command.main(["--help"])
     printed = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert "python launch/convert.py --from=/data/openvla-7b" in printed and "(default: 5)" in printed
+    assert (
+        "python launch/convert.py --from=/data/openvla-7b" in printed
+        and "(default: 5, and one file for pi0.5)" in printed
+    )
     with pytest.raises(SystemExit) as stopped:
         command.main(["--from=a"])
     assert stopped.value.code == 2

@@ -10,10 +10,11 @@ import pytest
 from openvla_files import read_folder
 
 from stare_jax.convert.kept_aside import ADAPTER_MODEL, keep_aside, open_base
-from stare_jax.convert.openvla import load_openvla, read_tree
+from stare_jax.convert.openvla import load_openvla
 from stare_jax.convert.openvla_config import read_config
-from stare_jax.convert.openvla_table import leaf_at, leaf_shapes
+from stare_jax.convert.openvla_table import leaf_shapes
 from stare_jax.convert.peft import keep_adapter, open_adapter, write_adapter
+from stare_jax.convert.tensor_table import leaf_at, read_tree
 from stare_jax.models import make_policy
 from stare_jax.models import openvla as openvla_policy
 from stare_jax.models.heads import decode_bins

@@ -7,7 +7,8 @@ import openvla_files
 import pytest
 
 from stare_jax.convert.openvla_export import export_specs
-from stare_jax.convert.openvla_table import adapter_table, leaf_shapes, table_specs, tensor_table, unused_specs
+from stare_jax.convert.openvla_table import adapter_table, leaf_shapes, tensor_table, unused_specs
+from stare_jax.convert.tensor_table import table_specs
 from stare_jax.models import LoRAConfig, openvla_7b
 
 NUM_PARAMS = 7_541_237_184

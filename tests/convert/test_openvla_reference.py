@@ -18,14 +18,8 @@ from safetensors.numpy import save_file
 
 from stare_jax.convert.openvla import load_openvla
 from stare_jax.convert.openvla_config import OVERRIDES, TIMM_IDS, read_config
-from stare_jax.convert.openvla_table import (
-    adapter_table,
-    layer_shape,
-    leaf_shapes,
-    tensor_table,
-    to_ours,
-    value_head_table,
-)
+from stare_jax.convert.openvla_table import adapter_table, leaf_shapes, tensor_table, value_head_table
+from stare_jax.convert.tensor_table import layer_shape, to_ours
 from stare_jax.losses import ppo_loss
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models import openvla as openvla_policy
@@ -286,7 +280,7 @@ def gather(config, model, head, read):
     for path, entry in (adapter_table(tensor_table(config)) | value_head_table(config)).items():
         shape = layer_shape(shapes[path].shape, entry)
         layers = [to_ours(read(theirs[name]).numpy(), shape, entry.kind) for name in entry.names]
-        found[path] = np.stack(layers) if entry.is_stacked else layers[0]
+        found[path] = np.stack(layers) if entry.num_stacked else layers[0]
     return found
 
 

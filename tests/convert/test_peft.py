@@ -12,10 +12,10 @@ import pytest
 from openvla_files import ALL_LINEAR, OTHER, SMALL, read_folder
 
 from stare_jax.convert.kept_aside import open_base
-from stare_jax.convert.openvla import read_tree
-from stare_jax.convert.openvla_table import leaf_at, leaf_shapes
+from stare_jax.convert.openvla_table import leaf_shapes
 from stare_jax.convert.peft import open_adapter, read_lora
 from stare_jax.convert.safetensors_folder import WeightsError
+from stare_jax.convert.tensor_table import leaf_at, read_tree
 from stare_jax.models.lora import ALL_LINEAR as ALL
 from stare_jax.models.lora import ATTENTION, LoRAConfig
 from stare_jax.train.checkpoint import load_extra, param_shapes

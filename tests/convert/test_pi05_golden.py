@@ -1,5 +1,6 @@
 """Parity with openpi's own JAX implementation of pi0.5 on tiny random parameters."""
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -7,13 +8,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pi05_files
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
+from stare_jax.convert.pi05_sizes import read_sizes
+from stare_jax.models import pi05_base
 from stare_jax.models.gemma import GemmaConfig
 from stare_jax.models.pi05_network import Pi05, Pi05Config
 from stare_jax.models.siglip import SigLIPConfig
+from stare_jax.train.checkpoint import leaf_loader
+from stare_jax.train.import_pi05 import import_pi05
 
 FOLDER = Path(__file__).resolve().parents[2] / "../shared/golden/pi05_tiny"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"no golden numbers at {FOLDER}")
@@ -86,6 +92,24 @@ def test_parameters_have_the_reference_names_and_shapes(network, inputs, descrip
     shapes = jax.eval_shape(network.init, jax.random.key(0), *prompt, noisy, time)["params"]
     ours = {"/".join(path): list(leaf.shape) for path, leaf in flatten_dict(shapes).items()}
     assert ours == description["param_shapes"]
+
+
+@pytest.mark.parametrize("form", ["openpi", "safetensors", "lerobot"])
+def test_weights_in_every_format(tmp_path, form, description):
+    """openpi's tree, and the tensors of its port, whose files do not tell how many heads the tower has."""
+    flat = load_file(FOLDER / "params.safetensors")
+    if form == "openpi":
+        pi05_files.write_openpi(tmp_path / "theirs", flat)
+    else:
+        tensors = pi05_files.to_port(flat)
+        pi05_files.write_port(tmp_path / "theirs", tensors, prefix="model." if form == "lerobot" else "")
+    tower = dataclasses.replace(pi05_base().siglip, num_heads=description["siglip"]["num_heads"])
+    sizes = {name: description["param_shapes"][name] for name in flat}
+    config = read_sizes("golden", sizes, dataclasses.replace(pi05_base(), siglip=tower))
+    imported = import_pi05(tmp_path / "theirs", tmp_path / "ours", config=None if form == "openpi" else config)
+    assert (imported.form, imported.config.siglip, imported.config.paligemma) == (form, config.siglip, config.paligemma)
+    load = leaf_loader(tmp_path / "ours" / "checkpoints", list(flat))
+    assert pi05_files.bits({name: load(name) for name in flat}) == pi05_files.bits(flat)
 
 
 def test_prefix_and_chunk_together(apply, params, inputs, expected):
