@@ -70,3 +70,4 @@ def set_flow(config):
     config.tpo.beta = 0.3
     config.tpo.optimizer.learning_rate = 3e-6  # at 1e-5 the policy lost four points, twice
     config.ppo.temperature = 1.0  # less noise explores nothing, and what is evaluated has none either way
+    config.ppo.optimizer.learning_rate = 1e-5
