@@ -129,17 +129,18 @@ STACKS = ("dino", "siglip", "img", "llm", "expert")
 """of layers, in the paths of both models; `expert` is the second one in pi0.5's language model."""
 
 
-def num_passes(phase: str, trained: str, *, scores_first: bool = False) -> dict[str, int]:
+def num_passes(phase: str, trained: str, *, scores_first: bool = False, decodes: bool = False) -> dict[str, int]:
     """Returns how often a program reads the layers of each of `STACKS`: once, and once more where it learns.
 
     Args:
         phase: "sft", "tpo", "ppo" or "sample".
         trained: "full", "lora" or, of pi0.5 alone, "expert". Adapters of pi0.5 leave its vision tower as it is.
         scores_first: whether all decisions are scored before some are differentiated.
+        decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
     """
     passes = dict.fromkeys(STACKS, 1 + scores_first)
     if phase == "sample":
-        return passes
+        return passes | {"llm": 1 + decodes}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]
     return {stack: number + (stack not in still) for stack, number in passes.items()}
 

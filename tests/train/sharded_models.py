@@ -1,9 +1,9 @@
 """Steps and actions of small models on eight fake devices and on one; run by test_sharding.py in its own process.
 
     python tests/train/sharded_models.py openvla
-    python tests/train/sharded_models.py pi05
+    python tests/train/sharded_models.py pi05 few
 
-compares everything and prints what it found as one line of JSON; eight_devices.py compares a little of it.
+compares everything, or a little of it, and prints what it found as one line of JSON.
 """
 
 import functools
@@ -42,20 +42,20 @@ from stare_jax.train.tpo import TPOConfig
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})
 TRAINED = {"openvla": ("full", "lora"), "pi05": ("full", "expert", "lora")}
 """model -> what of it is trained."""
-FEW = (
-    ("openvla", "lora", "ppo", 8, MESHES[0]),
-    ("openvla", "full", "sft", None, MESHES[1]),
-    ("pi05", "lora", "ppo", 8, MESHES[0]),
-    ("pi05", "expert", "tpo", None, MESHES[1]),
-)
-"""(model, what is trained, phase, microbatch, mesh), of which all kinds of layout are seen at least once."""
+FEW = {
+    "openvla": (("lora", "ppo", 8, MESHES[0]), ("full", "sft", None, MESHES[1])),
+    "pi05": (("full", "sft", None, MESHES[0]), ("expert", "ppo", 8, MESHES[1])),
+}
+"""model -> (what is trained, phase, microbatch, mesh), of which all kinds of layout are seen at least once."""
 SIZE = 16
 # With SGD-like moments (large eps) a difference in rounding stays one.
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, eps=1.0)
+TRAINING = (True, 0.0)
+"""whether the policy is trained, and how much of the training is done."""
 
 
 def all_cases(model):
-    return itertools.product([model], TRAINED[model], ("sft", "tpo", "ppo"), (None, 8), MESHES)
+    return itertools.product(TRAINED[model], ("sft", "tpo", "ppo"), (None, 8), MESHES)
 
 
 def nano_pi05(**changes):
@@ -104,7 +104,7 @@ def decided(model, trained):
 def sft_batch(model, trained):
     policy, _ = policy_and_params(model, trained)
     shape = (SIZE,) if policy.horizon is None else (SIZE, policy.horizon)
-    return SFTBatch(decided(model, trained)[1], raw_actions(policy, (SIZE,)), np.ones(shape, bool))
+    return SFTBatch(random_observation(policy, prompts(SIZE)), raw_actions(policy, (SIZE,)), np.ones(shape, bool))
 
 
 def ppo_batch(model, trained):
@@ -145,7 +145,7 @@ def take_steps(model, trained, phase, microbatch, mesh):
     make_step, config, batch, extra = {
         "sft": lambda: (make_sft_step, SFTConfig(batch_size=SIZE, **settings), sft_batch(model, trained), ()),
         "tpo": lambda: (make_tpo_step, TPOConfig(batch_size=SIZE // 2, **settings), pair_batch(model, trained), ()),
-        "ppo": lambda: (make_ppo_step, PPOConfig(minibatch_size=SIZE, **settings), ppo_batch(model, trained), (True, 0.0)),
+        "ppo": lambda: (make_ppo_step, PPOConfig(minibatch_size=SIZE, **settings), ppo_batch(model, trained), TRAINING),
     }[phase]()
     freeze = frozen_params(policy, config.optimizer)
     tx = make_optimizer(config.optimizer, num_steps=10)
@@ -168,12 +168,10 @@ def compare_steps(model, trained, phase, microbatch, mesh_sizes):
     policy, params = policy_and_params(model, trained)
     shardings = tree_shardings(state, mesh, policy.sharding_rules)
     misplaced = jax.tree.map(lambda x, s: not x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
-    leaves = [(path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(state.params)]
-    shapes = [(name, leaf.shape, not leaf.sharding.is_fully_replicated) for name, leaf in leaves]
     found = read_collectives(text)
     if mesh_sizes == {"fsdp": 8}:
-        has_two_passes = phase == "tpo" and microbatch is not None
-        problems = not_zero3(found, shapes, num_passes(phase, trained, scores_first=has_two_passes))
+        passes = num_passes(phase, trained, scores_first=phase == "tpo" and microbatch is not None)
+        problems = not_zero3(found, shapes_of(state.params), passes)
     else:
         problems = moved_out(found)
     return {
@@ -203,23 +201,37 @@ def compare_actions(model, mesh_sizes, size):
     return found
 
 
+def exchanged_by_sampling(model):
+    """Returns what the sampling of a policy with adapters, cut over eight devices, exchanges but should not."""
+    (policy, params), mesh = policy_and_params(model, "lora"), make_mesh(**MESHES[1])
+    placed = jax.device_put(params, tree_shardings(params, mesh, policy.sharding_rules))
+    inputs = (placed, place(random_observation(policy, prompts(SIZE)), mesh), jax.random.key(1))
+    text = jax.jit(policy.sample).lower(*inputs).compile().as_text()
+    passes = num_passes("sample", "lora", decodes=policy.horizon is None)
+    return not_zero3(read_collectives(text), shapes_of(placed), passes)
+
+
+def shapes_of(params):
+    """Returns path, shape, and whether it is split, of every parameter."""
+    leaves = jax.tree.leaves_with_path(params)
+    return [(path_name(path), leaf.shape, not leaf.sharding.is_fully_replicated) for path, leaf in leaves]
+
+
 def difference(a, b):
     return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *jax.device_get((a, b)))))
 
 
-def compare(step_cases, action_cases):
+def compare(model, step_cases, action_cases):
     """Returns what test_sharding.py asserts."""
     return {
-        "steps": [compare_steps(*case) for case in step_cases],
-        "actions": [compare_actions(*case) for case in action_cases],
+        "steps": [compare_steps(model, *case) for case in step_cases],
+        "actions": [compare_actions(model, *case) for case in action_cases],
+        "exchanged_by_sampling": exchanged_by_sampling(model),
     }
 
 
-def compare_few():
-    return compare(FEW, [(model, MESHES[0], SIZE) for model in TRAINED])
-
-
 if __name__ == "__main__":
-    model = sys.argv[1]
+    model, *few = sys.argv[1:]
     # Three rows are no whole number of rows on any device.
-    print(json.dumps(compare(all_cases(model), [(model, mesh, size) for mesh in MESHES for size in (SIZE, 3)])))
+    actions = [(MESHES[0], SIZE)] if few else [(mesh, size) for mesh in MESHES for size in (SIZE, 3)]
+    print(json.dumps(compare(model, FEW[model] if few else all_cases(model), actions)))
