@@ -82,7 +82,7 @@ class AdaptiveNorm(nn.Module):
         """Returns the normalised tokens `[B, T, D]` and the gate of each, `[B, T, D]` or, of all, `[B, 1, D]`."""
         types = {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
         dense = nn.Dense(3 * x.shape[-1], kernel_init=nn.initializers.zeros, name="Dense_0", **types)
-        modulation, num_runs = dense(cond), cond.shape[1]
+        modulation, num_runs = split_batch(dense(split_batch(cond))), cond.shape[1]
         if num_runs > 1:
             modulation = jnp.repeat(modulation, x.shape[1] // num_runs, axis=1)
         scale, shift, gate = jnp.split(modulation, 3, axis=-1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from stare_jax.models.attention import KeyValue
 from stare_jax.models.gemma import Gemma, GemmaConfig
 from stare_jax.models.heads import ValueHead
-from stare_jax.models.layers import Execution, Linear
+from stare_jax.models.layers import Execution, Linear, split_batch
 from stare_jax.models.lora import LoRAConfig
 from stare_jax.models.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.vit import ConvStem, stem_stride
@@ -200,11 +200,11 @@ class Pi05(nn.Module):
         """Returns embeddings `[B, cameras * patches, width]`, or `[B, state_tokens, width]`."""
         if self.config.state_tokens:
             return self.state_embed(scene)
-        # All cameras in one batch: one pass through the tower.
-        images = jnp.concatenate(scene)
+        # All cameras in one batch: one pass through the tower. Those of a row stay together, and so on their device.
+        images = jnp.stack(scene, axis=1)
+        images = images.reshape(-1, *images.shape[2:])
         patches = self.PaliGemma.img(images if self.stem is None else self.stem(images))
-        patches = patches.reshape(len(scene), -1, *patches.shape[1:]).swapaxes(0, 1)
-        return patches.reshape(patches.shape[0], -1, patches.shape[-1])
+        return patches.reshape(scene[0].shape[0], -1, patches.shape[-1])
 
     def embed_prefix(
         self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
@@ -239,8 +239,9 @@ class Pi05(nn.Module):
 
     def condition(self, time: jax.Array) -> jax.Array:
         """Returns what flow times `[...]` modulate the expert's norms by, float32 `[..., width]`."""
-        hidden = nn.swish(self.time_mlp_in(time_embedding(time, self.config.expert.width)))
-        return nn.swish(self.time_mlp_out(hidden))
+        embedding = split_batch(time_embedding(time, self.config.expert.width))
+        hidden = nn.swish(split_batch(self.time_mlp_in(embedding)))
+        return nn.swish(split_batch(self.time_mlp_out(hidden)))
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
         """Returns hidden states `[B, G, H, width]` of noisy chunks `[B, G, H, A]` at times `[B, G]` after a prefix."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.attention import KeyValue, attend
-from stare_jax.models.layers import Execution, Linear, scan_layers
+from stare_jax.models.layers import Execution, Linear, scan_layers, split_batch
 from stare_jax.models.vit import LAYER_NORM_EPS, patchify
 
 
@@ -63,9 +63,9 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         attention = SelfAttention(self.config, self.execution, name="MultiHeadDotProductAttention_0")
-        x = x + attention(_layer_norm(self.execution, "LayerNorm_0")(x))
+        x = split_batch(x + attention(_layer_norm(self.execution, "LayerNorm_0")(x)))
         mlp = MLP(self.config, self.execution, name="MlpBlock_0")
-        return x + mlp(_layer_norm(self.execution, "LayerNorm_1")(x)), None
+        return split_batch(x + mlp(_layer_norm(self.execution, "LayerNorm_1")(x))), None
 
 
 class Encoder(nn.Module):
@@ -94,11 +94,11 @@ class SigLIP(nn.Module):
         cfg = self.config
         # Pixels and positions are added up in float32, whatever follows.
         exact = dataclasses.replace(self.execution, dtype="float32")
-        x = Linear((cfg.width,), exact, num_in_axes=3, name="embedding")(patchify(image, cfg.patch_size))
+        x = split_batch(Linear((cfg.width,), exact, num_in_axes=3, name="embedding")(patchify(image, cfg.patch_size)))
         init = nn.initializers.normal(cfg.width**-0.5)
         x = x + self.param("pos_embedding", init, (1, *x.shape[1:]), self.execution.param_dtype).astype(jnp.float32)
         x = Encoder(cfg, self.execution, name="Transformer")(x.astype(self.execution.dtype))
-        return Linear((self.out_dim,), self.execution, name="head")(x)
+        return split_batch(Linear((self.out_dim,), self.execution, name="head")(split_batch(x)))
 
 
 def _layer_norm(execution: Execution, name: str) -> nn.Module:

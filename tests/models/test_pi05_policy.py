@@ -22,6 +22,7 @@ from stare_jax.models import (
     pi05_base,
     with_prompt,
 )
+from stare_jax.models.layers import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
 from stare_jax.models.pi05_network import Pi05
 from stare_jax.models.pi05_prompt import STATE_TEMPLATE, bin_state, clean, encode_prompt, read_observation
@@ -213,6 +214,27 @@ def test_a_camera_that_is_left_out_is_one_that_is_masked():
     masked = jit(velocity)(scene, np.tile([True, False], (2, 1)))
     np.testing.assert_allclose(jit(velocity)(scene[:1], None), masked, atol=1e-5)
     assert np.abs(jit(velocity)(scene, None) - masked).max() > 1e-3
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_what_is_computed_again_is_the_same(remat):
+    """In the vision tower and in both experts."""
+    _, params, observation = case("sde")
+    action = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 4, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(5), 2)
+
+    def gradient(execution):
+        policy, _, _ = case("sde", execution=execution)
+
+        def loss(params):
+            return policy.imitation_loss(params, observation, action, key=keys)[0].mean()
+
+        program = jax.make_jaxpr(jax.grad(loss))(params)
+        return jit(jax.grad(loss))(params), str(program).count("remat2[") + str(program).count("checkpoint[")
+
+    (expected, num_none), (found, num_again) = gradient(Execution()), gradient(Execution(remat=remat))
+    assert num_none == 0 < num_again
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from stare_jax.models.heads import NUM_BINS
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
 """what weights and their gradients take; the others move activations from one layout to another."""
-IN_LAYERS = re.compile(r"\b(layers|blocks)/")
+IN_LAYERS = re.compile(r"\b(layers|blocks|encoderblock)/")
 """in the paths of what is in a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
 
 
@@ -91,7 +91,7 @@ def not_zero3(
     Args:
         found: see `read_collectives`.
         leaves: path, shape, and whether it is split, of every parameter.
-        num_passes: how often the loop over the layers of `dino`, `siglip` and `llm` is in the program.
+        num_passes: how often the loop over the layers of a stack is in the program, see the function of this name.
     """
     in_layers, elsewhere, missing = set(), {1}, collections.Counter()
     for path, shape, is_split in leaves:
@@ -125,5 +125,27 @@ def moved_out(found: Sequence[Collective]) -> list[str]:
     return [f"moved out of its loop: {one}" for one in of_layers if one.num_loops != one.num_written]
 
 
+STACKS = ("dino", "siglip", "img", "llm", "expert")
+"""of layers, in the paths of both models; `expert` is the second one in pi0.5's language model."""
+
+
+def num_passes(phase: str, trained: str, *, scores_first: bool = False, decodes: bool = False) -> dict[str, int]:
+    """Returns how often a program reads the layers of each of `STACKS`: once, and once more where it learns.
+
+    Args:
+        phase: "sft", "tpo", "ppo" or "sample".
+        trained: "full", "lora" or, of pi0.5 alone, "expert". Adapters of pi0.5 leave its vision tower as it is.
+        scores_first: whether all decisions are scored before some are differentiated.
+        decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
+    """
+    passes = dict.fromkeys(STACKS, 1 + scores_first)
+    if phase == "sample":
+        return passes | {"llm": 1 + decodes}
+    still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]
+    return {stack: number + (stack not in still) for stack, number in passes.items()}
+
+
 def _stack(path: str) -> str:
-    return re.findall(r"(dino|siglip|llm)(?:\.\w+)?/", path)[-1]
+    """Returns of which of `STACKS` a parameter or an operation is."""
+    stack = re.findall(r"(dino|siglip|llm|img)(?:\.\w+)?/", path)[-1]
+    return "expert" if stack == "llm" and re.search(r"_1/", path) else stack

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import numpy as np
-from sharded_openvla import compare_few
 from toy_task import NUM_ENVS, random_pairs
 
 from stare_jax.envs import toy
@@ -89,7 +88,6 @@ print(
             "restored_elsewhere_equal": difference(restored, sharded) == 0,
             "restored_shard": shard_shapes(restored.params, "logits/kernel")[0],
             "batch_error": batch_error,
-            "openvla": compare_few(),
         }
     )
 )

@@ -70,7 +70,8 @@ def run_on_eight_devices(script, *arguments, timeout):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def check_openvla(report):
+def check_models(report):
+    assert report["exchanged_by_sampling"] == []
     for found in report["steps"]:
         # Sums over devices are taken in another order.
         assert found["difference"] < 1e-5 < 1e-3 < found["change"], found
@@ -88,27 +89,39 @@ def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_pat
     assert report["kernel_shard"] == [4, 24] and report["moment_shards"] == [[4, 24], [4, 24]]
     assert report["restored_elsewhere_equal"] and report["restored_shard"] == [8, 24]
     assert report["batch_error"] == "minibatch_size: got 12, expected a multiple of data x fsdp = 8"
-    check_openvla(report["openvla"])
+
+
+@pytest.mark.parametrize("model", ["openvla", "pi05"])
+def test_steps_and_actions_on_eight_devices_are_those_on_one(model):
+    check_models(run_on_eight_devices("sharded_models.py", model, "few", timeout=600))
 
 
 @pytest.mark.slow
-def test_every_step_of_openvla_on_eight_devices_is_that_on_one():
-    check_openvla(run_on_eight_devices("sharded_openvla.py", timeout=3000))
+@pytest.mark.parametrize("model", ["openvla", "pi05"])
+def test_every_step_on_eight_devices_is_that_on_one(model):
+    check_models(run_on_eight_devices("sharded_models.py", model, timeout=3000))
 
 
-# An all-gather of one layer's largest kernel, or of the share of it that a tensor axis leaves to a device, is the
-# largest thing that is ever exchanged.
-LARGEST_KERNEL = 4096 * 11008
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["ppo 8 1", "ppo 8 1 full", "tpo 8 1", "sample 8 1", "ppo 4 2", "sample 4 2"])
-def test_openvla_7b_gathers_one_layer_at_a_time(case):
+def check_full_size(case, largest):
     tensor = int(case.split()[2])
-    found = run_on_eight_devices("compile_7b.py", *case.split(), timeout=1200)
-    assert found["moved_out"] == [] and found["largest"] <= LARGEST_KERNEL // tensor
+    found = run_on_eight_devices("compile_full_size.py", *case.split(), timeout=1200)
+    assert found["moved_out"] == [] and found["largest"] <= largest // tensor, found["largest_is"]
     if tensor == 1:
         assert found["not_zero3"] == []
     # What a device holds is its share, up to a few scalars, and what a step changes is changed in place.
     assert abs(found["argument_bytes"] - found["expected_bytes"]) < 2**10
     assert found["reused_bytes"] == found["moving_bytes"]
+
+
+# An all-gather of one layer's largest kernel, or of the share of it that a tensor axis leaves to a device, is the
+# largest thing that is ever exchanged.
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ppo 8 1", "ppo 8 1 full", "tpo 8 1", "sample 8 1", "ppo 4 2", "sample 4 2"])
+def test_openvla_7b_gathers_one_layer_at_a_time(case):
+    check_full_size(case, largest=4096 * 11008)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ppo 8 1 pi05", "sft 8 1 pi05 full", "sample 8 1 pi05"])
+def test_pi05_gathers_one_layer_at_a_time(case):
+    check_full_size(case, largest=2 * 2048 * 16384)

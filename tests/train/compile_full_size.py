@@ -1,8 +1,10 @@
-"""Compiles OpenVLA-7B for eight fake devices without allocating it; run by test_sharding.py in its own process.
+"""Compiles a model of full size for eight fake devices without allocating it; run by test_sharding.py in a process.
 
-    python tests/train/compile_7b.py ppo 8 1          # phase, fsdp, tensor
-    python tests/train/compile_7b.py sample 8 1
-    python tests/train/compile_7b.py ppo 8 1 full     # all weights, not adapters
+    python tests/train/compile_full_size.py ppo 8 1             # phase, fsdp, tensor: OpenVLA-7B's adapters
+    python tests/train/compile_full_size.py sample 8 1
+    python tests/train/compile_full_size.py ppo 8 1 full        # all weights, not adapters
+    python tests/train/compile_full_size.py ppo 8 1 pi05        # the words of `configs.recipes`: the action expert
+    python tests/train/compile_full_size.py sft 8 1 pi05 full
 
 prints what it found as one line of JSON.
 """
@@ -12,11 +14,12 @@ import functools
 import json
 import math
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from collectives import moved_out, not_zero3, read_collectives
+from collectives import moved_out, not_zero3, num_passes, read_collectives
 from jax.sharding import NamedSharding
 
 from configs import ipi_widowx
@@ -24,7 +27,7 @@ from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.train.config import from_dict
 from stare_jax.train.ipi import IPIConfig, MeshConfig, abstract_params
-from stare_jax.train.optimizer import frozen_params, make_optimizer, split_params
+from stare_jax.train.optimizer import frozen_params, keep_average, make_optimizer, split_params
 from stare_jax.train.plan import plan_run
 from stare_jax.train.sharding import batch_sharding, make_mesh, path_name
 from stare_jax.train.steps import lower_step, make_ppo_step, make_sft_step, make_tpo_step
@@ -33,8 +36,8 @@ from stare_jax.train.steps import lower_step, make_ppo_step, make_sft_step, make
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def load(fsdp, tensor, tuning):
-    values = ipi_widowx.get_config(f"PutCarrotOnPlateInScene-v1{tuning}").to_dict()
+def load(fsdp, tensor, words):
+    values = ipi_widowx.get_config(",".join(["PutCarrotOnPlateInScene-v1", *words])).to_dict()
     values.pop("name")
     return dataclasses.replace(from_dict(IPIConfig, values), mesh=MeshConfig(1, fsdp, tensor))
 
@@ -46,11 +49,13 @@ def lower_phase(phase, config, policy, mesh):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), plan[:2]
     )
     tx = make_optimizer(section.optimizer, num_steps=None if phase == "ppo" else 10)
+    if phase == "sft":
+        tx = keep_average(tx, section.ema_decay)
     make_step = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}[phase]
     extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
     lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
     trainable, frozen = split_params(state.params, frozen_params(policy, section.optimizer))
-    if phase == "tpo":  # Preferences ask for no value, and a compiled program is not given what it does not read.
+    if phase != "ppo":  # No value is asked for, and a compiled program is not given what it does not read.
         frozen = {name: leaf for name, leaf in frozen.items() if name != "value_head"}
     return lowered, state.replace(params=trainable), (frozen, batch)
 
@@ -69,32 +74,36 @@ def bytes_on_a_device(tree):
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
 
 
-def main(phase, fsdp, tensor, *tuning):
-    config = load(fsdp, tensor, "".join(f",{name}" for name in tuning))
+def main(phase, fsdp, tensor, *words):
+    config = load(fsdp, tensor, words)
     policy = make_policy(config.model, identity_stats(config.model.action_dim, config.model.state_dim))
     mesh = make_mesh(fsdp=fsdp, tensor=tensor)
+    start = time.perf_counter()
     if phase == "sample":
         lowered, moving, read = lower_sampling(policy, mesh)
     else:
         lowered, moving, read = lower_phase(phase, config, policy, mesh)
     compiled = lowered.compile(compiler_options=QUICK)
+    seconds = time.perf_counter() - start
     found, memory = read_collectives(compiled.as_text()), compiled.memory_analysis()
     params = jax.tree.leaves_with_path(abstract_params(policy, mesh))
     leaves = [(path_name(path), leaf.shape, not leaf.sharding.is_fully_replicated) for path, leaf in params]
-    # A preference step scores all decisions before it differentiates some; to act is to read the prompt and to decode.
-    num_passes = dict.fromkeys(("dino", "siglip", "llm"), {"sample": 1, "tpo": 3}.get(phase, 2))
-    num_passes["llm"] += phase == "sample"
+    trained = "full" if "full" in words else "expert" if "pi05" in words and "lora" not in words else "lora"
+    passes = num_passes(phase, trained, scores_first=phase == "tpo", decodes="pi05" not in words)
+    largest = max(found, key=lambda one: max(one.sizes))
     print(
         json.dumps(
             {
-                "not_zero3": not_zero3(found, leaves, num_passes),
+                "not_zero3": not_zero3(found, leaves, passes),
                 "moved_out": moved_out(found),
-                "largest": max(max(one.sizes) for one in found),
+                "largest": max(largest.sizes),
+                "largest_is": str(largest),
                 "argument_bytes": memory.argument_size_in_bytes,
                 "expected_bytes": bytes_on_a_device((moving, read)),
                 "reused_bytes": memory.alias_size_in_bytes,
                 "moving_bytes": bytes_on_a_device(moving),
                 "temporary_bytes": memory.temp_size_in_bytes,
+                "compile_s": seconds,
             }
         )
     )
