@@ -63,13 +63,15 @@ def set_flow(config):
     config.sft.ema_decay = 0.999
     config.sft.optimizer.learning_rate = 2.5e-5
     config.sft.optimizer.warmup_steps = 1000
-    config.sft.optimizer.schedule = "cosine"
+    config.sft.optimizer.schedule = "cosine"  # down to zero; openpi ends at a tenth
     config.sft.optimizer.weight_decay = 1e-10
     config.ppo.num_episodes = 320
     config.ppo.num_epochs = 5
-    config.ppo.minibatch_size = 5120
+    # One minibatch of all decisions there can be, as 320 episodes of 80 actions are in RLinf.
+    config.ppo.minibatch_size = config.ppo.num_episodes * -(-config.env.horizon // config.model.chunk)
     config.ppo.microbatch_size = 64
     config.ppo.entropy_coef = 0.005
+    config.ppo.kl_coef = 0.0  # measured
     config.ppo.value_clip_eps = 0.2
     config.ppo.huber_delta = 10.0
     config.ppo.optimizer.learning_rate = 7.91e-6

@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="under which the result is kept (default: PHASE, or PHASE_again beside the run's own)")
     add("--episodes", type=int, metavar="N", help="how many, on the seeds from the first on")
     add("--first-seed", type=int, metavar="SEED")
-    add("--temperature", type=float, help="0 is greedy")
+    add("--temperature", type=float, help="0 is greedy; a flow still starts from noise")
     add("--videos", type=int, metavar="N", help="episodes to film")
     add("--backend", choices=BACKENDS, help="where physics runs; only with cpu are episodes reproducible")
     add("--workers", type=int, metavar="N", help="simulator processes")

@@ -32,7 +32,8 @@ class EvalConfig:
     seeds: tuple[int, ...] = ()
     """if not empty, exactly these instead."""
     temperature: float = 0.0
-    """of the action distribution; 0 is greedy."""
+    """of the action distribution; 0 is greedy, up to the noise that a flow starts from, which is drawn by tick and
+    environment: equal numbers of environments draw alike."""
     num_videos: int = 4
     """episodes to film, half of them successes and half failures where there are enough of both."""
 

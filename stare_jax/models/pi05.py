@@ -71,7 +71,7 @@ def pi05_tiny(state_dim: int = 0, *, critic: str = "shared", **changes) -> Pi05C
         vocab_size=896,
         tokenizer="words",
         prompt_template="{instruction} {state}" if prompt_dim else "{instruction}",
-        prompt_length=12 + prompt_dim,
+        prompt_length=12 + 3 * prompt_dim,  # what is below the data's range is three tokens, " -" and "1"
         horizon=5,
         chunk=3,
         model_action_dim=7,
@@ -215,6 +215,8 @@ def _over_executed(config: Pi05Config, norm_stats: NormStats, x: jax.Array) -> j
 
 def _entropy(config: Pi05Config, norm_stats: NormStats, std: jax.Array, is_drawn: jax.Array) -> jax.Array:
     """Returns the mean `[B]` over the numbers of random steps, of deviations that broadcast to `[B, G, H, A]`."""
+    if config.noise != "learned":  # fixed by the schedule: a bonus for it would be a constant
+        return jnp.zeros(len(is_drawn))
     full = jnp.broadcast_to(std, (*is_drawn.shape, config.horizon, config.model_action_dim))
     entropy = _over_executed(config, norm_stats, flow.normal_entropy(full)).mean(axis=(-2, -1))
     return jnp.sum(jnp.where(is_drawn, entropy, 0.0), axis=1) / jnp.maximum(is_drawn.sum(axis=1), 1)
@@ -333,6 +335,8 @@ def _value(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Ob
 def _normalize(config: Pi05Config, norm_stats: NormStats, action: Array) -> jax.Array:
     """Returns `[B, H, A]` for raw actions `[B, H, A']`, zeros in the dimensions that the robot does not have."""
     unit = to_quantiles(jnp.asarray(action, jnp.float32), norm_stats.action_q01, norm_stats.action_q99)
+    # Of a dimension with equal quantiles the rare other value would be enormous, and it is not decided anyway.
+    unit = jnp.where(is_constant_action(norm_stats), 0.0, unit)
     return jnp.pad(unit, ((0, 0), (0, 0), (0, config.model_action_dim - config.action_dim)))
 
 

@@ -95,6 +95,8 @@ class Pi05Config:
             if got != expected:
                 raise ValueError(f"expert.{name}: got {got}, expected {expected}, that of paligemma")
         self._check_scene()
+        if self.execution.attention != "xla":
+            raise ValueError(f"execution.attention: got {self.execution.attention!r}, expected 'xla' for pi0.5")
         choices = {"noise": NOISES, "critic": CRITICS, "preference": PREFERENCES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -38,7 +38,8 @@ class Policy(NamedTuple):
     """Pure functions over a plain nested dict of parameters; none is jitted, callers jit once.
 
     init(key) -> params
-    sample(params, observation, key, *, temperature=1.0) -> Decision; temperature 0 is greedy, and may be traced
+    sample(params, observation, key, *, temperature=1.0) -> Decision; temperature may be traced, and at 0 nothing is
+        random but the noise that a flow starts from
     log_prob(params, observation, action_tokens, *, temperature=1.0) -> ActionScore
     value(params, observation) -> float32 [B]
     imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32

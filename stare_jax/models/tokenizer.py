@@ -70,7 +70,9 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     answer_id = tokenizer.convert_tokens_to_ids("▁")
     if answer_id is None or answer_id == tokenizer.unk_token_id:
-        raise ValueError(f"tokenizer {folder!r}: got no token '▁', expected a Llama vocabulary")
+        raise ValueError(
+            f"tokenizer {folder!r}: got no token '▁', expected a SentencePiece vocabulary such as Llama's or Gemma's"
+        )
     # Padding is masked out, so a tokenizer without a padding token may as well repeat BOS.
     pad_id = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
@@ -83,7 +85,7 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def bin_state(unit_state: np.ndarray) -> np.ndarray:
-    """Returns pi0.5's bin of each normalised state in [-1, 1], int32 in [0, 256), equally wide."""
+    """Returns the bin of each normalised state in [-1, 1], int32 in [0, 256), equally wide; pi0.5's are its own."""
     return np.clip((np.asarray(unit_state) + 1.0) * (NUM_STATE_BINS / 2), 0, NUM_STATE_BINS - 1).astype(np.int32)
 
 

@@ -215,7 +215,8 @@ def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) 
     """
     instructions = sorted({episode.instruction for episode in demonstrations.episodes})
     with user_input():
-        policy.tokenize(instructions, np.zeros((len(instructions), state_dim), np.float32))
+        # Far below the data's range, where numbers are written the longest.
+        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
 
 
 def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -> Path:

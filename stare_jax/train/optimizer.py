@@ -28,7 +28,7 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
-    no_decay: str = r"(bias|scale|norm|embedding)"
+    no_decay: str = r"(bias|scale|embedding)"
     """parameters that are not decayed."""
     max_grad_norm: float | None = 1.0
     """bound of the norm of all gradients together."""

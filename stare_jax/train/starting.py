@@ -83,6 +83,8 @@ def check_model(folder: Path, model: OpenVLAConfig) -> None:
     Raises:
         ConfigError: names all fields that differ, got and expected.
     """
+    if not isinstance(model, OpenVLAConfig):
+        raise ConfigError(f"init_from: got weights of OpenVLA in {folder}, expected those of {type(model).__name__}")
     origin, problems = read_config(folder), []
     for name in ("llm", "action_vocab_end", "image_size"):
         if (got := getattr(model, name)) != (expected := getattr(origin, name)):

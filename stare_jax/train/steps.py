@@ -254,8 +254,8 @@ def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metr
     chosen_ref_logp, rejected_ref_logp = ref_logp
     scores = (logp[:, 0], chosen_ref_logp, logp[:, 1], rejected_ref_logp, chosen.valid, rejected.valid)
     if config.variant == "tpo":
-        return tpo_loss(*scores, beta=config.beta)
-    return sta_tpo_loss(
+        return _anchored(*tpo_loss(*scores, beta=config.beta), logp, chosen.valid, config.anchor_coef)
+    loss, metrics = sta_tpo_loss(
         *scores,
         chosen.stage_mask,
         rejected.stage_mask,
@@ -268,6 +268,17 @@ def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metr
         stage_norm=config.stage_norm,
         margin=config.margin,
     )
+    return _anchored(loss, metrics, logp, chosen.valid, config.anchor_coef)
+
+
+def _anchored(
+    loss: Array, metrics: Metrics, logp: Array, chosen_valid: Array, anchor_coef: float
+) -> tuple[Array, Metrics]:
+    """Adds minus the mean log-probability of chosen actions to a preference loss."""
+    num_actions = jnp.maximum(chosen_valid.sum(), 1)
+    chosen_logp = jnp.sum(jnp.where(chosen_valid, logp[:, 0], 0.0)) / num_actions
+    loss = loss - anchor_coef * chosen_logp if anchor_coef else loss
+    return loss, metrics | {"tpo/loss": loss, "tpo/chosen_logp": chosen_logp}
 
 
 def _pick_draws(batch: PairBatch, step: Array, size: int) -> PairBatch:

@@ -42,6 +42,9 @@ class TPOConfig:
     stage_norm: str = "K"
     """see `losses.sta_tpo_loss`, and likewise below."""
     margin: str = "paper"
+    anchor_coef: float = 0.0
+    """weight of minus the mean log-probability of what was chosen, which keeps that from falling together with what was
+    rejected; the paper has none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, freeze=(VALUE_PARAMS,))
     reference: str = "start"
     """whose log-probabilities the policy's are compared with: "start", the policy the phase starts from, adapters
@@ -73,8 +76,9 @@ class TPOConfig:
             raise ValueError(f"draws_per_step: got {self.draws_per_step}, expected {expected}")
         if not self.beta > 0:
             raise ValueError(f"beta: got {self.beta}, expected > 0")
-        if not self.cost_coef >= 0:
-            raise ValueError(f"cost_coef: got {self.cost_coef}, expected >= 0")
+        for name in ("cost_coef", "anchor_coef"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
         choices = {
             "variant": ("sta_tpo", "tpo"),
             "reference": ("start", "base"),
@@ -224,11 +228,19 @@ def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, n
 
     Returns:
         Observations `[P, D, ...]`; `ScoredTrajectory.decision`; `ScoredTrajectory.valid`.
+
+    Raises:
+        ValueError: a flow is to be scored by chains, and somebody else acted.
     """
     valid = np.asarray(trajectory.valid)[:, 1:]
     starts = np.arange(0, valid.shape[1], policy.chunk)
     observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
     if policy.preference_score is None:
+        if policy.horizon is not None and trajectory.action_tokens.ndim != 5:
+            raise ValueError(
+                f"action_tokens: got shape {trajectory.action_tokens.shape}, expected chains that the policy drew; "
+                "model.preference 'flow' does without"
+            )
         return observation, trajectory.action_tokens[:, starts], valid & (np.arange(valid.shape[1]) % policy.chunk == 0)
     index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.horizon)
     return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid

@@ -20,6 +20,7 @@ from stare_jax.models import (
     make_policy,
     merge_adapters,
     pi05_base,
+    pi05_tiny,
     with_prompt,
 )
 from stare_jax.models.layers import Execution
@@ -29,6 +30,7 @@ from stare_jax.models.pi05_prompt import STATE_TEMPLATE, bin_state, clean, encod
 from stare_jax.models.pi05_sharding import has_frozen_prefix
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import word_tokenizer
+from stare_jax.stages import TASKS, get_task
 from stare_jax.train.optimizer import split_params
 from stare_jax.train.sharding import path_name
 
@@ -304,6 +306,32 @@ def test_the_state_is_part_of_the_prompt_where_the_template_says_so():
     np.testing.assert_array_equal(first, tokens)
 
 
+def test_states_below_the_data_fit_into_the_tiny_preset_s_prompt():
+    config = pi05_tiny(state_dim=29)
+    policy = make_policy(config, identity_stats(7, 29))
+    instructions = [get_task(env_id).instruction for env_id in TASKS]
+    _, mask = policy.tokenize(instructions, np.full((len(TASKS), 29), -9.0, np.float32))
+    assert (mask.sum(axis=1) <= config.prompt_length).all()
+
+
+def test_a_token_beyond_the_table_is_refused_when_it_comes_up():
+    """PaliGemma's tokenizer has one that prompts never contain."""
+    policy = make_policy(flow_config(vocab_size=300), STATS)
+    with pytest.raises(ValueError, match=r"tokenizer 'words': got id \d+ in .*, expected below vocab_size 300"):
+        policy.tokenize(["push the cube"], np.zeros((1, 2), np.float32))
+
+
+def test_dimensions_that_the_data_never_moves_do_not_explode():
+    stats = STATS._replace(action_q01=np.float32([-0.5, 0, -0.1]), action_q99=np.float32([0.2, 0, 0.9]))
+    policy = make_policy(flow_config(), stats)
+    _, params, observation = case("sde")
+    action = np.full((2, 4, 3), 0.1, np.float32)
+    loss, _ = jit(policy.imitation_loss)(params, observation, action, key=jax.random.split(jax.random.key(0), 2))
+    assert (loss < 100).all()
+    decision = jit(policy.sample)(params, observation, jax.random.key(0))
+    np.testing.assert_allclose(decision.action[..., 1], 0, atol=1e-5)
+
+
 def test_quantiles_there_and_back():
     rng = np.random.default_rng(0)
     low, high = rng.normal(size=4).astype(np.float32), rng.normal(size=4).astype(np.float32) + 5
@@ -355,6 +383,7 @@ def test_what_is_missing_is_named():
         ({"state_dim": 0, "prompt_template": "{instruction} {state}"}, "state_dim: got 0"),
         ({"prompt_template": "go"}, "prompt_template: got 'go'"),
         ({"num_denoising_steps": 0}, "num_denoising_steps: got 0"),
+        ({"execution": Execution(dtype="bfloat16", attention="cudnn")}, "execution.attention: got 'cudnn'"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(changes, message):

@@ -10,6 +10,7 @@ from flow_policy import flow_policy, prompted
 from toy_task import NUM_ENVS, demo_batches, demo_windows, random_pairs
 
 from stare_jax.envs import toy
+from stare_jax.logging import Interrupted
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.train.optimizer import OptimizerConfig, frozen_params, keep_average, make_optimizer
@@ -125,6 +126,23 @@ def test_preferences_in_two_passes_are_those_in_one(kind):
     assert_close(whole.params, cut.params, atol=2e-4)
 
 
+def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused():
+    policy, params = policy_and_params("chain")
+    config = TPOConfig(variant="tpo", optimizer=OPTIMIZER)
+    scored = score_pairs(policy, params, pairs("chain"), toy.task_spec(), batch_size=32)
+    _, plain = take_step(make_tpo_step, "chain", config, scored)
+    _, anchored = take_step(make_tpo_step, "chain", dataclasses.replace(config, anchor_coef=0.5), scored)
+    valid = scored.chosen.valid
+    expected = scored.chosen.ref_logp[..., 0][valid].mean()
+    np.testing.assert_allclose(plain["tpo/chosen_logp"], expected, rtol=1e-4)
+    np.testing.assert_allclose(anchored["tpo/loss"], plain["tpo/loss"] - 0.5 * expected, rtol=1e-4)
+    assert abs(anchored["grad/norm"] - plain["grad/norm"]) > 1e-3
+    foreign = jax.tree.map(lambda x: x, pairs("chain"))
+    chosen = foreign.chosen._replace(action_tokens=np.zeros((*valid.shape, 2), np.int32))
+    with pytest.raises(ValueError, match="action_tokens: got shape .* expected chains that the policy drew"):
+        score_pairs(policy, params, foreign._replace(chosen=chosen), toy.task_spec(), batch_size=32)
+
+
 def sft_inputs():
     policy, _ = policy_and_params("sde")
     observation, *windows = demo_windows(2, horizon=policy.horizon)
@@ -158,5 +176,11 @@ def test_a_phase_ends_with_the_average_of_its_parameters(make_run):
         average = jax.tree.map(lambda a, p: 0.6 * a + 0.4 * p, average, state.params)
     assert_close(found, average, atol=1e-5)
     assert max(jax.tree.leaves(jax.tree.map(lambda x, y: float(abs(x - y).max()), found, state.params))) > 1e-4
+    # Stopped after a step and resumed, it ends the same.
+    run = dataclasses.replace(make_run("stopped"), resume=True)
+    polls = iter([True])
+    with pytest.raises(Interrupted):
+        train_sft(policy, params, batches, config, dataclasses.replace(run, should_stop=lambda: next(polls, False)))
+    assert_close(train_sft(policy, params, batches, config, run), found, atol=1e-6)
     with pytest.raises(ValueError, match=r"ema_decay: got 1.0, expected in \(0, 1\)"):
         SFTConfig(ema_decay=1.0)
