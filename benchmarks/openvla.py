@@ -24,8 +24,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from openvla_cases import LORA, Spec, make_config, summary
-from openvla_cost import Peak, generation_phases, known_peak, update_flops
+from device import MEASURED, Peak, known_peak, summary
+from openvla_cases import LORA, Spec, make_config
+from openvla_cost import generation_phases, update_flops
 
 from stare_jax.models import OpenVLAConfig
 
@@ -83,7 +84,7 @@ def find_peak(about: dict[str, dict]) -> tuple[Peak | None, str]:
     if not measured:
         return None, "unknown"
     best = {name: max(peak[name] for peak in measured) for name in measured[0]}
-    return Peak(**best), "a product of 1536 x 1536 matrices and a copy of 256 MiB, measured here"
+    return Peak(**best), MEASURED
 
 
 def analyse(rows: dict[str, list[dict]], spec: Spec, peak: Peak | None) -> list[dict[str, Any]]:

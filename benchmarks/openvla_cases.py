@@ -4,14 +4,9 @@ Weights are cut from one block of random numbers, at a place that follows from t
 size is filled on its device in seconds, and equally by frameworks with other random number generators.
 """
 
-import contextlib
 import dataclasses
-import statistics
-import time
-import traceback
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -114,36 +109,3 @@ def weight_recipe(name: str, shape: tuple[int, ...]) -> tuple[int, float, float]
         is_token = name.endswith(("cls_token", "reg_token", "pos_embed"))
         return offset, 0.02 if is_token else float(np.prod(shape[1:])) ** -0.5, 0.0
     return offset, 0.02, 0.0 if name.endswith("bias") else 1.0
-
-
-def measure(run: Callable[[], Any], repeats: int) -> list[float]:
-    """Returns the seconds of each run; `run` returns when all of its work is done."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def measure_peak(product: Callable[[], Any], size: int, copy: Callable[[], Any], num_bytes: int) -> dict[str, float]:
-    """Returns what a square product of `size` and a copy of `num_bytes` reach at their fastest."""
-    product(), copy()
-    return {
-        "flops": 2 * size**3 / min(measure(product, 5)),
-        "bandwidth": 2 * num_bytes / min(measure(copy, 5)),
-    }
-
-
-@contextlib.contextmanager
-def reported(errors: list[str], what: str) -> Iterator[None]:
-    """Notes an error, such as memory that does not suffice, and lets the other measurements go on."""
-    try:
-        yield
-    except Exception as error:
-        traceback.print_exc()
-        errors.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    return {"min_s": min(seconds), "median_s": statistics.median(seconds), "max_s": max(seconds)}

@@ -1,4 +1,4 @@
-"""What OpenVLA costs: floating point operations and bytes, counted from its sizes, and what devices can do at most.
+"""What OpenVLA costs: floating point operations and bytes, counted from its sizes.
 
 Matrix products alone are counted, two operations for a multiplication and an addition; attention in full, although half
 of it is masked where it is causal. `tests/convert/test_openvla_cost.py` compares the counts with XLA's.
@@ -6,44 +6,9 @@ of it is masked where it is causal. `tests/convert/test_openvla_cost.py` compare
 
 from typing import NamedTuple
 
+from device import Cost
+
 NUM_BINS = 256
-
-
-class Peak(NamedTuple):
-    """What a device can do at most, as its maker says, or as a large product and a large copy measured."""
-
-    flops: float
-    """of matrix products a second, dense, in the type of the model's weights."""
-    bandwidth: float
-    """bytes a second between the device's memory and its cores."""
-
-
-BFLOAT16_PEAKS = {
-    "H200": Peak(989e12, 4.8e12),
-    "H100 PCIe": Peak(756e12, 2.0e12),
-    "H100": Peak(989e12, 3.35e12),
-    "A100": Peak(312e12, 2.0e12),
-    "TPU v4": Peak(275e12, 1.2e12),
-    "TPU v5 lite": Peak(197e12, 0.82e12),
-    "TPU v5e": Peak(197e12, 0.82e12),
-    "TPU v5": Peak(459e12, 2.77e12),
-    "TPU v6": Peak(918e12, 1.64e12),
-}
-"""Part of a device's name, as frameworks report it -> its peak; the first that fits counts."""
-
-
-def known_peak(device: str) -> Peak | None:
-    """Returns the peak of a device by its name; None where it is not in the table."""
-    return next((peak for name, peak in BFLOAT16_PEAKS.items() if name.lower() in device.lower()), None)
-
-
-class Cost(NamedTuple):
-    flops: float
-    bytes: float
-
-    def least_time(self, peak: Peak) -> float:
-        """Seconds that it takes at least: products and memory traffic overlap at best."""
-        return max(self.flops / peak.flops, self.bytes / peak.bandwidth)
 
 
 class Products(NamedTuple):

@@ -20,17 +20,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from openvla_cases import (
-    Inputs,
-    Spec,
-    make_block,
-    make_config,
-    make_inputs,
-    measure,
-    measure_peak,
-    reported,
-    weight_recipe,
-)
+from device import jax_peak, measure, reported
+from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, weight_recipe
 
 from stare_jax.convert.openvla_table import leaf_shapes, tensor_table
 from stare_jax.convert.tensor_table import checkpoint_shape, insert, layer_shape, to_ours
@@ -174,15 +165,6 @@ def _profile(run, spec: Spec, name: str) -> None:
             run()
 
 
-def peak(dtype: str) -> dict[str, float]:
-    size, num_bytes = 1536, 2**28
-    a, long = jnp.ones((size, size), dtype), jnp.ones(num_bytes // 4, jnp.float32)
-    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
-    return measure_peak(
-        lambda: product(a, a).block_until_ready(), size, lambda: copy(long).block_until_ready(), num_bytes
-    )
-
-
 def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # compilers talk
         spec = Spec(**json.loads(sys.argv[1]))
@@ -192,7 +174,7 @@ def main() -> None:
         rows = [row for case in spec.cases for row in runs[case](spec, errors)]
         result = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "errors": errors, "rows": rows}
         if device.platform == "cpu":
-            result["peak"] = peak(spec.dtype)
+            result["peak"] = jax_peak(spec.dtype)
     print(json.dumps(result))
 
 

@@ -11,18 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from openvla_cases import (
-    LORA,
-    Inputs,
-    Spec,
-    make_block,
-    make_config,
-    make_inputs,
-    measure,
-    measure_peak,
-    reported,
-    weight_recipe,
-)
+from device import measure, measure_peak, reported
+from openvla_cases import LORA, Inputs, Spec, make_block, make_config, make_inputs, weight_recipe
 from openvla_torch import OpenVLA, build, generate, is_never_run, make_decoder
 from openvla_torch_ppo import ValueHead, add_lora, checkpoint_layers, make_ppo_step
 

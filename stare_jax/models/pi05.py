@@ -230,13 +230,14 @@ def _sample(
     key: jax.Array,
     *,
     temperature: Array | float = 1.0,
+    noise: Array | None = None,
 ) -> Decision:
-    """Reads the prefix once, then goes from noise to actions step by step."""
+    """Reads the prefix once, then goes from noise `[B, H, A]`, drawn where none is given, to actions step by step."""
     config, num_steps = network.config, network.config.num_denoising_steps
     prefix, batch = _read(network, norm_stats, params, observation), len(observation.tokens)
     shape = (batch, config.horizon, config.model_action_dim)
     start_key, index_key, key = jax.random.split(key, 3)
-    start = jax.random.normal(start_key, shape)
+    start = jax.random.normal(start_key, shape) if noise is None else jnp.asarray(noise, jnp.float32)
     is_drawn = jnp.full((batch, num_steps), config.noise == "learned")
     if config.noise == "sde":
         drawn = jax.random.randint(index_key, (batch, 1), 0, num_steps)

@@ -6,7 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from openvla_cost import Cost, Peak, decoder_products, generation_phases, known_peak, update_flops, vision_products
+from device import Cost, Peak, known_peak
+from openvla_cost import decoder_products, generation_phases, update_flops, vision_products
 
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models.layers import Execution

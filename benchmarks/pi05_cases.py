@@ -1,0 +1,166 @@
+"""What `pi05.py` measures: sizes, weights and inputs, the same for every implementation, and ours.
+
+A peer is `make_sampler(sizes, params) -> sample`, see `Peer`.
+"""
+
+import dataclasses
+import importlib
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.models import PI05_PALIGEMMA, Pi05Config, Policy, make_policy, pi05_base
+from stare_jax.models.gemma import GemmaConfig
+from stare_jax.models.layers import Execution
+from stare_jax.models.normalize import identity_stats
+from stare_jax.models.siglip import SigLIPConfig
+from stare_jax.train.sharding import path_name
+from stare_jax.types import Observation, PyTree
+
+CAMERAS = ("base_camera", "left_wrist_camera", "right_wrist_camera")
+OPENPI_NAMES = ("PaliGemma/", "action_in_proj/", "action_out_proj/", "time_mlp_in/", "time_mlp_out/")
+"""beginnings of the names of the parameters that openpi's pi0.5 has; ours has a value head as well."""
+
+
+class Inputs(NamedTuple):
+    """What a chunk follows from; no image is missing and no prompt is padded."""
+
+    images: tuple[np.ndarray, ...]
+    """uint8 `[B, S, S, 3]` of each camera."""
+    tokens: np.ndarray
+    """int32 `[B, L]`."""
+    noise: np.ndarray
+    """float32 `[B, H, A]`."""
+
+
+class Peer(Protocol):
+    """Another implementation: `make_sampler` in a module on the path.
+
+    Called once, it may compile and arrange what it likes; the first calls of what it returns are not timed.
+    """
+
+    def __call__(self, sizes: dict[str, Any], params: dict[str, jax.Array]) -> Callable:
+        """Returns `sample(images, image_masks, tokens, token_mask, noise, num_steps) -> actions`.
+
+        `images` are a tuple of float32 `[B, S, S, 3]` in [-1, 1], one for each camera; `image_masks` bool
+        `[B, cameras]`; `tokens` int32 and `token_mask` bool `[B, L]`; `noise` float32 `[B, H, A]`, where Euler's method
+        starts; `num_steps` an int. All are JAX arrays on the device. `actions` are `[B, H, A]`, normalised, anything
+        that NumPy can read; what is timed ends when it has been read.
+
+        Args:
+            sizes: numbers and strings alone: `siglip` (width, depth, num_heads, mlp_dim, patch_size), `paligemma` and
+                `expert` (width, depth, mlp_dim, num_heads, num_kv_heads, head_dim) as dicts, `vocab_size`, `action_dim`
+                (A), `horizon` (H), `prompt_length` (L), `num_cameras`, `image_size` (S), `dtype` of the activations.
+            params: openpi's names, with slashes, to JAX arrays in openpi's shapes, of type `dtype`; not to be changed.
+        """
+
+
+def make_config(size: str, dtype: str, *, num_cameras: int, horizon: int, **changes) -> Pi05Config:
+    """Returns the model: "full", "reduced" for CPUs, or "tiny" for tests."""
+    config = pi05_base(
+        tokenizer="words",
+        cameras=CAMERAS[:num_cameras],
+        horizon=horizon,
+        chunk=min(5, horizon),
+        noise="ode",
+        execution=Execution(dtype=dtype, param_dtype=dtype),
+    )
+    if size != "full":
+        divisor, depth, length = {"reduced": (4, 4, 48), "tiny": (32, 2, 8)}[size]
+        heads = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256 // divisor}
+        config = dataclasses.replace(
+            config,
+            siglip=SigLIPConfig(width=1152 // divisor, depth=depth, num_heads=4, mlp_dim=4304 // divisor),
+            paligemma=GemmaConfig(width=2048 // divisor, depth=depth, mlp_dim=16384 // divisor, **heads),
+            expert=GemmaConfig(width=1024 // divisor, depth=depth, mlp_dim=4096 // divisor, **heads),
+            vocab_size=4096,
+            prompt_length=length,
+            image_size=112 if size == "reduced" else 28,
+        )
+    return dataclasses.replace(config, **changes)
+
+
+def make_trained(config: Pi05Config, trained: str, remat: str) -> Pi05Config:
+    """Returns the model of an imitation step: what is trained, "expert" or "full", is in float32."""
+    execution = dataclasses.replace(config.execution, param_dtype="float32", remat=remat)
+    return dataclasses.replace(config, frozen=(PI05_PALIGEMMA,) if trained == "expert" else (), execution=execution)
+
+
+def build(config: Pi05Config) -> Policy:
+    return make_policy(config, identity_stats(config.action_dim, config.state_dim))
+
+
+def make_params(policy: Policy, seed: int) -> PyTree:
+    """Returns random parameters on the device; fresh adaptive norms would switch the expert off."""
+
+    def one(path, leaf):
+        name, scale = path_name(path), 0.02
+        if not name.endswith(("bias", "scale", "embedding")):  # a product: its input's axis is before the output's
+            scale = leaf.shape[-3 if name.endswith(("query/kernel", "key/kernel", "value/kernel")) else -2] ** -0.5
+        # This generator, and even numbers, compile in a fraction of the time of the usual one's normal numbers.
+        key = jax.random.key(zlib.crc32(name.encode()) + seed, impl="unsafe_rbg")
+        return jax.random.uniform(key, leaf.shape, leaf.dtype, -(3**0.5) * scale, 3**0.5 * scale)
+
+    shapes = jax.eval_shape(policy.init, jax.random.key(0))
+    return jax.jit(lambda: jax.tree.map_with_path(one, shapes))()
+
+
+def make_inputs(config: Pi05Config, batch: int, seed: int) -> Inputs:
+    rng = np.random.default_rng([seed, batch])
+    shape = (batch, config.image_size, config.image_size, 3)
+    images = tuple(rng.integers(0, 256, shape, dtype=np.uint8) for _ in config.cameras)
+    tokens = rng.integers(3, config.vocab_size, (batch, config.prompt_length), dtype=np.int32)
+    noise = rng.normal(size=(batch, config.horizon, config.model_action_dim)).astype(np.float32)
+    return Inputs(images, tokens, noise)
+
+
+def observe(config: Pi05Config, inputs: Inputs) -> Observation:
+    state = np.zeros((len(inputs.tokens), config.state_dim), np.float32)
+    images = dict(zip(config.cameras, inputs.images, strict=True))
+    return jax.device_put(Observation(images, state, inputs.tokens, np.ones(inputs.tokens.shape, bool)))
+
+
+def our_sampler(config: Pi05Config, params: PyTree, inputs: Inputs) -> Callable[[], np.ndarray]:
+    """Returns a function that samples by this library's policy, its value included; `[B, H, A]`, normalised."""
+    policy, observation, noise = build(config), observe(config, inputs), jnp.asarray(inputs.noise)
+
+    @jax.jit
+    def sample(params, observation, noise):
+        decision = policy.sample(params, observation, jax.random.key(0), temperature=0.0, noise=noise)
+        return decision.action_tokens[:, -1, :, :-1], decision.value
+
+    return lambda: np.asarray(jax.block_until_ready(sample(params, observation, noise))[0])
+
+
+def peer_sampler(peer: Peer, config: Pi05Config, params: PyTree, inputs: Inputs) -> Callable[[], np.ndarray]:
+    """Returns a function that samples by a peer from the same weights, images, prompts and noise."""
+    flat = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    sample = peer(sizes_of(config), {name: leaf for name, leaf in flat.items() if name.startswith(OPENPI_NAMES)})
+    images = tuple(jnp.asarray(image, jnp.float32) / 255.0 * 2.0 - 1.0 for image in inputs.images)
+    tokens, noise = jnp.asarray(inputs.tokens), jnp.asarray(inputs.noise)
+    masks = jnp.ones((len(tokens), len(images)), bool), jnp.ones(tokens.shape, bool)
+    arguments = (images, masks[0], tokens, masks[1], noise, config.num_denoising_steps)
+    return lambda: np.asarray(sample(*arguments), np.float32)
+
+
+def sizes_of(config: Pi05Config) -> dict[str, Any]:
+    """Returns what a peer is told, see `Peer`."""
+    parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("siglip", "paligemma", "expert")}
+    numbers = {name: getattr(config, name) for name in ("vocab_size", "horizon", "prompt_length", "image_size")}
+    rest = {"action_dim": config.model_action_dim, "num_cameras": len(config.cameras)}
+    return parts | numbers | rest | {"dtype": config.execution.dtype}
+
+
+def load_peer(name: str) -> Peer:
+    """Returns `module:function`; modules beside this file and in the working directory are found."""
+    module, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"peer: got {name!r}, expected module:function")
+    sys.path[:0] = [folder for folder in (str(Path.cwd()), str(Path(__file__).parent)) if folder not in sys.path]
+    return getattr(importlib.import_module(module), function)
