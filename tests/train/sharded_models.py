@@ -1,4 +1,4 @@
-"""Steps and actions of small models on eight fake devices and on one; run by test_sharding.py in its own process.
+"""Steps and actions of small models on eight fake devices and on one; run by the tests beside it in a process.
 
     python tests/train/sharded_models.py openvla
     python tests/train/sharded_models.py pi05 few
