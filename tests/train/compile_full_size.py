@@ -1,4 +1,4 @@
-"""Compiles a model of full size for eight fake devices without allocating it; run by test_sharding.py and test_pi05_sharding.py in a process.
+"""Compiles a model of full size for eight fake devices without allocating it; run by the tests beside it.
 
     python tests/train/compile_full_size.py ppo 8 1             # phase, fsdp, tensor: OpenVLA-7B's adapters
     python tests/train/compile_full_size.py sample 8 1
