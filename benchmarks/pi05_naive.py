@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stare_jax.convert.openvla_table import insert
+from stare_jax.convert.tensor_table import insert
 from stare_jax.models import Pi05Config
 from stare_jax.models.gemma import GemmaConfig
 from stare_jax.models.layers import Execution
