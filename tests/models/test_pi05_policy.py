@@ -218,25 +218,26 @@ def test_a_camera_that_is_left_out_is_one_that_is_masked():
     assert np.abs(jit(velocity)(scene, None) - masked).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_what_is_computed_again_is_the_same(remat):
+def test_what_is_computed_again_is_the_same():
     """In the vision tower and in both experts."""
     _, params, observation = case("sde")
     action = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 4, 3)).astype(np.float32)
     keys = jax.random.split(jax.random.key(5), 2)
 
-    def gradient(execution):
-        policy, _, _ = case("sde", execution=execution)
+    def gradient(remat):
+        policy, _, _ = case("sde", execution=Execution(remat=remat))
 
         def loss(params):
             return policy.imitation_loss(params, observation, action, key=keys)[0].mean()
 
-        program = jax.make_jaxpr(jax.grad(loss))(params)
-        return jit(jax.grad(loss))(params), str(program).count("remat2[") + str(program).count("checkpoint[")
+        return jit(jax.grad(loss))(params), str(jax.make_jaxpr(jax.grad(loss))(params)).count("= remat")
 
-    (expected, num_none), (found, num_again) = gradient(Execution()), gradient(Execution(remat=remat))
-    assert num_none == 0 < num_again
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
+    expected, num_parts = gradient("none")
+    assert num_parts == 0
+    for remat in ("full", "dots"):
+        found, num_parts = gradient(remat)
+        assert num_parts >= 3  # the tower, the prefix, the chunk
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, expected)
 
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
