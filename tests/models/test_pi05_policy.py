@@ -366,7 +366,7 @@ def test_what_is_missing_is_named():
         policy.value(params, observation._replace(images={"base_camera": observation.images["base_camera"]}))
     with pytest.raises(ValueError, match="observation.tokens: got shape .*expected a prompt"):
         policy.value(params, observation._replace(tokens=np.zeros((2, 0), np.int32)))
-    with pytest.raises(ValueError, match="prompt_length: got 14"):
+    with pytest.raises(ValueError, match="prompt_length: got 18"):
         with_prompt(policy, observation, ["lift the peg upright " * 5] * 2)
 
 

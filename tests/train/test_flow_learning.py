@@ -88,6 +88,7 @@ def test_interaction_improves_a_weak_flow_policy(policy, weak, make_run):
     assert run.writer.column("ppo/approx_kl")[0] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_preferences_between_its_own_rollouts_improve_a_weak_flow_policy(policy, weak, make_run):
     spec, seeds = toy.task_spec(), 10_000 + np.repeat(np.arange(256), 4)
     rollout = rollouts(policy, weak, seeds, key=0)

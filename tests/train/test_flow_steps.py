@@ -54,7 +54,7 @@ def assert_close(tree, other, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), tree, other)
 
 
-@pytest.mark.parametrize("kind", ["sde", "learned"])
+@pytest.mark.parametrize("kind", ["sde", pytest.param("learned", marks=pytest.mark.slow)])
 def test_a_ratio_of_one_and_no_divergence_at_the_start(kind):
     policy, params = policy_and_params(kind)
     act = policy_act(policy, params, jax.random.key(3))
@@ -114,7 +114,7 @@ def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opp
     assert abs(margin[0]) > 1e-5 and margin[0] == pytest.approx(-margin[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["sde", "chain"])
+@pytest.mark.parametrize("kind", ["sde", pytest.param("chain", marks=pytest.mark.slow)])
 def test_preferences_in_two_passes_are_those_in_one(kind):
     policy, params = policy_and_params(kind)
     config = TPOConfig(optimizer=OPTIMIZER, num_draws=4, draws_per_step=2)
