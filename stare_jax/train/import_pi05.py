@@ -16,16 +16,16 @@ from stare_jax.convert.pi05_kept import KEPT, keep_aside
 from stare_jax.convert.pi05_npz import is_npz
 from stare_jax.convert.safetensors_folder import WeightsError
 from stare_jax.convert.tensor_table import FLOATS
-from stare_jax.logging import Interruption, new_directory, progress_bytes, say
+from stare_jax.logging import new_directory, progress_bytes
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.pi05 import pi05_base
 from stare_jax.models.pi05_network import Pi05Config
-from stare_jax.train.checkpoint import load_leaf, save_params, tree_shapes
-from stare_jax.train.config import ConfigError, to_dict, user_input
+from stare_jax.train.checkpoint import load_leaf, tree_shapes
+from stare_jax.train.config import ConfigError, user_input
 from stare_jax.train.sharding import make_mesh, path_name
-from stare_jax.train.state import CHECKPOINTS, abstract_params, num_bytes
-from stare_jax.train.weight_folders import check_space
+from stare_jax.train.state import abstract_params, num_bytes
+from stare_jax.train.weight_folders import check_space, save_converted
 from stare_jax.types import NormStats
 
 _NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
@@ -126,12 +126,7 @@ def import_pi05(
         with progress_bytes(num_bytes(like), f"read {source.name}") as on_bytes:
             key = jax.random.key(seed)
             params = load_weights(weights, key, config=config, like=like, on_bytes=on_bytes)
-        say(f"saving {num_bytes(params) / 1e9:.2f} GB")
-        extra = {"model": to_dict(config)}
-        with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
-            save_params(partial / CHECKPOINTS, 0, params, extra=extra, norm_stats=norm_stats)
-        if interruption.requested:
-            raise KeyboardInterrupt
+        save_converted(partial, params, config, norm_stats)
     sizes = {path_name(path): leaf.size for path, leaf in jax.tree.leaves_with_path(params)}
     num_fresh = sum(sizes[path] for path in weights.fresh)
     left = (*left, *weights.left)

@@ -11,14 +11,13 @@ from stare_jax.convert.openvla import VALUE_HEAD, load_openvla_params, load_valu
 from stare_jax.convert.openvla_config import read_norm_stats
 from stare_jax.convert.peft import Adapter, keep_adapter, open_adapter
 from stare_jax.convert.tensor_table import FLOATS, read_tree
-from stare_jax.logging import Interruption, new_directory, progress_bytes, say
+from stare_jax.logging import new_directory, progress_bytes
 from stare_jax.models import OpenVLAConfig, make_policy
 from stare_jax.models.lora import add_adapters, drop_adapters
-from stare_jax.train.checkpoint import save_params
-from stare_jax.train.config import ConfigError, to_dict, user_input
+from stare_jax.train.config import ConfigError, user_input
 from stare_jax.train.sharding import make_mesh, path_name
-from stare_jax.train.state import CHECKPOINTS, abstract_params, num_bytes
-from stare_jax.train.weight_folders import check_space
+from stare_jax.train.state import abstract_params, num_bytes
+from stare_jax.train.weight_folders import check_space, save_converted
 from stare_jax.types import PyTree
 
 
@@ -78,12 +77,7 @@ def import_openvla(
         left = keep_aside(source, base.unused, partial / KEPT)
         left += [] if adapters is None else keep_adapter(adapters, partial / KEPT)
         params = _read_params(source, adapters, config, like, jax.random.key(seed))
-        say(f"saving {num_bytes(params) / 1e9:.2f} GB")
-        extra = {"model": to_dict(config)}
-        with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
-            save_params(partial / CHECKPOINTS, 0, params, extra=extra, norm_stats=norm_stats)
-        if interruption.requested:
-            raise KeyboardInterrupt
+        save_converted(partial, params, config, norm_stats)
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     return Imported(config, num_params, num_bytes(params), len(base.unused), tuple(left))
 

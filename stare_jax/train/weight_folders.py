@@ -1,4 +1,4 @@
-"""Which kind of weights a folder holds, told by what is in it, and whether there is room for more."""
+"""Folders of weights: whose they are, told by what is in them; room for more; the checkpoint of what was converted."""
 
 import shutil
 from pathlib import Path
@@ -7,9 +7,12 @@ from stare_jax.convert.openvla_config import CONFIG
 from stare_jax.convert.peft import ADAPTER_CONFIG
 from stare_jax.convert.pi05_files import holds_pi05
 from stare_jax.convert.safetensors_folder import list_model, read_json
-from stare_jax.train.checkpoint import resolve_step
-from stare_jax.train.config import ConfigError
-from stare_jax.train.state import CHECKPOINTS
+from stare_jax.logging import Interruption, say
+from stare_jax.models import ModelConfig
+from stare_jax.train.checkpoint import resolve_step, save_params
+from stare_jax.train.config import ConfigError, to_dict
+from stare_jax.train.state import CHECKPOINTS, num_bytes
+from stare_jax.types import NormStats, PyTree
 
 _EXPECTED = (
     "expected an OpenVLA checkpoint (config.json, model*.safetensors), one of pi0.5 (params, or model*.safetensors), a "
@@ -59,6 +62,19 @@ def find_kind(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     got = f"a model_type {kind!r} in config.json" if kind else ", ".join(names[:10]) or "nothing"
     raise ConfigError(f"{folder}: got {got}, {_EXPECTED}")
+
+
+def save_converted(folder: Path, params: PyTree, config: ModelConfig, norm_stats: NormStats) -> None:
+    """Saves converted parameters, their configuration and statistics as the checkpoint of a folder.
+
+    Raises:
+        KeyboardInterrupt: SIGINT or SIGTERM came while it saved.
+    """
+    say(f"saving {num_bytes(params) / 1e9:.2f} GB")
+    with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
+        save_params(folder / CHECKPOINTS, 0, params, extra={"model": to_dict(config)}, norm_stats=norm_stats)
+    if interruption.requested:
+        raise KeyboardInterrupt
 
 
 def check_space(to: Path, size: int) -> None:

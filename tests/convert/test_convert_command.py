@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from stare_jax.convert.openvla import VALUE_HEAD, load_openvla
 from stare_jax.models import make_policy
-from stare_jax.train import import_weights
+from stare_jax.train import import_weights, weight_folders
 from stare_jax.train.checkpoint import load_extra, load_norm_stats, load_params, save_params
 from stare_jax.train.sharding import make_mesh
 from stare_jax.train.state import abstract_params
@@ -175,7 +175,7 @@ def test_what_is_stopped_leaves_nothing_that_looks_finished(original, tmp_path, 
         save_params(*arguments, **options)
         assert (tmp_path / "out.partial" / "checkpoints" / "0").exists() and not to.exists()
 
-    monkeypatch.setattr(import_weights, "save_params", interrupted)
+    monkeypatch.setattr(weight_folders, "save_params", interrupted)
     assert run(f"--from={original}", f"--to={to}", "--unnorm-key=robot") == 130
     assert "stopped; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
