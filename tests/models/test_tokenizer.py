@@ -87,7 +87,7 @@ def test_hugging_face_tokenizer(checkpoint_folder):
 
 
 def test_hugging_face_tokenizer_without_the_lone_space_is_refused(checkpoint_folder):
-    with pytest.raises(ValueError, match="got no token '▁', expected a Llama vocabulary"):
+    with pytest.raises(ValueError, match="got no token '▁', expected a SentencePiece vocabulary"):
         make_tokenizer(checkpoint_folder())
 
 
