@@ -4,7 +4,6 @@ python benchmarks/openvla_run_jax.py '{"size": "reduced", ...}'
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -28,27 +27,10 @@ from stare_jax.convert.tensor_table import checkpoint_shape, insert, layer_shape
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.models.lora import add_adapters, init_adapters
 from stare_jax.models.normalize import identity_stats
-from stare_jax.train.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
+from stare_jax.train.optimizer import frozen_params, make_optimizer, merge_params, split_params
+from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step
 from stare_jax.types import Observation, PyTree, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """The fields of `PPOConfig` that its step reads, with RL4VLA's numbers."""
-
-    microbatch_size: int
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
-    temperature: float = 1.0
-    clip_eps: float = 0.2
-    clip_eps_high: float | None = None
-    dual_clip: float | None = None
-    value_coef: float = 1.0
-    value_clip_eps: float | None = 0.2
-    huber_delta: float | None = 10.0
-    entropy_coef: float = 0.0
-    target_kl: float | None = None
-
 
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 
@@ -119,7 +101,10 @@ def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _update(spec: Spec) -> dict[str, Any]:
-    config, settings = make_config(spec, lora=True), Update(spec.microbatch)
+    config = make_config(spec, lora=True)
+    # RL4VLA's numbers where they are not the defaults.
+    sizes = {"minibatch_size": spec.update_batch, "microbatch_size": spec.microbatch}
+    settings = PPOConfig(value_clip_eps=0.2, huber_delta=10.0, **sizes)
     policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
     params = add_adapters(make_params(policy, config, spec.seed), init_adapters(policy.init, jax.random.key(1)))
     tx = make_optimizer(settings.optimizer, num_steps=None)

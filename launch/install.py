@@ -179,21 +179,23 @@ def install_packages(venv: Path, *, with_extras: bool) -> None:
         )
     have = set(installed(venv))
     missing = [name for name in read_pins(text) if name not in have]
-    pip(venv, ["install", "-c", str(wanted), torch], "torch", 12)
-    pip(venv, ["install", "-r", str(wanted)], "packages", max(1, len(missing)))
-    pip(venv, ["install", "--no-deps", "-e", str(ROOT)], "stare_jax", 1)
+    pip(venv, ["-c", str(wanted), torch], "torch", 12)
+    pip(venv, ["-r", str(wanted)], "packages", max(1, len(missing)))
+    pip(venv, ["--no-deps", "-e", str(ROOT)], "stare_jax", 1)
     left = differences(read_pins(text), installed(venv))
     if left:
         raise Failed(f"pip reported success but the environment differs from requirements.txt: {', '.join(left)}")
 
 
 def pip(venv: Path, arguments: list[str], label: str, expected: int) -> None:
-    """Runs pip, shows its progress as it goes, keeps its output in the log.
+    """Runs `pip install`, shows its progress as it goes, keeps its output in the log.
 
     Raises:
         Failed: with the end of the log and, where the log tells, the remedy.
     """
-    command = [str(venv / "bin/python"), "-m", "pip", *arguments, "--progress-bar", "off", "--no-input"]
+    # Half of the time would go into byte code of thousands of files. Python compiles what is used, when it is.
+    options = ["--no-compile", "--progress-bar", "off", "--no-input"]
+    command = [str(venv / "bin/python"), "-m", "pip", "install", *options, *arguments]
     start = time.monotonic()
     with open(venv / LOG, "a") as log:
         log.write(f"\n$ {' '.join(command)}\n")

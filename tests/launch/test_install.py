@@ -143,7 +143,7 @@ def test_pip_is_given_what_is_wanted(monkeypatch, tmp_path, arguments, wanted):
     monkeypatch.setattr(install, "differences", lambda pins, have: [])
     monkeypatch.setattr(install, "pip", lambda venv, arguments, *shown: asked.append(arguments))
     assert install.main(["--venv", str(venv), *arguments]) == 0
-    (requirements,) = (Path(command[2]) for command in asked if command[1] == "-r")
+    (requirements,) = (Path(command[1]) for command in asked if command[0] == "-r")
     assert list(install.read_pins(requirements.read_text()))[-1] == wanted
 
 
@@ -161,7 +161,7 @@ def test_pip_is_given_what_is_wanted(monkeypatch, tmp_path, arguments, wanted):
 def test_pip_failure_shows_the_log_and_the_remedy(tmp_path, said, remedy):
     script(tmp_path / "bin/python", f'echo "Collecting jax==0.10.2"\ncat <<"END"\n{said}\nEND\nexit 1')
     with pytest.raises(install.Failed) as failure:
-        install.pip(tmp_path, ["install", "jax"], "packages", 10)
+        install.pip(tmp_path, ["jax"], "packages", 10)
     assert said in str(failure.value)
     assert remedy in str(failure.value).splitlines()[-1]
     assert said in (tmp_path / install.LOG).read_text()
@@ -169,7 +169,7 @@ def test_pip_failure_shows_the_log_and_the_remedy(tmp_path, said, remedy):
 
 def test_pip_reports_how_long_it_took(tmp_path, capsys):
     script(tmp_path / "bin/python", "echo Collecting jax==0.10.2")
-    install.pip(tmp_path, ["install", "jax"], "packages", 10)
+    install.pip(tmp_path, ["jax"], "packages", 10)
     assert "packages: done in 0 s" in capsys.readouterr().out
 
 
