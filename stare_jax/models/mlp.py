@@ -94,15 +94,13 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         action = unnormalize_action(decode_bins(bins, num_bins=num_bins), norm_stats)
         return Decision(action, bins, logp, value)
 
-    def log_prob(params, observation, action_tokens, *, temperature=1.0):
+    def log_prob(params, observation, action_tokens, *, temperature=1.0, reference_params=None):
         logits, value = apply(params, observation)
         logp, entropy = score_bins(logits, action_tokens, temperature)
-        return ActionScore(logp, entropy, value)
-
-    def divergence(params, reference_params, observation, action_tokens, *, temperature=1.0):
-        del action_tokens  # Dimensions are decided on at once.
-        (logits, _), (reference, _) = (apply(tree, observation) for tree in (params, reference_params))
-        return kl_of_bins(logits, jax.lax.stop_gradient(reference), temperature).sum(axis=-1)
+        if reference_params is None:
+            return ActionScore(logp, entropy, value)
+        reference, _ = jax.lax.stop_gradient(apply(reference_params, observation))
+        return ActionScore(logp, entropy, value, kl_of_bins(logits, reference, temperature).sum(axis=-1))
 
     def imitation_loss(params, observation, action, *, valid=None, key=None):
         del valid, key
@@ -121,7 +119,6 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         log_prob=log_prob,
         value=lambda params, observation: apply(params, observation)[1],
         imitation_loss=imitation_loss,
-        divergence=divergence,
         tokenize=_no_prompt,
         observation_shape=functools.partial(_observation_shape, config),
         action_dim=config.action_dim,

@@ -161,7 +161,6 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         log_prob=functools.partial(_log_prob, network, norm_stats),
         value=functools.partial(_value, network, norm_stats),
         imitation_loss=functools.partial(_imitation_loss, network, norm_stats),
-        divergence=functools.partial(_divergence, network, norm_stats),
         tokenize=make_tokenize(config, norm_stats),
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
@@ -262,37 +261,24 @@ def _log_prob(
     action_tokens: Array,
     *,
     temperature: Array | float = 1.0,
+    reference_params: PyTree | None = None,
 ) -> ActionScore:
-    """Scores all tokens of an action in one pass, each given the ones before it."""
+    """Scores all tokens of an action in one pass, each given the ones before it; divergences are summed over them."""
     is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
     bins = jnp.asarray(action_tokens)[:, : len(is_decided)]
-    hidden = _apply(network, params, *prompt, bins, method="score")
-    logits = _apply(network, params, hidden, method="action_logits")
+
+    def score(params):
+        hidden = _apply(network, params, *prompt, bins, method="score")
+        return hidden, _apply(network, params, hidden, method="action_logits")
+
+    hidden, logits = score(params)
     logp, entropy = score_bins(logits, bins, temperature, is_decided)
     value = _apply(network, params, hidden[:, 0], prompt[0], _state(norm_stats, observation), method="value")
-    return ActionScore(logp, entropy, value)
-
-
-def _divergence(
-    network: OpenVLA,
-    norm_stats: NormStats,
-    params: PyTree,
-    reference_params: PyTree,
-    observation: Observation,
-    action_tokens: Array,
-    *,
-    temperature: Array | float = 1.0,
-) -> jax.Array:
-    """Returns the sum over the action's tokens of KL(policy ‖ reference), each given the tokens that were chosen."""
-    is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
-    bins = jnp.asarray(action_tokens)[:, : len(is_decided)]
-
-    def logits(params):
-        hidden = _apply(network, params, *prompt, bins, method="score")
-        return _apply(network, params, hidden, method="action_logits")
-
-    kl = kl_of_bins(logits(params), jax.lax.stop_gradient(logits(reference_params)), temperature)
-    return kl.sum(axis=-1, where=is_decided)
+    if reference_params is None:
+        return ActionScore(logp, entropy, value)
+    _, reference = jax.lax.stop_gradient(score(reference_params))
+    kl = kl_of_bins(logits, reference, temperature)
+    return ActionScore(logp, entropy, value, kl.sum(axis=-1, where=is_decided))
 
 
 def _value(network: OpenVLA, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:

@@ -136,7 +136,6 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         log_prob=functools.partial(_log_prob, network, norm_stats),
         value=functools.partial(_value, network, norm_stats),
         imitation_loss=functools.partial(_imitation_loss, network, norm_stats),
-        divergence=functools.partial(_divergence, network, norm_stats),
         tokenize=make_tokenize(config, norm_stats),
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
@@ -289,43 +288,33 @@ def _log_prob(
     action_tokens: Array,
     *,
     temperature: Array | float = 1.0,
+    reference_params: PyTree | None = None,
 ) -> ActionScore:
-    """Scores the random steps of a chain, all of them after one reading of the prefix."""
+    """Scores the random steps of a chain, all of them after one reading of the prefix; divergences are their sum.
+
+    Those are exact, each step's from the point it left. A reference reads the prefix anew only where that is trained.
+    """
     config = network.config
     before, after, index, is_drawn = _unpack(config, action_tokens)
-    prefix = _read(network, norm_stats, params, observation)
-    ordinary, random = _steps(network, params, prefix, before, index, temperature)
-    step = _choose(is_drawn, random, ordinary)
-    logp = _over_executed(config, norm_stats, flow.normal_logp(after, step)).sum(axis=(1, 2, 3))
-    value = _critic(network, norm_stats, params, prefix, observation)
-    return ActionScore(logp, _entropy(config, norm_stats, step.std, is_drawn), value)
-
-
-def _divergence(
-    network: Pi05,
-    norm_stats: NormStats,
-    params: PyTree,
-    reference_params: PyTree,
-    observation: Observation,
-    action_tokens: Array,
-    *,
-    temperature: Array | float = 1.0,
-) -> jax.Array:
-    """Returns the sum of KL(policy ‖ reference) over a chain's random steps, exact, each from the point it left."""
-    config = network.config
-    before, _, index, is_drawn = _unpack(config, action_tokens)
-    prefix = _read(network, norm_stats, params, observation)
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
-    same = has_frozen_prefix(names, frozen_patterns(config))
-    reference_prefix = prefix if same else _read(network, norm_stats, reference_params, observation)
 
     def step(params, prefix):
         ordinary, random = _steps(network, params, prefix, before, index, temperature)
         return _choose(is_drawn, random, ordinary)
 
-    reference = jax.lax.stop_gradient(step(reference_params, reference_prefix))
-    kl = flow.transition_kl(step(params, prefix), reference)
-    return _over_executed(config, norm_stats, kl).sum(axis=(1, 2, 3))
+    def total(x):
+        return _over_executed(config, norm_stats, x).sum(axis=(1, 2, 3))
+
+    prefix = _read(network, norm_stats, params, observation)
+    own = step(params, prefix)
+    logp, entropy = total(flow.normal_logp(after, own)), _entropy(config, norm_stats, own.std, is_drawn)
+    value = _critic(network, norm_stats, params, prefix, observation)
+    if reference_params is None:
+        return ActionScore(logp, entropy, value)
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
+    if not has_frozen_prefix(names, frozen_patterns(config)):
+        prefix = _read(network, norm_stats, reference_params, observation)
+    reference = jax.lax.stop_gradient(step(reference_params, prefix))
+    return ActionScore(logp, entropy, value, total(flow.transition_kl(own, reference)))
 
 
 def _value(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:

@@ -32,6 +32,9 @@ class ActionScore(NamedTuple):
     entropy: Array
     """mean over the action's tokens, in nats."""
     value: Array
+    divergence: Array | None = None
+    """KL(policy ‖ reference) of what would be decided, along the decision that was made, in nats; None without a
+    reference."""
 
 
 class Policy(NamedTuple):
@@ -40,13 +43,12 @@ class Policy(NamedTuple):
     init(key) -> params
     sample(params, observation, key, *, temperature=1.0) -> Decision; temperature may be traced, and at 0 nothing is
         random but the noise that a flow starts from
-    log_prob(params, observation, action_tokens, *, temperature=1.0) -> ActionScore
+    log_prob(params, observation, action_tokens, *, temperature=1.0, reference_params=None) -> ActionScore; the
+        reference gets no gradient, and what it has in common with the policy is computed once
     value(params, observation) -> float32 [B]
     imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32
         [B]); action [B, A], or [B, H, A] with valid bool [B, H], False beyond an episode's end, where `horizon` is H;
         key [B], one for every row, of policies that draw something
-    divergence(params, reference_params, observation, action_tokens, *, temperature=1.0) -> float32 [B], the KL
-        divergence of what the policy would decide from what the reference would, along the decision that was made
     tokenize(instructions, state [B, S]) -> (tokens int32 [B, L], token_mask bool [B, L]), on the host
     observation_shape(batch_size) -> Observation of jax.ShapeDtypeStruct
     preference_score(params, observation, action, seeds uint32 [B, K]) -> float32 [B, K, C], what stands for the
@@ -59,7 +61,6 @@ class Policy(NamedTuple):
     log_prob: Callable
     value: Callable
     imitation_loss: Callable
-    divergence: Callable
     tokenize: Callable
     observation_shape: Callable
     action_dim: int

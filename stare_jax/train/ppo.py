@@ -60,7 +60,7 @@ class PPOConfig:
     value_warmup_iterations: int = 0
     """iterations at the start in which only the value head moves."""
     kl_coef: float | None = None
-    """weight in the loss of the KL divergence from the policy that the phase starts from (`Policy.divergence`); 0
+    """weight in the loss of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`); 0
     measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
     chunk_discount: str = "step"
     """of policies that decide on several actions at a time: "step" discounts by gamma an action, "decision" by gamma a

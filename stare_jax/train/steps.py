@@ -115,8 +115,10 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
     freeze, temperature = frozen_params(policy, config.optimizer), config.temperature
 
     def loss_fn(params, batch, reference):
+        if reference is not None:
+            reference = merge_params(reference, split_params(params, freeze)[1])
         decisions = (batch.observation, batch.action_tokens)
-        score = policy.log_prob(params, *decisions, temperature=temperature)
+        score = policy.log_prob(params, *decisions, temperature=temperature, reference_params=reference)
         data = (score.logp, batch.old_logp, batch.advantage, score.value, batch.old_value, batch.return_)
         loss, metrics = ppo_loss(
             *data,
@@ -132,9 +134,7 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
         )
         if config.kl_coef is None:
             return loss, metrics
-        reference = merge_params(reference, split_params(params, freeze)[1])
-        divergence = policy.divergence(params, reference, *decisions, temperature=temperature)
-        penalty, penalty_metrics = reference_penalty(divergence, batch.valid, kl_coef=config.kl_coef)
+        penalty, penalty_metrics = reference_penalty(score.divergence, batch.valid, kl_coef=config.kl_coef)
         return loss + penalty, metrics | penalty_metrics | {"ppo/loss": loss + penalty}
 
     def step(state, batch, train_policy, fraction_done, reference=None):

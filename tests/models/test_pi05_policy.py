@@ -118,10 +118,13 @@ def test_the_divergence_is_zero_from_itself_and_that_of_normal_distributions_fro
     policy, params, observation = case(noise)
     tokens = decided(noise).action_tokens
     other = jax.tree.map(lambda x: 1.02 * x, params)
-    divergence = jit(policy.divergence)
-    np.testing.assert_allclose(divergence(params, params, observation, tokens), 0, atol=1e-6)
-    found = np.asarray(divergence(params, other, observation, tokens))
-    assert (found > 1e-6).all()
+    log_prob, scored = jit(policy.log_prob), (params, observation, tokens)
+    np.testing.assert_allclose(log_prob(*scored, reference_params=params).divergence, 0, atol=1e-6)
+    score, alone = log_prob(*scored, reference_params=other), log_prob(*scored)
+    for found, expected in zip(score[:3], alone[:3], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found = np.asarray(score.divergence)
+    assert (found > 1e-6).all() and alone.divergence is None
     if noise == "sde":
         # delta (1 + sigma^2 (1 - t) / 2 t)^2 |v - v_ref|^2 / 2 sigma^2
         (prefix, velocity), (ref_prefix, ref_velocity) = (
@@ -148,16 +151,17 @@ def test_a_frozen_prefix_is_read_once_for_policy_and_reference():
     other = jax.tree.map_with_path(
         lambda path, x: x if has_frozen_prefix([path_name(path)], ()) is False else 1.02 * x, params
     )
-    found, expected = (jit(p.divergence)(params, other, observation, tokens) for p in (policy, whole))
+    scored = (params, observation, tokens)
+    found, expected = (jit(p.log_prob)(*scored, reference_params=other).divergence for p in (policy, whole))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     towers = [
         sum(
             "SigLIP.__call__" in str(eqn.source_info.name_stack) or "embed_scene" in str(eqn.source_info.name_stack)
-            for eqn in jax.make_jaxpr(p.divergence)(params, other, observation, tokens).eqns
+            for eqn in jax.make_jaxpr(p.log_prob)(*scored, reference_params=reference).eqns
         )
-        for p in (policy, whole)
+        for p, reference in [(policy, None), (policy, other), (whole, other)]
     ]
-    assert towers[1] == 2 * towers[0] > 0
+    assert towers[2] == 2 * towers[1] and towers[1] == towers[0] > 0
 
 
 def test_preference_scores_depend_on_seeds_and_executed_actions_alone():

@@ -56,18 +56,17 @@ def test_policy(config):
     decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=1.0)
     assert isinstance(decision, Decision)
     assert_arrays(decision, {"action": action, "action_tokens": tokens, "logp": floats, "value": floats})
-    score = jit(policy.log_prob)(params, observation, decision.action_tokens)
+    assert jax.eval_shape(policy.log_prob, params, observation, decision.action_tokens).divergence is None
+    score = jit(policy.log_prob)(params, observation, decision.action_tokens, reference_params=params)
     assert isinstance(score, ActionScore)
-    assert_arrays(score, {"logp": floats, "entropy": floats, "value": floats})
+    assert_arrays(score, dict.fromkeys(("logp", "entropy", "value", "divergence"), floats))
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
     np.testing.assert_allclose(score.value, decision.value, atol=1e-4)
     # A fresh critic is close to zero, and a fresh policy close to uniform over its bins, where it has bins.
     assert (np.abs(score.value) < 0.5).all()
     if policy.horizon is None:
         assert (score.entropy > 0.95 * np.log(getattr(config, "num_bins", 256))).all()
-    divergence = jit(policy.divergence)(params, params, observation, decision.action_tokens)
-    assert (divergence.shape, divergence.dtype) == floats
-    np.testing.assert_allclose(divergence, 0, atol=1e-6)
+    np.testing.assert_allclose(score.divergence, 0, atol=1e-6)
     value = jit(policy.value)(params, observation)
     np.testing.assert_allclose(value, score.value, atol=1e-4)
     shown = decision.action

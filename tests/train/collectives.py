@@ -129,16 +129,20 @@ STACKS = ("dino", "siglip", "img", "llm", "expert")
 """of layers, in the paths of both models; `expert` is the second one in pi0.5's language model."""
 
 
-def num_passes(phase: str, trained: str, *, scores_first: bool = False, decodes: bool = False) -> dict[str, int]:
+def num_passes(
+    phase: str, trained: str, *, scores_first: bool = False, has_reference: bool = False, decodes: bool = False
+) -> dict[str, int]:
     """Returns how often a program reads the layers of each of `STACKS`: once, and once more where it learns.
 
     Args:
         phase: "sft", "tpo", "ppo" or "sample".
         trained: "full", "lora" or, of pi0.5 alone, "expert". Adapters of pi0.5 leave its vision tower as it is.
         scores_first: whether all decisions are scored before some are differentiated.
+        has_reference: whether a reference scores them, too; it shares what images and text become where that is frozen.
         decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
     """
-    passes = dict.fromkeys(STACKS, 1 + scores_first)
+    passes = dict.fromkeys(STACKS, 1 + scores_first + (has_reference and trained != "expert"))
+    passes["expert"] += has_reference and trained == "expert"
     if phase == "sample":
         return passes | {"llm": 1 + decodes}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]

@@ -52,12 +52,17 @@ def lower_phase(phase, config, policy, mesh):
     if phase == "sft":
         tx = keep_average(tx, section.ema_decay)
     make_step = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}[phase]
-    extra = (np.bool_(True), np.float32(0.0)) if phase == "ppo" else ()
-    lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
     trainable, frozen = split_params(state.params, frozen_params(policy, section.optimizer))
-    if phase != "ppo":  # No value is asked for, and a compiled program is not given what it does not read.
-        frozen = {name: leaf for name, leaf in frozen.items() if name != "value_head"}
-    return lowered, state.replace(params=trainable), (frozen, batch)
+    reference = trainable if phase == "ppo" and section.kl_coef is not None else None
+    extra = (np.bool_(True), np.float32(0.0), reference) if phase == "ppo" else ()
+    lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
+    # A compiled program is not given what it does not read: values are asked for in PPO alone, and not of a reference.
+    read = (frozen if phase == "ppo" else without_value(frozen), batch, without_value(reference or {}))
+    return lowered, state.replace(params=trainable), read
+
+
+def without_value(params):
+    return {name: leaf for name, leaf in params.items() if name != "value_head"}
 
 
 def lower_sampling(policy, mesh, size=64):
@@ -89,7 +94,10 @@ def main(phase, fsdp, tensor, *words):
     params = jax.tree.leaves_with_path(abstract_params(policy, mesh))
     leaves = [(path_name(path), leaf.shape, not leaf.sharding.is_fully_replicated) for path, leaf in params]
     trained = "full" if "full" in words else "expert" if "pi05" in words and "lora" not in words else "lora"
-    passes = num_passes(phase, trained, scores_first=phase == "tpo", decodes="pi05" not in words)
+    has_reference = phase == "ppo" and config.ppo.kl_coef is not None
+    passes = num_passes(
+        phase, trained, scores_first=phase == "tpo", has_reference=has_reference, decodes="pi05" not in words
+    )
     largest = max(found, key=lambda one: max(one.sizes))
     print(
         json.dumps(

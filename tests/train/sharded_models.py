@@ -12,6 +12,7 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import nano_flow
 import numpy as np
 from collectives import moved_out, not_zero3, num_passes, read_collectives
@@ -138,6 +139,11 @@ def pair_batch(model, trained):
     return PairBatch(side(), side())
 
 
+def ppo_config(model, settings):
+    """A flow is kept near the reference, too."""
+    return PPOConfig(minibatch_size=SIZE, kl_coef=0.1 if model == "pi05" else None, **settings)
+
+
 def take_steps(model, trained, phase, microbatch, mesh):
     """Two steps of one compiled program, which takes no other layout than the one it returns; and its text."""
     policy, params = policy_and_params(model, trained)
@@ -145,15 +151,17 @@ def take_steps(model, trained, phase, microbatch, mesh):
     make_step, config, batch, extra = {
         "sft": lambda: (make_sft_step, SFTConfig(batch_size=SIZE, **settings), sft_batch(model, trained), ()),
         "tpo": lambda: (make_tpo_step, TPOConfig(batch_size=SIZE // 2, **settings), pair_batch(model, trained), ()),
-        "ppo": lambda: (make_ppo_step, PPOConfig(minibatch_size=SIZE, **settings), ppo_batch(model, trained), TRAINING),
+        "ppo": lambda: (make_ppo_step, ppo_config(model, settings), ppo_batch(model, trained), TRAINING),
     }[phase]()
     freeze = frozen_params(policy, config.optimizer)
     tx = make_optimizer(config.optimizer, num_steps=10)
     state = create_state(params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze)
-    inputs = (place(batch, mesh), *extra)
-    compiled = lower_step(make_step(policy, tx, config), policy, config, state, *inputs).compile()
     trainable, frozen = split_params(state.params, freeze)
     moved = state.replace(params=trainable)
+    if phase == "ppo" and config.kl_coef is not None:
+        extra = (*extra, jax.tree.map(jnp.copy, trainable))
+    inputs = (place(batch, mesh), *extra)
+    compiled = lower_step(make_step(policy, tx, config), policy, config, state, *inputs).compile()
     for _ in range(2):
         moved, _ = compiled(moved, frozen, *inputs)
     return moved.replace(params=merge_params(moved.params, frozen)), compiled.as_text()
@@ -170,7 +178,8 @@ def compare_steps(model, trained, phase, microbatch, mesh_sizes):
     misplaced = jax.tree.map(lambda x, s: not x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
     found = read_collectives(text)
     if mesh_sizes == {"fsdp": 8}:
-        passes = num_passes(phase, trained, scores_first=phase == "tpo" and microbatch is not None)
+        scores_first, has_reference = phase == "tpo" and microbatch is not None, phase == "ppo" and model == "pi05"
+        passes = num_passes(phase, trained, scores_first=scores_first, has_reference=has_reference)
         problems = not_zero3(found, shapes_of(state.params), passes)
     else:
         problems = moved_out(found)
