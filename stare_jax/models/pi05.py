@@ -292,7 +292,7 @@ def _log_prob(
 ) -> ActionScore:
     """Scores the random steps of a chain, all of them after one reading of the prefix; divergences are their sum.
 
-    Those are exact, each step's from the point it left. A reference reads the prefix anew only where that is trained.
+    Those are exact, each step's from the point it left. A reference reads the prefix anew where any of that is trained.
     """
     config = network.config
     before, after, index, is_drawn = _unpack(config, action_tokens)
@@ -311,9 +311,9 @@ def _log_prob(
     if reference_params is None:
         return ActionScore(logp, entropy, value)
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
-    if not has_frozen_prefix(names, frozen_patterns(config)):
-        prefix = _read(network, norm_stats, reference_params, observation)
-    reference = jax.lax.stop_gradient(step(reference_params, prefix))
+    is_shared = has_frozen_prefix(names, frozen_patterns(config))
+    reference_prefix = prefix if is_shared else _read(network, norm_stats, reference_params, observation)
+    reference = jax.lax.stop_gradient(step(reference_params, reference_prefix))
     return ActionScore(logp, entropy, value, total(flow.transition_kl(own, reference)))
 
 

@@ -44,7 +44,7 @@ class Policy(NamedTuple):
     sample(params, observation, key, *, temperature=1.0) -> Decision; temperature may be traced, and at 0 nothing is
         random but the noise that a flow starts from
     log_prob(params, observation, action_tokens, *, temperature=1.0, reference_params=None) -> ActionScore; the
-        reference gets no gradient, and what it has in common with the policy is computed once
+        reference gets no gradient, and its frozen parameters are the policy's
     value(params, observation) -> float32 [B]
     imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32
         [B]); action [B, A], or [B, H, A] with valid bool [B, H], False beyond an episode's end, where `horizon` is H;

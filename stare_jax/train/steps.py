@@ -115,7 +115,7 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
     freeze, temperature = frozen_params(policy, config.optimizer), config.temperature
 
     def loss_fn(params, batch, reference):
-        if reference is not None:
+        if config.kl_coef is not None:
             reference = merge_params(reference, split_params(params, freeze)[1])
         decisions = (batch.observation, batch.action_tokens)
         score = policy.log_prob(params, *decisions, temperature=temperature, reference_params=reference)

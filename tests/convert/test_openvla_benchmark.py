@@ -1,6 +1,7 @@
 """The benchmark of OpenVLA: both implementations choose and learn alike, and each is a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ except openvla_torch.MissingPackage as error:
 def test_both_implementations_are_timed_and_agree(tmp_path):
     out = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARK), *SMALL, "--no-compile", f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    # Both on the CPU, wherever the tests run: other devices round otherwise.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     rows = {(row["case"], row["implementation"]): row for row in result["rows"]}

@@ -67,6 +67,13 @@ def test_policy(config):
     if policy.horizon is None:
         assert (score.entropy > 0.95 * np.log(getattr(config, "num_bins", 256))).all()
     np.testing.assert_allclose(score.divergence, 0, atol=1e-6)
+
+    def total_divergence(reference_params):
+        scored = (params, observation, decision.action_tokens)
+        return policy.log_prob(*scored, reference_params=reference_params).divergence.sum()
+
+    gradient = jit(jax.grad(total_divergence))(jax.tree.map(lambda x: 1.02 * x, params))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
     value = jit(policy.value)(params, observation)
     np.testing.assert_allclose(value, score.value, atol=1e-4)
     shown = decision.action

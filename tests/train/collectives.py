@@ -138,11 +138,12 @@ def num_passes(
         phase: "sft", "tpo", "ppo" or "sample".
         trained: "full", "lora" or, of pi0.5 alone, "expert". Adapters of pi0.5 leave its vision tower as it is.
         scores_first: whether all decisions are scored before some are differentiated.
-        has_reference: whether a reference scores them, too; it shares what images and text become where that is frozen.
+        has_reference: whether a reference scores them, too; it shares what images and text become where all of
+            that is frozen.
         decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
     """
-    passes = dict.fromkeys(STACKS, 1 + scores_first + (has_reference and trained != "expert"))
-    passes["expert"] += has_reference and trained == "expert"
+    twice = () if not has_reference else ("expert",) if trained == "expert" else STACKS
+    passes = {stack: 1 + scores_first + (stack in twice) for stack in STACKS}
     if phase == "sample":
         return passes | {"llm": 1 + decodes}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]
