@@ -193,9 +193,7 @@ def pip(venv: Path, arguments: list[str], label: str, expected: int) -> None:
     Raises:
         Failed: with the end of the log and, where the log tells, the remedy.
     """
-    # Half of the time would go into byte code of thousands of files. Python compiles what is used, when it is.
-    options = ["--no-compile", "--progress-bar", "off", "--no-input"]
-    command = [str(venv / "bin/python"), "-m", "pip", "install", *options, *arguments]
+    command = [str(venv / "bin/python"), "-m", "pip", "install", *arguments, "--progress-bar", "off", "--no-input"]
     start = time.monotonic()
     with open(venv / LOG, "a") as log:
         log.write(f"\n$ {' '.join(command)}\n")

@@ -32,6 +32,14 @@ with warnings.catch_warnings():
 del sys.modules["tensorflow"]
 
 
+# Files are shared among processes as they come: with a long one at the end, one would work and the others wait.
+_LONG = ("test_end_to_end.py", "test_sharding.py", "test_pi05_sharding.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 def pytest_unconfigure():
     shutil.rmtree(_COMPILED, ignore_errors=True)
 

@@ -18,6 +18,7 @@ except openvla_torch.MissingPackage as error:
     pytest.skip(str(error), allow_module_level=True)
 
 
+@pytest.mark.slow
 def test_both_implementations_are_timed_and_agree(tmp_path):
     out = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARK), *SMALL, "--no-compile", f"--out={out}"]

@@ -24,6 +24,7 @@ def without_time(sizes, params):
     return pi05_naive.make_sampler(sizes, params | {name: jnp.zeros_like(params[name])})
 
 
+@pytest.mark.slow
 def test_a_peer_is_timed_and_compared(tmp_path, capsys):
     out = tmp_path / "result.json"
     pi05.main([*TINY, "--cases=sample,sft", "--train-batch=2", "--peer=pi05_naive:make_sampler", f"--out={out}"])

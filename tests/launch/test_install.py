@@ -165,7 +165,7 @@ def test_pip_failure_shows_the_log_and_the_remedy(tmp_path, said, remedy):
     assert said in str(failure.value)
     assert remedy in str(failure.value).splitlines()[-1]
     log = (tmp_path / install.LOG).read_text()
-    assert said in log and "-m pip install --no-compile" in log
+    assert said in log and "-m pip install jax" in log
 
 
 def test_pip_reports_how_long_it_took(tmp_path, capsys):

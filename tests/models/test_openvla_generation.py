@@ -109,7 +109,8 @@ def test_every_one_of_the_256_tokens_can_be_drawn(in_bfloat16):
 def test_log_probabilities_and_values_are_float32_in_bfloat16_networks(in_bfloat16):
     policy, params, observation, sample = in_bfloat16
     decision = sample(params, observation, jax.random.key(0), temperature=1.0)
-    score = jit(policy.log_prob)(params, observation, decision.action_tokens, temperature=1.0)
+    settings = {"temperature": 1.0, "reference_params": jax.tree.map(lambda x: 1.1 * x, params)}
+    score = jit(policy.log_prob)(params, observation, decision.action_tokens, **settings)
     for numbers in (decision.action, decision.logp, decision.value, *score):
         assert numbers.dtype == jnp.float32
         # Not merely bfloat16 in a wider type.
