@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from stare_jax.envs import EnvConfig, make_expert
-from stare_jax.envs.maniskill import Simulator
-from stare_jax.envs.scenes import SCENES
+from stare_jax.envs.maniskill.scenes import SCENES
+from stare_jax.envs.maniskill.simulator import Simulator
 from stare_jax.envs.seeds import DEMO_SEEDS, EVALUATION_SEEDS
 from stare_jax.evaluate.intervals import wilson_interval
 from stare_jax.stages import TASKS, get_task, separate

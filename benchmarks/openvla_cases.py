@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from stare_jax.models import OpenVLAConfig, openvla_7b
-from stare_jax.models.layers import Execution
-from stare_jax.models.llama import LlamaConfig
-from stare_jax.models.lora import LoRAConfig
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.llama import LlamaConfig
+from stare_jax.models.nn.lora import LoRAConfig
 
 BLOCK_SIZE = 1_048_573  # prime, so that rows of matrices do not repeat
 LORA = LoRAConfig()

@@ -22,15 +22,15 @@ import numpy as np
 from device import jax_peak, measure, reported
 from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, weight_recipe
 
-from stare_jax.convert.openvla_table import leaf_shapes, tensor_table
-from stare_jax.convert.tensor_table import checkpoint_shape, insert, layer_shape, to_ours
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
-from stare_jax.models.lora import add_adapters, init_adapters
+from stare_jax.models.nn.lora import add_adapters, init_adapters
 from stare_jax.models.normalize import identity_stats
-from stare_jax.train.optimizer import frozen_params, make_optimizer, merge_params, split_params
+from stare_jax.state.optimizer import frozen_params, make_optimizer, merge_params, split_params
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step
 from stare_jax.types import Observation, PyTree, TrainState
+from stare_jax.weights.openvla.table import leaf_shapes, tensor_table
+from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, to_ours
 
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 

@@ -43,10 +43,10 @@ from pi05_cases import (
 from pi05_cost import imitation_flops, sampling_phases
 
 from stare_jax.models import Pi05Config
-from stare_jax.train.optimizer import frozen_params, make_optimizer
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state.optimizer import frozen_params, make_optimizer
+from stare_jax.state.train_state import create_state
 from stare_jax.train.sft import SFTConfig
-from stare_jax.train.sharding import make_mesh
-from stare_jax.train.state import create_state
 from stare_jax.train.steps import SFTBatch, jit_step, make_sft_step
 from stare_jax.types import PyTree
 

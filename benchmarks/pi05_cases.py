@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.models import PI05_PALIGEMMA, Pi05Config, Policy, make_policy, pi05_base
-from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.layers import Execution
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.normalize import identity_stats
-from stare_jax.models.siglip import SigLIPConfig
-from stare_jax.train.sharding import path_name
+from stare_jax.sharding.mesh import path_name
 from stare_jax.types import Observation, PyTree
 
 CAMERAS = ("base_camera", "left_wrist_camera", "right_wrist_camera")

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stare_jax.convert.tensor_table import insert
 from stare_jax.models import Pi05Config
-from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.layers import Execution
-from stare_jax.models.pi05_network import Pi05
-from stare_jax.models.siglip import SigLIPConfig
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.models.pi05.network import Pi05
+from stare_jax.weights.tensor_table import insert
 
 
 def make_sampler(sizes: dict[str, Any], params: dict[str, jax.Array]) -> Callable:

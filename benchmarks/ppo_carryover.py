@@ -25,11 +25,11 @@ from stare_jax.envs import make_vec_env
 from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.runs.load import RestoredPolicy, restore_policy
 from stare_jax.stages import get_task
-from stare_jax.train.optimizer import frozen_params, make_optimizer, split_params
+from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
-from stare_jax.train.restore import RestoredPolicy, restore_policy
 from stare_jax.train.steps import make_ppo_step
 from stare_jax.types import PyTree, TrainState
 

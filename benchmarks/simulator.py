@@ -23,9 +23,9 @@ import jax
 import numpy as np
 
 from stare_jax.envs import EnvConfig, execution_noise, make_expert, make_vec_env
-from stare_jax.envs.building import import_mani_skill
-from stare_jax.envs.maniskill import Simulator
-from stare_jax.envs.vulkan import select_driver
+from stare_jax.envs.maniskill.building import import_mani_skill
+from stare_jax.envs.maniskill.simulator import Simulator
+from stare_jax.envs.maniskill.vulkan import select_driver
 
 PANDA, WIDOWX = "PushCube-v1", "PutCarrotOnPlateInScene-v1"
 SIZES = {PANDA: ((0, 0), (64, 64), (128, 128), (224, 224)), WIDOWX: ((0, 0), (64, 64), (224, 224), (480, 640))}

@@ -23,8 +23,8 @@ from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.models import make_policy, openvla_state
 from stare_jax.models.normalize import identity_stats
 from stare_jax.stages import get_task
+from stare_jax.state.train_state import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
-from stare_jax.train.state import Run
 from stare_jax.types import NormStats
 
 LAYOUTS = ("1x1", "2x1", "4x1", "8x1", "1x16", "2x2", "2x4", "2x8", "2x16", "2x32", "4x8")

@@ -9,11 +9,11 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from stare_jax.config import to_dict
 from stare_jax.envs import EnvConfig
 from stare_jax.models import OpenVLAConfig, Pi05Config
+from stare_jax.runs.ipi import IPIConfig
 from stare_jax.stages import get_task
-from stare_jax.train.config import to_dict
-from stare_jax.train.ipi import IPIConfig
 
 
 def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str) -> ml_collections.ConfigDict:

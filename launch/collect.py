@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig, count_kinds
 from stare_jax.data.reader import Dataset
@@ -32,12 +33,11 @@ from stare_jax.data.rollouts import Actor, expert_actor, policy_actor
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
-from stare_jax.envs.widowx import JITTERS
+from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.stages import TASKS, TaskSpec, get_task
-from stare_jax.train.checkpoint import CheckpointError
-from stare_jax.train.collection import find_or_collect_demos, find_or_collect_pairs
-from stare_jax.train.config import ConfigError, user_input
+from stare_jax.state.checkpoint import CheckpointError
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 ALL_TASKS = "all"
@@ -214,7 +214,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
 def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
     """Returns the simulator that the policy of a checkpoint was trained in, its task, and the policy."""
     # All of training, which experts do without.
-    from stare_jax.train.restore import identify_checkpoint, load_config, restore_policy
+    from stare_jax.runs.load import identify_checkpoint, load_config, restore_policy
 
     run = load_config(arguments.checkpoint.parent)
     step, name = identify_checkpoint(arguments.checkpoint, step=arguments.step)

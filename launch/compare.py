@@ -15,8 +15,8 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from stare_jax.evaluate.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
-from stare_jax.evaluate.curves import CurveError, check_comparable, read_runs
+from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
+from stare_jax.report.curves import CurveError, check_comparable, read_runs
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -25,16 +25,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import logging
 
-from stare_jax.convert.kept_aside import KEPT
-from stare_jax.convert.safetensors_folder import WeightsError
+from stare_jax.config import ConfigError
 from stare_jax.logging import PeakMemory, say
 from stare_jax.models import LoRAConfig
-from stare_jax.train.checkpoint import CheckpointError
-from stare_jax.train.config import ConfigError
-from stare_jax.train.import_pi05 import ImportedPi05, import_pi05
-from stare_jax.train.import_weights import Imported, import_openvla
-from stare_jax.train.sharding import ShardingError
-from stare_jax.train.weight_folders import OPENVLA, PI05, find_kind
+from stare_jax.sharding.mesh import ShardingError
+from stare_jax.state.checkpoint import CheckpointError
+from stare_jax.weights.folders import OPENVLA, PI05, find_kind
+from stare_jax.weights.import_openvla import Imported, import_openvla
+from stare_jax.weights.import_pi05 import ImportedPi05, import_pi05
+from stare_jax.weights.openvla.side_files import KEPT
+from stare_jax.weights.safetensors_folder import WeightsError
 
 OPTIONS = {
     "an OpenVLA checkpoint": ("adapter", "unnorm_key", "fsdp", "tensor", "seed"),
@@ -113,8 +113,8 @@ def convert(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     """Converts a checkpoint of ours."""
     # Know runs, and so all that they are made of.
-    from stare_jax.train.export_pi05 import export_pi05, is_pi05_checkpoint
-    from stare_jax.train.export_weights import export_openvla
+    from stare_jax.weights.export_openvla import export_openvla
+    from stare_jax.weights.export_pi05 import export_pi05, is_pi05_checkpoint
 
     source, to, is_pi05 = arguments.source, arguments.to, is_pi05_checkpoint(arguments.source)
     options = options_of(arguments, f"our own checkpoint of {'pi0.5' if is_pi05 else 'OpenVLA'}")

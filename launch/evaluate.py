@@ -23,20 +23,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 
+from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, SimulatorError, make_vec_env
-from stare_jax.envs.experts import make_expert
+from stare_jax.envs.experts.base import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate_act
-from stare_jax.evaluate.record import evaluation_file, record_evaluation
-from stare_jax.evaluate.report import load_results, print_report, write_report
 from stare_jax.evaluate.summary import mean_and_std
 from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.report.record import evaluation_file, record_evaluation
+from stare_jax.report.report import load_results, print_report, write_report
 from stare_jax.rollout.collect import Act, policy_act
+from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.load import load_config, restore_policy
 from stare_jax.stages import get_task
-from stare_jax.train.checkpoint import CheckpointError
-from stare_jax.train.config import ConfigError, user_input
-from stare_jax.train.ipi import IPIConfig
-from stare_jax.train.restore import load_config, restore_policy
+from stare_jax.state.checkpoint import CheckpointError
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}

@@ -25,6 +25,7 @@ import json
 
 from absl import logging
 
+from stare_jax.config import ConfigError, user_input
 from stare_jax.data.import_rlds import IDLE_FILTERS, ImportConfig, import_rlds, known_layout
 from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
@@ -33,7 +34,6 @@ from stare_jax.data.rlds_source import Source, open_source
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_import
 from stare_jax.logging import Interrupted, Interruption, print_table, say
-from stare_jax.train.config import ConfigError, user_input
 
 DEFAULT, INSTRUCTION = ImportConfig(), "language_instruction"
 DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")

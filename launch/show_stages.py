@@ -21,10 +21,10 @@ import numpy as np
 
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
-from stare_jax.evaluate.figures import draw_timeline
-from stare_jax.evaluate.timeline import trace_episode
-from stare_jax.evaluate.video import telling_steps
 from stare_jax.logging import print_table, say
+from stare_jax.report.figures import draw_timeline
+from stare_jax.report.timeline import trace_episode
+from stare_jax.report.video import telling_steps
 from stare_jax.rollout.collect import collect_episodes
 from stare_jax.stages import TASKS, get_task, separate, stage_costs, stage_mask
 from stare_jax.types import Trajectory

@@ -31,15 +31,15 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"got arguments {argv[1:]}, expected flags only")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.set_verbosity(logging.WARNING)  # Orbax narrates every checkpoint
-    from stare_jax.convert.safetensors_folder import WeightsError
+    from stare_jax.config import ConfigError, from_dict
     from stare_jax.data.schema import DatasetError
     from stare_jax.envs import SimulatorError
     from stare_jax.logging import Interrupted, say
-    from stare_jax.train.checkpoint import CheckpointError
-    from stare_jax.train.config import ConfigError, from_dict
-    from stare_jax.train.ipi import IPIConfig, run_ipi
-    from stare_jax.train.plan import print_plan
-    from stare_jax.train.sharding import ShardingError
+    from stare_jax.runs.ipi import IPIConfig, run_ipi
+    from stare_jax.runs.plan import print_plan
+    from stare_jax.sharding.mesh import ShardingError
+    from stare_jax.state.checkpoint import CheckpointError
+    from stare_jax.weights.safetensors_folder import WeightsError
 
     values = _CONFIG.value.to_dict()
     workdir = Path(_WORKDIR.value or ROOT / "runs" / values.pop("name"))

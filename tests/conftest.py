@@ -7,8 +7,14 @@ import sys
 import tempfile
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+
+# Modules that tests share are importable from every room's tests, and from the processes that tests start.
+for _folder in sorted(path for path in Path(__file__).parent.iterdir() if path.is_dir() and path.name != "__pycache__"):
+    sys.path.append(str(_folder))
+sys.path.append(str(Path(__file__).parent))
 
 # Tests compile much and run little. This has to be said before JAX is imported, and holds for the processes that tests
 # start, too. A flag of the user's own comes last and wins.
@@ -47,8 +53,8 @@ def pytest_unconfigure():
 @pytest.fixture(scope="session")
 def widowx_assets():
     """Skips where the files of the WidowX tasks are not on this machine."""
-    from stare_jax.envs.building import import_mani_skill, require_assets
-    from stare_jax.envs.scenes import SCENES
+    from stare_jax.envs.maniskill.building import import_mani_skill, require_assets
+    from stare_jax.envs.maniskill.scenes import SCENES
 
     try:
         import_mani_skill()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stare_jax.envs.vulkan import has_gpu_driver, software_driver
+from stare_jax.envs.maniskill.vulkan import has_gpu_driver, software_driver
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (

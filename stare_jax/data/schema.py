@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stare_jax.config import UserError
 from stare_jax.logging import replace_text
 
 FORMAT = "stare_jax/dataset"
@@ -24,7 +25,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 
 
-class DatasetError(RuntimeError):
+class DatasetError(UserError, RuntimeError):
     """A data set that cannot be read or continued; the message names the file or the field."""
 
 

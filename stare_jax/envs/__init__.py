@@ -1,12 +1,12 @@
 """Simulators behind one interface, `VecEnv`. Nothing outside this package imports PyTorch, SAPIEN or ManiSkill."""
 
 from stare_jax.envs.base import EnvStep, VecEnv
-from stare_jax.envs.batched import decided, start_batch
-from stare_jax.envs.building import MissingAssetsError
 from stare_jax.envs.config import BACKENDS, STATE_DIMS, EnvConfig
-from stare_jax.envs.experts import Expert, execution_noise, make_expert
-from stare_jax.envs.vulkan import MissingDeviceError
-from stare_jax.envs.workers import SimulatorError, SimulatorPool
+from stare_jax.envs.experts.base import Expert, execution_noise, make_expert
+from stare_jax.envs.maniskill.batched import decided, start_batch
+from stare_jax.envs.maniskill.building import MissingAssetsError
+from stare_jax.envs.maniskill.vulkan import MissingDeviceError
+from stare_jax.envs.pool.workers import SimulatorError, SimulatorPool
 
 __all__ = [
     "BACKENDS",

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from stare_jax.envs.scenes import SCENES, Scene
-from stare_jax.envs.widowx import JITTERS
+from stare_jax.envs.maniskill.scenes import SCENES, Scene
+from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.stages import TASKS
 
 STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 29}

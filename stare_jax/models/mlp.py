@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.losses import soft_cross_entropy, soft_labels
-from stare_jax.models.heads import (
+from stare_jax.models.nn.heads import (
     ValueHead,
     bin_coordinate,
     decode_bins,

@@ -1,0 +1,1 @@
+"""The three learners: imitation, preference, interaction."""

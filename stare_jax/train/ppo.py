@@ -12,14 +12,14 @@ from stare_jax.envs.seeds import PPO_SEEDS, first_seed
 from stare_jax.logging import Clock, Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.sharding.mesh import check_batch_size
 from stare_jax.stages import TaskSpec
-from stare_jax.train.checkpoint import Checkpoints
+from stare_jax.state.checkpoint import Checkpoints
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, split_params
+from stare_jax.state.train_state import Run, check_finite, checkpoint_directory, place, start_phase
 from stare_jax.train.compilations import num_compilations
-from stare_jax.train.optimizer import OptimizerConfig, frozen_params, make_optimizer, split_params
 from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
-from stare_jax.train.sharding import check_batch_size
-from stare_jax.train.state import Run, check_finite, checkpoint_directory, place, start_phase
 from stare_jax.train.steps import check_microbatch, jit_step, make_ppo_step
 from stare_jax.types import PyTree, TrainState
 

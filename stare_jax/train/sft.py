@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
-from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.optimizer import (
+from stare_jax.sharding.mesh import check_batch_size
+from stare_jax.state.checkpoint import Checkpoints
+from stare_jax.state.optimizer import (
     VALUE_PARAMS,
     OptimizerConfig,
     averaged_params,
@@ -14,8 +15,7 @@ from stare_jax.train.optimizer import (
     keep_average,
     make_optimizer,
 )
-from stare_jax.train.sharding import check_batch_size
-from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
+from stare_jax.state.train_state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.step_metrics import StepMetrics
 from stare_jax.train.steps import SFTBatch, check_microbatch, jit_step, make_sft_step
 from stare_jax.types import Array, Observation, PyTree

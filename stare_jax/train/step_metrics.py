@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from stare_jax.logging import Clock
+from stare_jax.state.train_state import Run, check_finite
 from stare_jax.train.compilations import num_compilations
-from stare_jax.train.state import Run, check_finite
 from stare_jax.types import Array
 
 

@@ -11,8 +11,8 @@ import optax
 
 from stare_jax.losses import ppo_loss, reference_penalty, sta_tpo_loss, tpo_loss
 from stare_jax.models.policy import Policy
-from stare_jax.train.accumulate import cut, gradients, sum_over_parts, uncut
-from stare_jax.train.optimizer import decay_schedule, frozen_params, merge_params, split_params
+from stare_jax.state.optimizer import decay_schedule, frozen_params, merge_params, split_params
+from stare_jax.train.update import cut, gradients, sum_over_parts, uncut
 from stare_jax.types import Array, Observation, PyTree, TrainState
 
 Metrics = dict[str, Array]

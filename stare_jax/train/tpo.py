@@ -7,17 +7,17 @@ import math
 import jax
 import numpy as np
 
+from stare_jax.config import ConfigError
 from stare_jax.data.windows import window_indices
 from stare_jax.logging import Interrupted, progress, say
-from stare_jax.models.lora import drop_adapters, keep_adapters
+from stare_jax.models.nn.lora import drop_adapters, keep_adapters
 from stare_jax.models.policy import Policy
+from stare_jax.sharding.mesh import check_batch_size
 from stare_jax.stages import TaskSpec
+from stare_jax.state.checkpoint import Checkpoints
+from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
+from stare_jax.state.train_state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.annotate import action_stages
-from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.config import ConfigError
-from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
-from stare_jax.train.sharding import check_batch_size
-from stare_jax.train.state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.step_metrics import StepMetrics
 from stare_jax.train.steps import PairBatch, ScoredTrajectory, jit_step, make_tpo_step, over_actions
 from stare_jax.types import Observation, PreferencePair, PyTree, Trajectory

@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from stare_jax.train.config import from_dict
-from stare_jax.train.ipi import IPIConfig
-from stare_jax.train.plan import plan_run
+from stare_jax.config import from_dict
+from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {

@@ -15,7 +15,7 @@ from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.envs import toy
-from stare_jax.envs.experts import Expert, execution_noise
+from stare_jax.envs.experts.base import Expert, execution_noise
 from stare_jax.envs.seeds import DEMO_SEEDS, EVALUATION_SEEDS, PAIR_SEEDS, PPO_SEEDS, REGION_SIZE, first_seed
 from stare_jax.logging import Interrupted
 from stare_jax.types import Signals

@@ -15,7 +15,7 @@ from stare_jax.data.pairs import SAME_START_KINDS, PairsConfig, load_pairs, read
 from stare_jax.data.rollouts import Actor, collect_pairs, collected_pairs, expert_actor, policy_actor
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.envs import toy
-from stare_jax.envs.experts import execution_noise
+from stare_jax.envs.experts.base import execution_noise
 from stare_jax.envs.seeds import PAIR_SEEDS
 from stare_jax.logging import Interrupted
 from stare_jax.models.mlp import MLPConfig, make_mlp

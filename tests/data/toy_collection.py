@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from stare_jax.envs import toy
-from stare_jax.envs.experts import Expert
+from stare_jax.envs.experts.base import Expert
 
 
 def toy_expert(speed=1.0):

@@ -4,9 +4,9 @@ import gc
 
 import pytest
 
-from stare_jax.envs import vulkan
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.maniskill import Simulator
+from stare_jax.envs.maniskill import vulkan
+from stare_jax.envs.maniskill.simulator import Simulator
 
 
 @pytest.fixture(scope="session")

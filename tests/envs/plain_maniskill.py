@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from stare_jax.envs.scenes import SCENES
+from stare_jax.envs.maniskill.scenes import SCENES
 
 
 def physics_of(env):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from standin_gpu import OPENED, StandIn
 
-from stare_jax.envs import SimulatorError, batched, make_vec_env
-from stare_jax.envs.batched import BatchedSimulator
-from stare_jax.envs.building import MissingAssetsError, make_scene
+from stare_jax.envs import SimulatorError, make_vec_env
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.experts import make_expert
-from stare_jax.envs.maniskill import Simulator
+from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.maniskill import batched
+from stare_jax.envs.maniskill.batched import BatchedSimulator
+from stare_jax.envs.maniskill.building import MissingAssetsError, make_scene
+from stare_jax.envs.maniskill.simulator import Simulator
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes
 

@@ -2,10 +2,10 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.envs.batched_signals import BatchedSignalReader
-from stare_jax.envs.bridge import torch_to_jax
-from stare_jax.envs.experts import make_expert
-from stare_jax.envs.scenes import SCENES
+from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.maniskill.batched_signals import BatchedSignalReader
+from stare_jax.envs.maniskill.dlpack import torch_to_jax
+from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.envs.seeds import DEMO_SEEDS
 
 pytestmark = [

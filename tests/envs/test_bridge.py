@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stare_jax.envs.bridge import jax_to_torch, torch_to_jax
+from stare_jax.envs.maniskill.dlpack import jax_to_torch, torch_to_jax
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bool, torch.int32, torch.bfloat16])

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.envs.experts import execution_noise, make_expert
-from stare_jax.envs.panda_experts import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
+from stare_jax.envs.experts.base import execution_noise, make_expert
+from stare_jax.envs.experts.panda import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
 from stare_jax.stages import get_task, separate
 
 # Expected: 1.00, 1.00, .99, 1.00 of the episodes (benchmarks/results/experts.json); the seeds are fixed.

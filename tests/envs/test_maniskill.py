@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from plain_maniskill import Touches, assert_signals_are_those_of_torch, physics_of
 
-from stare_jax.envs.building import import_mani_skill, materials_without_device
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.experts import make_expert
-from stare_jax.envs.maniskill import Simulator, low_dim_state
+from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.maniskill.building import import_mani_skill, materials_without_device
+from stare_jax.envs.maniskill.simulator import Simulator, low_dim_state
 from stare_jax.stages.geometry import body_axis
 
 FRANKA_TASKS = ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")

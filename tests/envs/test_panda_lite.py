@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from stare_jax.envs import panda_lite
+from stare_jax.envs.maniskill import panda_lite
 
 MESHES = Path("franka_description/meshes")
 

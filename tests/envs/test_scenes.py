@@ -1,7 +1,7 @@
 import numpy as np
 
+from stare_jax.envs.maniskill.scenes import SCENES, Start
 from stare_jax.envs.rotations import about_axis, body_axis, euler_xyz, rotation_matrix, rotation_vector
-from stare_jax.envs.scenes import SCENES, Start
 from stare_jax.stages import TASKS
 
 HALF = np.sqrt(0.5)

@@ -1,6 +1,6 @@
 import pytest
 
-from stare_jax.envs import vulkan
+from stare_jax.envs.maniskill import vulkan
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
-from stare_jax.envs.workers import SimulatorPool
+from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.stages import get_task
 
 

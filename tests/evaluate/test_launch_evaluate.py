@@ -8,16 +8,16 @@ import numpy as np
 import optax
 import pytest
 
+from stare_jax.config import to_dict
 from stare_jax.envs import EnvConfig, toy
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.evaluate.summary import load_evaluation
 from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
+from stare_jax.runs import load as restore
+from stare_jax.runs.ipi import IPIConfig
 from stare_jax.stages import get_task
-from stare_jax.train import restore
-from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.config import to_dict
-from stare_jax.train.ipi import IPIConfig
+from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.types import TrainState
 
 

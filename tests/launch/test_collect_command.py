@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stare_jax.config import to_dict
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
@@ -20,12 +21,11 @@ from stare_jax.envs import EnvConfig, Expert, make_vec_env, toy
 from stare_jax.envs.seeds import DEMO_SEEDS, PAIR_SEEDS, SLOT_SIZE
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.models.normalize import identity_stats
+from stare_jax.runs import load as restore
+from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.load import load_config
 from stare_jax.stages import get_task
-from stare_jax.train import restore
-from stare_jax.train.checkpoint import Checkpoints
-from stare_jax.train.config import to_dict
-from stare_jax.train.ipi import IPIConfig
-from stare_jax.train.restore import load_config
+from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.types import TrainState
 
 CUBES = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"

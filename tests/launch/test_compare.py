@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stare_jax.evaluate.comparison import Choices, make_panels, without_paths
-from stare_jax.evaluate.curves import read_runs
-from stare_jax.evaluate.figures import PALETTE
 from stare_jax.evaluate.intervals import wilson_interval
 from stare_jax.evaluate.protocol import Episodes, EvalInfo, Evaluation
 from stare_jax.evaluate.summary import save_evaluation
 from stare_jax.logging import make_writer, write_metadata
+from stare_jax.report.comparison import Choices, make_panels, without_paths
+from stare_jax.report.curves import read_runs
+from stare_jax.report.figures import PALETTE
 
 NUM_ITERATIONS = 8
 

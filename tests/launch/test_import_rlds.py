@@ -17,13 +17,13 @@ import rlds_builder
 import rlds_session
 from PIL import Image
 
+from stare_jax.config import ConfigError, from_dict
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
 from stare_jax.logging import read_metrics
-from stare_jax.train import ipi
-from stare_jax.train.checkpoint import load_norm_stats
-from stare_jax.train.config import ConfigError, from_dict
+from stare_jax.runs import ipi
+from stare_jax.state.checkpoint import load_norm_stats
 
 RAW = rlds_builder.raw_episodes()["train"]
 KEPT = (0, 3, 4, 5, 6, 7)

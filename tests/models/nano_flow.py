@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from stare_jax.models import pi05_tiny
-from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.layers import Execution
-from stare_jax.models.siglip import SigLIPConfig
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.siglip import SigLIPConfig
 
 INSTRUCTIONS = ("push the blue cube to the target", "lift the peg upright")
 

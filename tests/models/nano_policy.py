@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from stare_jax.models import make_policy, openvla_tiny, with_prompt
-from stare_jax.models.layers import Execution
-from stare_jax.models.llama import LlamaConfig
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.llama import LlamaConfig
+from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.policy import Policy
-from stare_jax.models.vit import ViTConfig
 from stare_jax.types import NormStats, Observation
 
 # Tests compile much and run little: half the compile time for slower programs.

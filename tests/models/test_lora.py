@@ -9,8 +9,8 @@ import pytest
 from nano_policy import INSTRUCTIONS, jit, make_case, nano_config
 
 from stare_jax.models import LoRAConfig, make_policy, openvla_7b
-from stare_jax.models.layers import Execution
-from stare_jax.models.lora import (
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.lora import (
     ATTENTION,
     BASE_PARAMS,
     add_adapters,

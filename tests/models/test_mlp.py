@@ -7,7 +7,7 @@ import pytest
 
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.normalize import identity_stats
-from stare_jax.train.sharding import make_mesh, tree_shardings
+from stare_jax.sharding.mesh import make_mesh, tree_shardings
 from stare_jax.types import Observation
 
 CONFIG = MLPConfig(state_dim=3, action_dim=2, num_bins=6, hidden_dims=(8,), value_dims=(8,))

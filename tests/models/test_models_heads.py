@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stare_jax.models.heads import (
+from stare_jax.models.nn.heads import (
     ValueHead,
     bin_coordinate,
     decode_bins,

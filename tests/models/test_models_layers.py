@@ -10,10 +10,10 @@ import pytest
 import scipy.special
 from nano_policy import jit
 
-from stare_jax.models.attention import KeyValue, attend
-from stare_jax.models.layers import Execution, Linear
-from stare_jax.models.llama import Cache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
-from stare_jax.models.vit import ConvStem, ViT, ViTBlock, ViTConfig, patchify, strided_windows
+from stare_jax.models.nn.attention import KeyValue, attend
+from stare_jax.models.nn.linear import Execution, Linear
+from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+from stare_jax.models.nn.vit import ConvStem, ViT, ViTBlock, ViTConfig, patchify, strided_windows
 
 FLOAT32 = Execution()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from stare_jax.models import make_policy, openvla_7b, openvla_tiny
-from stare_jax.models.layers import Execution
+from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import identity_stats
 
 CONFIGS = {"7b": openvla_7b(), "tiny": openvla_tiny()}

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from nano_policy import jit, nano_config
 
-from stare_jax.convert.openvla_config import TIMM_IDS, read_config
 from stare_jax.losses import gae, ppo_loss
 from stare_jax.models import LoRAConfig
-from stare_jax.models.heads import decode_bins, encode_bins
-from stare_jax.models.layers import Execution
-from stare_jax.models.llama import Llama, LlamaConfig
-from stare_jax.models.lora import merge_adapters
-from stare_jax.models.openvla_network import OpenVLA, preprocess
-from stare_jax.models.vit import ViT, ViTBlock, ViTConfig, patchify
+from stare_jax.models.nn.heads import decode_bins, encode_bins
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.llama import Llama, LlamaConfig
+from stare_jax.models.nn.lora import merge_adapters
+from stare_jax.models.nn.vit import ViT, ViTBlock, ViTConfig, patchify
+from stare_jax.models.openvla.network import OpenVLA, preprocess
+from stare_jax.weights.openvla.config import TIMM_IDS, read_config
 
 TESTS = Path(__file__).resolve().parents[1]
 HERE = "models/test_openvla_traps.py"

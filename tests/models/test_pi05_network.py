@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.pi05_network import Pi05, Pi05Config
-from stare_jax.models.siglip import SigLIPConfig
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.models.pi05.network import Pi05, Pi05Config
 
 
 def full_size():

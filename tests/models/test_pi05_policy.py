@@ -23,16 +23,16 @@ from stare_jax.models import (
     pi05_tiny,
     with_prompt,
 )
-from stare_jax.models.layers import Execution
+from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
-from stare_jax.models.pi05_network import Pi05
-from stare_jax.models.pi05_prompt import STATE_TEMPLATE, bin_state, clean, encode_prompt, read_observation
-from stare_jax.models.pi05_sharding import has_frozen_prefix
+from stare_jax.models.pi05.network import Pi05
+from stare_jax.models.pi05.prompt import STATE_TEMPLATE, bin_state, clean, encode_prompt, read_observation
+from stare_jax.models.pi05.sharding import has_frozen_prefix
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import word_tokenizer
+from stare_jax.sharding.mesh import path_name
 from stare_jax.stages import TASKS, get_task
-from stare_jax.train.optimizer import split_params
-from stare_jax.train.sharding import path_name
+from stare_jax.state.optimizer import split_params
 
 STATS = some_stats(3, 2)
 

@@ -16,7 +16,7 @@ from stare_jax.models import (
     pi05_state,
     pi05_tiny,
 )
-from stare_jax.models.layers import Execution
+from stare_jax.models.nn.linear import Execution
 
 ROLLED = {"execution": Execution(), "decode_unroll": 1}  # compiles faster
 CONFIGS = {

@@ -8,7 +8,7 @@ import torch
 from nano_policy import jit, nano_config
 from PIL import Image
 
-from stare_jax.models.openvla_network import preprocess
+from stare_jax.models.openvla.network import preprocess
 from stare_jax.models.preprocess import RESIZERS, crop_center, resize_image
 
 resize = jit(resize_image, static_argnums=(1, 2))

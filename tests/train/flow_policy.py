@@ -4,8 +4,8 @@ import dataclasses
 
 from stare_jax.envs import toy
 from stare_jax.models import make_policy, pi05_state, with_prompt
-from stare_jax.models.gemma import GemmaConfig
-from stare_jax.models.layers import Execution
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.linear import Execution
 
 
 def flow_policy(**changes):

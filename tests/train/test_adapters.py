@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from toy_task import random_pairs
 
+from stare_jax.config import ConfigError
 from stare_jax.envs import toy
 from stare_jax.models import LoRAConfig, make_policy, openvla_state
-from stare_jax.models.layers import Execution
-from stare_jax.models.llama import LlamaConfig
-from stare_jax.models.lora import drop_adapters, keep_adapters
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.llama import LlamaConfig
+from stare_jax.models.nn.lora import drop_adapters, keep_adapters
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.train_state import check_precision, create_state, start_phase
 from stare_jax.train.compilations import num_compilations
-from stare_jax.train.config import ConfigError
-from stare_jax.train.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
 from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.sharding import make_mesh
-from stare_jax.train.state import check_precision, create_state, start_phase
 from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step, make_tpo_step
 from stare_jax.train.tpo import TPOConfig, check_reference, score_pairs
 

@@ -14,10 +14,10 @@ from toy_task import Writer, demo_batches, demo_windows
 from stare_jax.data.pairs import make_pairs, measure_outcomes
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import collect_episodes, policy_act
-from stare_jax.train.optimizer import OptimizerConfig
+from stare_jax.state.optimizer import OptimizerConfig
+from stare_jax.state.train_state import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.state import Run
 from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.types import PreferencePair
 

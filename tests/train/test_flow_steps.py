@@ -13,12 +13,12 @@ from stare_jax.envs import toy
 from stare_jax.logging import Interrupted
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import collect_episodes, policy_act
-from stare_jax.train.optimizer import OptimizerConfig, frozen_params, keep_average, make_optimizer
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, keep_average, make_optimizer
+from stare_jax.state.train_state import create_state
 from stare_jax.train.ppo import PPOConfig, reference_params
 from stare_jax.train.ppo_batch import make_prepare, minibatches
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.sharding import make_mesh
-from stare_jax.train.state import create_state
 from stare_jax.train.steps import PairBatch, SFTBatch, make_ppo_step, make_sft_step, make_tpo_step
 from stare_jax.train.tpo import TPOConfig, score_pairs
 

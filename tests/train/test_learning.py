@@ -16,10 +16,10 @@ from stare_jax.envs import toy
 from stare_jax.logging import Interrupted
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.rollout.collect import collect_episodes, policy_act
-from stare_jax.train.optimizer import OptimizerConfig
+from stare_jax.state.optimizer import OptimizerConfig
+from stare_jax.state.train_state import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.state import Run
 from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.types import PreferencePair
 

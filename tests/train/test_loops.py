@@ -10,12 +10,12 @@ from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, random_pair
 
 from stare_jax.envs import toy
 from stare_jax.logging import Interrupted
-from stare_jax.train import checkpoint
-from stare_jax.train.checkpoint import CheckpointError
-from stare_jax.train.optimizer import OptimizerConfig
+from stare_jax.state import checkpoint
+from stare_jax.state.checkpoint import CheckpointError
+from stare_jax.state.optimizer import OptimizerConfig
+from stare_jax.state.train_state import checkpoint_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.state import checkpoint_directory
 from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, schedule="linear")

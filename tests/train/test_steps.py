@@ -11,12 +11,12 @@ from toy_task import NUM_ENVS, demonstrations, random_pairs
 
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import collect_episodes, policy_act
-from stare_jax.train.optimizer import OptimizerConfig, make_optimizer
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
+from stare_jax.state.train_state import create_state
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.ppo_batch import make_prepare, minibatches
 from stare_jax.train.sft import SFTConfig
-from stare_jax.train.sharding import make_mesh
-from stare_jax.train.state import create_state
 from stare_jax.train.steps import SFTBatch, make_ppo_step, make_sft_step, make_tpo_step
 from stare_jax.train.tpo import TPOConfig, score_pairs
 

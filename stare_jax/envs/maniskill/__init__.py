@@ -1,0 +1,1 @@
+"""ManiSkill's simulators; the only place with PyTorch and SAPIEN."""

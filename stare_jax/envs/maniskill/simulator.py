@@ -1,0 +1,184 @@
+"""One ManiSkill task on the CPU, in this process: seeds and actions in, image, state and `Signals` out.
+
+The physics is ManiSkill's own, bit for bit. What is left out is what nobody here reads: observation dictionaries,
+rewards, textures other than colour, and most of the controller's arithmetic (see `panda_control`).
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.envs.config import STATE_DIMS, EnvConfig
+from stare_jax.envs.maniskill.building import make_scene
+from stare_jax.envs.maniskill.panda_control import make_drive
+from stare_jax.envs.maniskill.panda_lite import flatten_floor
+from stare_jax.envs.maniskill.reflections import skip_reflections
+from stare_jax.envs.maniskill.signals import SignalReader
+from stare_jax.envs.maniskill.widowx import JITTERS, Backdrop, Starts
+from stare_jax.envs.rotations import body_axis
+from stare_jax.types import Array, Signals
+
+
+class Frame(NamedTuple):
+    """One state of one environment."""
+
+    image: np.ndarray | None
+    """uint8 `[H, W, 3]`, None without rendering."""
+    state: np.ndarray
+    """float32 `[S]`."""
+    signals: Signals
+
+
+class Simulator:
+    """A single environment. Call `reset` before `step`, and `close` when done."""
+
+    def __init__(self, config: EnvConfig):
+        """Builds the scene.
+
+        Raises:
+            MissingAssetsError: the task's assets are missing.
+            MissingDeviceError: images are asked for and there is no Vulkan driver.
+        """
+        self.config = config
+        self.env, self._building = make_scene(config)
+        self._starts = Starts(self.env, JITTERS[config.jitter]) if config.scene.num_starts else None
+        self._attach()
+
+    def reset(self, seed: int, *, reproducible: bool = False) -> Frame:
+        """Starts the episode of `seed`.
+
+        Args:
+            seed: initial states are equal for equal seeds in either case.
+            reproducible: rebuild the scene, which takes tens of milliseconds instead of two. Only then do equal actions
+                lead to bitwise equal states: PhysX carries contact caches from one episode into the next. (A WidowX
+                scene lets its objects settle in a reset, so there the first states may differ by nanometres, too.)
+        """
+        options = {} if self._starts is None else self._starts.place(int(seed))
+        if reproducible:
+            with self._building():
+                self.env.reset(seed=int(seed), options=options | {"reconfigure": True})
+            self._attach()
+        else:
+            self.env.reset(seed=int(seed), options=options)
+        return self._frame(self._reader.begin())
+
+    def step(self, action: np.ndarray) -> Frame:
+        """Executes one control step with a float32 action `[A]` in the controller's units; see `executed_action`.
+
+        Raises:
+            ValueError: the action has another shape or is not finite.
+        """
+        action = np.array(action, np.float32)
+        if action.shape != (self.config.action_dim,) or not np.isfinite(action).all():
+            raise ValueError(f"action: got {action}, expected {self.config.action_dim} finite numbers")
+        self._drive(executed_action(action, self.config.gripper_threshold))
+        self._advance()
+        return self._frame(self._reader.read())
+
+    def close(self) -> None:
+        self._reader = self._drive = self._camera = self._sapien_scene = self._backdrop = None
+        self.env.close()
+
+    def _attach(self) -> None:
+        """Looks up, once per built scene, what every step needs."""
+        scene = self.env.scene
+        self._reader = SignalReader(self.env, self.config.scene)
+        self._drive = make_drive(self.env.agent) or _drive_of_mani_skill(self.env.agent)
+        self._backdrop = None
+        if self.config.image_size:
+            camera = self.config.scene.camera.name
+            if self.config.lite_robot:
+                flatten_floor(scene)
+            for hidden in self.env._hidden_objects:
+                hidden.hide_visual()
+            self._sapien_scene = scene.sub_scenes[0]
+            self._camera = scene.sensors[camera].camera._render_cameras[0]
+            skip_reflections(self._sapien_scene.render_system, self._camera)
+            if self._starts is not None:
+                self._backdrop = Backdrop(self.env, camera, self.config.image_shape)
+
+    def _advance(self) -> None:
+        physics, reader, every = self.env.scene.px, self._reader, self.config.scene.contact_every
+        for sub_step in range(self.env._sim_steps_per_control, 0, -1):
+            physics.step()
+            if sub_step == 1 or sub_step % every == 0 and not reader.is_touched:
+                reader.look()
+
+    def _frame(self, signals: Signals) -> Frame:
+        state = observed_state(self.config.use_state, signals, self._reader.gripper_opening())
+        return Frame(self._render() if self.config.image_size else None, state, signals)
+
+    def _render(self) -> np.ndarray:
+        self._sapien_scene.update_render()
+        self._camera.take_picture()
+        image = self._camera.get_picture("Color")[..., :3]
+        if self._backdrop is None:
+            return image
+        return self._backdrop.behind(image, self._camera.get_picture("PositionSegmentation")[..., 3])
+
+
+def executed_action(action: Array, gripper_threshold: float | None) -> Array:
+    """Returns what the controller is given for actions float32 `[..., A]`, in the namespace of their array.
+
+    Args:
+        action: of a policy; the gripper is last.
+        gripper_threshold: as in `EnvConfig`.
+    """
+    if gripper_threshold is None:
+        return action
+    xp = action.__array_namespace__()
+    gripper = xp.where(action[..., -1:] > gripper_threshold, 1.0, -1.0)
+    return xp.concatenate([action[..., :-1], gripper], axis=-1, dtype=xp.float32)
+
+
+def observed_state(use_state: str, signals: Signals, gripper_opening: float | Array) -> Array:
+    """Returns the state `[S]` of one environment that a policy sees, in the namespace of the signals' arrays.
+
+    Args:
+        use_state: as in `EnvConfig`.
+        signals: of the environment.
+        gripper_opening: distance between the fingers, in metres.
+    """
+    if use_state == "low_dim":
+        return low_dim_state(signals, gripper_opening)
+    return signals.tcp_pos[: STATE_DIMS[use_state]]  # all of it, or nothing
+
+
+def low_dim_state(signals: Signals, gripper_opening: float | Array) -> Array:
+    """Returns float32 `[29]`: tool (position, orientation), gripper opening, object (position, orientation), goal
+    position, tool to grasp point, object to goal, is_grasped. Metres; an orientation is the first two columns of its
+    rotation matrix.
+    """
+    xp = signals.tcp_pos.__array_namespace__()
+    parts = (
+        signals.tcp_pos,
+        _first_columns(signals.tcp_quat),
+        xp.array([gripper_opening]),
+        signals.obj_pos,
+        _first_columns(signals.obj_quat),
+        signals.goal_pos,
+        signals.grasp_pos - signals.tcp_pos,
+        signals.goal_pos - signals.obj_pos,
+        xp.array([signals.is_grasped]),
+    )
+    return xp.concatenate(parts, dtype=xp.float32)
+
+
+def _first_columns(quat: Array) -> Array:
+    """Returns `[6]`, which moves smoothly with the orientation. A quaternion does not: whichever of its two signs is
+    chosen flips somewhere, and w >= 0 flips where tools point down."""
+    return quat.__array_namespace__().concatenate([body_axis(quat, 0), body_axis(quat, 1)])
+
+
+def _drive_of_mani_skill(agent: Any) -> Callable[[np.ndarray], None]:
+    """Returns `drive(action)`, which sets the targets of the joint drives, by ManiSkill's own controller."""
+    import torch
+
+    def drive(action: np.ndarray) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "__array_wrap__ must accept context", DeprecationWarning)
+            agent.set_action(torch.from_numpy(action[None]))
+
+    return drive

@@ -1,0 +1,67 @@
+"""Which Vulkan driver draws the images: the GPU's where there is one, Mesa's software driver otherwise."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stare_jax.config import UserError
+
+DRIVER_VARIABLES = ("VK_DRIVER_FILES", "VK_ICD_FILENAMES")
+_DEVICES = Path("/dev")
+_MANIFEST_FOLDERS = tuple(
+    Path(folder) / "vulkan/icd.d" for folder in ("/etc", "/usr/share", "/usr/local/share", "/usr/local/etc")
+)
+
+
+class MissingDeviceError(UserError, RuntimeError):
+    """The machine has no device for what is asked for, or no driver of it; the message says which."""
+
+
+def manifests(pattern: str) -> Iterator[Path]:
+    """Yields the installed Vulkan driver manifests whose file name matches a glob pattern."""
+    for folder in _MANIFEST_FOLDERS:
+        yield from sorted(folder.glob(pattern))
+
+
+def has_gpu_driver() -> bool:
+    """Says whether an NVIDIA GPU draws: the only kind that SAPIEN picks by itself, unless another driver is chosen."""
+    chosen = next((os.environ[name] for name in DRIVER_VARIABLES if name in os.environ), None)
+    has_driver = any(manifests("nvidia*.json")) if chosen is None else "nvidia" in chosen
+    return has_driver and any(_DEVICES.glob("nvidia[0-9]*"))
+
+
+def software_driver() -> Path | None:
+    """Returns the manifest of Mesa's software driver (lavapipe), None where it is not installed."""
+    return next(manifests("lvp_icd*.json"), None)
+
+
+def driver_environment() -> dict[str, str]:
+    """Returns the environment variables that a rendering process needs on this machine before SAPIEN is loaded.
+
+    Empty where a GPU draws; a driver that the user has chosen is kept. No rendering threads: it is processes that run
+    in parallel here, and two that hand each frame to a thread of their own draw 15 % fewer on two cores.
+    """
+    if has_gpu_driver():
+        return {}
+    wanted = {"LP_NUM_THREADS": "0"}
+    driver = software_driver()
+    if driver is not None and not any(name in os.environ for name in DRIVER_VARIABLES):
+        wanted |= dict.fromkeys(DRIVER_VARIABLES, str(driver))
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def select_driver() -> str:
+    """Prepares this process for rendering and returns ManiSkill's name of the device that renders.
+
+    Raises:
+        MissingDeviceError: there is no Vulkan driver.
+    """
+    os.environ.update(driver_environment())
+    if has_gpu_driver():
+        return "gpu"
+    if not any(name in os.environ for name in DRIVER_VARIABLES):
+        raise MissingDeviceError(
+            "no Vulkan driver: got neither a GPU's nor Mesa's software driver (mesa-vulkan-drivers >= 24.3), "
+            "expected one of them to render with; `python launch/doctor.py` says how to install it"
+        )
+    return "cpu"

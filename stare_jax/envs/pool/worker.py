@@ -1,0 +1,158 @@
+"""The process behind some environments of the pool: `python -c "from stare_jax.envs.pool.worker import main; main()"`.
+
+It talks to its parent over one socket, inherited by number, and exchanges arrays through one shared file without a
+name. It never initialises JAX. When the parent is gone, however it went, the socket ends and so does the worker.
+"""
+
+import faulthandler
+import gc
+import mmap
+import os
+import signal
+import sys
+import traceback
+import warnings
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import numpy as np
+
+from stare_jax.envs.config import EnvConfig
+from stare_jax.envs.maniskill.building import MissingAssetsError, import_mani_skill
+from stare_jax.envs.maniskill.simulator import Frame, Simulator
+from stare_jax.envs.maniskill.vulkan import MissingDeviceError
+from stare_jax.types import Signals
+
+STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
+"""What an environment is to do; the seed follows a reset. A message has one such command per environment, joined."""
+SEPARATOR, CLOSE = b" ", b"c"
+DONE, FAILED = b"d", b"f"
+
+
+class Slots(NamedTuple):
+    """Arrays over the shared memory, one row an environment."""
+
+    action: np.ndarray
+    """float32 `[B, A]`, written by the parent; all else by the workers."""
+    image: np.ndarray
+    """uint8 `[B, H, W, 3]`; H = W = 0 without rendering."""
+    state: np.ndarray
+    """float32 `[B, S]`."""
+    signals: Signals
+    """leaves `[B, ...]`."""
+
+
+_SIGNAL_SHAPES = Signals(
+    tcp_pos=(3,), tcp_quat=(4,), obj_pos=(3,), obj_quat=(4,), grasp_pos=(3,), goal_pos=(3,), goal_quat=(4,),
+    is_grasped=(), is_contact=(), success=(), support_z=(),
+)  # fmt: skip
+_FLAGS = ("is_grasped", "is_contact", "success")
+
+
+def _layout(config: EnvConfig) -> list[tuple[tuple[int, ...], type]]:
+    """Returns shape and type of every array, in the order of `Slots` and `Signals`."""
+    rows = config.num_envs
+    signals = [
+        ((rows, *shape), np.bool_ if name in _FLAGS else np.float32)
+        for name, shape in zip(Signals._fields, _SIGNAL_SHAPES, strict=True)
+    ]
+    return [
+        ((rows, config.action_dim), np.float32),
+        ((rows, *config.image_shape, 3), np.uint8),
+        ((rows, config.state_dim), np.float32),
+        *signals,
+    ]
+
+
+_ALIGNMENT = 64
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: type) -> int:
+    used = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return -(-used // _ALIGNMENT) * _ALIGNMENT
+
+
+def shared_size(config: EnvConfig) -> int:
+    """Returns how many bytes of shared memory the arrays of all environments take."""
+    return sum(_num_bytes(shape, dtype) for shape, dtype in _layout(config))
+
+
+def map_slots(config: EnvConfig, memory: mmap.mmap) -> Slots:
+    """Returns the arrays that lie in the shared memory."""
+    arrays, offset = [], 0
+    for shape, dtype in _layout(config):
+        arrays.append(np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape))
+        offset += _num_bytes(shape, dtype)
+    return Slots(*arrays[:3], Signals(*arrays[3:]))
+
+
+def write_frame(slots: Slots, index: int, frame: Frame) -> None:
+    if frame.image is not None:
+        slots.image[index] = frame.image
+    slots.state[index] = frame.state
+    for slot, value in zip(slots.signals, frame.signals, strict=True):
+        slot[index] = value
+
+
+def main() -> None:
+    """Serves some environments; socket, shared file and the row of the first of them are the three arguments."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
+    faulthandler.enable()
+    socket, file, first = (int(argument) for argument in sys.argv[1:4])
+    with Connection(socket) as connection:
+        try:
+            config = connection.recv()
+            memory = mmap.mmap(file, shared_size(config))
+            os.close(file)
+            simulators = _start(config)
+        except EOFError:
+            return
+        except (MissingAssetsError, MissingDeviceError) as error:  # It says what to do: a traceback adds nothing.
+            connection.send_bytes(FAILED + str(error).encode())
+            return
+        except BaseException:  # Whatever it is, the parent has to hear of it.
+            connection.send_bytes(FAILED + traceback.format_exc().encode())
+            return
+        connection.send_bytes(DONE)
+        _serve(connection, simulators, map_slots(config, memory), first)
+
+
+def _start(config: EnvConfig) -> list[Simulator]:
+    import torch
+
+    warnings.filterwarnings("ignore", "__array_wrap__ must accept context", DeprecationWarning)
+    torch.set_num_threads(1)
+    import_mani_skill()
+    gc.freeze()  # Rebuilding a scene collects garbage; without the modules' objects that takes 10 ms instead of 150.
+    simulators = [Simulator(config) for _ in range(config.envs_per_worker)]
+    simulators[0].reset(0)  # The first image compiles shaders, which belongs to the start.
+    return simulators
+
+
+def _serve(connection: Connection, simulators: list[Simulator], slots: Slots, first: int) -> None:
+    """Answers commands until the parent says so or is gone."""
+    while True:
+        try:
+            message = connection.recv_bytes()
+            if message == CLOSE:
+                return
+            try:
+                for row, (simulator, command) in enumerate(
+                    zip(simulators, message.split(SEPARATOR), strict=True), first
+                ):
+                    if command != STAY:
+                        write_frame(slots, row, _execute(simulator, command, slots.action[row]))
+            except Exception:  # The parent raises it.
+                connection.send_bytes(FAILED + traceback.format_exc().encode())
+            else:
+                connection.send_bytes(DONE)
+        except (EOFError, OSError):
+            return
+
+
+def _execute(simulator: Simulator, command: bytes, action: np.ndarray) -> Frame:
+    kind, seed = command[:1], command[1:]
+    if kind == STEP:
+        return simulator.step(action)
+    return simulator.reset(int(seed), reproducible=kind == RESET_REPRODUCIBLY)

@@ -1,0 +1,106 @@
+"""The SigLIP tower of PaliGemma: all blocks, final norm, projection; with the parameter names of openpi's files."""
+
+import dataclasses
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stare_jax.models.nn.attention import KeyValue, attend
+from stare_jax.models.nn.linear import Execution, Linear, scan_layers, split_batch
+from stare_jax.models.nn.vit import LAYER_NORM_EPS, patchify
+
+
+@dataclasses.dataclass(frozen=True)
+class SigLIPConfig:
+    """Sizes of the tower."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    patch_size: int = 14
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of width {self.width}")
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional attention of all patches."""
+
+    config: SigLIPConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.config
+        linear = partial(Linear, execution=self.execution)
+        heads = (cfg.num_heads, cfg.width // cfg.num_heads)
+        query, key, value = (linear(heads, name=name)(x) for name in ("query", "key", "value"))
+        return linear((cfg.width,), num_in_axes=2, name="out")(attend(query, [KeyValue(key, value)], [None]))
+
+
+class MLP(nn.Module):
+    """Two layers with the tanh form of GELU, as big_vision has it (and OpenVLA's SigLIP has not)."""
+
+    config: SigLIPConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = Linear((self.config.mlp_dim,), self.execution, name="Dense_0")(x)
+        return Linear((self.config.width,), self.execution, name="Dense_1")(nn.gelu(hidden, approximate=True))
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm block: `x += attn(norm(x)); x += mlp(norm(x))`."""
+
+    config: SigLIPConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        attention = SelfAttention(self.config, self.execution, name="MultiHeadDotProductAttention_0")
+        x = split_batch(x + attention(_layer_norm(self.execution, "LayerNorm_0")(x)))
+        mlp = MLP(self.config, self.execution, name="MlpBlock_0")
+        return split_batch(x + mlp(_layer_norm(self.execution, "LayerNorm_1")(x))), None
+
+
+class Encoder(nn.Module):
+    """All blocks and the final norm."""
+
+    config: SigLIPConfig
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        blocks = scan_layers(EncoderBlock, self.config.depth, self.execution)
+        x, _ = blocks(self.config, self.execution, name="encoderblock")(x)
+        return _layer_norm(self.execution, "encoder_norm")(x)
+
+
+class SigLIP(nn.Module):
+    """Images to tokens of the language model."""
+
+    config: SigLIPConfig
+    out_dim: int
+    execution: Execution
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """Maps images float32 `[B, H, W, 3]` in [-1, 1] to tokens `[B, patches, out_dim]`."""
+        cfg = self.config
+        # Pixels and positions are added up in float32, whatever follows.
+        exact = dataclasses.replace(self.execution, dtype="float32")
+        x = split_batch(Linear((cfg.width,), exact, num_in_axes=3, name="embedding")(patchify(image, cfg.patch_size)))
+        init = nn.initializers.normal(cfg.width**-0.5)
+        x = x + self.param("pos_embedding", init, (1, *x.shape[1:]), self.execution.param_dtype).astype(jnp.float32)
+        x = Encoder(cfg, self.execution, name="Transformer")(x.astype(self.execution.dtype))
+        return split_batch(Linear((self.out_dim,), self.execution, name="head")(split_batch(x)))
+
+
+def _layer_norm(execution: Execution, name: str) -> nn.Module:
+    types = {"dtype": execution.dtype, "param_dtype": execution.param_dtype}
+    return nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name, **types)

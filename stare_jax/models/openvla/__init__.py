@@ -1,0 +1,1 @@
+"""OpenVLA: presets, network, policy, sharding."""

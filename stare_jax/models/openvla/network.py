@@ -1,0 +1,288 @@
+"""The network of OpenVLA: two vision towers, a projector, a Llama decoder that speaks in action bins, a value head.
+
+Where there is a state to see instead of an image, a linear embedding of it into a few tokens stands for the towers.
+
+The sequence is `[BOS] + patches + text + actions`, causal throughout. The text is right-aligned, so that its last
+token, which predicts the first action token and carries the value, stands at the same place in every row of a batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stare_jax.models.nn.attention import KeyValue
+from stare_jax.models.nn.heads import NUM_BINS, ValueHead
+from stare_jax.models.nn.linear import Execution, Linear, gelu, split_batch
+from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
+from stare_jax.models.nn.lora import LoRAConfig
+from stare_jax.models.nn.vit import ConvStem, ViT, ViTConfig, stem_stride
+from stare_jax.models.preprocess import RESIZERS, crop_center, normalize_image, resize_image
+from stare_jax.types import PyTree
+
+Pixels = tuple[jax.Array, jax.Array]
+"""float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
+Scene = Pixels | jax.Array
+"""What the network sees: images, or the normalised state float32 `[B, S]`."""
+
+CRITICS = ("shared", "detached", "own", "state")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenVLAConfig:
+    """Everything that `make_openvla` needs to know; presets: `openvla_7b()`, `openvla_tiny()`, `openvla_state()`."""
+
+    dino: ViTConfig | None
+    """None, like `siglip`, where `state_tokens` replace the towers."""
+    siglip: ViTConfig | None
+    projector_dim: int
+    """width of the projector's first hidden layer."""
+    llm: LlamaConfig
+    action_vocab_end: int
+    """action bin `b` is token `action_vocab_end - 1 - b`."""
+    tokenizer: str
+    """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
+    prompt_template: str
+    """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt."""
+    prompt_length: int
+    """tokens of the padded prompt, including BOS and the token that predicts the first action."""
+    camera: str = "base_camera"
+    image_size: int = 224
+    resize: str = "bicubic"
+    """how images of another size are resized: one of `preprocess.RESIZERS`, explained there."""
+    center_crop: float = 1.0
+    """share of the image's area, around its middle, that is enlarged to the whole; 1 crops nothing, 0.9 is for
+    checkpoints that were trained on random crops."""
+    stem: tuple[int, ...] = ()
+    """channels of a convolutional stem that both towers read instead of the image; empty has none."""
+    state_tokens: int = 0
+    """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
+    action_dim: int = 7
+    state_dim: int = 0
+    label_width: float = 0.0
+    """standard deviation of the imitation target in bins; 0 is one-hot."""
+    restrict_logits: bool = False
+    """whether the imitation loss normalises over the action tokens alone, as sampling always does."""
+    value_dims: tuple[int, ...] = (512, 128)
+    critic: str = "shared"
+    """what the value head reads: "shared", the decoder's last state of the prompt; "detached", the same without passing
+    a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt; "state", the
+    state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
+    execution: Execution = Execution()
+    lora: LoRAConfig | None = None
+    """adapters, trained in place of everything else but the value head."""
+    frozen: tuple[str, ...] = ()
+    """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
+    `execution.dtype`, what is trained in `execution.param_dtype`."""
+    decode_unroll: int = 1
+    """action tokens per iteration of the decoding loop."""
+    unstack_layers: bool = False
+    """whether sampling takes each decoder layer's weights out of their stack first (`llama.unstack`): on GPUs a token
+    then costs a third of the memory traffic, and the decoder's weights are in memory twice while it lasts."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return () if self.state_tokens else (self.camera,)
+
+    def __post_init__(self):
+        if self.state_tokens:
+            self._check_state_only()
+        else:
+            self._check_towers()
+        for name, allowed in (("critic", CRITICS), ("resize", RESIZERS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        if not 0 < self.center_crop <= 1:
+            raise ValueError(f"center_crop: got {self.center_crop}, expected in (0, 1]")
+        if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
+            expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
+            raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
+        if "{instruction}" not in self.prompt_template:
+            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
+        if "{state}" in self.prompt_template and not self.state_dim:
+            raise ValueError(
+                f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
+            )
+        least = {"label_width": 0, "state_dim": 0, "state_tokens": 0, "action_dim": 2, "prompt_length": 3}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
+
+    def _check_towers(self):
+        for name in ("dino", "siglip"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: got None, expected a tower, as state_tokens is 0")
+        stride = stem_stride(self.stem) * self.dino.patch_size
+        if self.siglip.patch_size != self.dino.patch_size:
+            raise ValueError(f"siglip.patch_size: got {self.siglip.patch_size}, expected dino's {self.dino.patch_size}")
+        if self.image_size % stride:
+            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")
+        if self.stem and (self.dino.mean, self.dino.std) != (self.siglip.mean, self.siglip.std):
+            raise ValueError(f"siglip.mean, std: got {self.siglip}, expected those of dino, as the stem is shared")
+        if self.critic == "state" and not self.state_dim:
+            raise ValueError("state_dim: got 0, expected > 0 for critic = 'state'")
+        if self.critic == "own" and not self.stem:
+            raise ValueError("critic: got 'own', expected 'shared', 'detached' or 'state' where stem is empty")
+
+    def _check_state_only(self):
+        for name, expected in (("dino", None), ("siglip", None), ("stem", ()), ("image_size", 0)):
+            if getattr(self, name) != expected:
+                got = f"got {getattr(self, name)!r}, expected {expected!r}"
+                raise ValueError(f"{name}: {got}, as state_tokens = {self.state_tokens} replace the towers")
+        if not self.state_dim:
+            raise ValueError(f"state_dim: got 0, expected > 0 for state_tokens = {self.state_tokens}")
+
+
+class Projector(nn.Module):
+    """Three linear layers with exact GELU between them, from the towers' features to the decoder's width."""
+
+    hidden_dim: int
+    width: int
+    execution: Execution
+    lora: LoRAConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        linear = partial(Linear, execution=self.execution, lora=self.lora)
+        x = gelu(linear((self.hidden_dim,), name="fc1")(split_batch(x)))
+        x = gelu(split_batch(linear((self.width,), name="fc2")(x)))
+        return split_batch(linear((self.width,), name="fc3")(x))
+
+
+class OpenVLA(nn.Module):
+    """The network. Images come in normalised for each tower; actions go in and come out as bins."""
+
+    config: OpenVLAConfig
+
+    def setup(self):
+        cfg, execution = self.config, self.config.execution
+        if cfg.state_tokens:
+            self.state_embed = Linear((cfg.state_tokens, cfg.llm.width), execution)
+        else:
+            self.stem = ConvStem(cfg.stem, execution) if cfg.stem else None
+            self.dino = ViT(cfg.dino, execution, cfg.lora)
+            self.siglip = ViT(cfg.siglip, execution, cfg.lora)
+            self.projector = Projector(cfg.projector_dim, cfg.llm.width, execution, cfg.lora)
+            if cfg.critic == "own":
+                self.value_stem = ConvStem(cfg.stem, execution)
+        self.llm = Llama(cfg.llm, execution, cfg.lora)
+        self.value_head = ValueHead(cfg.value_dims)
+
+    def vision(self, pixels: Pixels) -> jax.Array:
+        """Returns both towers' features, DINO's first, `[B, patches, width_dino + width_siglip]`."""
+        if self.stem is not None:
+            pixels = (self.stem(pixels[0]),) * 2
+        return jnp.concatenate([self.dino(pixels[0]), self.siglip(pixels[1])], axis=-1)
+
+    def embed_prompt(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns embeddings `[B, P, width]` of BOS, patches and text, and their mask bool `[B, P]`, P = patches + L.
+
+        Args:
+            scene: what is seen; the tokens of a state stand where the patches of images do.
+            tokens: int32 `[B, L]`: BOS, padding, text.
+            token_mask: bool `[B, L]`, False on padding.
+        """
+        patches = self.state_embed(scene) if self.config.state_tokens else self.projector(self.vision(scene))
+        text = self.llm.embed(tokens)
+        embeds = jnp.concatenate([text[:, :1], patches.astype(text.dtype), text[:, 1:]], axis=1)
+        is_patch = jnp.ones(patches.shape[:2], bool)
+        return embeds, jnp.concatenate([token_mask[:, :1], is_patch, token_mask[:, 1:]], axis=1)
+
+    def prefill(
+        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, layers: Sequence[PyTree] | None = None
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        """Runs the prompt; `layers` are the decoder's `unstack`ed parameters, for this and all calls of `decode`.
+
+        Returns:
+            The hidden state `[B, width]` of the last prompt token, a cache with room for the action tokens that are fed
+            back (all but the last), and the mask bool `[B, P]` of the cache's prefix.
+        """
+        embeds, mask = self.embed_prompt(scene, tokens, token_mask)
+        hidden, prefix, mask = self._read(embeds, mask, 1, layers)
+        num_slots = self.config.action_dim - 1
+        suffix = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-3], num_slots, *x.shape[-2:]), x.dtype), prefix)
+        return hidden[:, 0], Cache(prefix, suffix), mask
+
+    def _read(
+        self, embeds: jax.Array, mask: jax.Array, num_last: int, layers: Sequence[PyTree] | None = None
+    ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...], jax.Array]:
+        """Returns the last tokens' hidden states `[B, num_last, width]`, keys and values, and the mask of these."""
+        if self.config.execution.attention == "xla":
+            x, kept = self.llm.run(embeds, mask, layers)
+            return self.llm.norm(x[:, -num_last:]), kept, mask
+        order = jnp.argsort(~mask, axis=1, stable=True)
+        mask = jnp.take_along_axis(mask, order, axis=1)
+        x, kept = self.llm.run(jnp.take_along_axis(embeds, order[..., None], axis=1), mask, layers)
+        last = mask.sum(axis=1, keepdims=True) - num_last + jnp.arange(num_last)
+        return self.llm.norm(jnp.take_along_axis(x, last[..., None], axis=1)), kept, mask
+
+    def decode(
+        self,
+        bins: jax.Array,
+        cache: Cache,
+        mask: jax.Array,
+        index: jax.Array,
+        layers: Sequence[PyTree] | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Feeds the bins int32 `[B]` of action dimension `index`; returns the next hidden state and the cache."""
+        embeds = self.llm.embed(self.token_ids(bins))[:, None]
+        hidden, cache = self.llm.decode(embeds, cache, mask, index, layers)
+        return hidden[:, 0], cache
+
+    def score(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
+        """Returns the hidden states `[B, A, width]` that predict each action token, given the ones before it.
+
+        The first of them is that of the last prompt token.
+        """
+        embeds, mask = self.embed_prompt(scene, tokens, token_mask)
+        actions = self.llm.embed(self.token_ids(bins[:, :-1]))
+        embeds = jnp.concatenate([embeds, actions], axis=1)
+        mask = jnp.concatenate([mask, jnp.ones(actions.shape[:2], bool)], axis=1)
+        hidden, _, _ = self._read(embeds, mask, bins.shape[1])
+        return hidden
+
+    def token_ids(self, bins: jax.Array) -> jax.Array:
+        """Returns the vocabulary's ids of action bins."""
+        return self.config.action_vocab_end - 1 - bins
+
+    def action_logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[..., 256]` of the action bins, in the order of the bins."""
+        stop = self.config.action_vocab_end
+        return self.llm.logits(hidden, stop - NUM_BINS, stop)[..., ::-1]
+
+    def all_logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 logits `[..., vocab_size]` of all tokens."""
+        return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
+
+    def value(self, hidden: jax.Array, scene: Scene, state: jax.Array) -> jax.Array:
+        """Returns float32 `[B]` from what `config.critic` names.
+
+        Args:
+            hidden: `[B, width]` of the last prompt token.
+            scene: what the policy sees.
+            state: float32 `[B, S]`, normalised.
+        """
+        cfg = self.config
+        if cfg.critic == "state" or (cfg.critic == "own" and cfg.state_tokens):
+            return self.value_head(state)
+        if cfg.critic == "own":
+            # Where things are matters: no pooling.
+            return self.value_head(self.value_stem(scene[0]).reshape(hidden.shape[0], -1))
+        return self.value_head(jax.lax.stop_gradient(hidden) if cfg.critic == "detached" else hidden)
+
+    def __call__(
+        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns action logits `[B, A, 256]` and values `[B]`; touches every parameter, for initialisation."""
+        hidden = self.score(scene, tokens, token_mask, bins)
+        return self.action_logits(hidden), self.value(hidden[:, 0], scene, state)
+
+
+def preprocess(image: jax.Array, config: OpenVLAConfig) -> Pixels:
+    """Resizes and crops uint8 images `[B, H, W, 3]` as the configuration says, and normalises them for each tower."""
+    pixels = crop_center(resize_image(image, config.image_size, config.resize), config.center_crop)
+    dino, siglip = (normalize_image(pixels, tower.mean, tower.std) for tower in (config.dino, config.siglip))
+    return dino, siglip

@@ -1,0 +1,1 @@
+"""pi0.5: presets, network, policy, prompt, sharding."""

@@ -1,0 +1,310 @@
+"""The network of pi0.5: PaliGemma reads images and text, an action expert turns noise into a chunk of actions.
+
+The chunk follows from an ordinary differential equation in the flow time t, from noise at t = 1 to actions at t = 0:
+`x_t = t · noise + (1 - t) · actions`, and the network predicts the velocity `noise - actions`.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stare_jax.models.nn.attention import KeyValue
+from stare_jax.models.nn.gemma import Gemma, GemmaConfig
+from stare_jax.models.nn.heads import ValueHead
+from stare_jax.models.nn.linear import Execution, Linear, split_batch
+from stare_jax.models.nn.lora import LoRAConfig
+from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
+from stare_jax.models.nn.vit import ConvStem, stem_stride
+
+Scene = tuple[jax.Array, ...] | jax.Array
+"""What the network sees: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
+
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+"""of the sines and cosines that a flow time becomes."""
+
+
+NOISES = ("ode", "sde", "learned")
+CRITICS = ("shared", "detached", "state")
+PREFERENCES = ("flow", "chain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi05Config:
+    """Everything that `make_pi05` needs to know; presets: `pi05_base()`, `pi05_tiny()`, `pi05_state()`."""
+
+    siglip: SigLIPConfig | None
+    """None where `state_tokens` replace the images."""
+    paligemma: GemmaConfig
+    expert: GemmaConfig
+    vocab_size: int
+    tokenizer: str
+    """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
+    prompt_template: str
+    """with `{instruction}`, and `{state}` where the binned state is part of the prompt."""
+    prompt_length: int
+    """tokens of the padded prompt."""
+    horizon: int
+    """H, actions of a chunk that is predicted."""
+    chunk: int
+    """C, actions of it that are executed before the next is predicted."""
+    model_action_dim: int = 32
+    """numbers of an action in the network, of which the robot's are the first; 32 in all published weights."""
+    action_dim: int = 7
+    state_dim: int = 0
+    cameras: tuple[str, ...] = ("3rd_view_camera",)
+    """in the order of base, left wrist, right wrist. One that is missing is left out: what openpi makes of a masked
+    image, which no token sees and which takes no position."""
+    image_size: int = 224
+    """images of another size are shrunk or enlarged to fit, and padded with black."""
+    stem: tuple[int, ...] = ()
+    """channels of a convolutional stem that the tower reads instead of the image; empty has none."""
+    state_tokens: int = 0
+    """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
+    num_denoising_steps: int = 10
+    """N, from noise to a chunk."""
+    noise: str = "sde"
+    """what makes sampling random besides the noise it starts from, at a temperature above 0: "sde", one step of
+    Flow-SDE, drawn for every row; "learned", all steps, with the deviations of Flow-Noise; "ode", nothing, so that
+    there is no log-probability to speak of, and no PPO."""
+    noise_level: float = 0.5
+    """a of Flow-SDE."""
+    noise_std: tuple[float, float] = (0.08, 0.16)
+    """least and largest deviation of Flow-Noise."""
+    preference: str = "flow"
+    """how preference learning scores actions: "flow", by the error of the velocity at noise and times that are shared
+    by policy, reference and both sides of a pair; "chain", by the density of the chain that the policy drew."""
+    pad_actions: bool = True
+    """whether imitation learns to repeat an episode's last action beyond its end, as openpi's does, or leaves what is
+    beyond out of the loss."""
+    value_dims: tuple[int, ...] = (1024, 512, 256)
+    critic: str = "shared"
+    """what the value head reads: "shared", the mean of PaliGemma's valid tokens; "detached", the same without passing a
+    gradient on; "state", the state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
+    execution: Execution = Execution()
+    lora: LoRAConfig | None = None
+    """adapters of both experts, trained in place of PaliGemma's and the expert's layers."""
+    frozen: tuple[str, ...] = ()
+    """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
+    `execution.dtype`, what is trained in `execution.param_dtype`. `PALIGEMMA` leaves the expert alone to be trained."""
+
+    def __post_init__(self):
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            got, expected = getattr(self.expert, name), getattr(self.paligemma, name)
+            if got != expected:
+                raise ValueError(f"expert.{name}: got {got}, expected {expected}, that of paligemma")
+        self._check_scene()
+        if self.execution.attention != "xla":
+            raise ValueError(f"execution.attention: got {self.execution.attention!r}, expected 'xla' for pi0.5")
+        choices = {"noise": NOISES, "critic": CRITICS, "preference": PREFERENCES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        if self.preference == "chain" and self.noise != "learned":
+            raise ValueError(f"preference: got 'chain', expected 'flow' with noise {self.noise!r}")
+        if "{instruction}" not in self.prompt_template:
+            raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
+        if not self.state_dim and ("{state}" in self.prompt_template or self.critic == "state" or self.state_tokens):
+            raise ValueError("state_dim: got 0, expected > 0 for a prompt, a critic or tokens that show the state")
+        least = {"horizon": 1, "num_denoising_steps": 1, "action_dim": 1, "prompt_length": 2, "state_dim": 0}
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
+        if not 1 <= self.chunk <= self.horizon:
+            raise ValueError(f"chunk: got {self.chunk}, expected in [1, {self.horizon}], the horizon")
+        if self.model_action_dim < self.action_dim:
+            raise ValueError(f"model_action_dim: got {self.model_action_dim}, expected >= {self.action_dim}")
+        if not self.noise_level > 0:
+            raise ValueError(f"noise_level: got {self.noise_level}, expected > 0")
+        if not 0 < self.noise_std[0] <= self.noise_std[1]:
+            raise ValueError(f"noise_std: got {self.noise_std}, expected two numbers > 0, the smaller first")
+
+    def _check_scene(self):
+        if self.state_tokens:
+            for name, expected in (("siglip", None), ("stem", ()), ("cameras", ()), ("image_size", 0)):
+                if getattr(self, name) != expected:
+                    got = f"got {getattr(self, name)!r}, expected {expected!r}"
+                    raise ValueError(f"{name}: {got}, as state_tokens = {self.state_tokens} replace the images")
+            return
+        if self.siglip is None or not self.cameras:
+            raise ValueError(f"siglip, cameras: got {self.siglip}, {self.cameras}, expected both; state_tokens is 0")
+        stride = stem_stride(self.stem) * self.siglip.patch_size
+        if self.image_size < stride or self.image_size % stride:
+            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")
+
+
+def time_embedding(time: jax.Array, width: int) -> jax.Array:
+    """Returns sines and cosines of `2 π t / period`, float32 `[..., width]`, for flow times `[...]` in [0, 1].
+
+    The `width / 2` periods go from 4e-3 to 4, equally far apart in their logarithm.
+    """
+    fraction = jnp.linspace(0.0, 1.0, width // 2)
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
+    angle = 2 * jnp.pi * time.astype(jnp.float32)[..., None] / period
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class PaliGemma(nn.Module):
+    """The vision tower and the two-expert language model."""
+
+    config: Pi05Config
+
+    def setup(self):
+        cfg = self.config
+        if cfg.siglip is not None:
+            self.img = SigLIP(cfg.siglip, cfg.paligemma.width, cfg.execution)
+        self.llm = Gemma((cfg.paligemma, cfg.expert), cfg.vocab_size, cfg.execution, cfg.lora)
+
+
+class NoiseHead(nn.Module):
+    """How far Flow-Noise strays, from the expert's hidden states: an MLP with tanh, float32."""
+
+    out_dim: int
+    hidden_dims: tuple[int, ...] = (128, 64)
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Returns `[..., out_dim]`, see `losses.flow.learned_deviation`, for hidden states `[..., width]`."""
+        x = hidden.astype(jnp.float32)
+        for i, dim in enumerate(self.hidden_dims):
+            x = jnp.tanh(nn.Dense(dim, name=f"layer_{i}")(x))
+        return nn.Dense(self.out_dim, name="out")(x)
+
+
+class Pi05(nn.Module):
+    """The network; images in [-1, 1], actions normalised, times in [0, 1].
+
+    Chunks come in groups, `[B, G, H, A]`: G noisy chunks, each at a time of its own, that follow one prefix and do not
+    see each other.
+    """
+
+    config: Pi05Config
+
+    def setup(self):
+        cfg, width = self.config, self.config.expert.width
+        self.PaliGemma = PaliGemma(cfg)
+        # Outside the bfloat16 part, as the flow is integrated in float32.
+        exact = dataclasses.replace(cfg.execution, dtype="float32")
+        self.action_in_proj = Linear((width,), exact)
+        self.action_out_proj = Linear((cfg.model_action_dim,), exact)
+        self.time_mlp_in = Linear((width,), exact)
+        self.time_mlp_out = Linear((width,), exact)
+        if cfg.state_tokens:
+            self.state_embed = Linear((cfg.state_tokens, cfg.paligemma.width), cfg.execution)
+        else:
+            self.stem = ConvStem(cfg.stem, cfg.execution) if cfg.stem else None
+        self.value_head = ValueHead(cfg.value_dims)
+        if cfg.noise == "learned":
+            self.noise_head = NoiseHead(cfg.model_action_dim)
+
+    def embed_scene(self, scene: Scene) -> jax.Array:
+        """Returns embeddings `[B, cameras * patches, width]`, or `[B, state_tokens, width]`."""
+        if self.config.state_tokens:
+            return self.state_embed(scene)
+        # All cameras in one batch: one pass through the tower. Those of a row stay together, and so on their device.
+        images = jnp.stack(scene, axis=1)
+        images = images.reshape(-1, *images.shape[2:])
+        patches = self.PaliGemma.img(images if self.stem is None else self.stem(images))
+        return patches.reshape(scene[0].shape[0], -1, patches.shape[-1])
+
+    def embed_prefix(
+        self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns embeddings `[B, P, width]` of scene and text, in this order, and which are valid, bool `[B, P]`.
+
+        Args:
+            scene: what is seen.
+            scene_mask: bool `[B, cameras]`, False where an image is missing; None where none is.
+            tokens: int32 `[B, L]`.
+            token_mask: bool `[B, L]`, False on padding.
+        """
+        seen, text = self.embed_scene(scene), self.PaliGemma.llm.embed(tokens)
+        is_seen = jnp.ones(seen.shape[:2], bool)
+        if scene_mask is not None:
+            is_seen = jnp.repeat(scene_mask, seen.shape[1] // scene_mask.shape[1], axis=1)
+        embeds = jnp.concatenate([seen.astype(text.dtype), text], axis=1)
+        return embeds, jnp.concatenate([is_seen, token_mask], axis=1)
+
+    def prefix(
+        self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
+    ) -> tuple[jax.Array, KeyValue, jax.Array]:
+        """Runs scene and text, which do not see the actions: once for every observation.
+
+        Returns:
+            Hidden states `[B, P, width]`, meaningful where the prefix is valid; keys and values; the validity `[B, P]`.
+        """
+        embeds, valid = self.embed_prefix(scene, scene_mask, tokens, token_mask)
+        mask = valid[:, :, None] & valid[:, None, :]
+        (hidden, _), cache = self.PaliGemma.llm((embeds, None), _positions(valid), [mask])
+        return hidden, cache, valid
+
+    def condition(self, time: jax.Array) -> jax.Array:
+        """Returns what flow times `[...]` modulate the expert's norms by, float32 `[..., width]`."""
+        embedding = split_batch(time_embedding(time, self.config.expert.width))
+        hidden = nn.swish(split_batch(self.time_mlp_in(embedding)))
+        return nn.swish(split_batch(self.time_mlp_out(hidden)))
+
+    def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
+        """Returns hidden states `[B, G, H, width]` of noisy chunks `[B, G, H, A]` at times `[B, G]` after a prefix."""
+        batch, groups, horizon = noisy.shape[:3]
+        embeds = self.action_in_proj(noisy).astype(self.config.execution.dtype)
+        embeds = embeds.reshape(batch, groups * horizon, -1)
+        positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + jnp.tile(jnp.arange(horizon), groups)
+        to_prefix = jnp.broadcast_to(valid[:, None, :], (batch, groups * horizon, valid.shape[1]))
+        group = jnp.repeat(jnp.arange(groups), horizon)
+        to_group = jnp.broadcast_to(group[:, None] == group, (batch, groups * horizon, groups * horizon))
+        masks, cond = [to_prefix, to_group], self.condition(time)
+        (_, hidden), _ = self.PaliGemma.llm((None, embeds), positions, masks, cond=cond, cache=cache)
+        return hidden.reshape(batch, groups, horizon, -1)
+
+    def velocity(self, hidden: jax.Array) -> jax.Array:
+        """Returns the velocity float32 `[..., H, A]` of hidden states `[..., H, width]`."""
+        return self.action_out_proj(hidden.astype(jnp.float32))
+
+    def deviation(self, hidden: jax.Array) -> jax.Array:
+        """Returns what the noise head makes of hidden states `[..., H, width]`, float32 `[..., H, A]`."""
+        return self.noise_head(hidden)
+
+    def value(self, hidden: jax.Array, valid: jax.Array, state: jax.Array) -> jax.Array:
+        """Returns float32 `[B]` from what `config.critic` names: hidden states `[B, P, width]`, or state `[B, S]`."""
+        if self.config.critic == "state":
+            return self.value_head(state)
+        hidden = hidden.astype(jnp.float32)
+        pooled = jnp.mean(hidden, axis=1, where=valid[..., None])
+        return self.value_head(jax.lax.stop_gradient(pooled) if self.config.critic == "detached" else pooled)
+
+    def __call__(
+        self,
+        scene: Scene,
+        scene_mask: jax.Array | None,
+        tokens: jax.Array,
+        token_mask: jax.Array,
+        noisy: jax.Array,
+        time: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Runs prefix and one chunk together; returns the velocity and the hidden states of both.
+
+        The same numbers as `prefix` and `suffix` one after the other, for chunks `[B, H, A]` at times `[B]`.
+        """
+        embeds, valid = self.embed_prefix(scene, scene_mask, tokens, token_mask)
+        batch, horizon = noisy.shape[:2]
+        is_action = jnp.arange(valid.shape[1] + horizon) >= valid.shape[1]
+        all_valid = jnp.concatenate([valid, jnp.ones((batch, horizon), bool)], axis=1)
+        mask = all_valid[:, :, None] & all_valid[:, None, :] & (is_action[:, None] | ~is_action[None, :])
+        chunk = self.action_in_proj(noisy).astype(self.config.execution.dtype)
+        xs, cond = (embeds, chunk), self.condition(time)[:, None]
+        (prefix, hidden), _ = self.PaliGemma.llm(xs, _positions(all_valid), [mask], cond=cond)
+        return self.velocity(hidden), prefix, hidden
+
+    def touch(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array) -> None:
+        """Uses every parameter, for initialisation."""
+        _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))
+        self.value(prefix, jnp.ones(prefix.shape[:2], bool), state)
+        if self.config.noise == "learned":
+            self.deviation(hidden)
+
+
+def _positions(valid: jax.Array) -> jax.Array:
+    """Returns int32 `[B, T]`: how many valid tokens there are before each; padding takes no position."""
+    return jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1

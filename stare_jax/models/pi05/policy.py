@@ -1,0 +1,385 @@
+"""pi0.5 as a policy: its presets, and the pure functions around the network.
+
+A decision is a chunk of H actions, of which the first C are executed. It is the end of a chain of points from noise,
+and Decision.action_tokens holds the chain, float32 `[B, N + 1, H, A + 1]`: points in the first A places, and in the
+last one 1 where the point was drawn at random. Actions outside the network are raw; inside they are normalised by their
+quantiles and padded with zeros to the network's width. Log-probabilities, entropies and divergences are those of the
+actions that are executed, in the dimensions that the data moves.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.losses import flow, flow_matching_loss
+from stare_jax.models.nn.attention import KeyValue
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.lora import store_frozen
+from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
+from stare_jax.models.pi05.network import Pi05, Pi05Config
+from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE, make_tokenize, observation_shape, read_observation
+from stare_jax.models.pi05.sharding import frozen_patterns, has_frozen_prefix, sharding_rules
+from stare_jax.models.policy import ActionScore, Decision, Policy
+from stare_jax.types import Array, NormStats, Observation, PyTree
+
+
+def pi05_base(tokenizer: str = "google/paligemma-3b-pt-224", **changes) -> Pi05Config:
+    """Returns pi0.5 as published: SigLIP So400m/14, Gemma 2B, an action expert of 300M.
+
+    Args:
+        tokenizer: folder (or hub name) of PaliGemma's tokenizer; read when the first prompt is tokenised.
+        **changes: fields of `Pi05Config` to replace.
+    """
+    heads = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
+    config = Pi05Config(
+        siglip=SigLIPConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304),
+        paligemma=GemmaConfig(width=2048, depth=18, mlp_dim=16384, **heads),
+        expert=GemmaConfig(width=1024, depth=18, mlp_dim=4096, **heads),
+        vocab_size=257_152,
+        tokenizer=tokenizer,
+        prompt_template=STATELESS_TEMPLATE,
+        prompt_length=200,
+        horizon=8,
+        chunk=5,
+        num_denoising_steps=4,
+        execution=Execution(dtype="bfloat16", remat="full"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def pi05_tiny(state_dim: int = 0, *, critic: str = "shared", **changes) -> Pi05Config:
+    """Returns the same network at about a million parameters, for 64x64 images and training from scratch on CPUs.
+
+    Args:
+        state_dim: dimensions of the state that the prompt shows, binned; 0 shows none. With `critic` "state" the critic
+            alone sees them.
+        critic: what the value head reads, see `Pi05Config`.
+        **changes: fields of `Pi05Config` to replace.
+    """
+    prompt_dim = 0 if critic == "state" else state_dim
+    heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 24}
+    config = Pi05Config(
+        siglip=SigLIPConfig(width=96, depth=3, num_heads=3, mlp_dim=256, patch_size=2),
+        paligemma=GemmaConfig(width=96, depth=3, mlp_dim=256, **heads),
+        expert=GemmaConfig(width=96, depth=3, mlp_dim=256, **heads),
+        vocab_size=896,
+        tokenizer="words",
+        prompt_template="{instruction} {state}" if prompt_dim else "{instruction}",
+        prompt_length=12 + 3 * prompt_dim,  # what is below the data's range is three tokens, " -" and "1"
+        horizon=5,
+        chunk=3,
+        model_action_dim=7,
+        state_dim=state_dim,
+        cameras=("base_camera",),
+        image_size=64,
+        stem=(32, 64),
+        num_denoising_steps=4,
+        value_dims=(128, 64),
+        critic=critic,
+        execution=Execution(unroll=8),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def pi05_state(state_dim: int = 29, **changes) -> Pi05Config:
+    """Returns the same policy without eyes: the state is embedded in four tokens. For studies of algorithms on CPUs.
+
+    Args:
+        state_dim: dimensions of the state that is seen; 29 is that of `EnvConfig(use_state="low_dim")`.
+        **changes: fields of `Pi05Config` to replace.
+    """
+    heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 16}
+    config = Pi05Config(
+        siglip=None,
+        paligemma=GemmaConfig(width=64, depth=2, mlp_dim=192, **heads),
+        expert=GemmaConfig(width=64, depth=2, mlp_dim=192, **heads),
+        vocab_size=896,
+        tokenizer="words",
+        prompt_template="{instruction}",
+        prompt_length=12,
+        horizon=4,
+        chunk=2,
+        model_action_dim=7,
+        state_dim=state_dim,
+        cameras=(),
+        image_size=0,
+        state_tokens=4,
+        num_denoising_steps=4,
+        value_dims=(128, 64),
+        critic="state",
+        execution=Execution(unroll=8),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
+    """Builds the policy record; normalisation statistics are baked in.
+
+    Args:
+        config: sizes and choices.
+        norm_stats: of actions `[A]` and states `[S]`.
+
+    Raises:
+        ValueError: the statistics are of another number of dimensions than the config.
+    """
+    check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
+    network = Pi05(config)
+    return Policy(
+        init=functools.partial(_init, network, norm_stats),
+        sample=functools.partial(_sample, network, norm_stats),
+        log_prob=functools.partial(_log_prob, network, norm_stats),
+        value=functools.partial(_value, network, norm_stats),
+        imitation_loss=functools.partial(_imitation_loss, network, norm_stats),
+        tokenize=make_tokenize(config, norm_stats),
+        observation_shape=functools.partial(observation_shape, config),
+        action_dim=config.action_dim,
+        sharding_rules=sharding_rules(config),
+        frozen=frozen_patterns(config),
+        horizon=config.horizon,
+        chunk=config.chunk,
+        preference_score=functools.partial(_flow_score, network, norm_stats) if config.preference == "flow" else None,
+    )
+
+
+class _Prefix(NamedTuple):
+    """What images and text became, for all that follows them."""
+
+    hidden: jax.Array
+    cache: KeyValue
+    valid: jax.Array
+
+
+def _apply(network: Pi05, params: PyTree, *args, method: str):
+    return network.apply({"params": params}, *args, method=method)
+
+
+def _read(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> _Prefix:
+    scene, tokens, token_mask = read_observation(network.config, norm_stats, observation)
+    return _Prefix(*_apply(network, params, scene, None, tokens, token_mask, method="prefix"))
+
+
+def _critic(
+    network: Pi05, norm_stats: NormStats, params: PyTree, prefix: _Prefix, observation: Observation
+) -> jax.Array:
+    state = scale_state(jnp.asarray(observation.state), norm_stats)
+    return _apply(network, params, prefix.hidden, prefix.valid, state, method="value")
+
+
+def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
+    config = network.config
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
+    noisy = jnp.zeros((1, config.horizon, config.model_action_dim))
+    scene = read_observation(config, norm_stats, blank)
+    params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="touch")["params"]
+    return store_frozen(params, frozen_patterns(config), config.execution.dtype)
+
+
+def _steps(
+    network: Pi05, params: PyTree, prefix: _Prefix, points: jax.Array, index: jax.Array, temperature: Array | float
+) -> tuple[flow.Transition, flow.Transition]:
+    """Returns the steps of an ordinary and of a random chain from points `[B, G, H, A]`, which are x_i, i `[B, G]`."""
+    config, num_steps = network.config, network.config.num_denoising_steps
+    time = flow.denoising_times(num_steps)[index]
+    hidden = _apply(network, params, prefix.cache, prefix.valid, points, time, method="suffix")
+    velocity = _apply(network, params, hidden, method="velocity")
+    ordinary = flow.ode_transition(points, velocity, num_steps)
+    if config.noise == "ode":
+        return ordinary, ordinary
+    temperature = jnp.asarray(temperature, jnp.float32)
+    if config.noise == "learned":
+        low, high = config.noise_std
+        std = flow.learned_deviation(_apply(network, params, hidden, method="deviation"), low=low, high=high)
+        return ordinary, flow.Transition(ordinary.mean, temperature * std)
+    step = functools.partial(flow.sde_transition, num_steps=num_steps, noise_level=config.noise_level * temperature)
+    mean, std = jax.vmap(jax.vmap(step))(points, velocity, index)
+    return ordinary, flow.Transition(mean, std[..., None, None])
+
+
+def _choose(is_drawn: jax.Array, random: flow.Transition, ordinary: flow.Transition) -> flow.Transition:
+    """Returns the random step where `is_drawn` `[B, G]`, elsewhere the ordinary one."""
+    where = is_drawn[..., None, None]
+    return flow.Transition(*(jnp.where(where, *pair) for pair in zip(random, ordinary, strict=True)))
+
+
+def _over_executed(config: Pi05Config, norm_stats: NormStats, x: jax.Array) -> jax.Array:
+    """Returns the numbers `[..., C, D]` of `[..., H, A]` that are executed and that the data moves."""
+    return x[..., : config.chunk, np.flatnonzero(~is_constant_action(norm_stats))]
+
+
+def _entropy(config: Pi05Config, norm_stats: NormStats, std: jax.Array, is_drawn: jax.Array) -> jax.Array:
+    """Returns the mean `[B]` over the numbers of random steps, of deviations that broadcast to `[B, G, H, A]`."""
+    if config.noise != "learned":  # fixed by the schedule: a bonus for it would be a constant
+        return jnp.zeros(len(is_drawn))
+    full = jnp.broadcast_to(std, (*is_drawn.shape, config.horizon, config.model_action_dim))
+    entropy = _over_executed(config, norm_stats, flow.normal_entropy(full)).mean(axis=(-2, -1))
+    return jnp.sum(jnp.where(is_drawn, entropy, 0.0), axis=1) / jnp.maximum(is_drawn.sum(axis=1), 1)
+
+
+def _sample(
+    network: Pi05,
+    norm_stats: NormStats,
+    params: PyTree,
+    observation: Observation,
+    key: jax.Array,
+    *,
+    temperature: Array | float = 1.0,
+    noise: Array | None = None,
+) -> Decision:
+    """Reads the prefix once, then goes from noise `[B, H, A]`, drawn where none is given, to actions step by step."""
+    config, num_steps = network.config, network.config.num_denoising_steps
+    prefix, batch = _read(network, norm_stats, params, observation), len(observation.tokens)
+    shape = (batch, config.horizon, config.model_action_dim)
+    start_key, index_key, key = jax.random.split(key, 3)
+    start = jax.random.normal(start_key, shape) if noise is None else jnp.asarray(noise, jnp.float32)
+    is_drawn = jnp.full((batch, num_steps), config.noise == "learned")
+    if config.noise == "sde":
+        drawn = jax.random.randint(index_key, (batch, 1), 0, num_steps)
+        is_drawn = drawn == jnp.arange(num_steps)
+    is_drawn &= jnp.asarray(temperature) > 0
+
+    def step(x, inputs):
+        index, is_drawn, key = inputs
+        at = (x[:, None], jnp.full((batch, 1), index), temperature)
+        ordinary, random = _steps(network, params, prefix, *at)
+        mean, std = (leaf[:, 0] for leaf in _choose(is_drawn[:, None], random, ordinary))
+        x = mean + std * jax.random.normal(key, shape)
+        return x, (x, mean, std)
+
+    inputs = (jnp.arange(num_steps), is_drawn.T, jax.random.split(key, num_steps))
+    x, (points, mean, std) = jax.lax.scan(step, start, inputs)
+    points, mean, std = (jnp.moveaxis(leaf, 0, 1) for leaf in (points, mean, std))
+    logp = _over_executed(config, norm_stats, flow.normal_logp(points, flow.Transition(mean, std)))
+    flags = jnp.pad(is_drawn.astype(jnp.float32), ((0, 0), (1, 0)))[:, :, None, None]
+    points = jnp.concatenate([start[:, None], points], axis=1)
+    chain = jnp.concatenate([points, jnp.broadcast_to(flags, (*points.shape[:-1], 1))], axis=-1)
+    executed = x[:, : config.chunk, : config.action_dim]
+    action = from_quantiles(executed, norm_stats.action_q01, norm_stats.action_q99)
+    value = _critic(network, norm_stats, params, prefix, observation)
+    return Decision(action, chain, logp.sum(axis=(1, 2, 3)), value)
+
+
+def _unpack(config: Pi05Config, action_tokens: Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns points x_i and what followed them, `[B, G, H, A]`, i and whether that was drawn, `[B, G]`.
+
+    G is the number of steps, or 1 where at most one of them is random.
+    """
+    tokens = jnp.asarray(action_tokens, jnp.float32)
+    points, is_drawn = tokens[..., :-1], tokens[:, 1:, 0, -1] > 0.5
+    if config.noise == "sde":
+        index = jnp.argmax(is_drawn, axis=1)[:, None]
+    else:
+        index = jnp.broadcast_to(jnp.arange(is_drawn.shape[1]), is_drawn.shape)
+    at = index[..., None, None]
+    before, after = (jnp.take_along_axis(points, at + i, axis=1) for i in (0, 1))
+    return before, after, index, jnp.take_along_axis(is_drawn, index, axis=1)
+
+
+def _log_prob(
+    network: Pi05,
+    norm_stats: NormStats,
+    params: PyTree,
+    observation: Observation,
+    action_tokens: Array,
+    *,
+    temperature: Array | float = 1.0,
+    reference_params: PyTree | None = None,
+) -> ActionScore:
+    """Scores the random steps of a chain, all of them after one reading of the prefix; divergences are their sum.
+
+    Those are exact, each step's from the point it left. A reference reads the prefix anew where any of that is trained.
+    """
+    config = network.config
+    before, after, index, is_drawn = _unpack(config, action_tokens)
+
+    def step(params, prefix):
+        ordinary, random = _steps(network, params, prefix, before, index, temperature)
+        return _choose(is_drawn, random, ordinary)
+
+    def total(x):
+        return _over_executed(config, norm_stats, x).sum(axis=(1, 2, 3))
+
+    prefix = _read(network, norm_stats, params, observation)
+    own = step(params, prefix)
+    logp, entropy = total(flow.normal_logp(after, own)), _entropy(config, norm_stats, own.std, is_drawn)
+    value = _critic(network, norm_stats, params, prefix, observation)
+    if reference_params is None:
+        return ActionScore(logp, entropy, value)
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
+    is_shared = has_frozen_prefix(names, frozen_patterns(config))
+    reference_prefix = prefix if is_shared else _read(network, norm_stats, reference_params, observation)
+    reference = jax.lax.stop_gradient(step(reference_params, reference_prefix))
+    return ActionScore(logp, entropy, value, total(flow.transition_kl(own, reference)))
+
+
+def _value(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:
+    prefix = _read(network, norm_stats, params, observation)
+    return _critic(network, norm_stats, params, prefix, observation)
+
+
+def _normalize(config: Pi05Config, norm_stats: NormStats, action: Array) -> jax.Array:
+    """Returns `[B, H, A]` for raw actions `[B, H, A']`, zeros in the dimensions that the robot does not have."""
+    unit = to_quantiles(jnp.asarray(action, jnp.float32), norm_stats.action_q01, norm_stats.action_q99)
+    # Of a dimension with equal quantiles the rare other value would be enormous, and it is not decided anyway.
+    unit = jnp.where(is_constant_action(norm_stats), 0.0, unit)
+    return jnp.pad(unit, ((0, 0), (0, 0), (0, config.model_action_dim - config.action_dim)))
+
+
+def _draw(config: Pi05Config, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns noise `[H, A]` and a flow time."""
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, (config.horizon, config.model_action_dim))
+    return noise, flow.sample_times(time_key, ())
+
+
+def _imitation_loss(
+    network: Pi05,
+    norm_stats: NormStats,
+    params: PyTree,
+    observation: Observation,
+    action: Array,
+    *,
+    valid: Array | None = None,
+    key: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the flow-matching error `[B]` of raw chunks `[B, H, A]`, and how far a one-step estimate is off."""
+    config, unit = network.config, _normalize(network.config, norm_stats, action)
+    noise, time = jax.vmap(functools.partial(_draw, config))(key)
+    valid = jnp.ones(unit.shape[:2], bool) if valid is None else valid
+    prefix = _read(network, norm_stats, params, observation)
+    at = time[:, None, None]
+    noisy = flow.noisy_chunk(unit, noise, at)
+    hidden = _apply(network, params, prefix.cache, prefix.valid, noisy[:, None], time[:, None], method="suffix")
+    velocity = _apply(network, params, hidden, method="velocity")[:, 0]
+    error = flow_matching_loss(velocity, noise - unit)
+    counts = jnp.ones_like(valid) if config.pad_actions else valid
+    loss = jnp.sum(jnp.where(counts, error, 0.0), axis=1) / jnp.maximum(counts.sum(axis=1), 1)
+    estimate = jnp.abs(noisy - at * velocity - unit)
+    l1 = estimate[:, : config.chunk, : config.action_dim].mean(axis=(1, 2))
+    return loss, {"l1": l1}
+
+
+def _flow_score(
+    network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation, action: Array, seeds: Array
+) -> jax.Array:
+    """Returns minus the weighted flow-matching error of each executed action, `[B, K, C]`.
+
+    Weighted so that the mean over times and noise is the log-likelihood's bound, but for a constant that is the same
+    for policy and reference. A seed stands for one time and one noise, the same in every call.
+    """
+    config, unit = network.config, _normalize(network.config, norm_stats, action)
+
+    keys = jax.vmap(jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed)))(jnp.asarray(seeds))
+    noise, time = jax.vmap(jax.vmap(functools.partial(_draw, config)))(keys)
+    unit = jnp.broadcast_to(unit[:, None], noise.shape)
+    prefix = _read(network, norm_stats, params, observation)
+    noisy = flow.noisy_chunk(unit, noise, time[..., None, None])
+    hidden = _apply(network, params, prefix.cache, prefix.valid, noisy, time, method="suffix")
+    velocity = _apply(network, params, hidden, method="velocity")
+    error = _over_executed(config, norm_stats, flow.flow_matching_error(velocity, unit, noise)).sum(axis=-1)
+    return -flow.elbo_weight(time)[..., None] * error

@@ -1,0 +1,113 @@
+"""What pi0.5 reads, from what a policy is given: images in [-1, 1], the prompt with or without the state in it."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.models.normalize import scale_state, to_quantiles
+from stare_jax.models.pi05.network import Pi05Config, Scene
+from stare_jax.models.preprocess import resize_with_pad
+from stare_jax.models.tokenizer import Tokenizer, make_tokenizer
+from stare_jax.types import NormStats, Observation
+
+STATE_TEMPLATE = "Task: {instruction}, State: {state};\nAction: "
+"""of checkpoints that read the state; the last space is part of it."""
+STATELESS_TEMPLATE = "{instruction}\n"
+NUM_STATE_BINS = 256
+
+
+def read_observation(
+    config: Pi05Config, norm_stats: NormStats, observation: Observation
+) -> tuple[Scene, jax.Array, jax.Array]:
+    """Returns what the network sees, token ids int32 `[B, L]` and their mask.
+
+    Raises:
+        ValueError: the observation has no prompt, or not the cameras of the configuration.
+    """
+    tokens = jnp.asarray(observation.tokens)
+    if tokens.shape[-1] < 1:
+        raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
+    if config.state_tokens:
+        scene = scale_state(jnp.asarray(observation.state), norm_stats)
+    else:
+        if missing := [name for name in config.cameras if name not in observation.images]:
+            raise ValueError(f"cameras: got images of {sorted(observation.images)}, expected {missing} as well")
+        images = (resize_with_pad(jnp.asarray(observation.images[name]), config.image_size) for name in config.cameras)
+        scene = tuple(image / 255.0 * 2.0 - 1.0 for image in images)
+    return scene, tokens, jnp.asarray(observation.token_mask)
+
+
+def bin_state(unit_state: np.ndarray) -> np.ndarray:
+    """Returns openpi's bins of normalised states, int32 in [-1, 255]: 256 from -1 to 1, and -1 for all below."""
+    bins = np.floor((np.asarray(unit_state) + 1.0) * (NUM_STATE_BINS / 2))
+    return np.clip(bins, -1, NUM_STATE_BINS - 1).astype(np.int32)
+
+
+def clean(instruction: str) -> str:
+    """Returns an instruction as openpi writes it: one line, no underscores, upper and lower case as they are."""
+    return instruction.strip().replace("_", " ").replace("\n", " ")
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lays a prompt out as `[BOS, text.., padding..]`; a line's end at the end of it is encoded on its own.
+
+    Returns:
+        Token ids int32 `[L]` and a mask bool `[L]`, False on padding.
+
+    Raises:
+        ValueError: the prompt needs more than `length` tokens. openpi cuts it off, and with it what asks for an action.
+    """
+    text, end = (prompt[:-1], "\n") if prompt.endswith("\n") else (prompt, "")
+    ids = [tokenizer.bos_id, *tokenizer.encode(text), *(tokenizer.encode(end) if end else [])]
+    if len(ids) > length:
+        raise ValueError(f"prompt_length: got {length}, expected at least {len(ids)} for {prompt!r}")
+    tokens = np.full(length, tokenizer.pad_id, np.int32)
+    tokens[: len(ids)] = ids
+    return tokens, np.arange(length) < len(ids)
+
+
+def make_tokenize(config: Pi05Config, norm_stats: NormStats) -> Callable:
+    """Returns `Policy.tokenize`; the tokenizer is loaded when the first prompt comes, so shapes need no files."""
+
+    @functools.cache
+    def tokenizer() -> Tokenizer:
+        return make_tokenizer(config.tokenizer)
+
+    @functools.lru_cache(maxsize=1024)
+    def encode(prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        tokens, mask = encode_prompt(tokenizer(), prompt, length=config.prompt_length)
+        # By what comes out: PaliGemma's tokenizer has a token for images that the embedding table has no row for.
+        if tokens.max() >= config.vocab_size:
+            expected = f"below vocab_size {config.vocab_size}"
+            raise ValueError(
+                f"tokenizer {config.tokenizer!r}: got id {tokens.max()} in {prompt!r}, expected {expected}"
+            )
+        return tokens, mask
+
+    def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bins = [()] * len(instructions)
+        if "{state}" in config.prompt_template:
+            bins = bin_state(to_quantiles(np.asarray(state, np.float32), norm_stats.state_q01, norm_stats.state_q99))
+        prompts = (
+            config.prompt_template.format(instruction=clean(text), state=" ".join(map(str, row)))
+            for text, row in zip(instructions, bins, strict=True)
+        )
+        rows = [encode(prompt) for prompt in prompts]
+        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+    return tokenize
+
+
+def observation_shape(config: Pi05Config, batch_size: int) -> Observation:
+    """Returns the shapes of what the policy reads, as jax.ShapeDtypeStruct; cameras of other sizes are resized."""
+    size, length = config.image_size, config.prompt_length
+    image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
+    return Observation(
+        images=dict.fromkeys(config.cameras, image),
+        state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
+        tokens=jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
+        token_mask=jax.ShapeDtypeStruct((batch_size, length), jnp.bool_),
+    )

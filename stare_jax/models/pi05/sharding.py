@@ -1,0 +1,98 @@
+"""Which of pi0.5's parameters are trained, and where they live.
+
+One table of (regex over the path, PartitionSpec) over the axes `fsdp` and `tensor`: heads and hidden units are split
+over `tensor`, the other side of each product over `fsdp`. PaliGemma has one key-value head, which every device of a
+`tensor` group keeps. Adapters are split as the weight beside them, but for the axis of their rank.
+"""
+
+import re
+from collections.abc import Iterable
+
+from jax.sharding import PartitionSpec as P
+
+from stare_jax.models.pi05.network import Pi05Config
+
+Rule = tuple[str, P]
+
+EXPERTS = (r"^PaliGemma/llm/layers/(attn|mlp)",)
+"""what openpi adapts: all products of both language models; with `_1` behind the names, of the action expert."""
+PALIGEMMA = r"^PaliGemma/(?:img/|llm/(?!.*_1/))(?!.*lora_[ab]$)"
+"""regex of the vision tower and the language model without its action expert: what is frozen where the expert alone is
+trained, as in pi_RL."""
+_LAYERS = r"^PaliGemma/(?!.*lora_[ab]$)"
+_PREFIX = r"^(?:PaliGemma/(?:img/|llm/(?!.*_1/))|stem/|state_embed/)"
+
+
+def frozen_patterns(config: Pi05Config) -> tuple[str, ...]:
+    """Returns regexes of the parameters that are never trained. Beside adapters, projections and heads are trained."""
+    return (*config.frozen, *(() if config.lora is None else (_LAYERS,)))
+
+
+def has_frozen_prefix(names: Iterable[str], frozen: tuple[str, ...]) -> bool:
+    """Returns whether nothing is trained that images and text go through, of parameters with these paths."""
+    prefix = [name for name in names if re.search(_PREFIX, name)]
+    return all(any(re.search(pattern, name) for pattern in frozen) for name in prefix)
+
+
+def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
+    """Returns the rules of the model's parameters, and no others."""
+    rules = [
+        (r"llm/embedder/input_embedding$", P(("tensor", "fsdp"))),
+        (r"llm/.*norm/scale$", P()),
+        (r"llm/layers/pre_\w+_norm_1/Dense_0/kernel$", P(None, "fsdp", None)),
+        (r"llm/final_norm_1/Dense_0/kernel$", P("fsdp", None)),
+        (r"llm/.*norm_1/Dense_0/bias$", P()),
+        (r"(action_(in|out)_proj|time_mlp_(in|out)|value_head/\w+|noise_head/\w+)/(kernel|bias)$", P()),
+    ]
+    if config.state_tokens:
+        rules += [(r"state_embed/kernel$", P(None, None, "fsdp")), (r"state_embed/bias$", P())]
+    else:
+        rules += _tower_rules()
+        if config.stem:
+            rules.append((r"stem/conv_\d+/(kernel|bias)$", P()))
+    for path, (*stack, inputs, outputs) in _WEIGHTS.items():
+        rules.append((rf"{path}$", P(None, *stack, inputs, outputs)))
+        module = path.removesuffix("/w").replace("(_1)?", "")
+        experts = [
+            name for name in (module, _second(module)) if config.lora and config.lora.adapts(f"PaliGemma/{name}")
+        ]
+        for name in experts:
+            beside = f"{name}/" if path.endswith("/w") else f"{name}_"
+            rules.append((rf"PaliGemma/{beside}lora_a$", P(None, *stack, inputs, None)))
+            rules.append((rf"PaliGemma/{beside}lora_b$", P(None, *stack, None, outputs)))
+    return tuple(rules)
+
+
+_WEIGHTS = {
+    "llm/layers/attn/q_einsum(_1)?/w": ("tensor", "fsdp", None),
+    "llm/layers/attn/kv_einsum(_1)?/w": (None, None, "fsdp", None),
+    "llm/layers/attn/attn_vec_einsum(_1)?/w": ("tensor", None, "fsdp"),
+    "llm/layers/mlp(_1)?/gating_einsum": (None, "fsdp", "tensor"),
+    "llm/layers/mlp(_1)?/linear": ("tensor", "fsdp"),
+}
+"""weights of both experts by path: mesh axes of all axes but that of the layers, the input's and output's last."""
+
+
+def _second(module: str) -> str:
+    """Returns the module's name in the action expert."""
+    head, name = module.rsplit("/", 1)
+    return f"{head}/{name}_1" if "/attn" in head else f"{head}_1/{name}"
+
+
+def _tower_rules() -> list[Rule]:
+    block = r"img/Transformer/encoderblock"
+    attention, mlp = rf"{block}/MultiHeadDotProductAttention_0", rf"{block}/MlpBlock_0"
+    return [
+        (r"img/embedding/kernel$", P(None, None, None, "fsdp")),
+        (r"img/(embedding/bias|pos_embedding)$", P()),
+        (rf"{attention}/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),
+        (rf"{attention}/(query|key|value)/bias$", P(None, "tensor", None)),
+        (rf"{attention}/out/kernel$", P(None, "tensor", None, "fsdp")),
+        (rf"{mlp}/Dense_0/kernel$", P(None, "fsdp", "tensor")),
+        (rf"{mlp}/Dense_0/bias$", P(None, "tensor")),
+        (rf"{mlp}/Dense_1/kernel$", P(None, "tensor", "fsdp")),
+        (rf"({attention}/out|{mlp}/Dense_1)/bias$|{block}/LayerNorm_[01]/(scale|bias)$", P()),
+        (r"img/Transformer/encoder_norm/(scale|bias)$", P()),
+        (r"img/head/kernel$", P("fsdp", "tensor")),
+        (r"img/head/bias$", P("tensor")),
+    ]

@@ -1,0 +1,192 @@
+"""Learning curves as run directories hold them: which lines count, minutes, moving means, when a target is reached."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.config import UserError
+from stare_jax.logging import last_lines, read_metrics
+from stare_jax.report.report import PhaseResult, load_results
+
+SUCCESS, STEPS = "env/success", "env/steps"
+BEFORE = "sft"
+NUM_ENDS = 5
+"""iterations at the beginning and at the end of a run whose success is averaged in the table."""
+
+
+class CurveError(UserError, ValueError):
+    """Runs that cannot be compared; the message names what was given, what was found and what was expected."""
+
+
+class Series(NamedTuple):
+    """What a run logged, one row an iteration, `[I]` float64 each."""
+
+    iteration: np.ndarray
+    env_steps: np.ndarray
+    minutes: np.ndarray
+    success: np.ndarray
+    metrics: dict[str, np.ndarray]
+    """everything else that was logged, NaN where an iteration has none."""
+
+
+class Run(NamedTuple):
+    """One seed of a setting."""
+
+    label: str
+    name: str
+    """of the run's folder."""
+    seed: str
+    task: str
+    series: Series
+    by_clock: bool
+    """True if the minutes are those of the clock on the wall, pauses included."""
+    before: PhaseResult | None
+    after: PhaseResult | None
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_runs(settings: Mapping[str, Sequence[str | Path]], phase: str) -> list[Run]:
+    """Reads the runs of each setting; folders of one name within a setting are told apart by a number.
+
+    Args:
+        settings: label -> run directories.
+        phase: whose metrics.
+
+    Raises:
+        CurveError: see `read_run`; a run is given twice in a setting.
+    """
+    runs: list[Run] = []
+    for label, directories in settings.items():
+        resolved = [Path(directory).resolve() for directory in directories]
+        if twice := [d for d, path in zip(directories, resolved, strict=True) if resolved.count(path) > 1]:
+            raise CurveError(f"{label}: got {twice[0]} twice, expected each run once")
+        group: list[Run] = []
+        for directory in directories:
+            run = read_run(label, directory, phase)
+            num_namesakes = sum(path.name == run.name for path in resolved[: len(group)])
+            group.append(run._replace(name=f"{run.name} ({num_namesakes + 1})") if num_namesakes else run)
+        runs += group
+    return runs
+
+
+def read_run(label: str, directory: str | Path, phase: str) -> Run:
+    """Reads one run.
+
+    Raises:
+        CurveError: there is no such run, or it has logged no episodes in that phase.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CurveError(f"{label}: got {directory}, expected a run directory, but there is none")
+    lines = read_metrics(directory)
+    rows = last_lines(lines, phase)
+    if not rows:
+        found = ", ".join(dict.fromkeys(str(line.get("phase")) for line in lines)) or "none"
+        raise CurveError(f"{label}: {directory}: got metrics of the phases: {found}; expected some of {phase}")
+    if missing := [name for name in (SUCCESS, STEPS) if not any(name in row for row in rows)]:
+        raise CurveError(f"{label}: {directory}: got no {' and no '.join(missing)} in {phase}, expected both")
+    series, by_clock = make_series(rows)
+    config = _read_config(directory)
+    try:
+        results = {result.phase: result for result in load_results(directory)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CurveError(f"{label}: {directory}/eval: not as an evaluation leaves it: {error!r}") from error
+    seed, task = str(config.get("seed", "–")), str(config.get("env", {}).get("env_id", "–"))
+    return Run(label, directory.resolve().name, seed, task, series, by_clock, results.get(BEFORE), results.get(phase))
+
+
+def make_series(rows: Sequence[Mapping[str, Any]]) -> tuple[Series, bool]:
+    """Returns the columns of the lines of a run, and whether the minutes had to be read from the clock.
+
+    Minutes are the sum of `time/*_s`, the seconds an iteration took; where an iteration has none, they are those since
+    the first line was written.
+    """
+    names = sorted({name for row in rows for name in row if "/" in name})
+    columns = {name: np.array([float(row.get(name, math.nan)) for row in rows]) for name in names}
+    timed = [name for name in names if name.startswith("time/") and name.endswith("_s")]
+    seconds = np.array([sum(row.get(name, 0.0) for name in timed) for row in rows], float)
+    by_clock = not (np.isfinite(seconds).all() and (seconds > 0).all())
+    wall_time = np.array([row.get("wall_time", math.nan) for row in rows], float)
+    minutes = (wall_time - wall_time[0]) / 60 if by_clock else np.cumsum(seconds) / 60
+    iteration = np.array([row["step"] for row in rows], float)
+    return Series(iteration, columns[STEPS], minutes, columns[SUCCESS], columns), by_clock
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def check_comparable(runs: Sequence[Run], metrics: Sequence[str]) -> None:
+    """Raises `CurveError` for runs of different tasks, and for a metric that no run has."""
+    tasks = {run.task: run for run in runs if run.task != "–"}
+    if len(tasks) > 1:
+        found = ", ".join(f"{task} ({run.label}: {run.name})" for task, run in tasks.items())
+        raise CurveError(f"env_id: got {found}; expected one task")
+    known = {name for run in runs for name in run.series.metrics}
+    if wrong := [name for name in metrics if name not in known]:
+        raise CurveError(f"metrics: got {', '.join(wrong)}; expected some of {', '.join(sorted(known))}")
+
+
+# -------------------------------------------------------------------------------------------------------- mathematics
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and the `window - 1` before it, of fewer at the beginning; NaNs are left out."""
+    is_finite = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_finite)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    counted = counts[end] - counts[start]
+    return np.where(counted > 0, (sums[end] - sums[start]) / np.maximum(counted, 1), np.nan)
+
+
+def first_reached(success: np.ndarray, target: float, window: int) -> int | None:
+    """Returns the first index where the mean of `window` successive values is at least the target; None for never.
+
+    Means of fewer values, at the beginning or where some are not known, do not count: one lucky iteration is no
+    success rate.
+    """
+    is_there = moving_mean(success, window) >= target - 1e-9  # of rounding in running sums
+    num_known = np.convolve(np.isfinite(success), np.ones(window))[: len(success)]
+    is_there &= num_known == window
+    return int(is_there.argmax()) if is_there.any() else None
+
+
+def mean_curve(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], *, num_points: int = 300
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns x and y of the mean of curves (x, y) where all are defined; None for one curve, or nowhere."""
+    known = [(x[ok], y[ok]) for x, y in curves if (ok := np.isfinite(y)).any()]
+    if len(known) < 2 or len(known) < len(curves):
+        return None
+    start, end = max(x[0] for x, _ in known), min(x[-1] for x, _ in known)
+    if start >= end:
+        return None
+    x = np.linspace(start, end, num_points)
+    return x, np.mean([np.interp(x, *curve) for curve in known], axis=0)
+
+
+def ends(success: np.ndarray) -> tuple[float, float]:
+    """Returns the mean success of the first and of the last iterations."""
+    return tuple(
+        float(np.nanmean(part)) if np.isfinite(part).any() else math.nan
+        for part in (success[:NUM_ENDS], success[-NUM_ENDS:])
+    )
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups

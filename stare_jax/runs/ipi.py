@@ -1,0 +1,334 @@
+"""IPI (4.4): imitation, preference, interaction, in this order, each from the weights of the one before.
+
+What a run has finished is on disk and is not done again: demonstrations, rollouts, checkpoints, evaluations. A run that
+was stopped anywhere goes on from there.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from stare_jax.data.batches import imitation_batches
+from stare_jax.data.demos import DemosConfig
+from stare_jax.data.norm_stats import read_norm_stats
+from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
+from stare_jax.data.reader import Dataset
+from stare_jax.data.rollouts import policy_actor
+from stare_jax.data.schema import read_manifest
+from stare_jax.envs import EnvConfig, make_vec_env
+from stare_jax.envs.base import VecEnv
+from stare_jax.envs.experts.base import make_expert
+from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate
+from stare_jax.report.record import evaluation_file, record_evaluation
+from stare_jax.report.report import print_report, write_report
+from stare_jax.logging import Clock, Interruption, make_writer, say
+from stare_jax.models import OpenVLAConfig, Pi05Config, Policy, make_policy
+from stare_jax.stages import StageParams, TaskSpec, get_task
+from stare_jax.state.checkpoint import load_norm_stats, load_params
+from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
+from stare_jax.config import ConfigError, to_dict, user_input
+from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, locked, open_directory
+from stare_jax.train.ppo import PPOConfig, train_ppo
+from stare_jax.train.sft import SFTConfig, train_sft
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.weights.load import starting_params
+from stare_jax.state.train_state import CHECKPOINTS, Run, abstract_params
+from stare_jax.train.tpo import TPOConfig, train_tpo
+from stare_jax.types import NormStats, PyTree
+
+PHASES = ("sft", "tpo", "ppo")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Over how many devices; see `sharding.make_mesh`."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class IPIConfig:
+    """A whole run."""
+
+    env: EnvConfig
+    model: OpenVLAConfig | Pi05Config
+    stages: StageParams
+    demos: DemosConfig = DemosConfig()
+    sft: SFTConfig = SFTConfig()
+    pairs: PairsConfig = PairsConfig()
+    tpo: TPOConfig = TPOConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    phases: tuple[str, ...] = PHASES
+    """which phases to run, in this order."""
+    init_from: str = ""
+    """what the first phase starts from: a phase's folder of another run (`runs/x/sft`), or the folder of a Hugging Face
+    checkpoint of the model; empty starts from random weights."""
+    demos_from: str = ""
+    """folder of a data set of demonstrations; empty collects them from the expert."""
+    demos_of: str = ""
+    """name of the data set in `demos_from` where it is of a real robot, imported, and not of `env`'s simulator; its
+    actions are in metres and radians, its gripper is 1 open and 0 closed."""
+    skip_broken: bool = False
+    """leave out damaged shards of `demos_from`, and say so, instead of raising."""
+    seed: int = 0
+    """of the initial weights and of the order of demonstrations."""
+
+    def __post_init__(self):
+        expected = tuple(phase for phase in PHASES if phase in self.phases)
+        if not self.phases or tuple(self.phases) != expected:
+            raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        if self.demos_of:
+            self._check_foreign()
+        for name in ("demos", "pairs"):
+            if getattr(self, name).reproducible and not self.env.has_reproducible_resets:
+                raise ValueError(
+                    f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
+                    "actions need not lead to equal states"
+                )
+        if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
+            raise ValueError(
+                "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
+            )
+        param_dtype = self.model.execution.param_dtype
+        if self.model.lora is None and param_dtype != "float32":
+            raise ValueError(
+                f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
+                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
+            )
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether phases are evaluated."""
+        return bool(episode_seeds(self.evaluation))
+
+    def _check_foreign(self) -> None:
+        """Makes sure that a simulator, if the run needs one, takes what a real robot's demonstrations teach."""
+        if tuple(self.phases) == ("sft",) and not self.has_evaluation:
+            return
+        without = "or phases ('sft',) and evaluation.num_episodes 0, which need no simulator"
+        if not self.env.takes_metres:
+            raise ValueError(f"env.env_id: got {self.env.env_id!r} with demos_of, expected a WidowX task, {without}")
+        if self.env.gripper_threshold is None:
+            raise ValueError(f"env.gripper_threshold: got None with demos_of, expected 0.5, {without}")
+
+
+class Experiment:
+    """What the phases of a run share; the simulators start when they are first needed, and live as long as the run."""
+
+    def __init__(self, config: IPIConfig, directory: Path, stack: contextlib.ExitStack):
+        self.config, self.directory, self._stack = config, directory, stack
+        self.spec: TaskSpec = dataclasses.replace(get_task(config.env.env_id), params=config.stages)
+        self._interruption = stack.enter_context(Interruption())
+        self.writer = stack.enter_context(make_writer(directory))
+        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
+
+    def should_stop(self) -> bool:
+        return self._interruption.requested
+
+    @functools.cached_property
+    def simulator(self) -> VecEnv:
+        return self._stack.enter_context(contextlib.closing(make_vec_env(self.config.env)))
+
+    @functools.cached_property
+    def norm_stats(self) -> NormStats:
+        checkpoints = Path(self.config.init_from) / CHECKPOINTS
+        if self.config.init_from and checkpoints.is_dir():
+            return load_norm_stats(checkpoints)
+        sizes = {"action_dim": self.config.model.action_dim, "state_dim": self.config.model.state_dim}
+        key = self.config.demos_of or self.config.env.env_id
+        return read_norm_stats(self.demonstrations.directory, **sizes, key=key)
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        return make_policy(self.config.model, self.norm_stats)
+
+    @functools.cached_property
+    def run(self) -> Run:
+        return Run(self.directory, self.norm_stats, self.writer, self.should_stop, self.mesh, resume=True)
+
+    @functools.cached_property
+    def demonstrations(self) -> Dataset:
+        """The demonstrations to imitate: given, on disk from before, or collected now."""
+        config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
+        if config.demos_from:
+            return Dataset(directory, skip_broken=config.skip_broken)
+        expert, clock = make_expert(config.env.env_id), Clock()
+        demos, is_new = find_or_collect_demos(
+            directory,
+            config.env,
+            expert,
+            config.demos,
+            simulator=lambda: self.simulator,
+            should_stop=self.should_stop,
+            clock=clock,
+        )
+        if is_new:
+            self.report_collection("demos", demos, clock)
+        return demos
+
+    def report_collection(self, phase: str, dataset: Dataset, clock: Clock) -> None:
+        """Says how much was collected and where the time went."""
+        num_steps = dataset.manifest.progress["num_steps"]
+        metrics = {"env/num_episodes": dataset.num_episodes, "env/steps": num_steps}
+        metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
+        self.writer(dataset.num_episodes, metrics, phase=phase)
+        say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
+
+
+def check_demonstrations(config: IPIConfig) -> None:
+    """Makes sure that the data set given shows what the policy will see and does what the simulator takes.
+
+    Raises:
+        ConfigError: names every field of the manifest that differs, got and expected.
+        DatasetError: there is no data set.
+    """
+    manifest, env, model = read_manifest(config.demos_from), config.env, config.model
+    expected = {"env_id": config.demos_of or env.env_id, "action": [model.action_dim]}
+    if not config.demos_of:
+        expected["control_mode"] = env.resolved_control_mode
+    if model.state_dim:  # A policy that sees no state is not shown what is stored.
+        expected["state"] = [model.state_dim]
+    if env.image_size:
+        expected |= {f"image/{camera}": [*env.image_shape, 3] for camera in model.cameras}
+    got = manifest._asdict() | manifest.shapes
+    wrong = {name: value for name, value in expected.items() if got.get(name) != value}
+    if wrong:
+        fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
+        raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
+
+
+def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) -> None:
+    """Makes sure that every instruction fits into the policy's prompt, before anything is trained.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
+    with user_input():
+        # Far below the data's range, where numbers are written the longest.
+        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
+
+
+def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -> Path:
+    """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
+
+    Args:
+        config: see `IPIConfig`.
+        directory: the run directory.
+        resume: go on with what is in the directory; without it the directory has to be new.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM; what is finished is safe, and `resume` goes on from there.
+        ConfigError: the directory holds a run already, or one of another configuration, or another process is at work
+            in it; the demonstrations given are not for this run.
+    """
+    directory = Path(directory)
+    if config.init_from and not Path(config.init_from).is_dir():
+        raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
+    if config.demos_of and not config.demos_from:
+        raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
+    if config.demos_from:
+        check_demonstrations(config)
+    trainers = {"sft": _train_sft, "tpo": _train_tpo, "ppo": _train_ppo}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(directory))
+        open_directory(directory, to_dict(config), resume=resume)
+        experiment = Experiment(config, directory, stack)
+        if config.demos_from:
+            check_instructions(experiment.demonstrations, experiment.policy, config.model.state_dim)
+        for phase in config.phases:
+            params = _run_phase(experiment, phase, trainers[phase])
+            _evaluate_phase(experiment, phase, params)
+        report = write_report(directory)
+        print_report(directory)
+    return report
+
+
+def _run_phase(experiment: Experiment, phase: str, train: Callable[[Experiment, PyTree], PyTree]) -> PyTree:
+    """Returns the parameters at the end of a phase, from disk if it has been finished with this configuration."""
+    config, directory = experiment.config, experiment.directory / phase
+    section = to_dict(getattr(config, phase)) | ({"pairs": to_dict(config.pairs)} if phase == "tpo" else {})
+    if begin_phase(directory, section, _predecessor(experiment, phase)):
+        return load_params(directory / CHECKPOINTS, abstract_params(experiment.policy, experiment.mesh))
+    evaluation_file(experiment.directory, phase).unlink(missing_ok=True)
+    params = train(experiment, _starting_params(experiment, phase))
+    finish_phase(directory)
+    return params
+
+
+def _predecessor(experiment: Experiment, phase: str) -> Path | None:
+    """The directory of the last phase before this one that is in the run directory, finished."""
+    earlier = [experiment.directory / name for name in PHASES[: PHASES.index(phase)]]
+    return next((path for path in reversed(earlier) if is_finished(path)), None)
+
+
+def _starting_params(experiment: Experiment, phase: str) -> PyTree:
+    """The weights of the last finished phase before this one, or what the configuration starts from."""
+    config, source = experiment.config, _predecessor(experiment, phase)
+    if source is None and config.init_from:
+        source = Path(config.init_from)
+    return starting_params(source, experiment.policy, config.model, experiment.mesh, jax.random.key(config.seed))
+
+
+def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
+    config, policy = experiment.config, experiment.policy
+
+    def batches(start_step):
+        order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
+        order |= {"with_state": config.model.state_dim > 0, "horizon": policy.horizon}
+        return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
+
+    return train_sft(policy, params, batches, config.sft, experiment.run)
+
+
+def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
+    config, policy, clock = experiment.config, experiment.policy, Clock()
+    rollouts, pairs, is_new = find_or_collect_pairs(
+        experiment.directory / "data" / "pairs",
+        config.env,
+        policy_actor(lambda: (policy, params), config.pairs, source="sft"),
+        experiment.spec,
+        config.pairs,
+        simulator=lambda: experiment.simulator,
+        should_stop=experiment.should_stop,
+        clock=clock,
+    )
+    if is_new:
+        experiment.report_collection("pairs", rollouts, clock)
+    kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
+    say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {kinds}")
+    counts = {f"pairs/{kind.replace(', ', '_').replace(' ', '_')}": count for kind, count in kinds.items()}
+    experiment.writer(rollouts.num_episodes, {"pairs/num_pairs": len(pairs)} | counts, phase="pairs")
+    loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
+    return train_tpo(policy, params, loaded, experiment.spec, config.tpo, experiment.run)
+
+
+def _train_ppo(experiment: Experiment, params: PyTree) -> PyTree:
+    config = experiment.config.ppo
+    return train_ppo(experiment.policy, params, experiment.simulator, experiment.spec, config, experiment.run)
+
+
+def _evaluate_phase(experiment: Experiment, phase: str, params: PyTree) -> None:
+    """Evaluates a phase and shows some of its episodes, unless that is not wanted, or has been done in the same way."""
+    config, clock = experiment.config.evaluation, Clock()
+    if not experiment.config.has_evaluation:
+        return
+    settings = json.loads(json.dumps(to_dict(config)))
+    file = evaluation_file(experiment.directory, phase)
+    if file.exists() and json.loads(file.read_text()).get("settings") == settings:
+        return
+    shared = {"desc": f"evaluate {phase}", "should_stop": experiment.should_stop, "clock": clock}
+    evaluation, rollout = evaluate(experiment.policy, params, experiment.simulator, experiment.spec, config, **shared)
+    say(f"evaluate {phase}: {config.num_episodes} episodes | {clock.line()}")
+    shown = {"num_videos": config.num_videos, "gamma": experiment.config.ppo.gamma, "settings": settings}
+    record_evaluation(experiment.directory, phase, evaluation, rollout, experiment.spec, **shown)

@@ -1,0 +1,1 @@
+"""What is trained and kept: the train state, the optimiser, checkpoints."""

@@ -1,0 +1,1 @@
+"""OpenVLA's checkpoints in Hugging Face's form."""

@@ -1,0 +1,254 @@
+"""Folders of safetensors files: what is in them, read through memory maps, written one tensor at a time.
+
+A file is an eight-byte length, that many bytes of JSON (name -> dtype, shape, first and last byte) and the numbers. No
+other format of weights is read: a pickle can run code.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.config import UserError
+
+INDEX = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
+"""of files that hold weights, whoever can read them."""
+_FAMILIES = (("F", "float", (64, 32, 16)), ("I", "int", (64, 32, 16, 8)), ("U", "uint", (64, 32, 16, 8)))
+DTYPES = {f"{code}{bits}": f"{name}{bits}" for code, name, sizes in _FAMILIES for bits in sizes}
+DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+"""the format's names and NumPy's."""
+CODES = {name: code for code, name in DTYPES.items()}
+_MAX_HEADER = 100 * 2**20
+_ALIGNMENT = 8
+
+
+class WeightsError(UserError, ValueError):
+    """Weights that are not there, damaged, or do not fit; the message names file or tensor, got and expected."""
+
+
+class Spec(NamedTuple):
+    """What a tensor is."""
+
+    dtype: str
+    """NumPy's name."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+class Stored(NamedTuple):
+    """Where a tensor is."""
+
+    spec: Spec
+    file: Path
+    offset: int
+    """of its first byte in the file."""
+
+
+Tensors = Mapping[str, Stored]
+
+
+def read(stored: Stored) -> np.ndarray:
+    """Returns a tensor as a read-only view of its file, whose pages are the system's to take back."""
+    dtype, shape = jnp.dtype(stored.spec.dtype), stored.spec.shape
+    if not math.prod(shape):  # nothing can be mapped
+        return np.zeros(shape, dtype)
+    return np.memmap(stored.file, dtype=dtype, mode="r", offset=stored.offset, shape=shape)
+
+
+def read_json(file: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        WeightsError: it is not there, or not JSON.
+    """
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{file}: expected a JSON file; there is none") from None
+    except ValueError as error:
+        raise WeightsError(f"{file}: got a file that is not JSON ({error}), expected one that is") from error
+
+
+def list_file(file: Path) -> dict[str, Stored]:
+    """Returns the tensors of a file, having checked that it is all there.
+
+    Raises:
+        WeightsError: it is not there, truncated, or damaged.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _locate(file, 8 + length, fields) for name, fields in header.items()}
+    except FileNotFoundError:
+        raise WeightsError(f"{file}: expected a safetensors file; there is none") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise WeightsError(f"{file}: got {reason}, expected a whole safetensors file") from error
+    end = 8 + length
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.num_bytes)):
+        if stored.offset != end:
+            raise WeightsError(f"{file}: {name}: got offset {stored.offset}, expected {end}: the header is damaged")
+        end += stored.spec.num_bytes
+    if end != size:
+        what = "is truncated" if size < end else "has bytes that belong to no tensor"
+        raise WeightsError(f"{file} {what}: got {size} bytes, expected {end}")
+    return tensors
+
+
+def _locate(file: Path, start: int, fields: Mapping[str, Any]) -> Stored:
+    if fields["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {fields['dtype']!r}")
+    spec = Spec(DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"]))
+    begin, end = fields["data_offsets"]
+    if min(spec.shape, default=0) < 0 or end - begin != spec.num_bytes:
+        raise ValueError(f"{end - begin} bytes for {spec}")
+    return Stored(spec, file, start + begin)
+
+
+def list_model(folder: Path) -> dict[str, Stored]:
+    """Returns the tensors of a model's files: those of the index, where there is one, else all `model*.safetensors`.
+
+    Raises:
+        WeightsError: there are none, they are damaged, or index and files disagree, all of which is listed.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if (folder / INDEX).exists():
+        return _list_indexed(folder, files)
+    if not files:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+        advice = "; pickles are never read: save the model with safe_serialization=True" if others else ""
+        raise WeightsError(f"{folder}: got {others or 'no weights'}, expected model*.safetensors{advice}")
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        listed = list_file(file)
+        if twice := sorted(tensors.keys() & listed.keys()):
+            raise WeightsError(f"{file}: got {', '.join(twice)} a second time, expected every tensor once")
+        tensors |= listed
+    return tensors
+
+
+def _list_indexed(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
+    index = read_json(folder / INDEX)
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise WeightsError(f"{folder / INDEX}: got no weight_map, expected one from tensors to files")
+    named = sorted(set(where.values()))
+    if outside := [name for name in named if Path(name).name != name]:
+        raise WeightsError(f"{folder / INDEX}: got files {outside}, expected names of files beside it")
+    problems = [f"{name} is not there" for name in named if not (folder / name).exists()]
+    problems += [f"{file.name} is not in the index" for file in files if file.name not in named]
+    listed = {name: list_file(folder / name) for name in named if (folder / name).exists()}
+    for name, file in where.items():
+        if file in listed and name not in listed[file]:
+            problems.append(f"{name}: not in {file}, where the index has it")
+    for file, tensors in listed.items():
+        problems += [f"{name}: in {file}, not so in the index" for name in tensors if where.get(name) != file]
+    if problems:
+        raise WeightsError(f"{folder / INDEX} and the files disagree:\n  " + "\n  ".join(problems))
+    return {name: listed[file][name] for name, file in where.items()}
+
+
+def check_tensors(what: Any, tensors: Tensors, expected: Mapping[str, Spec]) -> None:
+    """Compares names, dtypes and shapes.
+
+    Args:
+        what: begins the message, such as the folder.
+        tensors: what is there.
+        expected: what should be.
+
+    Raises:
+        WeightsError: lists all that differ.
+    """
+    problems = [f"missing {name} {spec}" for name, spec in expected.items() if name not in tensors]
+    problems += [f"unknown {name} {stored.spec}" for name, stored in tensors.items() if name not in expected]
+    problems += [
+        f"{name}: got {tensors[name].spec}, expected {spec}"
+        for name, spec in expected.items()
+        if name in tensors and tensors[name].spec != spec
+    ]
+    if problems:
+        raise WeightsError(f"{what}: {len(problems)} tensor(s) do not fit:\n  " + "\n  ".join(problems))
+
+
+def write_file(
+    file: Path,
+    specs: Mapping[str, Spec],
+    values: Iterable[tuple[str, np.ndarray]],
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Writes a file, of which no more than one tensor is in memory.
+
+    Args:
+        file: a new one.
+        specs: of the tensors, in the order of their values.
+        values: name and value of each; taken one at a time.
+        on_bytes: called with the size of every tensor that is written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.num_bytes
+        header[name] = {"dtype": CODES[spec.dtype], "shape": spec.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    values = iter(values)
+    with file.open("xb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for expected, spec in specs.items():
+            name, value = next(values)
+            if (name, value.dtype.name, value.shape) != (expected, *spec):
+                raise ValueError(f"{file}: got {name} {value.dtype.name}{value.shape}, expected {expected} {spec}")
+            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            on_bytes(spec.num_bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_model(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    values: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_bytes: int,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Writes `model-0000i-of-0000n.safetensors` and their index.
+
+    Args:
+        folder: where there are none yet.
+        specs: of the tensors, in the order of their values.
+        values: name and value of each; taken one at a time.
+        max_bytes: of the tensors of one file; a tensor that is larger has a file of its own.
+        on_bytes: called with the size of every tensor that is written.
+    """
+    shards: list[dict[str, Spec]] = [{}]
+    for name, spec in specs.items():
+        if shards[-1] and sum(other.num_bytes for other in shards[-1].values()) + spec.num_bytes > max_bytes:
+            shards.append({})
+        shards[-1][name] = spec
+    values, where = iter(values), {}
+    for number, shard in enumerate(shards, start=1):
+        file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(file, shard, values, on_bytes)
+        where |= dict.fromkeys(shard, file.name)
+    total = sum(spec.num_bytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,185 @@
+"""Tables of where the leaves of our trees are in the tensors of other formats, read and written along them.
+
+An entry's tensors are rearranged, never computed with: both directions are views, and the numbers keep their bits.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stare_jax.types import Array, PyTree
+from stare_jax.weights.safetensors_folder import Spec, Tensors, read
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""of the tensors of a model."""
+Leaves = Callable[[str], np.ndarray]
+"""path of a parameter -> its value, read when it is asked for."""
+Named = Iterator[tuple[str, np.ndarray]]
+_NUM_IN = {"linear": 1, "heads": 2, "pointwise": 1}
+
+
+class Entry(NamedTuple):
+    """Where one leaf of our tree comes from."""
+
+    names: tuple[str, ...]
+    """its tensors: one, or those that are stacked, the last of the stacked axes fastest."""
+    kind: str
+    """"same"; "vector", flat; "leading", without our first axis, of one; "linear", transposed, with one input axis;
+    "heads", with two; "per_head", each head's matrix transposed; "conv"; "pointwise", a convolution of 1x1."""
+    num_stacked: int = 0
+    """leading axes of ours over which tensors are stacked: none, the layers, or layers and one more."""
+
+
+def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
+    """Returns the shape of one of an entry's tensors in our arrangement, given that of the leaf."""
+    return shape[entry.num_stacked :]
+
+
+def checkpoint_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Returns the shape that a leaf of ours, without its stacked axes, has in the checkpoint."""
+    if kind == "same":
+        return shape
+    if kind == "vector":
+        return (math.prod(shape),)
+    if kind == "leading":
+        return shape[1:]
+    if kind == "conv":
+        height, width, channels, features = shape
+        return (features, channels, height, width)
+    if kind == "pointwise":
+        channels, features = shape
+        return (features, channels, 1, 1)
+    if kind == "per_head":
+        num_heads, num_in, head_dim = shape
+        return (num_heads * head_dim, num_in)
+    num_in = _NUM_IN[kind]
+    return (math.prod(shape[num_in:]), math.prod(shape[:num_in]))
+
+
+def to_ours(tensor: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """Returns one tensor of the checkpoint as a view in our arrangement, of the given shape."""
+    if kind == "conv":
+        return tensor.transpose(2, 3, 1, 0)
+    if kind in ("same", "vector", "leading"):
+        return tensor.reshape(shape)
+    if kind == "per_head":
+        num_heads, num_in, head_dim = shape
+        return tensor.reshape(num_heads, head_dim, num_in).transpose(0, 2, 1)
+    num_in = _NUM_IN[kind]
+    # Axes are taken apart before they change places: a reshape after the transposition would copy.
+    apart = tensor.reshape(*shape[num_in:], *shape[:num_in])
+    num_out = len(shape) - num_in
+    return apart.transpose(*range(num_out, len(shape)), *range(num_out))
+
+
+def to_checkpoint(leaf: np.ndarray, kind: str) -> np.ndarray:
+    """Returns a leaf of ours, without its stacked axes, as the checkpoint arranges it."""
+    shape = checkpoint_shape(leaf.shape, kind)
+    if kind == "conv":
+        return leaf.transpose(3, 2, 0, 1)
+    if kind in ("same", "vector", "leading"):
+        return leaf.reshape(shape)
+    if kind == "per_head":
+        return leaf.transpose(0, 2, 1).reshape(shape)
+    num_in = _NUM_IN[kind]
+    return leaf.transpose(*range(num_in, leaf.ndim), *range(num_in)).reshape(shape)
+
+
+def table_specs(
+    table: Mapping[str, Entry], shapes: Mapping[str, jax.ShapeDtypeStruct], dtype: str | Mapping[str, str]
+) -> dict[str, Spec]:
+    """Returns the tensors of a table, in its order, given the shapes of our leaves, and the type or each tensor's."""
+    return {
+        name: Spec(dtype_of(name, dtype), checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind))
+        for path, entry in table.items()
+        for name in entry.names
+    }
+
+
+def dtype_of(name: str, dtype: str | Mapping[str, str]) -> str:
+    """Returns the type of a tensor where all have the same, or each its own."""
+    return dtype if isinstance(dtype, str) else dtype[name]
+
+
+def table_values(table: Mapping[str, Entry], leaves: Leaves, dtype: str | Mapping[str, str]) -> Named:
+    """Yields the tensors of a table, one after the other, as the checkpoint has them."""
+    for path, entry in table.items():
+        leaf = leaves(path)
+        layers = leaf.reshape(-1, *layer_shape(leaf.shape, entry))
+        for layer, name in zip(layers, entry.names, strict=True):
+            yield name, to_checkpoint(layer, entry.kind).astype(jnp.dtype(dtype_of(name, dtype)), copy=False)
+
+
+def read_tree(
+    table: Mapping[str, Entry],
+    tensors: Tensors,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> PyTree:
+    """Reads all leaves of a table, one after the other.
+
+    Args:
+        table: where the leaves are.
+        tensors: checked.
+        wanted: shape, dtype and, where the leaf is not to be a NumPy array, sharding of each.
+        on_bytes: called with the size of every leaf that is read.
+    """
+    tree: PyTree = {}
+    for path, entry in table.items():
+        leaf = wanted[path]
+        insert(tree, path, place(leaf, lambda index, part=(entry, leaf): read_leaf(*part, tensors, index)))
+        on_bytes(leaf.size * jnp.dtype(leaf.dtype).itemsize)
+    return tree
+
+
+def read_leaf(
+    entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors, index: tuple[slice, ...] = (...,)
+) -> np.ndarray:
+    """Reads a part of one leaf, from as little of the files as it takes.
+
+    Args:
+        entry: where it is.
+        leaf: its whole shape, and the type to have it in.
+        tensors: checked.
+        index: the part.
+    """
+    inner, num_stacked = layer_shape(leaf.shape, entry), entry.num_stacked
+
+    def layer(name: str, index: tuple) -> np.ndarray:
+        return to_ours(read(tensors[name]), inner, entry.kind)[index]
+
+    if not num_stacked:
+        return np.array(layer(entry.names[0], index), leaf.dtype, order="C")
+    index = index if index != (...,) else (slice(None),) * len(leaf.shape)
+    names = np.array(entry.names, object).reshape(leaf.shape[:num_stacked])[index[:num_stacked]]
+    part = np.empty((*names.shape, *layer(names.flat[0], index[num_stacked:]).shape), leaf.dtype)
+    for where in np.ndindex(*names.shape):
+        part[where] = layer(names[where], index[num_stacked:])
+    return part
+
+
+def place(leaf: jax.ShapeDtypeStruct, part: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:
+    """Makes an array of parts, each where its sharding has it; a NumPy array where there is no sharding."""
+    if leaf.sharding is None:
+        return part((...,))
+    array = jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)
+    return array.block_until_ready()
+
+
+def insert(tree: dict, path: str, leaf: object) -> None:
+    """Puts a leaf into a nested dict at a path of names with slashes between."""
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = leaf
+
+
+def leaf_at(tree: Mapping, path: str) -> object:
+    """Returns the leaf of a nested dict at a path of names with slashes between."""
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree

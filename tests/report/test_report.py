@@ -1,0 +1,177 @@
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from stare_jax.evaluate.protocol import Episodes
+from stare_jax.evaluate.summary import summarize
+from stare_jax.logging import read_metrics
+from stare_jax.report import record
+from stare_jax.report.record import record_evaluation, telling_episodes
+from stare_jax.report.report import load_results, phase_seconds, print_report, write_report
+
+
+class Page(HTMLParser):
+    """Text, links and the nesting of a page."""
+
+    VOID = ("meta", "img", "source")
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.tags, self.open, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def page(run_directory):
+    return Page(write_report(run_directory).read_text())
+
+
+def test_report_is_whole_and_links_only_to_files_of_the_run(page, run_directory):
+    assert page.links and all((run_directory / unquote(link)).is_file() for link in page.links)
+    assert not any(link.startswith(("/", "http", "..")) for link in page.links)
+    linked = {Path(link).name for link in page.links}
+    assert {"ppo_1.mp4", "sft_1.mp4", "timeline_ppo.png", "filmstrip_sft.png", "success_dark.png"} <= linked
+    assert page.tags.count("video") == 4 and "script" not in page.tags
+
+
+def test_report_says_what_was_measured(page, run_directory):
+    sft, ppo = (result.summary for result in load_results(run_directory))
+    assert sft.success_once.value == 0 and ppo.success_once.value > 0
+    rate, low, high = (100 * x for x in ppo.success_once)
+    assert f"{rate:.1f} [{low:.1f}, {high:.1f}]" in page.text
+    assert "ppo − sft" in page.text and "simulator 100 %" in page.text and "update 80 %" in page.text
+    for heading in ("Success", "Stage by stage", "One episode, stage by stage", "Films", "Learning curves"):
+        assert heading in page.text
+    assert "0.98" in page.text and "<script>alert(1)</script>" in page.text  # the configuration, escaped
+
+
+def test_report_counts_the_pairs_by_kind(page):
+    assert "Preference pairs kind pairs success same start 11 stage other start 1 all 12" in " ".join(page.text.split())
+
+
+def test_report_can_be_written_again_from_the_files_alone(page, run_directory):
+    before = (run_directory / "report.html").read_text()
+    assert write_report(run_directory).read_text() == before
+
+
+def test_report_of_a_run_that_has_just_begun(tmp_path):
+    page = Page(write_report(tmp_path).read_text())
+    assert "No phase has been evaluated yet." in page.text and page.links == []
+
+
+def test_terminal_says_the_same(run_directory, capsys):
+    print_report(run_directory)
+    out = capsys.readouterr().out
+    rate, low, high = (100 * x for x in load_results(run_directory)[1].summary.success_once)
+    assert f"{rate:.1f} [{low:.1f}, {high:.1f}]" in out and "ppo − sft" in out and "contact" in out
+    assert max(map(len, out.splitlines())) < 100
+
+
+def test_terminal_of_a_run_that_has_just_begun(tmp_path, capsys):
+    print_report(tmp_path)
+    assert "no evaluation yet" in capsys.readouterr().out
+
+
+def test_phases_come_in_their_order(run_directory, tmp_path):
+    (tmp_path / "eval").mkdir()
+    document = (run_directory / "eval/ppo.json").read_text()
+    for phase in ("zero_shot", "ppo", "tpo", "expert", "sft"):
+        (tmp_path / f"eval/{phase}.json").write_text(document)
+    assert [result.phase for result in load_results(tmp_path)] == ["expert", "sft", "tpo", "ppo", "zero_shot"]
+    assert "tpo − expert" not in Page(write_report(tmp_path).read_text()).text
+
+
+def test_record_keeps_the_evaluation(run_directory, evaluated):
+    result = load_results(run_directory)[1]
+    assert str(result.summary) == str(summarize(evaluated[0]))
+    outcomes = [video["outcome"].split(",")[0] for video in result.media["videos"]]
+    assert outcomes == ["success", "failure"]
+    assert json.loads((run_directory / "eval/ppo.json").read_text())["info"]["env_id"] == "ToyPush-v0"
+
+
+def test_record_without_images_draws_the_timeline_alone(tmp_path, spec, evaluated):
+    evaluation, rollout = evaluated
+    blind = rollout.trajectory._replace(observation=rollout.trajectory.observation._replace(images={}))
+    record_evaluation(tmp_path, "sft", evaluation, rollout._replace(trajectory=blind), spec, num_videos=2)
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    assert files == ["eval/sft.json", "figures/timeline_sft.png", "figures/timeline_sft_dark.png"]
+
+
+def test_films_that_fail_cost_neither_the_numbers_nor_the_run(tmp_path, spec, evaluated, monkeypatch, capsys):
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\necho no codec >&2\necho no film >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
+    run = tmp_path / "run"
+    record_evaluation(run, "sft", *evaluated, spec, num_videos=2, settings={"num_episodes": 12})
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: sft: some of its films") and warning.endswith("ffmpeg failed: no codec no film")
+    (result,) = load_results(run)
+    assert str(result.summary) == str(summarize(evaluated[0]))
+    assert result.media["settings"] == {"num_episodes": 12} and "filmstrip" in result.media
+    assert "video" not in Page(write_report(run).read_text()).tags
+
+
+def test_numbers_are_on_disk_before_the_first_picture(tmp_path, spec, evaluated, monkeypatch):
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "draw_timeline", die)
+    with pytest.raises(KeyboardInterrupt):
+        record_evaluation(tmp_path, "sft", *evaluated, spec)
+    (result,) = load_results(tmp_path)
+    assert str(result.summary) == str(summarize(evaluated[0]))
+
+
+def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated):
+    with pytest.raises(ValueError, match="phase: got '../x'"):
+        record_evaluation(tmp_path, "../x", *evaluated, spec)
+
+
+@pytest.mark.parametrize(
+    ("success", "num_episodes", "expected"),
+    [
+        ([0, 1, 1, 0, 1], 4, [1, 0, 2, 3]),  # in turn, a success first
+        ([1, 1, 1, 1, 0], 4, [0, 4, 1, 2]),
+        ([0, 0, 0, 0, 1], 3, [4, 0, 1]),
+        ([0, 0, 1], 1, [2]),
+        ([0, 0], 1, [0]),
+        ([1, 0], 0, []),
+    ],
+)
+def test_films_show_successes_and_failures(success, num_episodes, expected):
+    success = np.array(success, bool)
+    fields = dict.fromkeys(Episodes._fields, success) | {"valid": np.ones(len(success), bool)}
+    assert telling_episodes(Episodes(**fields), num_episodes) == expected
+
+
+def test_lost_episodes_are_not_filmed():
+    fields = dict.fromkeys(Episodes._fields, np.array([True, True])) | {"valid": np.array([False, True])}
+    assert telling_episodes(Episodes(**fields), 2) == [1]
+
+
+def test_seconds_by_area(run_directory):
+    lines = read_metrics(run_directory)
+    assert phase_seconds(lines, "sft") == {"update": 120.0, "data": 30.0}
+    assert phase_seconds(lines, "ppo") == {"env": 21.0}

@@ -1,0 +1,156 @@
+"""What a compiled program exchanges between devices, and where: read from XLA's text."""
+
+import collections
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from stare_jax.models.nn.heads import NUM_BINS
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
+"""what weights and their gradients take; the others move activations from one layout to another."""
+IN_LAYERS = re.compile(r"\b(layers|blocks|encoderblock)/")
+"""in the paths of what is in a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
+
+
+class Collective(NamedTuple):
+    """One operation; one that combines several arrays has several sizes."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    """elements of what one device has afterwards."""
+    num_loops: int
+    """loops around it in the compiled program."""
+    num_written: int
+    """loops around it in the program as it was written."""
+    source: str
+    """path of names in the program as it was written."""
+
+    def __str__(self):
+        return f"{self.kind} of {self.sizes} elements in {self.num_loops} loop(s), from {self.source or 'nowhere'}"
+
+
+def read_collectives(text: str) -> list[Collective]:
+    """Reads the collectives of `compiled.as_text()`."""
+    computations = _computations(text)
+    callers = {}
+    for name, lines in computations.items():
+        for line in lines:
+            for role, callee in re.findall(r"(\w+)=%?([\w.\-]+)", line):
+                callers.setdefault(callee, (name, role == "body"))
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for callee in branches.split(","):
+                    callers.setdefault(callee.strip().lstrip("%"), (name, False))
+
+    def num_loops(name):
+        caller, is_body = callers.get(name, (None, False))
+        return is_body + (num_loops(caller) if caller is not None else 0)
+
+    return [
+        found._replace(num_loops=num_loops(name))
+        for name, lines in computations.items()
+        for found in map(_read, lines)
+        if found is not None
+    ]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Returns the instructions of every computation by its name."""
+    computations, current = {}, []
+    for line in text.splitlines():
+        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations.setdefault(match.group(1), [])
+        elif " = " in line:
+            current.append(line)
+    return computations
+
+
+def _read(line: str) -> Collective | None:
+    match = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line)
+    kind = match and match.group(2).removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    shapes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
+    sizes = tuple(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
+    source = re.search(r'op_name="([^"]*)"', line)
+    source = source.group(1) if source else ""
+    return Collective(kind, sizes, 0, source.count("while/body"), source)
+
+
+def not_zero3(
+    found: Sequence[Collective], leaves: Sequence[tuple[str, tuple[int, ...], bool]], num_passes: Mapping[str, int]
+) -> list[str]:
+    """Returns what a program exchanges that fully sharded data parallelism, on a mesh of `fsdp` alone, does not.
+
+    Inside a loop over layers that is the weights of one layer, gathered once in every pass, and sums of their
+    gradients; no activations. Outside of it, the same of all other weights, of the output layer as many columns as are
+    used, and what the lookup of embeddings takes.
+
+    Args:
+        found: see `read_collectives`.
+        leaves: path, shape, and whether it is split, of every parameter.
+        num_passes: how often the loop over the layers of a stack is in the program, see the function of this name.
+    """
+    in_layers, elsewhere, missing = set(), {1}, collections.Counter()
+    for path, shape, is_split in leaves:
+        if IN_LAYERS.search(path):
+            size = math.prod(shape[1:])
+            in_layers.add(size)
+            missing[_stack(path), size] += num_passes[_stack(path)] * is_split
+        else:
+            elsewhere |= {math.prod(shape), shape[0] * NUM_BINS} if "lm_head" in path else {math.prod(shape)}
+    # A tower's class token and registers are put together before anything is done with them.
+    for tower in ("dino", "siglip"):
+        elsewhere.add(
+            sum(math.prod(shape) for path, shape, _ in leaves if re.search(rf"{tower}/(cls|reg)_token", path))
+        )
+    problems = moved_out(found)
+    for one in found:
+        if IN_LAYERS.search(one.source):
+            if one.kind not in OF_WEIGHTS or not in_layers.issuperset(one.sizes):
+                problems.append(f"not weights of a layer: {one}")
+            if one.kind == "all-gather":
+                missing.subtract((_stack(one.source), size) for size in one.sizes)
+        elif one.kind not in OF_WEIGHTS or not ("llm.embed/" in one.source or elsewhere.issuperset(one.sizes)):
+            problems.append(f"not weights: {one}")
+    counts = [f"{stack}: {n} gathers too few of {size} elements" for (stack, size), n in missing.items() if n]
+    return problems + counts
+
+
+def moved_out(found: Sequence[Collective]) -> list[str]:
+    """Returns the collectives of layers that the compiler has moved out of a loop: those of all layers at once."""
+    of_layers = [one for one in found if IN_LAYERS.search(one.source)]
+    return [f"moved out of its loop: {one}" for one in of_layers if one.num_loops != one.num_written]
+
+
+STACKS = ("dino", "siglip", "img", "llm", "expert")
+"""of layers, in the paths of both models; `expert` is the second one in pi0.5's language model."""
+
+
+def num_passes(
+    phase: str, trained: str, *, scores_first: bool = False, has_reference: bool = False, decodes: bool = False
+) -> dict[str, int]:
+    """Returns how often a program reads the layers of each of `STACKS`: once, and once more where it learns.
+
+    Args:
+        phase: "sft", "tpo", "ppo" or "sample".
+        trained: "full", "lora" or, of pi0.5 alone, "expert". Adapters of pi0.5 leave its vision tower as it is.
+        scores_first: whether all decisions are scored before some are differentiated.
+        has_reference: whether a reference scores them, too; it shares what images and text become where all of
+            that is frozen.
+        decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
+    """
+    twice = () if not has_reference else ("expert",) if trained == "expert" else STACKS
+    passes = {stack: 1 + scores_first + (stack in twice) for stack in STACKS}
+    if phase == "sample":
+        return passes | {"llm": 1 + decodes}
+    still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]
+    return {stack: number + (stack not in still) for stack, number in passes.items()}
+
+
+def _stack(path: str) -> str:
+    """Returns of which of `STACKS` a parameter or an operation is."""
+    stack = re.findall(r"(dino|siglip|llm|img)(?:\.\w+)?/", path)[-1]
+    return "expert" if stack == "llm" and re.search(r"_1/", path) else stack

@@ -1,0 +1,121 @@
+"""Compiles a model of full size for eight fake devices without allocating it; run by the tests beside it.
+
+    python tests/train/compile_full_size.py ppo 8 1             # phase, fsdp, tensor: OpenVLA-7B's adapters
+    python tests/train/compile_full_size.py sample 8 1
+    python tests/train/compile_full_size.py ppo 8 1 full        # all weights, not adapters
+    python tests/train/compile_full_size.py ppo 8 1 pi05        # the words of `configs.recipes`: the action expert
+    python tests/train/compile_full_size.py sft 8 1 pi05 full
+
+prints what it found as one line of JSON.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from collectives import moved_out, not_zero3, num_passes, read_collectives
+from jax.sharding import NamedSharding
+
+from configs import ipi_widowx
+from stare_jax.config import from_dict
+from stare_jax.models import make_policy
+from stare_jax.models.normalize import identity_stats
+from stare_jax.runs.ipi import IPIConfig, MeshConfig, abstract_params
+from stare_jax.runs.plan import plan_run
+from stare_jax.sharding.mesh import batch_sharding, make_mesh, path_name
+from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
+from stare_jax.train.steps import lower_step, make_ppo_step, make_sft_step, make_tpo_step
+
+# Nothing is run: what makes programs fast may be left out.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def load(fsdp, tensor, words):
+    values = ipi_widowx.get_config(",".join(["PutCarrotOnPlateInScene-v1", *words])).to_dict()
+    values.pop("name")
+    return dataclasses.replace(from_dict(IPIConfig, values), mesh=MeshConfig(1, fsdp, tensor))
+
+
+def lower_phase(phase, config, policy, mesh):
+    """The step of a phase as `train_*` compiles it, and the arguments that it reuses and that it only reads."""
+    section, plan = getattr(config, phase), plan_run(config)[phase]
+    state, batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), plan[:2]
+    )
+    tx = make_optimizer(section.optimizer, num_steps=None if phase == "ppo" else 10)
+    if phase == "sft":
+        tx = keep_average(tx, section.ema_decay)
+    make_step = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}[phase]
+    trainable, frozen = split_params(state.params, frozen_params(policy, section.optimizer))
+    reference = trainable if phase == "ppo" and section.kl_coef is not None else None
+    extra = (np.bool_(True), np.float32(0.0), reference) if phase == "ppo" else ()
+    lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
+    # A compiled program is not given what it does not read: values are asked for in PPO alone, and not of a reference.
+    read = (frozen if phase == "ppo" else without_value(frozen), batch, without_value(reference or {}))
+    return lowered, state.replace(params=trainable), read
+
+
+def without_value(params):
+    return {name: leaf for name, leaf in params.items() if name != "value_head"}
+
+
+def lower_sampling(policy, mesh, size=64):
+    params = abstract_params(policy, mesh)
+    sharding = batch_sharding(mesh)
+    shapes = policy.observation_shape(size)
+    observation = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    sample = functools.partial(policy.sample, temperature=1.0)
+    return jax.jit(sample).lower(params, observation, jax.random.key(0)), (), (params, observation)
+
+
+def bytes_on_a_device(tree):
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
+
+
+def main(phase, fsdp, tensor, *words):
+    config = load(fsdp, tensor, words)
+    policy = make_policy(config.model, identity_stats(config.model.action_dim, config.model.state_dim))
+    mesh = make_mesh(fsdp=fsdp, tensor=tensor)
+    start = time.perf_counter()
+    if phase == "sample":
+        lowered, moving, read = lower_sampling(policy, mesh)
+    else:
+        lowered, moving, read = lower_phase(phase, config, policy, mesh)
+    compiled = lowered.compile(compiler_options=QUICK)
+    seconds = time.perf_counter() - start
+    found, memory = read_collectives(compiled.as_text()), compiled.memory_analysis()
+    params = jax.tree.leaves_with_path(abstract_params(policy, mesh))
+    leaves = [(path_name(path), leaf.shape, not leaf.sharding.is_fully_replicated) for path, leaf in params]
+    trained = "full" if "full" in words else "expert" if "pi05" in words and "lora" not in words else "lora"
+    has_reference = phase == "ppo" and config.ppo.kl_coef is not None
+    passes = num_passes(
+        phase, trained, scores_first=phase == "tpo", has_reference=has_reference, decodes="pi05" not in words
+    )
+    largest = max(found, key=lambda one: max(one.sizes))
+    print(
+        json.dumps(
+            {
+                "not_zero3": not_zero3(found, leaves, passes),
+                "moved_out": moved_out(found),
+                "largest": max(largest.sizes),
+                "largest_is": str(largest),
+                "argument_bytes": memory.argument_size_in_bytes,
+                "expected_bytes": bytes_on_a_device((moving, read)),
+                "reused_bytes": memory.alias_size_in_bytes,
+                "moving_bytes": bytes_on_a_device(moving),
+                "temporary_bytes": memory.temp_size_in_bytes,
+                "compile_s": seconds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -1,0 +1,62 @@
+"""Dataclasses to dicts and back; every mistake names its field."""
+
+import dataclasses
+
+import pytest
+
+from stare_jax.config import ConfigError, from_dict, to_dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self):
+        if self.rate <= 0:
+            raise ValueError(f"rate: got {self.rate}, expected > 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    width: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    name: str = "a"
+    flag: bool = False
+    inner: Inner = Inner()
+    pairs: tuple[tuple[float, int], ...] = ((0.0, 1),)
+    limit: float | None = None
+    either: Inner | Other = Inner()
+
+
+def test_round_trip():
+    config = Outer(inner=Inner(rate=0.25, sizes=(3,)), pairs=((0.5, 2), (1.0, 3)), limit=2.0, either=Other(width=7))
+    assert from_dict(Outer, to_dict(config)) == config
+
+
+def test_integers_become_floats_where_floats_are_expected():
+    config = from_dict(Outer, {"inner": {"rate": 1}, "limit": 3})
+    assert type(config.inner.rate) is float and type(config.limit) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nam": "b"}, r"config: unknown field\(s\) nam; expected some of either, flag"),
+        ({"inner": {"rat": 1.0}}, r"config\.inner: unknown field\(s\) rat"),
+        ({"inner": {"rate": "fast"}}, r"config\.inner\.rate: got 'fast', expected float"),
+        ({"inner": {"rate": -1.0}}, r"config\.inner: rate: got -1\.0, expected > 0"),
+        ({"inner": 3}, r"config\.inner: got 3, expected the fields of Inner"),
+        ({"flag": 1}, r"config\.flag: got 1, expected bool"),
+        ({"inner": {"sizes": (1, 2.5)}}, r"config\.inner\.sizes\[1\]: got 2\.5, expected int"),
+        ({"pairs": ((0.5, 2, 3),)}, r"config\.pairs\[0\]: got 3 items"),
+        ({"limit": "none"}, r"config\.limit: got 'none', expected float"),
+        ({"either": {"breadth": 1}}, r"config\.either: .*Inner or Other"),
+    ],
+)
+def test_mistakes_name_their_field(values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict(Outer, values)

@@ -1,0 +1,191 @@
+"""Runs of pi0.5 that start from weights of others, and their export: adapters, heads, statistics."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import convert as command
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pi05_files
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from openvla_files import random_normal
+from pi05_files import SMALL, bits, read_openpi
+from safetensors.numpy import load_file
+
+from stare_jax.config import ConfigError, to_dict
+from stare_jax.envs import EnvConfig
+from stare_jax.models import LoRAConfig, make_policy, merge_adapters, pi05_base, pi05_state
+from stare_jax.models.nn.linear import Execution
+from stare_jax.runs.ipi import IPIConfig
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.stages import get_task
+from stare_jax.state.checkpoint import load_extra, load_norm_stats, param_shapes, save_params
+from stare_jax.types import NormStats
+from stare_jax.weights.load import starting_params
+from stare_jax.weights.pi05.read import HEADS
+from stare_jax.weights.pi05.sizes import read_sizes
+from stare_jax.weights.safetensors_folder import WeightsError
+
+ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)
+SHAPES = pi05_files.tree_shapes(SMALL)
+LORA = LoRAConfig(rank=2, alpha=2.0, targets=(r"^PaliGemma/llm/layers/(attn|mlp)",))
+STATS = NormStats(
+    np.linspace(-2, -1, 7, dtype=np.float32),
+    np.linspace(1, 2, 7, dtype=np.float32),
+    np.arange(7) < 6,
+    *(np.zeros(0, np.float32),) * 2,
+)
+
+
+def convert(*arguments):
+    return command.main([str(argument) for argument in arguments])
+
+
+def model_config(**changes):
+    small = {"value_dims": (8,), "prompt_length": 4, "horizon": 2, "chunk": 1, "execution": Execution()}
+    return dataclasses.replace(read_sizes("x", SHAPES, pi05_base()), **small | changes)
+
+
+def flat(params):
+    return {"/".join(path): leaf for path, leaf in flatten_dict(jax.device_get(params)).items()}
+
+
+def start(source, config):
+    """What the first phase of a run begins with."""
+    return flat(starting_params(Path(source), make_policy(config, STATS), config, make_mesh(), jax.random.key(0)))
+
+
+def save_run(directory, config, params):
+    """A run that ended with these parameters."""
+    directory.mkdir(parents=True)
+    run = IPIConfig(ENV, config, get_task(ENV.env_id).params)
+    (directory / "config.json").write_text(json.dumps(to_dict(run)))
+    nested = unflatten_dict({tuple(path.split("/")): jnp.asarray(leaf) for path, leaf in params.items()})
+    save_params(directory / "ppo" / "checkpoints", 40, nested, extra={}, norm_stats=STATS)
+    return directory / "ppo"
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return random_normal(SHAPES)
+
+
+@pytest.fixture(scope="module")
+def theirs(tree, tmp_path_factory):
+    """The same weights as openpi and as lerobot have them."""
+    folder = tmp_path_factory.mktemp("theirs")
+    pi05_files.write_openpi(folder / "openpi", tree)
+    pi05_files.write_port(folder / "lerobot", pi05_files.to_port(tree), prefix="model.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(tree):
+    """openpi's tree with adapters of every product of the language model, all of rank 2."""
+    rng, more = np.random.default_rng(1), {}
+    for path, shape in SHAPES.items():
+        if path.startswith("PaliGemma/llm/layers/") and ("einsum" in path or path.endswith("linear")):
+            prefix = path.removesuffix("w") if path.endswith("/w") else f"{path}_"
+            more[f"{prefix}lora_a"] = rng.normal(0, 0.1, (*shape[:-1], 2)).astype(np.float32)
+            more[f"{prefix}lora_b"] = rng.normal(0, 0.1, (*shape[:-2], 2, shape[-1])).astype(np.float32)
+    assert len(more) == 20
+    return tree | more
+
+
+def test_a_run_starts_from_either_format_as_from_a_converted_folder(tree, theirs, tmp_path):
+    config = model_config(noise="learned", frozen=("^PaliGemma/img/",), execution=Execution(dtype="bfloat16"))
+    started = start(theirs / "openpi", config)
+    expected = {p: x.astype(jnp.bfloat16) if p.startswith("PaliGemma/img/") else x for p, x in tree.items()}
+    assert bits({path: started[path] for path in tree}) == bits(expected)
+    assert {path.split("/")[0] for path in started.keys() - tree.keys()} == {"value_head", "noise_head"}
+    assert bits(start(theirs / "lerobot", config)) == bits(started)
+    plain = model_config(value_dims=(1024, 512, 256))
+    assert convert(f"--from={theirs / 'lerobot'}", f"--to={tmp_path / 'ours'}") == 0
+    again = start(tmp_path / "ours", plain)
+    assert bits({path: again[path] for path in tree}) == bits(tree)
+
+
+def test_what_does_not_fit_a_run_is_refused(theirs):
+    wide = model_config(expert=dataclasses.replace(model_config().expert, mlp_dim=21))
+    message = r"linear: got float32\[3, 20, 16\], expected float32\[3, 21, 16\]"
+    with pytest.raises(WeightsError, match=message):
+        start(theirs / "openpi", wide)
+    with pytest.raises(WeightsError, match="model.stem = \\(4,\\), expected one that openpi's checkpoints have"):
+        start(theirs / "openpi", model_config(stem=(4,), image_size=56))
+    blind = pi05_state(0 + 3)
+    with pytest.raises(WeightsError, match="model.state_tokens = 4"):
+        stats = STATS._replace(state_q01=np.zeros(3, np.float32), state_q99=np.ones(3, np.float32))
+        policy = make_policy(blind, stats)
+        starting_params(theirs / "openpi", policy, blind, make_mesh(), jax.random.key(0))
+
+
+def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
+    config = model_config(noise="learned")
+    params = start(theirs / "openpi", config)
+    run = save_run(tmp_path / "run", config, params)
+    assert convert(f"--from={run}", f"--to={tmp_path / 'out'}") == 0
+    assert bits(read_openpi(tmp_path / "out")) == bits(tree)
+    assert convert(f"--from={run}", f"--to={tmp_path / 'port'}", "--to-format=lerobot", "--stats-name=my/robot") == 0
+    assert (
+        bits(load_file(tmp_path / "port" / "model.safetensors")).items()
+        >= bits({f"model.{name}": tensor for name, tensor in pi05_files.to_port(tree).items()}).items()
+    )
+    # Statistics are the run's; a dimension that passes through is its own normalised value.
+    stats = json.loads((tmp_path / "port" / "assets" / "my" / "robot" / "norm_stats.json").read_text())["norm_stats"]
+    assert stats["actions"]["q99"][5:] == [pytest.approx(1 + 5 / 6), 1.0] and stats["actions"]["q01"][6] == -1.0
+    assert (tmp_path / "out" / "assets" / ENV.env_id / "norm_stats.json").exists()
+    # Both heads come back from the side file, whose names are RL4VLA's.
+    heads = load_file(tmp_path / "out" / HEADS)
+    assert heads["head_l1.weight"].shape == (8, 24) and heads["noise_head.out.weight"].shape == (9, 64)
+    assert convert(f"--from={tmp_path / 'out'}", f"--to={tmp_path / 'ours'}") == 0
+    model = load_extra(tmp_path / "ours" / "checkpoints")["model"]
+    assert (model["noise"], model["value_dims"], model["action_dim"]) == ("learned", [8], 7)
+    assert bits(start(tmp_path / "ours", config)) == bits(params)
+    assert "openpi; 0 of them are not there" in capsys.readouterr().out
+    np.testing.assert_array_equal(
+        load_norm_stats(tmp_path / "ours" / "checkpoints").action_q01[:6], STATS.action_q01[:6]
+    )
+
+
+def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path, capsys):
+    theirs, ours = pi05_files.write_openpi(tmp_path / "theirs", adapted), tmp_path / "ours"
+    assert convert(f"--from={theirs}", f"--to={ours}") == 0
+    assert "--config.model.lora.rank=2 --config.model.lora.alpha=2.0" in capsys.readouterr().out
+    assert adapted.keys() < param_shapes(ours / "checkpoints").keys()
+    lora = load_extra(ours / "checkpoints")["model"]["lora"]
+    config = model_config(lora=LORA, value_dims=(1024, 512, 256))
+    assert all(LORA.adapts(module.strip("^$")) for module in lora["targets"]) and len(lora["targets"]) == 10
+    for source in (theirs, ours):
+        started = start(source, config)
+        assert bits({path: started[path] for path in adapted}) == bits(adapted)
+    with pytest.raises(ConfigError, match="lora.alpha: got 4.0, expected the rank 2"):
+        start(theirs, dataclasses.replace(config, lora=dataclasses.replace(LORA, alpha=4.0)))
+    with pytest.raises(WeightsError, match="unknown PaliGemma/llm/layers/attn/attn_vec_einsum/lora_a"):
+        start(theirs, model_config())
+    # Back only as what they compute together.
+    assert convert(f"--from={ours}", f"--to={tmp_path / 'x'}") == 1
+    assert "merge: got False, expected True for parameters with 10 adapters" in capsys.readouterr().err
+    assert convert(f"--from={ours}", f"--to={tmp_path / 'merged'}", "--merge") == 0
+    nested = unflatten_dict({tuple(path.split("/")): leaf for path, leaf in adapted.items()})
+    expected, got = flat(merge_adapters(nested, LORA)), read_openpi(tmp_path / "merged")
+    assert got.keys() == tree.keys() == expected.keys()
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(got[path], leaf, atol=1e-6, err_msg=path)
+    moved = [path for path in tree if not np.array_equal(got[path], tree[path])]
+    assert len(moved) == 10
+
+
+def test_fresh_adapters_beside_weights_of_others(tree, theirs):
+    started = start(theirs / "lerobot", model_config(lora=LORA))
+    assert bits({path: started[path] for path in tree}) == bits(tree)
+    assert sum(path.endswith("lora_a") for path in started) == 10
+
+
+def test_adapters_of_several_ranks_are_refused(adapted, tmp_path, capsys):
+    path = "PaliGemma/llm/layers/attn/q_einsum_1/lora_a"
+    other = adapted | {path: np.concatenate([adapted[path]] * 2, axis=-1)}
+    assert convert(f"--from={pi05_files.write_openpi(tmp_path / 'two', other)}", f"--to={tmp_path / 'x'}") == 1
+    assert "got adapters of several ranks, expected one" in capsys.readouterr().err
