@@ -6,7 +6,8 @@ from stare_jax.envs.experts.base import Expert, execution_noise, make_expert
 from stare_jax.envs.maniskill.batched import decided, start_batch
 from stare_jax.envs.maniskill.building import MissingAssetsError
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
-from stare_jax.envs.pool.workers import SimulatorError, SimulatorPool
+from stare_jax.envs.base import SimulatorError
+from stare_jax.envs.pool.workers import SimulatorPool
 
 __all__ = [
     "BACKENDS",
