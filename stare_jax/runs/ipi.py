@@ -103,7 +103,7 @@ class IPIConfig:
         if self.model.lora is None and param_dtype != "float32":
             raise ValueError(
                 f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
-                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
+                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen_patterns)"
             )
 
     @property
@@ -285,7 +285,7 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
     def batches(start_step):
         order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
-        order |= {"with_state": config.model.state_dim > 0, "horizon": policy.horizon}
+        order |= {"with_state": config.model.state_dim > 0, "horizon": policy.window}
         return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
 
     return train_sft(policy, params, batches, config.sft, experiment.run)
