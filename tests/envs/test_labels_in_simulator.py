@@ -217,7 +217,7 @@ def test_each_stage_s_potential_grades_the_states_of_the_expert(env_id, rollout)
     task = get_task(env_id)
     task = dataclasses.replace(task, params=dataclasses.replace(task.params, progressive=False))
     signals, _ = until_success(*rollout(env_id, succeeding))
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *signals[:-1])
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *signals)
     separation = separate(task, stacked)
     potential_t, stage_t = np.asarray(potentials(task, stacked, separation)), np.asarray(separation.stage_t)
     constant = {name for k, name in enumerate(task.stage_names) if len(np.unique(potential_t[stage_t == k])) == 1}
