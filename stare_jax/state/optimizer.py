@@ -134,7 +134,7 @@ def _schedule(config: OptimizerConfig, peak: float, num_steps: int | None) -> op
 
 def frozen_params(policy: Policy, config: OptimizerConfig) -> tuple[str, ...]:
     """Returns the regexes of the parameters that a phase does not train: those of the model and those of the phase."""
-    return (*policy.frozen, *config.freeze)
+    return (*policy.frozen_patterns, *config.freeze)
 
 
 def split_params(params: PyTree, freeze: Sequence[str]) -> tuple[PyTree, PyTree]:

@@ -18,7 +18,8 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages.potentials import potentials
 from stare_jax.stages.separate import separate
-from stare_jax.stages.shaping import shape_rewards, success_rewards
+from stare_jax.stages.rewards import success_rewards
+from stare_jax.stages.shaping import shape_rewards
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.types import Array, Observation, Signals, Trajectory
 

@@ -77,7 +77,7 @@ class SFTBatch(NamedTuple):
 
 def batch_shapes(config: SFTConfig, policy: Policy) -> SFTBatch:
     """Returns the batch of one optimiser step as `jax.ShapeDtypeStruct`s."""
-    rows = (config.batch_size,) if policy.horizon is None else (config.batch_size, policy.horizon)
+    rows = (config.batch_size,) if policy.window is None else (config.batch_size, policy.window)
     return SFTBatch(
         observation=policy.observation_shape(config.batch_size),
         action=jax.ShapeDtypeStruct((*rows, policy.action_dim), jnp.float32),

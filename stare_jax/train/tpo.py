@@ -114,7 +114,7 @@ def batch_shapes(config: TPOConfig, policy: Policy, *, horizon: int, num_stages:
         params = jax.eval_shape(policy.init, jax.random.key(0))
         decision = rows(jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).action_tokens)
     else:
-        decision = array((size, num_decisions, policy.horizon, policy.action_dim), jnp.float32)
+        decision = array((size, num_decisions, policy.window, policy.action_dim), jnp.float32)
     side = ScoredTrajectory(
         observation=rows(observation),
         decision=decision,
