@@ -43,10 +43,10 @@ ALLOWED = {
 CONFINED = {
     ("torch", "sapien", "mani_skill", "gymnasium"): ("stare_jax/envs/", "benchmarks/"),
     ("tensorflow", "tensorflow_datasets"): ("stare_jax/data/rlds_source.py",),
-    ("orbax",): ("stare_jax/state/checkpoint.py",),
+    ("orbax",): ("stare_jax/state/checkpoint.py", "stare_jax/state/leaves.py"),
     ("tensorboardX", "wandb"): ("stare_jax/logging",),
     ("absl",): ("launch/",),
-    ("flax",): ("stare_jax/models/", "stare_jax/types.py", "stare_jax/state/train_state.py"),
+    ("flax",): ("stare_jax/models/", "stare_jax/state/train_state.py"),
     ("rlax", "pytest"): (),
 }
 """Packages -> the only places, by the beginning of the path, that import them (tests apart)."""

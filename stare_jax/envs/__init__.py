@@ -1,12 +1,11 @@
 """Simulators behind one interface, `VecEnv`. Nothing outside this package imports PyTorch, SAPIEN or ManiSkill."""
 
-from stare_jax.envs.base import EnvStep, VecEnv
+from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.envs.config import BACKENDS, STATE_DIMS, EnvConfig
 from stare_jax.envs.experts.base import Expert, execution_noise, make_expert
 from stare_jax.envs.maniskill.batched import decided, start_batch
 from stare_jax.envs.maniskill.building import MissingAssetsError
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
-from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.pool.workers import SimulatorPool
 
 __all__ = [

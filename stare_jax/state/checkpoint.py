@@ -1,7 +1,7 @@
 """Checkpoints of a phase: parameters, the state of training, statistics, the model's configuration and counters.
 
     <directory>/<step>/params   the trained parameters that a later phase, evaluation and export take
-    <directory>/<step>/state    what training goes on from: step, optimiser, and the parameters where `params` is an average
+    <directory>/<step>/state    step and optimiser, and the trained parameters themselves where `params` is an average
     <directory>/frozen/params   the parameters that the phase does not train, written once
 
 Statistics, the model's configuration and counters are JSON in the metadata of every step. A step whose writing was
@@ -90,10 +90,6 @@ class Checkpoints:
         self._checkpointer.save_checkpointables_async(step, _items(state), custom_metadata=metadata, force=True)
         self._last = step
 
-    def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._checkpointer.wait()
-
     def close(self) -> None:
         """Waits and frees Orbax's resources."""
         self._checkpointer.close()
@@ -152,7 +148,7 @@ def _custom_metadata(norm_stats: NormStats, model: dict[str, Any], counters: dic
 
 
 def complete_steps(directory: str | Path) -> list[int]:
-    """Returns the steps of the complete checkpoints of a directory, ascending; none of a directory that is not there."""
+    """Returns the steps of the complete checkpoints of a directory, ascending; [] where there is none."""
     directory = Path(directory)
     if not directory.is_dir():
         return []
@@ -196,8 +192,8 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     path = step_path(directory, step)
     if "optimizer" in ocp.checkpointables_metadata(path).metadata:
         raise CheckpointError(
-            f"{path}: got a checkpoint of an earlier version, with the item 'optimizer', expected 'state'; its training "
-            "cannot go on. Its parameters can be used: start a new run with config.init_from set to its phase's folder, "
+            f"{path}: got a checkpoint of an earlier version, with an item 'optimizer', expected 'state'. Its training "
+            "cannot go on, its parameters can be used: start a new run with config.init_from, the folder of its phase, "
             "or finish the phase with the version that began it"
         )
     items = _load(path, _items(like))
@@ -239,7 +235,7 @@ def param_shapes(directory: str | Path, *, step: int | None = None) -> dict[str,
 
 
 def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct]]]:
-    """Returns the folders that hold the parameters of a checkpoint, each with shape and dtype by path of those it holds.
+    """Returns the folders that hold the parameters of a checkpoint, each with shapes and dtypes by path.
 
     Args:
         path: `<directory>/<step>`.

@@ -40,7 +40,7 @@ class TrainState:
 
     @property
     def result(self) -> PyTree:
-        """The nested dict that a phase ends with: `params`, with the average in place of `trainable` if there is one."""
+        """The nested dict that a phase ends with: `average`, or `trainable` without one, and `frozen` together."""
         return merge_params(self.trainable if self.average is None else self.average, self.frozen)
 
 

@@ -1,4 +1,4 @@
-"""The parts that all training loops have: what they are given, how they begin, what they report, when they save and stop."""
+"""The parts that all training loops share: their surroundings, their beginning, reports, saving and stopping."""
 
 import dataclasses
 import math

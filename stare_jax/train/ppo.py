@@ -21,29 +21,13 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.stages import TaskSpec
+from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import (
-    OptimizerConfig,
-    decay_schedule,
-    frozen_params,
-    make_optimizer,
-    merge_params,
-    split_params,
-)
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
 from stare_jax.state.train_state import TrainState, abstract_params
+from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, save, start_phase
-from stare_jax.train.ppo_batch import ChunkDiscount, PPOBatch, TimeLimit, batch_shapes, make_prepare, minibatches
 from stare_jax.train.ppo_metrics import iteration_metrics, report_line
-from stare_jax.train.update import (
-    Metrics,
-    StepPlan,
-    apply_gradients,
-    check_microbatch,
-    grad_norm,
-    jit_step,
-    loss_gradients,
-    plan_step,
-)
 from stare_jax.types import PyTree
 
 PHASE = "ppo"
@@ -90,10 +74,10 @@ class PPOConfig:
     kl_coef: float | None = None
     """weight of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`) in the loss;
     0 measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
-    chunk_discount: ChunkDiscount = "step"
+    chunk_discount: ppo_batch.ChunkDiscount = "step"
     """discount of policies that decide on several actions at a time: "step", gamma an action; "decision", gamma a
     decision, as pi_RL does."""
-    time_limit: TimeLimit = "bootstrap"
+    time_limit: ppo_batch.TimeLimit = "bootstrap"
     """end of an episode at the horizon: "bootstrap" from the value of the last state, or "terminate"."""
     terminal_potential: Literal["zero", "keep"] = "zero"
     """"zero", or "keep" to shape with the real potential of a terminal state."""
@@ -116,14 +100,37 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1]")
-        check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
+        update.check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
+
+
+# ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
+def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
+    """Returns the function that computes rewards and advantages of the episodes of a rollout.
+
+    Args:
+        spec: the task.
+        config: see `PPOConfig`.
+        chunk: C, actions that one decision executes.
+    """
+    targets_fn = functools.partial(
+        ppo_batch.episode_targets,
+        spec=spec,
+        shaping=config.shaping,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        time_limit=config.time_limit,
+        terminal_potential=config.terminal_potential,
+        chunk=chunk,
+        chunk_discount=config.chunk_discount,
+    )
+    return ppo_batch.compile_targets(targets_fn, num_steps=config.num_steps)
 
 
 # ---- Step -----------------------------------------------------------------------------------------------------------
 def make_ppo_step(
     policy: Policy, tx: optax.GradientTransformationExtraArgs, config: PPOConfig
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns the step of PPO (2): (state, `DecisionBatch`, train_policy, fraction_done, reference) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, update.Metrics]]:
+    """Returns the step of PPO (2): (state, batch, train_policy, fraction_done, reference) -> (state, metrics).
 
     Where the approximate KL divergence of the batch is above `config.target_kl` the step changes nothing and says so in
     `ppo/stopped`. `train_policy` False moves the value head alone. `fraction_done`, of all iterations, is the time of
@@ -163,20 +170,22 @@ def make_ppo_step(
 
     def step(state, batch, train_policy, fraction_done, reference=None):
         loss = functools.partial(loss_fn, reference=reference, frozen=state.frozen)
-        grads, metrics = loss_gradients(loss, state, batch, batch.valid.astype(jnp.float32), config.microbatch_size)
+        weight = batch.valid.astype(jnp.float32)
+        grads, metrics = update.loss_gradients(loss, state, batch, weight, config.microbatch_size)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
-        scale = jnp.float32(decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
+        scale = jnp.float32(optimizer.decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
 
         def move(state):
-            return apply_gradients(state, grads, tx, scale=scale, train_policy=train_policy)
+            return update.apply_gradients(state, grads, tx, scale=scale, train_policy=train_policy)
 
         state = jax.lax.cond(is_far, lambda state: state, move, state)
-        return state, metrics | grad_norm(grads) | {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
+        more = {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
+        return state, metrics | update.grad_norm(grads) | more
 
     return step
 
 
-def plan_ppo(policy: Policy, config: PPOConfig, mesh: AbstractMesh) -> StepPlan:
+def plan_ppo(policy: Policy, config: PPOConfig, mesh: AbstractMesh) -> update.StepPlan:
     """Traces one optimiser step on shapes alone; see `update.plan_step`."""
     check_mesh(config, mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
@@ -184,8 +193,8 @@ def plan_ppo(policy: Policy, config: PPOConfig, mesh: AbstractMesh) -> StepPlan:
     def extra(state):
         return np.bool_(True), np.float32(0.0), None if config.kl_coef is None else state.trainable
 
-    step, batch = make_ppo_step(policy, tx, config), batch_shapes(policy, config.minibatch_size)
-    return plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer), extra=extra)
+    step, batch = make_ppo_step(policy, tx, config), ppo_batch.batch_shapes(policy, config.minibatch_size)
+    return update.plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer), extra=extra)
 
 
 def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
@@ -219,18 +228,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     reference = reference_params(policy, params, config, run)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
-    step_fn = jit_step(make_ppo_step(policy, tx, config), state)
-    prepare = make_prepare(
-        spec,
-        num_steps=config.num_steps,
-        shaping=config.shaping,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        time_limit=config.time_limit,
-        terminal_potential=config.terminal_potential,
-        chunk=policy.chunk,
-        chunk_discount=config.chunk_discount,
-    )
+    step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
+    prepare = make_prepare(spec, config, chunk=policy.chunk)
     counters, window = _Counters(**saved), Window(PHASE, run, num_steps=int(state.step))
 
     with (
@@ -324,7 +323,7 @@ def reference_params(policy: Policy, params: PyTree, config: PPOConfig, run: Run
 
 def _update(
     state: TrainState,
-    batch: PPOBatch,
+    batch: ppo_batch.PPOBatch,
     step_fn: Callable,
     reference: PyTree,
     config: PPOConfig,
@@ -336,7 +335,7 @@ def _update(
     train_policy = np.bool_(iteration >= config.value_warmup_iterations)
     fraction_done = np.float32(iteration / config.num_iterations)
     rng = np.random.default_rng((config.seed, iteration))
-    epochs = (minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
+    epochs = (ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
     for minibatch in itertools.chain.from_iterable(epochs):
         state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
         window.add(metrics)

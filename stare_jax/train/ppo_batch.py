@@ -1,9 +1,8 @@
 """From the episodes of an iteration to minibatches of decisions: stages, rewards (5), advantages (2), shuffling.
 
-Functions that say so are for one episode, from its first state on; `make_prepare` vmaps and compiles them once.
+Functions that say so are for one episode, from its first state on; `compile_targets` vmaps and compiles them once.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -17,8 +16,8 @@ from stare_jax.losses.returns import gae
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages.potentials import potentials
-from stare_jax.stages.separate import separate
 from stare_jax.stages.rewards import success_rewards
+from stare_jax.stages.separate import separate
 from stare_jax.stages.shaping import shape_rewards
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.types import Array, Observation, Signals, Trajectory
@@ -188,7 +187,9 @@ def _discounts(
     return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
 
 
-def gather_decisions(reward_t: Array, discount_t: Array, value_t: Array, valid_t: Array, *, chunk: int) -> DecisionRewards:
+def gather_decisions(
+    reward_t: Array, discount_t: Array, value_t: Array, valid_t: Array, *, chunk: int
+) -> DecisionRewards:
     """Sums up what the actions of each decision earn: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
 
     Args:
@@ -218,46 +219,20 @@ def gather_decisions(reward_t: Array, discount_t: Array, value_t: Array, valid_t
     )
 
 
-def make_prepare(
-    spec: TaskSpec,
-    *,
-    num_steps: int | None = None,
-    shaping: bool,
-    gamma: float,
-    gae_lambda: float,
-    time_limit: TimeLimit,
-    terminal_potential: str,
-    chunk: int = 1,
-    chunk_discount: ChunkDiscount = "step",
+def compile_targets(
+    targets_fn: Callable[[Signals, Array, Array], Targets], *, num_steps: int | None = None
 ) -> Callable[[Rollout], PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
 
     Args:
-        spec: the task.
-        num_steps: `PPOConfig.num_steps`: the most episodes there can be in a batch of steps; None: as many as there are.
-        shaping: see `episode_targets`, and likewise all below.
-        gamma: discount factor.
-        gae_lambda: lambda of GAE.
-        time_limit: what follows the horizon.
-        terminal_potential: potential of a terminal state.
-        chunk: C, actions that one decision executes.
-        chunk_discount: unit of time of the discount.
+        targets_fn: `episode_targets` with its keyword arguments.
+        num_steps: actions of the batch, if it is one of steps: the most episodes there can be. None: as many as there
+            are.
     """
-    one_episode = functools.partial(
-        episode_targets,
-        spec=spec,
-        shaping=shaping,
-        gamma=gamma,
-        gae_lambda=gae_lambda,
-        time_limit=time_limit,
-        terminal_potential=terminal_potential,
-        chunk=chunk,
-        chunk_discount=chunk_discount,
-    )
 
     @jax.jit
     def all_episodes(signals, valid, value):
-        targets = jax.vmap(one_episode)(signals, valid, value)
+        targets = jax.vmap(targets_fn)(signals, valid, value)
         advantage = whiten(targets.advantage_t, targets.decided_t)
         return targets, advantage, explained_variance(value[:, :-1], targets.return_t, targets.decided_t)
 

@@ -10,7 +10,13 @@ from stare_jax.train.ppo_batch import PPOBatch, Targets
 
 
 def iteration_metrics(
-    rollout: Rollout, batch: PPOBatch, updates: Sequence[Mapping[str, float]], spec: TaskSpec, *, size: int, shaping: bool
+    rollout: Rollout,
+    batch: PPOBatch,
+    updates: Sequence[Mapping[str, float]],
+    spec: TaskSpec,
+    *,
+    size: int,
+    shaping: bool,
 ) -> dict[str, float]:
     """Returns all that an iteration says about learning; arguments as for the functions below."""
     return (

@@ -17,17 +17,8 @@ from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
 from stare_jax.state.train_state import TrainState
+from stare_jax.train import update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
-from stare_jax.train.update import (
-    Metrics,
-    StepPlan,
-    apply_gradients,
-    check_microbatch,
-    grad_norm,
-    jit_step,
-    loss_gradients,
-    plan_step,
-)
 from stare_jax.types import Array, Observation, PyTree
 
 PHASE = "sft"
@@ -60,7 +51,7 @@ class SFTConfig:
         check_at_least(self, 1, "num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected in (0, 1) or None")
-        check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
+        update.check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
 
 
 # ---- Batch ----------------------------------------------------------------------------------------------------------
@@ -88,7 +79,7 @@ def batch_shapes(config: SFTConfig, policy: Policy) -> SFTBatch:
 # ---- Step -----------------------------------------------------------------------------------------------------------
 def make_sft_step(
     policy: Policy, tx: optax.GradientTransformation, config: SFTConfig
-) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, SFTBatch], tuple[TrainState, update.Metrics]]:
     """Returns the step that minimises the mean of `policy.imitation_loss`."""
 
     def loss_fn(params, inputs):
@@ -103,20 +94,20 @@ def make_sft_step(
         size = batch.action.shape[0]
         keys = jax.random.split(jax.random.fold_in(phase_key(config.seed, PHASE), state.step), size)
         inputs = (batch, jax.random.key_data(keys))
-        grads, metrics = loss_gradients(loss_fn, state, inputs, jnp.ones(size), config.microbatch_size)
-        state = apply_gradients(state, grads, tx, average_decay=config.ema_decay)
-        return state, metrics | grad_norm(grads)
+        grads, metrics = update.loss_gradients(loss_fn, state, inputs, jnp.ones(size), config.microbatch_size)
+        state = update.apply_gradients(state, grads, tx, average_decay=config.ema_decay)
+        return state, metrics | update.grad_norm(grads)
 
     return step
 
 
-def plan_sft(policy: Policy, config: SFTConfig, mesh: AbstractMesh) -> StepPlan:
+def plan_sft(policy: Policy, config: SFTConfig, mesh: AbstractMesh) -> update.StepPlan:
     """Traces one optimiser step on shapes alone; see `update.plan_step`."""
     check_mesh(config, mesh)
     tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
     step, batch = make_sft_step(policy, tx, config), batch_shapes(config, policy)
     freeze, has_average = frozen_params(policy, config.optimizer), config.ema_decay is not None
-    return plan_step(policy, mesh, tx, step, batch, freeze=freeze, has_average=has_average)
+    return update.plan_step(policy, mesh, tx, step, batch, freeze=freeze, has_average=has_average)
 
 
 def check_mesh(config: SFTConfig, mesh: AbstractMesh) -> None:
@@ -150,11 +141,9 @@ def train_sft(
     """
     check_mesh(config, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    state, _ = start_phase(
-        PHASE, run, policy, params, tx, config.optimizer, has_average=config.ema_decay is not None
-    )
+    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer, has_average=config.ema_decay is not None)
     del params
-    step_fn = jit_step(make_sft_step(policy, tx, config), state)
+    step_fn = update.jit_step(make_sft_step(policy, tx, config), state)
     first = int(state.step)
     batch_iterator, window = batches(first), Window(PHASE, run, num_steps=first)
 

@@ -21,19 +21,9 @@ from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer, merge_params
 from stare_jax.state.train_state import TrainState, abstract_params
+from stare_jax.train import update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
 from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, over_actions, score_pairs
-from stare_jax.train.update import (
-    Metrics,
-    StepPlan,
-    apply_gradients,
-    grad_norm,
-    jit_step,
-    join_rows,
-    plan_step,
-    reduce_parts,
-    split_rows,
-)
 from stare_jax.types import Array, Observation, PreferencePair, PyTree
 
 PHASE = "tpo"
@@ -142,7 +132,7 @@ def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np
 # ---- Step -----------------------------------------------------------------------------------------------------------
 def make_tpo_step(
     policy: Policy, tx: optax.GradientTransformation, config: TPOConfig
-) -> Callable[[TrainState, PairBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, PairBatch], tuple[TrainState, update.Metrics]]:
     """Returns the step that minimises the loss of TPO (1) or STA-TPO (6).
 
     The loss couples all decisions of a pair. With `config.microbatch_size` set, a first pass without gradient gives the
@@ -168,20 +158,20 @@ def make_tpo_step(
             loss_fn = jax.grad(lambda trainable: loss_of_logp(logp_fn(trainable, decisions)), has_aux=True)
             grads, metrics = loss_fn(state.trainable)
         else:
-            parts = split_rows(decisions, config.microbatch_size)
-            logp = join_rows(jax.lax.map(lambda part: logp_fn(state.trainable, part), parts), len(decisions[2]))
+            parts = update.split_rows(decisions, config.microbatch_size)
+            logp = update.join_rows(jax.lax.map(lambda part: logp_fn(state.trainable, part), parts), len(decisions[2]))
             weight, metrics = jax.grad(loss_of_logp, has_aux=True)(logp)
 
             def weighted(part, weight):
                 return jax.grad(lambda trainable: jnp.vdot(logp_fn(trainable, part), weight))(state.trainable), {}
 
-            grads, _ = reduce_parts(weighted, (parts, split_rows(weight, config.microbatch_size)))
-        return apply_gradients(state, grads, tx), metrics | grad_norm(grads)
+            grads, _ = update.reduce_parts(weighted, (parts, update.split_rows(weight, config.microbatch_size)))
+        return update.apply_gradients(state, grads, tx), metrics | update.grad_norm(grads)
 
     return step
 
 
-def _preference_loss(logp: Array, batch: PairBatch, config: TPOConfig) -> tuple[Array, Metrics]:
+def _preference_loss(logp: Array, batch: PairBatch, config: TPOConfig) -> tuple[Array, update.Metrics]:
     """The loss of `[B, 2, N]` log-probabilities, chosen first."""
     chosen, rejected = batch
     chosen_ref_logp, rejected_ref_logp = (side.ref_logp.mean(axis=-1) for side in batch)
@@ -228,14 +218,16 @@ def _decisions(batch: PairBatch) -> tuple[Observation, Array, Array]:
     return jax.tree.map(flatten, *sides)
 
 
-def plan_tpo(policy: Policy, config: TPOConfig, mesh: AbstractMesh, *, horizon: int, num_stages: int) -> StepPlan:
+def plan_tpo(
+    policy: Policy, config: TPOConfig, mesh: AbstractMesh, *, horizon: int, num_stages: int
+) -> update.StepPlan:
     """Traces one optimiser step on shapes alone; see `update.plan_step`, `batch_shapes`."""
     check_mesh(config, mesh)
     check_reference(config.reference, jax.eval_shape(policy.init, jax.random.key(0)))
     tx = make_optimizer(config.optimizer, num_steps=1)
     step = make_tpo_step(policy, tx, config)
     batch = batch_shapes(config, policy, horizon=horizon, num_stages=num_stages)
-    return plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer))
+    return update.plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer))
 
 
 def check_mesh(config: TPOConfig, mesh: AbstractMesh) -> None:
@@ -287,7 +279,7 @@ def train_tpo(
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
-    step_fn = jit_step(make_tpo_step(policy, tx, config), state)
+    step_fn = update.jit_step(make_tpo_step(policy, tx, config), state)
     first = int(state.step)
     window = Window(PHASE, run, num_steps=first)
 

@@ -33,7 +33,7 @@ class ScoredTrajectory(NamedTuple):
     decision: Array
     """`action_tokens` `[B, D, ...]`, or float32 `[B, D, H, A]` for a policy with a `preference_score`."""
     seed: Array
-    """uint32 `[B, D, M]` of the estimates of each score, the same for both sides of a pair; M is 1 where there is one."""
+    """uint32 `[B, D, M]` of the M estimates of each score, the same for both sides of a pair."""
     ref_logp: Array
     """float32 `[B, N, M]` of each action, or of the decision that begins with it."""
     valid: Array

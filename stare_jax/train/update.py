@@ -218,9 +218,7 @@ def plan_step(
         ShardingError, TypeError, ValueError: rules, mesh, model and batch do not fit.
     """
     params = abstract_params(policy, mesh)
-    state = abstract_state(
-        params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze, has_average=has_average
-    )
+    state = abstract_state(params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze, has_average=has_average)
     check_precision(state.trainable)
     sharding = batch_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
