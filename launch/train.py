@@ -32,13 +32,14 @@ def train() -> None:
     """Runs the phases of the configuration, or prints their plan."""
     from stare_jax.config import from_dict
     from stare_jax.logging import say
-    from stare_jax.runs.ipi import IPIConfig, run_ipi
+    from stare_jax.runs.config import RunConfig
+    from stare_jax.runs.ipi import run_ipi
     from stare_jax.runs.plan import print_plan
 
     values = _CONFIG.value.to_dict()
     workdir = Path(_WORKDIR.value or command.ROOT / "runs" / values.pop("name"))
     values.pop("name", None)
-    config = from_dict(IPIConfig, values)
+    config = from_dict(RunConfig, values)
     if _PLAN.value:
         print_plan(config)
         return
