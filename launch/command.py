@@ -84,7 +84,7 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
         say(f"{stopped}\n{advice}")
         return STOPPED
     except KeyboardInterrupt:
-        print(f"\nstopped at once; {advice}", file=sys.stderr)
+        print(f"\nstopped; {advice}", file=sys.stderr)
         return STOPPED
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

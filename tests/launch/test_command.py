@@ -56,7 +56,7 @@ def test_a_stop_says_how_to_go_on(capsys):
 def test_sigterm_stops_work_that_does_not_wait_for_it(capsys):
     before = signal.getsignal(signal.SIGTERM)
     assert command.run(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 130
-    assert "stopped at once" in capsys.readouterr().err
+    assert "stopped; " in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
 
 
