@@ -2,9 +2,9 @@
 
     python tests/golden/cut_openvla.py WHOLE tests/golden/openvla_tiny
 
-Of the 32064 rows of the embedding and the output layer, those of the prompts' tokens, of the 256 action tokens and of the
-64 after them are kept, in this order, under new numbers. Nothing is computed anew but what a softmax over the whole
-vocabulary gave: log-probabilities and loss are those of the kept columns of the original's own logits.
+Of the 32064 rows of the embedding and the output layer, those of the prompts' tokens, of the 256 action tokens and of
+the 64 after them are kept, in this order, under new numbers. Only results of a softmax over the whole vocabulary are
+computed again: log-probabilities and loss are those of the kept columns of the original's own logits.
 """
 
 import json
@@ -30,8 +30,8 @@ def cut_tensors(tensors: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, n
 
 def score(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Returns log-probabilities float32 `[B, A]` of tokens, given logits `[B, A, V]`."""
-    wide = logits.astype(np.float64)
-    logp = wide - np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wide.max(-1, keepdims=True)
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    logp = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     return np.take_along_axis(logp, tokens[..., None], -1)[..., 0].astype(np.float32)
 
 
