@@ -23,13 +23,13 @@ from stare_jax.data.rollouts import policy_actor
 from stare_jax.data.schema import read_manifest
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate
 from stare_jax.report.record import evaluation_file, record_evaluation
 from stare_jax.report.report import print_report, write_report
 from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import OpenVLAConfig, Pi05Config, Policy, make_policy
-from stare_jax.stages import StageParams, TaskSpec, get_task
+from stare_jax.stages import StageParams, TaskSpec
 from stare_jax.state.checkpoint import load_norm_stats, load_params
 from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.config import ConfigError, to_dict, user_input
@@ -127,7 +127,7 @@ class Experiment:
 
     def __init__(self, config: IPIConfig, directory: Path, stack: contextlib.ExitStack):
         self.config, self.directory, self._stack = config, directory, stack
-        self.spec: TaskSpec = dataclasses.replace(get_task(config.env.env_id), params=config.stages)
+        self.spec: TaskSpec = dataclasses.replace(config.env.spec, params=config.stages)
         self._interruption = stack.enter_context(Interruption())
         self.writer = stack.enter_context(make_writer(directory))
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -162,7 +162,7 @@ class Experiment:
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
         if config.demos_from:
             return Dataset(directory, skip_broken=config.skip_broken)
-        expert, clock = make_expert(config.env.env_id), Clock()
+        expert, clock = make_expert(config.env.task_name), Clock()
         demos, is_new = find_or_collect_demos(
             directory,
             config.env,

@@ -16,7 +16,6 @@ from stare_jax.logging import print_table
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
-from stare_jax.stages import get_task
 from stare_jax.runs.ipi import PHASES, IPIConfig
 from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
 from stare_jax.sharding.mesh import batch_sharding, check_batch_size, make_abstract_mesh
@@ -92,7 +91,7 @@ def _batch(phase: str, policy: Policy, config: IPIConfig, sharding: NamedShardin
         size = config.ppo.minibatch_size
         rest = (*(array(size) for _ in range(4)), array(size, dtype=bool))
         return DecisionBatch(reshaped(observation, size), reshaped(tokens, size), *rest)
-    size, steps, num_stages = config.tpo.batch_size, config.env.horizon, get_task(config.env.env_id).num_stages
+    size, steps, num_stages = config.tpo.batch_size, config.env.horizon, config.env.spec.num_stages
     num_decisions, is_exact = -(-steps // policy.chunk), policy.preference_score is None
     num_draws = 1 if is_exact else config.tpo.num_draws
     side = ScoredTrajectory(
