@@ -14,15 +14,11 @@ same episodes, bit for bit. `--config.demos_from=OUT/demos` trains on the demons
 import argparse
 import contextlib
 import dataclasses
-import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import command
 import numpy as np
 
 from stare_jax.config import ConfigError, user_input
@@ -34,20 +30,16 @@ from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
 from stare_jax.envs.maniskill.widowx import JITTERS
-from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.logging import Clock, Interruption, print_table, say
 from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.stages import TASKS, TaskSpec
-from stare_jax.state.checkpoint import CheckpointError
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 ALL_TASKS = "all"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
@@ -314,18 +306,13 @@ def collect_all(arguments: argparse.Namespace, should_stop: Callable[[], bool]) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    command = shlex.join(["python", *sys.argv] if argv is None else ["python", sys.argv[0], *argv])
-    try:
+
+    def work() -> int | None:
         with Interruption() as interruption:
             collect = collect_all if arguments.task == ALL_TASKS else collect_task
-            status = collect(arguments, lambda: interruption.requested)
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        say(f"{stopped}\ngo on with: {command}")
-        return 130
-    except (ConfigError, CheckpointError, DatasetError, SimulatorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return status or 0
+            return collect(arguments, lambda: interruption.requested)
+
+    return command.run(work, go_on=command.repeat_command(argv))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,15 @@ Writes OUT/<task>.png and OUT/<task>_dark.png, and prints how long each stage la
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import command
 import jax
 import numpy as np
 
-from stare_jax.config import UserError, user_input
+from stare_jax.config import user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import EnvConfig, make_expert, make_vec_env
 from stare_jax.logging import print_table, say
@@ -35,10 +32,7 @@ NUM_FRAMES = 6
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     tasks = f"all, one of {', '.join(TASKS)}, or a task of your own: a Python file or a module"
     add("--task", required=True, metavar="TASK", help=tasks)
@@ -84,13 +78,13 @@ def show_stages(task: str, out: Path, seed: int, image_size: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
-        for task in TASKS if arguments.task == "all" else (arguments.task,):
+    tasks = TASKS if arguments.task == "all" else (arguments.task,)
+
+    def show() -> None:
+        for task in tasks:
             show_stages(task, arguments.out, arguments.seed, arguments.image_size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return command.run(show, after_stop="figures that were finished are there")
 
 
 if __name__ == "__main__":
