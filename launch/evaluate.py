@@ -24,7 +24,7 @@ import jax
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
-from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate_act
 from stare_jax.evaluate.summary import mean_and_std
 from stare_jax.logging import Clock, Interruption, print_table, say
@@ -33,7 +33,6 @@ from stare_jax.report.report import load_results, print_report, write_report
 from stare_jax.rollout.collect import Act, policy_act
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import load_config, load_policy
-from stare_jax.stages import get_task
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
@@ -101,7 +100,7 @@ def make_act(config: RunConfig, temperature: float, arguments: argparse.Namespac
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
         with user_input():
-            return expert_act(make_expert(config.env.env_id))
+            return expert_act(make_expert(config.env.task_name))
     _, policy, params = load_policy(arguments.run / arguments.phase, step=arguments.step)
     return policy_act(policy, params, jax.random.key(0), temperature=temperature)
 
@@ -119,7 +118,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
-    spec = dataclasses.replace(get_task(simulators.env_id), params=config.stages)
+    spec = dataclasses.replace(simulators.spec, params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         act = make_act(config, evaluation_config.temperature, arguments)
