@@ -13,7 +13,6 @@ from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import make_abstract_mesh
-from stare_jax.stages import get_task
 from stare_jax.train.ppo import plan_ppo
 from stare_jax.train.sft import plan_sft
 from stare_jax.train.tpo import plan_tpo
@@ -32,7 +31,7 @@ def plan_run(config: RunConfig) -> dict[str, StepPlan]:
     stats = identity_stats(config.model.action_dim, config.model.state_dim)
     policy = make_policy(config.model, stats)
     mesh = make_abstract_mesh(**dataclasses.asdict(config.mesh))
-    horizon, num_stages = config.env.horizon, get_task(config.env.env_id).num_stages
+    horizon, num_stages = config.env.horizon, config.env.spec.num_stages
     plans = {
         "sft": lambda: plan_sft(policy, config.sft, mesh),
         "tpo": lambda: plan_tpo(policy, config.tpo, mesh, horizon=horizon, num_stages=num_stages),

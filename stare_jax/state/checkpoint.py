@@ -9,7 +9,6 @@ killed is not seen by anything here and is removed when the directory is opened 
 """
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from stare_jax.config import UserError
-from stare_jax.sharding.mesh import path_name
+from stare_jax.state import storage
 from stare_jax.state.train_state import TrainState
 from stare_jax.types import NormStats, PyTree
 
@@ -28,9 +26,6 @@ FROZEN = "frozen"
 """Name of the folder of frozen parameters, beside the steps."""
 MAX_NAMES = 20
 """Number of paths that an error message lists."""
-METADATA_FILE = "_CHECKPOINT_METADATA"
-"""Name of the file that Orbax writes last into a checkpoint."""
-_READ_BYTES = 2**28
 
 
 class CheckpointError(UserError, ValueError):
@@ -56,16 +51,11 @@ class Checkpoints:
         for path in self._directory.iterdir():
             is_step = path.name.isdigit()
             # Half deleted, or half written: Orbax writes under this name and renames at the end.
-            is_partial = path.name.endswith(".orbax-checkpoint-tmp") or (is_step and not _is_complete(path))
+            is_partial = path.name.endswith(storage.PARTIAL) or (is_step and not storage.is_complete(path))
             # Frozen parameters without a step may be those of other starting weights.
             if is_partial or (path.name == FROZEN and not complete_steps(self._directory)):
                 shutil.rmtree(path)
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            # Which steps to save is the caller's choice; Orbax's own default skips some.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        )
+        self._writer = storage.BackgroundWriter(self._directory, keep=keep)
 
     def save(
         self, step: int, state: TrainState, *, norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]
@@ -83,16 +73,14 @@ class Checkpoints:
         """
         if step == self._last or step in complete_steps(self._directory):
             return
-        if jax.tree.leaves(state.frozen) and not _is_complete(self._directory / FROZEN):
-            with leaf_by_leaf(state.frozen):
-                ocp.save_checkpointables(self._directory / FROZEN, {"params": state.frozen})
-        metadata = _custom_metadata(norm_stats, model, counters)
-        self._checkpointer.save_checkpointables_async(step, _items(state), custom_metadata=metadata, force=True)
+        if jax.tree.leaves(state.frozen) and not storage.is_complete(self._directory / FROZEN):
+            storage.write(self._directory / FROZEN, {"params": state.frozen}, {})
+        self._writer.write(step, _items(state), _metadata(norm_stats, model, counters))
         self._last = step
 
     def close(self) -> None:
-        """Waits and frees Orbax's resources."""
-        self._checkpointer.close()
+        """Waits until everything is on disk."""
+        self._writer.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -121,27 +109,11 @@ def save_params(
         norm_stats: normalisation statistics of the policy.
         model: configuration of the policy's model, as JSON takes it.
     """
-    with leaf_by_leaf(params):
-        path = Path(directory).absolute() / str(step)
-        metadata = _custom_metadata(norm_stats, model, {})
-        ocp.save_checkpointables(path, {"params": params}, custom_metadata=metadata)
+    path = Path(directory).absolute() / str(step)
+    storage.write(path, {"params": params}, _metadata(norm_stats, model, {}))
 
 
-def leaf_by_leaf(params: PyTree) -> ocp.Context:
-    """Returns the setting in which Orbax holds about one leaf of what it writes, instead of a copy of all."""
-    leaves, context = jax.tree.leaves(params), ocp.Context()
-    shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
-    sizes = [leaf.nbytes for leaf in leaves]
-    # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
-    context.memory.write_concurrent_bytes = max(shards or sizes) + 1
-    context.memory.transfer_concurrent_bytes = max(sizes) + 1
-    context.memory.deepcopy_host_arrays = False
-    # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
-    context.array.saving.use_replica_parallel = False
-    return context
-
-
-def _custom_metadata(norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
+def _metadata(norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
     # As JSON, because Orbax refuses arrays of size zero, which the state of an image-only policy has.
     stats = {name: np.asarray(value).tolist() for name, value in norm_stats._asdict().items()}
     return {"counters": counters, "model": model, "norm_stats": stats}
@@ -152,7 +124,7 @@ def complete_steps(directory: str | Path) -> list[int]:
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and storage.is_complete(path))
 
 
 def resolve_step(directory: str | Path, step: int | None = None) -> int:
@@ -173,7 +145,7 @@ def fingerprint(directory: str | Path, *, step: int | None = None) -> str:
 
     They are a checksum of Orbax's metadata: the time of writing, to the nanosecond, and a list of the contents.
     """
-    metadata = (step_path(directory, step) / METADATA_FILE).read_bytes()
+    metadata = (step_path(directory, step) / storage.METADATA_FILE).read_bytes()
     return hashlib.sha256(metadata).hexdigest()[:12]
 
 
@@ -190,7 +162,7 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
             this library wrote.
     """
     path = step_path(directory, step)
-    if "optimizer" in ocp.checkpointables_metadata(path).metadata:
+    if "optimizer" in storage.item_shapes(path):
         raise CheckpointError(
             f"{path}: got a checkpoint of an earlier version, with an item 'optimizer', expected 'state'. Its training "
             "cannot go on, its parameters can be used: start a new run with config.init_from, the folder of its phase, "
@@ -216,7 +188,7 @@ def load_params(directory: str | Path, like: PyTree, *, step: int | None = None,
     Raises:
         CheckpointError: none there, or other paths, shapes or dtypes than `like`.
     """
-    path, like = step_path(directory, step), flatten(like)
+    path, like = step_path(directory, step), storage.flatten(like)
     folders = param_folders(path)
     stored = {f"params/{name}": leaf for _, shapes in folders for name, leaf in shapes.items()}
     describe = _describe_shapes if cast else _describe
@@ -224,9 +196,9 @@ def load_params(directory: str | Path, like: PyTree, *, step: int | None = None,
     loaded = {}
     for folder, shapes in folders:
         if shapes:
-            part = nest({name: like[name] for name in shapes})
-            loaded |= flatten(_read(folder, {"params": part})["params"])
-    return nest({name: loaded[name] for name in like})
+            part = storage.nest({name: like[name] for name in shapes})
+            loaded |= storage.flatten(storage.read(folder, {"params": part})["params"])
+    return storage.nest({name: loaded[name] for name in like})
 
 
 def param_shapes(directory: str | Path, *, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -242,60 +214,30 @@ def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct
     """
     folders, found = [], set()
     for folder in (path, path.parent / FROZEN):
-        if _is_complete(folder):
-            stored = flatten(ocp.checkpointables_metadata(folder).metadata["params"])
-            shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in stored.items() if n not in found}
+        if storage.is_complete(folder):
+            stored = storage.item_shapes(folder)["params"]
+            shapes = {name: leaf for name, leaf in stored.items() if name not in found}
             folders.append((folder, shapes))
             found |= set(shapes)
     return folders
 
 
-def flatten(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a tree by path."""
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def nest(leaves: dict[str, Any]) -> PyTree:
-    """Returns a nested dict of leaves given by path; the inverse of `flatten`."""
-    tree: PyTree = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
-
-
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
-    stored = _metadata(directory, step)["norm_stats"]
+    stored = storage.read_metadata(step_path(directory, step))["norm_stats"]
     dtypes = {"action_mask": bool}
     return NormStats(**{name: np.asarray(value, dtypes.get(name, np.float32)) for name, value in stored.items()})
 
 
 def load_model(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
     """Loads the configuration of a checkpoint's model; empty where an earlier version did not write it."""
-    stored = _metadata(directory, step)
+    stored = storage.read_metadata(step_path(directory, step))
     return dict(stored.get("model") or stored.get("extra", {}).get("model") or {})
 
 
 def load_counters(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
     """Loads the progress of the loop that saved a checkpoint."""
-    return dict(_metadata(directory, step).get("counters", {}))
-
-
-def _metadata(directory: str | Path, step: int | None) -> dict[str, Any]:
-    return ocp.checkpointables_metadata(step_path(directory, step)).custom_metadata
-
-
-def _is_complete(path: Path) -> bool:
-    # The metadata are the first to go when a checkpoint is deleted, and say when its writing was finished.
-    try:
-        metadata = json.loads((path / METADATA_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return metadata.get("commit_timestamp_nsecs") is not None
+    return dict(storage.read_metadata(step_path(directory, step)).get("counters", {}))
 
 
 def step_path(directory: str | Path, step: int | None) -> Path:
@@ -305,26 +247,12 @@ def step_path(directory: str | Path, step: int | None) -> Path:
 
 def _load(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
     """Loads items that have to fit exactly."""
-    stored = ocp.checkpointables_metadata(path).metadata if path.is_dir() else {}
+    stored = storage.item_shapes(path) if path.is_dir() else {}
     if missing := sorted(set(like) - set(stored)):
         raise CheckpointError(f"{path}: got the items {sorted(stored)}, expected also {missing}")
-    _check(path, *(_describe(flatten(tree)) for tree in ({name: stored[name] for name in like}, like)))
-    return _read(path, like)
-
-
-def _read(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
-    """Loads items; Orbax holds a few leaves at a time, instead of a copy of all, besides what it returns."""
-    like, context = jax.tree.map(_abstract, like), ocp.Context()
-    sizes = [leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(like)]
-    context.memory.read_concurrent_bytes = max([*sizes, _READ_BYTES]) + 1
-    with context:
-        return ocp.load_checkpointables(path, like)
-
-
-def _abstract(leaf: Any) -> Any:
-    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return leaf
+    got = {f"{item}/{name}": leaf for item in like for name, leaf in stored[item].items()}
+    _check(path, _describe(got), _describe(storage.flatten(like)))
+    return storage.read(path, like)
 
 
 def _check(path: Path, got: dict[str, str], expected: dict[str, str]) -> None:

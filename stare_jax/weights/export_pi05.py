@@ -10,7 +10,8 @@ from stare_jax.logging import new_directory, progress_bytes
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.runs.load import load_config
 from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, resolve_step
-from stare_jax.state.leaves import leaf_loader, save_tree
+from stare_jax.state.leaves import leaf_loader
+from stare_jax.state.storage import save_tree
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.weights.folders import check_space
 from stare_jax.weights.openvla.export import widest_dtype
