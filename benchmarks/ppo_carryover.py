@@ -6,7 +6,7 @@ of the surrogate, ratio times advantage, in units of the advantage's standard de
 decisions of the update, `unseen` on those of the third batch, with its standard error: what the update is worth.
 
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_zero/sft
-    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4 --json OUT
+    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4
 """
 
 import argparse
