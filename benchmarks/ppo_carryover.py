@@ -1,9 +1,9 @@
-"""How much of a PPO update carries over to episodes it has not seen? The surrogate gained on both, side by side.
+"""Measures how much of a PPO update carries over to unseen episodes, by the gain of the surrogate.
 
-The policy of an imitation plays three batches of episodes. A critic learns the first two, Adam's moments come from the
-first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. Gains are
-of the surrogate, ratio times advantage, in units of the advantage's standard deviation, an action: `trained` on the
-decisions of the update, `unseen` on those of the third batch, with its standard error: what the update is worth.
+The policy of an imitation plays three batches of episodes. A critic learns from the first two, Adam's moments come from
+the first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. The
+gain is that of ratio times advantage of an action, in standard deviations of the advantage: `trained` on the decisions
+of the update, `unseen` on those of the third batch, with its standard error. The second is the value of the update.
 
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_zero/sft
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4
