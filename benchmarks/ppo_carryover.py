@@ -25,7 +25,7 @@ from stare_jax.envs import make_vec_env
 from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
-from stare_jax.runs.load import RestoredPolicy, restore_policy
+from stare_jax.runs.load import LoadedPolicy, load_policy
 from stare_jax.stages import get_task
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.train.ppo import PPOConfig
@@ -41,7 +41,7 @@ SIZE = 512
 class Learner:
     """A policy, and one compiled PPO step whose learning rate is scaled by its schedule."""
 
-    def __init__(self, restored: RestoredPolicy, peak: float):
+    def __init__(self, restored: LoadedPolicy, peak: float):
         self.policy, self.peak = restored.policy, peak
         stages = dataclasses.replace(restored.config.stages, progressive=True)
         self.spec = dataclasses.replace(get_task(restored.config.env.env_id), params=stages)
@@ -97,7 +97,7 @@ class Learner:
         return {"gain": float(gains.mean()), "error": error, "kl": float(divergences.mean())}
 
 
-def collect(restored: RestoredPolicy, policy: Policy, episodes: int) -> list[Rollout]:
+def collect(restored: LoadedPolicy, policy: Policy, episodes: int) -> list[Rollout]:
     """Returns three batches of episodes of the imitation, sampled at temperature 1."""
     act = policy_act(policy, restored.params, jax.random.key(0))
     with contextlib.closing(make_vec_env(restored.config.env)) as env:
@@ -105,7 +105,7 @@ def collect(restored: RestoredPolicy, policy: Policy, episodes: int) -> list[Rol
         return [collect_episodes(env, act, part, stop_at_success=True) for part in np.split(seeds, 3)]
 
 
-def measure(restored: RestoredPolicy, episodes: int, rates: list[float], epochs: list[int]) -> list[dict]:
+def measure(restored: LoadedPolicy, episodes: int, rates: list[float], epochs: list[int]) -> list[dict]:
     learner = Learner(restored, max(rates))
     before, trained, unseen = collect(restored, learner.policy, episodes)
     state, rng = learner.start(restored.params), np.random.default_rng(0)
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
-    rows = measure(restore_policy(args.sft), args.episodes, args.rates, args.epochs)
+    rows = measure(load_policy(args.sft), args.episodes, args.rates, args.epochs)
     if args.json:
         rates, epochs = (" ".join(map(str, values)) for values in (args.rates, args.epochs))
         command = f"python benchmarks/ppo_carryover.py --sft {args.sft} --episodes {args.episodes}"

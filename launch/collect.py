@@ -214,7 +214,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
 def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
     """Returns the simulator that the policy of a checkpoint was trained in, its task, and the policy."""
     # All of training, which experts do without.
-    from stare_jax.runs.load import identify_checkpoint, load_config, restore_policy
+    from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
 
     run = load_config(arguments.checkpoint.parent)
     step, name = identify_checkpoint(arguments.checkpoint, step=arguments.step)
@@ -226,7 +226,7 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     if config.reproducible and not env.has_reproducible_resets:
         raise ConfigError(f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --fast-resets")
     spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
-    return env, spec, policy_actor(lambda: restore_policy(arguments.checkpoint, step=step)[1:], config, source=name)
+    return env, spec, policy_actor(lambda: load_policy(arguments.checkpoint, step=step)[1:], config, source=name)
 
 
 def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:

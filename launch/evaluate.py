@@ -33,8 +33,8 @@ from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
 from stare_jax.report.record import evaluation_file, record_evaluation
 from stare_jax.report.report import load_results, print_report, write_report
 from stare_jax.rollout.collect import Act, policy_act
-from stare_jax.runs.ipi import IPIConfig
-from stare_jax.runs.load import load_config, restore_policy
+from stare_jax.runs.config import RunConfig
+from stare_jax.runs.load import load_config, load_policy
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import CheckpointError
 
@@ -103,12 +103,12 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     return dataclasses.replace(config, **changes)
 
 
-def make_act(config: IPIConfig, temperature: float, arguments: argparse.Namespace) -> Act:
+def make_act(config: RunConfig, temperature: float, arguments: argparse.Namespace) -> Act:
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
         with user_input():
             return expert_act(make_expert(config.env.env_id))
-    _, policy, params = restore_policy(arguments.run / arguments.phase, step=arguments.step)
+    _, policy, params = load_policy(arguments.run / arguments.phase, step=arguments.step)
     return policy_act(policy, params, jax.random.key(0), temperature=temperature)
 
 

@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     from stare_jax.data.schema import DatasetError
     from stare_jax.envs import SimulatorError
     from stare_jax.logging import Interrupted, say
-    from stare_jax.runs.ipi import IPIConfig, run_ipi
+    from stare_jax.runs.config import RunConfig
+    from stare_jax.runs.ipi import run_ipi
     from stare_jax.runs.plan import print_plan
     from stare_jax.sharding.mesh import ShardingError
     from stare_jax.state.checkpoint import CheckpointError
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     workdir = Path(_WORKDIR.value or ROOT / "runs" / values.pop("name"))
     values.pop("name", None)
     try:
-        config = from_dict(IPIConfig, values)
+        config = from_dict(RunConfig, values)
         if _PLAN.value:
             print_plan(config)
             return 0

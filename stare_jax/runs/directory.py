@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stare_jax.logging import replace_text, say, write_metadata
 from stare_jax.config import ConfigError
+from stare_jax.logging import replace_text, say, write_metadata
 
 SHARED_FIELDS = ("env", "model", "stages", "demos", "seed", "init_from", "demos_from")
 """what all phases depend on."""

@@ -14,118 +14,39 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from stare_jax.config import ConfigError, to_dict, user_input
 from stare_jax.data.batches import imitation_batches
-from stare_jax.data.demos import DemosConfig
 from stare_jax.data.norm_stats import read_norm_stats
-from stare_jax.data.pairs import PairsConfig, count_kinds, load_pairs
+from stare_jax.data.pairs import count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import policy_actor
 from stare_jax.data.schema import read_manifest
-from stare_jax.envs import EnvConfig, make_vec_env
+from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.experts.base import make_expert
-from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate
+from stare_jax.evaluate.protocol import evaluate
+from stare_jax.logging import Clock, Interruption, make_writer, say
+from stare_jax.models import Policy, make_policy
 from stare_jax.report.record import evaluation_file, record_evaluation
 from stare_jax.report.report import print_report, write_report
-from stare_jax.logging import Clock, Interruption, make_writer, say
-from stare_jax.models import OpenVLAConfig, Pi05Config, Policy, make_policy
-from stare_jax.stages import StageParams, TaskSpec, get_task
-from stare_jax.state.checkpoint import load_norm_stats, load_params
 from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
-from stare_jax.config import ConfigError, to_dict, user_input
+from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, locked, open_directory
-from stare_jax.train.ppo import PPOConfig, train_ppo
-from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.weights.load import starting_params
+from stare_jax.stages import TaskSpec, get_task
+from stare_jax.state.checkpoint import load_norm_stats, load_params
 from stare_jax.state.train_state import CHECKPOINTS, Run, abstract_params
-from stare_jax.train.tpo import TPOConfig, train_tpo
+from stare_jax.train.ppo import train_ppo
+from stare_jax.train.sft import train_sft
+from stare_jax.train.tpo import train_tpo
 from stare_jax.types import NormStats, PyTree
-
-PHASES = ("sft", "tpo", "ppo")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Over how many devices; see `sharding.make_mesh`."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class IPIConfig:
-    """A whole run."""
-
-    env: EnvConfig
-    model: OpenVLAConfig | Pi05Config
-    stages: StageParams
-    demos: DemosConfig = DemosConfig()
-    sft: SFTConfig = SFTConfig()
-    pairs: PairsConfig = PairsConfig()
-    tpo: TPOConfig = TPOConfig()
-    ppo: PPOConfig = PPOConfig()
-    evaluation: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
-    phases: tuple[str, ...] = PHASES
-    """which phases to run, in this order."""
-    init_from: str = ""
-    """what the first phase starts from: a phase's folder of another run (`runs/x/sft`), or the folder of a Hugging Face
-    checkpoint of the model; empty starts from random weights."""
-    demos_from: str = ""
-    """folder of a data set of demonstrations; empty collects them from the expert."""
-    demos_of: str = ""
-    """name of the data set in `demos_from` where it is of a real robot, imported, and not of `env`'s simulator; its
-    actions are in metres and radians, its gripper is 1 open and 0 closed."""
-    skip_broken: bool = False
-    """leave out damaged shards of `demos_from`, and say so, instead of raising."""
-    seed: int = 0
-    """of the initial weights and of the order of demonstrations."""
-
-    def __post_init__(self):
-        expected = tuple(phase for phase in PHASES if phase in self.phases)
-        if not self.phases or tuple(self.phases) != expected:
-            raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
-        if self.demos_of:
-            self._check_foreign()
-        for name in ("demos", "pairs"):
-            if getattr(self, name).reproducible and not self.env.has_reproducible_resets:
-                raise ValueError(
-                    f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
-                    "actions need not lead to equal states"
-                )
-        if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
-            raise ValueError(
-                "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
-            )
-        param_dtype = self.model.execution.param_dtype
-        if self.model.lora is None and param_dtype != "float32":
-            raise ValueError(
-                f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
-                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
-            )
-
-    @property
-    def has_evaluation(self) -> bool:
-        """Whether phases are evaluated."""
-        return bool(episode_seeds(self.evaluation))
-
-    def _check_foreign(self) -> None:
-        """Makes sure that a simulator, if the run needs one, takes what a real robot's demonstrations teach."""
-        if tuple(self.phases) == ("sft",) and not self.has_evaluation:
-            return
-        without = "or phases ('sft',) and evaluation.num_episodes 0, which need no simulator"
-        if not self.env.takes_metres:
-            raise ValueError(f"env.env_id: got {self.env.env_id!r} with demos_of, expected a WidowX task, {without}")
-        if self.env.gripper_threshold is None:
-            raise ValueError(f"env.gripper_threshold: got None with demos_of, expected 0.5, {without}")
+from stare_jax.weights.load import starting_params
 
 
 class Experiment:
     """What the phases of a run share; the simulators start when they are first needed, and live as long as the run."""
 
-    def __init__(self, config: IPIConfig, directory: Path, stack: contextlib.ExitStack):
+    def __init__(self, config: RunConfig, directory: Path, stack: contextlib.ExitStack):
         self.config, self.directory, self._stack = config, directory, stack
         self.spec: TaskSpec = dataclasses.replace(get_task(config.env.env_id), params=config.stages)
         self._interruption = stack.enter_context(Interruption())
@@ -185,7 +106,7 @@ class Experiment:
         say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
 
 
-def check_demonstrations(config: IPIConfig) -> None:
+def check_demonstrations(config: RunConfig) -> None:
     """Makes sure that the data set given shows what the policy will see and does what the simulator takes.
 
     Raises:
@@ -219,11 +140,11 @@ def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) 
         policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
 
 
-def run_ipi(config: IPIConfig, directory: str | Path, *, resume: bool = False) -> Path:
+def run_ipi(config: RunConfig, directory: str | Path, *, resume: bool = False) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
     Args:
-        config: see `IPIConfig`.
+        config: see `RunConfig`.
         directory: the run directory.
         resume: go on with what is in the directory; without it the directory has to be new.
 

@@ -6,22 +6,22 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from stare_jax.models import Policy, make_policy
-from stare_jax.state.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
 from stare_jax.config import ConfigError, from_dict
-from stare_jax.runs.ipi import IPIConfig
+from stare_jax.models import Policy, make_policy
+from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.types import PyTree
 
 
-class RestoredPolicy(NamedTuple):
-    config: IPIConfig
+class LoadedPolicy(NamedTuple):
+    config: RunConfig
     policy: Policy
     params: PyTree
 
 
-def load_config(run_directory: str | Path) -> IPIConfig:
+def load_config(run_directory: str | Path) -> RunConfig:
     """Returns the configuration of a run.
 
     Raises:
@@ -30,7 +30,7 @@ def load_config(run_directory: str | Path) -> IPIConfig:
     file = Path(run_directory) / "config.json"
     if not file.exists():
         raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
-    return from_dict(IPIConfig, json.loads(file.read_text()))
+    return from_dict(RunConfig, json.loads(file.read_text()))
 
 
 def identify_checkpoint(phase_directory: str | Path, *, step: int | None = None) -> tuple[int, str]:
@@ -46,7 +46,7 @@ def identify_checkpoint(phase_directory: str | Path, *, step: int | None = None)
     return step, f"{Path(phase_directory).resolve().name}/{step}/{fingerprint(checkpoints, step=step)}"
 
 
-def restore_policy(phase_directory: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> RestoredPolicy:
+def load_policy(phase_directory: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> LoadedPolicy:
     """Returns the policy of a phase, with the statistics and the weights of its checkpoint.
 
     Args:
@@ -63,4 +63,4 @@ def restore_policy(phase_directory: str | Path, *, step: int | None = None, mesh
     checkpoints = phase_directory / CHECKPOINTS
     policy = make_policy(config.model, load_norm_stats(checkpoints, step=step))
     like = abstract_params(policy, mesh or make_mesh(data=1))
-    return RestoredPolicy(config, policy, load_params(checkpoints, like, step=step))
+    return LoadedPolicy(config, policy, load_params(checkpoints, like, step=step))

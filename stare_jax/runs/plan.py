@@ -16,10 +16,10 @@ from stare_jax.logging import print_table
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
-from stare_jax.stages import get_task
-from stare_jax.runs.ipi import PHASES, IPIConfig
-from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
+from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, check_batch_size, make_abstract_mesh
+from stare_jax.stages import get_task
+from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
 from stare_jax.state.train_state import abstract_state
 from stare_jax.train.steps import (
     DecisionBatch,
@@ -42,7 +42,7 @@ class PhasePlan(NamedTuple):
     """what one step returns beside the new state."""
 
 
-def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
+def plan_run(config: RunConfig) -> dict[str, PhasePlan]:
     """Traces one optimiser step of every phase of a run on shapes alone.
 
     Raises:
@@ -72,7 +72,7 @@ def plan_run(config: IPIConfig) -> dict[str, PhasePlan]:
     return plans
 
 
-def _batch(phase: str, policy: Policy, config: IPIConfig, sharding: NamedSharding) -> PyTree:
+def _batch(phase: str, policy: Policy, config: RunConfig, sharding: NamedSharding) -> PyTree:
     """The batch of one optimiser step, as shapes."""
 
     def array(*shape, dtype=jnp.float32):
@@ -108,7 +108,7 @@ def _batch(phase: str, policy: Policy, config: IPIConfig, sharding: NamedShardin
     return PairBatch(side, side)
 
 
-def print_plan(config: IPIConfig) -> None:
+def print_plan(config: RunConfig) -> None:
     """Prints parameters, optimiser state and batch of each phase, in all and on one device of the mesh."""
     mesh = make_abstract_mesh(**dataclasses.asdict(config.mesh))
     rows = []

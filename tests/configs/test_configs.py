@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from stare_jax.config import from_dict
-from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.config import RunConfig
 from stare_jax.runs.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,10 +38,10 @@ def configs_importable(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def load(name: str, variant: str) -> IPIConfig:
+def load(name: str, variant: str) -> RunConfig:
     values = importlib.import_module(f"configs.{name}").get_config(*([variant] if variant else [])).to_dict()
     values.pop("name")
-    return from_dict(IPIConfig, values)
+    return from_dict(RunConfig, values)
 
 
 def test_the_table_above_lists_every_configuration():
@@ -95,7 +95,7 @@ def test_every_setting_that_is_compared_is_a_change_of_the_configuration():
             assert got == value and type(got) is type(value), (name, field)
 
 
-def parse(overrides: list[str]) -> IPIConfig:
+def parse(overrides: list[str]) -> RunConfig:
     values = flags.FlagValues()
     start = importlib.import_module("configs.study_pushcube_state").get_config()
     arguments = ["train", *overrides]
@@ -103,7 +103,7 @@ def parse(overrides: list[str]) -> IPIConfig:
     values(arguments)
     config = holder.value.to_dict()
     config.pop("name")
-    return from_dict(IPIConfig, config)
+    return from_dict(RunConfig, config)
 
 
 @pytest.mark.parametrize(

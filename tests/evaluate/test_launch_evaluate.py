@@ -15,7 +15,7 @@ from stare_jax.evaluate.summary import load_evaluation
 from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.runs import load as restore
-from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.config import RunConfig
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.types import TrainState
@@ -36,7 +36,7 @@ def trained_run(tmp_path_factory, command):
     directory = tmp_path_factory.mktemp("run")
     evaluation = EvalConfig(num_episodes=7, num_videos=0)
     task = get_task("PushCube-v1")
-    config = IPIConfig(EnvConfig(num_workers=4), openvla_tiny(), task.params, evaluation=evaluation)
+    config = RunConfig(EnvConfig(num_workers=4), openvla_tiny(), task.params, evaluation=evaluation)
     (directory / "config.json").write_text(json.dumps(to_dict(config)))
     policy = make_mlp(MLPConfig(), toy.norm_stats())
     params = jax.jit(policy.init)(jax.random.key(0))

@@ -22,7 +22,7 @@ from stare_jax.envs.seeds import DEMO_SEEDS, PAIR_SEEDS, SLOT_SIZE
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.models.normalize import identity_stats
 from stare_jax.runs import load as restore
-from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import load_config
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import Checkpoints
@@ -244,7 +244,7 @@ def run(tmp_path):
     model = openvla_tiny(state_dim=3, camera="base_camera", decode_unroll=1)
     towers = {name: dataclasses.replace(getattr(model, name), depth=2) for name in ("dino", "siglip")}
     model = dataclasses.replace(model, **towers, llm=dataclasses.replace(model.llm, depth=1))
-    config = IPIConfig(EnvConfig(use_state="tcp"), model, stages=get_task("PushCube-v1").params)
+    config = RunConfig(EnvConfig(use_state="tcp"), model, stages=get_task("PushCube-v1").params)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
     save(tmp_path / "run", config, step=1)
@@ -287,7 +287,7 @@ def test_a_checkpoint_is_the_same_wherever_it_lies_and_no_other_weights_are(
     save(tmp_path / "other", load_config(run), step=1)
     shutil.copy(run / "config.json", tmp_path / "other")
     monkeypatch.setattr(command, "make_vec_env", None)  # neither simulators
-    monkeypatch.setattr(restore, "restore_policy", None)  # nor weights are needed for what is there
+    monkeypatch.setattr(restore, "load_policy", None)  # nor weights are needed for what is there
     monkeypatch.chdir(tmp_path)
     for same in ("run/sft", "moved/sft/"):
         assert collect(*arguments, f"--checkpoint={same}") == 0

@@ -23,6 +23,7 @@ from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
 from stare_jax.logging import read_metrics
 from stare_jax.runs import ipi
+from stare_jax.runs.config import RunConfig
 from stare_jax.state.checkpoint import load_norm_stats
 
 RAW = rlds_builder.raw_episodes()["train"]
@@ -272,7 +273,7 @@ def config(bridge, monkeypatch):
         values.update_from_flattened_dict(changes)
         values = values.to_dict()
         values.pop("name")
-        return from_dict(ipi.IPIConfig, values)
+        return from_dict(RunConfig, values)
 
     return make
 

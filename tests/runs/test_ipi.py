@@ -5,15 +5,16 @@ import re
 
 import pytest
 
+from stare_jax.config import ConfigError
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.data.schema import DatasetError, Manifest, write_manifest
 from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.models import openvla_tiny
+from stare_jax.runs.config import RunConfig
+from stare_jax.runs.ipi import check_demonstrations, run_ipi
 from stare_jax.stages import get_task
-from stare_jax.config import ConfigError
-from stare_jax.runs.ipi import IPIConfig, check_demonstrations, run_ipi
 
 SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0], "action_tokens": [7]}
 
@@ -28,7 +29,7 @@ def given(tmp_path):
         empty = {"settings": {}, "filters": {}, "packages": {}, "progress": {}, "shards": (), "episodes": ()}
         write_manifest(tmp_path / "demos", Manifest(shapes=shapes, **empty, **fields))
         env, run = env or EnvConfig(), {"demos_from": str(tmp_path / "demos")} | (run or {})
-        return IPIConfig(env, model or openvla_tiny(), get_task(env.env_id).params, **run)
+        return RunConfig(env, model or openvla_tiny(), get_task(env.env_id).params, **run)
 
     return make
 
@@ -69,8 +70,8 @@ def test_a_gpu_promises_no_reproducible_resets(name):
     env = EnvConfig(backend="cuda", num_workers=1)
     configs = {"demos": DemosConfig(reproducible=True), "pairs": PairsConfig(reproducible=True)}
     with pytest.raises(ValueError, match=f"{name}.reproducible: got True, expected False with env.backend 'cuda'"):
-        IPIConfig(env, openvla_tiny(), get_task(env.env_id).params, **{name: configs[name]})
-    assert IPIConfig(env, openvla_tiny(), get_task(env.env_id).params).env.data_settings["backend"] == "cuda"
+        RunConfig(env, openvla_tiny(), get_task(env.env_id).params, **{name: configs[name]})
+    assert RunConfig(env, openvla_tiny(), get_task(env.env_id).params).env.data_settings["backend"] == "cuda"
 
 
 REAL = {"env_id": "bridge_orig", "control_mode": "reached ee delta pose", "shapes": SHAPES | {"state": [7]}}

@@ -26,10 +26,11 @@ from configs import ipi_widowx
 from stare_jax.config import from_dict
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
-from stare_jax.runs.ipi import IPIConfig, MeshConfig, abstract_params
+from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.plan import plan_run
 from stare_jax.sharding.mesh import batch_sharding, make_mesh, path_name
 from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
+from stare_jax.state.train_state import abstract_params
 from stare_jax.train.steps import lower_step, make_ppo_step, make_sft_step, make_tpo_step
 
 # Nothing is run: what makes programs fast may be left out.
@@ -39,7 +40,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 def load(fsdp, tensor, words):
     values = ipi_widowx.get_config(",".join(["PutCarrotOnPlateInScene-v1", *words])).to_dict()
     values.pop("name")
-    return dataclasses.replace(from_dict(IPIConfig, values), mesh=MeshConfig(1, fsdp, tensor))
+    return dataclasses.replace(from_dict(RunConfig, values), mesh=MeshConfig(1, fsdp, tensor))
 
 
 def lower_phase(phase, config, policy, mesh):

@@ -15,7 +15,7 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig
 from stare_jax.models import LoRAConfig, make_policy, openvla_state, openvla_tiny
 from stare_jax.models.nn.lora import ATTENTION
-from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import load_params, save_params
@@ -53,7 +53,7 @@ def run_config(base, init_from, **model):
     types = {"dtype": "bfloat16", "param_dtype": "bfloat16" if "lora" in model else "float32"}
     execution = dataclasses.replace(config.execution, **types)
     model = dataclasses.replace(config, execution=execution, **model)
-    return IPIConfig(ENV, model, get_task(ENV.env_id).params, init_from=str(init_from))
+    return RunConfig(ENV, model, get_task(ENV.env_id).params, init_from=str(init_from))
 
 
 def start_of(config):
@@ -151,7 +151,7 @@ def test_the_base_is_found_through_runs_that_began_as_runs(base, tuned, tmp_path
 )
 def test_a_run_of_another_model_is_refused(base, tmp_path, capsys, model, message):
     model = model or dataclasses.replace(run_config(base, "").model, image_size=56)
-    config = IPIConfig(ENV, model, get_task(ENV.env_id).params)
+    config = RunConfig(ENV, model, get_task(ENV.env_id).params)
     run = save_run(tmp_path / "run", config, {"llm": {"embed_tokens": jax.numpy.zeros(3)}})
     assert convert(f"--from={run}", f"--to={tmp_path / 'hf'}") == 1
     assert "began from random weights, expected an OpenVLA checkpoint; --base" in capsys.readouterr().err

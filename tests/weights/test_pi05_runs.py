@@ -19,7 +19,7 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig
 from stare_jax.models import LoRAConfig, make_policy, merge_adapters, pi05_base, pi05_state
 from stare_jax.models.nn.linear import Execution
-from stare_jax.runs.ipi import IPIConfig
+from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import load_extra, load_norm_stats, param_shapes, save_params
@@ -61,7 +61,7 @@ def start(source, config):
 def save_run(directory, config, params):
     """A run that ended with these parameters."""
     directory.mkdir(parents=True)
-    run = IPIConfig(ENV, config, get_task(ENV.env_id).params)
+    run = RunConfig(ENV, config, get_task(ENV.env_id).params)
     (directory / "config.json").write_text(json.dumps(to_dict(run)))
     nested = unflatten_dict({tuple(path.split("/")): jnp.asarray(leaf) for path, leaf in params.items()})
     save_params(directory / "ppo" / "checkpoints", 40, nested, extra={}, norm_stats=STATS)

@@ -1,0 +1,92 @@
+"""The configuration of a whole run."""
+
+import dataclasses
+
+from stare_jax.data.demos import DemosConfig
+from stare_jax.data.pairs import PairsConfig
+from stare_jax.envs import EnvConfig
+from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
+from stare_jax.models import OpenVLAConfig, Pi05Config
+from stare_jax.stages import StageParams
+from stare_jax.train.ppo import PPOConfig
+from stare_jax.train.sft import SFTConfig
+from stare_jax.train.tpo import TPOConfig
+
+PHASES = ("sft", "tpo", "ppo")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Over how many devices; see `sharding.make_mesh`."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    env: EnvConfig
+    model: OpenVLAConfig | Pi05Config
+    stages: StageParams
+    demos: DemosConfig = DemosConfig()
+    sft: SFTConfig = SFTConfig()
+    pairs: PairsConfig = PairsConfig()
+    tpo: TPOConfig = TPOConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    phases: tuple[str, ...] = PHASES
+    """which phases to run, in this order."""
+    init_from: str = ""
+    """what the first phase starts from: a phase's folder of another run (`runs/x/sft`), or the folder of a Hugging Face
+    checkpoint of the model; empty starts from random weights."""
+    demos_from: str = ""
+    """folder of a data set of demonstrations; empty collects them from the expert."""
+    demos_of: str = ""
+    """name of the data set in `demos_from` where it is of a real robot, imported, and not of `env`'s simulator; its
+    actions are in metres and radians, its gripper is 1 open and 0 closed."""
+    skip_broken: bool = False
+    """leave out damaged shards of `demos_from`, and say so, instead of raising."""
+    seed: int = 0
+    """of the initial weights and of the order of demonstrations."""
+
+    def __post_init__(self):
+        expected = tuple(phase for phase in PHASES if phase in self.phases)
+        if not self.phases or tuple(self.phases) != expected:
+            raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        if self.demos_of:
+            self._check_foreign()
+        for name in ("demos", "pairs"):
+            if getattr(self, name).reproducible and not self.env.has_reproducible_resets:
+                raise ValueError(
+                    f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
+                    "actions need not lead to equal states"
+                )
+        if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
+            raise ValueError(
+                "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
+            )
+        param_dtype = self.model.execution.param_dtype
+        if self.model.lora is None and param_dtype != "float32":
+            raise ValueError(
+                f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
+                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
+            )
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether phases are evaluated."""
+        return bool(episode_seeds(self.evaluation))
+
+    def _check_foreign(self) -> None:
+        """Makes sure that a simulator, if the run needs one, takes what a real robot's demonstrations teach."""
+        if tuple(self.phases) == ("sft",) and not self.has_evaluation:
+            return
+        without = "or phases ('sft',) and evaluation.num_episodes 0, which need no simulator"
+        if not self.env.takes_metres:
+            raise ValueError(f"env.env_id: got {self.env.env_id!r} with demos_of, expected a WidowX task, {without}")
+        if self.env.gripper_threshold is None:
+            raise ValueError(f"env.gripper_threshold: got None with demos_of, expected 0.5, {without}")
