@@ -90,7 +90,7 @@ def _generate(policy: Policy, params: PyTree, observation: Observation, batch: i
     decision = run()
     run()
     row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-    check = {"bins": np.asarray(decision.action_tokens).tolist(), "logp": np.asarray(decision.logp).tolist()}
+    check = {"bins": np.asarray(decision.trace["bins"]).tolist(), "logp": np.asarray(decision.logp).tolist()}
     _profile(run, spec, f"generate_{batch}")
     return row | check | _memory(sample)
 

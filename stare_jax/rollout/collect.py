@@ -172,11 +172,11 @@ def policy_act(
     temperature = np.float32(temperature)
 
     def act(observation, signals, instructions, is_first):
-        del signals
+        del signals, is_first
         seen = with_prompt(policy, observation, instructions)
         placed = place_rows(seen, sharding)
         decision = sample(params, placed, key, np.uint32(next(ticks)), temperature)
-        return _take_rows(decision, len(is_first), observation), seen
+        return _take_rows(decision, len(instructions), observation), seen
 
     return act
 

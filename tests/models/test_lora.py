@@ -90,7 +90,7 @@ def test_merged_weights_compute_the_same(adapted):
 
 def test_sampling_and_scoring_agree_with_adapters_on(adapted):
     decision = adapted.sample(adapted.params, adapted.observation, jax.random.key(0))
-    score = adapted.log_prob(adapted.params, adapted.observation, decision.action_tokens)
+    score = adapted.log_prob(adapted.params, adapted.observation, decision.trace)
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
 
 

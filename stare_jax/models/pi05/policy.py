@@ -263,9 +263,7 @@ def _sample(
     return Decision(action, trace, logp.sum(axis=(1, 2, 3)), value)
 
 
-def _scored_steps(
-    config: Pi05Config, trace: Mapping[str, Array]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _scored_steps(config: Pi05Config, trace: Mapping[str, Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns points x_i and the points after them, `[B, G, H, A]`, i and whether the step was drawn, `[B, G]`.
 
     G is the number of steps, or 1 where at most one of them is random.
