@@ -112,8 +112,8 @@ def _update(spec: Spec) -> dict[str, Any]:
     state = TrainState(step=jnp.int32(0), params=merge_params(trainable, frozen), opt_state=jax.jit(tx.init)(trainable))
     inputs = make_inputs(config, spec.update_batch, spec.seed)
     scores = [jnp.asarray(x) for x in (inputs.old_logp, inputs.old_value, inputs.advantage, inputs.return_)]
-    bins = jnp.asarray(inputs.bins)
-    batch = DecisionBatch(observe(inputs, config), bins, *scores, jnp.ones(spec.update_batch, bool))
+    trace = {"bins": jnp.asarray(inputs.bins)}
+    batch = DecisionBatch(observe(inputs, config), trace, *scores, jnp.ones(spec.update_batch, bool))
     # Ratios near one, so that the surrogate is not clipped away.
     score = jax.jit(policy.log_prob)
     parts = [slice(i, i + spec.microbatch) for i in range(0, spec.update_batch, spec.microbatch)]

@@ -66,7 +66,7 @@ class Policy(NamedTuple):
     action_dim: int
     sharding_rules: tuple
     """(regex over the parameter's path, jax.sharding.PartitionSpec), first match wins."""
-    frozen: tuple[str, ...] = ()
+    frozen_patterns: tuple[str, ...] = ()
     """regexes of the parameters that are never trained: what adapters are beside."""
     window: int | None = None
     """H, actions that the policy predicts at a time, and that are imitated; None where it is one action, and arrays

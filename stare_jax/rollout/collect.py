@@ -33,9 +33,9 @@ class Rollout(NamedTuple):
     """episodes lost to a dead simulator; their rows, like those cut before their first action, have no valid state."""
     is_complete: bool
     """False where `should_stop` ended the collection early; rows of unfinished episodes have no valid state."""
-    images: dict[int, dict[str, np.ndarray]]
+    images: dict[int, dict[str, np.ndarray]] | None = None
     """e -> camera -> uint8 `[N + 1, H, W, 3]` of the episodes whose images a function chose to keep; `trajectory` has
-    none then. Empty where all images or none were kept."""
+    none then. None where all episodes or none have theirs."""
 
 
 def collect_episodes(
@@ -139,13 +139,14 @@ def collect_episodes(
             state = env.step(executed, reset_seeds, reproducible=reproducible)
 
     trajectory, instructions = records.finish(places)
-    return Rollout(trajectory, instructions, records.num_steps, int(num_dropped), is_complete, records.images)
+    images = records.images if callable(keep_images) else None
+    return Rollout(trajectory, instructions, records.num_steps, int(num_dropped), is_complete, images)
 
 
 def get_episode(rollout: Rollout, e: int) -> Trajectory:
     """Returns episode `e` of a rollout as views, with its images where they were kept."""
     episode = jax.tree.map(lambda x: x[e], rollout.trajectory)
-    if e not in rollout.images:
+    if e not in (rollout.images or {}):
         return episode
     return episode._replace(observation=episode.observation._replace(images=rollout.images[e]))
 

@@ -12,7 +12,7 @@ from stare_jax.models import LoRAConfig, make_policy, openvla_7b
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.lora import (
     ATTENTION,
-    BASE_PARAMS,
+    BASE_PATTERN,
     add_adapters,
     drop_adapters,
     init_adapters,
@@ -64,9 +64,9 @@ def test_fresh_adapters_change_nothing(adapted):
     standard = np.std(fresh["llm"]["layers"]["gate_proj"]["lora_a"])
     np.testing.assert_allclose(standard, 1 / LORA.rank, rtol=0.2)
     base = drop_adapters(adapted.params)
-    bins = np.zeros((3, 3), np.int32)
-    off = adapted.log_prob(base, adapted.observation, bins)
-    on = adapted.log_prob(add_adapters(base, fresh), adapted.observation, bins)
+    trace = {"bins": np.zeros((3, 3), np.int32)}
+    off = adapted.log_prob(base, adapted.observation, trace)
+    on = adapted.log_prob(add_adapters(base, fresh), adapted.observation, trace)
     jax.tree.map(np.testing.assert_array_equal, on, off)
     # The base of a policy with adapters is the policy without.
     plain = make_policy(nano_config(), identity_stats(3, 2))
@@ -76,11 +76,11 @@ def test_fresh_adapters_change_nothing(adapted):
 def test_merged_weights_compute_the_same(adapted):
     merged = merge_adapters(adapted.params, LORA)
     assert not names(keep_adapters(merged))
-    bins = np.arange(9, dtype=np.int32).reshape(3, 3)
-    beside = adapted.log_prob(adapted.params, adapted.observation, bins)
-    inside = adapted.log_prob(merged, adapted.observation, bins)
+    trace = {"bins": np.arange(9, dtype=np.int32).reshape(3, 3)}
+    beside = adapted.log_prob(adapted.params, adapted.observation, trace)
+    inside = adapted.log_prob(merged, adapted.observation, trace)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), inside, beside)
-    off = adapted.log_prob(drop_adapters(adapted.params), adapted.observation, bins)
+    off = adapted.log_prob(drop_adapters(adapted.params), adapted.observation, trace)
     assert (np.abs(beside.logp - off.logp) > 5e-3).all()
     # One adapter by hand: W + alpha / rank * A B.
     at = adapted.params["llm"]["layers"]["down_proj"]
@@ -108,11 +108,13 @@ def test_targets_choose_by_path():
     params = jax.eval_shape(policy.init, jax.random.key(0))
     adapters = {name.rsplit("/", 1)[0] for name in names(keep_adapters(params))}
     assert adapters == {"llm/layers/q_proj", "llm/layers/v_proj"}
-    assert policy.frozen == (BASE_PARAMS,)
+    assert policy.frozen_patterns == (BASE_PATTERN,)
 
 
 def test_what_is_frozen_is_kept_in_the_type_it_is_computed_in():
-    config = nano_config(execution=Execution(dtype="bfloat16", param_dtype="float32"), frozen=("^dino", "^siglip"))
+    config = nano_config(
+        execution=Execution(dtype="bfloat16", param_dtype="float32"), frozen_patterns=("^dino", "^siglip")
+    )
     params = names(jax.eval_shape(make_policy(config, identity_stats(3, 2)).init, jax.random.key(0)))
     assert params["dino/blocks/fc1/kernel"].dtype == jnp.bfloat16
     assert params["llm/layers/q_proj/kernel"].dtype == jnp.float32

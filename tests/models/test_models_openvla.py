@@ -9,7 +9,7 @@ import pytest
 from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import make_policy, openvla_7b, openvla_state, openvla_tiny, with_prompt
-from stare_jax.models.nn.heads import ZERO_BIN, decode_bins, encode_bins
+from stare_jax.models.bins import ZERO_BIN, decode_bins, encode_bins
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import normalize_action, unnormalize_action
 from stare_jax.models.openvla.network import OpenVLA, preprocess
@@ -136,7 +136,7 @@ def test_one_hot_imitation_is_minus_the_mean_log_probability(nano):
     action = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 3)).astype(np.float32)
     loss, metrics = jit(policy.imitation_loss)(nano.params, nano.observation, action)
     bins = encode_bins(normalize_action(action, some_stats(3, 2)))
-    score = nano.log_prob(nano.params, nano.observation, bins)
+    score = nano.log_prob(nano.params, nano.observation, {"bins": bins})
     np.testing.assert_allclose(loss, -score.logp / 3, rtol=1e-5)
     assert set(metrics) == {"token_accuracy", "l1"}
 
@@ -241,11 +241,11 @@ def test_state_tokens_stand_where_the_patches_do():
     observation = random_observation(policy, INSTRUCTIONS)
     assert not observation.images and not params.keys() & {"dino", "siglip", "projector", "stem"}
     score = jit(policy.log_prob)
-    bins = np.zeros((3, 3), np.int32)
-    first = score(params, observation, bins)
+    trace = {"bins": np.zeros((3, 3), np.int32)}
+    first = score(params, observation, trace)
     # Everything the policy says depends on the state, also where it is beyond the range of the data.
     for state in (observation.state + 0.3, observation.state + 1.5):
-        moved = score(params, observation._replace(state=state), bins)
+        moved = score(params, observation._replace(state=state), trace)
         assert (np.abs(moved.logp - first.logp) > 1e-3).all() and (np.abs(moved.value - first.value) > 1e-3).all()
         first = moved
 

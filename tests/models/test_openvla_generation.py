@@ -10,7 +10,7 @@ import pytest
 from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import Policy, make_policy, openvla_state
-from stare_jax.models.nn.heads import NUM_BINS
+from stare_jax.models.bins import NUM_BINS
 from stare_jax.models.nn.linear import Execution
 from stare_jax.types import Observation, PyTree
 
@@ -66,10 +66,10 @@ def widths_of_products(fn, *args):
 
 def test_decoding_computes_logits_of_256_tokens_and_no_more(nano):
     policy, args = nano.policy, (nano.params, nano.observation)
-    bins, vocab_size = np.zeros((3, 3), np.int32), 960
+    trace, vocab_size = {"bins": np.zeros((3, 3), np.int32)}, 960
     for fn in (
         lambda p, o: policy.sample(p, o, jax.random.key(0), temperature=1.0),
-        lambda p, o: policy.log_prob(p, o, bins),
+        lambda p, o: policy.log_prob(p, o, trace),
     ):
         products, arrays = widths_of_products(fn, *args)
         assert NUM_BINS in products and vocab_size not in arrays

@@ -80,7 +80,7 @@ def policy_and_params(model, trained):
     else:
         lora = LoRAConfig(rank=4, targets=PI05_EXPERTS) if trained == "lora" else None
         frozen = (PI05_PALIGEMMA,) if trained == "expert" else ()
-        config = nano_pi05(lora=lora, frozen=frozen, execution=execution)
+        config = nano_pi05(lora=lora, frozen_patterns=frozen, execution=execution)
     policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
     return policy, random_params(policy)
 

@@ -37,7 +37,7 @@ def rollout(annotation):
     value = np.pad(annotation.advantage_d, [(0, 0), (0, 1)], constant_values=99) / 2
     valid = (np.arange(5) <= LENGTHS[:, None]) & (LENGTHS[:, None] > 0)
     trajectory = Trajectory(None, None, valid, None, Decisions(None, None, value, annotation.valid_d))
-    return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True, images={})
+    return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True)
 
 
 def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, annotation, spec):
@@ -88,6 +88,9 @@ def test_without_an_episode_that_is_over_there_is_no_rate(rollout, annotation, s
 
 def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_annotated_the_same(spec):
     trajectory = expert_episodes(6)
+    zeros = np.zeros((6, toy.HORIZON), np.float32)
+    made = Decisions({"bins": zeros}, zeros, np.zeros(trajectory.valid.shape, np.float32), trajectory.valid[:, 1:])
+    trajectory = trajectory._replace(decisions=made)
     rollout = Rollout(trajectory, ("",) * 6, num_steps=int(trajectory.valid[:, 1:].sum()), num_dropped=0, is_complete=1)
     whole = make_prepare(spec, PPOConfig())(rollout)
     padded = make_prepare(spec, PPOConfig(num_steps=40))(rollout)

@@ -47,7 +47,7 @@ def _layout(config: EnvConfig) -> list[tuple[tuple[int, ...], type]]:
     rows = config.num_envs
     signals = [
         ((rows, *shape), np.bool_ if name in SIGNAL_FLAGS else np.float32)
-        for name, shape in zip(Signals._fields, SIGNAL_SHAPES, strict=True)
+        for name, shape in SIGNAL_SHAPES._asdict().items()
     ]
     return [
         ((rows, config.action_dim), np.float32),
