@@ -135,7 +135,7 @@ def our_sampler(config: Pi05Config, params: PyTree, inputs: Inputs) -> Callable[
     @jax.jit
     def sample(params, observation, noise):
         decision = policy.sample(params, observation, jax.random.key(0), temperature=0.0, noise=noise)
-        return decision.action_tokens[:, -1, :, :-1], decision.value
+        return decision.trace["chain"][:, -1], decision.value
 
     return lambda: np.asarray(jax.block_until_ready(sample(params, observation, noise))[0])
 

@@ -64,11 +64,12 @@ class Learner:
     def scores(self, params: PyTree, rollout: Rollout, where: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
         """Yields indices of states where `where` `[E, N + 1]`, and the float32 log-probabilities and values there."""
         trajectory, (episode, t) = rollout.trajectory, np.nonzero(where)
+        bins = trajectory.decisions.trace["bins"]
         for first in range(0, len(episode), SIZE):
             rows = np.arange(first, first + SIZE) % len(episode)
             at = (episode[rows], t[rows])
-            tokens = trajectory.action_tokens[at[0], np.minimum(at[1], trajectory.action.shape[1] - 1)]
-            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), tokens)
+            trace = {"bins": bins[at[0], np.minimum(at[1], bins.shape[1] - 1)]}
+            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), trace)
             number = min(SIZE, len(episode) - first)
             yield (at[0][:number], at[1][:number]), np.stack([score.logp, score.value])[:, :number]
 
@@ -77,14 +78,15 @@ class Learner:
         value = np.zeros(rollout.trajectory.valid.shape, np.float32)
         for at, (_, values) in self.scores(params, rollout, rollout.trajectory.valid):
             value[at] = values
-        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(value=value)))
+        decisions = rollout.trajectory.decisions._replace(value=value)
+        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions)))
 
     def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
         """Returns how much the surrogate has gained, its standard error, and the KL divergence (k3)."""
         where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
         gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
-            log_ratio, advantage = logp - batch.trajectory.logp[at], batch.advantage[at]
+            log_ratio, advantage = logp - batch.decisions.logp[at], batch.advantage[at]
             # Not clipped: min(.., clip(..)) takes away gains and keeps losses, so it falls for a step in any direction.
             gains.append(np.expm1(log_ratio) * advantage)
             divergences.append(np.expm1(log_ratio) - log_ratio)
