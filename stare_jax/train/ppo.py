@@ -123,7 +123,7 @@ def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callab
         chunk=chunk,
         chunk_discount=config.chunk_discount,
     )
-    return ppo_batch.compile_targets(targets_fn, num_steps=config.num_steps)
+    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
 
 
 # ---- Step -----------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def make_ppo_step(
         score = policy.log_prob(
             params,
             batch.observation,
-            batch.action_tokens,
+            batch.trace,
             temperature=config.temperature,
             reference_params=None if config.kl_coef is None else merge_params(reference, frozen),
         )
@@ -298,7 +298,7 @@ def _collect(
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
-            policy_act(policy, params, key, temperature=config.temperature),
+            policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
             first_seed(PPO_SEEDS, config.seed) + counters.seeds + np.arange(batch_size),
             stop_at_success=True,
             max_steps=config.num_steps,

@@ -20,27 +20,27 @@ from stare_jax.stages.rewards import success_rewards
 from stare_jax.stages.separate import separate
 from stare_jax.stages.shaping import shape_rewards
 from stare_jax.stages.spec import TaskSpec
-from stare_jax.types import Array, Observation, Signals, Trajectory
+from stare_jax.types import Array, Decisions, Observation, Signals
 
 TimeLimit = Literal["bootstrap", "terminate"]
 ChunkDiscount = Literal["step", "decision"]
 
 
 class Targets(NamedTuple):
-    """Rewards and advantages of one episode of N actions, padded; zeros where there is no action."""
+    """Rewards and advantages of one episode of N actions and D decisions, padded; zeros where there is none."""
 
     reward_t: Array
     """float32 `[N]` r_t."""
     shaped_reward_t: Array
     """float32 `[N]` r'_t (5), or r_t where there is no shaping."""
-    advantage_t: Array
-    """float32 `[N]` advantage of the decision that begins at t, 0 where none does."""
-    return_t: Array
-    """float32 `[N]` return of the decision that begins at t, 0 where none does."""
+    advantage_d: Array
+    """float32 `[D]` of each decision."""
+    return_d: Array
+    """float32 `[D]` of each decision."""
     valid_t: Array
     """bool `[N]`: actions that exist."""
-    decided_t: Array
-    """bool `[N]`: actions that a decision begins with; all of them where a decision is one action."""
+    valid_d: Array
+    """bool `[D]`: decisions that exist."""
     stage_t: Array
     """int32 `[N + 1]` labels of the states."""
     completed: Array
@@ -48,16 +48,12 @@ class Targets(NamedTuple):
 
 
 class DecisionRewards(NamedTuple):
-    """The D = ceil(N / C) decisions of an episode of N actions; each executes C of them, the last perhaps fewer."""
+    """The rewards of D = ceil(N / C) decisions; each executes C of N actions, the last perhaps fewer."""
 
     reward: Array
     """float32 `[D]` rewards of the actions, discounted to the first of them."""
     discount: Array
     """float32 `[D]` product of their discounts, 0 after a true termination and where there is no decision."""
-    value: Array
-    """float32 `[D]` value of the state in which the decision was taken."""
-    next_value: Array
-    """float32 `[D]` value of the state that the last action led to."""
     valid: Array
     """bool `[D]`."""
 
@@ -67,8 +63,8 @@ class DecisionBatch(NamedTuple):
 
     observation: Observation
     """leaves `[B, ...]`."""
-    action_tokens: Array
-    """`[B, ...]`."""
+    trace: dict[str, Array]
+    """`[B, ...]`, see `Decision.trace`."""
     old_logp: Array
     """float32 `[B]`."""
     old_value: Array
@@ -88,18 +84,20 @@ def batch_shapes(policy: Policy, size: int) -> DecisionBatch:
     number = jax.ShapeDtypeStruct((size,), jnp.float32)
     valid = jax.ShapeDtypeStruct((size,), bool)
     observation = policy.observation_shape(size)
-    return DecisionBatch(observation, decision.action_tokens, number, number, number, number, valid)
+    return DecisionBatch(observation, decision.trace, number, number, number, number, valid)
 
 
 class PPOBatch(NamedTuple):
     """Episodes and what is to be learned from them."""
 
-    trajectory: Trajectory
-    """NumPy leaves `[E, ...]`."""
+    observation: Observation
+    """NumPy leaves `[E, D, ...]`, views of the states in which decisions were made."""
+    decisions: Decisions
+    """NumPy leaves `[E, D, ...]`."""
     targets: Targets
     """NumPy leaves `[E, ...]`."""
     advantage: np.ndarray
-    """float32 `[E, N]`, whitened over the decisions that exist."""
+    """float32 `[E, D]`, whitened over the decisions that exist."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
 
@@ -124,7 +122,8 @@ def episode_targets(
         signals: leaves `[N + 1, ...]`.
         valid: bool `[N + 1]` states that exist, a prefix. An episode of fewer than N actions that did not succeed was
             cut short, and is bootstrapped from its last value.
-        value: float32 `[N + 1]` of the states; read where a decision begins and where the episode ends.
+        value: float32 `[D + 1]`, `types.Decisions.value`: of the states in which decisions were made, and of the state
+            that the last one led to.
         spec: the task.
         shaping: whether GAE sees r' (STA-PPO) or r (PPO).
         gamma: discount factor.
@@ -154,20 +153,19 @@ def episode_targets(
             terminal_potential=terminal_potential,
         )
     shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
-    decisions = gather_decisions(shaped_reward_t, discount_t, jnp.where(valid, value, 0.0), valid_t, chunk=chunk)
-    is_last_decision = decisions.valid & ~jnp.append(decisions.valid[1:], False)
-    advantage, return_ = gae(*decisions[:4], gae_lambda=gae_lambda, truncated_t=is_last_decision)
-
-    def at_first_action(x):
-        return jnp.zeros_like(reward_t).at[::chunk].set(jnp.where(decisions.valid, x, 0.0))
-
+    reward_d, discount_d, valid_d = sum_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
+    is_last_decision = valid_d & ~jnp.append(valid_d[1:], False)
+    value = jnp.where(jnp.append(True, valid_d), value, 0.0)
+    advantage_d, return_d = gae(
+        reward_d, discount_d, value[:-1], value[1:], gae_lambda=gae_lambda, truncated_t=is_last_decision
+    )
     return Targets(
         reward_t=reward_t,
         shaped_reward_t=shaped_reward_t,
-        advantage_t=at_first_action(advantage),
-        return_t=at_first_action(return_),
+        advantage_d=jnp.where(valid_d, advantage_d, 0.0),
+        return_d=jnp.where(valid_d, return_d, 0.0),
         valid_t=valid_t,
-        decided_t=valid_t & (jnp.arange(len(valid_t)) % chunk == 0),
+        valid_d=valid_d,
         stage_t=separation.stage_t,
         completed=separation.completed,
     )
@@ -187,16 +185,13 @@ def _discounts(
     return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
 
 
-def gather_decisions(
-    reward_t: Array, discount_t: Array, value_t: Array, valid_t: Array, *, chunk: int
-) -> DecisionRewards:
-    """Sums up what the actions of each decision earn: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
+def sum_rewards(reward_t: Array, discount_t: Array, valid_t: Array, *, chunk: int) -> DecisionRewards:
+    """Sums up the rewards of each decision's actions: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
 
     Args:
         reward_t: float32 `[N]` of the actions.
         discount_t: float32 `[N]`, 0 after a true termination.
-        value_t: float32 `[N + 1]` of the states.
-        valid_t: bool `[N]`, a prefix: which actions were executed.
+        valid_t: bool `[N]`, a prefix: actions that were executed.
         chunk: C, actions of a decision; the last one may have executed fewer.
     """
     num_decisions = -(-len(valid_t) // chunk)
@@ -208,24 +203,22 @@ def gather_decisions(
     executed = cut(valid_t)
     discount = jnp.where(executed, cut(discount_t), 1.0)
     so_far = jnp.cumprod(jnp.pad(discount, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
-    first = jnp.arange(num_decisions) * chunk
     is_valid = executed[:, 0]
     return DecisionRewards(
         reward=jnp.sum(jnp.where(executed, so_far[:, :-1] * cut(reward_t), 0.0), axis=1),
         discount=jnp.where(is_valid, so_far[:, -1], 0.0),
-        value=value_t[first],
-        next_value=value_t[first + executed.sum(axis=1)],
         valid=is_valid,
     )
 
 
 def compile_targets(
-    targets_fn: Callable[[Signals, Array, Array], Targets], *, num_steps: int | None = None
+    targets_fn: Callable[[Signals, Array, Array], Targets], *, chunk: int = 1, num_steps: int | None = None
 ) -> Callable[[Rollout], PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
 
     Args:
         targets_fn: `episode_targets` with its keyword arguments.
+        chunk: C, actions that one decision executes.
         num_steps: actions of the batch, if it is one of steps: the most episodes there can be. None: as many as there
             are.
     """
@@ -233,17 +226,18 @@ def compile_targets(
     @jax.jit
     def all_episodes(signals, valid, value):
         targets = jax.vmap(targets_fn)(signals, valid, value)
-        advantage = whiten(targets.advantage_t, targets.decided_t)
-        return targets, advantage, explained_variance(value[:, :-1], targets.return_t, targets.decided_t)
+        advantage = whiten(targets.advantage_d, targets.valid_d)
+        return targets, advantage, explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
 
     def prepare(rollout):
-        trajectory = rollout.trajectory
-        num_episodes = len(trajectory.valid)
+        trajectory, decisions = rollout.trajectory, rollout.trajectory.decisions
+        num_episodes, num_decisions = decisions.valid.shape
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
         num_rows = num_steps or num_episodes
-        inputs = (trajectory.signals, trajectory.valid, trajectory.value)
+        inputs = (trajectory.signals, trajectory.valid, decisions.value)
         results = jax.device_get(all_episodes(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
-        return PPOBatch(trajectory, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
+        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
+        return PPOBatch(observation, decisions, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
 
     return prepare
 
@@ -259,17 +253,17 @@ def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iter
     A last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure
     the KL divergence by them.
     """
-    episode, t = np.nonzero(batch.targets.decided_t)
+    episode, d = np.nonzero(batch.decisions.valid)
     order = rng.permutation(len(episode))
     for chosen in np.array_split(order, math.ceil(len(order) / size)):
         rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
-        at = (episode[rows], t[rows])
+        at = (episode[rows], d[rows])
         yield DecisionBatch(
-            observation=jax.tree.map(lambda x, at=at: x[at], batch.trajectory.observation),
-            action_tokens=batch.trajectory.action_tokens[at],
-            old_logp=batch.trajectory.logp[at],
-            old_value=batch.trajectory.value[at],
+            observation=jax.tree.map(lambda x, at=at: x[at], batch.observation),
+            trace=jax.tree.map(lambda x, at=at: x[at], batch.decisions.trace),
+            old_logp=batch.decisions.logp[at],
+            old_value=batch.decisions.value[at],
             advantage=batch.advantage[at],
-            return_=batch.targets.return_t[at],
+            return_=batch.targets.return_d[at],
             valid=np.arange(size) < len(chosen),
         )

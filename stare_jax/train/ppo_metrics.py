@@ -20,7 +20,7 @@ def iteration_metrics(
 ) -> dict[str, float]:
     """Returns all that an iteration says about learning; arguments as for the functions below."""
     return (
-        update_metrics(updates, num_decisions=batch.targets.decided_t.sum(), size=size)
+        update_metrics(updates, num_decisions=batch.targets.valid_d.sum(), size=size)
         | rollout_metrics(rollout, batch.targets, spec, shaping=shaping)
         | {"ppo/explained_variance": float(batch.explained_variance), "ppo/num_minibatches": len(updates)}
     )
@@ -39,7 +39,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
         spec: the task.
         shaping: whether there is shaping to report on.
     """
-    valid_t, decided_t = targets.valid_t, targets.decided_t
+    valid_t, valid_d = targets.valid_t, targets.valid_d
     is_success = targets.reward_t.any(axis=1)
     is_over = is_success | valid_t[:, -1]
     num_over = int(is_over.sum())
@@ -62,9 +62,9 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
         **completed,
         **(shaping_metrics(over, spec) if shaping else {}),
-        "ppo/advantage_std": float(targets.advantage_t[decided_t].std()),
-        "ppo/return_mean": float(targets.return_t[decided_t].mean()),
-        "ppo/value_mean": float(rollout.trajectory.value[:, :-1][decided_t].mean()),
+        "ppo/advantage_std": float(targets.advantage_d[valid_d].std()),
+        "ppo/return_mean": float(targets.return_d[valid_d].mean()),
+        "ppo/value_mean": float(rollout.trajectory.decisions.value[:, :-1][valid_d].mean()),
     }
 
 

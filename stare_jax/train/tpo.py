@@ -23,7 +23,7 @@ from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_para
 from stare_jax.state.train_state import TrainState, abstract_params
 from stare_jax.train import update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
-from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, over_actions, score_pairs
+from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, flatten_scores, score_pairs
 from stare_jax.types import Array, Observation, PreferencePair, PyTree
 
 PHASE = "tpo"
@@ -94,7 +94,7 @@ def batch_shapes(config: TPOConfig, policy: Policy, *, horizon: int, num_stages:
     """
     size, num_decisions = config.batch_size, -(-horizon // policy.chunk)
     is_exact = policy.preference_score is None
-    num_draws = 1 if is_exact else config.num_draws
+    num_draws, num_scores = (1, num_decisions) if is_exact else (config.num_draws, horizon)
     array, observation = jax.ShapeDtypeStruct, policy.observation_shape(1)
 
     def rows(tree):
@@ -102,16 +102,16 @@ def batch_shapes(config: TPOConfig, policy: Policy, *, horizon: int, num_stages:
 
     if is_exact:
         params = jax.eval_shape(policy.init, jax.random.key(0))
-        decision = rows(jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).action_tokens)
+        decision = rows(jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).trace)
     else:
         decision = array((size, num_decisions, policy.window, policy.action_dim), jnp.float32)
     side = ScoredTrajectory(
         observation=rows(observation),
         decision=decision,
         seed=array((size, num_decisions, num_draws), jnp.uint32),
-        ref_logp=array((size, horizon, num_draws), jnp.float32),
-        valid=array((size, horizon), bool),
-        stage_mask=array((size, num_stages, horizon), bool),
+        ref_logp=array((size, num_scores, num_draws), jnp.float32),
+        valid=array((size, num_scores), bool),
+        stage_mask=array((size, num_stages, num_scores), bool),
         stage_cost=array((size, num_stages), jnp.float32),
         completed=array((size, num_stages), bool),
     )
@@ -142,7 +142,7 @@ def make_tpo_step(
     def step(state, batch):
         batch = _pick_draws(batch, state.step, config.draws_per_step)
         decisions = _decisions(batch)
-        num_pairs, num_actions = batch.chosen.valid.shape
+        num_pairs, num_scores = batch.chosen.valid.shape
 
         def logp_fn(trainable, decisions):
             params, (observation, decision, seed) = merge_params(trainable, state.frozen), decisions
@@ -152,7 +152,7 @@ def make_tpo_step(
 
         def loss_of_logp(logp):
             logp = logp.reshape(num_pairs, 2, -1, logp.shape[1])
-            return _preference_loss(over_actions(logp, num_actions, policy.chunk), batch, config)
+            return _preference_loss(flatten_scores(logp, num_scores), batch, config)
 
         if config.microbatch_size is None:
             loss_fn = jax.grad(lambda trainable: loss_of_logp(logp_fn(trainable, decisions)), has_aux=True)
@@ -172,7 +172,7 @@ def make_tpo_step(
 
 
 def _preference_loss(logp: Array, batch: PairBatch, config: TPOConfig) -> tuple[Array, update.Metrics]:
-    """The loss of `[B, 2, N]` log-probabilities, chosen first."""
+    """The loss of `[B, 2, M]` scores, chosen first."""
     chosen, rejected = batch
     chosen_ref_logp, rejected_ref_logp = (side.ref_logp.mean(axis=-1) for side in batch)
     scores = (logp[:, 0], chosen_ref_logp, logp[:, 1], rejected_ref_logp, chosen.valid, rejected.valid)
@@ -206,7 +206,7 @@ def _pick_draws(batch: PairBatch, step: Array, size: int) -> PairBatch:
     return PairBatch(*(side._replace(seed=side.seed[..., index], ref_logp=side.ref_logp[..., index]) for side in batch))
 
 
-def _decisions(batch: PairBatch) -> tuple[Observation, Array, Array]:
+def _decisions(batch: PairBatch) -> tuple[Observation, PyTree, Array]:
     """Returns observations, decisions and seeds of both sides, `[B * 2 * D, ...]`; rows stay with their pair, and so on
     their device."""
 
@@ -273,7 +273,6 @@ def train_tpo(
         spec,
         batch_size=config.reference_batch_size,
         num_draws=config.num_draws,
-        mesh=run.mesh,
         should_stop=run.should_stop,
     )
     tx = make_optimizer(config.optimizer, num_steps=num_steps)

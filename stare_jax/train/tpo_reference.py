@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from stare_jax.config import ConfigError
 from stare_jax.data.windows import window_indices
 from stare_jax.logging import Interrupted
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
-from stare_jax.sharding.mesh import num_parts, place
+from stare_jax.rollout.collect import acting_sharding, place_rows
 from stare_jax.stages.costs import stage_costs
 from stare_jax.stages.separate import separate, stage_mask
 from stare_jax.stages.spec import TaskSpec
@@ -25,21 +23,23 @@ from stare_jax.types import Array, Observation, PreferencePair, PyTree, Signals,
 class ScoredTrajectory(NamedTuple):
     """One side of B preference pairs, with all that does not depend on the parameters that are trained.
 
-    N actions come from D = ceil(N / C) decisions.
+    N actions come from D = ceil(N / C) decisions. The loss sums M scores: M is D where a decision has one, its
+    log-probability, and N for a policy with a `preference_score`, which scores each action.
     """
 
     observation: Observation
-    """leaves `[B, D, ...]` of the states in which decisions were taken."""
-    decision: Array
-    """`action_tokens` `[B, D, ...]`, or float32 `[B, D, H, A]` for a policy with a `preference_score`."""
+    """leaves `[B, D, ...]` of the states in which decisions were made."""
+    decision: PyTree
+    """the traces of the decisions, leaves `[B, D, ...]`, or float32 `[B, D, H, A]`, the actions from each on, for a
+    policy with a `preference_score`."""
     seed: Array
-    """uint32 `[B, D, M]` of the M estimates of each score, the same for both sides of a pair."""
+    """uint32 `[B, D, G]` of its G estimates, the same for both sides of a pair; G is 1 where there is one."""
     ref_logp: Array
-    """float32 `[B, N, M]` of each action, or of the decision that begins with it."""
+    """float32 `[B, M, G]`."""
     valid: Array
-    """bool `[B, N]`: actions that exist, or that a decision begins with."""
+    """bool `[B, M]`: decisions or actions that exist."""
     stage_mask: Array
-    """bool `[B, K, N]`."""
+    """bool `[B, K, M]`."""
     stage_cost: Array
     """float32 `[B, K]`."""
     completed: Array
@@ -67,7 +67,6 @@ def score_pairs(
     *,
     batch_size: int,
     num_draws: int = 1,
-    mesh: Mesh | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> PairBatch:
     """Computes the scores of the reference policy, stage masks and stage costs.
@@ -77,9 +76,8 @@ def score_pairs(
         params: parameters of the reference policy.
         pairs: NumPy leaves `[P, ...]`.
         spec: the task's stages.
-        batch_size: decisions scored at a time, rounded up to a multiple of the mesh's parts.
-        num_draws: M, estimates of each score where the policy makes estimates.
-        mesh: devices of `params`, over which decisions are cut; None leaves that to jit.
+        batch_size: decisions scored at a time, cut over the devices of `params`.
+        num_draws: G, estimates of each score where the policy makes estimates.
         should_stop: polled before each batch of decisions.
 
     Returns:
@@ -88,7 +86,6 @@ def score_pairs(
     Raises:
         Interrupted: `should_stop` asked for it; scores are made again when the phase goes on.
     """
-    batch_size += -batch_size % (1 if mesh is None else num_parts(mesh))
 
     @jax.jit
     def score_decisions(params, observation, decision, seed):
@@ -97,24 +94,27 @@ def score_pairs(
         return policy.preference_score(params, observation, decision, seed)
 
     def score(trajectory: Trajectory) -> ScoredTrajectory:
-        observation, decision, valid = decisions_of(policy, trajectory)
-        num_pairs, num_decisions = decision.shape[:2]
-        shape = (num_pairs, num_decisions, 1 if policy.preference_score is None else num_draws)
+        observation, decision, is_decided = decisions_of(policy, trajectory)
+        shape = (*is_decided.shape, 1 if policy.preference_score is None else num_draws)
         seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-        num_scores = 1 if policy.preference_score is None else policy.chunk
-        scores = np.zeros((*shape, num_scores), np.float32)
-        pair, d = np.nonzero(valid[:, :: policy.chunk])
+        scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
+        pair, d = np.nonzero(is_decided)
         for start in range(0, len(pair), batch_size):
             if should_stop():
                 raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
             rows = np.arange(start, start + batch_size) % len(pair)
             at = (pair[rows], d[rows])
             inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
-            scores[at] = score_decisions(params, *(inputs if mesh is None else place(inputs, mesh)))
-        over_time = over_actions(scores.swapaxes(1, 2), valid.shape[1], policy.chunk)
-        ref_logp = np.ascontiguousarray(np.moveaxis(over_time, 1, 2))
-        stages = jax.device_get(_jitted_stages(spec)(trajectory.signals, trajectory.valid))
-        return ScoredTrajectory(observation, decision, seed, ref_logp, valid, *stages)
+            placed = place_rows(inputs, acting_sharding(params))
+            scores[at] = np.asarray(score_decisions(params, *placed))[:batch_size]
+        mask, cost, completed = jax.device_get(_jitted_stages(spec)(trajectory.signals, trajectory.valid))
+        valid = np.asarray(trajectory.valid)[:, 1:]
+        if policy.preference_score is None:
+            valid, mask = is_decided, mask[..., :: policy.chunk]
+        ref_logp = np.moveaxis(flatten_scores(scores.swapaxes(1, 2), valid.shape[1]), 1, 2)
+        return ScoredTrajectory(
+            observation, decision, seed, np.ascontiguousarray(ref_logp), valid, mask, cost, completed
+        )
 
     return PairBatch(score(pairs.chosen), score(pairs.rejected))
 
@@ -151,37 +151,38 @@ def action_stages(signals: Signals, valid: Array, *, spec: TaskSpec) -> ActionSt
     )
 
 
-def over_actions(score: Array, num_actions: int, chunk: int) -> Array:
-    """Lays scores of decisions `[..., D, C or 1]` out over the N actions, `[..., N]`.
+def flatten_scores(score: Array, num_scores: int) -> Array:
+    """Returns scores of decisions `[..., D, C or 1]`, C where each action has its own, in order, `[..., M]`.
 
-    C scores are those of the actions that were executed; a single one stands where the decision begins.
+    The last decision may have executed fewer actions than C.
     """
-    score = jnp.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, chunk - score.shape[-1])])
-    return score.reshape(*score.shape[:-2], -1)[..., :num_actions]
+    return score.reshape(*score.shape[:-2], -1)[..., :num_scores]
 
 
-def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, np.ndarray, np.ndarray]:
-    """Returns the decisions of trajectories, taken at t = 0, C, 2C .., and the actions that count.
+def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, PyTree, np.ndarray]:
+    """Returns the decisions of trajectories, as they are to be scored.
 
     Args:
         policy: policy that is to score the decisions.
         trajectory: NumPy leaves `[P, ...]`.
 
     Returns:
-        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; `ScoredTrajectory.valid`.
+        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; bool `[P, D]`, decisions that exist.
 
     Raises:
-        ValueError: a flow is to be scored by chains, and somebody else acted.
+        ValueError: log-probabilities are asked of decisions that this policy did not make.
     """
     valid = np.asarray(trajectory.valid)[:, 1:]
     starts = np.arange(0, valid.shape[1], policy.chunk)
     observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
-    if policy.preference_score is None:
-        if policy.window is not None and trajectory.action_tokens.ndim != 5:
-            raise ValueError(
-                f"action_tokens: got shape {trajectory.action_tokens.shape}, expected chains that the policy drew; "
-                "model.preference 'flow' does without"
-            )
-        return observation, trajectory.action_tokens[:, starts], valid & (np.arange(valid.shape[1]) % policy.chunk == 0)
-    index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
-    return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid
+    if policy.preference_score is not None:
+        index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
+        return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid[:, starts]
+    decisions, params = trajectory.decisions, jax.eval_shape(policy.init, jax.random.key(0))
+    made = jax.eval_shape(policy.sample, params, policy.observation_shape(1), jax.random.key(0)).trace
+    expected = jax.tree.map(lambda x: x.shape[1:], made)
+    found = None if decisions is None else jax.tree.map(lambda x: x.shape[2:], decisions.trace)
+    if found != expected or decisions.valid.shape[1] != len(starts):
+        remedy = "collect them anew with this policy" + ("; model.preference 'flow' does without" * bool(policy.window))
+        raise ValueError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
+    return observation, decisions.trace, np.asarray(decisions.valid)

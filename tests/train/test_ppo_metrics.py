@@ -13,7 +13,7 @@ from stare_jax.rollout.collect import Rollout
 from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
 from stare_jax.train.ppo_batch import Targets
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
-from stare_jax.types import Trajectory
+from stare_jax.types import Decisions, Trajectory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ppo.md"
 LENGTHS = np.array([2, 4, 3, 0])
@@ -33,9 +33,9 @@ def targets():
 
 @pytest.fixture
 def rollout(targets):
-    value = np.pad(targets.advantage_t, [(0, 0), (0, 1)], constant_values=99) / 2
+    value = np.pad(targets.advantage_d, [(0, 0), (0, 1)], constant_values=99) / 2
     valid = (np.arange(5) <= LENGTHS[:, None]) & (LENGTHS[:, None] > 0)
-    trajectory = Trajectory(None, None, valid, None, None, None, value)
+    trajectory = Trajectory(None, None, valid, None, Decisions(None, None, value, targets.valid_d))
     return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True)
 
 
@@ -78,7 +78,8 @@ def test_shaping_is_told_by_where_it_is_paid(rollout, targets, spec):
 
 def test_without_an_episode_that_is_over_there_is_no_rate(rollout, targets, spec):
     cut = Targets(*(x[2:] for x in targets))
-    rollout = rollout._replace(trajectory=rollout.trajectory._replace(value=rollout.trajectory.value[2:]))
+    decisions = jax.tree.map(lambda x: x[2:], rollout.trajectory.decisions)
+    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions))
     metrics = rollout_metrics(rollout, cut, spec, shaping=True)
     assert (metrics["env/num_episodes"], metrics["env/num_cut"]) == (0, 1)
     assert np.isnan(metrics["env/success"]) and metrics["shaping/at_success"] == 0
@@ -86,6 +87,9 @@ def test_without_an_episode_that_is_over_there_is_no_rate(rollout, targets, spec
 
 def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_learns_the_same(spec):
     trajectory = expert_episodes(6)
+    zeros = np.zeros((6, toy.HORIZON), np.float32)
+    made = Decisions({"bins": zeros}, zeros, np.zeros(trajectory.valid.shape, np.float32), trajectory.valid[:, 1:])
+    trajectory = trajectory._replace(decisions=made)
     rollout = Rollout(trajectory, ("",) * 6, num_steps=int(trajectory.valid[:, 1:].sum()), num_dropped=0, is_complete=1)
     whole = make_prepare(spec, PPOConfig())(rollout)
     padded = make_prepare(spec, PPOConfig(num_steps=40))(rollout)
