@@ -1,5 +1,6 @@
 """STARE: stage labels, costs, potentials and shaped rewards of one trajectory. Callers `jax.vmap` and `jax.jit`."""
 
+from stare_jax.stages.actions import ActionStages, action_stages
 from stare_jax.stages.costs import stage_costs
 from stare_jax.stages.potentials import potentials
 from stare_jax.stages.rewards import Reward, dense_rewards, rl4vla_rewards, success_rewards
@@ -9,6 +10,7 @@ from stare_jax.stages.spec import StageParams, TaskSpec
 from stare_jax.stages.tasks import TASKS, get_task
 
 __all__ = [
+    "ActionStages",
     "Reward",
     "Separation",
     "StageCarry",
@@ -17,6 +19,7 @@ __all__ = [
     "TaskSpec",
     "TerminalPotential",
     "TimeLimit",
+    "action_stages",
     "dense_rewards",
     "get_task",
     "init_stage",

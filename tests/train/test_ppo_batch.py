@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from toy_task import expert_episodes, random_pairs
 
-from stare_jax.stages import potentials, separate
+from stare_jax.stages import action_stages, potentials, separate
 from stare_jax.train.ppo_batch import episode_targets
-from stare_jax.train.tpo_reference import action_stages
 
 targets_of = jax.jit(
     episode_targets,
