@@ -11,7 +11,7 @@ import pytest
 from stare_jax.config import to_dict
 from stare_jax.envs import EnvConfig, toy
 from stare_jax.evaluate.protocol import EvalConfig
-from stare_jax.evaluate.summary import load_evaluation
+from stare_jax.evaluate.record import load_evaluation
 from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.runs import load as restore

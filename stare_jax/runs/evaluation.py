@@ -1,0 +1,67 @@
+"""Evaluations of a run: their conditions, and the rewards that a report draws."""
+
+import functools
+
+import jax
+import numpy as np
+
+from stare_jax.envs import EnvConfig
+from stare_jax.envs.maniskill.batched import decided
+from stare_jax.evaluate.protocol import Conditions
+from stare_jax.report.timeline import Rewards, RewardsFn
+from stare_jax.stages import TaskSpec
+from stare_jax.train.annotate import annotate_episode
+from stare_jax.train.ppo import PPOConfig
+from stare_jax.types import Array, Signals
+
+
+def evaluation_conditions(env: EnvConfig, checkpoint: str) -> Conditions:
+    """Returns the conditions of an evaluation in simulators of a configuration, with "auto" decided for this machine.
+
+    Args:
+        env: the simulators.
+        checkpoint: name of the weights, as `runs.load.identify_checkpoint` returns it, or "expert".
+    """
+    backend = decided(env, report=lambda text: None).backend
+    return Conditions(checkpoint, backend, env.data_settings["jitter"])
+
+
+def training_rewards(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> RewardsFn:
+    """Returns a function that rewards one episode by the code and the settings of training.
+
+    Args:
+        spec: the task.
+        config: discount, shaping, time limit and terminal potential.
+        chunk: C, actions of a decision.
+
+    Returns:
+        The function; its rewards are NaN after the first success, where training stops.
+    """
+    annotate = functools.partial(
+        annotate_episode,
+        spec=spec,
+        shaping=config.shaping,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        time_limit=config.time_limit,
+        terminal_potential=config.terminal_potential,
+        chunk=chunk,
+        chunk_discount=config.chunk_discount,
+    )
+    annotate = jax.jit(annotate)
+
+    def rewards_of(signals: Signals, valid: Array) -> Rewards:
+        seen = np.asarray(valid) & ~_is_after_success(np.asarray(signals.success))
+        annotation = jax.device_get(annotate(signals, seen, np.zeros(len(seen), np.float32)))
+        return Rewards(
+            np.where(seen[1:], annotation.reward_t, np.nan).astype(np.float32),
+            np.where(seen[1:], annotation.shaped_reward_t, np.nan).astype(np.float32),
+        )
+
+    return rewards_of
+
+
+def _is_after_success(success: np.ndarray) -> np.ndarray:
+    """Returns the states after the first success that an action led to, bool `[T]`: training stops at that success."""
+    reached = np.cumsum(success[1:]) > 0
+    return np.concatenate([[False, False], reached[:-1]])
