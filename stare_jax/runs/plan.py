@@ -82,7 +82,7 @@ def _batch(phase: str, policy: Policy, config: RunConfig, sharding: NamedShardin
         return jax.tree.map(lambda x: array(*leading, *x.shape[1:], dtype=x.dtype), tree)
 
     observation = policy.observation_shape(1)
-    window = (policy.action_dim,) if policy.horizon is None else (policy.horizon, policy.action_dim)
+    window = (policy.action_dim,) if policy.window is None else (policy.window, policy.action_dim)
     if phase == "sft":
         size = config.sft.batch_size
         return SFTBatch(reshaped(observation, size), array(size, *window), array(size, *window[:-1], dtype=bool))

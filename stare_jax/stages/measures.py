@@ -88,9 +88,14 @@ def displacement(signals: Signals) -> Array:
 
 def consecutive_grasp(signals: Signals) -> Array:
     """Returns for how many steps in a row, ending at t, the object has been held, float32 `[T]`."""
-    steps = jnp.arange(signals.is_grasped.shape[0])
-    last_open = jax.lax.cummax(jnp.where(signals.is_grasped, -1, steps))
-    return (steps - last_open).astype(jnp.float32)
+    return steps_in_a_row(signals.is_grasped)
+
+
+def steps_in_a_row(flag_t: Array) -> Array:
+    """Returns for how many steps in a row, ending at t, a flag `[T]` has been set, float32 `[T]`."""
+    steps = jnp.arange(flag_t.shape[0])
+    last_unset = jax.lax.cummax(jnp.where(flag_t, -1, steps))
+    return (steps - last_unset).astype(jnp.float32)
 
 
 def slip(signals: Signals, *, slip_tol: float) -> Array:

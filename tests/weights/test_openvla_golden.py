@@ -10,10 +10,10 @@ import pytest
 from openvla_files import read_folder
 
 from stare_jax.models import make_policy
-from stare_jax.models.nn.heads import decode_bins
+from stare_jax.models.bins import decode_bins
 from stare_jax.models.nn.lora import add_adapters
 from stare_jax.models.normalize import identity_stats
-from stare_jax.models.openvla import policy as openvla_policy
+from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
 from stare_jax.weights.openvla.config import read_config
@@ -50,7 +50,7 @@ def policy(loaded):
 @pytest.fixture
 def normalised_images(monkeypatch):
     """Lets the policy's images be the golden pixel values, normalised already, `[B, H, W, 6]`."""
-    monkeypatch.setattr(openvla_policy, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
+    monkeypatch.setattr(openvla_prompt, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
 
 
 def observe(expected, config, padding=0):

@@ -44,7 +44,7 @@ def network(description):
         prompt_template="{instruction}",
         prompt_length=description["max_token_len"],
         model_action_dim=description["action_dim"],
-        horizon=description["action_horizon"],
+        window=description["action_horizon"],
         chunk=description["action_horizon"],
         image_size=28,
     )
