@@ -94,10 +94,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
     """Returns the run's own choice of episodes with what the command line changes."""
     changes = {
-        "num_episodes": arguments.episodes,
+        "num_episodes": arguments.num_episodes,
         "first_seed": arguments.first_seed,
         "temperature": arguments.temperature,
-        "num_videos": arguments.videos,
+        "num_videos": arguments.num_videos,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if {"num_episodes", "first_seed"} & changes.keys():
@@ -115,7 +115,7 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     """
     given = {
         "backend": arguments.backend,
-        "num_workers": arguments.workers,
+        "num_workers": arguments.num_workers,
         "envs_per_worker": arguments.envs_per_worker,
     }
     changes = given = {name: value for name, value in given.items() if value is not None}

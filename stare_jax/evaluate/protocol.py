@@ -217,7 +217,11 @@ def evaluate_act(
             done = _add_part(done, spec, rollout, part_seeds, time.monotonic() - start, shelf.films)
             if folder is not None:
                 save_parts(folder, identity, done)
-    info = EvalInfo(
+    return Evaluation(_info(env, spec, config, conditions, done), done.episodes), list(done.films)
+
+
+def _info(env: VecEnv, spec: TaskSpec, config: EvalConfig, conditions: Conditions, done: PartsDone) -> EvalInfo:
+    return EvalInfo(
         env_id=env.env_id,
         stage_names=spec.stage_names,
         horizon=env.horizon,
@@ -228,7 +232,6 @@ def evaluate_act(
         jitter=conditions.jitter,
         checkpoint=conditions.checkpoint,
     )
-    return Evaluation(info, done.episodes), list(done.films)
 
 
 @dataclasses.dataclass(frozen=True)
