@@ -15,32 +15,29 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import command
 import jax
 
-from stare_jax.config import ConfigError, UserError, user_input
+from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
-from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import ActOf, EvalConfig, episode_seeds, evaluate_act, policy_act_of
 from stare_jax.evaluate.record import evaluation_file, load_results, partial_folder, unused_name
 from stare_jax.evaluate.summary import RateOverRuns, rate_over_runs
-from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.logging import Clock, Interruption, print_table, say
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
 from stare_jax.report.tables import MISSING
-from stare_jax.runs.config import MeshConfig, RunConfig
+from stare_jax.runs.config import RunConfig
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
 from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.stages import get_task
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
@@ -58,10 +55,7 @@ class Subject(NamedTuple):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     jobs = parser.add_argument_group("jobs: give one of these").add_mutually_exclusive_group(required=True)
     jobs.add_argument("--run", type=Path, metavar="RUN", help="evaluate a phase of this run directory; see below")
     jobs.add_argument("--report", type=Path, metavar="RUN", help="write report.html again from the run's files")
@@ -81,10 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--backend", choices=BACKENDS, help="where physics runs; only with cpu are episodes reproducible")
     add("--num-workers", "--workers", type=int, metavar="N", help="simulator processes")
     add("--envs-per-worker", type=int, metavar="N", help="simulators of a process")
-    add = parser.add_argument_group("--run: the devices, as --config.mesh of launch/train.py").add_argument
-    add("--mesh.data", dest="data", type=int, metavar="N", help="replicas of the policy; -1: all devices that are left")
-    add("--mesh.fsdp", dest="fsdp", type=int, metavar="N", help="devices over which weights are cut")
-    add("--mesh.tensor", dest="tensor", type=int, metavar="N", help="devices over which single matrices are cut")
+    command.add_mesh(parser)
     arguments = parser.parse_args(argv)
     if arguments.run and not arguments.phase:
         parser.error("--run needs --phase")
@@ -126,19 +117,13 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     return dataclasses.replace(config, **changes)
 
 
-def mesh_config(config: MeshConfig, arguments: argparse.Namespace) -> MeshConfig:
-    """Returns the run's own devices with what the command line changes."""
-    given = {name: getattr(arguments, name) for name in ("data", "fsdp", "tensor")}
-    return dataclasses.replace(config, **{name: size for name, size in given.items() if size is not None})
-
-
 def load_subject(config: RunConfig, temperature: float, arguments: argparse.Namespace) -> Subject:
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
         with user_input():
-            expert = make_expert(config.env.env_id)
+            expert = make_expert(config.env.task_name)
         return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
-    sizes = mesh_config(config.mesh, arguments)
+    sizes = dataclasses.replace(config.mesh, **command.given_mesh(arguments))
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
     step, name = identify_checkpoint(arguments.run / arguments.phase, step=arguments.step)
     _, policy, params = load_policy(arguments.run / arguments.phase, step=step, mesh=mesh)
@@ -154,7 +139,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         file = evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
-    spec = dataclasses.replace(get_task(simulators.env_id), params=config.stages)
+    spec = dataclasses.replace(simulators.spec, params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         subject = load_subject(config, evaluation_config.temperature, arguments)
@@ -207,10 +192,10 @@ def rate_in_words(rate: RateOverRuns) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
+
+    def work() -> None:
         if arguments.across:
-            compare_runs(arguments.across)
-            return 0
+            return compare_runs(arguments.across)
         if arguments.run:
             evaluate_run(arguments)
         directory = arguments.run or arguments.report
@@ -218,13 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{directory}: expected a run directory, but there is none")
         print_report(directory)
         say(f"report: {write_report(directory)}")
-    except Interrupted as stopped:
-        say(f"{stopped}; the same command goes on")
-        return 130
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return None
+
+    return command.run(work, go_on=command.repeat_command(argv))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,9 @@ class Conditions(NamedTuple):
     """Random displacement of the task's official starts, "none" where there is none."""
 
 
+UNKNOWN = Conditions()
+
+
 class EvalInfo(NamedTuple):
     """Protocol and cost of an evaluation."""
 
@@ -100,7 +103,7 @@ def evaluate(
     *,
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
-    conditions: Conditions = Conditions(),
+    conditions: Conditions = UNKNOWN,
     folder: Path | None = None,
     desc: str = "evaluate",
     should_stop: Callable[[], bool] | None = None,
@@ -154,7 +157,7 @@ def evaluate_act(
     config: EvalConfig,
     *,
     depends_on_batch: bool = False,
-    conditions: Conditions = Conditions(),
+    conditions: Conditions = UNKNOWN,
     folder: Path | None = None,
     desc: str = "evaluate",
     should_stop: Callable[[], bool] | None = None,

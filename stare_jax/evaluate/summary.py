@@ -1,4 +1,4 @@
-"""Summary of an evaluation: rates with intervals, stage by stage; differences of two evaluations, episode by episode."""
+"""Summary of an evaluation: rates with intervals, stage by stage; differences of two, episode by episode."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from stare_jax.envs import EnvConfig
-from stare_jax.envs.maniskill.batched import decided
+from stare_jax.envs.maniskill.batched import resolve_backend
 from stare_jax.evaluate.protocol import Conditions
 from stare_jax.report.timeline import Rewards, RewardsFn
 from stare_jax.stages import TaskSpec
@@ -22,7 +22,7 @@ def evaluation_conditions(env: EnvConfig, checkpoint: str) -> Conditions:
         env: the simulators.
         checkpoint: name of the weights, as `runs.load.identify_checkpoint` returns it, or "expert".
     """
-    backend = decided(env, report=lambda text: None).backend
+    backend = resolve_backend(env, report=lambda text: None).backend
     return Conditions(checkpoint, backend, env.data_settings["jitter"])
 
 
