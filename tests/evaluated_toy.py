@@ -12,18 +12,12 @@ from stare_jax.runs.evaluation import training_rewards
 from stare_jax.train.ppo import PPOConfig
 
 
-def decision_of(action):
-    """Returns the decision of an actor that has no log-probabilities and no values."""
-    zeros = np.zeros(len(action), np.float32)
-    return Decision(action, zeros[:, None].astype(np.int32), zeros, zeros)
-
-
 def pusher(speed):
     """Returns an actor that pushes at a fraction of full speed; 0 does nothing."""
 
     def act(observation, signals, instructions, is_first):
         action = speed * toy.expert_action(signals) if speed else np.zeros((len(is_first), 2), np.float32)
-        return decision_of(action), observation
+        return Decision(action), observation
 
     return act
 

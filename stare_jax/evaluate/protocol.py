@@ -15,9 +15,9 @@ from stare_jax.data.chunks import collect_chunk
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
 from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
-from stare_jax.evaluate.films import Camera, Film, FilmShelf, film_of
+from stare_jax.evaluate.films import Film, FilmShelf, film_of
 from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
-from stare_jax.logging import Interrupted, progress
+from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes, policy_act
 from stare_jax.stages import TaskSpec
@@ -107,7 +107,7 @@ def evaluate(
     folder: Path | None = None,
     desc: str = "evaluate",
     should_stop: Callable[[], bool] | None = None,
-    clock: Callable | None = None,
+    clock: Clock | None = None,
 ) -> tuple[Evaluation, list[Film]]:
     """Runs a policy to the horizon on the config's seeds; see `evaluate_act`.
 
@@ -118,7 +118,7 @@ def evaluate(
         spec: the task's stages.
         config: which episodes.
         key: consumed; part n uses `fold_in(key, n)`. Of no effect on token policies at temperature 0.
-        mesh: devices over which the parameters lie; observations are split over the same ones.
+        mesh: devices that act, over which observations are split; None takes those of the parameters.
         conditions, folder, desc, should_stop, clock: as for `evaluate_act`.
     """
     key = jax.random.key(0) if key is None else key
@@ -145,7 +145,7 @@ def policy_act_of(
     """
 
     def act_of(part: int) -> Act:
-        return policy_act(policy, params, jax.random.fold_in(key, part), temperature=temperature)
+        return policy_act(policy, params, jax.random.fold_in(key, part), temperature=temperature, mesh=mesh)
 
     return act_of
 
@@ -161,7 +161,7 @@ def evaluate_act(
     folder: Path | None = None,
     desc: str = "evaluate",
     should_stop: Callable[[], bool] | None = None,
-    clock: Callable | None = None,
+    clock: Clock | None = None,
 ) -> tuple[Evaluation, list[Film]]:
     """Runs a policy or an expert to the horizon, success or not, from reproducible resets, in about ten parts.
 
@@ -251,25 +251,22 @@ class _Part:
     shelf: FilmShelf
     has_frames: bool
     should_stop: Callable[[], bool] | None
-    clock: Callable | None
+    clock: Clock | None
 
     def run(self, chosen: Sequence[int], on_episode: Callable[[int, Trajectory], None]) -> Rollout:
         """Runs some episodes of the part, counted from its first; the last try of an episode is the one on film."""
         episodes = [self.indices[i] for i in chosen]
-        episode_of = {self.seeds[e]: e for e in episodes}
-        camera = Camera(self.env, lambda seed: seed in episode_of and self.shelf.may_keep(episode_of[seed]))
+        has_frames = self.has_frames and any(self.shelf.may_keep(e) for e in episodes)
 
         def film_and_tell(row: int, trajectory: Trajectory) -> None:
             e = episodes[row]
             self.shelf.drop(e)
-            num_states = int(trajectory.valid.sum())
-            if num_states and self.shelf.may_keep(e):
-                frames = camera.frames(self.seeds[e], num_states) if self.has_frames else None
-                self.shelf.put(film_of(e, trajectory, frames))
+            if trajectory.valid[0] and self.shelf.may_keep(e):
+                self.shelf.put(film_of(e, trajectory))
             on_episode(row, trajectory)
 
         return collect_episodes(
-            camera if self.has_frames else self.env,
+            self.env,
             self.act_of(self.number),
             [self.seeds[e] for e in episodes],
             stop_at_success=False,
@@ -277,8 +274,13 @@ class _Part:
             on_episode=film_and_tell,
             should_stop=self.should_stop,
             clock=self.clock,
-            keep_images=False,
+            keep_images=_forget_images if has_frames else False,
         )
+
+
+def _forget_images(row: int, episode: Trajectory) -> bool:
+    """Returns False: images are freed as soon as an episode is over, because its film is a copy."""
+    return False
 
 
 def _add_part(

@@ -52,7 +52,8 @@ def training_rewards(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Re
 
     def rewards_of(signals: Signals, valid: Array) -> Rewards:
         seen = np.asarray(valid) & ~_is_after_success(np.asarray(signals.success))
-        annotation = jax.device_get(annotate(signals, seen, np.zeros(len(seen), np.float32)))
+        no_value = np.zeros(-(-(len(seen) - 1) // chunk) + 1, np.float32)  # Rewards do not depend on it.
+        annotation = jax.device_get(annotate(signals, seen, no_value))
         return Rewards(
             np.where(seen[1:], annotation.reward_t, np.nan).astype(np.float32),
             np.where(seen[1:], annotation.shaped_reward_t, np.nan).astype(np.float32),

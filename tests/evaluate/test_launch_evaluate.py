@@ -108,10 +108,8 @@ def test_a_stopped_evaluation_goes_on_by_the_same_command(command, trained_run, 
 
 
 def test_the_devices_are_the_runs_own_or_those_of_the_command_line(command, trained_run, capsys):
-    assert (
-        command.main([f"--run={trained_run}", "--phase=ppo", "--name=x", f"--mesh.tensor={jax.device_count() + 1}"])
-        == 1
-    )
+    too_many = f"--mesh.tensor={jax.device_count() + 1}"
+    assert command.main([f"--run={trained_run}", "--phase=ppo", "--name=x", too_many]) == 1
     assert "expected at most" in capsys.readouterr().err
 
 
