@@ -1,7 +1,5 @@
 """Evaluations of a run: their conditions, and the rewards that a report draws."""
 
-import functools
-
 import jax
 import numpy as np
 
@@ -10,8 +8,7 @@ from stare_jax.envs.maniskill.batched import resolve_backend
 from stare_jax.evaluate.protocol import Conditions
 from stare_jax.report.timeline import Rewards, RewardsFn
 from stare_jax.stages import TaskSpec
-from stare_jax.train.annotate import annotate_episode
-from stare_jax.train.ppo import PPOConfig
+from stare_jax.train.ppo import PPOConfig, make_targets_fn
 from stare_jax.types import Array, Signals
 
 
@@ -37,26 +34,15 @@ def training_rewards(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Re
     Returns:
         The function; its rewards are NaN after the first success, where training stops.
     """
-    annotate = functools.partial(
-        annotate_episode,
-        spec=spec,
-        shaping=config.shaping,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        time_limit=config.time_limit,
-        terminal_potential=config.terminal_potential,
-        chunk=chunk,
-        chunk_discount=config.chunk_discount,
-    )
-    annotate = jax.jit(annotate)
+    targets_of = jax.jit(make_targets_fn(spec, config, chunk=chunk))
 
     def rewards_of(signals: Signals, valid: Array) -> Rewards:
         seen = np.asarray(valid) & ~_is_after_success(np.asarray(signals.success))
         no_value = np.zeros(-(-(len(seen) - 1) // chunk) + 1, np.float32)  # Rewards do not depend on it.
-        annotation = jax.device_get(annotate(signals, seen, no_value))
+        targets = jax.device_get(targets_of(signals, seen, no_value))
         return Rewards(
-            np.where(seen[1:], annotation.reward_t, np.nan).astype(np.float32),
-            np.where(seen[1:], annotation.shaped_reward_t, np.nan).astype(np.float32),
+            np.where(seen[1:], targets.reward_t, np.nan).astype(np.float32),
+            np.where(seen[1:], targets.shaped_reward_t, np.nan).astype(np.float32),
         )
 
     return rewards_of
