@@ -152,17 +152,17 @@ def test_films_are_of_the_first_successes_and_failures(spec, num_videos):
 
 
 def test_memory_of_frames_does_not_grow_with_the_number_of_episodes(spec):
-    """Pictures of 240 episodes are 6 MB; those of 4 under way and of 4 films are 200 kB."""
+    """Pictures of 160 episodes are 4 MB; those of 4 under way and of 4 films are 200 kB."""
     episode = (toy.HORIZON + 1) * 16 * 16 * 3
-    config = EvalConfig(num_episodes=240, num_videos=2)
+    config = EvalConfig(num_episodes=160, num_videos=2)
     evaluate_act(lambda part: pusher(0.2), Pictures(4), spec, dataclasses.replace(config, num_episodes=8))  # compiles
     tracemalloc.start()
     _, films = evaluate_act(lambda part: pusher(0.2), Pictures(4), spec, config)
     size, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(films) == 4 and sum(film.frames.nbytes for film in films) == 4 * episode
-    # Besides: signals of a part of 24 episodes (230 bytes a state), their results, and what compiling leaves.
-    assert peak < 0.25 * 240 * episode, (size, peak)
+    # Besides: signals of a part of 16 episodes (230 bytes a state), their results, and what compiling leaves.
+    assert peak < 0.25 * 160 * episode, (size, peak)
 
 
 def test_evaluate_can_be_interrupted(spec, expert_act):
