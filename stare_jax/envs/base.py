@@ -1,4 +1,4 @@
-"""What the library asks of a simulator: a batch of environments that step together and reset one by one."""
+"""The interface of simulators: a batch of environments that step together and reset one by one."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -18,8 +18,9 @@ class EnvStep(NamedTuple):
     """raw, with empty prompts (`L = 0`), which are NumPy."""
     signals: Signals
     alive: np.ndarray
-    """NumPy bool `[B]`: False where the simulator died or hung in this call. It has been restarted; its episode is
-    lost, the row's other values mean nothing, and the environment has to be reset next."""
+    """NumPy bool `[B]`: False where the simulator raised an error, died or hung in this call, or has not started again
+    since. Its episode is lost, the row's other values mean nothing, and the environment has to be reset next: calls
+    that reset it before it has started leave it as it is."""
 
 
 class VecEnv(Protocol):
