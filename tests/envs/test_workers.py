@@ -157,12 +157,13 @@ TASK = load_task("PushCube-v1")
 def read_grasp_point(obj_pos, obj_quat, tcp_pos):
     if (HERE / "diverge").exists():
         return np.full_like(obj_pos, np.nan)
-    for name in ("fail always", "fail once"):
-        if (HERE / name).exists():
-            if name == "fail once":
-                (HERE / name).unlink()
-            raise RuntimeError(f"this is to {name}")
-    return obj_pos
+    if (HERE / "fail always").exists():
+        raise RuntimeError("this is to fail always")
+    try:
+        (HERE / "fail once").unlink()  # by one of those that try
+    except FileNotFoundError:
+        return obj_pos
+    raise RuntimeError("this is to fail once")
 
 
 TASK = TASK._replace(scene=TASK.scene._replace(grasp_point=read_grasp_point))
