@@ -206,7 +206,7 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
     def batches(start_step):
         order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
-        order |= {"with_state": config.model.state_dim > 0, "horizon": policy.window}
+        order |= {"with_state": config.model.state_dim > 0, "window": policy.window}
         return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
 
     return train_sft(policy, params, batches, config.sft, experiment.run)
