@@ -35,19 +35,27 @@ class VecEnv(Protocol):
     horizon: int
     action_dim: int
     instructions: Sequence[str]
-    """`[B]`, of the current episodes."""
+    """`[B]`, one for each current episode."""
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
-        """Resets all environments. `reproducible` pays for a reset after which equal actions give equal states, where
-        the simulator has such a reset."""
+        """Resets all environments, after waiting for those that are being restarted.
+
+        Args:
+            seeds: `[B]`.
+            reproducible: ask for resets, slower ones, after which equal actions give equal states; not every simulator
+                has them.
+        """
         ...
 
     def step(
         self, action: Array, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
     ) -> EnvStep:
-        """Steps with float32 `[B, A]` actions in the simulator's units; `reproducible` is about the resets.
+        """Steps and resets.
 
-        Where states are JAX arrays, actions may be, too; NumPy is always understood.
+        Args:
+            action: float32 `[B, A]` in the simulator's units, of NumPy; also of JAX where states are JAX arrays.
+            reset_seeds: environment -> seed of the episode to begin.
+            reproducible: as for `reset`.
         """
         ...
 

@@ -179,3 +179,7 @@ def test_every_phase_trains_on_a_task_of_ones_own(tmp_path):
         assert (tmp_path / "run" / phase).is_dir()
     assert "PlaceSphere-v1" in (tmp_path / "run" / "report.html").read_text()
     print(result.stdout[-3000:])
+
+
+def test_the_documentation_shows_the_file():
+    assert f"```python\n{EXAMPLE.read_text()}```" in (ROOT / "docs" / "tasks.md").read_text()

@@ -1,7 +1,7 @@
 """The process behind some environments of the pool: `python -c "from stare_jax.envs.pool.worker import main; main()"`.
 
 It talks to its parent over one socket, inherited by number, and exchanges arrays through one shared file without a
-name. It never initialises JAX. When the parent is gone, however it went, the socket ends and so does the worker.
+name. It never initialises JAX. When the parent has ended, for whatever reason, the socket closes and the worker ends.
 """
 
 import faulthandler
@@ -35,7 +35,7 @@ class Slots(NamedTuple):
     """Arrays over the shared memory, one row an environment."""
 
     action: np.ndarray
-    """float32 `[B, A]`, written by the parent; all else by the workers."""
+    """float32 `[B, A]`, written by the parent; the workers write the other arrays."""
     image: np.ndarray
     """uint8 `[B, H, W, 3]`; H = W = 0 without rendering."""
     state: np.ndarray
@@ -120,7 +120,7 @@ def _answer(connection: Connection, failures: dict[int, str]) -> None:
 
 
 def read_answer(answer: bytes) -> dict[int, str]:
-    """Returns what a worker answered: row -> traceback of the environments that raised, empty if none did."""
+    """Returns the content of an answer: row -> traceback of the environments that raised, empty if none did."""
     return {} if answer == DONE else {int(row): text for row, text in json.loads(answer[1:]).items()}
 
 

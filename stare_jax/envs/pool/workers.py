@@ -43,7 +43,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
         self.is_ready = False
-        """whether the process has started, so that it can be given commands."""
+        """True once the process has started and takes commands."""
         self.must_start_by = time.monotonic() + config.start_timeout_s
         with theirs:
             self.process = subprocess.Popen(
@@ -76,7 +76,7 @@ class _Worker:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Returns what a worker needs set before SAPIEN, PyTorch or NumPy are loaded."""
+    """Returns the environment variables of a worker, which SAPIEN, PyTorch and NumPy read when they are loaded."""
     paths = [str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return (
@@ -125,7 +125,7 @@ class SimulatorPool:
             raise
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
-        """Resets all environments.
+        """Resets all environments, after waiting for those that are being restarted.
 
         Raises:
             ValueError: not one seed for each environment.
@@ -133,6 +133,8 @@ class SimulatorPool:
         """
         if len(seeds) != self.num_envs:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
+        while not all(each.is_ready for each in self._workers):
+            self._notice_starts(waits=True)
         return self._call(dict(enumerate(seeds)), is_stepped=np.zeros(self.num_envs, bool), reproducible=reproducible)
 
     def step(
@@ -170,7 +172,9 @@ class SimulatorPool:
         for row, seed in seeds.items():
             commands[row] = reset + str(int(seed)).encode()
         asked = [index for index in range(len(self._workers)) if (commands[self._rows(index)] != worker.STAY).any()]
-        self._notice_starts(asked)
+        self._notice_starts(waits=False)
+        while asked and not any(self._workers[index].is_ready for index in asked):
+            self._notice_starts(waits=True)
         asked = [index for index in asked if self._workers[index].is_ready]
         alive = np.zeros(self.num_envs, bool)
         for index in asked:
@@ -233,21 +237,17 @@ class SimulatorPool:
         started.is_ready = answer == worker.DONE
         return "\n".join(worker.read_answer(answer).values())
 
-    def _notice_starts(self, wanted: Sequence[int]) -> None:
-        """Takes the first answers of restarted workers that have come; waits for one only where none of the workers
-        `wanted` has started."""
-        must_wait = True
-        while must_wait and (starting := [each for each in self._workers if not each.is_ready]):
-            must_wait = bool(wanted) and not any(self._workers[index].is_ready for index in wanted)
-            left = max(0.0, min(each.must_start_by for each in starting) - time.monotonic())
-            answered = wait([each.connection for each in starting], left if must_wait else 0.0)
-            for each in starting:
-                is_late = time.monotonic() >= each.must_start_by
-                if each.connection in answered or is_late:
-                    index = self._workers.index(each)
-                    answer = _receive(each.connection) if each.connection in answered else None
-                    if reason := self._start_failure(index, answer):
-                        self._restart(index, reason)
+    def _notice_starts(self, *, waits: bool) -> None:
+        """Takes the first answers of restarted workers; with `waits`, waits until one has come or is overdue."""
+        starting = [each for each in self._workers if not each.is_ready]
+        left = min((each.must_start_by for each in starting), default=0.0) - time.monotonic()
+        answered = wait([each.connection for each in starting], max(0.0, left) if waits else 0.0)
+        for each in starting:
+            if each.connection in answered or time.monotonic() >= each.must_start_by:
+                index = self._workers.index(each)
+                answer = _receive(each.connection) if each.connection in answered else None
+                if reason := self._start_failure(index, answer):
+                    self._restart(index, reason)
 
     def _restart(self, index: int, reason: str) -> None:
         """Replaces a lost worker by a new one, which starts while the others work."""
