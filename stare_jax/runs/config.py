@@ -60,6 +60,7 @@ class RunConfig:
         expected = tuple(phase for phase in PHASES if phase in self.phases)
         if not self.phases or tuple(self.phases) != expected:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        dataclasses.replace(self.env.spec, params=self.stages)  # The task's family says which numbers fit it.
         if self.demos_of:
             self._check_foreign()
         for name in ("demos", "pairs"):
