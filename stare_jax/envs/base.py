@@ -5,7 +5,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from stare_jax.config import UserError
 from stare_jax.types import Array, Observation, Signals
+
+
+class SimulatorError(UserError, RuntimeError):
+    """Simulators that do not start, are lost more often than `max_restarts` allows, or lose all of their episodes."""
 
 
 class EnvStep(NamedTuple):

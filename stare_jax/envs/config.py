@@ -4,7 +4,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stare_jax.config import check_at_least, check_choices
+from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.envs.maniskill.scenes import Scene
 from stare_jax.envs.maniskill.widowx import JitterName
 from stare_jax.envs.tasks import load_task
@@ -83,9 +83,7 @@ class EnvConfig:
         if self.control_mode and self.control_mode not in self.scene.action_dims:
             modes = sorted(self.scene.action_dims)
             raise ValueError(f"control_mode: got {self.control_mode!r}, expected one of {modes}")
-        for name in ("worker_timeout_s", "start_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
+        check_above(self, 0, "worker_timeout_s", "start_timeout_s")
         if self.backend == "cuda":
             if self.refused_by_cuda:
                 raise ValueError(self.refused_by_cuda)

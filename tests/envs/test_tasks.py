@@ -122,9 +122,7 @@ def test_stages_follow_the_task_that_the_command_line_names(monkeypatch):
     assert run.stages.delta_lift == 0.03 and run.env.env_id == "PlaceSphere-v1"
 
     values["stages"]["beta1"] = 0.9  # fits PushCube's family and not this one, whose grasp has a second weight
-    with pytest.raises(
-        ConfigError, match=r"TaskSpec PlaceSphere-v1 \(pick-place\): .*stage 'grasp' could reach"
-    ):
+    with pytest.raises(ConfigError, match=r"TaskSpec PlaceSphere-v1 \(pick-place\): .*stage 'grasp' could reach"):
         from_dict(RunConfig, values)
 
 
