@@ -25,8 +25,8 @@ class PhaseResult(NamedTuple):
     evaluation: Evaluation
     summary: Summary
     media: Mapping[str, Any]
-    """The whole file as JSON. Its keys `videos`, `timeline`, `timeline_seed` and `filmstrip` name films and pictures, by
-    paths relative to the run directory."""
+    """The whole file as JSON. Its keys `videos`, `timeline`, `timeline_seed` and `filmstrip` name its films and
+    pictures, by paths relative to the run directory."""
 
 
 def evaluation_file(run_directory: str | Path, name: str) -> Path:
