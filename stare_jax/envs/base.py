@@ -1,7 +1,8 @@
 """What the library asks of a simulator: a batch of environments that step together and reset one by one."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +21,19 @@ class EnvStep(NamedTuple):
     alive: np.ndarray
     """NumPy bool `[B]`: False where the simulator died or hung in this call. It has been restarted; its episode is
     lost, the row's other values mean nothing, and the environment has to be reset next."""
+
+
+class SimulatorInfo(NamedTuple):
+    """The properties of simulators that collected episodes depend on; known before any simulator has started."""
+
+    env_id: str
+    horizon: int
+    """actions of an episode."""
+    num_envs: int
+    control_mode: str = ""
+    """meaning of an action."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """all else, JSON-able."""
 
 
 class VecEnv(Protocol):

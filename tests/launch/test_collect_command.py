@@ -127,7 +127,7 @@ def test_an_interruption_says_how_to_go_on(collect, tmp_path, capsys, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--demos=0"], "num_demos: got 0, expected at least 1"),
+        (["--demos=0"], "num_demos: got 0, expected >= 1"),
         (["--demos=4", "--seed=-1"], "seed: got -1, expected 0 <= seed < 100"),
         (["--demos=4", "--workers=0"], "num_workers: got 0, expected at least 1"),
         (["--demos=4", "--noise=0.1:-1"], "noise_scales: got .* expected positive shares"),
