@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
 from stare_jax.logging import Interrupted, progress
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Act, Rollout, collect_episodes, policy_act
+from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.decisions import Act
 from stare_jax.stages import TaskSpec, separate, stage_mask
 from stare_jax.types import Array, PyTree, Signals, Trajectory
 
@@ -110,7 +112,7 @@ def evaluate(
     config: EvalConfig,
     *,
     key: jax.Array | None = None,
-    sharding: Any = None,
+    mesh: Mesh | None = None,
     **collect_args: Any,
 ) -> tuple[Evaluation, Rollout]:
     """Runs a policy to the horizon on the config's seeds; see `evaluate_act`.
@@ -122,11 +124,11 @@ def evaluate(
         spec: the task's stages.
         config: which episodes.
         key: consumed; of no effect at temperature 0.
-        sharding: where observations are put; None leaves it to jit.
+        mesh: the devices that act; None takes those of the parameters.
         **collect_args: desc, should_stop, clock of `evaluate_act`.
     """
     key = jax.random.key(0) if key is None else key
-    act = policy_act(policy, params, key, temperature=config.temperature, sharding=sharding)
+    act = policy_act(policy, params, key, temperature=config.temperature, mesh=mesh)
     return evaluate_act(act, env, spec, config, **collect_args)
 
 

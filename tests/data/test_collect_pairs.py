@@ -123,6 +123,15 @@ def test_the_noise_of_a_rollout_is_known_from_the_data_set(tmp_path):
             np.testing.assert_array_equal(trajectory.action[t], executed[0])
 
 
+def test_rollouts_may_play_on_after_success(tmp_path):
+    on = dataclasses.replace(PAIRS, max_rollouts=6, num_pairs=9, stop_at_success=False)
+    dataset, _ = _collect(tmp_path, _expert_actor(), on)
+    assert dataset.manifest.settings["stop_at_success"] is False
+    assert {episode.length for episode in dataset.episodes} == {toy.HORIZON}
+    with pytest.raises(DatasetError, match="its settings.stop_at_success is False, not None"):
+        _collect(tmp_path, _expert_actor(), dataclasses.replace(on, stop_at_success=True))
+
+
 def test_an_expert_without_noise_makes_no_pairs():
     with pytest.raises(ValueError, match="noise_scale: got 0, expected more than 0"):
         expert_actor(toy_expert(), PAIRS, noise_scale=0)
