@@ -25,7 +25,7 @@ from stare_jax.data.schema import MANIFEST_FILE, read_manifest
 from stare_jax.data.writer import DatasetWriter, Kind, require_same_kind
 from stare_jax.envs.base import SimulatorInfo, VecEnv
 from stare_jax.envs.experts.base import Expert, execution_noise
-from stare_jax.envs.seeds import PAIR_SEEDS, first_seed, take_seeds
+from stare_jax.envs.seeds import PAIR_SEEDS, first_seed, phase_key, take_seeds
 from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
@@ -60,7 +60,7 @@ def policy_actor(restore: Callable[[], tuple[Policy, PyTree]], config: PairsConf
         config: temperature and seed.
         source: which policy that is, for the manifest.
     """
-    key, restored = jax.random.key(config.seed), functools.cache(restore)
+    key, restored = phase_key(config.seed, "pairs"), functools.cache(restore)
 
     def act(rollouts: Sequence[int]) -> Act:
         policy, params = restored()

@@ -44,11 +44,11 @@ def _collect(directory, config=CONFIG, *, expert=EXPERT, env=None, **arguments):
     return collect_demos(lambda: env or toy.ToyPush(3), info, expert, config, directory, **arguments)
 
 
-def _collected(directory, config=CONFIG, **changes):
+def _collected(directory, config=CONFIG, *, skip_broken=False, **changes):
     """What there is already; None where a simulator is needed."""
     info = info_of(toy.ToyPush(3), **changes)
     with contextlib.suppress(SimulatorNeeded):
-        return collect_demos(no_simulator, info, EXPERT, config, directory, action_mask=MASK)
+        return collect_demos(no_simulator, info, EXPERT, config, directory, action_mask=MASK, skip_broken=skip_broken)
 
 
 @pytest.fixture(scope="module")
