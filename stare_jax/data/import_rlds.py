@@ -34,8 +34,8 @@ from stare_jax.types import Observation, Trajectory
 IDLE_FILTERS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType(
     {"none": {}, "no_noops": {"idle": {"translation": 1e-4, "rotation": 1e-4}}}
 )
-"""name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" leaves out actions that
-move the arm by less than 0.1 mm and 0.1 mrad and do not move the gripper, as OpenVLA does with its LIBERO data."""
+"""name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" leaves out actions
+that move the arm by less than 0.1 mm and 0.1 mrad and do not move the gripper, as OpenVLA does with its LIBERO data."""
 NO_INSTRUCTION, TOO_SHORT = "without instruction", "too short"
 """Reasons for which an episode is dropped."""
 

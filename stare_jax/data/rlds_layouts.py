@@ -1,7 +1,7 @@
 """Layouts of RLDS data sets: the fields of their steps, and the conversion of their actions to those of the store.
 
-In the store all are alike, in the convention of OpenVLA: x, y, z in metres, roll, pitch, yaw in radians, and the gripper, 1
-open and 0 closed. Everything here is NumPy in, NumPy out.
+In the store all are alike, in the convention of OpenVLA: x, y, z in metres, roll, pitch, yaw in radians, and the
+gripper, 1 open and 0 closed. Everything here is NumPy in, NumPy out.
 """
 
 import functools
