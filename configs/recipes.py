@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, openvla_7b, pi05_base
+from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, openvla_7b, pi05_maniskill
 
 WORDS = ("pi05", "full", "lora")
 """pi0.5 in place of OpenVLA-7B; all weights are trained; adapters are, which OpenVLA has without the word, while pi0.5
@@ -15,7 +15,7 @@ def make_model(words, *, camera):
         raise ValueError("variant: got full and lora, expected one of them")
     if "pi05" in words:
         # The numbers of pi_RL on ManiSkill (RLinf): Flow-Noise, 4 steps, 5 of 8 actions.
-        model = pi05_base(cameras=(camera,), noise="learned", num_denoising_steps=4, window=8, chunk=5)
+        model = pi05_maniskill(cameras=(camera,))
         frozen = () if words & {"full", "lora"} else (PI05_PALIGEMMA,)
         lora = LoRAConfig(rank=32, alpha=32.0, targets=PI05_EXPERTS) if "lora" in words else None
         return dataclasses.replace(model, frozen_patterns=frozen, lora=lora)
