@@ -23,7 +23,7 @@ from stare_jax.data.rollouts import policy_actor
 from stare_jax.data.schema import read_manifest
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
 from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import Policy, make_policy
@@ -33,7 +33,7 @@ from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pai
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, locked, open_directory
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.stages import TaskSpec, get_task
+from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import load_norm_stats, load_params
 from stare_jax.state.train_state import CHECKPOINTS, Run, abstract_params
 from stare_jax.train.ppo import train_ppo
@@ -48,7 +48,7 @@ class Experiment:
 
     def __init__(self, config: RunConfig, directory: Path, stack: contextlib.ExitStack):
         self.config, self.directory, self._stack = config, directory, stack
-        self.spec: TaskSpec = dataclasses.replace(get_task(config.env.env_id), params=config.stages)
+        self.spec: TaskSpec = dataclasses.replace(config.env.spec, params=config.stages)
         self._interruption = stack.enter_context(Interruption())
         self.writer = stack.enter_context(make_writer(directory))
         self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
@@ -83,7 +83,7 @@ class Experiment:
         config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
         if config.demos_from:
             return Dataset(directory, skip_broken=config.skip_broken)
-        expert, clock = make_expert(config.env.env_id), Clock()
+        expert, clock = make_expert(config.env.task_name), Clock()
         demos, is_new = find_or_collect_demos(
             directory,
             config.env,

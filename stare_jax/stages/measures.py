@@ -9,22 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.stages import geometry
-from stare_jax.types import Array, Signals
-
-_TRAILING = Signals(
-    tcp_pos=(3,),
-    tcp_quat=(4,),
-    obj_pos=(3,),
-    obj_quat=(4,),
-    grasp_pos=(3,),
-    goal_pos=(3,),
-    goal_quat=(4,),
-    is_grasped=(),
-    is_contact=(),
-    success=(),
-    support_z=(),
-)
-_BOOLEAN = ("is_grasped", "is_contact", "success")
+from stare_jax.types import SIGNAL_FLAGS, SIGNAL_SHAPES, Array, Signals
 
 
 def as_signals(signals: Signals, leading: tuple[int, ...]) -> Signals:
@@ -39,8 +24,8 @@ def as_signals(signals: Signals, leading: tuple[int, ...]) -> Signals:
     """
     fields = {}
     for name, value in signals._asdict().items():
-        is_boolean = name in _BOOLEAN
-        chex.assert_shape(value, leading + getattr(_TRAILING, name), custom_message=f"signals.{name}")
+        is_boolean = name in SIGNAL_FLAGS
+        chex.assert_shape(value, leading + getattr(SIGNAL_SHAPES, name), custom_message=f"signals.{name}")
         chex.assert_type(value, bool if is_boolean else float, custom_message=f"signals.{name}")
         fields[name] = jnp.asarray(value, bool if is_boolean else jnp.float32)
     return Signals(**fields)

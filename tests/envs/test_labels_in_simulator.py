@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from witness import watch
 
-from stare_jax.envs.experts.base import execution_noise, make_expert
+from stare_jax.envs.experts.base import execution_noise
 from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.envs.seeds import DEMO_SEEDS
+from stare_jax.envs.tasks import make_expert
 from stare_jax.stages import TASKS, get_task, potentials, separate, stage_costs
 
 pytestmark = [
