@@ -109,16 +109,9 @@ class PPOConfig:
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
 def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
-    """Returns the function that computes rewards and advantages of the episodes of a rollout.
-
-    Args:
-        spec: the task.
-        config: see `PPOConfig`.
-        chunk: C, actions that one decision executes.
-    """
-    return ppo_batch.compile_targets(
-        make_targets_fn(spec, config, chunk=chunk), chunk=chunk, num_steps=config.num_steps
-    )
+    """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
+    targets_fn = make_targets_fn(spec, config, chunk=chunk)
+    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
 
 
 def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:

@@ -185,12 +185,8 @@ def test_an_episode_that_goes_on_after_success_is_rewarded_once_and_discounted_t
 
 def test_an_episode_that_is_cut_short_is_not_over(episodes, spec):
     signals, _ = hand_made(episodes[0], num_states=4, success_at=1)
-    for num_states, stop_at_success, expected in (
-        (2, True, True),
-        (2, False, False),
-        (3, False, False),
-        (4, False, True),
-    ):
+    cases = ((2, True, True), (2, False, False), (3, False, False), (4, False, True))
+    for num_states, stop_at_success, expected in cases:
         options = PLAIN | {"stop_at_success": stop_at_success}
         got = targets_of(signals, np.arange(4) < num_states, np.zeros(4, np.float32), spec=spec, **options)
         assert bool(got.is_over) == expected
