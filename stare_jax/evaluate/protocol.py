@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stare_jax.config import check_at_least, to_dict
-from stare_jax.data.chunks import collect_chunk
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
 from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
@@ -19,7 +18,9 @@ from stare_jax.evaluate.films import Film, FilmShelf, film_of
 from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
 from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Act, Rollout, collect_episodes, policy_act
+from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.rounds import collect_round
 from stare_jax.stages import TaskSpec
 from stare_jax.types import PyTree, Trajectory
 
@@ -213,7 +214,7 @@ def evaluate_act(
                 continue
             start = time.monotonic()
             part = _Part(env, act_of, number, seeds, indices, shelf, config.num_videos > 0, should_stop, clock)
-            rollout = collect_chunk(part.run, len(indices), as_a_whole=depends_on_batch, on_episode=on_episode)
+            rollout = collect_round(part.run, len(indices), as_a_whole=depends_on_batch, on_episode=on_episode)
             if not rollout.is_complete:
                 kept = "" if folder is None else f"; {indices.start} are kept on disk"
                 raise Interrupted(f"{desc}: stopped after {num_over} of {len(seeds)} episodes{kept}")
