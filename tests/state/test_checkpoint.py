@@ -161,7 +161,7 @@ def test_an_average_is_what_others_take_and_the_state_goes_on_from_its_own(polic
 
 
 def save_as_before(directory, state, extra):
-    """Writes a checkpoint in the layout of the first version: all parameters in each step, the average in `optimizer`."""
+    """Writes a checkpoint in the layout of the first version, which has all parameters in every step."""
     stats = {name: np.asarray(value).tolist() for name, value in toy.norm_stats()._asdict().items()}
     items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
     ocp.save_checkpointables(directory / "7", items, custom_metadata={"extra": extra, "norm_stats": stats})
