@@ -1,1 +1,1 @@
-"""Where arrays live: meshes, rules and the shardings they give."""
+"""The places of arrays: meshes, rules and the shardings they give."""

@@ -1,1 +1,1 @@
-"""What is trained and kept: the train state, the optimiser, checkpoints."""
+"""Training's state: parameters and optimiser, and the checkpoints that keep them."""

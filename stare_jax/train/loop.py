@@ -183,7 +183,7 @@ def reduce_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 # ---- Save and stop --------------------------------------------------------------------------------------------------
 class Turn(NamedTuple):
-    """What a loop does after a step."""
+    """The duties of a loop after a step."""
 
     is_saving: bool
     is_reporting: bool
@@ -193,7 +193,7 @@ class Turn(NamedTuple):
 
 
 def next_turn(run: Run, step: int, num_steps: int, *, log_every: int, checkpoint_every: int) -> Turn:
-    """Decides what to do after step number `step` of `num_steps`."""
+    """Returns the duties of a loop after step number `step` of `num_steps`."""
     is_last = step == num_steps
     is_stopping = run.should_stop() and not is_last
     is_saving = step % checkpoint_every == 0 or is_last or is_stopping

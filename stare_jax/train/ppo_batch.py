@@ -1,4 +1,4 @@
-"""From the episodes of an iteration to minibatches of decisions: stages, rewards (5), advantages (2), shuffling.
+"""The way from the episodes of an iteration to minibatches: stages, rewards (5), advantages (2), shuffling.
 
 Functions that say so are for one episode, from its first state on; `compile_targets` vmaps and compiles them once.
 """
@@ -80,7 +80,7 @@ def batch_shapes(policy: Policy, size: int) -> DecisionBatch:
 
 
 class PPOBatch(NamedTuple):
-    """Episodes and what is to be learned from them."""
+    """Decisions of episodes, and the targets of learning from them."""
 
     observation: Observation
     """NumPy leaves `[E, D, ...]`, views of the states in which decisions were made."""
@@ -221,7 +221,7 @@ def minibatches(
     """Yields the decisions of a batch once an epoch, shuffled, in as few minibatches as can be.
 
     They have equal numbers of decisions, to within one, and are filled up to `size` with rows that are not valid. A
-    last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure the
+    last, small minibatch would move the policy as far as the others, on a few decisions, and measure the
     KL divergence by them.
     """
     episode, d = np.nonzero(batch.decisions.valid)

@@ -37,8 +37,7 @@ class SFTConfig:
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
     ema_decay: float | None = None
-    """decay of an exponential moving average of the parameters, which is what later phases and evaluation take; None
-    keeps none."""
+    """decay of an exponential moving average of the parameters, which later phases and evaluation take; None: none."""
     seed: int = 0
     """seed of the loss's random numbers, such as the noise and the times of flow matching."""
     log_every: int = 20

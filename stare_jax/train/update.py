@@ -156,7 +156,7 @@ def jit_step(step: Callable, state: TrainState) -> Callable:
 
 
 def lower_step(step: Callable, state: TrainState, *inputs: Any) -> jax.stages.Lowered:
-    """Lowers what `jit_step` compiles, for arrays or for `jax.ShapeDtypeStruct`s with shardings."""
+    """Lowers the program that `jit_step` compiles, for arrays or for `jax.ShapeDtypeStruct`s with shardings."""
     return _jit_move(step, state).lower(state.replace(frozen=None), state.frozen, *inputs)
 
 
