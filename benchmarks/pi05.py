@@ -208,7 +208,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=numbers, default=(1, 32, 256) if has_gpu else (1, 4), help="rows of one call (%(default)s)")
     add("--steps", type=int, default=10, help="Euler steps of a chunk (%(default)s)")
     add("--cameras", type=int, choices=(1, 2, 3), default=3, help="images of a row (%(default)s)")
-    add("--horizon", type=int, default=50 if has_gpu else 10, help="actions of a chunk (%(default)s here)")
+    add("--window", type=int, default=50 if has_gpu else 10, help="actions of a chunk (%(default)s here)")
     add("--trained", choices=("expert", "full"), default="expert", help="of the imitation step (%(default)s)")
     add("--train-batch", type=int, default=64 if has_gpu else 8, help="rows of an imitation step (%(default)s here)")
     add("--microbatch", type=int, help="rows at once; all without it")
@@ -227,7 +227,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args, errors = parse(arguments), []
     config = make_config(
-        args.size, args.dtype, num_cameras=args.cameras, horizon=args.horizon, num_denoising_steps=args.steps
+        args.size, args.dtype, num_cameras=args.cameras, window=args.window, num_denoising_steps=args.steps
     )
     before, _ = find_peak(args.dtype)  # and once more after all, as other work on the machine comes and goes
     rows = list(rows_of(args, config, errors))

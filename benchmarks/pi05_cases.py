@@ -56,18 +56,18 @@ class Peer(Protocol):
         Args:
             sizes: numbers and strings alone: `siglip` (width, depth, num_heads, mlp_dim, patch_size), `paligemma` and
                 `expert` (width, depth, mlp_dim, num_heads, num_kv_heads, head_dim) as dicts, `vocab_size`, `action_dim`
-                (A), `horizon` (H), `prompt_length` (L), `num_cameras`, `image_size` (S), `dtype` of the activations.
+                (A), `window` (H), `prompt_length` (L), `num_cameras`, `image_size` (S), `dtype` of the activations.
             params: openpi's names, with slashes, to JAX arrays in openpi's shapes, of type `dtype`; not to be changed.
         """
 
 
-def make_config(size: str, dtype: str, *, num_cameras: int, horizon: int, **changes) -> Pi05Config:
+def make_config(size: str, dtype: str, *, num_cameras: int, window: int, **changes) -> Pi05Config:
     """Returns the model: "full", "reduced" for CPUs, or "tiny" for tests."""
     config = pi05_base(
         tokenizer="words",
         cameras=CAMERAS[:num_cameras],
-        horizon=horizon,
-        chunk=min(5, horizon),
+        window=window,
+        chunk=min(5, window),
         noise="ode",
         execution=Execution(dtype=dtype, param_dtype=dtype),
     )
@@ -89,7 +89,9 @@ def make_config(size: str, dtype: str, *, num_cameras: int, horizon: int, **chan
 def make_trained(config: Pi05Config, trained: str, remat: str) -> Pi05Config:
     """Returns the model of an imitation step: what is trained, "expert" or "full", is in float32."""
     execution = dataclasses.replace(config.execution, param_dtype="float32", remat=remat)
-    return dataclasses.replace(config, frozen=(PI05_PALIGEMMA,) if trained == "expert" else (), execution=execution)
+    return dataclasses.replace(
+        config, frozen_patterns=(PI05_PALIGEMMA,) if trained == "expert" else (), execution=execution
+    )
 
 
 def build(config: Pi05Config) -> Policy:
@@ -116,7 +118,7 @@ def make_inputs(config: Pi05Config, batch: int, seed: int) -> Inputs:
     shape = (batch, config.image_size, config.image_size, 3)
     images = tuple(rng.integers(0, 256, shape, dtype=np.uint8) for _ in config.cameras)
     tokens = rng.integers(3, config.vocab_size, (batch, config.prompt_length), dtype=np.int32)
-    noise = rng.normal(size=(batch, config.horizon, config.model_action_dim)).astype(np.float32)
+    noise = rng.normal(size=(batch, config.window, config.model_action_dim)).astype(np.float32)
     return Inputs(images, tokens, noise)
 
 
@@ -152,7 +154,7 @@ def peer_sampler(peer: Peer, config: Pi05Config, params: PyTree, inputs: Inputs)
 def sizes_of(config: Pi05Config) -> dict[str, Any]:
     """Returns what a peer is told, see `Peer`."""
     parts = {name: dataclasses.asdict(getattr(config, name)) for name in ("siglip", "paligemma", "expert")}
-    numbers = {name: getattr(config, name) for name in ("vocab_size", "horizon", "prompt_length", "image_size")}
+    numbers = {name: getattr(config, name) for name in ("vocab_size", "window", "prompt_length", "image_size")}
     rest = {"action_dim": config.model_action_dim, "num_cameras": len(config.cameras)}
     return parts | numbers | rest | {"dtype": config.execution.dtype}
 

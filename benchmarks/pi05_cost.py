@@ -55,9 +55,9 @@ def prefix_products(config) -> tuple[float, float]:
 
 def suffix_products(config) -> tuple[float, float]:
     """Counts one row's noisy chunk, conditions left out: products with weights, and attention."""
-    horizon, projections = config.horizon, 2 * config.model_action_dim * config.expert.width
-    linear = 2 * horizon * (gemma_weights(config.expert) + projections)
-    return linear, attention_flops(config.expert, horizon, prefix_length(config) + horizon)
+    window, projections = config.window, 2 * config.model_action_dim * config.expert.width
+    linear = 2 * window * (gemma_weights(config.expert) + projections)
+    return linear, attention_flops(config.expert, window, prefix_length(config) + window)
 
 
 def sampling_phases(config, batch: int, num_steps: int, itemsize: int) -> list[Cost]:

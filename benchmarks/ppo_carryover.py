@@ -26,7 +26,6 @@ from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.runs.load import LoadedPolicy, load_policy
-from stare_jax.stages import get_task
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
@@ -44,7 +43,7 @@ class Learner:
     def __init__(self, restored: LoadedPolicy, peak: float):
         self.policy, self.peak = restored.policy, peak
         stages = dataclasses.replace(restored.config.stages, progressive=True)
-        self.spec = dataclasses.replace(get_task(restored.config.env.env_id), params=stages)
+        self.spec = dataclasses.replace(restored.config.env.spec, params=stages)
         ppo = restored.config.ppo
         optimizer = dataclasses.replace(ppo.optimizer, learning_rate=peak, schedule="linear", warmup_steps=0)
         self.config: PPOConfig = dataclasses.replace(ppo, optimizer=optimizer, target_kl=None, minibatch_size=SIZE)

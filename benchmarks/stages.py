@@ -8,6 +8,7 @@ turns, so that whatever else the machine does meets all of them. Inputs lie on t
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -25,7 +26,10 @@ from stages_reference import annotate_numpy, annotate_torch
 from stare_jax import losses, stages
 from stare_jax.types import Signals
 
-SPEC = stages.get_task("StackCube-v1")
+TASK = stages.get_task("StackCube-v1")
+# The other two implementations are of the paper's own potentials, and of shaping that ends at zero.
+SPEC = dataclasses.replace(TASK, params=dataclasses.replace(TASK.params, progressive=False))
+TERMINAL_POTENTIAL = "zero"
 GAMMA, GAE_LAMBDA = 0.99, 0.95
 QUANTITIES = ("label", "cost", "potential", "shaped reward", "advantage")
 TOLERANCE = 1e-4
@@ -82,7 +86,9 @@ def annotate(signals: Signals, valid: jax.Array, value: jax.Array) -> tuple[jax.
     potential = stages.potentials(SPEC, signals, separation)
     reward = stages.success_rewards(signals.success, valid)
     discount = GAMMA * (1.0 - reward)
-    shaped = stages.shape_rewards(reward, potential[:-1], potential[1:], discount, gamma=GAMMA)
+    shaped = stages.shape_rewards(
+        reward, potential[:-1], potential[1:], discount, gamma=GAMMA, terminal_potential=TERMINAL_POTENTIAL
+    )
     is_action = valid[1:]
     is_last = is_action & ~jnp.append(is_action[1:], False)
     advantage, _ = losses.gae(shaped, discount, value[:-1], value[1:], gae_lambda=GAE_LAMBDA, truncated_t=is_last)

@@ -13,7 +13,6 @@ from stare_jax.config import to_dict
 from stare_jax.envs import EnvConfig
 from stare_jax.models import OpenVLAConfig, Pi05Config
 from stare_jax.runs.config import RunConfig
-from stare_jax.stages import get_task
 
 
 def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str) -> ml_collections.ConfigDict:
@@ -24,7 +23,7 @@ def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str)
         model: the policy.
         name: of the run, which is kept in `runs/<name>` unless `--workdir` says otherwise.
     """
-    values = _with_placeholders(RunConfig(env=env, model=model, stages=get_task(env.env_id).params))
+    values = _with_placeholders(RunConfig(env=env, model=model, stages=env.spec.params))
     config = ml_collections.ConfigDict(values, type_safe=False)
     config.name = name
     for section in ("demos", "sft", "pairs", "ppo", "tpo"):

@@ -15,10 +15,10 @@ def make_model(words, *, camera):
         raise ValueError("variant: got full and lora, expected one of them")
     if "pi05" in words:
         # The numbers of pi_RL on ManiSkill (RLinf): Flow-Noise, 4 steps, 5 of 8 actions.
-        model = pi05_base(cameras=(camera,), noise="learned", num_denoising_steps=4, horizon=8, chunk=5)
+        model = pi05_base(cameras=(camera,), noise="learned", num_denoising_steps=4, window=8, chunk=5)
         frozen = () if words & {"full", "lora"} else (PI05_PALIGEMMA,)
         lora = LoRAConfig(rank=32, alpha=32.0, targets=PI05_EXPERTS) if "lora" in words else None
-        return dataclasses.replace(model, frozen=frozen, lora=lora)
+        return dataclasses.replace(model, frozen_patterns=frozen, lora=lora)
     model = openvla_7b(camera=camera)
     if "full" in words:
         return dataclasses.replace(model, execution=dataclasses.replace(model.execution, param_dtype="float32"))

@@ -14,15 +14,11 @@ same episodes, bit for bit. `--config.demos_from=OUT/demos` trains on the demons
 import argparse
 import contextlib
 import dataclasses
-import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+import command
 import numpy as np
 
 from stare_jax.config import ConfigError, user_input
@@ -34,29 +30,25 @@ from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
 from stare_jax.envs.maniskill.widowx import JITTERS
-from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.logging import Clock, Interruption, print_table, say
 from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
-from stare_jax.stages import TASKS, TaskSpec, get_task
-from stare_jax.state.checkpoint import CheckpointError
+from stare_jax.stages import TASKS, TaskSpec
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 ALL_TASKS = "all"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
     add("--pairs", type=int, metavar="N", help="preference pairs to make")
     add(
         "--task",
-        choices=(*TASKS, ALL_TASKS),
-        metavar="ENV_ID",
-        help=f"{ALL_TASKS}, or one of {', '.join(TASKS)} (default: {ENV.env_id}, or that of the checkpoint)",
+        metavar="TASK",
+        help=f"{ALL_TASKS}, one of {', '.join(TASKS)}, or a task of your own: a Python file or a module "
+        f"(default: {ENV.env_id}, or that of the checkpoint)",
     )
     add("--seed", type=int, default=0, help="of the run, 0 to 99: picks the simulator's seeds (default: 0)")
     add("--fast-resets", action="store_true", help="save 0.05 to 0.3 s an episode; not the same bit for bit next time")
@@ -157,7 +149,7 @@ def parse_noise(text: str) -> tuple[tuple[float, float], ...]:
 def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     """Returns the simulator's configuration: `base` with what the command line changes."""
     given = {
-        "env_id": arguments.task,
+        "task": arguments.task,
         "num_workers": arguments.workers,
         "envs_per_worker": arguments.envs_per_worker,
         "horizon": arguments.horizon,
@@ -167,7 +159,7 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
         "jitter": arguments.jitter,
     }
     changes = {name: value for name, value in given.items() if value is not None}
-    if changes.get("env_id", base.env_id) != base.env_id:
+    if changes.get("task", base.task_name) != base.task_name:
         changes = {"horizon": None} | changes  # the task's own, not that of another task
     return dataclasses.replace(base, **changes)
 
@@ -191,7 +183,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
             reproducible=not arguments.fast_resets,
         )
         env = env_config(arguments, ENV)
-        expert = make_expert(env.env_id, limit=arguments.limit)
+        expert = make_expert(env.task_name, limit=arguments.limit)
     directory, clock = arguments.out / "demos", Clock()
     with damage_explained("here: --skip-broken"), contextlib.ExitStack() as simulators:
         dataset, is_new = find_or_collect_demos(
@@ -208,7 +200,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
     say(clock.line() if is_new else f"{directory} holds all of these already")
     if dataset.num_skipped:
         say(f"{dataset.num_skipped} episodes lost in damaged shards; they are not collected again")
-    report(dataset, get_task(env.env_id))
+    report(dataset, env.spec)
 
 
 def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
@@ -225,7 +217,7 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
         raise ConfigError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
     if config.reproducible and not env.has_reproducible_resets:
         raise ConfigError(f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --fast-resets")
-    spec = dataclasses.replace(get_task(env.env_id), params=run.stages)
+    spec = dataclasses.replace(env.spec, params=run.stages)
     return env, spec, policy_actor(lambda: load_policy(arguments.checkpoint, step=step)[1:], config, source=name)
 
 
@@ -233,9 +225,9 @@ def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     """Returns simulator, task and expert, disturbed so that some of its episodes fail."""
     with user_input():
         env = env_config(arguments, ENV)
-        expert = make_expert(env.env_id, limit=arguments.limit)
+        expert = make_expert(env.task_name, limit=arguments.limit)
         actor = expert_actor(expert, config, execution_noise, noise_scale=arguments.pair_noise)
-    return env, get_task(env.env_id), actor._replace(settings={**actor.settings, "limit": arguments.limit})
+    return env, env.spec, actor._replace(settings={**actor.settings, "limit": arguments.limit})
 
 
 def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -> None:
@@ -314,18 +306,13 @@ def collect_all(arguments: argparse.Namespace, should_stop: Callable[[], bool]) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    command = shlex.join(["python", *sys.argv] if argv is None else ["python", sys.argv[0], *argv])
-    try:
+
+    def work() -> int | None:
         with Interruption() as interruption:
             collect = collect_all if arguments.task == ALL_TASKS else collect_task
-            status = collect(arguments, lambda: interruption.requested)
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        say(f"{stopped}\ngo on with: {command}")
-        return 130
-    except (ConfigError, CheckpointError, DatasetError, SimulatorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return status or 0
+            return collect(arguments, lambda: interruption.requested)
+
+    return command.run(work, go_on=command.repeat_command(argv))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,18 @@ over. Text given with --command is put into the README, without the folders of a
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import command
 
 from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
 from stare_jax.report.curves import CurveError, check_comparable, read_runs
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("settings", nargs="+", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
@@ -66,22 +62,22 @@ def make_choices(arguments: argparse.Namespace) -> Choices:
     return Choices(arguments.phase, metrics, arguments.target, arguments.smooth, tuple(arguments.command))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    try:
-        choices, settings = make_choices(arguments), parse_settings(arguments.settings)
-        runs = read_runs(settings, choices.phase)
-        if arguments.metrics is None:  # what nobody asked for by name may be missing
-            known = {name for run in runs for name in run.series.metrics}
-            choices = choices._replace(metrics=tuple(name for name in DIAGNOSTICS if name in known))
-        check_comparable(runs, choices.metrics)
-        write_comparison(runs, arguments.out, choices)
-    except (CurveError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+def compare(arguments: argparse.Namespace) -> None:
+    """Reads the runs, writes their comparison and prints it."""
+    choices, settings = make_choices(arguments), parse_settings(arguments.settings)
+    runs = read_runs(settings, choices.phase)
+    if arguments.metrics is None:  # A default panel may be missing, one that was asked for by name may not.
+        known = {name for run in runs for name in run.series.metrics}
+        choices = choices._replace(metrics=tuple(name for name in DIAGNOSTICS if name in known))
+    check_comparable(runs, choices.metrics)
+    write_comparison(runs, arguments.out, choices)
     print_comparison(runs, choices)
     print(f"\nwritten: {arguments.out / 'README.md'}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return command.run(lambda: compare(arguments))
 
 
 if __name__ == "__main__":

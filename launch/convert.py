@@ -13,28 +13,21 @@ Pickles are never read. What is written is there when it is complete, or not at 
 """
 
 import argparse
-import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-from absl import logging
+import command
 
 from stare_jax.config import ConfigError
 from stare_jax.logging import PeakMemory, say
 from stare_jax.models import LoRAConfig
-from stare_jax.sharding.mesh import ShardingError
-from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.weights.folders import OPENVLA, PI05, find_kind
 from stare_jax.weights.import_openvla import Imported, import_openvla
 from stare_jax.weights.import_pi05 import ImportedPi05, import_pi05
 from stare_jax.weights.openvla.side_files import KEPT
-from stare_jax.weights.safetensors_folder import WeightsError
 
 OPTIONS = {
     "an OpenVLA checkpoint": ("adapter", "unnorm_key", "fsdp", "tensor", "seed"),
@@ -46,10 +39,7 @@ OPTIONS = {
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     parser.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER", help="what to convert")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is, nothing is rounded)")
@@ -163,28 +153,16 @@ def report_pi05(imported: ImportedPi05, to: Path) -> None:
     say(f"written: {to}; train with {shlex.join(flags)}")
 
 
-def stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
+
+    def work() -> None:
         with PeakMemory() as memory:
             convert(arguments)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
-        return 130
-    except (ConfigError, CheckpointError, ShardingError, WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if memory.peak is not None:
-        say(f"memory: {memory.peak / 1e9:.2f} GB at most, {memory.start / 1e9:.2f} GB of it before the conversion")
-    return 0
+        if memory.peak is not None:
+            say(f"memory: {memory.peak / 1e9:.2f} GB at most, {memory.start / 1e9:.2f} GB of it before the conversion")
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

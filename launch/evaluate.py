@@ -14,39 +14,32 @@ What is not given is as the run's own configuration has it, so the episodes are 
 import argparse
 import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import command
 import jax
 
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import expert_act
-from stare_jax.envs import BACKENDS, EnvConfig, SimulatorError, make_vec_env
-from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
+from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate_act
 from stare_jax.evaluate.summary import mean_and_std
-from stare_jax.logging import Clock, Interrupted, Interruption, print_table, say
+from stare_jax.logging import Clock, Interruption, print_table, say
 from stare_jax.report.record import evaluation_file, record_evaluation
 from stare_jax.report.report import load_results, print_report, write_report
 from stare_jax.rollout.collect import Act, policy_act
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import load_config, load_policy
-from stare_jax.stages import get_task
-from stare_jax.state.checkpoint import CheckpointError
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, metavar="RUN", help="run directory to evaluate a phase of")
     what.add_argument("--report", type=Path, metavar="RUN", help="only write the report of this run directory again")
@@ -107,7 +100,7 @@ def make_act(config: RunConfig, temperature: float, arguments: argparse.Namespac
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
         with user_input():
-            return expert_act(make_expert(config.env.env_id))
+            return expert_act(make_expert(config.env.task_name))
     _, policy, params = load_policy(arguments.run / arguments.phase, step=arguments.step)
     return policy_act(policy, params, jax.random.key(0), temperature=temperature)
 
@@ -125,7 +118,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
-    spec = dataclasses.replace(get_task(simulators.env_id), params=config.stages)
+    spec = dataclasses.replace(simulators.spec, params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         act = make_act(config, evaluation_config.temperature, arguments)
@@ -151,10 +144,10 @@ def compare_runs(directories: Sequence[Path]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
+
+    def work() -> None:
         if arguments.across:
-            compare_runs(arguments.across)
-            return 0
+            return compare_runs(arguments.across)
         if arguments.run:
             evaluate_run(arguments)
         directory = arguments.run or arguments.report
@@ -162,13 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{directory}: expected a run directory, but there is none")
         print_report(directory)
         say(f"report: {write_report(directory)}")
-    except Interrupted as stopped:
-        say(f"{stopped}; nothing was written")
-        return 130
-    except (ConfigError, CheckpointError, SimulatorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return None
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

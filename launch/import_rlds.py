@@ -12,18 +12,12 @@ there. `--config.demos_from=OUT --config.demos_of=NAME` trains on it, see config
 """
 
 import argparse
-import os
-import shlex
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import json
-
-from absl import logging
+import command
 
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.import_rlds import IDLE_FILTERS, ImportConfig, import_rlds, known_layout
@@ -31,9 +25,8 @@ from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout, recorded_layout
 from stare_jax.data.rlds_source import Source, open_source
-from stare_jax.data.schema import DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_import
-from stare_jax.logging import Interrupted, Interruption, print_table, say
+from stare_jax.logging import Interruption, print_table, say
 
 DEFAULT, INSTRUCTION = ImportConfig(), "language_instruction"
 DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
@@ -41,10 +34,7 @@ STATISTICS = ("q01", "q99", "mean", "std", "min", "max")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="what to read, .../NAME/VERSION")
     add("--out", type=Path, required=True, metavar="DIR", help="where the data set goes")
@@ -122,32 +112,29 @@ def report(dataset: Dataset) -> None:
     say(f"some episodes: {path}")
 
 
+def import_dataset(arguments: argparse.Namespace) -> None:
+    """Imports, or goes on importing, a data set and reports on it."""
+    with user_input():
+        config = ImportConfig(
+            split=arguments.split,
+            image_size=arguments.image_size,
+            camera=arguments.camera,
+            idle_filter=arguments.idle_filter,
+            limit=arguments.limit,
+        )
+    source = open_source(arguments.data.expanduser())
+    name = arguments.name or source.name
+    layout = choose_layout(arguments, source, name)
+    with Interruption() as interruption:
+        dataset = import_rlds(
+            source, arguments.out, layout, config, name=name, should_stop=lambda: interruption.requested
+        )
+    report(dataset)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.set_verbosity(logging.WARNING)  # tensorflow-datasets narrates what it opens
-    command = shlex.join(["python", *sys.argv] if argv is None else ["python", sys.argv[0], *argv])
-    try:
-        with user_input():
-            config = ImportConfig(
-                split=arguments.split,
-                image_size=arguments.image_size,
-                camera=arguments.camera,
-                idle_filter=arguments.idle_filter,
-                limit=arguments.limit,
-            )
-        source = open_source(arguments.data.expanduser())
-        name = arguments.name or source.name
-        layout = choose_layout(arguments, source, name)
-        with Interruption() as interruption:
-            stop = {"should_stop": lambda: interruption.requested}
-            report(import_rlds(source, arguments.out, layout, config, name=name, **stop))
-    except (Interrupted, KeyboardInterrupt) as stopped:
-        say(f"{stopped}\ngo on with: {command}")
-        return 130
-    except (ConfigError, DatasetError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command.run(lambda: import_dataset(arguments), go_on=command.repeat_command(argv))
 
 
 if __name__ == "__main__":

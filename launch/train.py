@@ -2,78 +2,82 @@
 
     python launch/train.py --config=configs/quickstart.py
     python launch/train.py --config=configs/quickstart.py --config.ppo.gamma=0.98 --workdir=runs/gamma98
-    python launch/train.py --config=configs/quickstart.py --resume
+    python launch/train.py --config=configs/quickstart.py --config.phases=sft,ppo --workdir=runs/without_tpo
+    python launch/train.py --config=configs/quickstart.py --redo=tpo
     python launch/train.py --config=configs/ipi_widowx.py --plan
 
-Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on.
+Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
+is named and refused, but for phases that have not begun and a larger number of steps.
 """
 
-import os
-import shlex
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+import command
+from absl import app, flags
 from ml_collections import config_flags
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that configs/*.py can import configs.common
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Which run: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; runs/<name of the config> if not given.")
-_RESUME = flags.DEFINE_bool("resume", False, "Go on with the run in the run directory, or begin if there is none.")
+_REDO = flags.DEFINE_string("redo", "", "Do this phase and what follows it again; what is there moves to set_aside/.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
+flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"got arguments {argv[1:]}, expected flags only")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.set_verbosity(logging.WARNING)  # Orbax narrates every checkpoint
-    from stare_jax.config import ConfigError, from_dict
-    from stare_jax.data.schema import DatasetError
-    from stare_jax.envs import SimulatorError
-    from stare_jax.logging import Interrupted, say
+    return command.run(train, go_on=go_on_command())
+
+
+def train() -> None:
+    """Runs the phases of the configuration, or prints their plan."""
+    from stare_jax.config import from_dict
+    from stare_jax.logging import say
     from stare_jax.runs.config import RunConfig
     from stare_jax.runs.ipi import run_ipi
     from stare_jax.runs.plan import print_plan
-    from stare_jax.sharding.mesh import ShardingError
-    from stare_jax.state.checkpoint import CheckpointError
-    from stare_jax.weights.safetensors_folder import WeightsError
 
     values = _CONFIG.value.to_dict()
-    workdir = Path(_WORKDIR.value or ROOT / "runs" / values.pop("name"))
+    workdir = Path(_WORKDIR.value or command.ROOT / "runs" / values.pop("name"))
     values.pop("name", None)
-    try:
-        config = from_dict(RunConfig, values)
-        if _PLAN.value:
-            print_plan(config)
-            return 0
-        say(f"report: {run_ipi(config, workdir, resume=_RESUME.value)}")
-    except Interrupted as stopped:
-        say(f"{stopped}\ngo on with: {go_on_command()}")
-        return 130
-    except KeyboardInterrupt:
-        print(f"\nstopped at once; what was finished is safe; go on with: {go_on_command()}", file=sys.stderr)
-        return 130
-    except (
-        *(ConfigError, CheckpointError, DatasetError, ShardingError, SimulatorError, WeightsError, FloatingPointError),
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    config = from_dict(RunConfig, values)
+    if _PLAN.value:
+        print_plan(config)
+        return
+    say(f"report: {run_ipi(config, workdir, redo=_REDO.value)}")
 
 
 def go_on_command() -> str:
-    """Returns the command that goes on with this run."""
-    python = Path(sys.executable)
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
-    return shlex.join([str(python), *sys.argv, *([] if _RESUME.value else ["--resume"])])
+    """Returns the command that goes on with this run: `--redo` has done its work, or nothing yet."""
+    arguments = iter(sys.argv[1:])
+    kept = []
+    for argument in arguments:
+        if argument in ("--redo", "-redo"):
+            next(arguments, None)
+        elif not argument.lstrip("-").startswith("redo="):
+            kept.append(argument)
+    return command.repeat_command(kept)
+
+
+def print_help() -> None:
+    """Prints the examples, the flags, and every field of a configuration that takes one of a few words."""
+    from stare_jax.config import list_choices
+    from stare_jax.runs.config import RunConfig
+
+    print(__doc__)
+    print(flags.FLAGS.main_module_help())
+    print("\nEvery field of the configuration is a flag, --config.section.field=VALUE. Some take one of a few words:")
+    for path, allowed in list_choices(RunConfig).items():
+        print(f"  --{path}: {', '.join(map(str, allowed))}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; a field that does not exist, or a value that does not fit, is one line and not a traceback."""
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv):
+        print_help()
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         _ = _CONFIG.value.name  # a file that is not there is found out here

@@ -30,6 +30,18 @@ def choices(hint: Any) -> tuple[Any, ...]:
     return ()
 
 
+def list_choices(cls: type, *, path: str = "config") -> dict[str, tuple[Any, ...]]:
+    """Returns path -> choices of every `Literal` field of a dataclass and of those inside it, for a command's help."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if allowed := choices(hint):
+            found[f"{path}.{name}"] = allowed
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                found |= list_choices(inner, path=f"{path}.{name}")
+    return found
+
+
 def check_choices(config: Any) -> None:
     """Checks every `Literal` field of a dataclass; called from its `__post_init__`.
 
@@ -129,6 +141,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{path}: got {value!r}, expected a sequence")
+    if len(hints) == 2 and hints[1] is Ellipsis and choices(hints[0]):
+        # Words of a few, "sft,ppo", need neither quotes nor brackets on a command line.
+        value = [word for item in value for word in (item.split(",") if isinstance(item, str) else [item])]
     if len(hints) == 2 and hints[1] is Ellipsis:
         hints = (hints[0],) * len(value)
     if hints and len(hints) != len(value):

@@ -55,6 +55,24 @@ class Signals(NamedTuple):
     """float32: height of the object's centre at rest at the start of the episode."""
 
 
+SIGNAL_SHAPES = Signals(
+    tcp_pos=(3,),
+    tcp_quat=(4,),
+    obj_pos=(3,),
+    obj_quat=(4,),
+    grasp_pos=(3,),
+    goal_pos=(3,),
+    goal_quat=(4,),
+    is_grasped=(),
+    is_contact=(),
+    success=(),
+    support_z=(),
+)
+"""Shape of each field for one state."""
+SIGNAL_FLAGS = ("is_grasped", "is_contact", "success")
+"""Fields of `Signals` that are bool; the others are float32."""
+
+
 class Trajectory(NamedTuple):
     """One episode of up to `N` actions, padded; the action `a_t` is taken in state `s_t`, t = 0 .. N-1."""
 

@@ -15,6 +15,8 @@ import pytest
 for _folder in sorted(path for path in Path(__file__).parent.iterdir() if path.is_dir() and path.name != "__pycache__"):
     sys.path.append(str(_folder))
 sys.path.append(str(Path(__file__).parent))
+# Commands and benchmarks are no packages: their folders are on the path when they are run.
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("launch", "benchmarks")]
 
 # Tests compile much and run little. This has to be said before JAX is imported, and holds for the processes that tests
 # start, too. A flag of the user's own comes last and wins.

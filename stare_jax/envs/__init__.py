@@ -2,11 +2,12 @@
 
 from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.envs.config import BACKENDS, STATE_DIMS, EnvConfig
-from stare_jax.envs.experts.base import Expert, execution_noise, make_expert
-from stare_jax.envs.maniskill.batched import decided, start_batch
+from stare_jax.envs.experts.base import Expert, execution_noise
+from stare_jax.envs.maniskill.batched import resolve_backend, start_batch
 from stare_jax.envs.maniskill.building import MissingAssetsError
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
 from stare_jax.envs.pool.workers import SimulatorError, SimulatorPool
+from stare_jax.envs.tasks import Task, load_task, make_expert
 
 __all__ = [
     "BACKENDS",
@@ -15,8 +16,10 @@ __all__ = [
     "EnvStep",
     "Expert",
     "SimulatorError",
+    "Task",
     "VecEnv",
     "execution_noise",
+    "load_task",
     "make_expert",
     "make_vec_env",
 ]
@@ -26,12 +29,13 @@ def make_vec_env(config: EnvConfig) -> VecEnv:
     """Starts `config.num_envs` environments; close it when done.
 
     With `config.backend == "cpu"` they run in `config.num_workers` processes and give NumPy arrays; with "cuda" they
-    are one batch on the GPU and give JAX arrays that lie there. "auto" is decided here, and printed.
+    are one batch on the GPU and give JAX arrays that lie there. "auto" is resolved
+    here, and printed.
 
     Raises:
         SimulatorError: where they do not start, with the reason and the remedy.
     """
-    config = decided(config)
+    config = resolve_backend(config)
     if config.backend == "cpu":
         return SimulatorPool(config)
     try:

@@ -1,14 +1,19 @@
-"""Which simulators to run, and what they should show."""
+"""The configuration of simulators: which task, how many, and what they show."""
 
+import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from stare_jax.envs.maniskill.scenes import SCENES, Scene
-from stare_jax.envs.maniskill.widowx import JITTERS
-from stare_jax.stages import TASKS
+from stare_jax.config import check_at_least, check_choices
+from stare_jax.envs.maniskill.scenes import Scene
+from stare_jax.envs.maniskill.widowx import JitterName
+from stare_jax.envs.tasks import load_task
+from stare_jax.stages import TASKS, TaskSpec
 
 STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 29}
-BACKENDS = ("cpu", "cuda", "auto")
+StateName = Literal[*STATE_DIMS]
+Backend = Literal["cpu", "cuda", "auto"]
+BACKENDS = typing.get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -16,10 +21,15 @@ class EnvConfig:
     """A batch of simulators of one task; see `make_vec_env`."""
 
     env_id: str = "PushCube-v1"
-    backend: str = "cpu"
+    """the simulator's name of the task: one of the eight in `stages.TASKS`. With `task` it is that of the task's
+    `TaskSpec`, whatever is given here."""
+    task: str = ""
+    """a task of one's own: the path of a Python file (`path/to/task.py`), or a module (`package.module`), that defines
+    `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
+    backend: Backend = "cpu"
     """where physics runs: "cpu", in processes that have some environments each; "cuda", on this process's GPU, all
-    environments at once, see `BatchedSimulator`; "auto", the second where it can be had, else the first: what a seed
-    begins with then depends on the machine."""
+    environments at once, see `BatchedSimulator`; "auto", the second where this machine and the task allow it, else the
+    first: the first state that a seed gives then depends on the machine."""
     num_workers: int = 2
     """processes: as many as CPU cores, or more where few environments share one."""
     envs_per_worker: int = 8
@@ -27,56 +37,55 @@ class EnvConfig:
     half a gigabyte and seconds, and the policy decides for all of them at once. With "cuda" it is the whole batch, and
     `num_workers` is 1; with "auto" the batch is as large as all processes together."""
     horizon: int | None = None
-    """actions an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
+    """actions that an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
     image_size: int | None = 64
     """height of the images in pixels; 0 or None renders nothing and needs no graphics driver."""
     image_width: int | None = None
-    """None for square images. The WidowX camera's own are 480 x 640; other shapes show the same view, squeezed."""
-    use_state: str = "none"
-    """`Observation.state`: "none" `[0]`; "tcp", the tool centre point's position `[3]`; "low_dim", all that matters of
-    robot, object and goal `[29]`, see `low_dim_state`."""
+    """width of the images in pixels; None for square ones. The WidowX camera's own images are 480 x 640; another shape
+    shows the same view, squeezed, so 168 x 224 keeps its proportions and 224 x 224 does not."""
+    use_state: StateName = "none"
+    """`Observation.state`: "none" `[0]`; "tcp", the tool centre point's position `[3]`; "low_dim", the poses of tool,
+    object and goal, and the gripper `[29]`, see `low_dim_state`."""
     control_mode: str = ""
     """a control mode of the robot; empty for the task's default."""
     gripper_threshold: float | None = None
-    """what of an action's last number opens the gripper: more does, all else closes it. None gives the number to the
-    controller as it is, from -1, closed, to +1, open. 0.5 is for policies that learnt from Bridge V2, OpenVLA-7B among
-    them, where closed is 0; for those that learnt from the experts here, closed is -1, it is right, too."""
+    """value of an action's last number above which the gripper opens; it closes at all others. None gives the number to
+    the controller as it is, from -1, closed, to +1, open. 0.5 is for policies that learnt from Bridge V2, such as
+    OpenVLA-7B, where closed is 0. It also suits policies that learnt from the experts here, where closed is -1."""
     lite_robot: bool = True
     """low-polygon visuals of the Panda; physics is the same."""
-    jitter: str = "15mm-15deg"
-    """of the WidowX tasks' few official starts, where an episode is not one of the evaluation; see `widowx.JITTERS`."""
+    jitter: JitterName = "15mm-15deg"
+    """distance from the WidowX tasks' few official starts at which episodes begin that are not of the evaluation; see
+    `widowx.JITTERS`."""
     worker_timeout_s: float = 60.0
-    """a worker that has not answered a step or a reset by then is restarted."""
+    """seconds; a process that has not answered a step or a reset by then is restarted."""
     start_timeout_s: float = 300.0
+    """seconds; a process that has not started by then counts as lost."""
     max_restarts: int = 100
-    """of all workers together, before the pool gives up."""
+    """losses that the simulators survive together: processes that died or hung, and environments that raised an error.
+    One more ends the run."""
 
     def __post_init__(self):
-        if self.env_id not in TASKS:
-            raise ValueError(f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend: got {self.backend!r}, expected one of {sorted(BACKENDS)}")
+        if self.task in TASKS:
+            object.__setattr__(self, "env_id", self.task)
+            object.__setattr__(self, "task", "")
+        if self.task:
+            object.__setattr__(self, "env_id", self.spec.env_id)
+        elif self.env_id not in TASKS:
+            raise ValueError(
+                f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}; a task of one's own is named by `task`"
+            )
+        check_choices(self)
         if self.horizon is None:
             object.__setattr__(self, "horizon", self.scene.horizon)
-        for name in ("num_workers", "envs_per_worker", "horizon"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if (self.image_size or 0) < 0:
-            raise ValueError(f"image_size: got {self.image_size}, expected pixels, or 0 for no images")
-        if self.image_width is not None and self.image_width < 1:
-            raise ValueError(f"image_width: got {self.image_width}, expected at least 1 pixel, or None for a square")
-        if self.jitter not in JITTERS:
-            raise ValueError(f"jitter: got {self.jitter!r}, expected one of {sorted(JITTERS)}")
-        if self.use_state not in STATE_DIMS:
-            raise ValueError(f"use_state: got {self.use_state!r}, expected one of {sorted(STATE_DIMS)}")
+        check_at_least(self, 1, "num_workers", "envs_per_worker", "horizon", "image_width")
+        check_at_least(self, 0, "image_size", "max_restarts")
         if self.control_mode and self.control_mode not in self.scene.action_dims:
             modes = sorted(self.scene.action_dims)
             raise ValueError(f"control_mode: got {self.control_mode!r}, expected one of {modes}")
         for name in ("worker_timeout_s", "start_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
-        if self.max_restarts < 0:
-            raise ValueError(f"max_restarts: got {self.max_restarts}, expected at least 0")
         if self.backend == "cuda":
             if self.refused_by_cuda:
                 raise ValueError(self.refused_by_cuda)
@@ -107,9 +116,19 @@ class EnvConfig:
         return self.num_workers * self.envs_per_worker
 
     @property
+    def task_name(self) -> str:
+        """The name by which `load_task` and `make_expert` find the task."""
+        return self.task or self.env_id
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task's stages, with its own parameters."""
+        return load_task(self.task_name).spec
+
+    @property
     def scene(self) -> Scene:
-        """The task's row of the table."""
-        return SCENES[self.env_id]
+        """The task's robot, camera, objects and goal."""
+        return load_task(self.task_name).scene
 
     @property
     def image_shape(self) -> tuple[int, int]:

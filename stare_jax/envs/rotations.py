@@ -1,28 +1,8 @@
-"""Rotations of single bodies, for experts and signals: NumPy, float64, quaternions `wxyz`.
-
-`body_axis` takes JAX's arrays, too: what is computed of a state is written once for both.
-"""
+"""Rotations of single bodies, for experts and signals: NumPy, float64, quaternions `wxyz`."""
 
 import numpy as np
 
-from stare_jax.types import Array
-
-
-def body_axis(quat: Array, index: int) -> Array:
-    """Returns the unit vector `[3]` of body axis `index` (0, 1, 2) in the world.
-
-    Args:
-        quat: `[4]` of NumPy, or of JAX (then so is the axis, float32; the function can be traced).
-        index: of the axis.
-    """
-    xp = quat.__array_namespace__()
-    w, x, y, z = quat.tolist() if xp is np else quat  # Python's numbers are several times faster than NumPy's.
-    columns = (
-        (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)),
-        (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)),
-        (2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)),
-    )
-    return xp.array(columns[index])
+from stare_jax.stages.geometry import body_axis
 
 
 def rotation_matrix(quat: np.ndarray) -> np.ndarray:

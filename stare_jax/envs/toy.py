@@ -93,7 +93,7 @@ def step_state(state: ToyState, action: Array) -> ToyState:
     return ToyState(gripper, block, state.goal, is_contact)
 
 
-def measure(state: ToyState) -> tuple[Array, Signals]:
+def observe_state(state: ToyState) -> tuple[Array, Signals]:
     """Returns the observed state `[S]` (gripper, block, goal) and the signals."""
     upright = jnp.array([1.0, 0.0, 0.0, 0.0])
     block = jnp.append(state.block, HEIGHT)
@@ -137,7 +137,7 @@ def expert_action(signals: Signals, *, speed: float = 1.0) -> np.ndarray:
 @jax.jit
 def _reset(seeds):
     state = jax.vmap(reset_state)(seeds)
-    return state, jax.vmap(measure)(state)
+    return state, jax.vmap(observe_state)(state)
 
 
 @jax.jit
@@ -147,7 +147,7 @@ def _step(state, action, seeds, is_reset):
         return jax.tree.map(lambda a, b: jnp.where(is_reset, a, b), fresh, moved)
 
     state = jax.vmap(one)(state, action, seeds, is_reset)
-    return state, jax.vmap(measure)(state)
+    return state, jax.vmap(observe_state)(state)
 
 
 class ToyPush:

@@ -151,7 +151,9 @@ class _TensorBoard:
             from tensorboardX import SummaryWriter
 
             # A phase that goes on from an earlier checkpoint gives up all from its first step on.
-            self._writers[phase] = SummaryWriter(str(self._directory / phase), flush_secs=10, purge_step=step)
+            self._writers[phase] = SummaryWriter(
+                str(self._directory / phase), flush_secs=10, purge_step=step, filename_suffix=f".{step}"
+            )
         for name, value in metrics.items():
             self._writers[phase].add_scalar(name, value, step)
 

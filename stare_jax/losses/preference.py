@@ -7,11 +7,20 @@ compute these weights first and then accumulate weighted log-probability gradien
 Axes: B pairs, T actions (the two sides may be padded to different T), K stages.
 """
 
+import typing
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from stare_jax.types import Array
+
+Margin = Literal["paper", "offset", "relabel"]
+"""Part that the gap between the stage costs of a pair plays, see `sta_tpo_loss`."""
+
+StageNorm = Literal["K", "valid"]
+"""Divisor of a pair's sum over stages: their number K, or the number of those that count."""
 
 
 def tpo_loss(
@@ -70,8 +79,8 @@ def sta_tpo_loss(
     *,
     beta: float,
     cost_coef: float,
-    stage_norm: str = "K",
-    margin: str = "paper",
+    stage_norm: StageNorm = "K",
+    margin: Margin = "paper",
 ) -> tuple[Array, dict[str, Array]]:
     """Stage-aware TPO (6, algorithm 1).
 
@@ -103,10 +112,12 @@ def sta_tpo_loss(
     Raises:
       ValueError: `stage_norm` or `margin` is none of these.
 
-    Differs from the paper: `stage_norm="valid"` and the margins other than "paper".
+    Differs from the paper: `stage_norm="valid"`, and the margins other than "paper".
     """
-    if stage_norm not in ("K", "valid"):
-        raise ValueError(f"stage_norm is {stage_norm!r}, expected 'K' or 'valid'.")
+    if stage_norm not in (allowed := typing.get_args(StageNorm)):
+        raise ValueError(f"stage_norm is {stage_norm!r}, expected one of {allowed}.")
+    if margin not in (allowed := typing.get_args(Margin)):
+        raise ValueError(f"margin is {margin!r}, expected one of {allowed}.")
     chosen_delta = _log_ratio(chosen_logp, chosen_ref_logp, chosen_valid)
     rejected_delta = _log_ratio(rejected_logp, rejected_ref_logp, rejected_valid)
     chosen_steps = _stage_steps(chosen_mask, chosen_valid, chosen_cost, chosen_completed)
@@ -152,15 +163,11 @@ def _stage_steps(mask: Array, valid: Array, cost: Array, completed: Array) -> Ar
     return jnp.asarray(mask) & valid[:, None]
 
 
-def _margin_term(cost_margin: Array, margin: str) -> Array:
-    """`[B, K]` what is added to the likelihood gap towards the preferred trajectory."""
+def _margin_term(cost_margin: Array, margin: Margin) -> Array:
+    """Returns the number that is added to the likelihood gap towards the preferred trajectory, `[B, K]`."""
     if margin == "paper":
         return cost_margin
-    if margin == "offset":
-        return -cost_margin
-    if margin == "relabel":
-        return jnp.abs(cost_margin)
-    raise ValueError(f"margin is {margin!r}, expected 'paper', 'offset' or 'relabel'.")
+    return -cost_margin if margin == "offset" else jnp.abs(cost_margin)
 
 
 def _previous_completed(completed: Array) -> Array:

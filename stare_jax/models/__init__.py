@@ -2,10 +2,14 @@
 
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.nn.lora import LoRAConfig, add_adapters, drop_adapters, merge_adapters
-from stare_jax.models.openvla.policy import OpenVLAConfig, make_openvla, openvla_7b, openvla_state, openvla_tiny
-from stare_jax.models.pi05.policy import Pi05Config, make_pi05, pi05_base, pi05_state, pi05_tiny
-from stare_jax.models.pi05.sharding import EXPERTS as PI05_EXPERTS
-from stare_jax.models.pi05.sharding import PALIGEMMA as PI05_PALIGEMMA
+from stare_jax.models.openvla.network import OpenVLAConfig
+from stare_jax.models.openvla.policy import make_openvla
+from stare_jax.models.openvla.presets import openvla_7b, openvla_state, openvla_tiny
+from stare_jax.models.pi05.network import Pi05Config
+from stare_jax.models.pi05.policy import make_pi05
+from stare_jax.models.pi05.presets import EXPERTS as PI05_EXPERTS
+from stare_jax.models.pi05.presets import PALIGEMMA as PI05_PALIGEMMA
+from stare_jax.models.pi05.presets import pi05_base, pi05_state, pi05_tiny
 from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
 from stare_jax.types import NormStats
 

@@ -10,8 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.losses import soft_cross_entropy, soft_labels
-from stare_jax.models.nn.heads import (
-    ValueHead,
+from stare_jax.models.bins import (
     bin_coordinate,
     decode_bins,
     encode_bins,
@@ -19,6 +18,7 @@ from stare_jax.models.nn.heads import (
     sample_bins,
     score_bins,
 )
+from stare_jax.models.nn.heads import ValueHead
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation

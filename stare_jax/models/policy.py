@@ -47,7 +47,7 @@ class Policy(NamedTuple):
         reference gets no gradient, and its frozen parameters are the policy's
     value(params, observation) -> float32 [B]
     imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32
-        [B]); action [B, A], or [B, H, A] with valid bool [B, H], False beyond an episode's end, where `horizon` is H;
+        [B]); action [B, A], or [B, H, A] with valid bool [B, H], False beyond an episode's end, where `window` is H;
         key [B], one for every row, of policies that draw something
     tokenize(instructions, state [B, S]) -> (tokens int32 [B, L], token_mask bool [B, L]), on the host
     observation_shape(batch_size) -> Observation of jax.ShapeDtypeStruct
@@ -66,9 +66,9 @@ class Policy(NamedTuple):
     action_dim: int
     sharding_rules: tuple
     """(regex over the parameter's path, jax.sharding.PartitionSpec), first match wins."""
-    frozen: tuple[str, ...] = ()
+    frozen_patterns: tuple[str, ...] = ()
     """regexes of the parameters that are never trained: what adapters are beside."""
-    horizon: int | None = None
+    window: int | None = None
     """H, actions of the chunk that is imitated; None where one action is, and arrays have no axis for it."""
     chunk: int = 1
     """C, actions that one decision executes."""

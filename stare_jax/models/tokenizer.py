@@ -1,16 +1,12 @@
-"""Prompts as token ids: OpenVLA's template, the Hugging Face tokenizer of a checkpoint, and a small built-in one."""
+"""Tokenizers: that of a checkpoint, in Hugging Face's format, and a small one that needs no files."""
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-OPENVLA_TEMPLATE = "In: What action should the robot take to {instruction}?\nOut:"
-OPENVLA_STATE_TEMPLATE = "In: What action should the robot take to {instruction}? State: {state};\nOut:"
-NUM_STATE_BINS = 256
+from stare_jax.models.bins import NUM_STATE_BINS
 
 _WORDS = """
 a an and apart arm at away back banana basket behind below beside block blue bottom bowl box brown can carrot center
@@ -82,44 +78,3 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
 def make_tokenizer(name: str) -> Tokenizer:
     """Returns the built-in tokenizer for "words", else that of the checkpoint folder `name`."""
     return word_tokenizer() if name == "words" else huggingface_tokenizer(name)
-
-
-def bin_state(unit_state: np.ndarray) -> np.ndarray:
-    """Returns the bin of each normalised state in [-1, 1], int32 in [0, 256), equally wide; pi0.5's are its own."""
-    return np.clip((np.asarray(unit_state) + 1.0) * (NUM_STATE_BINS / 2), 0, NUM_STATE_BINS - 1).astype(np.int32)
-
-
-def format_prompt(template: str, instruction: str, state_bins: Sequence[int]) -> str:
-    """Fills a template: the instruction in lower case, the state as integers with spaces between."""
-    return template.format(instruction=instruction.strip().lower(), state=" ".join(str(int(b)) for b in state_bins))
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays a prompt out as `[BOS, padding.., text.., answer]`.
-
-    The text is right-aligned so that the token that predicts the first action is the last of every row of a batch, and
-    BOS leads every row because the image patches follow it.
-
-    Args:
-        tokenizer: how text becomes ids.
-        prompt: the text.
-        length: L, total number of tokens.
-
-    Returns:
-        Token ids int32 `[L]` and a mask bool `[L]`, False on padding.
-
-    Raises:
-        ValueError: the prompt needs more than `length` tokens.
-    """
-    ids = tokenizer.encode(prompt)
-    if ids[-1:] != [tokenizer.answer_id]:
-        ids = [*ids, tokenizer.answer_id]
-    if len(ids) + 1 > length:
-        raise ValueError(f"prompt_length: got {length}, expected at least {len(ids) + 1} for {prompt!r}")
-    tokens = np.full(length, tokenizer.pad_id, np.int32)
-    tokens[0] = tokenizer.bos_id
-    tokens[length - len(ids) :] = ids
-    mask = np.zeros(length, bool)
-    mask[0] = True
-    mask[length - len(ids) :] = True
-    return tokens, mask

@@ -93,7 +93,7 @@ class RunConfig:
         if self.model.lora is None and param_dtype != "float32":
             raise ValueError(
                 f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
-                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen)"
+                "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen_patterns)"
             )
 
     @property

@@ -142,7 +142,7 @@ def check_directory(directory: Path, config: RunConfig, *, again: Sequence[str] 
 
 
 def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
-    """Moves all that a directory holds of some phases to `set_aside/<n>/`; returns that folder, None if there is nothing.
+    """Moves all that a directory holds of some phases to `set_aside/<n>/`; returns that folder, None if it holds none.
 
     Statistics go along where no phase is left that was trained with them.
     """

@@ -20,9 +20,9 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import policy_actor
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.experts.base import make_expert
+from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
-from stare_jax.logging import Clock, Interruption, Profiler, Writer, make_writer, say, write_config
+from stare_jax.logging import Clock, Interruption, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.record import evaluation_file, record_evaluation
 from stare_jax.report.report import print_report, write_report
@@ -51,7 +51,7 @@ from stare_jax.runs.start import (
     write_statistics,
 )
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.stages import TaskSpec, get_task
+from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import load_params
 from stare_jax.state.train_state import CHECKPOINTS, Run, abstract_params
 from stare_jax.train.ppo import train_ppo
@@ -64,7 +64,7 @@ Simulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
 
 
-def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile: int = 0) -> Path:
+def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
     In a directory that holds a run of the same configuration it goes on with that run.
@@ -73,7 +73,6 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         config: see `RunConfig`.
         directory: the run directory, made if it does not exist.
         redo: a phase to do again, with all that follow it; what is there of them moves to `set_aside/`.
-        profile: optimiser steps of every phase to trace into `profile/`; 0 traces none.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; all that is finished is safe, and the next call goes on from there.
@@ -110,8 +109,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
                 config=to_dict(config),
             )
         )
-        profiler = stack.enter_context(Profiler(directory, profile))
-        spec = dataclasses.replace(get_task(config.env.env_id), params=config.stages)
+        spec = dataclasses.replace(config.env.spec, params=config.stages)
 
         @functools.cache
         def simulator() -> VecEnv:
@@ -187,7 +185,7 @@ def _demonstrations(
     demonstrations, is_new = find_or_collect_demos(
         directory / "data" / "demos",
         config.env,
-        make_expert(config.env.env_id),
+        make_expert(config.env.task_name),
         config.demos,
         simulator=simulator,
         should_stop=should_stop,
@@ -207,7 +205,7 @@ def _imitation_batches(config: RunConfig, policy: Policy, demonstrations: Datase
         seed=config.sft.seed,
         start_step=start_step,
         with_state=config.model.state_dim > 0,
-        horizon=policy.horizon,
+        horizon=policy.window,
     )
 
 

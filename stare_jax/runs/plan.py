@@ -18,7 +18,6 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, check_batch_size, make_abstract_mesh
-from stare_jax.stages import get_task
 from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
 from stare_jax.state.train_state import abstract_state
 from stare_jax.train.steps import (
@@ -82,7 +81,7 @@ def _batch(phase: str, policy: Policy, config: RunConfig, sharding: NamedShardin
         return jax.tree.map(lambda x: array(*leading, *x.shape[1:], dtype=x.dtype), tree)
 
     observation = policy.observation_shape(1)
-    window = (policy.action_dim,) if policy.horizon is None else (policy.horizon, policy.action_dim)
+    window = (policy.action_dim,) if policy.window is None else (policy.window, policy.action_dim)
     if phase == "sft":
         size = config.sft.batch_size
         return SFTBatch(reshaped(observation, size), array(size, *window), array(size, *window[:-1], dtype=bool))
@@ -92,7 +91,7 @@ def _batch(phase: str, policy: Policy, config: RunConfig, sharding: NamedShardin
         size = config.ppo.minibatch_size
         rest = (*(array(size) for _ in range(4)), array(size, dtype=bool))
         return DecisionBatch(reshaped(observation, size), reshaped(tokens, size), *rest)
-    size, steps, num_stages = config.tpo.batch_size, config.env.horizon, get_task(config.env.env_id).num_stages
+    size, steps, num_stages = config.tpo.batch_size, config.env.horizon, config.env.spec.num_stages
     num_decisions, is_exact = -(-steps // policy.chunk), policy.preference_score is None
     num_draws = 1 if is_exact else config.tpo.num_draws
     side = ScoredTrajectory(

@@ -2,20 +2,26 @@
 
 from stare_jax.stages.costs import stage_costs
 from stare_jax.stages.potentials import potentials
+from stare_jax.stages.rewards import Reward, dense_rewards, rl4vla_rewards, success_rewards
 from stare_jax.stages.separate import Separation, StageCarry, init_stage, separate, stage_mask, step_stage
-from stare_jax.stages.shaping import shape_rewards, success_rewards
+from stare_jax.stages.shaping import TerminalPotential, TimeLimit, shape_rewards
 from stare_jax.stages.spec import StageParams, TaskSpec
 from stare_jax.stages.tasks import TASKS, get_task
 
 __all__ = [
+    "Reward",
     "Separation",
     "StageCarry",
     "StageParams",
     "TASKS",
     "TaskSpec",
+    "TerminalPotential",
+    "TimeLimit",
+    "dense_rewards",
     "get_task",
     "init_stage",
     "potentials",
+    "rl4vla_rewards",
     "separate",
     "shape_rewards",
     "stage_costs",

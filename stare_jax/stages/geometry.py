@@ -5,6 +5,7 @@ Vectors are `[..., 3]` in metres unless said otherwise, quaternions unit `[..., 
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 
 from stare_jax.types import Array
 
@@ -93,15 +94,22 @@ def rotation_alignment(quat1: Array, quat2: Array) -> Array:
 
 
 def body_axis(quat: Array, axis: int) -> Array:
-    """Returns an axis (0, 1 or 2) of the body frame in the world, `[..., 3]`: a column of the rotation matrix."""
-    _check_quaternions(quat)
-    w, x, y, z = jnp.moveaxis(jnp.asarray(quat), -1, 0)
+    """Returns an axis (0, 1 or 2) of the body frame in the world, `[..., 3]`: a column of the rotation matrix.
+
+    The axis of one NumPy quaternion is float64 of NumPy, computed without JAX: simulators and experts ask for it in
+    every step.
+    """
+    is_single = isinstance(quat, np.ndarray) and quat.shape == (4,)
+    if not is_single:
+        _check_quaternions(quat)
+    # Python's numbers are several times faster than NumPy's.
+    w, x, y, z = quat.tolist() if is_single else jnp.moveaxis(jnp.asarray(quat), -1, 0)
     columns = (
         (1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)),
         (2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)),
         (2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)),
     )
-    return jnp.stack(columns[axis], axis=-1)
+    return np.array(columns[axis]) if is_single else jnp.stack(columns[axis], axis=-1)
 
 
 def tilt(quat: Array, up_axis: int) -> Array:

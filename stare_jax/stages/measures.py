@@ -9,22 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.stages import geometry
-from stare_jax.types import Array, Signals
-
-_TRAILING = Signals(
-    tcp_pos=(3,),
-    tcp_quat=(4,),
-    obj_pos=(3,),
-    obj_quat=(4,),
-    grasp_pos=(3,),
-    goal_pos=(3,),
-    goal_quat=(4,),
-    is_grasped=(),
-    is_contact=(),
-    success=(),
-    support_z=(),
-)
-_BOOLEAN = ("is_grasped", "is_contact", "success")
+from stare_jax.types import SIGNAL_FLAGS, SIGNAL_SHAPES, Array, Signals
 
 
 def as_signals(signals: Signals, leading: tuple[int, ...]) -> Signals:
@@ -39,8 +24,8 @@ def as_signals(signals: Signals, leading: tuple[int, ...]) -> Signals:
     """
     fields = {}
     for name, value in signals._asdict().items():
-        is_boolean = name in _BOOLEAN
-        chex.assert_shape(value, leading + getattr(_TRAILING, name), custom_message=f"signals.{name}")
+        is_boolean = name in SIGNAL_FLAGS
+        chex.assert_shape(value, leading + getattr(SIGNAL_SHAPES, name), custom_message=f"signals.{name}")
         chex.assert_type(value, bool if is_boolean else float, custom_message=f"signals.{name}")
         fields[name] = jnp.asarray(value, bool if is_boolean else jnp.float32)
     return Signals(**fields)
@@ -88,9 +73,14 @@ def displacement(signals: Signals) -> Array:
 
 def consecutive_grasp(signals: Signals) -> Array:
     """Returns for how many steps in a row, ending at t, the object has been held, float32 `[T]`."""
-    steps = jnp.arange(signals.is_grasped.shape[0])
-    last_open = jax.lax.cummax(jnp.where(signals.is_grasped, -1, steps))
-    return (steps - last_open).astype(jnp.float32)
+    return steps_in_a_row(signals.is_grasped)
+
+
+def steps_in_a_row(flag_t: Array) -> Array:
+    """Returns for how many steps in a row, ending at t, a flag `[T]` has been set, float32 `[T]`."""
+    steps = jnp.arange(flag_t.shape[0])
+    last_unset = jax.lax.cummax(jnp.where(flag_t, -1, steps))
+    return (steps - last_unset).astype(jnp.float32)
 
 
 def slip(signals: Signals, *, slip_tol: float) -> Array:

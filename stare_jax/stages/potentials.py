@@ -1,6 +1,12 @@
 """Stage potentials Phi_k (equation 4 and appendix E): how far the active stage has come, in [0, 1].
 
 A potential is (params, signals `[T]`) -> `[T]`; sigma is the logistic function. `potentials` checks the arrays.
+
+Three potentials are constant in the states in which they are used: contact and the grasp of lift-upright are 0, since
+the label moves on with the event that they indicate; goal is 1 unless the object slides back out of the region. These
+are the paper's formulas. In such a stage nothing but the progressive form grades the states, and only at its borders.
+Reach ends `delta_reach` before the object; with `delta_reach=0` contact alone ends it, and its potential grades the
+whole approach.
 """
 
 import chex
@@ -16,15 +22,16 @@ from stare_jax.types import Array, Signals
 def potentials(spec: TaskSpec, signals: Signals, separation: Separation) -> Array:
     """Returns Phi(s_t), the potential of the stage that is active at t (4, appendix E), float32 `[T]` in [0, 1].
 
-    With `params.progressive` it is (k + Phi_k) / K, which no completed stage lowers. Where the stage is switched off in
-    `params.enabled`, it keeps its value of the step before (0 at t = 0), so that the switch adds no jump of its own.
+    With `params.progressive`, the default, it is (k + Phi_k) / K, which no completed stage lowers. Where the stage is
+    switched off in `params.enabled`, it keeps its value of the step before (0 at t = 0), so that the switch adds no
+    jump of its own.
 
     Args:
       spec: the task.
       signals: leaves `[T, ...]`.
       separation: of the same trajectory.
 
-    Differs from the paper: the progressive form, which is off by default.
+    Differs from the paper: the progressive form; the paper's own is `progressive=False`.
     """
     num_states = measures.num_states(signals)
     signals = measures.as_signals(signals, (num_states,))

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from stare_jax.types import Array, Signals
 
@@ -12,6 +13,12 @@ POTENTIAL_SLACK = 1e-6
 
 SIGMOID_OF_ONE = 1.0 / (1.0 + math.exp(-1.0))
 """The most that a term sigma(1 - distance / scale) of a potential can give, 0.731."""
+
+Path = Literal["nearest", "time"]
+"""Reference point of the transport cost: the "nearest" of the path, or the one at the fraction of "time" gone by."""
+
+Axis = Literal[0, 1, 2]
+"""An axis of a body frame: x, y or z."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +57,8 @@ class StageParams:
     """Weight of the place cost."""
     stable_steps: int = 5
     """M: the place cost looks at the last M steps of the stage."""
-    path: str = "nearest"
-    """Reference point of the transport cost: "nearest" on the path, or by "time"."""
+    path: Path = "nearest"
+    """Reference point of the transport cost."""
 
     d_reach: float = 0.1
     """Length scale of the reach potential, and likewise below."""
@@ -70,10 +77,10 @@ class StageParams:
     tau: float = 3.0
     """Number of steps after which a grasp counts as lasting."""
 
-    up_axis: int = 0
-    """Axis of the object's body frame, 0, 1 or 2, that is vertical when it is upright."""
-    progressive: bool = False
-    """Potentials (k + Phi_k) / K, which no completed stage lowers, in the place of Phi_k."""
+    up_axis: Axis = 0
+    """Axis of the object's body frame that is vertical when the object is upright."""
+    progressive: bool = True
+    """Potentials (k + Phi_k) / K, which no completed stage lowers; False: the paper's own, Phi_k."""
     enabled: tuple[bool, ...] | None = None
     """`[K]` which stages shape the reward (figure 6); None for all."""
 
@@ -90,6 +97,9 @@ CostFn = Callable[[StageParams, Signals, Array], Array]
 
 PotentialFn = Callable[[StageParams, Signals], Array]
 """(params, signals `[T]`) -> `[T]` in [0, 1]."""
+
+DistanceFn = Callable[[StageParams, Signals], Array]
+"""(params, signals `[T]`) -> `[T]` >= 0, the distance that remains in the stage, in metres or radians."""
 
 
 class WeightLimit(NamedTuple):
@@ -126,6 +136,7 @@ class TaskSpec:
     event_fns: tuple[EventFn, ...]
     cost_fns: tuple[CostFn, ...]
     potential_fns: tuple[PotentialFn, ...]
+    distance_fns: tuple[DistanceFn, ...]
     requirements: Requirements
 
     @property
@@ -143,7 +154,7 @@ class TaskSpec:
 def _check_lengths(spec: TaskSpec, where: str) -> None:
     if spec.num_stages < 1:
         raise ValueError(f"{where}: stage_names is empty, expected at least one stage.")
-    lengths = {name: len(getattr(spec, name)) for name in ("event_fns", "cost_fns", "potential_fns")}
+    lengths = {name: len(getattr(spec, name)) for name in ("event_fns", "cost_fns", "potential_fns", "distance_fns")}
     if spec.params.enabled is not None:
         lengths["params.enabled"] = len(spec.params.enabled)
     for name, length in lengths.items():
@@ -153,7 +164,7 @@ def _check_lengths(spec: TaskSpec, where: str) -> None:
 
 
 def _check_choices(params: StageParams, where: str) -> None:
-    for name, allowed in (("path", ("nearest", "time")), ("up_axis", (0, 1, 2))):
+    for name, allowed in (("path", typing.get_args(Path)), ("up_axis", typing.get_args(Axis))):
         if getattr(params, name) not in allowed:
             raise ValueError(f"{where}: params.{name} is {getattr(params, name)!r}, expected one of {allowed}.")
 

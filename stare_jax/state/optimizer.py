@@ -160,7 +160,7 @@ def averaged_params(state: TrainState, freeze: Sequence[str]) -> PyTree:
 
 def frozen_params(policy: Policy, config: OptimizerConfig) -> tuple[str, ...]:
     """Returns the regexes of the parameters that a phase does not train: the model's own, and the phase's."""
-    return (*policy.frozen, *config.freeze)
+    return (*policy.frozen_patterns, *config.freeze)
 
 
 def split_params(params: PyTree, freeze: Sequence[str]) -> tuple[PyTree, PyTree]:

@@ -116,7 +116,7 @@ def check_precision(trainable: PyTree) -> None:
     if rounded:
         raise ConfigError(
             f"model.execution.param_dtype: got {len(rounded)} trained parameters of less, {rounded[0]} among "
-            "them, expected float32; train adapters (model.lora) or freeze what need not be trained (model.frozen)"
+            "them, expected float32; train adapters (model.lora) or freeze the rest (model.frozen_patterns)"
         )
 
 

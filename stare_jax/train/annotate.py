@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from stare_jax.losses.returns import gae
 from stare_jax.stages.costs import stage_costs
 from stare_jax.stages.potentials import potentials
+from stare_jax.stages.rewards import success_rewards
 from stare_jax.stages.separate import separate, stage_mask
-from stare_jax.stages.shaping import shape_rewards, success_rewards
+from stare_jax.stages.shaping import shape_rewards
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.types import Array, Signals
 

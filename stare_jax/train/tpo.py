@@ -236,11 +236,11 @@ def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, n
     starts = np.arange(0, valid.shape[1], policy.chunk)
     observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
     if policy.preference_score is None:
-        if policy.horizon is not None and trajectory.action_tokens.ndim != 5:
+        if policy.window is not None and trajectory.action_tokens.ndim != 5:
             raise ValueError(
                 f"action_tokens: got shape {trajectory.action_tokens.shape}, expected chains that the policy drew; "
                 "model.preference 'flow' does without"
             )
         return observation, trajectory.action_tokens[:, starts], valid & (np.arange(valid.shape[1]) % policy.chunk == 0)
-    index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.horizon)
+    index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
     return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid

@@ -13,7 +13,7 @@ from stare_jax.logging import new_directory, progress_bytes
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.pi05.network import Pi05Config
-from stare_jax.models.pi05.policy import pi05_base
+from stare_jax.models.pi05.presets import pi05_base
 from stare_jax.sharding.mesh import make_mesh, path_name
 from stare_jax.state.checkpoint import load_leaf, tree_shapes
 from stare_jax.state.train_state import abstract_params, num_bytes

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
-from stare_jax.models.openvla.policy import OpenVLAConfig
+from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights.openvla.config import write_json
 from stare_jax.weights.openvla.export import merge_tensor
 from stare_jax.weights.openvla.side_files import ADAPTER, ADAPTER_MODEL, UNUSED, Base, copy_side_files, keep_aside

@@ -75,7 +75,7 @@ def test_model_optimizer_and_batches_have_shapes(name, variant):
     assert least < num_params < most
     for plan in plans.values():
         # Two moments for whatever is trained and perhaps its average, nothing for what is frozen.
-        trainable = 112e6 if config.model.lora is not None else 434e6 if config.model.frozen else num_params
+        trainable = 112e6 if config.model.lora is not None else 434e6 if config.model.frozen_patterns else num_params
         num_moments = sum(leaf.size for leaf in jax.tree.leaves(plan.state.opt_state))
         assert num_moments <= (2 + (config.sft.ema_decay is not None)) * trainable + 10
     if "tpo" in plans:

@@ -12,11 +12,11 @@ from standin_gpu import OPENED, StandIn
 
 from stare_jax.envs import SimulatorError, make_vec_env
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.experts.base import make_expert
 from stare_jax.envs.maniskill import batched
 from stare_jax.envs.maniskill.batched import BatchedSimulator
 from stare_jax.envs.maniskill.building import MissingAssetsError, make_scene
 from stare_jax.envs.maniskill.simulator import Simulator
+from stare_jax.envs.tasks import make_expert
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes
 
@@ -229,6 +229,6 @@ def test_auto_is_the_gpu_where_it_can_be(settings, missing, backend, said, monke
     monkeypatch.setattr(batched, "missing_for_cuda", lambda config: missing)
     lines = []
     config = EnvConfig(**({"backend": "auto", "num_workers": 3, "envs_per_worker": 4} | settings))
-    config = batched.decided(config, lines.append)
+    config = batched.resolve_backend(config, lines.append)
     assert (config.backend, config.num_workers, config.envs_per_worker) == backend
     assert re.search(said, "".join(lines)) and bool(lines) == bool(said)

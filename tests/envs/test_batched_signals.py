@@ -2,11 +2,11 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.envs.experts.base import make_expert
 from stare_jax.envs.maniskill.batched_signals import BatchedSignalReader
 from stare_jax.envs.maniskill.dlpack import torch_to_jax
 from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.envs.seeds import DEMO_SEEDS
+from stare_jax.envs.tasks import make_expert
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),

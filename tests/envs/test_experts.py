@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.envs.experts.base import execution_noise, make_expert
+from stare_jax.envs.experts.base import execution_noise
 from stare_jax.envs.experts.panda import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
+from stare_jax.envs.tasks import make_expert
 from stare_jax.stages import get_task, separate
 
 # Expected: 1.00, 1.00, .99, 1.00 of the episodes (benchmarks/results/experts.json); the seeds are fixed.
@@ -119,5 +120,5 @@ def test_noise_follows_from_the_seed_of_the_episode_whichever_row_it_is_in():
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="env_id: got 'Juggle-v1', expected one of"):
+    with pytest.raises(ValueError, match="task: got 'Juggle-v1', expected one of"):
         make_expert("Juggle-v1")

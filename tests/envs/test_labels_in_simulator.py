@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from witness import watch
 
-from stare_jax.envs.experts.base import execution_noise, make_expert
+from stare_jax.envs.experts.base import execution_noise
 from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.envs.seeds import DEMO_SEEDS
+from stare_jax.envs.tasks import make_expert
 from stare_jax.stages import TASKS, get_task, potentials, separate, stage_costs
 
 pytestmark = [
@@ -205,6 +206,23 @@ def test_experts_act_in_every_stage_and_stages_end_where_their_events_are(env_id
     assert set(labels[:-1]) == {0, 1, 2, 3}  # of the states in which an action was taken
     # The simulator is asked for success only near the goal: it has none to give elsewhere.
     assert [bool(each.success) for each in signals] == [seen.success for seen in testimonies]
+
+
+CONSTANT_POTENTIALS = {"push-pull": {"contact", "goal"}, "lift-upright": {"grasp"}, "pick-place": set()}
+"""Stages whose potential is the same in all states in which it is used, by the paper's own formulas."""
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_each_stage_s_potential_grades_the_states_of_the_expert(env_id, rollout):
+    """Every potential takes several values on the expert's way through its stage, but for the known exceptions."""
+    task = get_task(env_id)
+    task = dataclasses.replace(task, params=dataclasses.replace(task.params, progressive=False))
+    signals, _ = until_success(*rollout(env_id, succeeding))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *signals)
+    separation = separate(task, stacked)
+    potential_t, stage_t = np.asarray(potentials(task, stacked, separation)), np.asarray(separation.stage_t)
+    constant = {name for k, name in enumerate(task.stage_names) if len(np.unique(potential_t[stage_t == k])) == 1}
+    assert constant == CONSTANT_POTENTIALS[task.family]
 
 
 @pytest.mark.parametrize("policy", [succeeding, stumbling, giving_up])

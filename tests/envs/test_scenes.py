@@ -1,8 +1,9 @@
 import numpy as np
 
 from stare_jax.envs.maniskill.scenes import SCENES, Start
-from stare_jax.envs.rotations import about_axis, body_axis, euler_xyz, rotation_matrix, rotation_vector
+from stare_jax.envs.rotations import about_axis, euler_xyz, rotation_matrix, rotation_vector
 from stare_jax.stages import TASKS
+from stare_jax.stages.geometry import body_axis
 
 HALF = np.sqrt(0.5)
 

@@ -48,11 +48,11 @@ def test_a_block_that_is_hit_head_on_is_pushed_straight_and_off_centre_to_the_si
 
 
 def test_signals_and_observation_say_where_things_are():
-    observed, signals = toy.measure(state((0.01, 0.02), (0.03, 0.04), goal=(0.05, 0.05)))
+    observed, signals = toy.observe_state(state((0.01, 0.02), (0.03, 0.04), goal=(0.05, 0.05)))
     np.testing.assert_allclose(observed, [0.01, 0.02, 0.03, 0.04, 0.05, 0.05])
     np.testing.assert_allclose(signals.obj_pos, [0.03, 0.04, toy.HEIGHT])
     # 2.2 cm from the goal is success.
-    assert signals.success and not toy.measure(state((0.0, 0.0), (0.03, 0.04), goal=(0.05, 0.06)))[1].success
+    assert signals.success and not toy.observe_state(state((0.0, 0.0), (0.03, 0.04), goal=(0.05, 0.06)))[1].success
 
 
 def test_episodes_depend_on_their_seed_alone_and_environments_reset_one_by_one():

@@ -8,13 +8,13 @@ import torch
 from plain_maniskill import Touches, assert_signals_are_those_of_torch, physics_of
 
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.experts.base import make_expert
 from stare_jax.envs.maniskill import building
 from stare_jax.envs.maniskill.building import import_mani_skill, materials_without_device, require_assets
 from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.envs.maniskill.simulator import Simulator, executed_action
 from stare_jax.envs.maniskill.widowx import bridge_scene, scaled_intrinsics
 from stare_jax.envs.seeds import DEMO_SEEDS
+from stare_jax.envs.tasks import make_expert
 from stare_jax.stages import get_task
 
 WIDOWX_TASKS = tuple(env_id for env_id, scene in SCENES.items() if scene.num_starts)

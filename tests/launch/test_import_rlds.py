@@ -148,7 +148,7 @@ def test_an_import_goes_on_where_it_was_stopped_or_killed(run, bridge, tmp_path)
     arguments, out = ("--name=bridge_orig", "--image-size=64"), tmp_path / "out"
     stopped = run(*arguments, stop_after=4)
     assert stopped.status == 130
-    assert "import: 4 of 8 episodes read, safe in" in stopped.output and "go on with: python" in stopped.output
+    assert "import: 4 of 8 episodes read, safe in" in stopped.output and "go on with: " in stopped.output
     assert Dataset(out).manifest.progress["num_read"] == 4 and not (out / NORM_STATS_FILE).exists()
 
     assert run(*arguments, kill_at=6).status == 130

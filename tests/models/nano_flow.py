@@ -23,7 +23,7 @@ def flow_config(**changes):
         expert=GemmaConfig(width=12, depth=2, mlp_dim=20, **heads),
         action_dim=3,
         model_action_dim=4,
-        horizon=4,
+        window=4,
         chunk=2,
         num_denoising_steps=3,
         image_size=32,

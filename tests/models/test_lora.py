@@ -12,7 +12,7 @@ from stare_jax.models import LoRAConfig, make_policy, openvla_7b
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.lora import (
     ATTENTION,
-    BASE_PARAMS,
+    BASE_PATTERN,
     add_adapters,
     drop_adapters,
     init_adapters,
@@ -108,11 +108,13 @@ def test_targets_choose_by_path():
     params = jax.eval_shape(policy.init, jax.random.key(0))
     adapters = {name.rsplit("/", 1)[0] for name in names(keep_adapters(params))}
     assert adapters == {"llm/layers/q_proj", "llm/layers/v_proj"}
-    assert policy.frozen == (BASE_PARAMS,)
+    assert policy.frozen_patterns == (BASE_PATTERN,)
 
 
 def test_what_is_frozen_is_kept_in_the_type_it_is_computed_in():
-    config = nano_config(execution=Execution(dtype="bfloat16", param_dtype="float32"), frozen=("^dino", "^siglip"))
+    config = nano_config(
+        execution=Execution(dtype="bfloat16", param_dtype="float32"), frozen_patterns=("^dino", "^siglip")
+    )
     params = names(jax.eval_shape(make_policy(config, identity_stats(3, 2)).init, jax.random.key(0)))
     assert params["dino/blocks/fc1/kernel"].dtype == jnp.bfloat16
     assert params["llm/layers/q_proj/kernel"].dtype == jnp.float32

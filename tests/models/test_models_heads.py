@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stare_jax.models.nn.heads import (
-    ValueHead,
+from stare_jax.models.bins import (
     bin_coordinate,
     decode_bins,
     encode_bins,
     sample_bins,
     score_bins,
 )
+from stare_jax.models.nn.heads import ValueHead
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from nano_policy import jit
 
 from stare_jax.models.nn.attention import KeyValue, attend
 from stare_jax.models.nn.linear import Execution, Linear
-from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig, RMSNorm, rotary_angles, rotate
+from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
+from stare_jax.models.nn.norms import RMSNorm
+from stare_jax.models.nn.rotary import rotary_angles, rotate
 from stare_jax.models.nn.vit import ConvStem, ViT, ViTBlock, ViTConfig, patchify, strided_windows
 
 FLOAT32 = Execution()

@@ -9,7 +9,7 @@ import pytest
 from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import make_policy, openvla_7b, openvla_state, openvla_tiny, with_prompt
-from stare_jax.models.nn.heads import ZERO_BIN, decode_bins, encode_bins
+from stare_jax.models.bins import ZERO_BIN, decode_bins, encode_bins
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import normalize_action, unnormalize_action
 from stare_jax.models.openvla.network import OpenVLA, preprocess

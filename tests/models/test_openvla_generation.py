@@ -10,7 +10,7 @@ import pytest
 from nano_policy import INSTRUCTIONS, jit, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import Policy, make_policy, openvla_state
-from stare_jax.models.nn.heads import NUM_BINS
+from stare_jax.models.bins import NUM_BINS
 from stare_jax.models.nn.linear import Execution
 from stare_jax.types import Observation, PyTree
 

@@ -16,7 +16,7 @@ from nano_policy import jit, nano_config
 
 from stare_jax.losses import gae, ppo_loss
 from stare_jax.models import LoRAConfig
-from stare_jax.models.nn.heads import decode_bins, encode_bins
+from stare_jax.models.bins import decode_bins, encode_bins
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.llama import Llama, LlamaConfig
 from stare_jax.models.nn.lora import merge_adapters

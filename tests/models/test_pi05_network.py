@@ -20,19 +20,19 @@ def full_size():
         tokenizer="words",
         prompt_template="{instruction}",
         prompt_length=200,
-        horizon=50,
+        window=50,
         chunk=50,
     )
 
 
-def inputs(size, batch=1, horizon=50, action_dim=32):
+def inputs(size, batch=1, window=50, action_dim=32):
     images = (jnp.zeros((batch, size, size, 3)),) * 3
     return (
         images,
         jnp.ones((batch, 3), bool),
         jnp.zeros((batch, 200), jnp.int32),
         jnp.ones((batch, 200), bool),
-        jnp.ones((batch, horizon, action_dim)),
+        jnp.ones((batch, window, action_dim)),
         jnp.ones(batch),
     )
 
@@ -64,12 +64,12 @@ def test_fresh_adaptive_norms_make_the_expert_an_identity():
         prompt_length=200,
         model_action_dim=4,
         action_dim=4,
-        horizon=3,
+        window=3,
         chunk=3,
         image_size=28,
     )
     network = Pi05(config)
-    *prompt, noisy, time = inputs(28, horizon=3, action_dim=4)
+    *prompt, noisy, time = inputs(28, window=3, action_dim=4)
     noisy = jnp.asarray(np.random.default_rng(0).normal(size=noisy.shape), jnp.float32)
     variables = jax.jit(network.init)(jax.random.key(0), *prompt, noisy, time)
     _, _, suffix = jax.jit(network.apply)(variables, *prompt, noisy, time)

@@ -23,11 +23,11 @@ from stare_jax.models import (
     pi05_tiny,
     with_prompt,
 )
+from stare_jax.models.bins import bin_state
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
-from stare_jax.models.pi05.network import Pi05
-from stare_jax.models.pi05.prompt import STATE_TEMPLATE, bin_state, clean, encode_prompt, read_observation
-from stare_jax.models.pi05.sharding import has_frozen_prefix
+from stare_jax.models.pi05.network import Pi05, has_frozen_prefix
+from stare_jax.models.pi05.prompt import STATE_TEMPLATE, clean, encode_prompt, read_observation
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import word_tokenizer
 from stare_jax.sharding.mesh import path_name
@@ -142,10 +142,11 @@ def test_the_divergence_is_zero_from_itself_and_that_of_normal_distributions_fro
 
 def test_a_frozen_prefix_is_read_once_for_policy_and_reference():
     names = [
-        path_name(path) for path, _ in jax.tree.leaves_with_path(case("sde", frozen=(PI05_PALIGEMMA, "^stem/"))[1])
+        path_name(path)
+        for path, _ in jax.tree.leaves_with_path(case("sde", frozen_patterns=(PI05_PALIGEMMA, "^stem/"))[1])
     ]
     assert has_frozen_prefix(names, (PI05_PALIGEMMA, "^stem/")) and not has_frozen_prefix(names, (PI05_PALIGEMMA,))
-    policy, params, observation = case("sde", frozen=(PI05_PALIGEMMA, "^stem/"))
+    policy, params, observation = case("sde", frozen_patterns=(PI05_PALIGEMMA, "^stem/"))
     whole, _, _ = case("sde")
     tokens = decided("sde").action_tokens
     other = jax.tree.map_with_path(
@@ -246,10 +247,10 @@ def test_what_is_computed_again_is_the_same():
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
 def test_the_expert_alone_is_trained_where_paligemma_is_frozen():
-    config = dataclasses.replace(pi05_base(), frozen=(PI05_PALIGEMMA,))
+    config = dataclasses.replace(pi05_base(), frozen_patterns=(PI05_PALIGEMMA,))
     policy = make_policy(config, identity_stats(7, 0))
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    trainable, frozen = split_params(shapes, policy.frozen)
+    trainable, frozen = split_params(shapes, policy.frozen_patterns)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     value_head = 2048 * 1024 + 1024 * 513 + 512 * 257 + 2 * 256
     assert count(frozen) == 414_803_696 + 2_508_531_712
@@ -265,7 +266,7 @@ def test_adapters_of_both_experts_start_as_nothing_and_merge():
     adapters = [name for name in map(path_name, dict(jax.tree.leaves_with_path(params))) if name.endswith("lora_a")]
     assert len(adapters) == 10
     fresh = jit(policy.init)(jax.random.key(0))
-    trainable, frozen = split_params(fresh, policy.frozen)
+    trainable, frozen = split_params(fresh, policy.frozen_patterns)
     assert set(trainable) == {"PaliGemma", *(set(fresh) - {"PaliGemma"})}
     tokens = decided("learned").action_tokens
     start, plain = (
@@ -377,7 +378,7 @@ def test_what_is_missing_is_named():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunk": 5}, r"chunk: got 5, expected in \[1, 4\], the horizon"),
+        ({"chunk": 5}, r"chunk: got 5, expected in \[1, 4\], the window"),
         ({"noise": "white"}, "noise: got 'white', expected one of"),
         ({"model_action_dim": 2}, "model_action_dim: got 2, expected >= 3"),
         ({"preference": "chain"}, "preference: got 'chain', expected 'flow' with noise 'sde'"),

@@ -49,9 +49,9 @@ def test_policy(config):
 
     floats = ((2,), np.float32)
     tokens, action = ((2, config.action_dim), np.int32), ((2, config.action_dim), np.float32)
-    if policy.horizon is not None:
+    if policy.window is not None:
         num_points = config.num_denoising_steps + 1
-        tokens = ((2, num_points, policy.horizon, config.model_action_dim + 1), np.float32)
+        tokens = ((2, num_points, policy.window, config.model_action_dim + 1), np.float32)
         action = ((2, policy.chunk, config.action_dim), np.float32)
     decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=1.0)
     assert isinstance(decision, Decision)
@@ -64,7 +64,7 @@ def test_policy(config):
     np.testing.assert_allclose(score.value, decision.value, atol=1e-4)
     # A fresh critic is close to zero, and a fresh policy close to uniform over its bins, where it has bins.
     assert (np.abs(score.value) < 0.5).all()
-    if policy.horizon is None:
+    if policy.window is None:
         assert (score.entropy > 0.95 * np.log(getattr(config, "num_bins", 256))).all()
     np.testing.assert_allclose(score.divergence, 0, atol=1e-6)
 
@@ -77,8 +77,8 @@ def test_policy(config):
     value = jit(policy.value)(params, observation)
     np.testing.assert_allclose(value, score.value, atol=1e-4)
     shown = decision.action
-    if policy.horizon is not None:
-        shown = np.zeros((2, policy.horizon, config.action_dim), np.float32)
+    if policy.window is not None:
+        shown = np.zeros((2, policy.window, config.action_dim), np.float32)
     keys = jax.random.split(jax.random.key(2), 2)
     loss, metrics = jit(policy.imitation_loss)(params, observation, shown, key=keys)
     assert (loss.shape, loss.dtype) == floats and np.isfinite(loss).all()

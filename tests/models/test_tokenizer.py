@@ -8,16 +8,10 @@ from llama_tokenizer import NEWLINE_ID, PAD_ID, SPACE_ID, write_llama_tokenizer
 
 from stare_jax import stages
 from stare_jax.models import make_policy, openvla_7b
+from stare_jax.models.bins import bin_state
 from stare_jax.models.normalize import identity_stats
-from stare_jax.models.tokenizer import (
-    OPENVLA_STATE_TEMPLATE,
-    OPENVLA_TEMPLATE,
-    bin_state,
-    encode_prompt,
-    format_prompt,
-    make_tokenizer,
-    word_tokenizer,
-)
+from stare_jax.models.openvla.prompt import OPENVLA_STATE_TEMPLATE, OPENVLA_TEMPLATE, encode_prompt, format_prompt
+from stare_jax.models.tokenizer import make_tokenizer, word_tokenizer
 
 
 def test_prompt_is_openvlas():

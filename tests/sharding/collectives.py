@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stare_jax.models.nn.heads import NUM_BINS
+from stare_jax.models.bins import NUM_BINS
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")

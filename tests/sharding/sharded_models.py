@@ -80,7 +80,7 @@ def policy_and_params(model, trained):
     else:
         lora = LoRAConfig(rank=4, targets=PI05_EXPERTS) if trained == "lora" else None
         frozen = (PI05_PALIGEMMA,) if trained == "expert" else ()
-        config = nano_pi05(lora=lora, frozen=frozen, execution=execution)
+        config = nano_pi05(lora=lora, frozen_patterns=frozen, execution=execution)
     policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
     return policy, random_params(policy)
 
@@ -90,7 +90,7 @@ def prompts(size):
 
 
 def raw_actions(policy, shape):
-    chunk = () if policy.horizon is None else (policy.horizon,)
+    chunk = () if policy.window is None else (policy.window,)
     return np.random.default_rng(0).uniform(-0.3, 0.5, (*shape, *chunk, policy.action_dim)).astype(np.float32)
 
 
@@ -104,7 +104,7 @@ def decided(model, trained):
 
 def sft_batch(model, trained):
     policy, _ = policy_and_params(model, trained)
-    shape = (SIZE,) if policy.horizon is None else (SIZE, policy.horizon)
+    shape = (SIZE,) if policy.window is None else (SIZE, policy.window)
     return SFTBatch(random_observation(policy, prompts(SIZE)), raw_actions(policy, (SIZE,)), np.ones(shape, bool))
 
 
@@ -216,7 +216,7 @@ def exchanged_by_sampling(model):
     placed = jax.device_put(params, tree_shardings(params, mesh, policy.sharding_rules))
     inputs = (placed, place(random_observation(policy, prompts(SIZE)), mesh), jax.random.key(1))
     text = jax.jit(policy.sample).lower(*inputs).compile().as_text()
-    passes = num_passes("sample", "lora", decodes=policy.horizon is None)
+    passes = num_passes("sample", "lora", decodes=policy.window is None)
     return not_zero3(read_collectives(text), shapes_of(placed), passes)
 
 

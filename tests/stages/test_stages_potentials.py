@@ -70,17 +70,17 @@ HALF_TURN = [0, 0, 0, 1]
 )
 def test_potentials_by_hand(env_id, stage, fields, expected):
     spec, signals, separation = get_task(env_id), make_signals(3, **fields), separation_of([stage] * 3)
-    result = potentials(spec, signals, separation)
+    result = potentials(with_params(spec, progressive=False), signals, separation)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, expected, atol=1e-6)
-    progressive = potentials(with_params(spec, progressive=True), signals, separation)
+    progressive = potentials(spec, signals, separation)
     np.testing.assert_allclose(progressive, (stage + np.asarray(expected)) / 4, atol=1e-6)
 
 
 def test_weights_come_from_the_parameters():
     signals = make_signals(1, is_grasped=True, is_contact=True, obj_pos=[0.1, 0, 0], obj_quat=HALF_TURN)
     changes = {"beta1": 0.1, "beta2": 0.3, "beta3": 0.05, "beta4": 0.15, "tau": 2.0, "d_trans": 0.2, "d_place": 0.1}
-    spec = with_params(get_task("StackCube-v1"), **changes)
+    spec = with_params(get_task("StackCube-v1"), **changes, progressive=False)
     expected = [sigmoid(1), 0.1 + 0.3 * np.tanh(0.5), sigmoid(0.5) + 0.05, sigmoid(0) + 0.15 * 0]
     for stage, value in enumerate(expected):
         assert potentials(spec, signals, separation_of([stage]))[0] == pytest.approx(value, abs=1e-6)
@@ -90,7 +90,7 @@ def test_a_stage_that_is_off_holds_the_value_before():
     # sigma(1 - d / .1) in reach and push with d = .1 t, and 1 in contact.
     distance = np.arange(7)[:, None] * [0.1, 0, 0]
     signals = make_signals(7, tcp_pos=distance, obj_pos=distance, goal_pos=[0, 0, 0], is_contact=True)
-    separation, spec = separation_of([0, 0, 1, 1, 2, 2, 3]), get_task("PushCube-v1")
+    separation, spec = separation_of([0, 0, 1, 1, 2, 2, 3]), with_params(get_task("PushCube-v1"), progressive=False)
     on = sigmoid(1 - np.arange(7.0))
     held = {
         (True, False, True, True): [on[0], on[1], on[1], on[1], on[4], on[5], 0],
@@ -125,7 +125,7 @@ def test_potentials_are_in_the_unit_interval(env_id, progressive):
 @pytest.mark.parametrize("env_id", FAMILY_TASKS)
 def test_completing_a_stage_never_lowers_the_progressive_potential(env_id):
     # The same states, once as stage k and once as stage k + 1: the change is (1 - Phi_k + Phi_{k+1}) / K >= 0.
-    spec, signals = get_task(env_id), random_signals(0, 12)
+    spec, signals = with_params(get_task(env_id), progressive=False), random_signals(0, 12)
     paper = [np.asarray(potentials(spec, signals, separation_of([k] * 12))) for k in range(4)]
     progressive = with_params(spec, progressive=True)
     values = [np.asarray(potentials(progressive, signals, separation_of([k] * 12))) for k in range(4)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from stage_signals import FAMILY_TASKS, FAR, make_signals, pad, random_signals, signals_with_events, with_params
 
-from stare_jax.stages import get_task, init_stage, separate, stage_mask, step_stage
+from stare_jax.stages import get_task, init_stage, potentials, separate, stage_mask, step_stage
 
 # Each row is one state: which of the four terminal events hold in it, success the last.
 EPISODES = {
@@ -164,3 +164,18 @@ def test_shapes_and_types_are_checked():
     with pytest.raises(AssertionError, match="signals.tcp_pos"):
         init_stage(spec, signals)  # Meant for one state.
     assert separate(spec, jax.tree.map(np.asarray, pad(signals, 1, 0.0))).stage_t.shape == (6,)
+
+
+@pytest.mark.parametrize("env_id, contact_label", [("StackCube-v1", 1), ("PushCube-v1", 2), ("LiftPegUpright-v1", 1)])
+def test_without_a_reach_distance_contact_alone_ends_reach(env_id, contact_label):
+    # 6, 4 and 1 cm away, then 1 cm away and touched: reach ends at 5 cm, or with the touch, which ends contact as well.
+    fields = {"tcp_pos": [[0.06, 0, 0], [0.04, 0, 0], [0.01, 0, 0], [0.01, 0, 0]], "goal_pos": [FAR, 0, 0]}
+    signals = make_signals(4, **fields, is_contact=[False, False, False, True])
+    spec = get_task(env_id)
+    np.testing.assert_array_equal(separate(spec, signals).stage_t, [0, 1, 1, contact_label])
+    variant = with_params(spec, delta_reach=0.0)
+    separation = separate(variant, signals)
+    np.testing.assert_array_equal(separation.stage_t, [0, 0, 0, contact_label])
+    # The potential of reach grades all of the way to the object: sigma(1 - d / .1) / 4.
+    expected = 1 / (1 + np.exp(-(1 - np.array([0.6, 0.4, 0.1])))) / 4
+    np.testing.assert_allclose(potentials(variant, signals, separation)[:3], expected, atol=1e-6)

@@ -52,7 +52,7 @@ def test_task_contract(env_id):
         ("PullCube-v1", {"beta1": 1.0, "beta2": 0.0, "beta3": 0.0, "beta4": 0.0, "tau": 3.0}),
         ("PullCube-v1", {"alpha_contact": 0.05, "alpha_perp": 1.0, "lambda_perp": 1.0, "beta_x": 1.0, "beta_v": 1.0}),
         ("LiftPegUpright-v1", {"delta_reach": 0.05, "h_min": 0.05, "d_reach": 0.1, "h_lift": 0.095}),
-        ("LiftPegUpright-v1", {"beta1": 1.0, "up_axis": 0, "path": "nearest", "progressive": False, "enabled": None}),
+        ("LiftPegUpright-v1", {"beta1": 1.0, "up_axis": 0, "path": "nearest", "progressive": True, "enabled": None}),
     ],
 )
 def test_default_parameters(env_id, expected):
@@ -116,6 +116,8 @@ def test_lengths_are_checked():
     spec = get_task("PushCube-v1")
     with pytest.raises(ValueError, match="cost_fns has length 3, expected 4, one for each of reach, contact"):
         dataclasses.replace(spec, cost_fns=spec.cost_fns[:3])
+    with pytest.raises(ValueError, match="distance_fns has length 5, expected 4"):
+        dataclasses.replace(spec, distance_fns=(*spec.distance_fns, spec.distance_fns[0]))
     with pytest.raises(ValueError, match="stage_names is empty"):
         dataclasses.replace(spec, stage_names=())
 

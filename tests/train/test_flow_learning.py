@@ -57,7 +57,7 @@ def policy():
 @pytest.fixture(scope="module")
 def weak(policy, tmp_path_factory):
     """Parameters after a brief imitation of a few demonstrations."""
-    observation, *windows = demo_windows(64, horizon=policy.horizon)
+    observation, *windows = demo_windows(64, horizon=policy.window)
     batches = demo_batches(prompted(policy, observation), *windows, size=SFT.batch_size)
     run = Run(tmp_path_factory.mktemp("sft"), toy.norm_stats())
     return train_sft(policy, jax.jit(policy.init)(jax.random.key(0)), batches, SFT, run)

@@ -145,7 +145,7 @@ def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused
 
 def sft_inputs():
     policy, _ = policy_and_params("sde")
-    observation, *windows = demo_windows(2, horizon=policy.horizon)
+    observation, *windows = demo_windows(2, horizon=policy.window)
     return prompted(policy, observation), *windows
 
 

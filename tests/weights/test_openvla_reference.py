@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from stare_jax.losses import ppo_loss
 from stare_jax.models import make_policy, openvla_7b
-from stare_jax.models.nn.heads import score_bins
+from stare_jax.models.bins import score_bins
 from stare_jax.models.nn.llama import Llama, LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.normalize import identity_stats
-from stare_jax.models.openvla import policy as openvla_policy
+from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
 from stare_jax.weights.openvla.config import OVERRIDES, TIMM_IDS, read_config
@@ -226,7 +226,7 @@ def functions(narrow):
 
     def call(function, *args, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(openvla_policy, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
+            patch.setattr(openvla_prompt, "preprocess", lambda image, config: (image[..., :3], image[..., 3:]))
             return function(narrow.params, observation, *args, **kwargs)
 
     return functools.partial(call, sample, jax.random.key(0), temperature=0.0), functools.partial(call, log_prob)

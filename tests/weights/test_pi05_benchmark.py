@@ -15,7 +15,7 @@ from stare_jax.models import pi05_base
 from stare_jax.models.nn.linear import Execution
 from stare_jax.state.optimizer import merge_params, split_params
 
-TINY = ["--size=tiny", "--batch=2", "--steps=2", "--cameras=2", "--horizon=3", "--passes=1", "--repeats=2"]
+TINY = ["--size=tiny", "--batch=2", "--steps=2", "--cameras=2", "--window=3", "--passes=1", "--repeats=2"]
 
 
 def without_time(sizes, params):
@@ -47,7 +47,7 @@ def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
 
 
 def test_the_costs_of_the_published_model():
-    config = pi05_base(cameras=pi05_cases.CAMERAS, horizon=50, num_denoising_steps=10)
+    config = pi05_base(cameras=pi05_cases.CAMERAS, window=50, num_denoising_steps=10)
     # 414.8 and 1981.9 million weights, the embedding table apart; the expert's 427.9 less 116.5 of its norms.
     assert 413e6 < tower_weights(config) < 415e6 and prefix_length(config) == 968
     assert gemma_weights(config.paligemma) == pytest.approx(2_508_531_712 - 526_647_296, rel=1e-3)
@@ -62,7 +62,7 @@ def test_the_costs_of_the_published_model():
 
 def unrolled():
     """Wide enough for products to outweigh all else; without loops, whose bodies XLA counts once."""
-    config = pi05_cases.make_config("tiny", "float32", num_cameras=2, horizon=3, num_denoising_steps=1)
+    config = pi05_cases.make_config("tiny", "float32", num_cameras=2, window=3, num_denoising_steps=1)
     wide = {"width": 128, "mlp_dim": 512, "head_dim": 32}
     return dataclasses.replace(
         config,
@@ -77,7 +77,9 @@ def unrolled():
 
 @pytest.mark.parametrize("trained", ["expert", "full"])
 def test_costs_agree_with_xla(trained):
-    config = dataclasses.replace(unrolled(), frozen=pi05_cases.make_trained(unrolled(), trained, "none").frozen)
+    config = dataclasses.replace(
+        unrolled(), frozen_patterns=pi05_cases.make_trained(unrolled(), trained, "none").frozen_patterns
+    )
     policy, batch = pi05_cases.build(config), 2
     params = jax.eval_shape(policy.init, jax.random.key(0))
     observation, key = policy.observation_shape(batch), jax.eval_shape(lambda: jax.random.key(0))
@@ -88,7 +90,7 @@ def test_costs_agree_with_xla(trained):
     def loss(moving, still, observation, action, key):
         return policy.imitation_loss(merge_params(moving, still), observation, action, key=key)[0].mean()
 
-    moving, still = split_params(params, policy.frozen)
+    moving, still = split_params(params, policy.frozen_patterns)
     shape = jax.ShapeDtypeStruct((batch, 3, 7), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     counted = jax.jit(jax.grad(loss)).lower(moving, still, observation, shape, keys).cost_analysis()["flops"]

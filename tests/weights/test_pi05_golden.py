@@ -21,8 +21,7 @@ from stare_jax.state.checkpoint import leaf_loader
 from stare_jax.weights.import_pi05 import import_pi05
 from stare_jax.weights.pi05.sizes import read_sizes
 
-FOLDER = Path(__file__).resolve().parents[2] / "../shared/golden/pi05_tiny"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"no golden numbers at {FOLDER}")
+FOLDER = Path(__file__).resolve().parents[1] / "golden" / "pi05_tiny"
 TOLERANCE = 1e-4
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
@@ -44,7 +43,7 @@ def network(description):
         prompt_template="{instruction}",
         prompt_length=description["max_token_len"],
         model_action_dim=description["action_dim"],
-        horizon=description["action_horizon"],
+        window=description["action_horizon"],
         chunk=description["action_horizon"],
         image_size=28,
     )

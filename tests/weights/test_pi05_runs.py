@@ -45,7 +45,7 @@ def convert(*arguments):
 
 
 def model_config(**changes):
-    small = {"value_dims": (8,), "prompt_length": 4, "horizon": 2, "chunk": 1, "execution": Execution()}
+    small = {"value_dims": (8,), "prompt_length": 4, "window": 2, "chunk": 1, "execution": Execution()}
     return dataclasses.replace(read_sizes("x", SHAPES, pi05_base()), **small | changes)
 
 
@@ -96,7 +96,7 @@ def adapted(tree):
 
 
 def test_a_run_starts_from_either_format_as_from_a_converted_folder(tree, theirs, tmp_path):
-    config = model_config(noise="learned", frozen=("^PaliGemma/img/",), execution=Execution(dtype="bfloat16"))
+    config = model_config(noise="learned", frozen_patterns=("^PaliGemma/img/",), execution=Execution(dtype="bfloat16"))
     started = start(theirs / "openpi", config)
     expected = {p: x.astype(jnp.bfloat16) if p.startswith("PaliGemma/img/") else x for p, x in tree.items()}
     assert bits({path: started[path] for path in tree}) == bits(expected)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from openvla_files import random_bits
 from pi05_files import FULL, SMALL, bits
 
-from stare_jax.models.pi05.policy import pi05_base
+from stare_jax.models.pi05.presets import pi05_base
 from stare_jax.weights.pi05.export import port_specs
 from stare_jax.weights.pi05.sizes import port_shapes, read_sizes
 from stare_jax.weights.pi05.table import EMBEDDINGS, OUR_OWN, UNUSED, leaf_shapes, tensor_table

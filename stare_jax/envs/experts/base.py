@@ -4,18 +4,15 @@ They look at every state anew, so they recover from whatever was executed instea
 with execution noise keep clean labels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.experts import panda as panda_experts
-from stare_jax.envs.experts import widowx as widowx_experts
-from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.types import Signals
 
-Act = Callable[[Signals, Any], tuple[np.ndarray, Any]]
+ExpertFn = Callable[[Signals, Any], tuple[np.ndarray, Any]]
+"""(signals of one state, memory) -> (action float32 `[A]`, memory)."""
 
 
 class Expert(NamedTuple):
@@ -23,33 +20,20 @@ class Expert(NamedTuple):
 
     init: Callable[[], Any]
     """() -> the memory of an episode that begins."""
-    act: Act
+    act: ExpertFn
     """(signals of one state, memory) -> (action float32 `[A]`, memory)."""
     action_scale: tuple[float, ...]
     """`[A]`, the task's `Scene.action_scale`: what noise and idle actions are measured by."""
 
 
-def make_expert(env_id: str, *, limit: float = 1.0) -> Expert:
-    """Returns the expert of a task, for the task's default control mode.
+def limit_translations(act: ExpertFn, limit: float, action_scale: Sequence[float]) -> ExpertFn:
+    """Returns an expert's `act` with translations of at most a fraction of the largest, which keep their direction.
 
     Args:
-        env_id: of the task.
-        limit: largest component of a translation, as a fraction of its `action_scale`: below 1 the expert moves more
-            slowly and seldom at the end of its range. Longer translations keep their direction.
-
-    Raises:
-        ValueError: there is none for this task, or the limit is not a fraction.
+        act: the expert.
+        limit: the fraction, in (0, 1].
+        action_scale: `[A]`, the largest command of each dimension.
     """
-    if env_id not in _EXPERTS:
-        raise ValueError(f"env_id: got {env_id!r}, expected one of {sorted(_EXPERTS)}")
-    if not 0.0 < limit <= 1.0:
-        raise ValueError(f"limit: got {limit}, expected 0 < limit <= 1")
-    (init, act), action_scale = _EXPERTS[env_id], SCENES[env_id].action_scale
-    return Expert(init, act if limit == 1.0 else _limited(act, limit, action_scale), action_scale)
-
-
-def _limited(act: Act, limit: float, action_scale: Sequence[float]) -> Act:
-    """Returns an expert's `act` with shorter translations."""
     longest = limit * np.array(action_scale[:3])
 
     def limited(signals: Signals, memory: Any) -> tuple[np.ndarray, Any]:
@@ -89,20 +73,3 @@ def execution_noise(
         return perturbed
 
     return perturb
-
-
-_EXPERTS: Mapping[str, tuple[Callable[[], Any], Act]] = MappingProxyType(
-    {
-        "PushCube-v1": (lambda: None, panda_experts.push_cube),
-        "PullCube-v1": (lambda: None, panda_experts.pull_cube),
-        "StackCube-v1": (panda_experts.StackMemory, panda_experts.stack_cube),
-        "LiftPegUpright-v1": (panda_experts.LiftMemory, panda_experts.lift_peg),
-        "PutSpoonOnTableClothInScene-v1": (widowx_experts.Memory, widowx_experts.make_act(widowx_experts.SPOON)),
-        "PutCarrotOnPlateInScene-v1": (widowx_experts.Memory, widowx_experts.make_act(widowx_experts.CARROT)),
-        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": (
-            widowx_experts.Memory,
-            widowx_experts.make_act(widowx_experts.CUBE),
-        ),
-        "PutEggplantInBasketScene-v1": (widowx_experts.Memory, widowx_experts.make_act(widowx_experts.EGGPLANT)),
-    }
-)

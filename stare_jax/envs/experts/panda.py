@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.envs.maniskill.scenes import CUBE_SIZE, PEG_HALF_LENGTH
-from stare_jax.envs.rotations import about_axis, body_axis, rotation_matrix, rotation_vector
+from stare_jax.envs.rotations import about_axis, rotation_matrix, rotation_vector
+from stare_jax.stages.geometry import body_axis
 from stare_jax.types import Signals
 
 ACTION_DIM = 7
@@ -28,7 +29,7 @@ WRIST_TO_TOOL = 0.21
 MAX_LEAN = 0.6
 
 
-def _command(
+def command(
     signals: Signals,
     position: Any,
     rotation: np.ndarray | None = None,
@@ -87,7 +88,7 @@ def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
         target[2] = 0.09
     elif np.hypot(*(target - tcp)[:2]) > 0.03:
         target[2] = 0.05
-    return _command(signals, target, gripper=CLOSED, gain=20.0), memory
+    return command(signals, target, gripper=CLOSED, gain=20.0), memory
 
 
 def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
@@ -99,7 +100,7 @@ def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
     target = np.array([obj[0] + 0.055, obj[1], PUSH_HEIGHT])
     if np.hypot(*(target - tcp)[:2]) > 0.02:
         target[2] = 0.08 if beyond < 0.035 else 0.05
-    return _command(signals, target, gripper=CLOSED, gain=20.0), memory
+    return command(signals, target, gripper=CLOSED, gain=20.0), memory
 
 
 def _push_along_x(signals: Signals, side: float, end_x: float) -> np.ndarray:
@@ -111,9 +112,9 @@ def _push_along_x(signals: Signals, side: float, end_x: float) -> np.ndarray:
     tcp, obj = signals.tcp_pos, signals.obj_pos
     is_at_cube = abs(tcp[0] - obj[0]) < 0.048 and abs(tcp[2] - PUSH_HEIGHT) < 0.025
     if is_at_cube or signals.is_contact:
-        return _command(signals, (end_x, obj[1], PUSH_HEIGHT), gripper=CLOSED, limit=0.55)
+        return command(signals, (end_x, obj[1], PUSH_HEIGHT), gripper=CLOSED, limit=0.55)
     stop = (obj[0] + side * 0.042, obj[1], PUSH_HEIGHT)
-    return _command(signals, stop, gripper=CLOSED, gain=20.0)
+    return command(signals, stop, gripper=CLOSED, gain=20.0)
 
 
 class StackMemory(NamedTuple):
@@ -186,12 +187,12 @@ def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
 def _stack_reach(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     tcp, obj = signals.tcp_pos, signals.obj_pos
     is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _remaining_turn(signals, rotation) < 0.3
-    return _command(signals, obj + (0, 0, 0 if is_over else 0.05), rotation, gripper=OPEN, gain=14.0)
+    return command(signals, obj + (0, 0, 0 if is_over else 0.05), rotation, gripper=OPEN, gain=14.0)
 
 
 def _stack_grasp(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     obj = signals.obj_pos
-    return _command(signals, (obj[0], obj[1], CUBE_SIZE / 2), rotation, gripper=CLOSED, gain=14.0)
+    return command(signals, (obj[0], obj[1], CUBE_SIZE / 2), rotation, gripper=CLOSED, gain=14.0)
 
 
 def _stack_carry(signals: Signals, rotation: np.ndarray) -> np.ndarray:
@@ -203,16 +204,16 @@ def _stack_carry(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     if obj[2] < goal[2] + 0.005 and aside > 0.05:
         is_low = obj[2] < goal[2] - CUBE_SIZE / 2
         target[:2] = tcp[:2] if is_low else 0.3 * tcp[:2] + 0.7 * target[:2]
-    return _command(signals, target, rotation, gripper=CLOSED, gain=14.0)
+    return command(signals, target, rotation, gripper=CLOSED, gain=14.0)
 
 
 def _stack_release(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    return _command(signals, signals.tcp_pos, rotation, gripper=OPEN)
+    return command(signals, signals.tcp_pos, rotation, gripper=OPEN)
 
 
 def _stack_leave(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     tcp, goal = signals.tcp_pos, signals.goal_pos
-    return _command(signals, (tcp[0], tcp[1], goal[2] + 0.11), rotation, gripper=OPEN, gain=14.0, limit=0.5)
+    return command(signals, (tcp[0], tcp[1], goal[2] + 0.11), rotation, gripper=OPEN, gain=14.0, limit=0.5)
 
 
 _STACK_MOVES = {
@@ -251,9 +252,9 @@ def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemo
     rotation = _leant_outwards(TOOL_DOWN, held_point)
     if phase == "reach":
         above = 0.0 if np.hypot(*(held_point - signals.tcp_pos)[:2]) < 0.03 else 0.07
-        action = _command(signals, held_point + (0, 0, above), rotation, gripper=OPEN)
+        action = command(signals, held_point + (0, 0, above), rotation, gripper=OPEN)
     elif phase == "grasp":
-        action = _command(signals, signals.tcp_pos, rotation, gripper=CLOSED)
+        action = command(signals, signals.tcp_pos, rotation, gripper=CLOSED)
     else:
         action = _swing(signals, axis)
     return action, LiftMemory(phase, steps + 1)
@@ -274,4 +275,4 @@ def _swing(signals: Signals, axis: np.ndarray) -> np.ndarray:
         target = np.array([foot[0] + radius * np.cos(elevation), foot[1], foot_height + radius * np.sin(elevation)])
     pitch = -np.clip(error, -0.3, 0.3)
     turn = np.array([[np.cos(pitch), 0, np.sin(pitch)], [0, 1, 0], [-np.sin(pitch), 0, np.cos(pitch)]])
-    return _command(signals, target, turn @ rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=12.0)
+    return command(signals, target, turn @ rotation_matrix(signals.tcp_quat), gripper=LIGHT_GRIP, gain=12.0)

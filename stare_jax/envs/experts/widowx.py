@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.rotations import about_axis, body_axis, euler_xyz, rotation_matrix, rotation_vector
+from stare_jax.envs.rotations import about_axis, euler_xyz, rotation_matrix, rotation_vector
+from stare_jax.stages.geometry import body_axis
 from stare_jax.types import Signals
 
 ACTION_DIM = 7

@@ -17,13 +17,12 @@ from stare_jax.envs.maniskill.dlpack import jax_to_torch, torch_to_jax
 from stare_jax.envs.maniskill.panda_lite import report_to_stderr
 from stare_jax.envs.maniskill.simulator import executed_action, observed_state
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError, has_gpu_driver
-from stare_jax.stages import get_task
 from stare_jax.types import Observation
 
 SEEDS = "episode_seeds"  # our own among the options of a reset
 
 
-def decided(config: EnvConfig, report: Callable[[str], None] = report_to_stderr) -> EnvConfig:
+def resolve_backend(config: EnvConfig, report: Callable[[str], None] = report_to_stderr) -> EnvConfig:
     """Returns a configuration with the backend "auto" replaced by "cuda", or by "cpu" where that cannot be.
 
     Args:
@@ -76,7 +75,7 @@ def start_batch(config: EnvConfig) -> "BatchedSimulator":
 class BatchedSimulator:
     """`VecEnv` of one batched `mani_skill` environment; see `envs.base`.
 
-    Observations, signals and actions are JAX arrays on the simulator's device, copied there (`bridge`). In a call all
+    Observations, signals and actions are JAX arrays on the simulator's device, copied there (`dlpack`). In a call all
     environments step together, and those that are to be reset are reset afterwards: what they did in the step is seen
     by nobody, and no physics runs between a reset and the return.
 
@@ -98,7 +97,7 @@ class BatchedSimulator:
         self.config = config
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
-        self.instructions = (get_task(config.env_id).instruction,) * config.num_envs
+        self.instructions = (config.spec.instruction,) * config.num_envs
         self._env, self._device = env, torch_to_jax(torch.zeros(1, device=env.device)).device
         env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)
         self._reader = BatchedSignalReader(env, config.scene)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.maniskill.scenes import Scene, Start
+from stare_jax.envs.maniskill.scenes import OnTop, Scene, Start
 from stare_jax.envs.maniskill.signals import CONTACT_FORCE, Poses, signals_of
 from stare_jax.types import Array, Signals
 
@@ -45,7 +45,7 @@ class BatchedSignalReader:
         self._env, self._tool, (self._obj, self._base) = env, scene.tool(env), scene.objects(env)
         self._links = [link for link in env.agent.robot.links if link._bodies[0].collision_shapes]
         self._contacts = self._contact_query() if env.scene.gpu_sim_enabled else None
-        self._measure = jax.jit(jax.vmap(functools.partial(measure, scene, scene.on_top(env))))
+        self._measure = jax.jit(jax.vmap(functools.partial(signals_of_reading, scene, scene.on_top(env))))
         self._start: Start | None = None
         self._is_touched: Any = None
 
@@ -106,7 +106,9 @@ class BatchedSignalReader:
         return impulses.view(len(self._links), -1, 3) / scene.px.timestep
 
 
-def measure(scene: Scene, on_top: Any, start: Start, reading: Reading, is_first: Array) -> tuple[Start, Signals]:
+def signals_of_reading(
+    scene: Scene, on_top: OnTop, start: Start, reading: Reading, is_first: Array
+) -> tuple[Start, Signals]:
     """Returns how the episode of one environment began, and its signals.
 
     Args:

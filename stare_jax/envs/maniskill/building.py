@@ -15,7 +15,7 @@ from stare_jax.envs.maniskill.panda_lite import ensure_panda_lite, lite_panda_ag
 from stare_jax.envs.maniskill.vulkan import select_driver
 from stare_jax.envs.maniskill.widowx import bridge_scene, scaled_intrinsics
 
-Building = Callable[[], contextlib.AbstractContextManager]
+SceneBuilding = Callable[[], contextlib.AbstractContextManager]
 """held while a scene is built, or rebuilt"""
 
 
@@ -23,7 +23,7 @@ class MissingAssetsError(UserError, FileNotFoundError):
     """Files of a task are not on this machine; the message has the commands that download them."""
 
 
-def make_scene(config: EnvConfig) -> tuple[Any, Building]:
+def make_scene(config: EnvConfig) -> tuple[Any, SceneBuilding]:
     """Builds the scene of a task.
 
     Returns:
@@ -105,7 +105,7 @@ def camera_settings(config: EnvConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _building(variants: Sequence[Building]) -> Iterator[None]:
+def _building(variants: Sequence[SceneBuilding]) -> Iterator[None]:
     """While active, scenes are built in some variants, and without warnings of ManiSkill's own making."""
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         for variant in variants:

@@ -1,7 +1,7 @@
-"""The table of ManiSkill tasks, one row each: how a task is built, what acts in it, and where its goal is.
+"""The table of ManiSkill tasks, one row each: how a task is built, which robot acts in it, and where its goal is.
 
-What depends on a state is written for one environment, in the namespace of its arrays: simulators on the CPU call it
-with NumPy at every step, a batch on the GPU maps and compiles it with JAX.
+Functions of a state are written for one environment, in the namespace of its arrays: simulators on the CPU call them
+with NumPy at every step, a batch on the GPU maps and compiles them with JAX.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.rotations import body_axis
+from stare_jax.stages.geometry import body_axis
 from stare_jax.types import Array
 
 CUBE_SIZE = 0.04
@@ -73,18 +73,20 @@ class Scene(NamedTuple):
 # ---- Goals -----------------------------------------------------------------------------------------------------------
 
 
-def _at_region(start: Start, region_pos: Array) -> tuple[Array, Array]:
+def goal_at_region(start: Start, region_pos: Array) -> tuple[Array, Array]:
+    """Returns the goal of an object that is pushed over a region: the region's place at the object's own height."""
     xp = region_pos.__array_namespace__()
     return xp.array([region_pos[0], region_pos[1], start.obj_pos[2]], xp.float32), start.obj_quat
 
 
-def _on_top(start: Start, support_pos: Array) -> tuple[Array, Array]:
+def goal_on_top(start: Start, support_pos: Array) -> tuple[Array, Array]:
+    """Returns the goal of an object that is put on another: `start.on_top` over that one's centre, as it began."""
     xp = support_pos.__array_namespace__()
     return support_pos + xp.array([0, 0, start.on_top], xp.float32), start.obj_quat
 
 
 def _upright(start: Start, _: Array) -> tuple[Array, Array]:
-    """Over where the peg lay, turned about the horizontal axis that brings its x axis up."""
+    """Returns the goal of the peg: over where it lay, turned about the horizontal axis that brings its x axis up."""
     axis = body_axis(start.obj_quat, 0)
     xp = axis.__array_namespace__()
     horizontal = xp.array([axis[1], -axis[0], 0.0])  # axis x up
@@ -95,15 +97,23 @@ def _upright(start: Start, _: Array) -> tuple[Array, Array]:
     return xp.array([start.obj_pos[0], start.obj_pos[1], PEG_HALF_LENGTH], xp.float32), quat.astype(xp.float32)
 
 
-def _on_nothing(obj_quat: Array, target_quat: Array) -> float:
-    return 0.0
+OnTop = Callable[[Array, Array], float | Array]
+"""(obj_quat, orientation of the actor that the goal hangs on) -> `Start.on_top`."""
 
 
-def _on_a_cube(obj_quat: Array, target_quat: Array) -> float:
-    return CUBE_SIZE
+def fixed_height(height: float) -> Callable[[Any], OnTop]:
+    """Returns a `Scene.on_top` that is the same in every episode, in metres."""
+
+    def on_top(obj_quat: Array, target_quat: Array) -> float:
+        return height
+
+    return lambda env: on_top
 
 
-def _half_heights(env: Any) -> Callable[[Array, Array], float | Array]:
+ON_NOTHING = fixed_height(0.0)
+
+
+def _half_heights(env: Any) -> OnTop:
     """Returns the sum of the half heights of the object, as it lies, and of the target.
 
     ManiSkill's own boxes are turned by the orientation in the first environment of a batch.
@@ -124,7 +134,8 @@ def _extent_z(quat: Array, size: Sequence[float]) -> float | Array:
 # ---- Where the tool should go ----------------------------------------------------------------------------------------
 
 
-def _centre(obj_pos: Array, obj_quat: Array, tcp_pos: Array) -> Array:
+def centre(obj_pos: Array, obj_quat: Array, tcp_pos: Array) -> Array:
+    """Returns the object's centre, as the point to grasp or push."""
     return obj_pos
 
 
@@ -135,7 +146,7 @@ def _nearest_on_peg(obj_pos: Array, obj_quat: Array, tcp_pos: Array) -> Array:
     return (obj_pos + along * axis).astype(xp.float32)
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
+# ---- Rows ------------------------------------------------------------------------------------------------------------
 
 _PANDA_ACTION_DIMS = MappingProxyType(
     {
@@ -148,24 +159,44 @@ _PANDA_ACTION_DIMS = MappingProxyType(
     }
 )
 _WIDOWX_ACTION_DIMS = MappingProxyType({"arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos": 7})
+PANDA_CAMERA = Camera("base_camera", (128, 128))
 
 
-def _panda(**task: Any) -> Scene:
-    shared = {"camera": Camera("base_camera", (128, 128)), "grasp_point": _centre, "on_top": lambda env: _on_nothing}
+def panda_scene(
+    *,
+    objects: Callable[[Any], tuple[Any, Any]],
+    goal: Callable[[Start, Array], tuple[Array, Array]],
+    success_reach: tuple[float, float],
+    on_top: Callable[[Any], OnTop] = ON_NOTHING,
+    grasp_point: Callable[[Array, Array, Array], Array] = centre,
+    horizon: int = 30,
+    camera: Camera = PANDA_CAMERA,
+) -> Scene:
+    """Returns the row of a tabletop task of ManiSkill's Panda; the arguments are fields of `Scene`."""
     return Scene(
         robot="panda",
-        horizon=30,
+        camera=camera,
+        horizon=horizon,
         action_dims=_PANDA_ACTION_DIMS,
         action_scale=(1.0,) * 7,
-        contact_every=1,
         tool=lambda env: env.agent.tcp,
-        **(shared | task),
+        objects=objects,
+        on_top=on_top,
+        goal=goal,
+        grasp_point=grasp_point,
+        contact_every=1,
+        success_reach=success_reach,
     )
 
 
-def _widowx(num_starts: int, success_height: float) -> Scene:
-    """SimplerEnv's tasks. Success is where the object's centre is over the target, up to 9 cm aside, and up to
-    `success_height` above where it would rest."""
+def widowx_scene(num_starts: int, success_height: float) -> Scene:
+    """Returns the row of a task of SimplerEnv.
+
+    Args:
+        num_starts: as in `Scene`.
+        success_height: metres above the object's place of rest on its target up to which the simulator may call a state
+            a success; horizontally it is up to 9 cm.
+    """
     return Scene(
         robot="",
         camera=Camera("3rd_view_camera", (480, 640), ((623.588, 0, 319.501), (0, 623.588, 239.545), (0, 0, 1))),
@@ -175,8 +206,8 @@ def _widowx(num_starts: int, success_height: float) -> Scene:
         tool=lambda env: env.agent.robot.links_map["ee_gripper_link"],
         objects=lambda env: (env.objs[env.source_obj_name], env.objs[env.target_obj_name]),
         on_top=_half_heights,
-        goal=_on_top,
-        grasp_point=_centre,
+        goal=goal_on_top,
+        grasp_point=centre,
         contact_every=5,
         success_reach=(0.09, success_height),
         num_starts=num_starts,
@@ -188,25 +219,27 @@ def _cube_and_region(env: Any) -> tuple[Any, Any]:
     return env.obj, env.goal_region
 
 
+# ---- The table -------------------------------------------------------------------------------------------------------
+
 SCENES: Mapping[str, Scene] = MappingProxyType(
     {
-        "PushCube-v1": _panda(objects=_cube_and_region, goal=_at_region, success_reach=(0.101, np.inf)),
-        "PullCube-v1": _panda(objects=_cube_and_region, goal=_at_region, success_reach=(0.101, np.inf)),
-        "StackCube-v1": _panda(
+        "PushCube-v1": panda_scene(objects=_cube_and_region, goal=goal_at_region, success_reach=(0.101, np.inf)),
+        "PullCube-v1": panda_scene(objects=_cube_and_region, goal=goal_at_region, success_reach=(0.101, np.inf)),
+        "StackCube-v1": panda_scene(
             objects=lambda env: (env.cubeA, env.cubeB),
-            goal=_on_top,
-            on_top=lambda env: _on_a_cube,
+            goal=goal_on_top,
+            on_top=fixed_height(CUBE_SIZE),
             success_reach=(0.035, 0.006),
         ),
-        "LiftPegUpright-v1": _panda(
+        "LiftPegUpright-v1": panda_scene(
             objects=lambda env: (env.peg, env.peg),
             goal=_upright,
             grasp_point=_nearest_on_peg,
             success_reach=(np.inf, 0.006),
         ),
-        "PutSpoonOnTableClothInScene-v1": _widowx(24, success_height=0.06),
-        "PutCarrotOnPlateInScene-v1": _widowx(24, success_height=0.06),
-        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": _widowx(24, success_height=0.06),
-        "PutEggplantInBasketScene-v1": _widowx(64, success_height=0.12),
+        "PutSpoonOnTableClothInScene-v1": widowx_scene(24, success_height=0.06),
+        "PutCarrotOnPlateInScene-v1": widowx_scene(24, success_height=0.06),
+        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": widowx_scene(24, success_height=0.06),
+        "PutEggplantInBasketScene-v1": widowx_scene(64, success_height=0.12),
     }
 )

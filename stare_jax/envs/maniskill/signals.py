@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.envs.maniskill.scenes import Scene, Start
-from stare_jax.envs.rotations import body_axis
+from stare_jax.stages.geometry import body_axis
 from stare_jax.types import Array, Signals
 
 CONTACT_FORCE = 1e-2  # N, of the robot on the object.

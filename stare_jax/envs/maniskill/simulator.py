@@ -17,7 +17,7 @@ from stare_jax.envs.maniskill.panda_lite import flatten_floor
 from stare_jax.envs.maniskill.reflections import skip_reflections
 from stare_jax.envs.maniskill.signals import SignalReader
 from stare_jax.envs.maniskill.widowx import JITTERS, Backdrop, Starts
-from stare_jax.envs.rotations import body_axis
+from stare_jax.stages.geometry import body_axis
 from stare_jax.types import Array, Signals
 
 

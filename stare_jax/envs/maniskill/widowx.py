@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ JITTERS: Mapping[str, Jitter] = MappingProxyType(
     {"none": Jitter(0.0, 0.0), "15mm-15deg": Jitter(0.015, np.deg2rad(15))}
 )
 """by the name that configurations and manifests have"""
+JitterName = Literal[*JITTERS]
 
 
 @contextlib.contextmanager

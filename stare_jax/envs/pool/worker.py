@@ -21,7 +21,7 @@ from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.building import MissingAssetsError, import_mani_skill
 from stare_jax.envs.maniskill.simulator import Frame, Simulator
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
-from stare_jax.types import Signals
+from stare_jax.types import SIGNAL_FLAGS, SIGNAL_SHAPES, Signals
 
 STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
 """What an environment is to do; the seed follows a reset. A message has one such command per environment, joined."""
@@ -42,19 +42,12 @@ class Slots(NamedTuple):
     """leaves `[B, ...]`."""
 
 
-_SIGNAL_SHAPES = Signals(
-    tcp_pos=(3,), tcp_quat=(4,), obj_pos=(3,), obj_quat=(4,), grasp_pos=(3,), goal_pos=(3,), goal_quat=(4,),
-    is_grasped=(), is_contact=(), success=(), support_z=(),
-)  # fmt: skip
-_FLAGS = ("is_grasped", "is_contact", "success")
-
-
 def _layout(config: EnvConfig) -> list[tuple[tuple[int, ...], type]]:
     """Returns shape and type of every array, in the order of `Slots` and `Signals`."""
     rows = config.num_envs
     signals = [
-        ((rows, *shape), np.bool_ if name in _FLAGS else np.float32)
-        for name, shape in zip(Signals._fields, _SIGNAL_SHAPES, strict=True)
+        ((rows, *shape), np.bool_ if name in SIGNAL_FLAGS else np.float32)
+        for name, shape in SIGNAL_SHAPES._asdict().items()
     ]
     return [
         ((rows, config.action_dim), np.float32),

@@ -20,7 +20,6 @@ from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.panda_lite import ensure_panda_lite, report_to_stderr
 from stare_jax.envs.maniskill.vulkan import driver_environment
 from stare_jax.envs.pool import worker
-from stare_jax.stages import get_task
 from stare_jax.types import Observation, Signals
 
 REMEDY = "`python launch/doctor.py` checks this machine and says what to do"
@@ -89,7 +88,7 @@ class SimulatorPool:
         self.config = config
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
-        self.instructions = (get_task(config.env_id).instruction,) * config.num_envs
+        self.instructions = (config.spec.instruction,) * config.num_envs
         self.num_restarts = 0
         if config.image_size and config.lite_robot:
             ensure_panda_lite(report)

@@ -17,11 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.models.nn.attention import KeyValue, attend
 from stare_jax.models.nn.linear import PRODUCT, Execution, scan_layers, split_batch
-from stare_jax.models.nn.llama import rotary_angles, rotate
 from stare_jax.models.nn.lora import LoRAConfig, low_rank_einsum, stacked_adapters
+from stare_jax.models.nn.norms import AdaptiveRMSNorm, OffsetRMSNorm
+from stare_jax.models.nn.rotary import rotary_angles, rotate
 
 ROPE_THETA = 10_000.0
-NORM_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,42 +56,6 @@ class Context(NamedTuple):
 
 Tokens = tuple[jax.Array | None, jax.Array | None]
 """Tokens `[B, T_i, width_i]` of each expert; None where a call has none of the kind."""
-
-
-class Norm(nn.Module):
-    """RMSNorm in float32 with the scale applied as 1 + w."""
-
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
-        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],), self.execution.param_dtype)
-        return (_rms(x) * (1 + scale.astype(jnp.float32))).astype(x.dtype), None
-
-
-class AdaptiveNorm(nn.Module):
-    """RMSNorm whose scale and shift follow from a condition, which also gates the branch that it begins.
-
-    The condition's layer starts at zero, and with it the gate: every branch starts as nothing.
-    """
-
-    execution: Execution
-
-    @nn.compact
-    def __call__(self, x: jax.Array, cond: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the normalised tokens `[B, T, D]` and the gate of each, `[B, T, D]` or, of all, `[B, 1, D]`."""
-        types = {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
-        dense = nn.Dense(3 * x.shape[-1], kernel_init=nn.initializers.zeros, name="Dense_0", **types)
-        modulation, num_runs = split_batch(dense(split_batch(cond))), cond.shape[1]
-        if num_runs > 1:
-            modulation = jnp.repeat(modulation, x.shape[1] // num_runs, axis=1)
-        scale, shift, gate = jnp.split(modulation, 3, axis=-1)
-        return (_rms(x) * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(x.dtype), gate
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + NORM_EPS)
 
 
 def product(
@@ -206,10 +170,10 @@ def norm_experts(name: str, xs: Tokens, cond: jax.Array | None, execution: Execu
     """Norms the tokens of each expert, within the module that calls; returns them and the gates of their branches."""
     normed, gates = (None, None), (None, None)
     if xs[0] is not None:
-        y, _ = Norm(execution, name=name)(xs[0])
+        y = OffsetRMSNorm(execution, name=name)(xs[0])
         normed = (y, None)
     if xs[1] is not None:
-        y, gate = AdaptiveNorm(execution, name=_named(name, 1))(xs[1], cond)
+        y, gate = AdaptiveRMSNorm(execution, name=_named(name, 1))(xs[1], cond)
         normed, gates = (normed[0], y), (None, gate)
     return normed, gates
 
@@ -256,8 +220,8 @@ class Gemma(nn.Module):
         self.embedder = Embedder(self.vocab_size, cfg.width, exe)
         layers = scan_layers(GemmaBlock, cfg.depth, exe, num_scanned=1, num_shared=1)
         self.layers = layers(self.configs, exe, self.lora)
-        self.final_norm = Norm(exe)
-        self.final_norm_1 = AdaptiveNorm(exe)
+        self.final_norm = OffsetRMSNorm(exe)
+        self.final_norm_1 = AdaptiveRMSNorm(exe)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return self.embedder(tokens)
@@ -285,6 +249,6 @@ class Gemma(nn.Module):
         """
         cos, sin = rotary_angles(positions, self.configs[0].head_dim, ROPE_THETA)
         xs, new = self.layers(xs, cache, Context(cos, sin, tuple(masks), cond))
-        first = None if xs[0] is None else self.final_norm(xs[0])[0]
+        first = None if xs[0] is None else self.final_norm(xs[0])
         second = None if xs[1] is None else self.final_norm_1(xs[1], cond)[0]
         return (first, second), new

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from stare_jax.models.nn.attention import KeyValue, attend, self_attend
 from stare_jax.models.nn.linear import Execution, Linear, scan_layers, split_batch
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
+from stare_jax.models.nn.norms import RMSNorm
+from stare_jax.models.nn.rotary import rotary_angles, rotate
 from stare_jax.types import PyTree
 
 
@@ -63,39 +65,6 @@ class Context(NamedTuple):
     """bool `[B, T, S]`, one for each segment of keys; None where causality alone decides."""
     index: jax.Array | int = 0
     """decoding only: the slot of the suffix that the new token fills."""
-
-
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of `position · theta^(-2i/D)`, float32 `[B, T, 1, D]`, halves repeated.
-
-    Args:
-        positions: int32 `[B, T]`.
-        head_dim: D, even.
-        theta: base of the frequencies.
-    """
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * jnp.tile(frequency, 2)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `[B, T, H, D]` in the rotate-half convention, pairing dimension i with i + D/2."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x²) + eps)` in float32, cast back, times the scale."""
-
-    eps: float
-    param_dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class LlamaBlock(nn.Module):

@@ -20,7 +20,7 @@ ALL_LINEAR = (r"^(dino|siglip|projector|llm)/",)
 """what PEFT makes of "all-linear" for OpenVLA: every product, the output layer and both patch embeddings among them."""
 ATTENTION = (r"^llm/layers/[qv]_proj$",)
 """PEFT's own choice for Llama: queries and values of the decoder."""
-BASE_PARAMS = r"^(?!value)(?!.*lora_[ab]$)"
+BASE_PATTERN = r"^(?!value)(?!.*lora_[ab]$)"
 """regex of the parameters that adapters leave frozen: all but themselves and the value head."""
 
 

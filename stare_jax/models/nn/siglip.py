@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from stare_jax.models.nn.attention import KeyValue, attend
 from stare_jax.models.nn.linear import Execution, Linear, scan_layers, split_batch
-from stare_jax.models.nn.vit import LAYER_NORM_EPS, patchify
+from stare_jax.models.nn.norms import layer_norm
+from stare_jax.models.nn.vit import patchify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,9 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         attention = SelfAttention(self.config, self.execution, name="MultiHeadDotProductAttention_0")
-        x = split_batch(x + attention(_layer_norm(self.execution, "LayerNorm_0")(x)))
+        x = split_batch(x + attention(layer_norm(self.execution, "LayerNorm_0")(x)))
         mlp = MLP(self.config, self.execution, name="MlpBlock_0")
-        return split_batch(x + mlp(_layer_norm(self.execution, "LayerNorm_1")(x))), None
+        return split_batch(x + mlp(layer_norm(self.execution, "LayerNorm_1")(x))), None
 
 
 class Encoder(nn.Module):
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         blocks = scan_layers(EncoderBlock, self.config.depth, self.execution)
         x, _ = blocks(self.config, self.execution, name="encoderblock")(x)
-        return _layer_norm(self.execution, "encoder_norm")(x)
+        return layer_norm(self.execution, "encoder_norm")(x)
 
 
 class SigLIP(nn.Module):
@@ -99,8 +100,3 @@ class SigLIP(nn.Module):
         x = x + self.param("pos_embedding", init, (1, *x.shape[1:]), self.execution.param_dtype).astype(jnp.float32)
         x = Encoder(cfg, self.execution, name="Transformer")(x.astype(self.execution.dtype))
         return split_batch(Linear((self.out_dim,), self.execution, name="head")(split_batch(x)))
-
-
-def _layer_norm(execution: Execution, name: str) -> nn.Module:
-    types = {"dtype": execution.dtype, "param_dtype": execution.param_dtype}
-    return nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name, **types)

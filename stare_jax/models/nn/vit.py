@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from stare_jax.models.nn.attention import KeyValue, self_attend
 from stare_jax.models.nn.linear import Execution, Linear, gelu, scan_layers, split_batch
 from stare_jax.models.nn.lora import LoRAConfig
-
-LAYER_NORM_EPS = 1e-6
+from stare_jax.models.nn.norms import layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +104,7 @@ class ViTBlock(nn.Module):
         return split_batch(x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2")), None
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
-        types = {"dtype": self.execution.dtype, "param_dtype": self.execution.param_dtype}
-        return nn.LayerNorm(LAYER_NORM_EPS, use_fast_variance=False, name=name, **types)(x)
+        return layer_norm(self.execution, name)(x)
 
     def _scale(self, x: jax.Array, name: str) -> jax.Array:
         """Applies LayerScale, where the tower has it."""

@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.models.bins import NUM_BINS
 from stare_jax.models.nn.attention import KeyValue
-from stare_jax.models.nn.heads import NUM_BINS, ValueHead
+from stare_jax.models.nn.heads import ValueHead
 from stare_jax.models.nn.linear import Execution, Linear, gelu, split_batch
 from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
@@ -74,7 +75,7 @@ class OpenVLAConfig:
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
     """adapters, trained in place of everything else but the value head."""
-    frozen: tuple[str, ...] = ()
+    frozen_patterns: tuple[str, ...] = ()
     """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
     `execution.dtype`, what is trained in `execution.param_dtype`."""
     decode_unroll: int = 1

@@ -1,20 +1,18 @@
-"""OpenVLA as a policy: its presets, and the pure functions around the network.
+"""OpenVLA as a policy: the pure functions around the network.
 
 Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary. Action
 dimensions in which the data never moves are not decided: their action is the data's, their bin that of 0, they take no
 part in log-probabilities, entropies and losses, and tokens after the last dimension that moves are not even computed.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.losses.imitation import soft_cross_entropy, soft_labels
-from stare_jax.models.nn.heads import (
+from stare_jax.models.bins import (
     NUM_BINS,
     ZERO_BIN,
     bin_coordinate,
@@ -24,123 +22,21 @@ from stare_jax.models.nn.heads import (
     sample_bins,
     score_bins,
 )
-from stare_jax.models.nn.linear import Execution
-from stare_jax.models.nn.llama import LlamaConfig, unstack
-from stare_jax.models.nn.lora import BASE_PARAMS, store_frozen
-from stare_jax.models.nn.vit import ViTConfig
+from stare_jax.models.nn.llama import unstack
+from stare_jax.models.nn.lora import store_frozen
 from stare_jax.models.normalize import (
     check_stats,
     is_constant_action,
     normalize_action,
-    normalize_state,
     scale_state,
     unnormalize_action,
 )
-from stare_jax.models.openvla.network import OpenVLA, OpenVLAConfig, Scene, preprocess
+from stare_jax.models.openvla.network import OpenVLA, OpenVLAConfig, Scene
+from stare_jax.models.openvla.presets import all_frozen_patterns
+from stare_jax.models.openvla.prompt import make_tokenize, observation_shape, read_observation
 from stare_jax.models.openvla.sharding import sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
-from stare_jax.models.tokenizer import (
-    OPENVLA_TEMPLATE,
-    Tokenizer,
-    bin_state,
-    encode_prompt,
-    format_prompt,
-    make_tokenizer,
-)
 from stare_jax.types import Array, NormStats, Observation, PyTree
-
-
-def openvla_7b(tokenizer: str = "openvla/openvla-7b", **changes) -> OpenVLAConfig:
-    """Returns OpenVLA-7B as published: DINOv2 ViT-L/14 with registers, SigLIP So400m/14, Llama 2 7B.
-
-    Args:
-        tokenizer: folder (or hub name) of the checkpoint's tokenizer; read when the first prompt is tokenised.
-        **changes: fields of `OpenVLAConfig` to replace.
-    """
-    config = OpenVLAConfig(
-        dino=ViTConfig(
-            width=1024,
-            depth=24,
-            num_heads=16,
-            mlp_dim=4096,
-            num_prefix=5,
-            layer_scale=1e-5,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-        ),
-        siglip=ViTConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304),
-        projector_dim=8704,
-        llm=LlamaConfig(vocab_size=32064, width=4096, depth=32, num_heads=32, num_kv_heads=32, mlp_dim=11008),
-        action_vocab_end=32000,
-        tokenizer=tokenizer,
-        prompt_template=OPENVLA_TEMPLATE,
-        prompt_length=40,
-        camera="3rd_view_camera",
-        execution=Execution(dtype="bfloat16", param_dtype="bfloat16", remat="full"),
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def openvla_tiny(state_dim: int = 0, *, critic: str = "shared", **changes) -> OpenVLAConfig:
-    """Returns the same network at about a million parameters, for 64x64 images and training from scratch on CPUs.
-
-    Args:
-        state_dim: dimensions of the state that the prompt shows, binned; 0 shows none. With `critic` "state" the critic
-            alone sees them.
-        critic: what the value head reads, see `OpenVLAConfig`.
-        **changes: fields of `OpenVLAConfig` to replace.
-    """
-    prompt_dim = 0 if critic == "state" else state_dim
-    tower = ViTConfig(width=64, depth=3, num_heads=2, mlp_dim=256, patch_size=2)
-    config = OpenVLAConfig(
-        dino=dataclasses.replace(tower, num_prefix=2, layer_scale=1.0),
-        siglip=tower,
-        projector_dim=256,
-        llm=LlamaConfig(vocab_size=896, width=96, depth=3, num_heads=4, num_kv_heads=4, mlp_dim=256),
-        action_vocab_end=896,
-        tokenizer="words",
-        prompt_template="{instruction} {state}" if prompt_dim else "{instruction}",
-        prompt_length=12 + prompt_dim,
-        image_size=64,
-        stem=(32, 64),
-        state_dim=state_dim,
-        label_width=5.0,
-        restrict_logits=True,
-        value_dims=(128, 64),
-        critic=critic,
-        execution=Execution(unroll=8),
-        decode_unroll=8,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def openvla_state(state_dim: int = 29, **changes) -> OpenVLAConfig:
-    """Returns the same policy without eyes: the state is embedded in four tokens. For studies of algorithms on CPUs.
-
-    Args:
-        state_dim: dimensions of the state that is seen; 29 is that of `EnvConfig(use_state="low_dim")`.
-        **changes: fields of `OpenVLAConfig` to replace.
-    """
-    config = OpenVLAConfig(
-        dino=None,
-        siglip=None,
-        projector_dim=0,
-        llm=LlamaConfig(vocab_size=896, width=64, depth=2, num_heads=4, num_kv_heads=4, mlp_dim=192),
-        action_vocab_end=896,
-        tokenizer="words",
-        prompt_template="{instruction}",
-        prompt_length=12,
-        image_size=0,
-        state_tokens=4,
-        state_dim=state_dim,
-        label_width=5.0,
-        restrict_logits=True,
-        value_dims=(128, 64),
-        critic="own",
-        execution=Execution(unroll=8),
-        decode_unroll=8,
-    )
-    return dataclasses.replace(config, **changes)
 
 
 def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
@@ -165,7 +61,7 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
         sharding_rules=sharding_rules(config),
-        frozen=_frozen(config),
+        frozen_patterns=all_frozen_patterns(config),
     )
 
 
@@ -180,26 +76,11 @@ def _is_decided(norm_stats: NormStats) -> np.ndarray:
 
 
 def _prompt(network: OpenVLA, norm_stats: NormStats, observation: Observation) -> tuple[Scene, jax.Array, jax.Array]:
-    """Returns what the network reads: images normalised for each tower, or the scaled state; token ids, their mask."""
-    tokens = jnp.asarray(observation.tokens)
-    if tokens.shape[-1] < 2:
-        raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
-    if network.config.state_tokens:
-        scene = _state(norm_stats, observation)
-    else:
-        camera = network.config.camera
-        if camera not in observation.images:
-            raise ValueError(f"camera: got images of {sorted(observation.images)}, expected {camera!r}")
-        scene = preprocess(jnp.asarray(observation.images[camera]), network.config)
-    return scene, tokens, jnp.asarray(observation.token_mask)
+    return read_observation(network.config, norm_stats, observation)
 
 
 def _state(norm_stats: NormStats, observation: Observation) -> jax.Array:
     return scale_state(jnp.asarray(observation.state), norm_stats)
-
-
-def _frozen(config: OpenVLAConfig) -> tuple[str, ...]:
-    return (*config.frozen, *(() if config.lora is None else (BASE_PARAMS,)))
 
 
 def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
@@ -207,7 +88,7 @@ def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
     bins = jnp.zeros((1, config.action_dim), jnp.int32)
     params = network.init(key, *_prompt(network, norm_stats, blank), bins, _state(norm_stats, blank))["params"]
-    return store_frozen(params, _frozen(config), config.execution.dtype)
+    return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
 
 
 def _sample(
@@ -328,47 +209,3 @@ def _in_vocabulary(labels: jax.Array, config: OpenVLAConfig) -> jax.Array:
     """Places probabilities of bins `[..., 256]` at their token ids, `[..., vocab_size]`."""
     before, after = config.action_vocab_end - NUM_BINS, config.llm.vocab_size - config.action_vocab_end
     return jnp.pad(labels[..., ::-1], [(0, 0)] * (labels.ndim - 1) + [(before, after)])
-
-
-def observation_shape(config: OpenVLAConfig, batch_size: int) -> Observation:
-    """Returns the shapes of what the policy reads, as jax.ShapeDtypeStruct; cameras of other sizes are resized."""
-    size, length = config.image_size, config.prompt_length
-    image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
-    return Observation(
-        images={} if config.state_tokens else {config.camera: image},
-        state=jax.ShapeDtypeStruct((batch_size, config.state_dim), jnp.float32),
-        tokens=jax.ShapeDtypeStruct((batch_size, length), jnp.int32),
-        token_mask=jax.ShapeDtypeStruct((batch_size, length), jnp.bool_),
-    )
-
-
-def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
-    """Returns `Policy.tokenize`; the tokenizer is loaded when the first prompt comes, so shapes need no files."""
-
-    @functools.cache
-    def tokenizer() -> Tokenizer:
-        loaded = make_tokenizer(config.tokenizer)
-        free = config.action_vocab_end - NUM_BINS
-        if config.tokenizer == "words" and loaded.vocab_size > free:
-            raise ValueError(f"action_vocab_end: got {free} ids below the actions, expected >= {loaded.vocab_size}")
-        if loaded.vocab_size > config.llm.vocab_size:
-            expected = f"at most vocab_size {config.llm.vocab_size}"
-            raise ValueError(f"tokenizer {config.tokenizer!r}: got {loaded.vocab_size} ids, expected {expected}")
-        return loaded
-
-    @functools.lru_cache(maxsize=1024)
-    def encode(prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        return encode_prompt(tokenizer(), prompt, length=config.prompt_length)
-
-    def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        if "{state}" in config.prompt_template:
-            state_bins = bin_state(normalize_state(np.asarray(state, np.float32), norm_stats))
-        else:
-            state_bins = [()] * len(instructions)
-        prompts = [
-            format_prompt(config.prompt_template, text, row) for text, row in zip(instructions, state_bins, strict=True)
-        ]
-        rows = [encode(prompt) for prompt in prompts]
-        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
-
-    return tokenize

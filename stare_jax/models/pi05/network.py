@@ -5,6 +5,8 @@ The chunk follows from an ordinary differential equation in the flow time t, fro
 """
 
 import dataclasses
+import re
+from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
-from stare_jax.models.nn.heads import ValueHead
+from stare_jax.models.nn.heads import NoiseHead, ValueHead
 from stare_jax.models.nn.linear import Execution, Linear, split_batch
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
@@ -23,7 +25,8 @@ Scene = tuple[jax.Array, ...] | jax.Array
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 """of the sines and cosines that a flow time becomes."""
-
+_PREFIX = r"^(?:PaliGemma/(?:img/|llm/(?!.*_1/))|stem/|state_embed/)"
+"""regex of the parameters that images and text go through."""
 
 NOISES = ("ode", "sde", "learned")
 CRITICS = ("shared", "detached", "state")
@@ -45,7 +48,7 @@ class Pi05Config:
     """with `{instruction}`, and `{state}` where the binned state is part of the prompt."""
     prompt_length: int
     """tokens of the padded prompt."""
-    horizon: int
+    window: int
     """H, actions of a chunk that is predicted."""
     chunk: int
     """C, actions of it that are executed before the next is predicted."""
@@ -85,7 +88,7 @@ class Pi05Config:
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
     """adapters of both experts, trained in place of PaliGemma's and the expert's layers."""
-    frozen: tuple[str, ...] = ()
+    frozen_patterns: tuple[str, ...] = ()
     """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
     `execution.dtype`, what is trained in `execution.param_dtype`. `PALIGEMMA` leaves the expert alone to be trained."""
 
@@ -107,12 +110,12 @@ class Pi05Config:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
         if not self.state_dim and ("{state}" in self.prompt_template or self.critic == "state" or self.state_tokens):
             raise ValueError("state_dim: got 0, expected > 0 for a prompt, a critic or tokens that show the state")
-        least = {"horizon": 1, "num_denoising_steps": 1, "action_dim": 1, "prompt_length": 2, "state_dim": 0}
+        least = {"window": 1, "num_denoising_steps": 1, "action_dim": 1, "prompt_length": 2, "state_dim": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
-        if not 1 <= self.chunk <= self.horizon:
-            raise ValueError(f"chunk: got {self.chunk}, expected in [1, {self.horizon}], the horizon")
+        if not 1 <= self.chunk <= self.window:
+            raise ValueError(f"chunk: got {self.chunk}, expected in [1, {self.window}], the window")
         if self.model_action_dim < self.action_dim:
             raise ValueError(f"model_action_dim: got {self.model_action_dim}, expected >= {self.action_dim}")
         if not self.noise_level > 0:
@@ -155,21 +158,6 @@ class PaliGemma(nn.Module):
         if cfg.siglip is not None:
             self.img = SigLIP(cfg.siglip, cfg.paligemma.width, cfg.execution)
         self.llm = Gemma((cfg.paligemma, cfg.expert), cfg.vocab_size, cfg.execution, cfg.lora)
-
-
-class NoiseHead(nn.Module):
-    """How far Flow-Noise strays, from the expert's hidden states: an MLP with tanh, float32."""
-
-    out_dim: int
-    hidden_dims: tuple[int, ...] = (128, 64)
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Returns `[..., out_dim]`, see `losses.flow.learned_deviation`, for hidden states `[..., width]`."""
-        x = hidden.astype(jnp.float32)
-        for i, dim in enumerate(self.hidden_dims):
-            x = jnp.tanh(nn.Dense(dim, name=f"layer_{i}")(x))
-        return nn.Dense(self.out_dim, name="out")(x)
 
 
 class Pi05(nn.Module):
@@ -308,3 +296,9 @@ class Pi05(nn.Module):
 def _positions(valid: jax.Array) -> jax.Array:
     """Returns int32 `[B, T]`: how many valid tokens there are before each; padding takes no position."""
     return jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+
+
+def has_frozen_prefix(names: Iterable[str], frozen_patterns: Sequence[str]) -> bool:
+    """Returns whether nothing is trained that images and text go through, of parameters with these paths."""
+    prefix = [name for name in names if re.search(_PREFIX, name)]
+    return all(any(re.search(pattern, name) for pattern in frozen_patterns) for name in prefix)

@@ -1,4 +1,4 @@
-"""pi0.5 as a policy: its presets, and the pure functions around the network.
+"""pi0.5 as a policy: the pure functions around the network.
 
 A decision is a chunk of H actions, of which the first C are executed. It is the end of a chain of points from noise,
 and Decision.action_tokens holds the chain, float32 `[B, N + 1, H, A + 1]`: points in the first A places, and in the
@@ -7,7 +7,6 @@ quantiles and padded with zeros to the network's width. Log-probabilities, entro
 actions that are executed, in the dimensions that the data moves.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -17,105 +16,14 @@ import numpy as np
 
 from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.nn.attention import KeyValue
-from stare_jax.models.nn.gemma import GemmaConfig
-from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.lora import store_frozen
-from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
-from stare_jax.models.pi05.network import Pi05, Pi05Config
-from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE, make_tokenize, observation_shape, read_observation
-from stare_jax.models.pi05.sharding import frozen_patterns, has_frozen_prefix, sharding_rules
+from stare_jax.models.pi05.network import Pi05, Pi05Config, has_frozen_prefix
+from stare_jax.models.pi05.presets import all_frozen_patterns
+from stare_jax.models.pi05.prompt import make_tokenize, observation_shape, read_observation
+from stare_jax.models.pi05.sharding import sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import Array, NormStats, Observation, PyTree
-
-
-def pi05_base(tokenizer: str = "google/paligemma-3b-pt-224", **changes) -> Pi05Config:
-    """Returns pi0.5 as published: SigLIP So400m/14, Gemma 2B, an action expert of 300M.
-
-    Args:
-        tokenizer: folder (or hub name) of PaliGemma's tokenizer; read when the first prompt is tokenised.
-        **changes: fields of `Pi05Config` to replace.
-    """
-    heads = {"num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
-    config = Pi05Config(
-        siglip=SigLIPConfig(width=1152, depth=27, num_heads=16, mlp_dim=4304),
-        paligemma=GemmaConfig(width=2048, depth=18, mlp_dim=16384, **heads),
-        expert=GemmaConfig(width=1024, depth=18, mlp_dim=4096, **heads),
-        vocab_size=257_152,
-        tokenizer=tokenizer,
-        prompt_template=STATELESS_TEMPLATE,
-        prompt_length=200,
-        horizon=8,
-        chunk=5,
-        num_denoising_steps=4,
-        execution=Execution(dtype="bfloat16", remat="full"),
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def pi05_tiny(state_dim: int = 0, *, critic: str = "shared", **changes) -> Pi05Config:
-    """Returns the same network at about a million parameters, for 64x64 images and training from scratch on CPUs.
-
-    Args:
-        state_dim: dimensions of the state that the prompt shows, binned; 0 shows none. With `critic` "state" the critic
-            alone sees them.
-        critic: what the value head reads, see `Pi05Config`.
-        **changes: fields of `Pi05Config` to replace.
-    """
-    prompt_dim = 0 if critic == "state" else state_dim
-    heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 24}
-    config = Pi05Config(
-        siglip=SigLIPConfig(width=96, depth=3, num_heads=3, mlp_dim=256, patch_size=2),
-        paligemma=GemmaConfig(width=96, depth=3, mlp_dim=256, **heads),
-        expert=GemmaConfig(width=96, depth=3, mlp_dim=256, **heads),
-        vocab_size=896,
-        tokenizer="words",
-        prompt_template="{instruction} {state}" if prompt_dim else "{instruction}",
-        prompt_length=12 + 3 * prompt_dim,  # what is below the data's range is three tokens, " -" and "1"
-        horizon=5,
-        chunk=3,
-        model_action_dim=7,
-        state_dim=state_dim,
-        cameras=("base_camera",),
-        image_size=64,
-        stem=(32, 64),
-        num_denoising_steps=4,
-        value_dims=(128, 64),
-        critic=critic,
-        execution=Execution(unroll=8),
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def pi05_state(state_dim: int = 29, **changes) -> Pi05Config:
-    """Returns the same policy without eyes: the state is embedded in four tokens. For studies of algorithms on CPUs.
-
-    Args:
-        state_dim: dimensions of the state that is seen; 29 is that of `EnvConfig(use_state="low_dim")`.
-        **changes: fields of `Pi05Config` to replace.
-    """
-    heads = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 16}
-    config = Pi05Config(
-        siglip=None,
-        paligemma=GemmaConfig(width=64, depth=2, mlp_dim=192, **heads),
-        expert=GemmaConfig(width=64, depth=2, mlp_dim=192, **heads),
-        vocab_size=896,
-        tokenizer="words",
-        prompt_template="{instruction}",
-        prompt_length=12,
-        horizon=4,
-        chunk=2,
-        model_action_dim=7,
-        state_dim=state_dim,
-        cameras=(),
-        image_size=0,
-        state_tokens=4,
-        num_denoising_steps=4,
-        value_dims=(128, 64),
-        critic="state",
-        execution=Execution(unroll=8),
-    )
-    return dataclasses.replace(config, **changes)
 
 
 def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
@@ -140,8 +48,8 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         observation_shape=functools.partial(observation_shape, config),
         action_dim=config.action_dim,
         sharding_rules=sharding_rules(config),
-        frozen=frozen_patterns(config),
-        horizon=config.horizon,
+        frozen_patterns=all_frozen_patterns(config),
+        window=config.window,
         chunk=config.chunk,
         preference_score=functools.partial(_flow_score, network, norm_stats) if config.preference == "flow" else None,
     )
@@ -174,10 +82,10 @@ def _critic(
 def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
     config = network.config
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
-    noisy = jnp.zeros((1, config.horizon, config.model_action_dim))
+    noisy = jnp.zeros((1, config.window, config.model_action_dim))
     scene = read_observation(config, norm_stats, blank)
     params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="touch")["params"]
-    return store_frozen(params, frozen_patterns(config), config.execution.dtype)
+    return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
 
 
 def _steps(
@@ -216,7 +124,7 @@ def _entropy(config: Pi05Config, norm_stats: NormStats, std: jax.Array, is_drawn
     """Returns the mean `[B]` over the numbers of random steps, of deviations that broadcast to `[B, G, H, A]`."""
     if config.noise != "learned":  # fixed by the schedule: a bonus for it would be a constant
         return jnp.zeros(len(is_drawn))
-    full = jnp.broadcast_to(std, (*is_drawn.shape, config.horizon, config.model_action_dim))
+    full = jnp.broadcast_to(std, (*is_drawn.shape, config.window, config.model_action_dim))
     entropy = _over_executed(config, norm_stats, flow.normal_entropy(full)).mean(axis=(-2, -1))
     return jnp.sum(jnp.where(is_drawn, entropy, 0.0), axis=1) / jnp.maximum(is_drawn.sum(axis=1), 1)
 
@@ -234,7 +142,7 @@ def _sample(
     """Reads the prefix once, then goes from noise `[B, H, A]`, drawn where none is given, to actions step by step."""
     config, num_steps = network.config, network.config.num_denoising_steps
     prefix, batch = _read(network, norm_stats, params, observation), len(observation.tokens)
-    shape = (batch, config.horizon, config.model_action_dim)
+    shape = (batch, config.window, config.model_action_dim)
     start_key, index_key, key = jax.random.split(key, 3)
     start = jax.random.normal(start_key, shape) if noise is None else jnp.asarray(noise, jnp.float32)
     is_drawn = jnp.full((batch, num_steps), config.noise == "learned")
@@ -311,7 +219,7 @@ def _log_prob(
     if reference_params is None:
         return ActionScore(logp, entropy, value)
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
-    is_shared = has_frozen_prefix(names, frozen_patterns(config))
+    is_shared = has_frozen_prefix(names, all_frozen_patterns(config))
     reference_prefix = prefix if is_shared else _read(network, norm_stats, reference_params, observation)
     reference = jax.lax.stop_gradient(step(reference_params, reference_prefix))
     return ActionScore(logp, entropy, value, total(flow.transition_kl(own, reference)))
@@ -333,7 +241,7 @@ def _normalize(config: Pi05Config, norm_stats: NormStats, action: Array) -> jax.
 def _draw(config: Pi05Config, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns noise `[H, A]` and a flow time."""
     noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (config.horizon, config.model_action_dim))
+    noise = jax.random.normal(noise_key, (config.window, config.model_action_dim))
     return noise, flow.sample_times(time_key, ())
 
 

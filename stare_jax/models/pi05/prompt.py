@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stare_jax.models.bins import bin_state
 from stare_jax.models.normalize import scale_state, to_quantiles
 from stare_jax.models.pi05.network import Pi05Config, Scene
 from stare_jax.models.preprocess import resize_with_pad
@@ -16,7 +17,6 @@ from stare_jax.types import NormStats, Observation
 STATE_TEMPLATE = "Task: {instruction}, State: {state};\nAction: "
 """of checkpoints that read the state; the last space is part of it."""
 STATELESS_TEMPLATE = "{instruction}\n"
-NUM_STATE_BINS = 256
 
 
 def read_observation(
@@ -38,12 +38,6 @@ def read_observation(
         images = (resize_with_pad(jnp.asarray(observation.images[name]), config.image_size) for name in config.cameras)
         scene = tuple(image / 255.0 * 2.0 - 1.0 for image in images)
     return scene, tokens, jnp.asarray(observation.token_mask)
-
-
-def bin_state(unit_state: np.ndarray) -> np.ndarray:
-    """Returns openpi's bins of normalised states, int32 in [-1, 255]: 256 from -1 to 1, and -1 for all below."""
-    bins = np.floor((np.asarray(unit_state) + 1.0) * (NUM_STATE_BINS / 2))
-    return np.clip(bins, -1, NUM_STATE_BINS - 1).astype(np.int32)
 
 
 def clean(instruction: str) -> str:

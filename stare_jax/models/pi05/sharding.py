@@ -1,37 +1,15 @@
-"""Which of pi0.5's parameters are trained, and where they live.
+"""Where pi0.5's parameters live.
 
 One table of (regex over the path, PartitionSpec) over the axes `fsdp` and `tensor`: heads and hidden units are split
 over `tensor`, the other side of each product over `fsdp`. PaliGemma has one key-value head, which every device of a
 `tensor` group keeps. Adapters are split as the weight beside them, but for the axis of their rank.
 """
 
-import re
-from collections.abc import Iterable
-
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.models.pi05.network import Pi05Config
 
 Rule = tuple[str, P]
-
-EXPERTS = (r"^PaliGemma/llm/layers/(attn|mlp)",)
-"""what openpi adapts: all products of both language models; with `_1` behind the names, of the action expert."""
-PALIGEMMA = r"^PaliGemma/(?:img/|llm/(?!.*_1/))(?!.*lora_[ab]$)"
-"""regex of the vision tower and the language model without its action expert: what is frozen where the expert alone is
-trained, as in pi_RL."""
-_LAYERS = r"^PaliGemma/(?!.*lora_[ab]$)"
-_PREFIX = r"^(?:PaliGemma/(?:img/|llm/(?!.*_1/))|stem/|state_embed/)"
-
-
-def frozen_patterns(config: Pi05Config) -> tuple[str, ...]:
-    """Returns regexes of the parameters that are never trained. Beside adapters, projections and heads are trained."""
-    return (*config.frozen, *(() if config.lora is None else (_LAYERS,)))
-
-
-def has_frozen_prefix(names: Iterable[str], frozen: tuple[str, ...]) -> bool:
-    """Returns whether nothing is trained that images and text go through, of parameters with these paths."""
-    prefix = [name for name in names if re.search(_PREFIX, name)]
-    return all(any(re.search(pattern, name) for pattern in frozen) for name in prefix)
 
 
 def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:

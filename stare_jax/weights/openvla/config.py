@@ -11,7 +11,8 @@ import numpy as np
 from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.normalize import action_range
-from stare_jax.models.openvla.policy import OpenVLAConfig, openvla_7b
+from stare_jax.models.openvla.network import OpenVLAConfig
+from stare_jax.models.openvla.presets import openvla_7b
 from stare_jax.types import NormStats
 from stare_jax.weights.openvla.preprocessor import read_preprocessor
 from stare_jax.weights.safetensors_folder import WeightsError, read_json

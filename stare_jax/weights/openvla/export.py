@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.models.nn.lora import LoRAConfig, merge_adapters
-from stare_jax.models.openvla.policy import OpenVLAConfig
+from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights.openvla.config import CONFIG, STATISTICS, write_json
 from stare_jax.weights.openvla.read import VALUE_HEAD
 from stare_jax.weights.openvla.side_files import Base, copy_side_files

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from stare_jax.models.openvla.policy import OpenVLAConfig
+from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights.safetensors_folder import WeightsError, read_json
 
 BICUBIC = ("bicubic", 3)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.nn.heads import ValueHead
-from stare_jax.models.openvla.policy import OpenVLAConfig
+from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.types import Array, NormStats, PyTree
 from stare_jax.weights.openvla.config import read_config, read_norm_stats
 from stare_jax.weights.openvla.table import leaf_shapes, tensor_table, unused_specs, value_head_table

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-from stare_jax.models.openvla.policy import OpenVLAConfig
+from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights.openvla.config import read_config
 from stare_jax.weights.openvla.read import VALUE_HEAD, open_checkpoint
 from stare_jax.weights.openvla.table import unused_specs

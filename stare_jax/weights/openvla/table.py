@@ -8,7 +8,8 @@ import jax
 
 from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.normalize import identity_stats
-from stare_jax.models.openvla.policy import OpenVLAConfig, make_openvla
+from stare_jax.models.openvla.network import OpenVLAConfig
+from stare_jax.models.openvla.policy import make_openvla
 from stare_jax.weights.safetensors_folder import Spec
 from stare_jax.weights.tensor_table import Entry, table_specs
 

@@ -2,7 +2,7 @@
 
 openpi's tree keeps heads apart, so that nothing is missing. The PyTorch port's matrices do not tell how many heads
 there are: both experts are taken to have one head of keys and values, as all published ones do, and the tower as many
-heads as the base. Cameras, prompt, horizon and all else that no weight has the shape of are the base's.
+heads as the base. Cameras, prompt, window and all else that no weight has the shape of are the base's.
 """
 
 import dataclasses

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.models.nn.heads import ValueHead
-from stare_jax.models.pi05.network import NoiseHead, Pi05, Pi05Config
+from stare_jax.models.nn.heads import NoiseHead, ValueHead
+from stare_jax.models.pi05.network import Pi05, Pi05Config
 from stare_jax.types import PyTree
 from stare_jax.weights.openvla.table import value_head_table
 from stare_jax.weights.tensor_table import Entry, insert, leaf_at, place
@@ -113,7 +113,7 @@ def leaf_shapes(config: Pi05Config) -> dict[str, jax.ShapeDtypeStruct]:
     # Without what no shape depends on, as a trace takes a second.
     state_dim = config.state_dim if config.state_tokens or config.critic == "state" else 0
     text = {"tokenizer": "", "prompt_template": "{instruction}", "prompt_length": 2}
-    actions = {"horizon": 1, "chunk": 1, "action_dim": 1}
+    actions = {"window": 1, "chunk": 1, "action_dim": 1}
     return dict(_leaf_shapes(dataclasses.replace(config, state_dim=state_dim, **text, **actions)))
 
 
@@ -127,7 +127,7 @@ def _init(config: Pi05Config, key: jax.Array) -> PyTree:
     state, size = jnp.zeros((1, config.state_dim)), config.image_size
     scene = state if config.state_tokens else (jnp.zeros((1, size, size, 3)),) * len(config.cameras)
     tokens = jnp.zeros((1, config.prompt_length), jnp.int32)
-    noisy = jnp.zeros((1, config.horizon, config.model_action_dim))
+    noisy = jnp.zeros((1, config.window, config.model_action_dim))
     variables = Pi05(config).init(key, scene, tokens, tokens == 0, state, noisy, method="touch")
     return variables["params"]
 

@@ -1,0 +1,98 @@
+"""The one wrapper of all commands: help with examples, signals, errors in one line, exit codes.
+
+Importing it makes the library importable from a clone that was not installed, and quiets what narrates (TensorFlow,
+Orbax); so a command imports it before `stare_jax`.
+
+Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 2 a command line that cannot be read;
+130 stopped by Ctrl-C or SIGTERM.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import logging
+
+from stare_jax.config import UserError
+from stare_jax.logging import Interrupted, say
+
+ROOT = Path(__file__).resolve().parents[1]
+DONE, FAILED, STOPPED = 0, 1, 130
+MESH_AXES = {
+    "data": "devices over which the rows of a batch are split; -1 takes all that are left",
+    "fsdp": "devices over which batches and weights are split",
+    "tensor": "devices over which single matrices are split",
+}
+
+logging.set_verbosity(logging.WARNING)
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """Returns a parser whose --help shows a command's docstring: its first paragraph on top, its examples below."""
+    description, _, examples = doc.partition("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=formatter, allow_abbrev=False
+    )
+
+
+def add_mesh(parser: argparse.ArgumentParser, axes: Sequence[str] = tuple(MESH_AXES)) -> None:
+    """Adds `--mesh.data`, `--mesh.fsdp` and `--mesh.tensor`, the words of a training configuration, to a parser."""
+    group = parser.add_argument_group("mesh of devices, as --config.mesh of launch/train.py")
+    for axis in axes:
+        group.add_argument(f"--mesh.{axis}", type=int, metavar="N", help=MESH_AXES[axis])
+
+
+def given_mesh(arguments: argparse.Namespace) -> dict[str, int]:
+    """Returns the sizes of the axes that the command line gives, by name."""
+    sizes = {axis: getattr(arguments, f"mesh.{axis}", None) for axis in MESH_AXES}
+    return {axis: size for axis, size in sizes.items() if size is not None}
+
+
+def repeat_command(argv: Sequence[str] | None = None) -> str:
+    """Returns the command line that was given, for a message; `argv` are its arguments, those of `sys.argv` if None."""
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return shlex.join([str(python), sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+
+
+def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "nothing was written") -> int:
+    """Does the work of a command and returns its exit code.
+
+    SIGTERM stops the work as Ctrl-C does, unless the work itself waits for signals (`logging.Interruption`).
+
+    Args:
+        work: returns an exit code, or None for 0.
+        go_on: the command that goes on after a stop; empty where nothing is kept.
+        after_stop: said after a stop where `go_on` is empty.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+    previous = signal.signal(signal.SIGTERM, _stop) if is_main else None
+    advice = f"go on with: {go_on}" if go_on else after_stop
+    try:
+        return work() or DONE
+    except Interrupted as stopped:
+        say(f"{stopped}\n{advice}")
+        return STOPPED
+    except KeyboardInterrupt:
+        print(f"\nstopped; {advice}", file=sys.stderr)
+        return STOPPED
+    except (UserError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,23 @@
+"""Rotary positions in the rotate-half convention."""
+
+import jax
+import jax.numpy as jnp
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin of `position · theta^(-2i/D)`, float32 `[B, T, 1, D]`, halves repeated.
+
+    Args:
+        positions: int32 `[B, T]`.
+        head_dim: D, even.
+        theta: base of the frequencies.
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions[..., None, None].astype(jnp.float32) * jnp.tile(frequency, 2)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates `[B, T, H, D]` in the rotate-half convention, pairing dimension i with i + D/2."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)

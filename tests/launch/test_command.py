@@ -1,0 +1,75 @@
+"""The wrapper of all commands: one line for a user's mistake, a traceback for a bug, exit codes, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import command
+import pytest
+
+from stare_jax.config import ConfigError
+from stare_jax.data.schema import DatasetError
+from stare_jax.envs import SimulatorError
+from stare_jax.logging import Interrupted
+from stare_jax.sharding.mesh import ShardingError
+from stare_jax.state.checkpoint import CheckpointError
+from stare_jax.weights.safetensors_folder import WeightsError
+
+LAUNCH = Path(command.__file__).parent
+COMMANDS = ("collect", "compare", "convert", "evaluate", "import_rlds", "show_stages", "train")
+
+
+def _raises(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_work_that_is_done_is_zero():
+    assert command.run(lambda: None) == 0
+    assert command.run(lambda: 1) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [ConfigError, DatasetError, SimulatorError, ShardingError, CheckpointError, WeightsError, OSError]
+)
+def test_a_mistake_of_the_user_is_one_line(kind, capsys):
+    assert command.run(_raises(kind("field: got 1, expected 2"))) == 1
+    assert capsys.readouterr().err == "error: field: got 1, expected 2\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command.run(_raises(ZeroDivisionError()))
+
+
+def test_a_stop_says_how_to_go_on(capsys):
+    assert command.run(_raises(Interrupted("saved at step 3")), go_on="python train.py") == 130
+    assert capsys.readouterr().out == "saved at step 3\ngo on with: python train.py\n"
+    assert command.run(_raises(KeyboardInterrupt())) == 130
+    assert "nothing was written" in capsys.readouterr().err
+
+
+def test_sigterm_stops_work_that_does_not_wait_for_it(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert command.run(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 130
+    assert "stopped; " in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_mesh_is_said_in_the_words_of_the_configuration():
+    parser = command.make_parser("Does something.\n\n    python launch/something.py")
+    command.add_mesh(parser)
+    assert command.given_mesh(parser.parse_args(["--mesh.fsdp=4", "--mesh.tensor=2"])) == {"fsdp": 4, "tensor": 2}
+    assert command.given_mesh(parser.parse_args([])) == {}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples(name):
+    shown = subprocess.run([sys.executable, str(LAUNCH / f"{name}.py"), "--help"], capture_output=True, text=True)
+    text = shown.stdout + shown.stderr
+    assert f"python launch/{name}.py" in text, text
+    assert "Traceback" not in text
