@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from stare_jax.config import user_input
 from stare_jax.logging import print_table
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
@@ -29,6 +30,7 @@ from stare_jax.train.steps import (
     make_sft_step,
     make_tpo_step,
 )
+from stare_jax.train.tpo import check_reference
 from stare_jax.types import PyTree, TrainState
 
 
@@ -55,10 +57,13 @@ def plan_run(config: RunConfig) -> dict[str, PhasePlan]:
     steps = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}
     plans = {}
     for phase in config.phases:
+        if phase == "tpo":
+            check_reference(config.tpo.reference, params)
         section = getattr(config, phase)
         tx = keep_average(make_optimizer(section.optimizer, num_steps=1), getattr(section, "ema_decay", None))
         layout = {"mesh": mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, section.optimizer)}
-        state = abstract_state(params, tx, **layout)
+        with user_input():  # a pattern of `freeze` that matches nothing
+            state = abstract_state(params, tx, **layout)
         for name in ("batch_size", "minibatch_size", "microbatch_size"):
             check_batch_size(f"{phase}.{name}", getattr(section, name, None), mesh)
         batch = _batch(phase, policy, config, batch_sharding(mesh))

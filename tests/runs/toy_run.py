@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import pytest
 
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
@@ -68,9 +67,8 @@ def make_config(**changes):
     return dataclasses.replace(config, **changes)
 
 
-@pytest.fixture
-def on_toy(monkeypatch):
-    """Lets `run_ipi` find the toy where it looks for PushCube."""
+def replace_simulator(monkeypatch):
+    """Lets `run_ipi` find the toy where it looks for PushCube, and the small policy."""
     for module in (ipi, plan, load):
         monkeypatch.setattr(module, "make_policy", make_policy)
     monkeypatch.setattr(ipi, "make_vec_env", lambda config: DressedToy(config.num_envs))
