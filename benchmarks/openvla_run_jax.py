@@ -90,7 +90,7 @@ def _generate(policy: Policy, params: PyTree, observation: Observation, batch: i
     decision = run()
     run()
     row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-    check = {"bins": np.asarray(decision.action_tokens).tolist(), "logp": np.asarray(decision.logp).tolist()}
+    check = {"bins": np.asarray(decision.trace["bins"]).tolist(), "logp": np.asarray(decision.logp).tolist()}
     _profile(run, spec, f"generate_{batch}")
     return row | check | _memory(sample)
 
@@ -112,8 +112,8 @@ def _update(spec: Spec) -> dict[str, Any]:
     state = TrainState(step=jnp.int32(0), params=merge_params(trainable, frozen), opt_state=jax.jit(tx.init)(trainable))
     inputs = make_inputs(config, spec.update_batch, spec.seed)
     scores = [jnp.asarray(x) for x in (inputs.old_logp, inputs.old_value, inputs.advantage, inputs.return_)]
-    bins = jnp.asarray(inputs.bins)
-    batch = DecisionBatch(observe(inputs, config), bins, *scores, jnp.ones(spec.update_batch, bool))
+    trace = {"bins": jnp.asarray(inputs.bins)}
+    batch = DecisionBatch(observe(inputs, config), trace, *scores, jnp.ones(spec.update_batch, bool))
     # Ratios near one, so that the surrogate is not clipped away.
     score = jax.jit(policy.log_prob)
     parts = [slice(i, i + spec.microbatch) for i in range(0, spec.update_batch, spec.microbatch)]

@@ -1,9 +1,9 @@
-"""How much of a PPO update carries over to episodes it has not seen? The surrogate gained on both, side by side.
+"""Measures how much of a PPO update carries over to unseen episodes, by the gain of the surrogate.
 
-The policy of an imitation plays three batches of episodes. A critic learns the first two, Adam's moments come from the
-first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. Gains are
-of the surrogate, ratio times advantage, in units of the advantage's standard deviation, an action: `trained` on the
-decisions of the update, `unseen` on those of the third batch, with its standard error: what the update is worth.
+The policy of an imitation plays three batches of episodes. A critic learns from the first two, Adam's moments come from
+the first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. The
+gain is that of ratio times advantage of an action, in standard deviations of the advantage: `trained` on the decisions
+of the update, `unseen` on those of the third batch, with its standard error. The second is the value of the update.
 
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_zero/sft
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4
@@ -64,11 +64,12 @@ class Learner:
     def scores(self, params: PyTree, rollout: Rollout, where: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
         """Yields indices of states where `where` `[E, N + 1]`, and the float32 log-probabilities and values there."""
         trajectory, (episode, t) = rollout.trajectory, np.nonzero(where)
+        bins = trajectory.decisions.trace["bins"]
         for first in range(0, len(episode), SIZE):
             rows = np.arange(first, first + SIZE) % len(episode)
             at = (episode[rows], t[rows])
-            tokens = trajectory.action_tokens[at[0], np.minimum(at[1], trajectory.action.shape[1] - 1)]
-            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), tokens)
+            trace = {"bins": bins[at[0], np.minimum(at[1], bins.shape[1] - 1)]}
+            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), trace)
             number = min(SIZE, len(episode) - first)
             yield (at[0][:number], at[1][:number]), np.stack([score.logp, score.value])[:, :number]
 
@@ -77,14 +78,15 @@ class Learner:
         value = np.zeros(rollout.trajectory.valid.shape, np.float32)
         for at, (_, values) in self.scores(params, rollout, rollout.trajectory.valid):
             value[at] = values
-        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(value=value)))
+        decisions = rollout.trajectory.decisions._replace(value=value)
+        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions)))
 
     def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
         """Returns how much the surrogate has gained, its standard error, and the KL divergence (k3)."""
         where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
         gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
-            log_ratio, advantage = logp - batch.trajectory.logp[at], batch.advantage[at]
+            log_ratio, advantage = logp - batch.decisions.logp[at], batch.advantage[at]
             # Not clipped: min(.., clip(..)) takes away gains and keeps losses, so it falls for a step in any direction.
             gains.append(np.expm1(log_ratio) * advantage)
             divergences.append(np.expm1(log_ratio) - log_ratio)

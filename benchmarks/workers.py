@@ -1,6 +1,6 @@
-"""How many simulators pay? Environment steps per second of whole PPO iterations, everything included.
+"""Measures environment steps per second of whole PPO iterations with different numbers of simulators.
 
-The policy sees the low-dimensional state, nothing is rendered. Each row starts its own processes and runs a few
+The policy sees the low-dimensional state, and nothing is rendered. Each row starts its own processes and runs a few
 iterations of PPO: whole episodes, annotation, epochs of updates. The first iteration compiles and does not count.
 
     python benchmarks/workers.py --json benchmarks/results/workers_cpu.json

@@ -92,11 +92,11 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         bins = sample_bins(key, logits, temperature)
         logp, _ = score_bins(logits, bins, temperature)
         action = unnormalize_action(decode_bins(bins, num_bins=num_bins), norm_stats)
-        return Decision(action, bins, logp, value)
+        return Decision(action, {"bins": bins}, logp, value)
 
-    def log_prob(params, observation, action_tokens, *, temperature=1.0, reference_params=None):
+    def log_prob(params, observation, trace, *, temperature=1.0, reference_params=None):
         logits, value = apply(params, observation)
-        logp, entropy = score_bins(logits, action_tokens, temperature)
+        logp, entropy = score_bins(logits, trace["bins"], temperature)
         if reference_params is None:
             return ActionScore(logp, entropy, value)
         reference, _ = jax.lax.stop_gradient(apply(reference_params, observation))

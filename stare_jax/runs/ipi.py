@@ -205,7 +205,7 @@ def _imitation_batches(config: RunConfig, policy: Policy, demonstrations: Datase
         seed=config.sft.seed,
         start_step=start_step,
         with_state=config.model.state_dim > 0,
-        horizon=policy.window,
+        window=policy.window,
     )
 
 

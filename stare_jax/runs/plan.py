@@ -91,21 +91,21 @@ def _batch(phase: str, policy: Policy, config: RunConfig, sharding: NamedShardin
         size = config.sft.batch_size
         return SFTBatch(reshaped(observation, size), array(size, *window), array(size, *window[:-1], dtype=bool))
     params = jax.eval_shape(policy.init, jax.random.key(0))
-    tokens = jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).action_tokens
+    trace = jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).trace
     if phase == "ppo":
         size = config.ppo.minibatch_size
         rest = (*(array(size) for _ in range(4)), array(size, dtype=bool))
-        return DecisionBatch(reshaped(observation, size), reshaped(tokens, size), *rest)
+        return DecisionBatch(reshaped(observation, size), reshaped(trace, size), *rest)
     size, steps, num_stages = config.tpo.batch_size, config.env.horizon, config.env.spec.num_stages
     num_decisions, is_exact = -(-steps // policy.chunk), policy.preference_score is None
-    num_draws = 1 if is_exact else config.tpo.num_draws
+    num_draws, num_scores = (1, num_decisions) if is_exact else (config.tpo.num_draws, steps)
     side = ScoredTrajectory(
         observation=reshaped(observation, size, num_decisions),
-        decision=reshaped(tokens, size, num_decisions) if is_exact else array(size, num_decisions, *window),
+        decision=reshaped(trace, size, num_decisions) if is_exact else array(size, num_decisions, *window),
         seed=array(size, num_decisions, num_draws, dtype=jnp.uint32),
-        ref_logp=array(size, steps, num_draws),
-        valid=array(size, steps, dtype=bool),
-        stage_mask=array(size, num_stages, steps, dtype=bool),
+        ref_logp=array(size, num_scores, num_draws),
+        valid=array(size, num_scores, dtype=bool),
+        stage_mask=array(size, num_stages, num_scores, dtype=bool),
         stage_cost=array(size, num_stages),
         completed=array(size, num_stages, dtype=bool),
     )

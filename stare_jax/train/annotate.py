@@ -18,36 +18,32 @@ from stare_jax.types import Array, Signals
 
 
 class Annotation(NamedTuple):
-    """What PPO learns from one episode of N actions, padded; zeros where there is no action."""
+    """The targets of PPO for one episode of N actions and D decisions, padded; zeros where there is no action."""
 
     reward_t: Array
     """float32 `[N]` r_t, and likewise below."""
     shaped_reward_t: Array
     """r'_t (5), or r_t where there is no shaping."""
-    advantage_t: Array
-    """of the decision that begins at t, 0 where none does; and likewise below."""
-    return_t: Array
+    advantage_d: Array
+    """float32 `[D]` of each decision, 0 where there is none; and likewise below."""
+    return_d: Array
     valid_t: Array
     """bool `[N]`: which actions exist."""
-    decided_t: Array
-    """bool `[N]`: which of them a decision begins with; all of them where a decision is one action."""
+    valid_d: Array
+    """bool `[D]`: which decisions exist."""
     stage_t: Array
     """int32 `[N + 1]` labels of the states."""
     completed: Array
     """bool `[K]`."""
 
 
-class Decisions(NamedTuple):
-    """The D = ceil(N / C) decisions of an episode of N actions; each executes C of them, the last perhaps fewer."""
+class DecisionRewards(NamedTuple):
+    """The rewards of D = ceil(N / C) decisions; each executes C of N actions, the last perhaps fewer."""
 
     reward: Array
     """float32 `[D]`, and likewise below: rewards of the actions, discounted to the first of them."""
     discount: Array
     """of all of them, 0 after a true termination and where there is no decision."""
-    value: Array
-    """of the state in which it was decided."""
-    next_value: Array
-    """of the state that the last action led to."""
     valid: Array
     """bool `[D]`."""
 
@@ -72,7 +68,8 @@ def annotate_episode(
         signals: leaves `[N + 1, ...]`.
         valid: bool `[N + 1]` which states exist, a prefix. An episode of fewer than N actions that did not succeed was
             cut short, and is bootstrapped from its last value.
-        value: float32 `[N + 1]` of the states; read where a decision begins and where the episode ends.
+        value: float32 `[D + 1]`, `types.Decisions.value`: of the states in which decisions were made, and of the state
+            that the last one led to.
         spec: the task.
         shaping: whether GAE sees r' (STA-PPO) or r (PPO).
         gamma: discount factor.
@@ -102,20 +99,19 @@ def annotate_episode(
             terminal_potential=terminal_potential,
         )
     shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
-    decisions = gather_decisions(shaped_reward_t, discount_t, jnp.where(valid, value, 0.0), valid_t, chunk=chunk)
-    is_last_decision = decisions.valid & ~jnp.append(decisions.valid[1:], False)
-    advantage, return_ = gae(*decisions[:4], gae_lambda=gae_lambda, truncated_t=is_last_decision)
-
-    def at_first_action(x):
-        return jnp.zeros_like(reward_t).at[::chunk].set(jnp.where(decisions.valid, x, 0.0))
-
+    reward_d, discount_d, valid_d = sum_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
+    is_last_decision = valid_d & ~jnp.append(valid_d[1:], False)
+    value = jnp.where(jnp.append(True, valid_d), value, 0.0)
+    advantage_d, return_d = gae(
+        reward_d, discount_d, value[:-1], value[1:], gae_lambda=gae_lambda, truncated_t=is_last_decision
+    )
     return Annotation(
         reward_t=reward_t,
         shaped_reward_t=shaped_reward_t,
-        advantage_t=at_first_action(advantage),
-        return_t=at_first_action(return_),
+        advantage_d=jnp.where(valid_d, advantage_d, 0.0),
+        return_d=jnp.where(valid_d, return_d, 0.0),
         valid_t=valid_t,
-        decided_t=valid_t & (jnp.arange(len(valid_t)) % chunk == 0),
+        valid_d=valid_d,
         stage_t=separation.stage_t,
         completed=separation.completed,
     )
@@ -135,13 +131,12 @@ def _discounts(
     return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
 
 
-def gather_decisions(reward_t: Array, discount_t: Array, value_t: Array, valid_t: Array, *, chunk: int) -> Decisions:
-    """Sums up what the actions of each decision earn: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
+def sum_rewards(reward_t: Array, discount_t: Array, valid_t: Array, *, chunk: int) -> DecisionRewards:
+    """Sums up the rewards of each decision's actions: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
 
     Args:
         reward_t: float32 `[N]` of the actions.
         discount_t: float32 `[N]`, 0 after a true termination.
-        value_t: float32 `[N + 1]` of the states.
         valid_t: bool `[N]`, a prefix: which actions were executed.
         chunk: C, actions of a decision; the last one may have executed fewer.
     """
@@ -154,13 +149,10 @@ def gather_decisions(reward_t: Array, discount_t: Array, value_t: Array, valid_t
     executed = cut(valid_t)
     discount = jnp.where(executed, cut(discount_t), 1.0)
     so_far = jnp.cumprod(jnp.pad(discount, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
-    first = jnp.arange(num_decisions) * chunk
     is_valid = executed[:, 0]
-    return Decisions(
+    return DecisionRewards(
         reward=jnp.sum(jnp.where(executed, so_far[:, :-1] * cut(reward_t), 0.0), axis=1),
         discount=jnp.where(is_valid, so_far[:, -1], 0.0),
-        value=value_t[first],
-        next_value=value_t[first + executed.sum(axis=1)],
         valid=is_valid,
     )
 

@@ -233,7 +233,7 @@ def _collect(
 
 def _metrics(rollout: Rollout, batch: PPOBatch, updates: list, spec: TaskSpec, config: PPOConfig) -> dict[str, float]:
     """Returns what an iteration says about learning."""
-    num_decisions = batch.annotation.decided_t.sum()
+    num_decisions = batch.annotation.valid_d.sum()
     return (
         update_metrics(updates, num_decisions=num_decisions, size=config.minibatch_size)
         | rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)

@@ -13,18 +13,20 @@ from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import TaskSpec
 from stare_jax.train.annotate import Annotation, annotate_episode
 from stare_jax.train.steps import DecisionBatch
-from stare_jax.types import Trajectory
+from stare_jax.types import Decisions, Observation
 
 
 class PPOBatch(NamedTuple):
     """Episodes and what is to be learned from them."""
 
-    trajectory: Trajectory
-    """NumPy leaves `[E, ...]`."""
+    observation: Observation
+    """NumPy leaves `[E, D, ...]`, views of the states in which decisions were made."""
+    decisions: Decisions
+    """NumPy leaves `[E, D, ...]`."""
     annotation: Annotation
     """NumPy leaves `[E, ...]`."""
     advantage: np.ndarray
-    """float32 `[E, N]`, whitened over the decisions that exist."""
+    """float32 `[E, D]`, whitened over the decisions that exist."""
     explained_variance: np.ndarray
     """float32 scalar, of the returns by the values when the actions were taken."""
 
@@ -48,17 +50,19 @@ def make_prepare(spec: TaskSpec, config, *, chunk: int = 1) -> Callable[[Rollout
                 chunk_discount=config.chunk_discount,
             )
         )(signals, valid, value)
-        advantage = whiten(annotation.advantage_t, annotation.decided_t)
-        return annotation, advantage, explained_variance(value[:, :-1], annotation.return_t, annotation.decided_t)
+        advantage = whiten(annotation.advantage_d, annotation.valid_d)
+        return annotation, advantage, explained_variance(value[:, :-1], annotation.return_d, annotation.valid_d)
 
     def prepare(rollout):
-        trajectory = rollout.trajectory
+        trajectory, decisions = rollout.trajectory, rollout.trajectory.decisions
         num_episodes = len(trajectory.valid)
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
         num_rows = config.num_steps or num_episodes
-        inputs = (trajectory.signals, trajectory.valid, trajectory.value)
+        inputs = (trajectory.signals, trajectory.valid, decisions.value)
         results = jax.device_get(annotate(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
-        return PPOBatch(trajectory, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
+        num_decisions = decisions.valid.shape[1]
+        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
+        return PPOBatch(observation, decisions, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
 
     return prepare
 
@@ -74,17 +78,17 @@ def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iter
     A last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure
     the KL divergence by them.
     """
-    episode, t = np.nonzero(batch.annotation.decided_t)
+    episode, d = np.nonzero(batch.decisions.valid)
     order = rng.permutation(len(episode))
     for chosen in np.array_split(order, math.ceil(len(order) / size)):
         rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
-        at = (episode[rows], t[rows])
+        at = (episode[rows], d[rows])
         yield DecisionBatch(
-            observation=jax.tree.map(lambda x, at=at: x[at], batch.trajectory.observation),
-            action_tokens=batch.trajectory.action_tokens[at],
-            old_logp=batch.trajectory.logp[at],
-            old_value=batch.trajectory.value[at],
+            observation=jax.tree.map(lambda x, at=at: x[at], batch.observation),
+            trace=jax.tree.map(lambda x, at=at: x[at], batch.decisions.trace),
+            old_logp=batch.decisions.logp[at],
+            old_value=batch.decisions.value[at],
             advantage=batch.advantage[at],
-            return_=batch.annotation.return_t[at],
+            return_=batch.annotation.return_d[at],
             valid=np.arange(size) < len(chosen),
         )

@@ -23,7 +23,7 @@ def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *,
         spec: the task.
         shaping: whether there is shaping to report on.
     """
-    valid_t, decided_t = annotation.valid_t, annotation.decided_t
+    valid_t, valid_d = annotation.valid_t, annotation.valid_d
     is_success = annotation.reward_t.any(axis=1)
     is_over = is_success | valid_t[:, -1]
     num_over = int(is_over.sum())
@@ -46,9 +46,9 @@ def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *,
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
         **completed,
         **(shaping_metrics(over, spec) if shaping else {}),
-        "ppo/advantage_std": float(annotation.advantage_t[decided_t].std()),
-        "ppo/return_mean": float(annotation.return_t[decided_t].mean()),
-        "ppo/value_mean": float(rollout.trajectory.value[:, :-1][decided_t].mean()),
+        "ppo/advantage_std": float(annotation.advantage_d[valid_d].std()),
+        "ppo/return_mean": float(annotation.return_d[valid_d].mean()),
+        "ppo/value_mean": float(rollout.trajectory.decisions.value[:, :-1][valid_d].mean()),
     }
 
 

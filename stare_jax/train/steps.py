@@ -24,7 +24,7 @@ class SFTBatch(NamedTuple):
     observation: Observation
     """leaves `[B, ...]`."""
     action: Array
-    """float32 `[B, A]`, raw; `[B, H, A]` of policies with a horizon."""
+    """float32 `[B, A]`, raw; `[B, H, A]` of policies with a window."""
     valid: Array
     """bool `[B]` or `[B, H]`: False beyond an episode's end, where its last action is repeated."""
 
@@ -34,8 +34,8 @@ class DecisionBatch(NamedTuple):
 
     observation: Observation
     """leaves `[B, ...]`."""
-    action_tokens: Array
-    """`[B, ...]`."""
+    trace: dict[str, Array]
+    """`[B, ...]`, see `Decision.trace`."""
     old_logp: Array
     """float32 `[B]`, and likewise below."""
     old_value: Array
@@ -48,21 +48,23 @@ class DecisionBatch(NamedTuple):
 class ScoredTrajectory(NamedTuple):
     """One side of B preference pairs, with all that does not depend on the parameters that are trained.
 
-    N actions come from D = ceil(N / C) decisions.
+    N actions come from D = ceil(N / C) decisions. The loss sums M scores: M is D where a decision has one, its
+    log-probability, and N for a policy with a `preference_score`, which scores each action.
     """
 
     observation: Observation
-    """leaves `[B, D, ...]` of the states in which was decided."""
-    decision: Array
-    """what was: `action_tokens` `[B, D, ...]`, or float32 `[B, D, H, A]` for a policy with a `preference_score`."""
+    """leaves `[B, D, ...]` of the states in which decisions were made."""
+    decision: PyTree
+    """the traces of the decisions, leaves `[B, D, ...]`, or float32 `[B, D, H, A]`, the actions from each on, for a
+    policy with a `preference_score`."""
     seed: Array
-    """uint32 `[B, D, M]` of its estimates, the same for both sides of a pair; M is 1 where there is but one."""
+    """uint32 `[B, D, G]` of its G estimates, the same for both sides of a pair; G is 1 where there is but one."""
     ref_logp: Array
-    """float32 `[B, N, M]` of each action, or of the decision that begins with it."""
+    """float32 `[B, M, G]`."""
     valid: Array
-    """bool `[B, N]`: which actions exist, or decisions begin with."""
+    """bool `[B, M]`: which decisions or actions exist."""
     stage_mask: Array
-    """bool `[B, K, N]`."""
+    """bool `[B, K, M]`."""
     stage_cost: Array
     """float32 `[B, K]`."""
     completed: Array
@@ -117,7 +119,7 @@ def make_ppo_step(policy: Policy, tx: optax.GradientTransformationExtraArgs, con
     def loss_fn(params, batch, reference):
         if config.kl_coef is not None:
             reference = merge_params(reference, split_params(params, freeze)[1])
-        decisions = (batch.observation, batch.action_tokens)
+        decisions = (batch.observation, batch.trace)
         score = policy.log_prob(params, *decisions, temperature=temperature, reference_params=reference)
         data = (score.logp, batch.old_logp, batch.advantage, score.value, batch.old_value, batch.return_)
         loss, metrics = ppo_loss(
@@ -165,7 +167,7 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
         trainable, frozen = split_params(state.params, freeze)
         batch = _pick_draws(batch, state.step, config.draws_per_step)
         decisions = _decisions(batch)
-        num_pairs, num_actions = batch.chosen.valid.shape
+        num_pairs, num_scores = batch.chosen.valid.shape
 
         def logp_fn(params, decisions):
             params, (observation, decision, seed) = merge_params(params, frozen), decisions
@@ -175,7 +177,7 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
 
         def loss_of_logp(logp):
             logp = logp.reshape(num_pairs, 2, -1, logp.shape[1])
-            return _preference_loss(over_actions(logp, num_actions, policy.chunk), batch, config)
+            return _preference_loss(flatten_scores(logp, num_scores), batch, config)
 
         if config.microbatch_size is None:
             grads, metrics = jax.grad(lambda params: loss_of_logp(logp_fn(params, decisions)), has_aux=True)(trainable)
@@ -193,13 +195,12 @@ def make_tpo_step(policy: Policy, tx: optax.GradientTransformation, config) -> C
     return step
 
 
-def over_actions(score: Array, num_actions: int, chunk: int) -> Array:
-    """Lays scores of decisions `[..., D, C or 1]` out over the N actions, `[..., N]`.
+def flatten_scores(score: Array, num_scores: int) -> Array:
+    """Returns scores of decisions `[..., D, C or 1]`, C where each action has its own, in order, `[..., M]`.
 
-    C scores are those of the actions that were executed; a single one stands where the decision begins.
+    The last decision may have executed fewer actions than C.
     """
-    score = jnp.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, chunk - score.shape[-1])])
-    return score.reshape(*score.shape[:-2], -1)[..., :num_actions]
+    return score.reshape(*score.shape[:-2], -1)[..., :num_scores]
 
 
 def jit_step(step: Callable, policy: Policy, config, state: TrainState) -> Callable:
@@ -248,7 +249,7 @@ def _jit_move(step: Callable, freeze: Sequence[str], state: TrainState) -> Calla
 
 
 def _preference_loss(logp: Array, batch: PairBatch, config) -> tuple[Array, Metrics]:
-    """The loss of `[B, 2, N]` log-probabilities, chosen first."""
+    """The loss of `[B, 2, M]` log-probabilities, chosen first."""
     chosen, rejected = batch
     ref_logp = (side.ref_logp.mean(axis=-1) for side in batch)
     chosen_ref_logp, rejected_ref_logp = ref_logp
@@ -288,7 +289,7 @@ def _pick_draws(batch: PairBatch, step: Array, size: int) -> PairBatch:
     return PairBatch(*(side._replace(seed=side.seed[..., index], ref_logp=side.ref_logp[..., index]) for side in batch))
 
 
-def _decisions(batch: PairBatch) -> tuple[Observation, Array, Array]:
+def _decisions(batch: PairBatch) -> tuple[Observation, PyTree, Array]:
     """Observations, decisions and seeds of both sides, `[B * 2 * D, ...]`; rows stay with their pair, and so on their
     device."""
 

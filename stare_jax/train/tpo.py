@@ -19,7 +19,7 @@ from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimi
 from stare_jax.state.train_state import Run, checkpoint_directory, place, start_phase
 from stare_jax.train.annotate import action_stages
 from stare_jax.train.step_metrics import StepMetrics
-from stare_jax.train.steps import PairBatch, ScoredTrajectory, jit_step, make_tpo_step, over_actions
+from stare_jax.train.steps import PairBatch, ScoredTrajectory, flatten_scores, jit_step, make_tpo_step
 from stare_jax.types import Observation, PreferencePair, PyTree, Trajectory
 
 PHASE = "tpo"
@@ -97,8 +97,7 @@ def train_tpo(
 
     Args:
         policy: whose `log_prob` is compared.
-        params: to start from, and at the same time the reference policy (`TPOConfig.reference`); not consumed. The
-            log-probabilities that the pairs bring along are not used.
+        params: to start from, and at the same time the reference policy (`TPOConfig.reference`); not consumed.
         pairs: NumPy leaves `[P, ...]`.
         spec: the task's stages.
         config: see `TPOConfig`.
@@ -199,48 +198,53 @@ def score_pairs(
         return policy.preference_score(params, observation, decision, seed)
 
     def score(trajectory: Trajectory) -> ScoredTrajectory:
-        observation, decision, valid = decisions_of(policy, trajectory)
-        num_pairs, num_decisions = decision.shape[:2]
+        observation, decision, is_decided = decisions_of(policy, trajectory)
+        num_pairs, num_decisions = is_decided.shape
         shape = (num_pairs, num_decisions, 1 if policy.preference_score is None else num_draws)
         seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-        num_scores = 1 if policy.preference_score is None else policy.chunk
-        scores = np.zeros((*shape, num_scores), np.float32)
-        pair, d = np.nonzero(valid[:, :: policy.chunk])
+        scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
+        pair, d = np.nonzero(is_decided)
         for start in range(0, len(pair), batch_size):
             rows = np.arange(start, start + batch_size) % len(pair)
             at = (pair[rows], d[rows])
             inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
             scores[at] = score_decisions(params, *inputs)
-        over_time = over_actions(scores.swapaxes(1, 2), valid.shape[1], policy.chunk)
-        ref_logp = np.ascontiguousarray(np.moveaxis(over_time, 1, 2))
-        rest = jax.device_get(stages(trajectory.signals, trajectory.valid))
-        return ScoredTrajectory(observation, decision, seed, ref_logp, valid, *rest)
+        mask, cost, completed = jax.device_get(stages(trajectory.signals, trajectory.valid))
+        valid = np.asarray(trajectory.valid)[:, 1:]
+        if policy.preference_score is None:
+            valid, mask = is_decided, mask[..., :: policy.chunk]
+        ref_logp = np.moveaxis(flatten_scores(scores.swapaxes(1, 2), valid.shape[1]), 1, 2)
+        return ScoredTrajectory(
+            observation, decision, seed, np.ascontiguousarray(ref_logp), valid, mask, cost, completed
+        )
 
     return PairBatch(score(pairs.chosen), score(pairs.rejected))
 
 
-def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, np.ndarray, np.ndarray]:
-    """Returns what was decided in each state in which was decided, t = 0, C, 2C .., and where that counts.
+def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, PyTree, np.ndarray]:
+    """Returns the decisions of trajectories, as they are to be scored.
 
     Args:
         policy: that is to score the decisions.
         trajectory: NumPy leaves `[P, ...]`.
 
     Returns:
-        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; `ScoredTrajectory.valid`.
+        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; bool `[P, D]`, which decisions exist.
 
     Raises:
-        ValueError: a flow is to be scored by chains, and somebody else acted.
+        ValueError: log-probabilities are asked of decisions that this policy did not make.
     """
     valid = np.asarray(trajectory.valid)[:, 1:]
     starts = np.arange(0, valid.shape[1], policy.chunk)
     observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
-    if policy.preference_score is None:
-        if policy.window is not None and trajectory.action_tokens.ndim != 5:
-            raise ValueError(
-                f"action_tokens: got shape {trajectory.action_tokens.shape}, expected chains that the policy drew; "
-                "model.preference 'flow' does without"
-            )
-        return observation, trajectory.action_tokens[:, starts], valid & (np.arange(valid.shape[1]) % policy.chunk == 0)
-    index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
-    return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid
+    if policy.preference_score is not None:
+        index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
+        return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid[:, starts]
+    decisions, params = trajectory.decisions, jax.eval_shape(policy.init, jax.random.key(0))
+    made = jax.eval_shape(policy.sample, params, policy.observation_shape(1), jax.random.key(0)).trace
+    expected = jax.tree.map(lambda x: x.shape[1:], made)
+    found = None if decisions is None else jax.tree.map(lambda x: x.shape[2:], decisions.trace)
+    if found != expected or decisions.valid.shape[1] != len(starts):
+        remedy = "collect them anew with this policy" + ("; model.preference 'flow' does without" * bool(policy.window))
+        raise ValueError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
+    return observation, decisions.trace, np.asarray(decisions.valid)

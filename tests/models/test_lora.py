@@ -64,9 +64,9 @@ def test_fresh_adapters_change_nothing(adapted):
     standard = np.std(fresh["llm"]["layers"]["gate_proj"]["lora_a"])
     np.testing.assert_allclose(standard, 1 / LORA.rank, rtol=0.2)
     base = drop_adapters(adapted.params)
-    bins = np.zeros((3, 3), np.int32)
-    off = adapted.log_prob(base, adapted.observation, bins)
-    on = adapted.log_prob(add_adapters(base, fresh), adapted.observation, bins)
+    trace = {"bins": np.zeros((3, 3), np.int32)}
+    off = adapted.log_prob(base, adapted.observation, trace)
+    on = adapted.log_prob(add_adapters(base, fresh), adapted.observation, trace)
     jax.tree.map(np.testing.assert_array_equal, on, off)
     # The base of a policy with adapters is the policy without.
     plain = make_policy(nano_config(), identity_stats(3, 2))
@@ -76,11 +76,11 @@ def test_fresh_adapters_change_nothing(adapted):
 def test_merged_weights_compute_the_same(adapted):
     merged = merge_adapters(adapted.params, LORA)
     assert not names(keep_adapters(merged))
-    bins = np.arange(9, dtype=np.int32).reshape(3, 3)
-    beside = adapted.log_prob(adapted.params, adapted.observation, bins)
-    inside = adapted.log_prob(merged, adapted.observation, bins)
+    trace = {"bins": np.arange(9, dtype=np.int32).reshape(3, 3)}
+    beside = adapted.log_prob(adapted.params, adapted.observation, trace)
+    inside = adapted.log_prob(merged, adapted.observation, trace)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), inside, beside)
-    off = adapted.log_prob(drop_adapters(adapted.params), adapted.observation, bins)
+    off = adapted.log_prob(drop_adapters(adapted.params), adapted.observation, trace)
     assert (np.abs(beside.logp - off.logp) > 5e-3).all()
     # One adapter by hand: W + alpha / rank * A B.
     at = adapted.params["llm"]["layers"]["down_proj"]
@@ -90,7 +90,7 @@ def test_merged_weights_compute_the_same(adapted):
 
 def test_sampling_and_scoring_agree_with_adapters_on(adapted):
     decision = adapted.sample(adapted.params, adapted.observation, jax.random.key(0))
-    score = adapted.log_prob(adapted.params, adapted.observation, decision.action_tokens)
+    score = adapted.log_prob(adapted.params, adapted.observation, decision.trace)
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
 
 

@@ -17,7 +17,7 @@ from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.start import check_demonstrations
 from stare_jax.stages import get_task
 
-SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0], "action_tokens": [7]}
+SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0]}
 
 
 @pytest.fixture

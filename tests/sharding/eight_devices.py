@@ -31,7 +31,7 @@ def ppo_batch():
     observation = Observation({}, rng.uniform(-0.2, 0.2, (64, 6)).astype(np.float32), no_tokens, no_tokens.astype(bool))
     numbers = rng.standard_normal((4, 64)).astype(np.float32)
     numbers[0] = -5.0
-    return DecisionBatch(observation, rng.integers(0, 11, (64, 2)), *numbers, np.arange(64) < 60)
+    return DecisionBatch(observation, {"bins": rng.integers(0, 11, (64, 2))}, *numbers, np.arange(64) < 60)
 
 
 def step_on(mesh, make_step, config, batch, *extra):

@@ -112,7 +112,7 @@ def ppo_batch(model, trained):
     decision, observation = decided(model, trained)
     old_value, advantage, return_, gap = np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float32)
     numbers = (decision.logp + 0.05 * gap, old_value, advantage, return_)
-    return DecisionBatch(observation, decision.action_tokens, *numbers, np.arange(SIZE) < SIZE - 3)
+    return DecisionBatch(observation, decision.trace, *numbers, np.arange(SIZE) < SIZE - 3)
 
 
 def pair_batch(model, trained):
@@ -120,18 +120,18 @@ def pair_batch(model, trained):
     (policy, _), (decision, observation) = policy_and_params(model, trained), decided(model, trained)
     rng = np.random.default_rng(0)
     shape, num_stages = (SIZE // 2, 2), 3
-    num_actions = 2 * policy.chunk
-    what = decision.action_tokens if policy.preference_score is None else raw_actions(policy, (SIZE,))
+    num_scores = 2 if policy.preference_score is None else 2 * policy.chunk
+    what = decision.trace if policy.preference_score is None else raw_actions(policy, (SIZE,))
     observation, what = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), (observation, what))
 
     def side():
         return ScoredTrajectory(
             observation=observation,
-            decision=rng.permuted(what, axis=0),
+            decision=jax.tree.map(lambda x: rng.permuted(x, axis=0), what),
             seed=np.ones((*shape, 1), np.uint32),
-            ref_logp=rng.normal(-16, 1, (shape[0], num_actions, 1)).astype(np.float32),
-            valid=np.arange(num_actions) < rng.integers(1, num_actions + 1, (shape[0], 1)),
-            stage_mask=rng.random((shape[0], num_stages, num_actions)) < 0.5,
+            ref_logp=rng.normal(-16, 1, (shape[0], num_scores, 1)).astype(np.float32),
+            valid=np.arange(num_scores) < rng.integers(1, num_scores + 1, (shape[0], 1)),
+            stage_mask=rng.random((shape[0], num_stages, num_scores)) < 0.5,
             stage_cost=rng.random((shape[0], num_stages)).astype(np.float32),
             completed=rng.random((shape[0], num_stages)) < 0.7,
         )
@@ -202,10 +202,9 @@ def compare_actions(model, mesh_sizes, size):
             placed = jax.device_put(params, tree_shardings(params, mesh, policy.sharding_rules))
             act = policy_act(policy, placed, jax.random.key(1), temperature=temperature)
             decisions.append(jax.device_get(act(observation, None, prompts(size), None)[0]))
-        tokens = [decision.action_tokens for decision in decisions]
         # Chains are numbers like all others; bins are the same or not.
-        is_chain = np.issubdtype(tokens[0].dtype, np.floating)
-        found[f"tokens_{temperature:g}"] = is_chain or bool((tokens[0] == tokens[1]).all())
+        one, other = (decision.trace.get("bins", np.zeros(1)) for decision in decisions)
+        found[f"tokens_{temperature:g}"] = bool((one == other).all())
         found[f"difference_{temperature:g}"] = difference(*decisions)
     return found
 

@@ -77,7 +77,7 @@ def test_adapters_and_value_head_move_and_the_base_is_in_memory_once(policy, par
     trajectory = jax.tree.map(lambda x: np.asarray(x)[0, :16], pairs.chosen)
     ones = np.ones(16, np.float32)
     batch = DecisionBatch(
-        trajectory.observation, trajectory.action_tokens, trajectory.logp, *[0 * ones, ones, ones], ones > 0
+        trajectory.observation, trajectory.decisions.trace, trajectory.decisions.logp, *[0 * ones, ones, ones], ones > 0
     )
     before = jax.device_get(params)
     state, _ = step(state, batch, np.bool_(True), np.float32(0))
@@ -109,7 +109,9 @@ def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
     # Compared with itself a policy has no preference.
     assert losses["start"] == pytest.approx(np.log(2), abs=1e-5)
     assert abs(losses["base"] - np.log(2)) > 1e-4
-    np.testing.assert_allclose(scored["start"].chosen.ref_logp[..., 0], pairs.chosen.logp, atol=0.1)  # bfloat16
+    np.testing.assert_allclose(
+        scored["start"].chosen.ref_logp[..., 0], pairs.chosen.decisions.logp, atol=0.1
+    )  # bfloat16
 
 
 def test_two_passes_are_one_with_adapters(params, pairs):

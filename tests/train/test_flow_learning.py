@@ -57,7 +57,7 @@ def policy():
 @pytest.fixture(scope="module")
 def weak(policy, tmp_path_factory):
     """Parameters after a brief imitation of a few demonstrations."""
-    observation, *windows = demo_windows(64, horizon=policy.window)
+    observation, *windows = demo_windows(64, window=policy.window)
     batches = demo_batches(prompted(policy, observation), *windows, size=SFT.batch_size)
     run = Run(tmp_path_factory.mktemp("sft"), toy.norm_stats())
     return train_sft(policy, jax.jit(policy.init)(jax.random.key(0)), batches, SFT, run)
@@ -101,7 +101,7 @@ def test_preferences_between_its_own_rollouts_improve_a_weak_flow_policy(policy,
     )
     run = make_run("tpo", writer=Writer())
     before = success_rate(policy, weak)
-    params = train_tpo(policy, weak, PreferencePair(chosen, rejected, chosen.logp, rejected.logp), spec, STA_TPO, run)
+    params = train_tpo(policy, weak, PreferencePair(chosen, rejected), spec, STA_TPO, run)
     after = success_rate(policy, params)
     print(f"success {before:.3f} -> {after:.3f} with {len(pairs)} pairs")
     # One standard error of a rate over 512 episodes is 0.02.

@@ -94,11 +94,9 @@ def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opp
     assert metrics["tpo/loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert metrics["tpo/margin"] == pytest.approx(0, abs=1e-4)
     if kind == "chain":
-        starts = slice(None, None, policy.chunk)
-        np.testing.assert_allclose(
-            scored.chosen.ref_logp[:, starts, 0], pairs(kind).chosen.logp[:, starts], rtol=1e-4, atol=1e-3
-        )
-        assert not scored.chosen.valid[:, 1 :: policy.chunk].any()
+        decisions = pairs(kind).chosen.decisions
+        np.testing.assert_allclose(scored.chosen.ref_logp[..., 0], decisions.logp, rtol=1e-4, atol=1e-3)
+        np.testing.assert_array_equal(scored.chosen.valid, decisions.valid)
     else:
         # Noise and times are the same for both sides, and different for every draw.
         np.testing.assert_array_equal(scored.chosen.seed, scored.rejected.seed)
@@ -138,14 +136,18 @@ def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused
     np.testing.assert_allclose(anchored["tpo/loss"], plain["tpo/loss"] - 0.5 * expected, rtol=1e-4)
     assert abs(anchored["grad/norm"] - plain["grad/norm"]) > 1e-3
     foreign = jax.tree.map(lambda x: x, pairs("chain"))
-    chosen = foreign.chosen._replace(action_tokens=np.zeros((*valid.shape, 2), np.int32))
-    with pytest.raises(ValueError, match="action_tokens: got shape .* expected chains that the policy drew"):
-        score_pairs(policy, params, foreign._replace(chosen=chosen), toy.task_spec(), batch_size=32)
+    decisions = foreign.chosen.decisions
+    for of_others in (None, decisions._replace(trace={"bins": np.zeros((*valid.shape, 2), np.int32)})):
+        chosen = foreign.chosen._replace(decisions=of_others)
+        with pytest.raises(
+            ValueError, match=r"pairs: got decisions (None|\{'bins'.*), expected \{'chain': .*'flow' does"
+        ):
+            score_pairs(policy, params, foreign._replace(chosen=chosen), toy.task_spec(), batch_size=32)
 
 
 def sft_inputs():
     policy, _ = policy_and_params("sde")
-    observation, *windows = demo_windows(2, horizon=policy.window)
+    observation, *windows = demo_windows(2, window=policy.window)
     return prompted(policy, observation), *windows
 
 

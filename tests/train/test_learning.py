@@ -126,7 +126,7 @@ def own_pairs(learner, params, spec, seed):
         jax.tree.map(lambda x, rows=rows: x[rows], trajectory)
         for rows in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
     )
-    return PreferencePair(chosen, rejected, chosen.logp, rejected.logp)
+    return PreferencePair(chosen, rejected)
 
 
 def test_preferences_between_its_own_rollouts_improve_a_weak_policy(learner, weak_policy, make_run):

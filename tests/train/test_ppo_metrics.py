@@ -14,7 +14,7 @@ from stare_jax.train.annotate import Annotation
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.ppo_batch import make_prepare
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
-from stare_jax.types import Trajectory
+from stare_jax.types import Decisions, Trajectory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ppo.md"
 LENGTHS = np.array([2, 4, 3, 0])
@@ -34,9 +34,9 @@ def annotation():
 
 @pytest.fixture
 def rollout(annotation):
-    value = np.pad(annotation.advantage_t, [(0, 0), (0, 1)], constant_values=99) / 2
+    value = np.pad(annotation.advantage_d, [(0, 0), (0, 1)], constant_values=99) / 2
     valid = (np.arange(5) <= LENGTHS[:, None]) & (LENGTHS[:, None] > 0)
-    trajectory = Trajectory(None, None, valid, None, None, None, value)
+    trajectory = Trajectory(None, None, valid, None, Decisions(None, None, value, annotation.valid_d))
     return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True)
 
 
@@ -79,7 +79,8 @@ def test_shaping_is_told_by_where_it_is_paid(rollout, annotation, spec):
 
 def test_without_an_episode_that_is_over_there_is_no_rate(rollout, annotation, spec):
     cut = Annotation(*(x[2:] for x in annotation))
-    rollout = rollout._replace(trajectory=rollout.trajectory._replace(value=rollout.trajectory.value[2:]))
+    decisions = jax.tree.map(lambda x: x[2:], rollout.trajectory.decisions)
+    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions))
     metrics = rollout_metrics(rollout, cut, spec, shaping=True)
     assert (metrics["env/num_episodes"], metrics["env/num_cut"]) == (0, 1)
     assert np.isnan(metrics["env/success"]) and metrics["shaping/at_success"] == 0
@@ -87,6 +88,9 @@ def test_without_an_episode_that_is_over_there_is_no_rate(rollout, annotation, s
 
 def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_annotated_the_same(spec):
     trajectory = expert_episodes(6)
+    zeros = np.zeros((6, toy.HORIZON), np.float32)
+    made = Decisions({"bins": zeros}, zeros, np.zeros(trajectory.valid.shape, np.float32), trajectory.valid[:, 1:])
+    trajectory = trajectory._replace(decisions=made)
     rollout = Rollout(trajectory, ("",) * 6, num_steps=int(trajectory.valid[:, 1:].sum()), num_dropped=0, is_complete=1)
     whole = make_prepare(spec, PPOConfig())(rollout)
     padded = make_prepare(spec, PPOConfig(num_steps=40))(rollout)

@@ -67,7 +67,7 @@ def test_minibatches_hold_every_decision_once_and_none_is_small(prepared):
     assert len(parts) == 3 and sum(counts) == num_decisions and max(counts) - min(counts) <= 1
     assert all(len(part.valid) == size for part in parts)
     logp = np.concatenate([part.old_logp[part.valid] for part in parts])
-    everything = prepared.trajectory.logp[prepared.annotation.valid_t]
+    everything = prepared.decisions.logp[prepared.annotation.valid_t]
     np.testing.assert_array_equal(np.sort(logp, axis=0), np.sort(everything, axis=0))
 
 
@@ -166,7 +166,7 @@ def test_pairs_are_scored_by_the_reference_policy_where_there_are_actions(policy
     batch = score_pairs(policy, params, pairs, spec, batch_size=16)
     for side, trajectory in zip(batch, (pairs.chosen, pairs.rejected), strict=True):
         # The reference is the policy that acted, so what it thought then is what it thinks now.
-        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.logp, rtol=1e-5)
+        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.decisions.logp, rtol=1e-5)
         np.testing.assert_array_equal(side.valid, trajectory.valid[:, 1:])
         np.testing.assert_array_equal(side.stage_mask.sum(axis=1), side.valid)
         assert side.stage_cost.shape == (3, spec.num_stages) and (side.stage_cost >= 0).all()

@@ -1,11 +1,13 @@
 """OpenVLA as a policy: the pure functions around the network.
 
-Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary. Action
-dimensions in which the data never moves are not decided: their action is the data's, their bin that of 0, they take no
-part in log-probabilities, entropies and losses, and tokens after the last dimension that moves are not even computed.
+Decision.trace has one field, `bins`: int32 `[B, A]` action bins in [0, 256), counted upwards with the action, whatever
+the vocabulary. Action dimensions in which the data never moves are not decided: their action is the data's, their bin
+that of 0, they take no part in log-probabilities, entropies and losses, and tokens after the last dimension that moves
+are not even computed.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +133,7 @@ def _sample(
     bins = jnp.pad(bins, [(0, 0), (0, num_undecided)], constant_values=ZERO_BIN)
     action = unnormalize_action(decode_bins(bins), norm_stats)
     value = _apply(network, params, hidden, prompt[0], _state(norm_stats, observation), method="value")
-    return Decision(action, bins, logp, value)
+    return Decision(action, {"bins": bins}, logp, value)
 
 
 def _log_prob(
@@ -139,14 +141,14 @@ def _log_prob(
     norm_stats: NormStats,
     params: PyTree,
     observation: Observation,
-    action_tokens: Array,
+    trace: Mapping[str, Array],
     *,
     temperature: Array | float = 1.0,
     reference_params: PyTree | None = None,
 ) -> ActionScore:
     """Scores all tokens of an action in one pass, each given the ones before it; divergences are summed over them."""
     is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
-    bins = jnp.asarray(action_tokens)[:, : len(is_decided)]
+    bins = jnp.asarray(trace["bins"])[:, : len(is_decided)]
 
     def score(params):
         hidden = _apply(network, params, *prompt, bins, method="score")
