@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
@@ -110,7 +111,7 @@ def evaluate(
     config: EvalConfig,
     *,
     key: jax.Array | None = None,
-    sharding: Any = None,
+    mesh: Mesh | None = None,
     **collect_args: Any,
 ) -> tuple[Evaluation, Rollout]:
     """Runs a policy to the horizon on the config's seeds; see `evaluate_act`.
@@ -122,11 +123,11 @@ def evaluate(
         spec: the task's stages.
         config: which episodes.
         key: consumed; of no effect at temperature 0.
-        sharding: where observations are put; None leaves it to jit.
+        mesh: devices that act; None takes those of the parameters.
         **collect_args: desc, should_stop, clock of `evaluate_act`.
     """
     key = jax.random.key(0) if key is None else key
-    act = policy_act(policy, params, key, temperature=config.temperature, sharding=sharding)
+    act = policy_act(policy, params, key, temperature=config.temperature, mesh=mesh)
     return evaluate_act(act, env, spec, config, **collect_args)
 
 
