@@ -46,8 +46,8 @@ from stare_jax.models import Pi05Config
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.train_state import create_state
-from stare_jax.train.sft import SFTConfig
-from stare_jax.train.steps import SFTBatch, jit_step, make_sft_step
+from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step
+from stare_jax.train.update import jit_step
 from stare_jax.types import PyTree
 
 OURS = "stare_jax"
@@ -110,7 +110,7 @@ def measure_imitation(args: argparse.Namespace, config: Pi05Config) -> dict[str,
     state = create_state(
         make_params(policy, args.seed), tx, mesh=make_mesh(), rules=policy.sharding_rules, freeze=freeze
     )
-    step = jit_step(make_sft_step(policy, tx, settings), policy, settings, state)
+    step = jit_step(make_sft_step(policy, tx, settings), state)
     inputs = make_inputs(config, args.train_batch, args.seed)
     action = jnp.asarray(np.tanh(inputs.noise[:, :, : config.action_dim]))
     batch = SFTBatch(observe(config, inputs), action, jnp.ones(action.shape[:2], bool))

@@ -27,10 +27,10 @@ from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.runs.load import LoadedPolicy, load_policy
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
-from stare_jax.train.steps import make_ppo_step
-from stare_jax.types import PyTree, TrainState
+from stare_jax.state.train_state import TrainState
+from stare_jax.train.ppo import PPOConfig, make_ppo_step, make_prepare
+from stare_jax.train.ppo_batch import PPOBatch, minibatches
+from stare_jax.types import PyTree
 
 CRITIC_EPOCHS, MOMENT_EPOCHS = 4, 4
 SIZE = 512
@@ -53,8 +53,8 @@ class Learner:
         self.prepare = make_prepare(self.spec, self.config)
 
     def start(self, params: PyTree) -> TrainState:
-        trainable, _ = split_params(params, frozen_params(self.policy, self.config.optimizer))
-        return TrainState(step=np.int32(0), params=params, opt_state=self.tx.init(trainable))
+        trainable, frozen = split_params(params, frozen_params(self.policy, self.config.optimizer))
+        return TrainState(np.int32(0), trainable, frozen, self.tx.init(trainable))
 
     def epoch(self, state: TrainState, batch: PPOBatch, rng, *, rate: float, train_policy: bool = True) -> TrainState:
         for minibatch in minibatches(batch, size=SIZE, rng=rng):
@@ -83,7 +83,7 @@ class Learner:
 
     def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
         """Returns how much the surrogate has gained, its standard error, and the KL divergence (k3)."""
-        where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
+        where = np.pad(batch.targets.valid_t, [(0, 0), (0, 1)])
         gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
             log_ratio, advantage = logp - batch.decisions.logp[at], batch.advantage[at]
@@ -117,17 +117,18 @@ def measure(restored: LoadedPolicy, episodes: int, rates: list[float], epochs: l
     earlier = learner.annotated(params, before)
     batches = [learner.annotated(params, rollout) for rollout in (trained, unseen)]
     for name, batch in zip(("trained", "unseen"), batches, strict=True):
-        number = int(batch.annotation.valid_t.sum())
+        number = int(batch.targets.valid_t.sum())
         print(f"{name}: {number} decisions, explained variance {batch.explained_variance:.2f}")
     print(f"{'rate':>10}{'epochs':>8}{'KL':>10}{'trained':>10}{'unseen':>10}")
     rows = []
     for rate in rates:
-        state, rng = learner.start(params), np.random.default_rng(1)
+        start, rng = learner.start(params), np.random.default_rng(1)
+        state = start
         # Adam's first steps are of full length in every direction, whatever the gradient. Its moments come from an
         # update on other decisions, as in an iteration that is not the first; where that has led is forgotten.
         for _ in range(MOMENT_EPOCHS):
             state = learner.epoch(state, earlier, rng, rate=rate)
-        state = dataclasses.replace(state, params=params)
+        state = dataclasses.replace(state, trainable=start.trainable)
         for epoch in range(1, max(epochs) + 1):
             state = learner.epoch(state, batches[0], rng, rate=rate)
             if epoch in epochs:

@@ -9,8 +9,6 @@ Units: metres, radians, seconds. Quaternions are unit, `wxyz`. Frames are the si
 
 from typing import Any, NamedTuple
 
-import flax.struct
-
 Array = Any  # numpy.ndarray or jax.Array
 PyTree = Any
 
@@ -125,13 +123,3 @@ class NormStats(NamedTuple):
     state_q01: Array
     """float32 `[S]`."""
     state_q99: Array
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that an optimiser step reads and writes."""
-
-    step: Array
-    """int32 scalar: optimiser steps taken."""
-    params: PyTree
-    opt_state: PyTree

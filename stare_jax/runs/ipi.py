@@ -22,9 +22,10 @@ from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
+from stare_jax.evaluate.record import evaluation_file, partial_folder
 from stare_jax.logging import Clock, Interruption, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
-from stare_jax.report.record import evaluation_file, record_evaluation
+from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
 from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.runs.compiled import keep_compiled
@@ -39,6 +40,8 @@ from stare_jax.runs.directory import (
     record_phase,
     set_aside,
 )
+from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
@@ -53,7 +56,8 @@ from stare_jax.runs.start import (
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import load_params
-from stare_jax.state.train_state import CHECKPOINTS, Run, abstract_params
+from stare_jax.state.train_state import CHECKPOINTS, abstract_params
+from stare_jax.train.loop import Run
 from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
@@ -129,7 +133,8 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         policy = make_policy(config.model, stats)
         if demonstrations is not None:
             check_instructions(demonstrations, policy, config.model.state_dim)
-        run = Run(directory, stats, writer, should_stop, mesh, resume=True)
+        model = json.loads(json.dumps(to_dict(config.model)))
+        run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
 
         # ---- Phases -------------------------------------------------------------------------------------------------
         for phase in config.phases:
@@ -247,25 +252,28 @@ def _evaluate_phase(
     should_stop: Callable[[], bool],
 ) -> None:
     """Evaluates a phase, and shows some of its episodes."""
-    clock = Clock()
-    evaluation, rollout = evaluate(
+    clock, file = Clock(), evaluation_file(directory, phase)
+    _, checkpoint = identify_checkpoint(directory / phase)
+    evaluation, films = evaluate(
         policy,
         params,
         simulator(),
         spec,
         config.evaluation,
+        conditions=evaluation_conditions(config.env, checkpoint),
+        folder=partial_folder(file),
         desc=f"evaluate {phase}",
         should_stop=should_stop,
         clock=clock,
     )
-    say(f"evaluate {phase}: {config.evaluation.num_episodes} episodes | {clock.line()}")
+    say(f"evaluate {phase}: {len(evaluation.episodes.seed)} episodes | {clock.line()}")
     record_evaluation(
         directory,
         phase,
         evaluation,
-        rollout,
+        films,
         spec,
+        training_rewards(spec, config.ppo, chunk=policy.chunk),
         num_videos=config.evaluation.num_videos,
-        gamma=config.ppo.gamma,
         settings=_settings(config),
     )

@@ -13,7 +13,7 @@ from stare_jax.config import ConfigError, from_dict
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.checkpoint import fingerprint, load_extra, load_norm_stats, load_params, resolve_step
+from stare_jax.state.checkpoint import fingerprint, load_model, load_norm_stats, load_params, resolve_step
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.types import PyTree
 
@@ -106,7 +106,7 @@ class _Stored:
 
 def _stored_model(checkpoints: Path, step: int | None) -> ModelConfig:
     """Returns the configuration of the model in a checkpoint's metadata."""
-    values = load_extra(checkpoints, step=step).get("model")
+    values = load_model(checkpoints, step=step)
     if not values:
         raise ConfigError(
             f"{checkpoints.parent}: expected a phase of a run or a converted folder; its checkpoint does not say of "

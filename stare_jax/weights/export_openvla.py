@@ -11,7 +11,8 @@ from stare_jax.config import ConfigError, from_dict
 from stare_jax.logging import new_directory, progress, progress_bytes
 from stare_jax.models import OpenVLAConfig
 from stare_jax.runs.load import load_config
-from stare_jax.state.checkpoint import leaf_loader, load_extra, load_norm_stats, param_shapes, resolve_step
+from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, resolve_step
+from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.weights.folders import check_space
 from stare_jax.weights.openvla.config import CONFIG, read_norm_stats, read_statistics, to_statistics
@@ -116,7 +117,7 @@ def find_source(source: Path, base: Path | None, step: int | None) -> Source:
     step = resolve_step(checkpoints, step)
     stored = (checkpoints, step, param_shapes(checkpoints, step=step))
     if (source / KEPT).is_dir():
-        model = from_dict(OpenVLAConfig, load_extra(checkpoints, step=step)["model"], path="model")
+        model = from_dict(OpenVLAConfig, load_model(checkpoints, step=step), path="model")
         return Source(*stored, model, "", open_base(base or source), base or source)
     run = load_config(source.parent)
     base = base or find_base(source)

@@ -9,7 +9,9 @@ from stare_jax.config import ConfigError, from_dict
 from stare_jax.logging import new_directory, progress_bytes
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.runs.load import load_config
-from stare_jax.state.checkpoint import leaf_loader, load_extra, load_norm_stats, param_shapes, resolve_step, save_tree
+from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, resolve_step
+from stare_jax.state.leaves import leaf_loader
+from stare_jax.state.storage import save_tree
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.weights.folders import check_space
 from stare_jax.weights.openvla.export import widest_dtype
@@ -109,7 +111,7 @@ def find_source(source: Path, step: int | None) -> Source:
     step = resolve_step(checkpoints, step)
     stored = (checkpoints, step, param_shapes(checkpoints, step=step))
     if kept := open_kept(source):
-        config = from_dict(Pi05Config, load_extra(checkpoints, step=step)["model"], path="model")
+        config = from_dict(Pi05Config, load_model(checkpoints, step=step), path="model")
         return Source(*stored, config, "", kept)
     run = load_config(source.parent)
     return Source(*stored, run.model, run.env.env_id, None)

@@ -72,7 +72,7 @@ def save_converted(folder: Path, params: PyTree, config: ModelConfig, norm_stats
     """
     say(f"saving {num_bytes(params) / 1e9:.2f} GB")
     with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
-        save_params(folder / CHECKPOINTS, 0, params, extra={"model": to_dict(config)}, norm_stats=norm_stats)
+        save_params(folder / CHECKPOINTS, 0, params, model=to_dict(config), norm_stats=norm_stats)
     if interruption.requested:
         raise KeyboardInterrupt
 

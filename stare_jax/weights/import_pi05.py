@@ -15,7 +15,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.presets import pi05_base
 from stare_jax.sharding.mesh import make_mesh, path_name
-from stare_jax.state.checkpoint import load_leaf, tree_shapes
+from stare_jax.state.storage import load_leaf, tree_shapes
 from stare_jax.state.train_state import abstract_params, num_bytes
 from stare_jax.types import NormStats
 from stare_jax.weights.folders import check_space, save_converted

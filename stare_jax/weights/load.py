@@ -12,7 +12,7 @@ from stare_jax.logging import progress_bytes
 from stare_jax.models import OpenVLAConfig, Policy
 from stare_jax.models.nn.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
 from stare_jax.models.pi05.network import Pi05Config
-from stare_jax.state.checkpoint import load_extra, load_params, param_shapes
+from stare_jax.state.checkpoint import load_model, load_params, param_shapes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
 from stare_jax.weights.import_pi05 import open_weights
@@ -101,7 +101,7 @@ def check_model(folder: Path, model: OpenVLAConfig) -> None:
 
 def _check_alpha(source: Path, model: OpenVLAConfig) -> None:
     """Makes sure that adapters count as much as where they come from, which their shapes do not tell."""
-    origin = load_extra(source / CHECKPOINTS).get("model") or {}
+    origin = load_model(source / CHECKPOINTS)
     expected = (origin.get("lora") or {}).get("alpha")
     if expected is not None and expected != model.lora.alpha:
         raise ConfigError(f"model.lora.alpha: got {model.lora.alpha}, expected {expected}, as the adapters of {source}")

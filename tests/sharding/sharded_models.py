@@ -23,22 +23,15 @@ from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.rollout.collect import policy_act
-from stare_jax.sharding.mesh import make_mesh, path_name, tree_shardings
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
-from stare_jax.state.train_state import create_state, place
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.sft import SFTConfig
-from stare_jax.train.steps import (
-    DecisionBatch,
-    PairBatch,
-    ScoredTrajectory,
-    SFTBatch,
-    lower_step,
-    make_ppo_step,
-    make_sft_step,
-    make_tpo_step,
-)
-from stare_jax.train.tpo import TPOConfig
+from stare_jax.sharding.mesh import make_mesh, path_name, place, tree_shardings
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.train_state import create_state
+from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.train.ppo_batch import DecisionBatch
+from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory
+from stare_jax.train.update import lower_step
 
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})
 TRAINED = {"openvla": ("full", "lora"), "pi05": ("full", "expert", "lora")}
@@ -155,16 +148,15 @@ def take_steps(model, trained, phase, microbatch, mesh):
     }[phase]()
     freeze = frozen_params(policy, config.optimizer)
     tx = make_optimizer(config.optimizer, num_steps=10)
-    state = create_state(params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze)
-    trainable, frozen = split_params(state.params, freeze)
-    moved = state.replace(params=trainable)
+    state = create_state(jax.tree.map(jnp.copy, params), tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze)
+    moved, frozen = state.replace(frozen=None), state.frozen
     if phase == "ppo" and config.kl_coef is not None:
-        extra = (*extra, jax.tree.map(jnp.copy, trainable))
+        extra = (*extra, jax.tree.map(jnp.copy, state.trainable))
     inputs = (place(batch, mesh), *extra)
-    compiled = lower_step(make_step(policy, tx, config), policy, config, state, *inputs).compile()
+    compiled = lower_step(make_step(policy, tx, config), state, *inputs).compile()
     for _ in range(2):
         moved, _ = compiled(moved, frozen, *inputs)
-    return moved.replace(params=merge_params(moved.params, frozen)), compiled.as_text()
+    return moved.replace(frozen=frozen), compiled.as_text()
 
 
 def compare_steps(model, trained, phase, microbatch, mesh_sizes):

@@ -16,11 +16,13 @@ from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.lora import drop_adapters, keep_adapters
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
-from stare_jax.state.train_state import check_precision, create_state, start_phase
-from stare_jax.train.compilations import num_compilations
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step, make_tpo_step
-from stare_jax.train.tpo import TPOConfig, check_reference, score_pairs
+from stare_jax.state.train_state import check_precision, create_state
+from stare_jax.train.loop import num_compilations, start_phase
+from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.train.ppo_batch import DecisionBatch
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import check_reference, score_pairs
+from stare_jax.train.update import jit_step
 
 CONFIG = openvla_state(
     state_dim=6,
@@ -67,13 +69,13 @@ def start(policy, params, config):
 def take_step(policy, params, config, batch):
     """A preference step from fresh optimiser state."""
     tx, state = start(policy, params, config)
-    return jit_step(make_tpo_step(policy, tx, config), policy, config, state)(state, batch)
+    return jit_step(make_tpo_step(policy, tx, config), state)(state, batch)
 
 
 def test_adapters_and_value_head_move_and_the_base_is_in_memory_once(policy, params, pairs):
     config = PPOConfig(optimizer=OPTIMIZER, minibatch_size=16, target_kl=None)
     tx, state = start(policy, params, config)
-    step = jit_step(make_ppo_step(policy, tx, config), policy, config, state)
+    step = jit_step(make_ppo_step(policy, tx, config), state)
     trajectory = jax.tree.map(lambda x: np.asarray(x)[0, :16], pairs.chosen)
     ones = np.ones(16, np.float32)
     batch = DecisionBatch(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.data.windows import window_indices
@@ -10,6 +11,11 @@ from stare_jax.envs import toy
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.types import PreferencePair
+
+
+def fresh(params):
+    """A copy of parameters that a phase may consume."""
+    return jax.tree.map(jnp.copy, params)
 
 
 class Writer:

@@ -17,7 +17,7 @@ from stare_jax.models import pi05_base
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.pi05.network import Pi05, Pi05Config
-from stare_jax.state.checkpoint import leaf_loader
+from stare_jax.state.leaves import leaf_loader
 from stare_jax.weights.import_pi05 import import_pi05
 from stare_jax.weights.pi05.sizes import read_sizes
 

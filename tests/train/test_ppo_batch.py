@@ -8,10 +8,11 @@ import pytest
 from toy_task import expert_episodes, random_pairs
 
 from stare_jax.stages import potentials, separate
-from stare_jax.train.annotate import action_stages, annotate_episode
+from stare_jax.train.ppo_batch import episode_targets
+from stare_jax.train.tpo_reference import action_stages
 
-annotate = jax.jit(
-    annotate_episode,
+targets_of = jax.jit(
+    episode_targets,
     static_argnames=(
         "spec",
         "shaping",
@@ -41,7 +42,7 @@ def hand_made(signals, *, num_states, success_at):
 
 def test_success_ends_an_episode_for_good(episodes, spec):
     signals, valid = hand_made(episodes[0], num_states=3, success_at=2)
-    got = annotate(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
+    got = targets_of(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
     np.testing.assert_array_equal(got.valid_t, [True, True, False])
     np.testing.assert_array_equal(got.reward_t, [0, 1, 0])
     # A_1 = 1 - 0.2; A_0 = (0 + 0.5 * 0.2 - 0.1) + 0.5 * A_1; the value of the last state does not count.
@@ -62,7 +63,7 @@ def test_success_ends_an_episode_for_good(episodes, spec):
 def test_the_time_limit_bootstraps_or_terminates(episodes, spec, time_limit, expected):
     signals, valid = hand_made(episodes[0], num_states=4, success_at=None)
     value = np.float32([0.1, 0.2, 0.3, 0.4])
-    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
     np.testing.assert_allclose(got.advantage_d, expected, atol=1e-6)
 
 
@@ -71,10 +72,10 @@ def test_an_episode_that_was_cut_short_is_bootstrapped_whatever_the_time_limit(e
     signals, valid = hand_made(episodes[0], num_states=3, success_at=None)
     value = np.float32([0.1, 0.2, 0.3, 9.0])
     options = PLAIN | {"time_limit": time_limit}
-    got = annotate(signals, valid, value, spec=spec, **options)
+    got = targets_of(signals, valid, value, spec=spec, **options)
     # delta = [0.5 * 0.2 - 0.1, 0.5 * 0.3 - 0.2]
     np.testing.assert_allclose(got.advantage_d, [-0.025, -0.05, 0], atol=1e-6)
-    got = annotate(signals, valid, value, spec=spec, **(options | {"shaping": True}))
+    got = targets_of(signals, valid, value, spec=spec, **(options | {"shaping": True}))
     potential = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(signals, valid)
     np.testing.assert_allclose(got.shaped_reward_t[1], 0.5 * potential[2] - potential[1], atol=1e-6)
 
@@ -84,7 +85,8 @@ def test_shaping_telescopes(episodes, spec, time_limit):
     gamma = 0.9
     options = PLAIN | {"shaping": True, "gamma": gamma, "time_limit": time_limit}
     signals, valid = episodes
-    got = jax.vmap(functools.partial(annotate, spec=spec, **options))(signals, valid, np.zeros(valid.shape, np.float32))
+    value = np.zeros(valid.shape, np.float32)
+    got = jax.vmap(functools.partial(targets_of, spec=spec, **options))(signals, valid, value)
     potential = jax.jit(jax.vmap(lambda s, v: potentials(spec, s, separate(spec, s, v))))(signals, valid)
     assert got.reward_t.any() and not got.reward_t.any(axis=1).all()
     for e, length in enumerate(valid.sum(axis=1) - 1):
@@ -107,8 +109,8 @@ def test_what_is_not_valid_does_not_count(episodes, spec):
         return np.concatenate([x, np.full((5, *x.shape[1:]), 1 if x.dtype == bool else 77, x.dtype)])
 
     padded_valid = np.concatenate([valid, np.zeros(5, bool)])
-    got = annotate(signals, valid, value, spec=spec, **options)
-    padded = annotate(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
+    got = targets_of(signals, valid, value, spec=spec, **options)
+    padded = targets_of(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
     for a, b in zip(got[:6], padded[:6], strict=True):
         np.testing.assert_allclose(b[:11], a, atol=1e-6)
         assert not b[11:].any()
@@ -131,7 +133,7 @@ def test_shaping_telescopes_at_the_ends_of_chunks(episodes, spec, chunk, time_li
         one = jax.tree.map(lambda x, e=e: x[e], (signals, valid))
         zero = np.zeros(-(-(len(one[1]) - 1) // chunk) + 1, np.float32)
         # With a critic of zero and lambda 1 the first return is the sum of all that decisions earn.
-        shaped, plain = (annotate(*one, zero, spec=spec, **(options | {"shaping": on})) for on in (True, False))
+        shaped, plain = (targets_of(*one, zero, spec=spec, **(options | {"shaping": on})) for on in (True, False))
         potential = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(*one)
         length = int(one[1].sum()) - 1
         is_open = plain.reward_t.sum() == 0 and time_limit == "bootstrap"
@@ -148,10 +150,10 @@ def test_decisions_earn_what_their_actions_do(episodes, spec):
     first = jax.tree.map(lambda x: x[0, :6], episodes[0])
     signals, valid = first._replace(success=np.arange(6) == 5), np.ones(6, bool)
     value = np.float32([0.1, 0.2, 0.4, 9.0])  # 9 after the success, which nothing follows
-    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2}))
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2}))
     # From the last: A = 1 - 0.4; A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6; A = 0.25 * 0.2 - 0.1 + 0.25 * 0.05
     np.testing.assert_allclose(got.advantage_d, [-0.0375, 0.05, 0.6], atol=1e-6)
     np.testing.assert_allclose(got.return_d, [0.0625, 0.25, 1.0], atol=1e-6)
-    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2, "chunk_discount": "decision"}))
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2, "chunk_discount": "decision"}))
     # A = 0.6; A = 0.5 * 0.4 - 0.2 + 0.5 * 0.6; A = 0.5 * 0.2 - 0.1 + 0.5 * 0.3
     np.testing.assert_allclose(got.advantage_d, [0.15, 0.3, 0.6], atol=1e-6)
