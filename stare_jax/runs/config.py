@@ -12,7 +12,7 @@ from stare_jax.envs.seeds import PPO_SEEDS, first_seed
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
 from stare_jax.logging import LoggingConfig
 from stare_jax.models import OpenVLAConfig, Pi05Config
-from stare_jax.stages import StageParams
+from stare_jax.stages import StageParams, check_reward
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.sft import SFTConfig
 from stare_jax.train.tpo import TPOConfig
@@ -87,6 +87,7 @@ class RunConfig:
                 )
         if "ppo" in self.phases:
             first_seed(PPO_SEEDS, self.ppo.seed)
+            check_reward(self.ppo.reward, self.env.spec)
         if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
             raise ValueError(
                 "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"

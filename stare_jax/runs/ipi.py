@@ -15,9 +15,10 @@ import jax
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.data.batches import imitation_batches
+from stare_jax.data.demos import collect_demos
 from stare_jax.data.pairs import Pair, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import policy_actor
+from stare_jax.data.rollouts import collect_pairs, policy_actor
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
@@ -27,7 +28,6 @@ from stare_jax.logging import Clock, Interruption, Writer, make_writer, say, wri
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
-from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.runs.compiled import keep_compiled
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.directory import (
@@ -152,18 +152,18 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
                 elif phase == "tpo":
                     clock = Clock()
                     actor = policy_actor(lambda held=held: (policy, held[0]), config.pairs, source=start)
-                    rollouts, pairs, is_new = find_or_collect_pairs(
-                        directory / phase / "pairs",
-                        config.env,
+                    rollouts, pairs = collect_pairs(
+                        simulator,
+                        config.env.info,
                         actor,
                         spec,
                         config.pairs,
-                        simulator=simulator,
+                        directory / phase / "pairs",
                         should_stop=should_stop,
                         clock=clock,
                     )
                     del actor
-                    if is_new:
+                    if "env" in clock.seconds():  # something was missing
                         _report_collection("pairs", rollouts, clock, writer)
                     _report_pairs(pairs, rollouts, config, writer)
                     loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
@@ -187,16 +187,16 @@ def _demonstrations(
     if config.demos_from:
         return Dataset(config.demos_from, skip_broken=config.skip_broken)
     clock = Clock()
-    demonstrations, is_new = find_or_collect_demos(
-        directory / "data" / "demos",
-        config.env,
+    demonstrations = collect_demos(
+        simulator,
+        config.env.info,
         make_expert(config.env.task_name),
         config.demos,
-        simulator=simulator,
+        directory / "data" / "demos",
         should_stop=should_stop,
         clock=clock,
     )
-    if is_new:
+    if "env" in clock.seconds():  # something was missing
         _report_collection("demos", demonstrations, clock, writer)
     return demonstrations
 

@@ -1,6 +1,5 @@
 """The things that a run begins with: weights, normalisation statistics, demonstrations; all are checked before use."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -179,11 +178,4 @@ def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) 
 
 def describe_demonstrations(demonstrations: Dataset) -> dict[str, Any]:
     """Returns the identity of the demonstrations that imitation reads, as a record has it."""
-    return {"demos": fingerprint(demonstrations.directory), "num_episodes": demonstrations.num_episodes}
-
-
-def fingerprint(directory: Path) -> str:
-    """Returns 12 hexadecimal digits that change where a shard of a data set comes, goes or is another one."""
-    manifest = read_manifest(directory)
-    content = [[file._asdict() for file in shard] for shard in manifest.shards]
-    return hashlib.sha256(json.dumps([content, len(manifest.episodes)]).encode()).hexdigest()[:12]
+    return {"demos": demonstrations.fingerprint[:12], "num_episodes": demonstrations.num_episodes}

@@ -15,12 +15,13 @@ from stare_jax.config import ConfigError
 from stare_jax.data.norm_stats import NORM_STATS_FILE, read_norm_stats
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import fingerprint
 from stare_jax.logging import read_metrics
 from stare_jax.runs import ipi
 from stare_jax.runs.directory import read_record
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.load import identify_checkpoint, load_policy
-from stare_jax.runs.start import fingerprint, read_statistics
+from stare_jax.runs.start import read_statistics
 from stare_jax.state.checkpoint import load_norm_stats
 from stare_jax.state.optimizer import OptimizerConfig
 from stare_jax.types import NormStats
@@ -55,7 +56,7 @@ def test_a_run_leaves_what_its_record_says(finished_run):
     demos = finished_run / "data" / "demos"
     sft, tpo, ppo = (finished_run / phase for phase in ("sft", "tpo", "ppo"))
     assert read_record(sft).start == "random"
-    assert read_record(sft).data == {"demos": fingerprint(demos), "num_episodes": 4}
+    assert read_record(sft).data == {"demos": fingerprint(demos)[:12], "num_episodes": 4}
     assert read_record(tpo).start == identify_checkpoint(sft)[1]
     assert read_record(ppo).start == identify_checkpoint(tpo)[1]
     for phase in (sft, tpo, ppo):
