@@ -10,7 +10,7 @@ from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
 from stare_jax.models import OpenVLAConfig, Pi05Config
-from stare_jax.stages import StageParams
+from stare_jax.stages import StageParams, check_reward
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.sft import SFTConfig
 from stare_jax.train.tpo import TPOConfig
@@ -69,6 +69,8 @@ class RunConfig:
                     f"{name}.reproducible: got True, expected False with env.backend {self.env.backend!r}, where equal "
                     "actions need not lead to equal states"
                 )
+        if "ppo" in self.phases:
+            check_reward(self.ppo.reward, self.env.spec)
         if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
             raise ValueError(
                 "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
