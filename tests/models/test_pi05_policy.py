@@ -247,8 +247,8 @@ def test_what_is_computed_again_is_the_same():
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
 def test_the_expert_alone_is_trained_where_paligemma_is_frozen():
-    config = dataclasses.replace(pi05_base(), frozen_patterns=(PI05_PALIGEMMA,))
-    policy = make_policy(config, identity_stats(7, 0))
+    config = pi05_base(frozen_patterns=(PI05_PALIGEMMA,))
+    policy = make_policy(config, identity_stats(7, 8))
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     trainable, frozen = split_params(shapes, policy.frozen_patterns)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731

@@ -17,12 +17,12 @@ import numpy as np
 
 from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.nn.attention import KeyValue
-from stare_jax.models.nn.lora import store_frozen
+from stare_jax.models.nn.lora import check_patterns, store_frozen
 from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
 from stare_jax.models.pi05.network import Pi05, Pi05Config, has_frozen_prefix
 from stare_jax.models.pi05.presets import all_frozen_patterns
 from stare_jax.models.pi05.prompt import make_tokenize, observation_shape, read_observation
-from stare_jax.models.pi05.sharding import sharding_rules
+from stare_jax.models.pi05.sharding import adaptable_modules, sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import Array, NormStats, Observation, PyTree
 
@@ -35,9 +35,12 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         norm_stats: of actions `[A]` and states `[S]`.
 
     Raises:
-        ValueError: the statistics are of another number of dimensions than the config.
+        ValueError: the statistics are of another number of dimensions than the config, or a pattern of its adapters
+            matches no product of the network.
     """
     check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
+    if config.lora is not None:
+        check_patterns(config.lora, adaptable_modules())
     network = Pi05(config)
     return Policy(
         init=functools.partial(_init, network, norm_stats),
@@ -85,7 +88,7 @@ def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
     noisy = jnp.zeros((1, config.window, config.model_action_dim))
     scene = read_observation(config, norm_stats, blank)
-    params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="touch")["params"]
+    params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="init_pass")["params"]
     return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
 
 
