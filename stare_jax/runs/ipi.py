@@ -16,10 +16,11 @@ import numpy as np
 
 from stare_jax.config import ConfigError, to_dict, user_input
 from stare_jax.data.batches import imitation_batches
+from stare_jax.data.demos import collect_demos
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.pairs import count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import policy_actor
+from stare_jax.data.rollouts import collect_pairs, policy_actor
 from stare_jax.data.schema import read_manifest
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
@@ -30,7 +31,6 @@ from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
-from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, locked, open_directory
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
@@ -96,16 +96,16 @@ class Experiment:
         if config.demos_from:
             return Dataset(directory, skip_broken=config.skip_broken)
         expert, clock = make_expert(config.env.task_name), Clock()
-        demos, is_new = find_or_collect_demos(
-            directory,
-            config.env,
+        demos = collect_demos(
+            lambda: self.simulator,
+            config.env.info,
             expert,
             config.demos,
-            simulator=lambda: self.simulator,
+            directory,
             should_stop=self.should_stop,
             clock=clock,
         )
-        if is_new:
+        if "env" in clock.seconds():  # something was missing
             self.report_collection("demos", demos, clock)
         return demos
 
@@ -226,17 +226,17 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
 def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
     config, policy, clock = experiment.config, experiment.policy, Clock()
-    rollouts, pairs, is_new = find_or_collect_pairs(
-        experiment.directory / "data" / "pairs",
-        config.env,
+    rollouts, pairs = collect_pairs(
+        lambda: experiment.simulator,
+        config.env.info,
         policy_actor(lambda: (policy, params), config.pairs, source="sft"),
         experiment.spec,
         config.pairs,
-        simulator=lambda: experiment.simulator,
+        experiment.directory / "data" / "pairs",
         should_stop=experiment.should_stop,
         clock=clock,
     )
-    if is_new:
+    if "env" in clock.seconds():  # something was missing
         experiment.report_collection("pairs", rollouts, clock)
     kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
     say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {kinds}")

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.envs.base import SimulatorError, VecEnv
-from stare_jax.envs.seeds import PPO_SEEDS, first_seed, phase_key
+from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.losses import ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
@@ -304,7 +304,7 @@ def _collect(
         rollout = collect_episodes(
             env,
             policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
-            first_seed(PPO_SEEDS, config.seed) + counters.seeds + np.arange(batch_size),
+            take_seeds(PPO_SEEDS, config.seed, counters.seeds, batch_size),
             stop_at_success=config.stop_at_success,
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
