@@ -69,6 +69,8 @@ def make_config(size: str, dtype: str, *, num_cameras: int, window: int, **chang
         window=window,
         chunk=min(5, window),
         noise="ode",
+        prompt_template="{instruction}",
+        state_dim=0,
         execution=Execution(dtype=dtype, param_dtype=dtype),
     )
     if size != "full":

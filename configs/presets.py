@@ -14,14 +14,22 @@ from ml_collections import config_dict
 
 from stare_jax.config import choices, to_dict
 from stare_jax.envs import EnvConfig
-from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, OpenVLAConfig, Pi05Config, openvla_7b, pi05_base
+from stare_jax.models import (
+    PI05_EXPERTS,
+    PI05_PALIGEMMA,
+    LoRAConfig,
+    OpenVLAConfig,
+    Pi05Config,
+    openvla_7b,
+    pi05_maniskill,
+)
 from stare_jax.runs.config import RunConfig
 from stare_jax.stages import StageParams
 
-ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero")
+ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero", "rl4vla")
 """Algorithms of the interaction phase, see `set_algorithm`."""
 
-WORDS = ("pi05", "full", "lora", "ppo", "paper")
+WORDS = ("pi05", "full", "lora", "ppo", "paper", "rl4vla")
 """Words of the recipes' variants. pi05: pi0.5 in place of OpenVLA-7B. full: all weights are trained. lora: adapters are
 trained, which is OpenVLA's default, while pi0.5 trains its action expert alone. The rest are `ALGORITHMS`."""
 
@@ -98,11 +106,13 @@ def set_algorithm(config: ml_collections.ConfigDict, algorithm: str) -> None:
         config: of a run.
         algorithm: "sta_ppo", progressive potentials, kept at the end of an episode; "ppo", no shaping; "paper", the
             paper's own potentials; "zero", progressive potentials that end at zero, which have the advantages of PPO
-            with another critic.
+            with another critic; "rl4vla", PPO without shaping on RL4VLA's reward, in episodes of full length.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: got {algorithm!r}, expected one of {ALGORITHMS}")
-    config.ppo.shaping = algorithm != "ppo"
+    config.ppo.shaping = algorithm not in ("ppo", "rl4vla")
+    config.ppo.reward = "rl4vla" if algorithm == "rl4vla" else "success"
+    config.ppo.stop_at_success = algorithm != "rl4vla"
     config.stages.progressive = algorithm != "paper"
     config.ppo.time_limit = "terminate"
     config.ppo.terminal_potential = "zero" if algorithm == "zero" else "keep"
@@ -177,7 +187,7 @@ def make_model(words: Collection[str], *, camera: str) -> OpenVLAConfig | Pi05Co
         raise ValueError("variant: got full and lora, expected one of them")
     if "pi05" in words:
         # The numbers of pi_RL on ManiSkill (RLinf): Flow-Noise, 4 steps, 5 of 8 actions.
-        model = pi05_base(cameras=(camera,), noise="learned", num_denoising_steps=4, window=8, chunk=5)
+        model = pi05_maniskill(cameras=(camera,))
         frozen = () if words & {"full", "lora"} else (PI05_PALIGEMMA,)
         lora = LoRAConfig(rank=32, alpha=32.0, targets=PI05_EXPERTS) if "lora" in words else None
         return dataclasses.replace(model, frozen_patterns=frozen, lora=lora)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from stare_jax.config import check_at_least
 from stare_jax.losses import soft_cross_entropy, soft_labels
 from stare_jax.models.bins import (
     bin_coordinate,
@@ -18,7 +19,7 @@ from stare_jax.models.bins import (
     sample_bins,
     score_bins,
 )
-from stare_jax.models.nn.heads import ValueHead
+from stare_jax.models.nn.heads import ValueHead, exact_dense
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation
@@ -33,21 +34,21 @@ SHARDING_RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Sizes of the network: an actor with independent bins per action dimension and a critic that shares nothing."""
+    """Sizes of the network: an actor with independent bins for each action dimension, and a critic of its own."""
 
     state_dim: int = 6
     action_dim: int = 2
     num_bins: int = 12
-    """ids per action dimension; the last two share a centre (`models.heads`), so there are `num_bins` - 1 values."""
+    """ids per action dimension; the last two share a centre (`models.bins`), so there are `num_bins` - 1 values."""
     hidden_dims: tuple[int, ...] = (64, 64)
     value_dims: tuple[int, ...] = (64, 64)
     label_width: float = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
 
     def __post_init__(self):
-        for name, least in (("state_dim", 1), ("action_dim", 1), ("num_bins", 3), ("label_width", 0.0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {least}")
+        check_at_least(self, 1, "state_dim", "action_dim")
+        check_at_least(self, 3, "num_bins")
+        check_at_least(self, 0, "label_width")
         for name in ("hidden_dims", "value_dims"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected widths >= 1")
@@ -63,10 +64,10 @@ class ActorCritic(nn.Module):
         cfg = self.config
         x = state
         for i, dim in enumerate(cfg.hidden_dims):
-            x = nn.tanh(nn.Dense(dim, name=f"trunk_{i}")(x))
+            x = nn.tanh(exact_dense(dim, name=f"trunk_{i}")(x))
         # A small last layer starts from nearly uniform actions.
         init = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
-        logits = nn.Dense(cfg.action_dim * cfg.num_bins, kernel_init=init, name="logits")(x)
+        logits = exact_dense(cfg.action_dim * cfg.num_bins, kernel_init=init, name="logits")(x)
         value = ValueHead(cfg.value_dims, name="value_head")(state)
         return logits.reshape(-1, cfg.action_dim, cfg.num_bins), value
 

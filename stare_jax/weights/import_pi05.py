@@ -14,6 +14,7 @@ from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.presets import pi05_base
+from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE
 from stare_jax.sharding.mesh import make_mesh, path_name
 from stare_jax.state.storage import load_leaf, tree_shapes
 from stare_jax.state.train_state import abstract_params, num_bytes
@@ -96,7 +97,7 @@ def import_pi05(
         to: a new folder: `checkpoints/0` with the parameters, `openpi` with everything else.
         unnorm_key: asset id of the statistics that the policy has; may be left out where there is only one.
         action_dim: A of the robot, to which longer statistics are cut; None takes them all.
-        state_dim: S, likewise.
+        state_dim: S, likewise; 0 takes the state out of the prompt.
         dtype: of the parameters, adapters and heads apart; None takes the source's.
         fsdp: over how many devices weights are cut while they are read and saved, and `tensor` likewise.
         tensor: see `sharding.make_mesh`.
@@ -116,6 +117,8 @@ def import_pi05(
     config = _with_dtype(weights.config, dtype)
     asset_id, norm_stats = _read_stats(source, config, unnorm_key, action_dim, state_dim)
     sizes = {"action_dim": len(norm_stats.action_q01), "state_dim": len(norm_stats.state_q01)}
+    if not sizes["state_dim"] and "{state}" in config.prompt_template:
+        config = dataclasses.replace(config, prompt_template=STATELESS_TEMPLATE)
     with user_input():
         config = dataclasses.replace(config, **sizes)
         policy = make_policy(config, norm_stats)

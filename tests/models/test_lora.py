@@ -1,6 +1,7 @@
 """Adapters inside the layers: where they are, what they compute, and that nothing else changes."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from nano_policy import INSTRUCTIONS, jit, make_case, nano_config
 
+from stare_jax.config import from_dict, to_dict
 from stare_jax.models import LoRAConfig, make_policy, openvla_7b
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.lora import (
     ATTENTION,
     BASE_PATTERN,
+    LoRAOverride,
     add_adapters,
     drop_adapters,
     init_adapters,
@@ -122,7 +125,65 @@ def test_what_is_frozen_is_kept_in_the_type_it_is_computed_in():
 
 def test_adapters_without_a_config_are_not_passed_over(adapted, nano):
     with pytest.raises(ValueError, match="lora: got None, expected the LoRAConfig of the adapters at"):
-        jit(nano.policy.log_prob)(adapted.params, nano.observation, np.zeros((3, 3), np.int32))
+        jit(nano.policy.log_prob)(adapted.params, nano.observation, {"bins": np.zeros((3, 3), np.int32)})
+
+
+PATHS = ("llm/layers/q_proj", "llm/layers/up_proj", "siglip/blocks/fc1")
+OVERRIDDEN = dataclasses.replace(
+    LORA, overrides=(LoRAOverride(r"/[qv]_proj$", rank=2, alpha=8.0), LoRAOverride(r"llm/|dino/", rank=3, alpha=1.0))
+)
+
+
+def test_the_first_override_that_matches_gives_rank_and_scale():
+    sizes = {path: (OVERRIDDEN.rank_of(path), OVERRIDDEN.scale_of(path)) for path in PATHS}
+    assert sizes == {"llm/layers/q_proj": (2, 4.0), "llm/layers/up_proj": (3, 1 / 3), "siglip/blocks/fc1": (4, 1.5)}
+
+
+@pytest.mark.parametrize("unstack_layers", [False, True])
+def test_adapters_of_several_ranks_compute_what_their_merged_weights_do(nano, unstack_layers):
+    """By sampling, too, where layers that are taken out of their stack have to know their path."""
+    config = nano_config(lora=OVERRIDDEN, unstack_layers=unstack_layers)
+    case = make_case(config, INSTRUCTIONS)
+    adapters = names(keep_adapters(case.params))
+    assert {path: adapters[f"{path}/lora_a"].shape[-1] for path in PATHS} == dict(zip(PATHS, (2, 3, 4), strict=True))
+    merged = merge_adapters(case.params, OVERRIDDEN)
+    key = jax.random.key(0)
+    got = jit(case.policy.sample)(case.params, case.observation, key, temperature=1.0)
+    expected = jit(nano.policy.sample)(merged, case.observation, key, temperature=1.0)
+    np.testing.assert_array_equal(got.action, expected.action)
+    np.testing.assert_allclose(got.logp, expected.logp, atol=1e-4)
+    plain = jit(nano.policy.sample)(drop_adapters(case.params), case.observation, key, temperature=1.0)
+    assert np.abs(plain.logp - got.logp).min() > 1e-3
+
+
+def test_merging_with_another_rank_than_the_adapters_is_refused(adapted):
+    with pytest.raises(ValueError, match="lora.rank: got 8 for .*, expected 4, that of its adapters"):
+        merge_adapters(adapted.params, dataclasses.replace(LORA, rank=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ("^llm/", "^lmm/")}, r"lora.targets: got '\^lmm/', expected a regex of one of llm/lm_head, llm/"),
+        (
+            {"targets": ATTENTION, "overrides": (LoRAOverride("k_proj", 1, 1.0),)},
+            "lora.overrides: got 'k_proj', expected a regex of one of llm/layers/q_proj, llm/layers/v_proj",
+        ),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(nano_config(lora=dataclasses.replace(LORA, **changes)), identity_stats(3, 2))
+
+
+def test_overrides_survive_a_configuration_file():
+    assert from_dict(LoRAConfig, json.loads(json.dumps(to_dict(OVERRIDDEN)))) == OVERRIDDEN
+
+
+@pytest.mark.parametrize(("field", "value"), [("rank", 0), ("alpha", 0.0)])
+def test_bad_override(field, value):
+    with pytest.raises(ValueError, match=f"{field}: got"):
+        LoRAOverride(**{"pattern": "q_proj", "rank": 1, "alpha": 1.0, field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("rank", 0), ("alpha", 0.0), ("targets", ())])

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig
-from stare_jax.models import LoRAConfig, make_policy, merge_adapters, pi05_base, pi05_state
+from stare_jax.models import LoRAConfig, make_policy, merge_adapters, pi05_maniskill, pi05_state
 from stare_jax.models.nn.linear import Execution
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
@@ -46,7 +46,7 @@ def convert(*arguments):
 
 def model_config(**changes):
     small = {"value_dims": (8,), "prompt_length": 4, "window": 2, "chunk": 1, "execution": Execution()}
-    return dataclasses.replace(read_sizes("x", SHAPES, pi05_base()), **small | changes)
+    return dataclasses.replace(read_sizes("x", SHAPES, pi05_maniskill(noise="sde")), **small | changes)
 
 
 def flat(params):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.models.nn.attention import KeyValue, attend
-from stare_jax.models.nn.linear import PRODUCT, Execution, scan_layers, split_batch
+from stare_jax.models.nn.linear import PRODUCT, Execution, constrain_batch, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, low_rank_einsum, stacked_adapters
 from stare_jax.models.nn.norms import AdaptiveRMSNorm, OffsetRMSNorm
 from stare_jax.models.nn.rotary import rotary_angles, rotate
@@ -42,8 +42,8 @@ class GemmaConfig:
             raise ValueError(f"head_dim: got {self.head_dim}, expected an even number")
 
 
-class Context(NamedTuple):
-    """What all layers share in one call."""
+class GemmaCall(NamedTuple):
+    """Arrays of one call that all layers read."""
 
     cos: jax.Array
     """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the tokens of this call, expert 0's first."""
@@ -51,7 +51,7 @@ class Context(NamedTuple):
     masks: tuple[jax.Array, ...]
     """bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call."""
     cond: jax.Array | None
-    """`[B, G, width]` of expert 1, which modulates its norms: one for each of G equally long runs of its tokens."""
+    """`[B, G, width]` condition of expert 1's norms: one for each of G equally long runs of its tokens."""
 
 
 Tokens = tuple[jax.Array | None, jax.Array | None]
@@ -67,13 +67,14 @@ def product(
     execution: Execution,
     lora: LoRAConfig | None,
 ) -> jax.Array:
-    """Returns `einsum(equation, x, w)` with a weight of the calling module, and what its adapters add."""
+    """Returns `einsum(equation, x, w)` with a weight of the calling module, plus the product of its adapters."""
     x_axes, w_axes, _ = re.split(",|->", equation)
     fan_in = math.prod(size for size, axis in zip(shape, w_axes, strict=True) if axis in x_axes)
     w = module.param(name, nn.initializers.normal(fan_in**-0.5), shape, execution.param_dtype)
     y = jnp.einsum(equation, x, w.astype(execution.dtype))
     if (adapters := stacked_adapters(module, lora, name, shape)) is not None:
-        y = y + lora.scale * low_rank_einsum(equation, x, *(adapter.astype(x.dtype) for adapter in adapters))
+        low_rank = low_rank_einsum(equation, x, adapters.a.astype(x.dtype), adapters.b.astype(x.dtype))
+        y = y + adapters.scale * low_rank
     return checkpoint_name(y, PRODUCT)
 
 
@@ -90,15 +91,15 @@ class Einsum(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention among the tokens of both experts; only the weights are each expert's own."""
+    """Attention among the tokens of both experts, with weights of their own."""
 
     configs: tuple[GemmaConfig, GemmaConfig]
     execution: Execution
     lora: LoRAConfig | None = None
 
     @nn.compact
-    def __call__(self, xs: Tokens, cache: KeyValue | None, context: Context) -> tuple[Tokens, KeyValue]:
-        """Returns what each expert's tokens attend to, and the keys and values of this call, rotated."""
+    def __call__(self, xs: Tokens, cache: KeyValue | None, call: GemmaCall) -> tuple[Tokens, KeyValue]:
+        """Returns the attention's output for each expert's tokens, and the keys and values of this call, rotated."""
         queries, keys, values = [], [], []
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
@@ -110,9 +111,9 @@ class Attention(nn.Module):
             keys.append(key)
             values.append(value)
         query, key, value = (jnp.concatenate(parts, axis=1) for parts in (queries, keys, values))
-        new = KeyValue(rotate(key, context.cos, context.sin), value)
+        new = KeyValue(rotate(key, call.cos, call.sin), value)
         segments = [new] if cache is None else [cache, new]
-        attended = attend(rotate(query, context.cos, context.sin), segments, context.masks)
+        attended = attend(rotate(query, call.cos, call.sin), segments, call.masks)
         outputs, start = [], 0
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
@@ -151,11 +152,11 @@ class GemmaBlock(nn.Module):
     lora: LoRAConfig | None = None
 
     @nn.compact
-    def __call__(self, xs: Tokens, cache: KeyValue | None, context: Context) -> tuple[Tokens, KeyValue]:
-        normed, gates = self._norm("pre_attention_norm", xs, context.cond)
-        attended, new = Attention(self.configs, self.execution, self.lora, name="attn")(normed, cache, context)
+    def __call__(self, xs: Tokens, cache: KeyValue | None, call: GemmaCall) -> tuple[Tokens, KeyValue]:
+        normed, gates = self._norm("pre_attention_norm", xs, call.cond)
+        attended, new = Attention(self.configs, self.execution, self.lora, name="attn")(normed, cache, call)
         xs = _add(xs, attended, gates)
-        normed, gates = self._norm("pre_ffw_norm", xs, context.cond)
+        normed, gates = self._norm("pre_ffw_norm", xs, call.cond)
         fed = tuple(
             None if x is None else FeedForward(cfg, self.execution, self.lora, name=_named("mlp", i))(x)
             for i, (x, cfg) in enumerate(zip(normed, self.configs, strict=True))
@@ -167,7 +168,7 @@ class GemmaBlock(nn.Module):
 
 
 def norm_experts(name: str, xs: Tokens, cond: jax.Array | None, execution: Execution) -> tuple[Tokens, Tokens]:
-    """Norms the tokens of each expert, within the module that calls; returns them and the gates of their branches."""
+    """Normalises the tokens of each expert within the calling module; returns them and the gates of their branches."""
     normed, gates = (None, None), (None, None)
     if xs[0] is not None:
         y = OffsetRMSNorm(execution, name=name)(xs[0])
@@ -179,10 +180,10 @@ def norm_experts(name: str, xs: Tokens, cond: jax.Array | None, execution: Execu
 
 
 def _add(xs: Tokens, branches: Tokens, gates: Tokens) -> Tokens:
-    """The residual connection of each expert."""
+    """Returns `x + branch`, or `x + branch · gate`, for each expert."""
 
     def one(x, branch, gate):
-        return None if x is None else split_batch(x + (branch if gate is None else branch * gate))
+        return None if x is None else constrain_batch(x + (branch if gate is None else branch * gate))
 
     return tuple(one(*parts) for parts in zip(xs, branches, gates, strict=True))
 
@@ -224,6 +225,7 @@ class Gemma(nn.Module):
         self.final_norm_1 = AdaptiveRMSNorm(exe)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the embeddings `[..., width]` of token ids `[...]`."""
         return self.embedder(tokens)
 
     def __call__(
@@ -241,14 +243,14 @@ class Gemma(nn.Module):
             xs: embeddings of each expert's tokens.
             positions: int32 `[B, T]` of all tokens of this call, expert 0's first.
             masks: bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call.
-            cond: `[B, G, width]` of expert 1, see `Context`; needed where it has tokens.
-            cache: keys and values `[layers, B, P, K, D]` of an earlier call, to be attended to as well.
+            cond: `[B, G, width]` condition of expert 1, see `GemmaCall`; required where it has tokens.
+            cache: keys and values `[layers, B, P, K, D]` of an earlier call, which the tokens attend to as well.
 
         Returns:
             Hidden states after the final norms, and the keys and values `[layers, B, T, K, D]` of this call.
         """
         cos, sin = rotary_angles(positions, self.configs[0].head_dim, ROPE_THETA)
-        xs, new = self.layers(xs, cache, Context(cos, sin, tuple(masks), cond))
+        xs, new = self.layers(xs, cache, GemmaCall(cos, sin, tuple(masks), cond))
         first = None if xs[0] is None else self.final_norm(xs[0])
         second = None if xs[1] is None else self.final_norm_1(xs[1], cond)[0]
         return (first, second), new

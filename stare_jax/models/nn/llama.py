@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.nn.attention import KeyValue, attend, self_attend
-from stare_jax.models.nn.linear import Execution, Linear, scan_layers, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
 from stare_jax.models.nn.norms import RMSNorm
 from stare_jax.models.nn.rotary import rotary_angles, rotate
@@ -43,20 +43,20 @@ class LlamaConfig:
 
 
 class Cache(NamedTuple):
-    """What decoding one more token needs of the tokens before it.
+    """Keys and values of the tokens before the next one.
 
-    Every array has a leading axis of layers; where layers are run one by one (`unstack`), there is a tuple of
-    `KeyValue` without that axis instead.
+    Every array has a leading axis of layers. Where layers are run one by one (`unstack`), each field is a tuple of
+    `KeyValue`, one for every layer, without that axis.
     """
 
     prefix: KeyValue
-    """`[layers, B, P, K, D]`, complete: only read."""
+    """`[layers, B, P, K, D]`, complete; it is only read."""
     suffix: KeyValue
     """`[layers, B, M, K, D]`, filled from the left as tokens are decoded."""
 
 
-class Context(NamedTuple):
-    """What all layers share in one call."""
+class LlamaCall(NamedTuple):
+    """Arrays of one call that all layers read."""
 
     cos: jax.Array
     """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the new tokens."""
@@ -64,7 +64,7 @@ class Context(NamedTuple):
     masks: tuple[jax.Array | None, ...]
     """bool `[B, T, S]`, one for each segment of keys; None where causality alone decides."""
     index: jax.Array | int = 0
-    """decoding only: the slot of the suffix that the new token fills."""
+    """slot of the suffix that the new token fills; used in decoding alone."""
 
 
 class LlamaBlock(nn.Module):
@@ -73,31 +73,33 @@ class LlamaBlock(nn.Module):
     config: LlamaConfig
     execution: Execution
     lora: LoRAConfig | None = None
+    path_prefix: str = ""
+    """path of this layer, where it is applied by itself; adapters have their size by path."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, cache: Cache | None, call: LlamaCall) -> tuple[jax.Array, KeyValue]:
         """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
         cfg = self.config
-        linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora)
+        linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora, path_prefix=self.path_prefix)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
         for_query, for_key, for_value = normed, normed, normed
         if cache is not None:
-            # Else XLA's GPU compiler joins the three products and, for that, copies their weights for every token.
+            # Without the barrier XLA's GPU compiler joins the three products and copies their weights for every token.
             for_query, for_key, for_value = jax.lax.optimization_barrier((normed, normed, normed))
-        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), context.cos, context.sin)
-        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), context.cos, context.sin)
+        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), call.cos, call.sin)
+        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), call.cos, call.sin)
         new = KeyValue(key, linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
         if cache is None:
             implementation = self.execution.attention
-            attended = self_attend(query, new, *context.masks, is_causal=True, implementation=implementation)
+            attended = self_attend(query, new, *call.masks, is_causal=True, implementation=implementation)
         else:
-            new = jax.tree.map(partial(_write, index=context.index), cache.suffix, new)
-            attended = attend(query, [cache.prefix, new], context.masks)
+            new = jax.tree.map(partial(_write, index=call.index), cache.suffix, new)
+            attended = attend(query, [cache.prefix, new], call.masks)
         x = x + linear((cfg.width,), num_in_axes=2, name="o_proj")(attended)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
         gate = linear((cfg.mlp_dim,), name="gate_proj")(normed)
         gated = nn.silu(gate) * linear((cfg.mlp_dim,), name="up_proj")(normed)
-        return split_batch(x + linear((cfg.width,), name="down_proj")(gated)), new
+        return constrain_batch(x + linear((cfg.width,), name="down_proj")(gated)), new
 
 
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -108,9 +110,9 @@ def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Arr
 def unstack(layers: PyTree, depth: int) -> tuple[PyTree, ...]:
     """Returns the parameters of each layer as arrays of their own, copied out of their stack.
 
-    XLA's GPU compiler copies a layer out of the stack wherever a matrix product reads it, which for a single token is
-    most of the time that the product takes. Copies made here once serve all tokens; the barrier keeps XLA from
-    making them anew for each.
+    XLA's GPU compiler copies a layer out of the stack wherever a matrix product reads it, which takes most of the
+    product's time when there is a single token. The copies made here serve all tokens; the barrier keeps XLA from
+    making them again for each.
 
     Args:
         layers: leaves `[depth, ...]`.
@@ -120,7 +122,7 @@ def unstack(layers: PyTree, depth: int) -> tuple[PyTree, ...]:
 
 
 class OutputLayer(nn.Module):
-    """The product with as many columns of the output layer as are asked for."""
+    """The product with a range of columns of the output layer."""
 
     vocab_size: int
     param_dtype: str
@@ -135,8 +137,8 @@ class OutputLayer(nn.Module):
         product = partial(jnp.matmul, preferred_element_type=jnp.float32)
         logits = product(hidden, kernel[:, start:stop].astype(hidden.dtype))
         if (adapters := module_adapters(self, self.lora, shape[:1], shape[1:])) is not None:
-            a, b = (adapter.astype(hidden.dtype) for adapter in adapters)
-            logits = logits + self.lora.scale * product(hidden @ a, b[:, start:stop])
+            a, b = adapters.a.astype(hidden.dtype), adapters.b.astype(hidden.dtype)
+            logits = logits + adapters.scale * product(hidden @ a, b[:, start:stop])
         return logits
 
 
@@ -159,7 +161,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings `[..., width]` of token ids `[...]`."""
-        return split_batch(self.embed_tokens[tokens].astype(self.execution.dtype))
+        return constrain_batch(self.embed_tokens[tokens].astype(self.execution.dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Runs a whole sequence and returns its hidden states after the final norm; otherwise like `run`."""
@@ -169,12 +171,12 @@ class Llama(nn.Module):
     def run(
         self, x: jax.Array, mask: jax.Array, layers: Sequence[PyTree] | None = None
     ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...]]:
-        """Runs a whole sequence; padding takes no position, so it changes nothing for the tokens after it.
+        """Runs a whole sequence; padding takes no position, so tokens after it are not affected.
 
         Args:
             x: `[B, T, width]` embeddings.
             mask: bool `[B, T]`, False on padding; the first token is real. With cuDNN's attention padding comes last.
-            layers: `unstack`ed parameters to use instead of the stacked ones.
+            layers: parameters from `unstack`, used in place of the stacked ones.
 
         Returns:
             Hidden states before the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`, or of each
@@ -185,15 +187,16 @@ class Llama(nn.Module):
         allowed = None
         if self.execution.attention == "xla":
             allowed = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) & mask[:, None]
-        return self._run_layers(x, None, Context(cos, sin, (allowed,)), layers)
+        return self._run_layers(x, None, LlamaCall(cos, sin, (allowed,)), layers)
 
-    def _run_layers(self, x: jax.Array, cache: Cache | None, context: Context, layers: Sequence[PyTree] | None):
+    def _run_layers(self, x: jax.Array, cache: Cache | None, call: LlamaCall, layers: Sequence[PyTree] | None):
         if layers is None:
-            return self.layers(x, cache, context)
-        block, kept = LlamaBlock(self.config, self.execution, self.lora, parent=None), []
+            return self.layers(x, cache, call)
+        path_prefix = "/".join((*self.path, "layers"))
+        block, kept = LlamaBlock(self.config, self.execution, self.lora, path_prefix, parent=None), []
         for i, params in enumerate(layers):
             layer_cache = None if cache is None else Cache(cache.prefix[i], cache.suffix[i])
-            x, new = block.apply({"params": params}, x, layer_cache, context)
+            x, new = block.apply({"params": params}, x, layer_cache, call)
             kept.append(new)
         return x, tuple(kept)
 
@@ -211,7 +214,7 @@ class Llama(nn.Module):
             x: `[B, 1, width]` embedding of the token.
             cache: keys and values of the prefix, and of the `index` tokens decoded since.
             mask: bool `[B, P]` of the prefix, False on padding.
-            index: how many tokens were decoded before this one, in [0, M).
+            index: number of tokens decoded before this one, in [0, M).
             layers: as in `run`; the cache is of the same kind.
 
         Returns:
@@ -221,9 +224,9 @@ class Llama(nn.Module):
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         num_slots = jax.tree.leaves(cache.suffix)[0].shape[-3]
         is_decoded = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
-        x, suffix = self._run_layers(x, cache, Context(cos, sin, (mask[:, None], is_decoded), index), layers)
+        x, suffix = self._run_layers(x, cache, LlamaCall(cos, sin, (mask[:, None], is_decoded), index), layers)
         return self.norm(x), cache._replace(suffix=suffix)
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
         """Returns float32 logits `[..., stop - start]` of the token ids in [start, stop)."""
-        return self.lm_head(split_batch(hidden), start, stop)
+        return self.lm_head(constrain_batch(hidden), start, stop)

@@ -25,7 +25,7 @@ from stare_jax.models.bins import (
     score_bins,
 )
 from stare_jax.models.nn.llama import unstack
-from stare_jax.models.nn.lora import store_frozen
+from stare_jax.models.nn.lora import check_patterns, store_frozen
 from stare_jax.models.normalize import (
     check_stats,
     is_constant_action,
@@ -36,7 +36,7 @@ from stare_jax.models.normalize import (
 from stare_jax.models.openvla.network import OpenVLA, OpenVLAConfig, Scene
 from stare_jax.models.openvla.presets import all_frozen_patterns
 from stare_jax.models.openvla.prompt import make_tokenize, observation_shape, read_observation
-from stare_jax.models.openvla.sharding import sharding_rules
+from stare_jax.models.openvla.sharding import adaptable_modules, sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import Array, NormStats, Observation, PyTree
 
@@ -46,12 +46,15 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
 
     Args:
         config: sizes and choices.
-        norm_stats: of actions `[A]` and states `[S]`.
+        norm_stats: statistics of actions `[A]` and states `[S]`.
 
     Raises:
-        ValueError: the statistics are of another number of dimensions than the config.
+        ValueError: the statistics have another number of dimensions than the configuration, or a pattern of its
+            adapters matches no product of the network.
     """
     check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
+    if config.lora is not None:
+        check_patterns(config.lora, adaptable_modules(config))
     network = OpenVLA(config)
     return Policy(
         init=functools.partial(_init, network, norm_stats),

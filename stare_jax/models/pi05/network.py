@@ -7,38 +7,37 @@ The chunk follows from an ordinary differential equation in the flow time t, fro
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.config import check_at_least, check_choices
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
 from stare_jax.models.nn.heads import NoiseHead, ValueHead
-from stare_jax.models.nn.linear import Execution, Linear, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
 
 Scene = tuple[jax.Array, ...] | jax.Array
-"""What the network sees: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
+"""Input of the network besides text: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
-"""of the sines and cosines that a flow time becomes."""
+"""least and largest period of the sines and cosines of `time_embedding`."""
 _PREFIX = r"^(?:PaliGemma/(?:img/|llm/(?!.*_1/))|stem/|state_embed/)"
 """regex of the parameters that images and text go through."""
-
-NOISES = ("ode", "sde", "learned")
-CRITICS = ("shared", "detached", "state")
-PREFERENCES = ("flow", "chain")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pi05Config:
-    """Everything that `make_pi05` needs to know; presets: `pi05_base()`, `pi05_tiny()`, `pi05_state()`."""
+    """Sizes and choices of a pi0.5 policy; `models/pi05/presets.py` has those of published checkpoints."""
 
     siglip: SigLIPConfig | None
-    """None where `state_tokens` replace the images."""
+    """vision tower; None where `state_tokens` replace the images."""
     paligemma: GemmaConfig
     expert: GemmaConfig
     vocab_size: int
@@ -49,48 +48,51 @@ class Pi05Config:
     prompt_length: int
     """tokens of the padded prompt."""
     window: int
-    """H, actions of a chunk that is predicted."""
+    """H, actions that one decision predicts."""
     chunk: int
-    """C, actions of it that are executed before the next is predicted."""
+    """C, actions of the window that are executed before the next decision."""
     model_action_dim: int = 32
     """numbers of an action in the network, of which the robot's are the first; 32 in all published weights."""
     action_dim: int = 7
+    """A, numbers of the robot's action."""
     state_dim: int = 0
+    """S, numbers of the robot's state; 0 where the policy reads none."""
     cameras: tuple[str, ...] = ("3rd_view_camera",)
-    """in the order of base, left wrist, right wrist. One that is missing is left out: what openpi makes of a masked
-    image, which no token sees and which takes no position."""
+    """names of the cameras, in the order of base, left wrist, right wrist. A camera that the robot does not have is
+    left out of the list. openpi masks its image instead, which gives the same numbers: no token sees a masked image,
+    and it takes no position. Every camera in the list has to be in the observation."""
     image_size: int = 224
-    """images of another size are shrunk or enlarged to fit, and padded with black."""
+    """side of the square image, in pixels; images of another size are resized to fit and padded with black."""
     stem: tuple[int, ...] = ()
     """channels of a convolutional stem that the tower reads instead of the image; empty has none."""
     state_tokens: int = 0
-    """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
+    """number of tokens into which the state is embedded in place of images; 0 uses images."""
     num_denoising_steps: int = 10
-    """N, from noise to a chunk."""
-    noise: str = "sde"
-    """what makes sampling random besides the noise it starts from, at a temperature above 0: "sde", one step of
-    Flow-SDE, drawn for every row; "learned", all steps, with the deviations of Flow-Noise; "ode", nothing, so that
-    there is no log-probability to speak of, and no PPO."""
+    """N, steps from noise to actions."""
+    noise: Literal["ode", "sde", "learned"] = "sde"
+    """randomness of sampling besides the noise at the start, at temperatures above 0: "sde" makes one step of each row
+    random (Flow-SDE), "learned" all steps, with deviations from a head (Flow-Noise), "ode" none, so that decisions have
+    no log-probability and PPO is not possible."""
     noise_level: float = 0.5
     """a of Flow-SDE."""
     noise_std: tuple[float, float] = (0.08, 0.16)
     """least and largest deviation of Flow-Noise."""
-    preference: str = "flow"
-    """how preference learning scores actions: "flow", by the error of the velocity at noise and times that are shared
-    by policy, reference and both sides of a pair; "chain", by the density of the chain that the policy drew."""
+    preference: Literal["flow", "chain"] = "flow"
+    """score of actions in preference learning: "flow" is the error of the velocity at noises and times that policy,
+    reference and both sides of a pair share; "chain" is the density of the chain that the policy drew."""
     pad_actions: bool = True
-    """whether imitation learns to repeat an episode's last action beyond its end, as openpi's does, or leaves what is
-    beyond out of the loss."""
+    """True teaches the policy to repeat an episode's last action beyond its end, as openpi does; False leaves actions
+    beyond the end out of the loss."""
     value_dims: tuple[int, ...] = (1024, 512, 256)
-    critic: str = "shared"
-    """what the value head reads: "shared", the mean of PaliGemma's valid tokens; "detached", the same without passing a
-    gradient on; "state", the state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
+    critic: Literal["shared", "detached", "state"] = "shared"
+    """input of the value head: "shared", the mean of PaliGemma's valid tokens; "detached", the same without a gradient;
+    "state", the state, also where the policy does not see it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
-    """adapters of both experts, trained in place of PaliGemma's and the expert's layers."""
+    """adapters of both language models, trained in place of their layers; `presets.LORA` is openpi's recipe."""
     frozen_patterns: tuple[str, ...] = ()
-    """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
-    `execution.dtype`, what is trained in `execution.param_dtype`. `PALIGEMMA` leaves the expert alone to be trained."""
+    """regexes of parameters that no phase trains, in addition to those that adapters freeze; frozen parameters have
+    the type `execution.dtype`, trained ones `execution.param_dtype`. `presets.PALIGEMMA` freezes all but the expert."""
 
     def __post_init__(self):
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -100,20 +102,16 @@ class Pi05Config:
         self._check_scene()
         if self.execution.attention != "xla":
             raise ValueError(f"execution.attention: got {self.execution.attention!r}, expected 'xla' for pi0.5")
-        choices = {"noise": NOISES, "critic": CRITICS, "preference": PREFERENCES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        check_choices(self)
         if self.preference == "chain" and self.noise != "learned":
             raise ValueError(f"preference: got 'chain', expected 'flow' with noise {self.noise!r}")
         if "{instruction}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
         if not self.state_dim and ("{state}" in self.prompt_template or self.critic == "state" or self.state_tokens):
             raise ValueError("state_dim: got 0, expected > 0 for a prompt, a critic or tokens that show the state")
-        least = {"window": 1, "num_denoising_steps": 1, "action_dim": 1, "prompt_length": 2, "state_dim": 0}
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
+        check_at_least(self, 2, "prompt_length")
+        check_at_least(self, 1, "window", "num_denoising_steps", "action_dim")
+        check_at_least(self, 0, "state_dim", "state_tokens")
         if not 1 <= self.chunk <= self.window:
             raise ValueError(f"chunk: got {self.chunk}, expected in [1, {self.window}], the window")
         if self.model_action_dim < self.action_dim:
@@ -173,11 +171,11 @@ class Pi05(nn.Module):
         cfg, width = self.config, self.config.expert.width
         self.PaliGemma = PaliGemma(cfg)
         # Outside the bfloat16 part, as the flow is integrated in float32.
-        exact = dataclasses.replace(cfg.execution, dtype="float32")
-        self.action_in_proj = Linear((width,), exact)
-        self.action_out_proj = Linear((cfg.model_action_dim,), exact)
-        self.time_mlp_in = Linear((width,), exact)
-        self.time_mlp_out = Linear((width,), exact)
+        exact = partial(Linear, execution=cfg.execution, is_exact=True)
+        self.action_in_proj = exact((width,))
+        self.action_out_proj = exact((cfg.model_action_dim,))
+        self.time_mlp_in = exact((width,))
+        self.time_mlp_out = exact((width,))
         if cfg.state_tokens:
             self.state_embed = Linear((cfg.state_tokens, cfg.paligemma.width), cfg.execution)
         else:
@@ -202,7 +200,7 @@ class Pi05(nn.Module):
         """Returns embeddings `[B, P, width]` of scene and text, in this order, and which are valid, bool `[B, P]`.
 
         Args:
-            scene: what is seen.
+            scene: images of all cameras, or the state.
             scene_mask: bool `[B, cameras]`, False where an image is missing; None where none is.
             tokens: int32 `[B, L]`.
             token_mask: bool `[B, L]`, False on padding.
@@ -228,10 +226,10 @@ class Pi05(nn.Module):
         return hidden, cache, valid
 
     def condition(self, time: jax.Array) -> jax.Array:
-        """Returns what flow times `[...]` modulate the expert's norms by, float32 `[..., width]`."""
-        embedding = split_batch(time_embedding(time, self.config.expert.width))
-        hidden = nn.swish(split_batch(self.time_mlp_in(embedding)))
-        return nn.swish(split_batch(self.time_mlp_out(hidden)))
+        """Returns the condition of the expert's norms, float32 `[..., width]`, for flow times `[...]`."""
+        embedding = constrain_batch(time_embedding(time, self.config.expert.width))
+        hidden = nn.swish(constrain_batch(self.time_mlp_in(embedding)))
+        return nn.swish(constrain_batch(self.time_mlp_out(hidden)))
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
         """Returns hidden states `[B, G, H, width]` of noisy chunks `[B, G, H, A]` at times `[B, G]` after a prefix."""
@@ -251,11 +249,17 @@ class Pi05(nn.Module):
         return self.action_out_proj(hidden.astype(jnp.float32))
 
     def deviation(self, hidden: jax.Array) -> jax.Array:
-        """Returns what the noise head makes of hidden states `[..., H, width]`, float32 `[..., H, A]`."""
+        """Returns the noise head's output float32 `[..., H, A]` for hidden states `[..., H, width]`."""
         return self.noise_head(hidden)
 
     def value(self, hidden: jax.Array, valid: jax.Array, state: jax.Array) -> jax.Array:
-        """Returns float32 `[B]` from what `config.critic` names: hidden states `[B, P, width]`, or state `[B, S]`."""
+        """Returns float32 `[B]` from the input that `config.critic` selects.
+
+        Args:
+            hidden: `[B, P, width]` of the prefix.
+            valid: bool `[B, P]`, False on padding, which the mean leaves out.
+            state: float32 `[B, S]`, scaled.
+        """
         if self.config.critic == "state":
             return self.value_head(state)
         hidden = hidden.astype(jnp.float32)
@@ -285,8 +289,10 @@ class Pi05(nn.Module):
         (prefix, hidden), _ = self.PaliGemma.llm(xs, _positions(all_valid), [mask], cond=cond)
         return self.velocity(hidden), prefix, hidden
 
-    def touch(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array) -> None:
-        """Uses every parameter, for initialisation."""
+    def init_pass(
+        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
+    ) -> None:
+        """Uses every parameter; `init` makes the parameters by this method."""
         _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))
         self.value(prefix, jnp.ones(prefix.shape[:2], bool), state)
         if self.config.noise == "learned":
@@ -299,6 +305,11 @@ def _positions(valid: jax.Array) -> jax.Array:
 
 
 def has_frozen_prefix(names: Iterable[str], frozen_patterns: Sequence[str]) -> bool:
-    """Returns whether nothing is trained that images and text go through, of parameters with these paths."""
+    """Returns whether all parameters that images and text go through are frozen, so that a prefix never changes.
+
+    Args:
+        names: paths of the model's parameters.
+        frozen_patterns: regexes of the frozen ones.
+    """
     prefix = [name for name in names if re.search(_PREFIX, name)]
     return all(any(re.search(pattern, name) for pattern in frozen_patterns) for name in prefix)

@@ -1,8 +1,8 @@
-"""Where pi0.5's parameters live.
+"""Layout of pi0.5's parameters: one table of (regex over the path, PartitionSpec), axes `fsdp` and `tensor`.
 
-One table of (regex over the path, PartitionSpec) over the axes `fsdp` and `tensor`: heads and hidden units are split
+Heads and hidden units are split
 over `tensor`, the other side of each product over `fsdp`. PaliGemma has one key-value head, which every device of a
-`tensor` group keeps. Adapters are split as the weight beside them, but for the axis of their rank.
+`tensor` group keeps. Adapters are split like the weight beside them, except for the axis of their rank.
 """
 
 from jax.sharding import PartitionSpec as P
@@ -13,7 +13,7 @@ Rule = tuple[str, P]
 
 
 def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
-    """Returns the rules of the model's parameters, and no others."""
+    """Returns the rules of the model's parameters: every parameter has one, and every rule a parameter."""
     rules = [
         (r"llm/embedder/input_embedding$", P(("tensor", "fsdp"))),
         (r"llm/.*norm/scale$", P()),
@@ -30,15 +30,17 @@ def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
             rules.append((r"stem/conv_\d+/(kernel|bias)$", P()))
     for path, (*stack, inputs, outputs) in _WEIGHTS.items():
         rules.append((rf"{path}$", P(None, *stack, inputs, outputs)))
-        module = path.removesuffix("/w").replace("(_1)?", "")
-        experts = [
-            name for name in (module, _second(module)) if config.lora and config.lora.adapts(f"PaliGemma/{name}")
-        ]
-        for name in experts:
-            beside = f"{name}/" if path.endswith("/w") else f"{name}_"
-            rules.append((rf"PaliGemma/{beside}lora_a$", P(None, *stack, inputs, None)))
-            rules.append((rf"PaliGemma/{beside}lora_b$", P(None, *stack, None, outputs)))
+        for module in _modules(path):
+            if config.lora is not None and config.lora.adapts(module):
+                beside = f"{module}/" if path.endswith("/w") else f"{module}_"
+                rules.append((rf"{beside}lora_a$", P(None, *stack, inputs, None)))
+                rules.append((rf"{beside}lora_b$", P(None, *stack, None, outputs)))
     return tuple(rules)
+
+
+def adaptable_modules() -> tuple[str, ...]:
+    """Returns the module paths of all products that can have adapters: those of both language models."""
+    return tuple(module for path in _WEIGHTS for module in _modules(path))
 
 
 _WEIGHTS = {
@@ -48,13 +50,13 @@ _WEIGHTS = {
     "llm/layers/mlp(_1)?/gating_einsum": (None, "fsdp", "tensor"),
     "llm/layers/mlp(_1)?/linear": ("tensor", "fsdp"),
 }
-"""weights of both experts by path: mesh axes of all axes but that of the layers, the input's and output's last."""
+"""weights of both experts by path: mesh axes of all their axes after that of the layers; input and output come last."""
 
 
-def _second(module: str) -> str:
-    """Returns the module's name in the action expert."""
-    head, name = module.rsplit("/", 1)
-    return f"{head}/{name}_1" if "/attn" in head else f"{head}_1/{name}"
+def _modules(path: str) -> tuple[str, str]:
+    """Returns the module paths in PaliGemma and in the action expert of a key of `_WEIGHTS`."""
+    module = f"PaliGemma/{path.removesuffix('/w')}"
+    return module.replace("(_1)?", ""), module.replace("(_1)?", "_1")
 
 
 def _tower_rules() -> list[Rule]:

@@ -128,7 +128,7 @@ def _init(config: Pi05Config, key: jax.Array) -> PyTree:
     scene = state if config.state_tokens else (jnp.zeros((1, size, size, 3)),) * len(config.cameras)
     tokens = jnp.zeros((1, config.prompt_length), jnp.int32)
     noisy = jnp.zeros((1, config.window, config.model_action_dim))
-    variables = Pi05(config).init(key, scene, tokens, tokens == 0, state, noisy, method="touch")
+    variables = Pi05(config).init(key, scene, tokens, tokens == 0, state, noisy, method="init_pass")
     return variables["params"]
 
 
