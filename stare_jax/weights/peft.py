@@ -16,10 +16,9 @@ import numpy as np
 
 from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
-from stare_jax.weights.openvla.config import write_json
-from stare_jax.weights.openvla.export import merge_tensor
-from stare_jax.weights.openvla.side_files import ADAPTER, ADAPTER_MODEL, UNUSED, Base, copy_side_files, keep_aside
-from stare_jax.weights.openvla.table import adapter_table, leaf_shapes, tensor_table
+from stare_jax.weights.format import Opened
+from stare_jax.weights.merge import merge_tensor
+from stare_jax.weights.openvla.table import adapter_table, tensor_table
 from stare_jax.weights.safetensors_folder import (
     Spec,
     Stored,
@@ -30,9 +29,18 @@ from stare_jax.weights.safetensors_folder import (
     read_json,
     write_file,
 )
-from stare_jax.weights.tensor_table import Entry, Leaves, table_specs, table_values, to_checkpoint
+from stare_jax.weights.side_files import (
+    ADAPTER,
+    ADAPTER_MODEL,
+    RECORD,
+    UNUSED,
+    copy_side_files,
+    keep_aside,
+    write_json,
+)
+from stare_jax.weights.tensor_table import Entry, Leaves, leaf_shapes, table_specs, table_values, to_checkpoint
 
-ADAPTER_CONFIG, KEPT_RECORD = "adapter_config.json", "kept.json"
+ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _COPY, _SUFFIX_A = ".base_layer.weight", ".lora_A.weight"
 
@@ -89,7 +97,7 @@ def read_lora(folder: Path) -> LoRAConfig:
         raise WeightsError(f"{file}: {error}") from error
 
 
-def open_adapter(folder: Path, base: Base) -> Adapter:
+def open_adapter(folder: Path, base: Opened) -> Adapter:
     """Finds an adapter's tensors and compares them with what its configuration and the base model ask for.
 
     Args:
@@ -148,7 +156,7 @@ def _targets(adapted: Collection[str], everything: Collection[str]) -> tuple[str
     return tuple(f"^{module}$" for module in sorted(adapted))
 
 
-def _unused_specs(base: Base, tensors: Collection[str], rank: int, dtype: str) -> dict[str, Spec]:
+def _unused_specs(base: Opened, tensors: Collection[str], rank: int, dtype: str) -> dict[str, Spec]:
     """Returns the adapters of modules that are never run, for those that have any."""
     specs = {}
     for name, stored in base.unused.items():
@@ -180,13 +188,11 @@ def keep_adapter(adapter: Adapter, kept: Path) -> list[str]:
     Returns:
         The names of what is left behind.
     """
-    left = keep_aside(adapter.folder, adapter.unused, kept / ADAPTER)
     record = {"modules": sorted(set(map(module_of, adapter.table))), "dtype": adapter.dtype, "copies": adapter.copies}
-    write_json(kept / ADAPTER / KEPT_RECORD, record)
-    return left
+    return keep_aside(adapter.folder, adapter.unused, record, kept / ADAPTER)
 
 
-def kept_adapter(base: Base, config: OpenVLAConfig, adapted: Collection[str]) -> Path | None:
+def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) -> Path | None:
     """Returns where an adapter is kept, if it is of the same modules, rank and alpha as the one that is exported.
 
     Args:
@@ -195,16 +201,16 @@ def kept_adapter(base: Base, config: OpenVLAConfig, adapted: Collection[str]) ->
         adapted: the paths of its adapters.
     """
     kept = base.folder / ADAPTER
-    if not (kept / KEPT_RECORD).exists():
+    if not (kept / RECORD).exists():
         return None
     lora = read_lora(kept)
     is_same = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_same &= read_json(kept / KEPT_RECORD)["modules"] == sorted(set(map(module_of, adapted)))
+    is_same &= read_json(kept / RECORD)["modules"] == sorted(set(map(module_of, adapted)))
     return kept if is_same else None
 
 
 def write_adapter(
-    to: Path, base: Base, config: OpenVLAConfig, leaves: Leaves, *, adapted: Collection[str], dtype: str | None = None
+    to: Path, base: Opened, config: OpenVLAConfig, leaves: Leaves, *, adapted: Collection[str], dtype: str | None = None
 ) -> None:
     """Writes an adapter folder, one leaf in memory at a time.
 
@@ -225,8 +231,8 @@ def write_adapter(
         modules = [name.removesuffix(_SUFFIX_A) for name in names if name.endswith(_SUFFIX_A)]
         write_json(to / ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
-        record, unused = read_json(kept / KEPT_RECORD), list_file(kept / UNUSED)
-        copy_side_files(kept, to, skip=(KEPT_RECORD,))
+        record, unused = read_json(kept / RECORD), _kept_unused(kept)
+        copy_side_files(kept, to)
     dtype = dtype or record["dtype"]
     specs = table_specs(table, leaf_shapes(config), dtype)
     specs |= {name: Spec(dtype, stored.spec.shape) for name, stored in unused.items()}
@@ -240,7 +246,7 @@ def write_adapter(
     write_file(to / ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
 
 
-def _base_tensor(name: str, base: Base, config: OpenVLAConfig, leaves: Leaves) -> np.ndarray:
+def _base_tensor(name: str, base: Opened, config: OpenVLAConfig, leaves: Leaves) -> np.ndarray:
     if name in base.unused:
         return read(base.unused[name])
     (path, entry), *_ = (item for item in tensor_table(config).items() if name in item[1].names)
@@ -270,9 +276,13 @@ def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _kept_unused(kept: Path) -> dict[str, Stored]:
+    return list_file(kept / UNUSED) if (kept / UNUSED).exists() else {}
+
+
 def merge_kept(kept: Path | None, lora: LoRAConfig) -> Callable[[str, np.ndarray], np.ndarray]:
     """Returns a function that puts the kept adapters of tensors that are never run into them, as PEFT's merge does."""
-    adapters: Mapping[str, Stored] = {} if kept is None else list_file(kept / UNUSED)
+    adapters: Mapping[str, Stored] = {} if kept is None else _kept_unused(kept)
 
     def merge(name: str, tensor: np.ndarray) -> np.ndarray:
         module = name.removesuffix(".weight")
