@@ -5,8 +5,8 @@ first; then PPO updates the policy on the second alone, at several learning rate
 of the surrogate, ratio times advantage, in units of the advantage's standard deviation, an action: `trained` on the
 decisions of the update, `unseen` on those of the third batch, with its standard error: what the update is worth.
 
-    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_sta_ppo/sft
-    python benchmarks/ppo_carryover.py --sft runs/ipi_pushcube_sta_ppo/sft --rates 1e-5 1e-4 --epochs 1 4 --json OUT
+    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_zero/sft
+    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4
 """
 
 import argparse

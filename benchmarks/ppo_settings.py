@@ -1,10 +1,10 @@
-"""What does each setting of PPO pay? Short runs from one imitation of PushCube, each with one thing changed.
+"""Compares settings of PPO: short runs from one imitation of PushCube, each with one thing changed.
 
-The policy sees the low-dimensional state. A run takes about 20 thousand environment steps, a tenth of what the
-configuration has, so the numbers say how fast a setting learns, not where it ends. `before` is the imitation and
-`after` the policy at the end, sampled at temperature 1 on the same 300 episodes. Runs are kept and not repeated. Once
-the first row is there, several processes can share the others with `--only`, each with imitations of its own; the table
-shows all in the folder.
+The base is `configs/study_pushcube_state.py:zero`, STA-PPO from the low-dimensional state with potentials that end at
+zero. A run takes about 20 thousand environment steps, a tenth of a run of the configuration, so the numbers say how
+fast a setting learns, not where it ends. `before` is the imitation, `after` the policy at the end, both sampled at
+temperature 1 on the same 300 episodes. Runs are kept and not repeated. Once the first row is there, several processes
+can share the others with `--only`, each with imitations of its own; the table shows all runs in the folder.
 
     python benchmarks/ppo_settings.py --out runs/ppo_settings --json benchmarks/results/ppo_settings_cpu.json
     taskset -c 0 python benchmarks/ppo_settings.py --out runs/ppo_settings --only critic_shared critic_detached
@@ -25,6 +25,7 @@ import numpy as np
 
 from stare_jax.logging import last_lines, read_metrics
 
+VARIANT = "zero"
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 NUM_ITERATIONS = 12
 CONTROLLED = {"num_iterations": NUM_ITERATIONS, "checkpoint_every": NUM_ITERATIONS}
@@ -72,13 +73,15 @@ SETTINGS = {
     ),
     "batch_192": Setting("batch", "192 episodes, 6 iterations", {"num_episodes": 192, "num_iterations": 6}),
     "num_steps": Setting("episodes", "1500 steps, cut episodes bootstrapped", {"num_steps": 1500}),
-    "bootstrap": Setting("episodes", "time limit bootstrapped", {"time_limit": "bootstrap"}),
+    "bootstrap": Setting(
+        "episodes", "time limit bootstrapped, potential kept", {"time_limit": "bootstrap", "terminal_potential": "keep"}
+    ),
 }
 
 
 def config_flags(overrides: dict) -> list[str]:
     """Returns the configuration and what is changed in it, as `launch/train.py` takes them."""
-    config = f"--config={TRAIN.parents[1] / 'configs' / 'study_pushcube_state.py'}"
+    config = f"--config={TRAIN.parents[1] / 'configs' / 'study_pushcube_state.py'}:{VARIANT}"
     return [config, *(f"--config.{name}={value}" for name, value in overrides.items())]
 
 

@@ -6,21 +6,24 @@
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,full --plan    # all weights, not adapters
     python launch/train.py --config=configs/ipi_maniskill.py:pi05 --plan                 # the action expert alone
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,pi05,lora --plan
+    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,ppo --plan     # without shaping
+    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,paper --plan   # the paper's potentials
 
-The paper reports 96.4 % over PushCube, PullCube, StackCube and LiftPegUpright (table 2), on 300 episodes of 30 actions.
-A node of eight 80 GB accelerators; `--plan` prints what goes where.
+The paper reports 96.4 % over PushCube, PullCube, StackCube and LiftPegUpright (table 2), on 300 episodes of 30 actions;
+nobody has run this here. A node of eight 80 GB accelerators; `--plan` prints how the model is laid out.
 """
 
-from configs.common import base_config, split_variant
-from configs.recipes import WORDS, make_model, set_recipe
+from configs.presets import WORDS, base_config, make_model, set_recipe, split_variant
 from stare_jax.envs import EnvConfig
 
 TASKS = ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
 
 
 def get_config(variant: str = ""):
-    """`variant` is one of the four Franka tasks, PushCube if none, and words of `recipes.WORDS`, comma-separated."""
+    """Returns the configuration; `variant` is a task, PushCube if none, and `presets.WORDS`, comma-separated."""
     env_id, words = split_variant(variant, tasks=TASKS, words=WORDS)
     env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=30, image_size=224)
     name = "_".join(["ipi", env_id, *sorted(words)])
-    return set_recipe(base_config(env, make_model(words, camera="base_camera"), name=name))
+    config = base_config(env, make_model(words, camera="base_camera"), name=name)
+    set_recipe(config, words)
+    return config

@@ -1,26 +1,25 @@
-"""Imitation of a real robot's demonstrations, Bridge V2 or another data set that was imported from RLDS.
+"""Imitation of a real robot's demonstrations: Bridge V2, or another data set that was imported from RLDS.
 
     python launch/import_rlds.py --data=~/tfds/bridge_dataset/1.0.0 --name=bridge_orig --image-size=64 --out=data/bridge
     python launch/train.py --config=configs/sft_bridge.py --config.demos_from=data/bridge
     python launch/train.py --config=configs/sft_bridge.py:7b --config.demos_from=data/bridge_224 \\
         --config.init_from=/path/to/openvla-7b
 
-Nothing is evaluated, so that no simulator is needed; `--config.evaluation.num_episodes=100` does it in the simulated
+Nothing is evaluated, so no simulator is needed. `--config.evaluation.num_episodes=100` evaluates in the simulated
 WidowX, in the task that is named after a comma: `--config=configs/sft_bridge.py:tiny,PutSpoonOnTableClothInScene-v1`.
-The tiny policy, a million parameters, shows on two CPU cores that all works, and no more; the 7B one has OpenVLA's own
-settings and wants a node of eight 80 GB accelerators, see `--plan`.
+The tiny policy, a million parameters on two CPU cores, only shows that everything works; no success is expected of it.
+The 7B one has OpenVLA's own settings and needs a node of eight 80 GB accelerators, see `--plan`.
 """
 
 import dataclasses
 
-from configs.common import base_config
-from configs.recipes import make_model
+from configs.presets import base_config, imitation_on_cpu, make_model, set_node
 from stare_jax.envs import EnvConfig
 from stare_jax.models import openvla_tiny
 
 
 def get_config(arg: str = "tiny"):
-    """`arg` is "tiny" or "7b", then, after a comma, one of the WidowX tasks."""
+    """Returns the configuration; `arg` is "tiny" or "7b", then, after a comma, one of the WidowX tasks."""
     preset, _, env_id = arg.partition(",")
     if preset not in ("tiny", "7b"):
         raise ValueError(f"sft_bridge: got {preset!r}, expected 'tiny' or '7b'")
@@ -40,15 +39,13 @@ def get_config(arg: str = "tiny"):
     config.demos_of = "bridge_orig"
     config.evaluation.num_episodes = 0
 
-    config.sft.num_steps = 2000
-    config.sft.optimizer.learning_rate = 1e-3 if is_tiny else 2e-5
     if is_tiny:
-        config.sft.optimizer.schedule = "cosine"
-        config.sft.optimizer.warmup_steps = 50
+        imitation_on_cpu(config, num_steps=2000)
     else:
+        config.sft.num_steps = 2000
+        config.sft.optimizer.learning_rate = 2e-5
         config.sft.optimizer.weight_decay = 0.0
         config.sft.batch_size = 256
         config.sft.microbatch_size = 64
-        config.mesh.fsdp = 8
-        config.mesh.data = -1
+        set_node(config)
     return config

@@ -51,8 +51,23 @@ def go_on_command() -> str:
     return command.repeat_command([*sys.argv[1:], *([] if _RESUME.value else ["--resume"])])
 
 
+def print_help() -> None:
+    """Prints the examples, the flags, and every field of a configuration that takes one of a few words."""
+    from stare_jax.config import list_choices
+    from stare_jax.runs.config import RunConfig
+
+    print(__doc__)
+    print(flags.FLAGS.main_module_help())
+    print("\nEvery field of the configuration is a flag, --config.section.field=VALUE. Some take one of a few words:")
+    for path, allowed in list_choices(RunConfig).items():
+        print(f"  --{path}: {', '.join(map(str, allowed))}")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; a field that does not exist, or a value that does not fit, is one line and not a traceback."""
+    if {"--help", "-h", "-help", "--helpfull"} & set(argv):
+        print_help()
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         _ = _CONFIG.value.name  # a file that is not there is found out here

@@ -30,6 +30,18 @@ def choices(hint: Any) -> tuple[Any, ...]:
     return ()
 
 
+def list_choices(cls: type, *, path: str = "config") -> dict[str, tuple[Any, ...]]:
+    """Returns path -> choices of every `Literal` field of a dataclass and of those inside it, for a command's help."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if allowed := choices(hint):
+            found[f"{path}.{name}"] = allowed
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                found |= list_choices(inner, path=f"{path}.{name}")
+    return found
+
+
 def check_choices(config: Any) -> None:
     """Checks every `Literal` field of a dataclass; called from its `__post_init__`.
 

@@ -1,10 +1,11 @@
 """Dataclasses to dicts and back; every mistake names its field."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 
-from stare_jax.config import ConfigError, from_dict, to_dict
+from stare_jax.config import ConfigError, check_at_least, check_choices, from_dict, list_choices, to_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +61,55 @@ def test_integers_become_floats_where_floats_are_expected():
 def test_mistakes_name_their_field(values, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(Outer, values)
+
+
+Colour = Literal["red", "blue"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Painted:
+    colour: Colour = "red"
+    lining: Colour | None = None
+    count: int = 1
+    share: float | None = None
+
+    def __post_init__(self):
+        check_choices(self)
+        check_at_least(self, 1, "count", "share")
+
+
+@dataclasses.dataclass(frozen=True)
+class House:
+    front: Painted = Painted()
+    back: Painted | Other = Other()
+
+
+@pytest.mark.parametrize("build", [lambda values: Painted(**values), lambda values: from_dict(Painted, values)])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"colour": "green"}, r"colour: got 'green', expected one of \('red', 'blue'\)"),
+        ({"colour": None}, r"colour: got None, expected one of"),
+        ({"lining": "green"}, r"lining: got 'green', expected one of"),
+        ({"count": 0}, r"count: got 0, expected >= 1"),
+        ({"share": 0.5}, r"share: got 0.5, expected >= 1 or None"),
+        ({"share": float("nan")}, r"share: got nan, expected >= 1 or None"),
+    ],
+)
+def test_choices_are_said_once_and_checked_wherever_a_config_is_made(build, values, message):
+    with pytest.raises(ValueError, match=message):
+        build(values)
+
+
+def test_choices_that_are_allowed_pass():
+    assert from_dict(Painted, {"colour": "blue", "lining": None, "share": None}) == Painted(colour="blue")
+
+
+def test_choices_are_listed_for_help_by_path():
+    colours = ("red", "blue")
+    assert list_choices(House) == {
+        "config.front.colour": colours,
+        "config.front.lining": colours,
+        "config.back.colour": colours,
+        "config.back.lining": colours,
+    }

@@ -55,7 +55,7 @@ MATHEMATICS = ("jax", "chex", "numpy", "stare_jax")
 """All that stages and losses import besides the standard library."""
 
 NO_ROOMS = {"utils", "util", "common", "misc", "helpers"}
-FILE_CAPS = (("stare_jax/models/", 450), ("configs/", 90), ("", 350))
+FILE_CAPS = (("stare_jax/models/", 450), ("configs/presets.py", 260), ("configs/", 90), ("", 350))
 """Lines of a file, by the beginning of its path; the first that fits counts."""
 FUNCTION_CAP, LOOP_CAP = 50, 120
 LOOPS = ("train_sft", "train_tpo", "train_ppo", "run_ipi", "collect_episodes")
@@ -205,7 +205,7 @@ LAWFUL = [
     ("stare_jax/runs/ipi.py", "from stare_jax.evaluate import protocol\nfrom stare_jax import envs\n"),
     ("stare_jax/__init__.py", "from stare_jax.stages import separate\n"),
     ("launch/train.py", "from absl import app\nfrom stare_jax.runs.ipi import run_ipi\n"),
-    ("configs/common.py", "import ml_collections\n"),
+    ("configs/presets.py", "import ml_collections\n" + "x = 0\n" * 200),
     ("stare_jax/models/nn/vit.py", "x = 0\n" * 450),
     ("stare_jax/train/sft.py", "def f():\n    '''a\n" + "    b\n" * 200 + "    '''\n" + "    x = 0\n" * 49),
 ]

@@ -7,23 +7,35 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
 from stare_jax.config import from_dict
+from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.plan import plan_run
+from stare_jax.stages import get_task
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "quickstart": ("", "tcp", "pi05"),
-    "study_pushcube_state": ("ppo", "sta_ppo,pi05", "sta_ppo"),
+    "study_pushcube_state": ("ppo", "paper", "zero", "sta_ppo,pi05", "sta_ppo"),
+    "study_pushcube_images": ("ppo", "zero", "sta_ppo"),
     "ipi_pushcube": ("ppo", "sta_ppo"),
     "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
-    "ipi_maniskill": ("pi05", "PushCube-v1,full", "PullCube-v1", "StackCube-v1,pi05,lora", "LiftPegUpright-v1"),
+    "ipi_maniskill": (
+        "pi05",
+        "PushCube-v1,full",
+        "PullCube-v1,ppo",
+        "StackCube-v1,paper",
+        "StackCube-v1,pi05,lora",
+        "LiftPegUpright-v1",
+    ),
     "ipi_widowx": (
         "pi05",
+        "pi05,paper",
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1,pi05,full",
         "PutSpoonOnTableClothInScene-v1,full",
         "PutCarrotOnPlateInScene-v1",
@@ -45,7 +57,7 @@ def load(name: str, variant: str) -> RunConfig:
 
 
 def test_the_table_above_lists_every_configuration():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common", "recipes"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"presets"}
     assert files == set(VARIANTS)
 
 
@@ -54,6 +66,59 @@ def test_config_is_valid(name, variant):
     config = load(name, variant)
     assert config.env.horizon == (60 if name in ("ipi_widowx", "sft_bridge") else 30)
     assert config.stages == load(name, variant).stages
+
+
+def test_a_configuration_called_ipi_has_all_three_phases():
+    for name in VARIANTS:
+        assert (load(name, "").phases == ("sft", "tpo", "ppo")) == (name.startswith("ipi") or name == "quickstart")
+
+
+SHAPINGS = {  # shaping, progressive, terminal potential
+    "sta_ppo": (True, True, "keep"),
+    "ppo": (False, True, "keep"),
+    "paper": (True, False, "keep"),
+    "zero": (True, True, "zero"),
+}
+
+
+@pytest.mark.parametrize("name", ["study_pushcube_state", "study_pushcube_images", "ipi_maniskill", "ipi_widowx"])
+def test_the_algorithm_is_the_one_that_is_asked_for(name):
+    """Without a word it is STA-PPO with the defaults of the code; time limits are never bootstrapped."""
+    for algorithm, expected in SHAPINGS.items():
+        variant = "" if algorithm == "sta_ppo" else algorithm
+        if name.startswith("ipi") and algorithm == "zero":
+            continue  # not a word of the recipes
+        config = load(name, variant)
+        assert (config.ppo.shaping, config.stages.progressive, config.ppo.terminal_potential) == expected
+        assert config.ppo.time_limit == "terminate"
+        if algorithm == "sta_ppo":
+            assert config.stages == get_task(config.env.env_id).params
+
+
+@pytest.mark.parametrize("variant", ["", "pi05"])
+def test_recipes_clip_values_as_rl4vla_does(variant):
+    for name in ("ipi_maniskill", "ipi_widowx"):
+        config = load(name, variant)
+        assert (config.ppo.value_clip_eps, config.ppo.huber_delta) == (0.2, 10.0)
+
+
+def test_recipes_refuse_two_algorithms():
+    with pytest.raises(ValueError, match="variant: got paper, ppo, expected one of them"):
+        load("ipi_widowx", "ppo,paper")
+
+
+def test_pi05_sees_the_widowx_camera_between_black_bars_and_openvla_squeezed():
+    """The camera is 4:3: of 224 rows openpi leaves 28 black above the view and 28 below."""
+    camera = np.full((1, 480, 640, 3), 200, np.uint8)
+    expected = np.asarray(resize_with_pad(camera, 224))[0].max(axis=(1, 2)) == 0
+    assert expected.sum() == 56
+    for variant in ("pi05", "PutSpoonOnTableClothInScene-v1,pi05,full"):
+        config = load("ipi_widowx", variant)
+        rendered = np.full((1, *config.env.image_shape, 3), 200, np.uint8)
+        seen = np.asarray(resize_with_pad(rendered, config.model.image_size))[0]
+        np.testing.assert_array_equal(seen.max(axis=(1, 2)) == 0, expected)
+        assert config.env.image_shape == (168, 224)
+    assert load("ipi_widowx", "").env.image_shape == (224, 224)
 
 
 PLANNED = [(name, variants[-1]) for name, variants in VARIANTS.items()]
@@ -97,7 +162,8 @@ def test_every_setting_that_is_compared_is_a_change_of_the_configuration():
 
 def parse(overrides: list[str]) -> RunConfig:
     values = flags.FlagValues()
-    start = importlib.import_module("configs.study_pushcube_state").get_config()
+    variant = importlib.import_module("benchmarks.ppo_settings").VARIANT
+    start = importlib.import_module("configs.study_pushcube_state").get_config(variant)
     arguments = ["train", *overrides]
     holder = config_flags.DEFINE_config_dict("config", start, flag_values=values, sys_argv=arguments)
     values(arguments)

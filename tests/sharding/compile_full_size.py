@@ -3,7 +3,7 @@
     python tests/train/compile_full_size.py ppo 8 1             # phase, fsdp, tensor: OpenVLA-7B's adapters
     python tests/train/compile_full_size.py sample 8 1
     python tests/train/compile_full_size.py ppo 8 1 full        # all weights, not adapters
-    python tests/train/compile_full_size.py ppo 8 1 pi05        # the words of `configs.recipes`: the action expert
+    python tests/train/compile_full_size.py ppo 8 1 pi05        # the words of `configs.presets`: the action expert
     python tests/train/compile_full_size.py sft 8 1 pi05 full
 
 prints what it found as one line of JSON.
