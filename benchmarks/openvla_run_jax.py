@@ -29,8 +29,8 @@ from stare_jax.state.optimizer import frozen_params, make_optimizer, merge_param
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step
 from stare_jax.types import Observation, PyTree, TrainState
-from stare_jax.weights.openvla.table import leaf_shapes, tensor_table
-from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, to_ours
+from stare_jax.weights.openvla.table import tensor_table
+from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, leaf_shapes, to_ours
 
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
 from stare_jax.types import NormStats, PyTree
-from stare_jax.weights.load import starting_params
+from stare_jax.weights.load import initial_params
 
 
 class Experiment:
@@ -198,7 +198,7 @@ def _starting_params(experiment: Experiment, phase: str) -> PyTree:
     config, source = experiment.config, _predecessor(experiment, phase)
     if source is None and config.init_from:
         source = Path(config.init_from)
-    return starting_params(source, experiment.policy, config.model, experiment.mesh, jax.random.key(config.seed))
+    return initial_params(source, experiment.policy, config.model, experiment.mesh, jax.random.key(config.seed))
 
 
 def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:

@@ -436,7 +436,9 @@ def _write_model(
         else:
             table, specs = with_prefix(table, form.prefix), {form.prefix + n: s for n, s in (specs | unused).items()}
             named = dtypes if isinstance(dtypes, str) else {form.prefix + name: value for name, value in dtypes.items()}
-            values = itertools.chain(table_values(table, leaves, named), _unused_values(form, base, unused, kept, config))
+            values = itertools.chain(
+                table_values(table, leaves, named), _unused_values(form, base, unused, kept, config)
+            )
             max_bytes = max_bytes or form.max_bytes
             if max_bytes is None:
                 write_file(partial / "model.safetensors", specs, values, on_bytes)

@@ -54,9 +54,7 @@ class Format(NamedTuple):
     """reads what the folder says of its model; raises ConfigError where it does not say it"""
     table: Callable[[ModelConfig, Collection[str]], dict[str, Entry]]
     """places of our leaves, given the names of the tensors that there are"""
-    statistics: Callable[
-        [Sequence[Path], str | None, int | None, int | None], tuple[str | None, NormStats | None]
-    ]
+    statistics: Callable[[Sequence[Path], str | None, int | None, int | None], tuple[str | None, NormStats | None]]
     """reads name and statistics of a data set, given folders, of which later ones go over earlier ones, its name where
     there are several, and how many numbers of actions and states to take; None, None where there are none"""
     add_statistics: Callable[[Path, str, NormStats], None]
@@ -172,7 +170,9 @@ def _with_adapters(form: Format, source: Path, tensors: Tensors, config: ModelCo
         module = adapted_module(path)
         rank, scale = config.lora.rank_of(module), config.lora.scale_of(module)
         if scale != 1.0:
-            raise ConfigError(f"model.lora.alpha: got {scale * rank} for {module}, expected the rank {rank}, as openpi's")
+            raise ConfigError(
+                f"model.lora.alpha: got {scale * rank} for {module}, expected the rank {rank}, as openpi's"
+            )
     return config
 
 

@@ -70,7 +70,7 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
     found = find_format(source)
     if found is None:
         raise WeightsError(f"{source}: got a checkpoint of ours, expected one in the format of others")
-    return open_format(*found, config, adopt_adapters=adopt_adapters)
+    return open_format(found[0], source, found[1], config, adopt_adapters=adopt_adapters)
 
 
 def read_norm_stats(
@@ -93,5 +93,7 @@ def read_norm_stats(
         return load_norm_stats(source / CHECKPOINTS)
     _, stats = found[0].statistics([source], unnorm_key, action_dim, state_dim)
     if stats is None:
-        raise WeightsError(f"unnorm_key: got {unnorm_key!r}, expected statistics of a data set in {source}; there are none")
+        raise WeightsError(
+            f"unnorm_key: got {unnorm_key!r}, expected statistics of a data set in {source}; there are none"
+        )
     return stats

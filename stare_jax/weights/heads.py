@@ -50,9 +50,7 @@ def open_heads(folder: Path, config: ModelConfig) -> tuple[dict[str, Entry], dic
 def write_heads(to: Path, config: ModelConfig, leaves: Leaves) -> None:
     """Writes the side file of a folder."""
     table = head_table(config)
-    write_file(
-        to / HEADS, table_specs(table, leaf_shapes(config), "float32"), table_values(table, leaves, "float32")
-    )
+    write_file(to / HEADS, table_specs(table, leaf_shapes(config), "float32"), table_values(table, leaves, "float32"))
 
 
 def fresh_params(
@@ -84,7 +82,10 @@ def fresh_params(
 
 def _init_heads(config: ModelConfig, key: jax.Array, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> PyTree:
     """Returns the heads alone, which takes seconds less than to trace the whole network."""
-    heads = {"value_head": ValueHead(config.value_dims), "noise_head": NoiseHead(getattr(config, "model_action_dim", 1))}
+    heads = {
+        "value_head": ValueHead(config.value_dims),
+        "noise_head": NoiseHead(getattr(config, "model_action_dim", 1)),
+    }
     params = {}
     for (name, head), part in zip(heads.items(), jax.random.split(key), strict=True):
         if (first := wanted.get(f"{name}/layer_0/kernel")) is not None:

@@ -23,7 +23,7 @@ from stare_jax.weights.formats import FORMATS, find_format, is_ours
 from stare_jax.weights.side_files import TOKENIZER_FILES
 from stare_jax.weights.tensor_table import is_adapter
 
-EXECUTION_FIELDS = ("execution", "frozen", "decode_unroll", "unstack_layers")
+EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_layers")
 """fields of a model that say how it is computed, kept in memory and trained, and not what it computes"""
 _COLOURS = ("mean", "std")
 _ROUNDING = 2e-3
@@ -38,9 +38,7 @@ class Loaded(NamedTuple):
     params: PyTree
 
 
-def initial_params(
-    source: Path | None, policy: Policy, model: ModelConfig, mesh: Mesh, key: jax.Array
-) -> PyTree:
+def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh: Mesh, key: jax.Array) -> PyTree:
     """Returns parameters on the mesh, once the source's model is known to be the run's.
 
     Args:
@@ -65,7 +63,7 @@ def initial_params(
         has_adapters = any(map(is_adapter, param_shapes(source / CHECKPOINTS)))
         loaded = load_params(source / CHECKPOINTS, like if has_adapters else drop_adapters(like), cast=True)
     else:
-        opened = open_format(*found, model)
+        opened = open_format(found[0], source, found[1], model)
         has_adapters = any(map(is_adapter, opened.table))
         with progress_bytes(num_bytes(drop_adapters(like)), f"read {source.name}") as on_bytes:
             loaded = read_params(opened, key, like=like, on_bytes=on_bytes)
@@ -145,7 +143,10 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     kinds = [("paligemma" in fields, "dino" in fields or "llm" in fields) for fields in (stored, wanted)]
     if kinds[0] != kinds[1]:
-        names = [type(model_from_dict(fields)).__name__ if "tokenizer" in fields else "another" for fields in (wanted, stored)]
+        names = [
+            type(model_from_dict(fields)).__name__ if "tokenizer" in fields else "another"
+            for fields in (wanted, stored)
+        ]
         return [f"model: got a {names[0]}, expected {names[1]}"]
     problems = []
     for name, expected in stored.items():
@@ -168,7 +169,7 @@ def _compare(name: str, got: Any, expected: Any) -> list[str]:
         is_same = np.allclose(got, expected, atol=_ROUNDING)
     else:
         is_same = got == expected
-    return [] if is_same else [f"{name}: got {got}, expected {expected}"]
+    return [] if is_same else [f"{name}: got {got!r}, expected {expected!r}"]
 
 
 def _is_same_tokenizer(got: str, expected: str) -> bool:

@@ -1,11 +1,11 @@
 """Files of a checkpoint beside the weights that we train, kept in a converted folder so that the way back loses nothing.
 
-    <folder>/checkpoints/0                 our parameters, statistics and configuration
-    <folder>/config.json                   the configuration once more, as in a run's config.json, under "model"
-    <folder>/<kept>/                       all other files of the checkpoint; kept is "huggingface" or "openpi"
-    <folder>/<kept>/record.json            the format, and the type of each tensor where they differ
-    <folder>/<kept>/unused.safetensors     tensors that are never run
-    <folder>/<kept>/adapter/               the same of a PEFT adapter
+<folder>/checkpoints/0                 our parameters, statistics and configuration
+<folder>/config.json                   the configuration once more, as in a run's config.json, under "model"
+<folder>/<kept>/                       all other files of the checkpoint; kept is "huggingface" or "openpi"
+<folder>/<kept>/record.json            the format, and the type of each tensor where they differ
+<folder>/<kept>/unused.safetensors     tensors that are never run
+<folder>/<kept>/adapter/               the same of a PEFT adapter
 """
 
 import json

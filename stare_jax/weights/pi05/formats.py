@@ -20,7 +20,7 @@ from stare_jax.weights.format import Clean, Format, OnBytes
 from stare_jax.weights.pi05.npz import is_npz, list_npz, read_npz
 from stare_jax.weights.pi05.port import LEROBOT_PREFIX, clean_names, is_lerobot, is_port
 from stare_jax.weights.pi05.statistics import find_stats, list_assets, read_openpi_stats, write_stats
-from stare_jax.weights.pi05.table import EMBEDDINGS, UNUSED, tensor_table
+from stare_jax.weights.pi05.table import UNUSED, tensor_table
 from stare_jax.weights.safetensors_folder import (
     INDEX,
     Spec,
@@ -115,7 +115,9 @@ def _list_tree(source: Path) -> Tensors | None:
     if folder is None:
         return None
     return {
-        path: Stored(Spec(leaf.dtype.name, tuple(leaf.shape)), source, load=functools.partial(load_leaf, folder, path, leaf))
+        path: Stored(
+            Spec(leaf.dtype.name, tuple(leaf.shape)), source, load=functools.partial(load_leaf, folder, path, leaf)
+        )
         for path, leaf in tree_shapes(folder).items()
     }
 
@@ -150,8 +152,13 @@ def _clean_paligemma(source: Path, tensors: Tensors) -> Clean:
 def _tree_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
     """Returns the leaves of openpi's tree, which is ours; adapters are among them where it has any."""
     has_adapters = any(map(is_adapter, names))
-    paths = (path for path in leaf_shapes(config) if not path.startswith(_OUR_OWN))
+    paths = filter(is_openpi, leaf_shapes(config))
     return {path: Entry((path,), "same") for path in paths if has_adapters or not is_adapter(path)}
+
+
+def is_openpi(path: str) -> bool:
+    """Returns whether a leaf of ours is one that openpi's models have."""
+    return not path.startswith(_OUR_OWN)
 
 
 def is_paligemma(path: str) -> bool:
