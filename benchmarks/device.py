@@ -1,4 +1,4 @@
-"""What devices can do at most, and how long something takes on one: shared by the benchmarks of models."""
+"""Peak rates of devices, and timing on them; shared by the benchmarks of models."""
 
 import contextlib
 import statistics
@@ -11,12 +11,12 @@ MEASURED = "a product of 1536 x 1536 matrices and a copy of 256 MiB, measured he
 
 
 class Peak(NamedTuple):
-    """What a device can do at most, as its maker says, or as a large product and a large copy measured."""
+    """Peak rates of a device, from its data sheet, or measured with a large product and a large copy."""
 
     flops: float
-    """of matrix products a second, dense, in the type of the model's weights."""
+    """Operations of dense matrix products a second, in the type of the model's weights."""
     bandwidth: float
-    """bytes a second between the device's memory and its cores."""
+    """Bytes a second between the device's memory and its cores."""
 
 
 BFLOAT16_PEAKS = {

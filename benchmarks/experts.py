@@ -1,8 +1,8 @@
-"""How good are the experts? Success, steps, stages and saturation of every task, in the horizon of the task.
+"""Measures the experts: success, steps, stages and saturation of every task, within the horizon of the task.
 
-The Panda's episodes begin at fresh seeds; the WidowX tasks have few official starts, which are all taken, and as many
-of the jittered ones that demonstrations begin with. Where an object is placed, the expert goes on: `kept` is the share
-of the episodes in which it has let go of it and the task is still solved a second later.
+The Panda's episodes begin at fresh seeds. The WidowX tasks have few official starts, of which all are used, and as many
+jittered ones, with which demonstrations begin. Where an object is placed, the expert goes on after success: `kept` is
+the share of the episodes in which it has let go of the object and the task is still solved a second later.
 
     python benchmarks/experts.py --json benchmarks/results/experts.json
     python benchmarks/experts.py --tasks StackCube-v1 --episodes 20 --limit 0.5
@@ -29,9 +29,9 @@ from stare_jax.stages import TASKS, get_task, separate
 from stare_jax.types import Signals
 
 FRESH_SEEDS = DEMO_SEEDS + 60_000_000
-"""of demonstrations of a run that nobody has; nothing was tuned on them"""
+"""Seeds in the region of demonstrations that no run uses; nothing was tuned on them."""
 SATURATED = 0.98
-"""of the range of an action's translation"""
+"""Fraction of the range of an action's translation from which on the action counts as saturated."""
 
 
 def run_episode(simulator: Simulator, expert: Any, seed: int) -> tuple[list[Signals], list[np.ndarray], bool | None]:

@@ -1,8 +1,8 @@
-"""How fast does OpenVLA choose actions, and learn by PPO, here and in PyTorch, and how fast could it at most?
+"""Measures the speed of OpenVLA's decisions and PPO updates, here and in PyTorch, and compares with the roofline.
 
-Both implementations run in processes of their own, in turn, so that each has the device to itself: the same sizes,
+Both implementations run in processes of their own, in turn, so that each has the device to itself, with the same sizes,
 weights, images and prompts, without padding. PyTorch is timm's and transformers' modules with SDPA attention, eager
-and, on a GPU, compiled (CUDA graphs for single tokens); the better one is compared with. Compiling and warming up are
+and, on a GPU, compiled (CUDA graphs for single tokens); the faster of the two is compared. Compiling and warming up are
 not timed. A decision is seven action tokens, greedy; an update is AdamW on LoRA adapters of rank 32 in all linear
 layers and on a value head, with RL4VLA's loss. MFU counts the products that the model needs (`openvla_cost.py`), not
 those that rematerialisation repeats; the roofline is the larger of the time for these and the time for reading

@@ -1,7 +1,7 @@
-"""What `openvla.py` measures: sizes, inputs and weights, the same for every implementation.
+"""Cases of `openvla.py`: sizes, inputs and weights, the same for every implementation.
 
-Weights are cut from one block of random numbers, at a place that follows from the tensor's name, so that a model of any
-size is filled on its device in seconds, and equally by frameworks with other random number generators.
+Weights are cut from one block of random numbers, at a place that the tensor's name determines. So a model of any size
+is filled on its device in seconds, and equally by frameworks with different random number generators.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Spec:
     """"7b" or "reduced"."""
     dtype: str
     cases: tuple[str, ...]
-    """of "generate" and "update"."""
+    """Some of "generate" and "update"."""
     batches: tuple[int, ...]
     prompt_length: int
     update_batch: int

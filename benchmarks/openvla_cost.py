@@ -1,7 +1,7 @@
-"""What OpenVLA costs: floating point operations and bytes, counted from its sizes.
+"""Cost of OpenVLA: floating point operations and bytes, counted from its sizes.
 
-Matrix products alone are counted, two operations for a multiplication and an addition; attention in full, although half
-of it is masked where it is causal. `tests/convert/test_openvla_cost.py` compares the counts with XLA's.
+Only matrix products are counted, two operations for a multiplication and an addition. Attention is counted in full,
+although half of it is masked where it is causal. `tests/weights/test_openvla_cost.py` compares the counts with XLA's.
 """
 
 from typing import NamedTuple

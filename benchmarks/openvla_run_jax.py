@@ -25,10 +25,12 @@ from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, we
 from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.models.nn.lora import add_adapters, init_adapters
 from stare_jax.models.normalize import identity_stats
-from stare_jax.state.optimizer import frozen_params, make_optimizer, merge_params, split_params
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step
-from stare_jax.types import Observation, PyTree, TrainState
+from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
+from stare_jax.state.train_state import TrainState
+from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.train.ppo_batch import DecisionBatch
+from stare_jax.train.update import jit_step
+from stare_jax.types import Observation, PyTree
 from stare_jax.weights.openvla.table import tensor_table
 from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, leaf_shapes, to_ours
 
@@ -90,7 +92,7 @@ def _generate(policy: Policy, params: PyTree, observation: Observation, batch: i
     decision = run()
     run()
     row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-    check = {"bins": np.asarray(decision.action_tokens).tolist(), "logp": np.asarray(decision.logp).tolist()}
+    check = {"bins": np.asarray(decision.trace["bins"]).tolist(), "logp": np.asarray(decision.logp).tolist()}
     _profile(run, spec, f"generate_{batch}")
     return row | check | _memory(sample)
 
@@ -109,17 +111,17 @@ def _update(spec: Spec) -> dict[str, Any]:
     params = add_adapters(make_params(policy, config, spec.seed), init_adapters(policy.init, jax.random.key(1)))
     tx = make_optimizer(settings.optimizer, num_steps=None)
     trainable, frozen = split_params(params, frozen_params(policy, settings.optimizer))
-    state = TrainState(step=jnp.int32(0), params=merge_params(trainable, frozen), opt_state=jax.jit(tx.init)(trainable))
+    state = TrainState(jnp.int32(0), trainable, frozen, jax.jit(tx.init)(trainable))
     inputs = make_inputs(config, spec.update_batch, spec.seed)
     scores = [jnp.asarray(x) for x in (inputs.old_logp, inputs.old_value, inputs.advantage, inputs.return_)]
-    bins = jnp.asarray(inputs.bins)
-    batch = DecisionBatch(observe(inputs, config), bins, *scores, jnp.ones(spec.update_batch, bool))
+    trace = {"bins": jnp.asarray(inputs.bins)}
+    batch = DecisionBatch(observe(inputs, config), trace, *scores, jnp.ones(spec.update_batch, bool))
     # Ratios near one, so that the surrogate is not clipped away.
     score = jax.jit(policy.log_prob)
     parts = [slice(i, i + spec.microbatch) for i in range(0, spec.update_batch, spec.microbatch)]
     logp = [score(params, *jax.tree.map(lambda x, part=part: x[part], batch[:2])).logp for part in parts]
     batch = batch._replace(old_logp=jnp.concatenate(logp))
-    step = jit_step(make_ppo_step(policy, tx, settings), policy, settings, state)
+    step = jit_step(make_ppo_step(policy, tx, settings), state)
     del params, trainable, frozen
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch, True, jnp.float32(0.0)))

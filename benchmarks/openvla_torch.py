@@ -1,7 +1,7 @@
-"""OpenVLA in PyTorch, from timm's vision transformers and transformers' Llama: a peer to measure and to test against.
+"""OpenVLA in PyTorch, of timm's vision transformers and transformers' Llama, for benchmarks and tests to compare with.
 
 It shares no code with the library, only the sizes (`OpenVLAConfig`). Names in its state dict are those of the public
-checkpoint, so weights travel as a dict of arrays, the value head's and the adapters' apart.
+checkpoint, so weights are exchanged as a dict of arrays; the value head and the adapters have names of their own.
 
     config = stare_jax.models.openvla_7b()
     model = build(config, device="cuda", dtype=torch.bfloat16)
@@ -230,7 +230,7 @@ def load_weights(model: OpenVLA, weights: Mapping[str, torch.Tensor]) -> None:
 
 
 def is_never_run(model: OpenVLA, name: str) -> bool:
-    """Whether a parameter belongs to a tower's last block, final norm or attention pool."""
+    """Returns whether a parameter belongs to a tower's last block, final norm or attention pool."""
     for tower_name, tower in model.vision_backbone.named_children():
         prefix = f"vision_backbone.{tower_name}."
         parts = ("norm.", "attn_pool.", f"blocks.{len(tower.blocks) - 1}.")
@@ -243,7 +243,7 @@ def is_never_run(model: OpenVLA, name: str) -> bool:
 
 
 class Decoder(NamedTuple):
-    """How the decoder is run during generation; `make_decoder`."""
+    """Functions that run the decoder during generation; see `make_decoder`."""
 
     prefill: Callable
     decode: Callable

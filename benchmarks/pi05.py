@@ -1,4 +1,4 @@
-"""How fast does pi0.5 choose chunks of actions, and learn to imitate, and how fast could it at most?
+"""Measures the speed of pi0.5's chunks of actions and imitation steps, and compares with the roofline.
 
 One chunk is ten Euler steps from noise, and the critic's value. Weights, images, prompts and noise are random, no image
 is missing and no prompt is padded. An imitation step is AdamW on the action expert alone or on all weights, in float32
@@ -6,8 +6,8 @@ beside activations of `--dtype`. Compiling and warming up are not timed. MFU cou
 (`pi05_cost.py`), not those that rematerialisation repeats; the roofline is the larger of the time for these and the
 time for reading weights, keys and values.
 
-Another implementation is measured beside this one, in turn, if it is given: `--peer=module:function`; its contract is
-`pi05_cases.Peer`. What it chooses has to agree with ours before anything is timed.
+Another implementation is measured beside this one, in turn, if it is given as `--peer=module:function`; its contract is
+`pi05_cases.Peer`. Its actions have to agree with ours before anything is timed.
 
     python benchmarks/pi05.py --out benchmarks/results/pi05_h100.json                # on a GPU: full size, bfloat16
     python benchmarks/pi05.py --peer=my_openpi:make_sampler --cases sample
@@ -46,17 +46,17 @@ from stare_jax.models import Pi05Config
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.train_state import create_state
-from stare_jax.train.sft import SFTConfig
-from stare_jax.train.steps import SFTBatch, jit_step, make_sft_step
+from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step
+from stare_jax.train.update import jit_step
 from stare_jax.types import PyTree
 
 OURS = "stare_jax"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""of the largest difference of two implementations' actions, in standard deviations of the actions."""
+"""Largest difference allowed between two implementations' actions, in standard deviations of the actions."""
 
 
 class DisagreementError(ValueError):
-    """A peer does not compute what we do."""
+    """A peer whose actions differ from ours."""
 
 
 def check_agreement(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> float:
@@ -110,7 +110,7 @@ def measure_imitation(args: argparse.Namespace, config: Pi05Config) -> dict[str,
     state = create_state(
         make_params(policy, args.seed), tx, mesh=make_mesh(), rules=policy.sharding_rules, freeze=freeze
     )
-    step = jit_step(make_sft_step(policy, tx, settings), policy, settings, state)
+    step = jit_step(make_sft_step(policy, tx, settings), state)
     inputs = make_inputs(config, args.train_batch, args.seed)
     action = jnp.asarray(np.tanh(inputs.noise[:, :, : config.action_dim]))
     batch = SFTBatch(observe(config, inputs), action, jnp.ones(action.shape[:2], bool))

@@ -1,4 +1,4 @@
-"""What `pi05.py` measures: sizes, weights and inputs, the same for every implementation, and ours.
+"""Cases of `pi05.py`: sizes, weights and inputs, the same for every implementation, and our implementation.
 
 A peer is `make_sampler(sizes, params) -> sample`, see `Peer`.
 """
@@ -25,11 +25,11 @@ from stare_jax.types import Observation, PyTree
 
 CAMERAS = ("base_camera", "left_wrist_camera", "right_wrist_camera")
 OPENPI_NAMES = ("PaliGemma/", "action_in_proj/", "action_out_proj/", "time_mlp_in/", "time_mlp_out/")
-"""beginnings of the names of the parameters that openpi's pi0.5 has; ours has a value head as well."""
+"""Beginnings of the names of the parameters that openpi's pi0.5 has; ours has a value head as well."""
 
 
 class Inputs(NamedTuple):
-    """What a chunk follows from; no image is missing and no prompt is padded."""
+    """Inputs of a chunk; no image is missing and no prompt is padded."""
 
     images: tuple[np.ndarray, ...]
     """uint8 `[B, S, S, 3]` of each camera."""
@@ -69,6 +69,8 @@ def make_config(size: str, dtype: str, *, num_cameras: int, window: int, **chang
         window=window,
         chunk=min(5, window),
         noise="ode",
+        prompt_template="{instruction}",
+        state_dim=0,
         execution=Execution(dtype=dtype, param_dtype=dtype),
     )
     if size != "full":
@@ -135,7 +137,7 @@ def our_sampler(config: Pi05Config, params: PyTree, inputs: Inputs) -> Callable[
     @jax.jit
     def sample(params, observation, noise):
         decision = policy.sample(params, observation, jax.random.key(0), temperature=0.0, noise=noise)
-        return decision.action_tokens[:, -1, :, :-1], decision.value
+        return decision.trace["chain"][:, -1], decision.value
 
     return lambda: np.asarray(jax.block_until_ready(sample(params, observation, noise))[0])
 

@@ -1,7 +1,7 @@
-"""What pi0.5 costs: floating point operations and bytes, counted from its sizes.
+"""Cost of pi0.5: floating point operations and bytes, counted from its sizes.
 
-Matrix products alone are counted, two operations for a multiplication and an addition.
-`tests/convert/test_pi05_benchmark.py` compares the counts with XLA's.
+Only matrix products are counted, two operations for a multiplication and an addition.
+`tests/weights/test_pi05_benchmark.py` compares the counts with XLA's.
 """
 
 from device import Cost

@@ -1,4 +1,4 @@
-"""A peer for `pi05.py` that is always at hand: no cache. Every denoising step runs images, text and chunk together.
+"""A peer for `pi05.py` without a cache: every denoising step runs images, text and chunk together.
 
 python benchmarks/pi05.py --peer=pi05_naive:make_sampler
 """

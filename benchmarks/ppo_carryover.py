@@ -1,9 +1,9 @@
-"""How much of a PPO update carries over to episodes it has not seen? The surrogate gained on both, side by side.
+"""Measures how much of a PPO update carries over to unseen episodes, by the gain of the surrogate.
 
-The policy of an imitation plays three batches of episodes. A critic learns the first two, Adam's moments come from the
-first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. Gains are
-of the surrogate, ratio times advantage, in units of the advantage's standard deviation, an action: `trained` on the
-decisions of the update, `unseen` on those of the third batch, with its standard error: what the update is worth.
+The policy of an imitation plays three batches of episodes. A critic learns from the first two, Adam's moments come from
+the first; then PPO updates the policy on the second alone, at several learning rates, each from the same start. The
+gain is that of ratio times advantage of an action, in standard deviations of the advantage: `trained` on the decisions
+of the update, `unseen` on those of the third batch, with its standard error. The second is the value of the update.
 
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_zero/sft
     python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4
@@ -27,10 +27,10 @@ from stare_jax.models import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.runs.load import LoadedPolicy, load_policy
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
-from stare_jax.train.steps import make_ppo_step
-from stare_jax.types import PyTree, TrainState
+from stare_jax.state.train_state import TrainState
+from stare_jax.train.ppo import PPOConfig, make_ppo_step, make_prepare
+from stare_jax.train.ppo_batch import PPOBatch, minibatches
+from stare_jax.types import PyTree
 
 CRITIC_EPOCHS, MOMENT_EPOCHS = 4, 4
 SIZE = 512
@@ -53,8 +53,8 @@ class Learner:
         self.prepare = make_prepare(self.spec, self.config)
 
     def start(self, params: PyTree) -> TrainState:
-        trainable, _ = split_params(params, frozen_params(self.policy, self.config.optimizer))
-        return TrainState(step=np.int32(0), params=params, opt_state=self.tx.init(trainable))
+        trainable, frozen = split_params(params, frozen_params(self.policy, self.config.optimizer))
+        return TrainState(np.int32(0), trainable, frozen, self.tx.init(trainable))
 
     def epoch(self, state: TrainState, batch: PPOBatch, rng, *, rate: float, train_policy: bool = True) -> TrainState:
         for minibatch in minibatches(batch, size=SIZE, rng=rng):
@@ -64,11 +64,12 @@ class Learner:
     def scores(self, params: PyTree, rollout: Rollout, where: np.ndarray) -> Iterator[tuple[tuple, np.ndarray]]:
         """Yields indices of states where `where` `[E, N + 1]`, and the float32 log-probabilities and values there."""
         trajectory, (episode, t) = rollout.trajectory, np.nonzero(where)
+        bins = trajectory.decisions.trace["bins"]
         for first in range(0, len(episode), SIZE):
             rows = np.arange(first, first + SIZE) % len(episode)
             at = (episode[rows], t[rows])
-            tokens = trajectory.action_tokens[at[0], np.minimum(at[1], trajectory.action.shape[1] - 1)]
-            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), tokens)
+            trace = {"bins": bins[at[0], np.minimum(at[1], bins.shape[1] - 1)]}
+            score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), trace)
             number = min(SIZE, len(episode) - first)
             yield (at[0][:number], at[1][:number]), np.stack([score.logp, score.value])[:, :number]
 
@@ -77,14 +78,15 @@ class Learner:
         value = np.zeros(rollout.trajectory.valid.shape, np.float32)
         for at, (_, values) in self.scores(params, rollout, rollout.trajectory.valid):
             value[at] = values
-        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(value=value)))
+        decisions = rollout.trajectory.decisions._replace(value=value)
+        return self.prepare(rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions)))
 
     def gain(self, params: PyTree, rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
         """Returns how much the surrogate has gained, its standard error, and the KL divergence (k3)."""
-        where = np.pad(batch.annotation.valid_t, [(0, 0), (0, 1)])
+        where = np.pad(batch.targets.valid_t, [(0, 0), (0, 1)])
         gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
-            log_ratio, advantage = logp - batch.trajectory.logp[at], batch.advantage[at]
+            log_ratio, advantage = logp - batch.decisions.logp[at], batch.advantage[at]
             # Not clipped: min(.., clip(..)) takes away gains and keeps losses, so it falls for a step in any direction.
             gains.append(np.expm1(log_ratio) * advantage)
             divergences.append(np.expm1(log_ratio) - log_ratio)
@@ -115,17 +117,18 @@ def measure(restored: LoadedPolicy, episodes: int, rates: list[float], epochs: l
     earlier = learner.annotated(params, before)
     batches = [learner.annotated(params, rollout) for rollout in (trained, unseen)]
     for name, batch in zip(("trained", "unseen"), batches, strict=True):
-        number = int(batch.annotation.valid_t.sum())
+        number = int(batch.targets.valid_t.sum())
         print(f"{name}: {number} decisions, explained variance {batch.explained_variance:.2f}")
     print(f"{'rate':>10}{'epochs':>8}{'KL':>10}{'trained':>10}{'unseen':>10}")
     rows = []
     for rate in rates:
-        state, rng = learner.start(params), np.random.default_rng(1)
+        start, rng = learner.start(params), np.random.default_rng(1)
+        state = start
         # Adam's first steps are of full length in every direction, whatever the gradient. Its moments come from an
         # update on other decisions, as in an iteration that is not the first; where that has led is forgotten.
         for _ in range(MOMENT_EPOCHS):
             state = learner.epoch(state, earlier, rng, rate=rate)
-        state = dataclasses.replace(state, params=params)
+        state = dataclasses.replace(state, trainable=start.trainable)
         for epoch in range(1, max(epochs) + 1):
             state = learner.epoch(state, batches[0], rng, rate=rate)
             if epoch in epochs:

@@ -1,8 +1,8 @@
-"""How fast do the CPU simulators step, next to plain ManiSkill, and where does the time of a step go?
+"""Measures the speed of the CPU simulators beside plain ManiSkill, and the parts of a step's time.
 
-Three tables. The first steps `gym.make` + `env.step` and this library's simulator in turn, same task, same images, one
-environment in one process each, and compares their states bit by bit on the way. The second is the rate of a pool of
-one and of two processes, what a collector sees of it included. The third takes the steps of one environment apart.
+It prints three tables. The first steps `gym.make` + `env.step` and this library's simulator in turn, with the same task
+and images, one environment in one process each, and compares their states bit by bit. The second is the rate of a pool
+of one and of two processes, as a collector sees it. The third divides the time of one environment's steps.
 
     python benchmarks/simulator.py --json benchmarks/results/simulator_cpu.json
     python benchmarks/simulator.py --tasks PushCube-v1 --seconds 2
@@ -29,10 +29,10 @@ from stare_jax.envs.maniskill.vulkan import select_driver
 
 PANDA, WIDOWX = "PushCube-v1", "PutCarrotOnPlateInScene-v1"
 SIZES = {PANDA: ((0, 0), (64, 64), (128, 128), (224, 224)), WIDOWX: ((0, 0), (64, 64), (224, 224), (480, 640))}
-"""(height, width) of the images by task; zeros for none"""
+"""(height, width) of the images by task; zeros for none."""
 COMPARED = (128, 128)
 AREAS = {"physics": "_advance", "controller": "_drive", "signals": "_reader.read", "rendering": "_render"}
-"""where a step's time goes, and the part of `Simulator` that is held responsible; the rest is Python around them"""
+"""Parts of a step's time, and the method of `Simulator` that each is measured at; the rest is Python around them."""
 RESET_EVERY = 30
 
 

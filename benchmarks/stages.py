@@ -1,8 +1,8 @@
-"""How long does it take to annotate trajectories: labels, costs, potentials, shaped rewards and advantages?
+"""Measures the time to annotate trajectories with labels, costs, potentials, shaped rewards and advantages.
 
-Three implementations of the pick-place family on the same trajectories: ours (`jit(vmap)`), a NumPy loop over the
-trajectories, and one in torch that is vectorised over them. They are compared with each other first; then they take
-turns, so that whatever else the machine does meets all of them. Inputs lie on the device before the clock starts.
+Three implementations of the pick-place family annotate the same trajectories: ours (`jit(vmap)`), a NumPy loop over the
+trajectories, and one in torch that is vectorised over them. Their results are compared first; then they run in turn, so
+that other work on the machine affects all of them. Inputs lie on the device before the clock starts.
 
     python benchmarks/stages.py --json benchmarks/results/stages_cpu.json
 """

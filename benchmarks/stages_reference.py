@@ -1,7 +1,8 @@
-"""The annotation of pick-place trajectories once more, in NumPy and in torch, for `benchmarks/stages.py`.
+"""Annotation of pick-place trajectories in NumPy and in torch, for `benchmarks/stages.py` to compare with.
 
-Written from the formulas and sharing nothing with the library but the task's parameters `p`: NumPy one trajectory
-`[T, ...]` at a time, torch all of them `[B, T, ...]` at once. Both loop over time only where a step needs another one.
+It is written from the formulas and shares only the task's parameters `p` with the library. NumPy annotates one
+trajectory `[T, ...]` at a time, torch all of them `[B, T, ...]` at once. Both loop over time only where a step needs
+another one. Potentials are the paper's own and count as 0 at a termination.
 """
 
 import functools

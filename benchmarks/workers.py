@@ -1,6 +1,6 @@
-"""How many simulators pay? Environment steps per second of whole PPO iterations, everything included.
+"""Measures environment steps per second of whole PPO iterations with different numbers of simulators.
 
-The policy sees the low-dimensional state, nothing is rendered. Each row starts its own processes and runs a few
+The policy sees the low-dimensional state, and nothing is rendered. Each row starts its own processes and runs a few
 iterations of PPO: whole episodes, annotation, epochs of updates. The first iteration compiles and does not count.
 
     python benchmarks/workers.py --json benchmarks/results/workers_cpu.json
@@ -23,7 +23,7 @@ from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.models import make_policy, openvla_state
 from stare_jax.models.normalize import identity_stats
 from stare_jax.stages import get_task
-from stare_jax.state.train_state import Run
+from stare_jax.train.loop import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.types import NormStats
 
@@ -50,7 +50,7 @@ def measure(env_id: str, workers: int, envs: int, iterations: int) -> dict[str, 
     params = jax.jit(policy.init)(jax.random.key(0))
     lines = []
     with contextlib.closing(make_vec_env(config)) as env, tempfile.TemporaryDirectory() as directory:
-        run = Run(Path(directory), stats, lambda step, metrics, *, phase: lines.append(metrics))
+        run = Run(Path(directory), stats, writer=lambda step, metrics, *, phase: lines.append(metrics))
         ppo = dataclasses.replace(PPO, num_iterations=1 + iterations)
         train_ppo(policy, params, env, get_task(env_id), ppo, run)
     seconds = {area: sum(line[f"time/{area}_s"] for line in lines[1:]) for area in AREAS}

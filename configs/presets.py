@@ -14,7 +14,15 @@ from ml_collections import config_dict
 
 from stare_jax.config import choices, to_dict
 from stare_jax.envs import EnvConfig
-from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, OpenVLAConfig, Pi05Config, openvla_7b, pi05_base
+from stare_jax.models import (
+    PI05_EXPERTS,
+    PI05_PALIGEMMA,
+    LoRAConfig,
+    OpenVLAConfig,
+    Pi05Config,
+    openvla_7b,
+    pi05_maniskill,
+)
 from stare_jax.runs.config import RunConfig
 
 ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero")
@@ -168,7 +176,7 @@ def make_model(words: Collection[str], *, camera: str) -> OpenVLAConfig | Pi05Co
         raise ValueError("variant: got full and lora, expected one of them")
     if "pi05" in words:
         # The numbers of pi_RL on ManiSkill (RLinf): Flow-Noise, 4 steps, 5 of 8 actions.
-        model = pi05_base(cameras=(camera,), noise="learned", num_denoising_steps=4, window=8, chunk=5)
+        model = pi05_maniskill(cameras=(camera,))
         frozen = () if words & {"full", "lora"} else (PI05_PALIGEMMA,)
         lora = LoRAConfig(rank=32, alpha=32.0, targets=PI05_EXPERTS) if "lora" in words else None
         return dataclasses.replace(model, frozen_patterns=frozen, lora=lora)

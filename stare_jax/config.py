@@ -68,6 +68,19 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"{name}: got {value}, expected >= {minimum}{' or None' if is_optional else ''}")
 
 
+def check_above(config: Any, bound: float, *names: str) -> None:
+    """Checks that fields of a dataclass are numbers greater than `bound`; None passes where the field allows it.
+
+    Raises:
+        ValueError: one is not.
+    """
+    hints = typing.get_type_hints(type(config))
+    for name in names:
+        value, is_optional = getattr(config, name), type(None) in typing.get_args(hints[name])
+        if not (value is None and is_optional) and not value > bound:
+            raise ValueError(f"{name}: got {value}, expected > {bound}{' or None' if is_optional else ''}")
+
+
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
     """Where a command line's values are checked: what is refused here is the user's to put right, not a bug.

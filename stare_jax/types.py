@@ -9,8 +9,6 @@ Units: metres, radians, seconds. Quaternions are unit, `wxyz`. Frames are the si
 
 from typing import Any, NamedTuple
 
-import flax.struct
-
 Array = Any  # numpy.ndarray or jax.Array
 PyTree = Any
 
@@ -73,35 +71,45 @@ SIGNAL_FLAGS = ("is_grasped", "is_contact", "success")
 """Fields of `Signals` that are bool; the others are float32."""
 
 
+class Decisions(NamedTuple):
+    """The decisions of one episode: D = ceil(N / C), where each decision executes C actions, the last perhaps fewer.
+
+    Decision d begins in state t = d * C, so its observation is `observation[::C][:D]`.
+    """
+
+    trace: dict[str, Array]
+    """Named fields `[D, ...]`: all that `Policy.log_prob` needs to score the decisions again. The policy chooses names
+    and shapes."""
+    logp: Array
+    """float32 `[D]` log-probability of each decision under the policy that made it."""
+    value: Array
+    """float32 `[D + 1]` that policy's value of states: entry d of the state in which decision d was made; the entry
+    after the last valid decision is of the state that the decision led to, 0 where a success ended it halfway."""
+    valid: Array
+    """bool `[D]`, a prefix: which decisions exist."""
+
+
 class Trajectory(NamedTuple):
     """One episode of up to `N` actions, padded; the action `a_t` is taken in state `s_t`, t = 0 .. N-1."""
 
     observation: Observation
-    """leaves `[N + 1, ...]`."""
+    """leaves `[N + 1, ...]`; prompts are filled in where a decision begins, and are zeros elsewhere."""
     signals: Signals | None
-    """leaves `[N + 1, ...]`; None where nobody measured: then an episode can be imitated, and has no stages."""
+    """leaves `[N + 1, ...]`; None where nothing measured them: then an episode can be imitated, and has no stages."""
     valid: Array
     """bool `[N + 1]`, a prefix: which states exist. Action t exists iff state t + 1 does: `valid[1:]`.
     An episode lost to a dead simulator has no valid state at all."""
     action: Array
     """float32 `[N, A]` in the simulator's units."""
-    action_tokens: Array
-    """int32 `[N, A]`, or whatever else `Policy.log_prob` needs to score the action again."""
-    logp: Array
-    """float32 `[N]` log-probability of the action under the policy that took it; 0 where no policy did."""
-    value: Array
-    """float32 `[N + 1]` that policy's value of each valid state; 0 where there is none."""
+    decisions: Decisions | None
+    """None where no policy acted."""
 
 
 class PreferencePair(NamedTuple):
-    """Two trajectories of the same instruction, the first preferred, with the reference policy's log-probabilities."""
+    """Two trajectories of the same instruction, the first preferred."""
 
     chosen: Trajectory
     rejected: Trajectory
-    chosen_ref_logp: Array
-    """float32 `[N]`."""
-    rejected_ref_logp: Array
-    """float32 `[N]`."""
 
 
 class NormStats(NamedTuple):
@@ -115,13 +123,3 @@ class NormStats(NamedTuple):
     state_q01: Array
     """float32 `[S]`."""
     state_q99: Array
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that an optimiser step reads and writes."""
-
-    step: Array
-    """int32 scalar: optimiser steps taken."""
-    params: PyTree
-    opt_state: PyTree

@@ -15,11 +15,10 @@ def _expert_act(speed):
 
     def act(observation, signals, instructions, is_first):
         action = speed * toy.expert_action(signals) if speed else np.zeros((len(is_first), 2), np.float32)
-        zeros = np.zeros(len(action), np.float32)
         frames = np.full((len(action), 32, 32, 3), 200, np.uint8)
         column = np.clip(np.rint(16 + 60 * observation.state[:, 0]), 0, 31).astype(int)
         frames[np.arange(len(action)), :, column] = (220, 40, 40)
-        decision = Decision(action, zeros[:, None].astype(np.int32), zeros, zeros)
+        decision = Decision(action)
         return decision, observation._replace(images={"base": frames})
 
     return act

@@ -6,7 +6,7 @@ from toy_task import Writer
 
 from stare_jax.envs import toy
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.state.train_state import Run
+from stare_jax.train.loop import Run
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class ImitationBatch(NamedTuple):
     observation: Observation
     """`[B, ...]`, raw, with the prompt."""
     action: Array
-    """float32 `[B, A]`, the clean action, raw; `[B, H, A]`, it and those that follow, where a horizon is asked for."""
+    """float32 `[B, A]`, the clean action, raw; `[B, H, A]`, it and those that follow, where a window is asked for."""
     valid: Array
     """bool `[B]` or `[B, H]`: False beyond an episode's end, where its last action is repeated."""
 
@@ -74,7 +74,7 @@ def imitation_batches(
     seed: int,
     start_step: int = 0,
     with_state: bool = True,
-    horizon: int | None = None,
+    window: int | None = None,
     cache_mib: int = 1024,
     num_prefetched: int = 2,
 ) -> Iterator[ImitationBatch]:
@@ -90,12 +90,12 @@ def imitation_batches(
         seed: of the order, in [0, 2**32).
         start_step: number of batches to pass over, in no time: the step a resumed run is at.
         with_state: False gives `[B, 0]` for the states that are stored, to policies that see none.
-        horizon: H, actions to imitate at a time; None imitates one.
+        window: H, actions to imitate at a time; None imitates one.
         cache_mib: mebibytes that decoded frames may take.
         num_prefetched: batches that are kept ready.
     """
     indices = imitation_frames(dataset)
-    windows = None if horizon is None else ActionWindows(dataset, horizon)
+    windows = None if window is None else ActionWindows(dataset, window)
     read = _cached_reader(dataset, indices) if _num_mib(dataset, len(indices)) <= cache_mib else None
 
     def make_batch(rows: np.ndarray) -> ImitationBatch:

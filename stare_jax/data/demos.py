@@ -91,7 +91,7 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
 
 
 def expert_act(expert: Expert) -> Act:
-    """Returns an expert as `collect_episodes` wants it: one memory an environment, no tokens, no log-probabilities."""
+    """Returns an expert as `collect_episodes` wants it: one memory an environment, actions alone."""
     memories: list[Any] = []
 
     def act(observation, signals, instructions, is_first):
@@ -103,9 +103,7 @@ def expert_act(expert: Expert) -> Act:
             memory = expert.init() if is_new or memories[i] is None else memories[i]
             action, memories[i] = expert.act(Signals(*(leaf[i] for leaf in signals)), memory)
             actions.append(action)
-        action = np.stack(actions).astype(np.float32)
-        no_logp = np.zeros(len(action), np.float32)
-        return Decision(action, np.zeros(action.shape, np.int32), no_logp, no_logp), observation
+        return Decision(np.stack(actions).astype(np.float32)), observation
 
     return act
 

@@ -193,14 +193,12 @@ def _append(
 
 def _unmeasured(images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray) -> Trajectory:
     """Returns an episode of which nothing is known but what was seen and done."""
-    num_actions, num_states = len(action), len(state)
+    num_states = len(state)
     no_tokens = np.zeros((num_states, 0), np.int32)
     return Trajectory(
         observation=Observation(dict(images), state, no_tokens, no_tokens.astype(bool)),
         signals=None,
         valid=np.ones(num_states, bool),
         action=action,
-        action_tokens=np.zeros(action.shape, np.int32),
-        logp=np.zeros(num_actions, np.float32),
-        value=np.zeros(num_states, np.float32),
+        decisions=None,
     )

@@ -209,7 +209,7 @@ def load_pairs(
             prompts that were stored.
 
     Returns:
-        NumPy leaves `[P, ...]`; the reference log-probabilities are zeros, for the trainer to fill in.
+        NumPy leaves `[P, ...]`.
 
     Raises:
         DatasetError: the data set was opened without some of its shards, so that indices mean other episodes; or it has
@@ -231,5 +231,4 @@ def load_pairs(
     def stack(indices: Sequence[int]) -> Trajectory:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *map(load, indices))
 
-    chosen, rejected = stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs])
-    return PreferencePair(chosen, rejected, np.zeros_like(chosen.logp), np.zeros_like(rejected.logp))
+    return PreferencePair(stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs]))

@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 from PIL import Image
 
-from stare_jax.types import Observation, Signals, Trajectory
+from stare_jax.types import Decisions, Observation, Signals, Trajectory
 
 _ARRAY = 1
 _PNG = 2
@@ -93,19 +93,37 @@ def episode_record(trajectory: Trajectory, meta: Mapping[str, Any], *, length: i
         "length": length,
         "signals": signals,
         "action": trajectory.action[:length],
-        "action_tokens": trajectory.action_tokens[:length],
-        "logp": trajectory.logp[:length],
-        "value": trajectory.value[: length + 1],
+        "decisions": _decisions_record(trajectory),
+    }
+
+
+def _decisions_record(trajectory: Trajectory) -> dict[str, Any] | None:
+    """Returns the valid decisions, and to how many actions N and decisions D they were padded."""
+    decisions = trajectory.decisions
+    if decisions is None:
+        return None
+    number = int(np.sum(decisions.valid))
+    return {
+        "num_actions": len(trajectory.action),
+        "num_decisions": len(decisions.valid),
+        "trace": {name: leaf[:number] for name, leaf in decisions.trace.items()},
+        "logp": decisions.logp[:number],
+        "value": decisions.value[: number + 1],
     }
 
 
 def pad_trajectory(record: Mapping[str, Any], observation: Observation, *, num_actions: int) -> Trajectory:
     """Returns an episode padded with zeros to `num_actions` actions, as `rollout.collect` pads.
 
+    Episodes of format 1 have no "decisions": they can be imitated, and their decisions cannot be scored again.
+
     Args:
         record: the record of the episode.
         observation: leaves `[length + 1, ...]`.
         num_actions: N of the result, at least the episode's length.
+
+    Raises:
+        ValueError: decisions on several actions are to be padded to another N than they were collected with.
     """
     num_states = num_actions + 1
     images = {name: _pad(image, num_states) for name, image in observation.images.items()}
@@ -114,9 +132,26 @@ def pad_trajectory(record: Mapping[str, Any], observation: Observation, *, num_a
         signals=pad_signals(record, num_states=num_states),
         valid=np.arange(num_states) <= record["length"],
         action=_pad(record["action"], num_actions),
-        action_tokens=_pad(record["action_tokens"], num_actions),
-        logp=_pad(record["logp"], num_actions),
-        value=_pad(record["value"], num_states),
+        decisions=_pad_decisions(record.get("decisions"), length=record["length"], num_actions=num_actions),
+    )
+
+
+def _pad_decisions(record: Mapping[str, Any] | None, *, length: int, num_actions: int) -> Decisions | None:
+    if record is None:
+        return None
+    logp, is_single = record["logp"], record["num_actions"] == record["num_decisions"]
+    if is_single:
+        size = num_actions
+    elif num_actions in (length, record["num_actions"]):  # the number of actions of a decision is not stored
+        size = len(logp) if num_actions == length else record["num_decisions"]
+    else:
+        expected = f"{record['num_actions']}, as it was collected, or the episode's own {length}"
+        raise ValueError(f"horizon: got {num_actions}, expected {expected}, for decisions on several actions")
+    return Decisions(
+        trace={name: _pad(leaf, size) for name, leaf in record["trace"].items()},
+        logp=_pad(logp, size),
+        value=_pad(record["value"], size + 1),
+        valid=np.arange(size) < len(logp),
     )
 
 

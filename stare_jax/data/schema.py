@@ -21,7 +21,10 @@ from stare_jax.config import UserError
 from stare_jax.logging import replace_text
 
 FORMAT = "stare_jax/dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Version 1 stored an action's tokens, log-probability and value with every action: its episodes can be imitated and
+continued, and their decisions are not read."""
 MANIFEST_FILE = "manifest.json"
 
 
@@ -84,7 +87,8 @@ class Manifest(NamedTuple):
     progress: dict[str, Any]
     """how far the collection is, for whoever continues it."""
     shapes: dict[str, list[int]]
-    """of an observation's and an action's leaves: `image/<camera>`, `state`, `tokens`, `action`, `action_tokens`."""
+    """Shapes of an observation's and an action's leaves, `image/<camera>`, `state`, `tokens`, `action`, and, where a
+    policy acted, those of a decision's trace, `decision/<field>`."""
     shards: tuple[Shard, ...]
     episodes: tuple[Episode, ...]
 
@@ -103,15 +107,16 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         found = (content["format"], content["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} cannot be read: {error!r}") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise DatasetError(f"{path}: got format {found[0]} {found[1]}, expected {FORMAT} {FORMAT_VERSION}")
+    if found[0] != FORMAT or found[1] not in READ_VERSIONS:
+        raise DatasetError(f"{path}: got format {found[0]} {found[1]}, expected {FORMAT} in {READ_VERSIONS}")
     try:
         values = {name: content[name] for name in Manifest._fields}
         shards = tuple(Shard(**{k: ShardFile(**file) for k, file in shard.items()}) for shard in values["shards"])
         episodes = tuple(Episode(**episode) for episode in values["episodes"])
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{path}: wrong or missing field: {error}") from error
-    return Manifest(**values | {"shards": shards, "episodes": episodes})
+    shapes = {name: shape for name, shape in values["shapes"].items() if name != "action_tokens"}
+    return Manifest(**values | {"shapes": shapes, "shards": shards, "episodes": episodes})
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:

@@ -207,11 +207,12 @@ class DatasetWriter:
 
 
 def trajectory_shapes(trajectory: Trajectory) -> dict[str, list[int]]:
-    """Returns the shapes of one step, by name, as the manifest has them."""
+    """Returns the shapes of one step and one decision, by name, as the manifest has them."""
     observation = trajectory.observation
     leaves = {f"image/{name}": image for name, image in observation.images.items()}
-    leaves |= {"state": observation.state, "tokens": observation.tokens}
-    leaves |= {"action": trajectory.action, "action_tokens": trajectory.action_tokens}
+    leaves |= {"state": observation.state, "tokens": observation.tokens, "action": trajectory.action}
+    if trajectory.decisions is not None:
+        leaves |= {f"decision/{name}": leaf for name, leaf in trajectory.decisions.trace.items()}
     return {name: list(leaf.shape[1:]) for name, leaf in leaves.items()}
 
 

@@ -1,12 +1,12 @@
 """Simulators behind one interface, `VecEnv`. Nothing outside this package imports PyTorch, SAPIEN or ManiSkill."""
 
-from stare_jax.envs.base import EnvStep, VecEnv
+from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.envs.config import BACKENDS, STATE_DIMS, EnvConfig
 from stare_jax.envs.experts.base import Expert, execution_noise
 from stare_jax.envs.maniskill.batched import resolve_backend, start_batch
 from stare_jax.envs.maniskill.building import MissingAssetsError
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
-from stare_jax.envs.pool.workers import SimulatorError, SimulatorPool
+from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.envs.tasks import Task, load_task, make_expert
 
 __all__ = [

@@ -5,7 +5,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from stare_jax.config import UserError
 from stare_jax.types import Array, Observation, Signals
+
+
+class SimulatorError(UserError, RuntimeError):
+    """A simulator that could not be started, or raised while it executed a command, or lost all of its episodes."""
 
 
 class EnvStep(NamedTuple):

@@ -8,6 +8,10 @@
 Within a region every run seed (0 .. 99) has a slot of a million seeds, one for each episode in the order of collection.
 """
 
+import zlib
+
+import jax
+
 REGION_SIZE = 100_000_000
 SLOT_SIZE = 1_000_000
 
@@ -36,3 +40,13 @@ def first_seed(region: int, run_seed: int) -> int:
 def is_for_evaluation(seed: int) -> bool:
     """Says whether a seed is one that policies are judged by."""
     return seed < EVALUATION_SEEDS + REGION_SIZE
+
+
+def phase_key(seed: int, name: str) -> jax.Array:
+    """Returns the root key of the random numbers of a phase, so that no two phases of a run share any.
+
+    Args:
+        seed: seed of the run or of the phase's configuration.
+        name: name of the phase, or of whatever else draws random numbers.
+    """
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))

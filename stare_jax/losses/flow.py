@@ -1,9 +1,9 @@
-"""Flow matching: a chunk of actions as the end of a flow from noise, for imitation, sampling and log-probabilities.
+"""Flow matching: a window of actions is the end of a flow from noise; for imitation, sampling and log-probabilities.
 
     x_t = t · noise + (1 - t) · action,   velocity = dx/dt = noise - action,   t from 1 (noise) to 0 (action)
 
-Functions for one chunk `[H, A]` at one time; callers `vmap`. The stochastic chains are those of
-pi_RL (arXiv:2510.25889).
+The functions take one window `[H, A]` at one time; callers `vmap`. The stochastic chains are those of pi_RL
+(arXiv:2510.25889).
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from stare_jax.types import Array
 
 TIME_ALPHA, MIN_TIME = 1.5, 0.001
-"""of the times that are trained: `MIN_TIME + (1 - MIN_TIME) · Beta(TIME_ALPHA, 1)`, more of them near the noise."""
+"""Distribution of the times that are trained: `MIN_TIME + (1 - MIN_TIME) · Beta(TIME_ALPHA, 1)`, denser near noise."""
 
 
 class Transition(NamedTuple):
@@ -54,13 +54,14 @@ def flow_matching_error(velocity: Array, action: Array, noise: Array) -> jax.Arr
 
 
 def elbo_weight(time: Array, *, min_time: float = 0.05) -> jax.Array:
-    """Returns `w(t) / p(t)`, by which errors at sampled times estimate a bound of the negative log-likelihood.
+    """Returns `w(t) / p(t)`, the weight with which errors at sampled times estimate a bound of the negative
+    log-likelihood.
 
     `w(t) = (1 - t) / t` belongs to the error of the velocity, p is `time_density`.
 
     Args:
         time: any shape.
-        min_time: smaller times count as this one; the weight has a pole at 0.
+        min_time: smaller times count as this one, since the weight has a pole at 0.
     """
     clipped = jnp.maximum(jnp.asarray(time, jnp.float32), min_time)
     return (1 - clipped) / clipped / time_density(clipped)
@@ -72,8 +73,8 @@ def denoising_times(num_steps: int) -> jax.Array:
 
 
 def sde_deviation(index: Array, num_steps: int, *, noise_level: float) -> jax.Array:
-    """Returns σ of step `index` of Flow-SDE, `a √(t / (1 - t))`; at t = 1 the time of the next step is in the root's
-    denominator, so that σ is `a √N` there."""
+    """Returns σ of step `index` of Flow-SDE, `a √(t / (1 - t))`. At t = 1 the denominator uses the time of the next
+    step, so σ is `a √N` there."""
     times = denoising_times(num_steps)
     time = times[index]
     return noise_level * jnp.sqrt(time / (1 - jnp.where(index == 0, times[1], time)))

@@ -1,4 +1,4 @@
-"""Imitation losses (appendix B.1), elementwise: the caller masks and averages."""
+"""Imitation losses (appendix B.1). They are elementwise; the caller masks and averages."""
 
 import chex
 import jax
@@ -23,7 +23,7 @@ def token_cross_entropy(logits: Array, tokens: Array) -> Array:
 def soft_cross_entropy(logits: Array, labels: Array) -> Array:
     """Returns -sum_v labels_v log softmax(logits)_v, float32 nats `[...]`.
 
-    Its least value is the entropy of the labels, not 0.
+    The least value is the entropy of the labels, not 0.
 
     Args:
       logits: `[..., V]`.
@@ -38,11 +38,11 @@ def soft_cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def soft_labels(target: Array, *, num_bins: int, width: float) -> Array:
-    """Spreads a continuous target over the bins near it, so that a bin next to the right one is nearly right.
+    """Returns labels that spread a continuous target over the bins near it, so that a near miss costs little.
 
-    The label of bin j is the mass of a normal around the target between j - 1/2 and j + 1/2. The outermost bins also
-    get the tails beyond them, as an action beyond the range is clipped into it; so labels always sum to 1, and at the
-    edges they do not move inwards as much as renormalised ones would.
+    The label of bin j is the mass of a normal distribution around the target between j - 1/2 and j + 1/2. The outermost
+    bins also get the tails beyond them, as an action beyond the range is clipped into it. So labels always sum to 1,
+    and at the edges they move inwards less than renormalised labels would.
 
     Args:
       target: `[...]` in units of bins: the centre of bin j is j, j = 0 .. num_bins - 1.
@@ -55,7 +55,7 @@ def soft_labels(target: Array, *, num_bins: int, width: float) -> Array:
     Raises:
       ValueError: the width is negative.
 
-    Differs from the paper: whose labels are one-hot, `width=0`.
+    Differs from the paper: its labels are one-hot, `width=0`.
     """
     chex.assert_type(target, float)
     if width < 0:
@@ -71,7 +71,7 @@ def soft_labels(target: Array, *, num_bins: int, width: float) -> Array:
 
 
 def flow_matching_loss(velocity: Array, target_velocity: Array, weight: Array | None = None) -> Array:
-    """Returns w mean_d (v_d - u_d)^2, float32 `[...]`: how far the predicted flow is from that of the sample.
+    """Returns w mean_d (v_d - u_d)^2, float32 `[...]`, the error of the predicted flow.
 
     Args:
       velocity: `[..., D]` v_theta(x_t, t) at x_t = t noise + (1 - t) action.
@@ -85,5 +85,5 @@ def flow_matching_loss(velocity: Array, target_velocity: Array, weight: Array | 
         return jnp.mean(jnp.square(error), axis=-1)
     chex.assert_shape(weight, error.shape[:-1], custom_message="weight")
     weight = jnp.asarray(weight, jnp.float32)
-    # What a padded row holds must not even overflow: an infinity times a zero weight is NaN.
+    # The contents of a padded row must not even overflow: an infinity times a zero weight is NaN.
     return weight * jnp.mean(jnp.square(jnp.where(weight[..., None] == 0, 0.0, error)), axis=-1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from stare_jax.types import Array
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are cut off here, far outside anything that the clipped surrogate lets through."""
+"""Bound of log-ratios, far outside the range that the clipped surrogate lets through."""
 
 
 def ppo_loss(
@@ -60,7 +60,7 @@ def ppo_loss(
         valid = jnp.ones(jnp.shape(logp), bool)
     chex.assert_shape(valid, logp.shape, custom_message="valid")
     chex.assert_type(valid, bool, custom_message="valid")
-    # What a padded row holds must not even overflow: an infinity times a zero gradient is NaN.
+    # The contents of a padded row must not even overflow: an infinity times a zero gradient is NaN.
     arrays = (jnp.where(valid, jnp.asarray(array, jnp.float32), 0.0) for array in arrays)
     logp, old_logp, advantage, value, old_value, return_, entropy = arrays
     old_logp, advantage, old_value, return_ = jax.lax.stop_gradient((old_logp, advantage, old_value, return_))
@@ -88,14 +88,14 @@ def ppo_loss(
 def reference_penalty(
     divergence: Array, valid: Array | None = None, *, kl_coef: float
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns kl_coef times the mean divergence from a reference policy, to be added to a loss, and the metric of it.
+    """Returns kl_coef times the mean divergence from a reference policy, a term of a loss, and its metric.
 
     Args:
       divergence: `[...]` KL(policy || reference) of each decision, nats; carries the gradient.
       valid: bool, which decisions exist; None for all.
       kl_coef: weight.
 
-    Differs from the paper: which has no reference in this phase.
+    Differs from the paper: it has no reference policy in this phase.
     """
     chex.assert_type(divergence, float)
     valid = jnp.ones(jnp.shape(divergence), bool) if valid is None else valid
@@ -118,7 +118,7 @@ def clipped_surrogate(
       ratio: `[...]` p = pi_theta'(a|s) / pi_theta(a|s).
       advantage: `[...]` A.
       clip_eps: eps.
-      clip_eps_high: None for `clip_eps`; a larger one lets unlikely actions gain more (DAPO, arXiv:2503.14476).
+      clip_eps_high: None for `clip_eps`; a larger value lets unlikely actions gain more (DAPO, arXiv:2503.14476).
       dual_clip: c > 1 bounds the surrogate of negative advantages from below by c A (arXiv:1912.09729); None for no
         bound.
 
@@ -176,7 +176,7 @@ def explained_variance(value: Array, return_: Array, valid: Array | None = None)
     valid = jnp.ones(jnp.shape(value), bool) if valid is None else valid
     chex.assert_shape(valid, value.shape, custom_message="valid")
     total = _variance(return_, valid)
-    # Equal returns have a variance of rounding errors, of which 1 - Var / Var would make any number.
+    # The variance of equal returns consists of rounding errors, so 1 - Var / Var could be any number.
     is_constant = total <= 1e-12 * _mean(jnp.square(return_), valid)
     return jnp.where(is_constant, 0.0, 1.0 - _variance(return_ - value, valid) / jnp.where(is_constant, 1.0, total))
 
@@ -206,7 +206,7 @@ def _huber(error: Array, delta: float | None) -> Array:
 
 
 def _mean(values: Array, valid: Array) -> Array:
-    """Mean of the valid values, 0 where there are none."""
+    """Returns the mean of the valid values, 0 where there are none."""
     return jnp.sum(jnp.where(valid, values, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
 

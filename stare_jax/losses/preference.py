@@ -33,7 +33,7 @@ def tpo_loss(
     *,
     beta: float,
 ) -> tuple[Array, dict[str, Array]]:
-    """Trajectory-wise preference optimisation, -mean log sigma(beta (q(tau+) - q(tau-))), q = mean_t Delta_t (1).
+    """Returns the loss of TPO, -mean log sigma(beta (q(tau+) - q(tau-))), q = mean_t Delta_t (1), and its metrics.
 
     Args:
       chosen_logp: `[B, T]` log pi_theta'(a_t|s_t) of the preferred trajectories.
@@ -82,7 +82,7 @@ def sta_tpo_loss(
     stage_norm: StageNorm = "K",
     margin: Margin = "paper",
 ) -> tuple[Array, dict[str, Array]]:
-    """Stage-aware TPO (6, algorithm 1).
+    """Returns the loss of stage-aware TPO (6, algorithm 1), and its metrics.
 
         q(tau_k) = mean over the actions of stage k of Delta_t,    q^(tau_k) = q(tau_k) - lambda l_k(tau)
         L = -1/|B| sum_pairs 1/K sum_k count log sigma(z_k),    z_k = beta (q^(tau_k+) - q^(tau_k-))
@@ -110,7 +110,7 @@ def sta_tpo_loss(
       that counts in no pair are 0.
 
     Raises:
-      ValueError: `stage_norm` or `margin` is none of these.
+      ValueError: `stage_norm` or `margin` has another value.
 
     Differs from the paper: `stage_norm="valid"`, and the margins other than "paper".
     """
@@ -147,7 +147,7 @@ def sta_tpo_loss(
 
 
 def _log_ratio(logp: Array, ref_logp: Array, valid: Array) -> Array:
-    """Delta_t `[B, T]`, 0 where there is no action."""
+    """Returns Delta_t `[B, T]`, 0 where there is no action."""
     chex.assert_rank((logp, ref_logp, valid), 2)
     chex.assert_equal_shape((logp, ref_logp, valid))
     chex.assert_type((logp, ref_logp, valid), (float, float, bool))
@@ -155,7 +155,7 @@ def _log_ratio(logp: Array, ref_logp: Array, valid: Array) -> Array:
 
 
 def _stage_steps(mask: Array, valid: Array, cost: Array, completed: Array) -> Array:
-    """bool `[B, K, T]`: the existing actions of each stage."""
+    """Returns the existing actions of each stage, bool `[B, K, T]`."""
     num_pairs, num_steps = valid.shape
     chex.assert_shape(mask, (num_pairs, None, num_steps))
     chex.assert_shape((cost, completed), mask.shape[:2])
@@ -171,12 +171,12 @@ def _margin_term(cost_margin: Array, margin: Margin) -> Array:
 
 
 def _previous_completed(completed: Array) -> Array:
-    """`[B, K]` whether stage k-1 is completed; there is none before the first."""
+    """Returns whether stage k-1 is completed, bool `[B, K]`; True for the first stage, which none precedes."""
     return jnp.pad(completed[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
 def _pairs(chosen_valid: Array, rejected_valid: Array) -> Array:
-    """`[B]` which pairs exist: a row that pads the batch, or lost a trajectory, has a side without actions."""
+    """Returns which pairs exist, bool `[B]`: a row that pads the batch, or lost a trajectory, has an empty side."""
     chex.assert_equal(chosen_valid.shape[0], rejected_valid.shape[0])
     return jnp.any(chosen_valid, axis=1) & jnp.any(rejected_valid, axis=1)
 
@@ -200,7 +200,7 @@ def _as_metrics(metrics: dict[str, Array]) -> dict[str, Array]:
 
 
 def _mean(values: Array, mask: Array) -> Array:
-    """Mean of the masked values over the last axis, 0 where there are none."""
+    """Returns the mean of the masked values over the last axis, 0 where there are none."""
     return jnp.sum(jnp.where(mask, values, 0.0), axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 

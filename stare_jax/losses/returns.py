@@ -16,7 +16,7 @@ def gae(
     gae_lambda: float,
     truncated_t: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Generalised advantage estimation (the GAE of equation 2; Schulman et al., 2015, arXiv:1506.02438).
+    """Returns advantages and returns by generalised advantage estimation (2; Schulman et al., 2015, arXiv:1506.02438).
 
         delta_t = r_t + discount_t V(s_{t+1}) - V(s_t)
         A_t = delta_t + discount_t lambda (1 - truncated_t) A_{t+1}
@@ -28,8 +28,8 @@ def gae(
       value_t: `[N]` V(s_t).
       next_value_t: `[N]` V of the state that a_t led to, also where the simulator has reset since.
       gae_lambda: lambda of the exponential mean, 0.95 in the paper.
-      truncated_t: bool `[N]` steps that are an episode's last one for another reason than its termination: the sum does
-        not run on into the next episode. None for nowhere.
+      truncated_t: bool `[N]` last steps of episodes that did not terminate: the sum does not run on into the next
+        episode. None for no such step.
 
     Returns:
       Advantages and returns A_t + V(s_t), float32 `[N]` each.
@@ -44,7 +44,7 @@ def gae(
         chex.assert_shape(truncated_t, reward_t.shape, custom_message="truncated_t")
         chex.assert_type(truncated_t, bool, custom_message="truncated_t")
         decay_t = jnp.where(truncated_t, 0.0, decay_t)
-    # What is beyond an episode's end must not matter, whatever it is.
+    # The value beyond an episode's end must not matter, even if it is NaN.
     delta_t = reward_t + jnp.where(discount_t == 0, 0.0, discount_t * next_value_t) - value_t
     advantage_t = _discounted_sum(delta_t, decay_t, jnp.float32(0.0))
     return advantage_t, advantage_t + value_t
@@ -87,7 +87,7 @@ def whiten(values: Array, valid: Array | None = None, *, epsilon: float = 1e-5) 
 
 
 def _discounted_sum(value_t: Array, decay_t: Array, last: Array) -> Array:
-    """`[N]` y_t = value_t + decay_t y_{t+1} with y_N = last."""
+    """Returns y_t = value_t + decay_t y_{t+1} with y_N = last, `[N]`."""
 
     def step(following, inputs):
         value, decay = inputs

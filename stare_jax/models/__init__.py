@@ -1,15 +1,16 @@
 """Networks as records of pure functions."""
 
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.models.nn.lora import LoRAConfig, add_adapters, drop_adapters, merge_adapters
+from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride, add_adapters, drop_adapters, merge_adapters
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.policy import make_openvla
 from stare_jax.models.openvla.presets import openvla_7b, openvla_state, openvla_tiny
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.policy import make_pi05
 from stare_jax.models.pi05.presets import EXPERTS as PI05_EXPERTS
+from stare_jax.models.pi05.presets import LORA as PI05_LORA
 from stare_jax.models.pi05.presets import PALIGEMMA as PI05_PALIGEMMA
-from stare_jax.models.pi05.presets import pi05_base, pi05_state, pi05_tiny
+from stare_jax.models.pi05.presets import pi05_base, pi05_droid, pi05_libero, pi05_maniskill, pi05_state, pi05_tiny
 from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
 from stare_jax.types import NormStats
 
@@ -36,10 +37,12 @@ def make_policy(config: ModelConfig, norm_stats: NormStats) -> Policy:
 
 __all__ = [
     "PI05_EXPERTS",
+    "PI05_LORA",
     "PI05_PALIGEMMA",
     "ActionScore",
     "Decision",
     "LoRAConfig",
+    "LoRAOverride",
     "MLPConfig",
     "ModelConfig",
     "OpenVLAConfig",
@@ -56,6 +59,9 @@ __all__ = [
     "openvla_state",
     "openvla_tiny",
     "pi05_base",
+    "pi05_droid",
+    "pi05_libero",
+    "pi05_maniskill",
     "pi05_state",
     "pi05_tiny",
     "with_prompt",

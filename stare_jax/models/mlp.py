@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from stare_jax.config import check_at_least
 from stare_jax.losses import soft_cross_entropy, soft_labels
 from stare_jax.models.bins import (
     bin_coordinate,
@@ -18,7 +19,7 @@ from stare_jax.models.bins import (
     sample_bins,
     score_bins,
 )
-from stare_jax.models.nn.heads import ValueHead
+from stare_jax.models.nn.heads import ValueHead, exact_dense
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation
@@ -45,9 +46,9 @@ class MLPConfig:
     """standard deviation of the imitation target in bins; 0 is one-hot."""
 
     def __post_init__(self):
-        for name, least in (("state_dim", 1), ("action_dim", 1), ("num_bins", 3), ("label_width", 0.0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {least}")
+        check_at_least(self, 1, "state_dim", "action_dim")
+        check_at_least(self, 3, "num_bins")
+        check_at_least(self, 0, "label_width")
         for name in ("hidden_dims", "value_dims"):
             if min(getattr(self, name), default=1) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected widths >= 1")
@@ -63,10 +64,10 @@ class ActorCritic(nn.Module):
         cfg = self.config
         x = state
         for i, dim in enumerate(cfg.hidden_dims):
-            x = nn.tanh(nn.Dense(dim, name=f"trunk_{i}")(x))
+            x = nn.tanh(exact_dense(dim, name=f"trunk_{i}")(x))
         # A small last layer starts from nearly uniform actions.
         init = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
-        logits = nn.Dense(cfg.action_dim * cfg.num_bins, kernel_init=init, name="logits")(x)
+        logits = exact_dense(cfg.action_dim * cfg.num_bins, kernel_init=init, name="logits")(x)
         value = ValueHead(cfg.value_dims, name="value_head")(state)
         return logits.reshape(-1, cfg.action_dim, cfg.num_bins), value
 
@@ -92,11 +93,11 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         bins = sample_bins(key, logits, temperature)
         logp, _ = score_bins(logits, bins, temperature)
         action = unnormalize_action(decode_bins(bins, num_bins=num_bins), norm_stats)
-        return Decision(action, bins, logp, value)
+        return Decision(action, {"bins": bins}, logp, value)
 
-    def log_prob(params, observation, action_tokens, *, temperature=1.0, reference_params=None):
+    def log_prob(params, observation, trace, *, temperature=1.0, reference_params=None):
         logits, value = apply(params, observation)
-        logp, entropy = score_bins(logits, action_tokens, temperature)
+        logp, entropy = score_bins(logits, trace["bins"], temperature)
         if reference_params is None:
             return ActionScore(logp, entropy, value)
         reference, _ = jax.lax.stop_gradient(apply(reference_params, observation))

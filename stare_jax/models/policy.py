@@ -13,16 +13,16 @@ from stare_jax.types import Array, Observation
 
 
 class Decision(NamedTuple):
-    """What a policy decided in a batch of states."""
+    """Decisions in a batch of states. Actors that are no policy, such as experts, give the action alone."""
 
     action: Array
     """float32 `[B, A]` in the simulator's units; `[B, C, A]` of a policy that decides on C actions at a time."""
-    action_tokens: Array
-    """int32 `[B, A]`, or whatever else `Policy.log_prob` needs to score the decision again."""
-    logp: Array
-    """float32 `[B]`, of all that was decided, of the distribution that was sampled."""
-    value: Array
-    """float32 `[B]`."""
+    trace: dict[str, Array] | None = None
+    """Named fields `[B, ...]`: all that `Policy.log_prob` needs to score the decision again."""
+    logp: Array | None = None
+    """float32 `[B]` log-probability of the decision under the distribution that was sampled."""
+    value: Array | None = None
+    """float32 `[B]` value of the states."""
 
 
 class ActionScore(NamedTuple):
@@ -43,7 +43,7 @@ class Policy(NamedTuple):
     init(key) -> params
     sample(params, observation, key, *, temperature=1.0) -> Decision; temperature may be traced, and at 0 nothing is
         random but the noise that a flow starts from
-    log_prob(params, observation, action_tokens, *, temperature=1.0, reference_params=None) -> ActionScore; the
+    log_prob(params, observation, trace, *, temperature=1.0, reference_params=None) -> ActionScore; the
         reference gets no gradient, and its frozen parameters are the policy's
     value(params, observation) -> float32 [B]
     imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32
@@ -69,9 +69,10 @@ class Policy(NamedTuple):
     frozen_patterns: tuple[str, ...] = ()
     """regexes of the parameters that are never trained: what adapters are beside."""
     window: int | None = None
-    """H, actions of the chunk that is imitated; None where one action is, and arrays have no axis for it."""
+    """H, actions that the policy predicts at a time, and that are imitated; None where it is one action, and arrays
+    have no axis for it."""
     chunk: int = 1
-    """C, actions that one decision executes."""
+    """C, actions that one decision executes; at most H."""
     preference_score: Callable | None = None
 
 

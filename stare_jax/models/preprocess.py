@@ -16,24 +16,25 @@ of "bicubic_float" in bfloat16, whose steps above 128 are whole grey levels; her
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-RESIZERS = ("bicubic", "bicubic_float", "lanczos3", "area")
+Resize = Literal["bicubic", "bicubic_float", "lanczos3", "area"]
 
 _PIL_BITS = 22
 _OPENCV_LEAST_OVERLAP = 1e-3
 
 
-def resize_image(image: jax.Array, size: int, resize: str) -> jax.Array:
+def resize_image(image: jax.Array, size: int, resize: Resize) -> jax.Array:
     """Resizes images to a square; images of that size stay as they are.
 
     Args:
         image: uint8 `[B, H, W, 3]`.
         size: pixels of a side.
-        resize: one of `RESIZERS`, see above.
+        resize: name of the resizer, see above.
 
     Returns:
         float32 `[B, size, size, 3]` in grey levels: whole numbers in [0, 255], but for "bicubic_float".

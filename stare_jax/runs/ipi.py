@@ -35,7 +35,8 @@ from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, loc
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import load_norm_stats, load_params
-from stare_jax.state.train_state import CHECKPOINTS, Run, abstract_params
+from stare_jax.state.train_state import CHECKPOINTS, abstract_params
+from stare_jax.train.loop import Run
 from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
@@ -75,7 +76,15 @@ class Experiment:
 
     @functools.cached_property
     def run(self) -> Run:
-        return Run(self.directory, self.norm_stats, self.writer, self.should_stop, self.mesh, resume=True)
+        return Run(
+            directory=self.directory,
+            norm_stats=self.norm_stats,
+            model=to_dict(self.config.model),
+            writer=self.writer,
+            should_stop=self.should_stop,
+            mesh=self.mesh,
+            resume=True,
+        )
 
     @functools.cached_property
     def demonstrations(self) -> Dataset:
@@ -206,7 +215,7 @@ def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
 
     def batches(start_step):
         order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
-        order |= {"with_state": config.model.state_dim > 0, "horizon": policy.window}
+        order |= {"with_state": config.model.state_dim > 0, "window": policy.window}
         return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
 
     return train_sft(policy, params, batches, config.sft, experiment.run)

@@ -113,8 +113,17 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def num_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of parts that a batch is cut into, data x fsdp."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def place(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts a batch onto the mesh, cut along its leading axis, whose size `num_parts` divides."""
+    return jax.device_put(tree, batch_sharding(mesh))
+
+
 def check_batch_size(name: str, size: int | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError unless a batch of `size` can be cut over the mesh; `name` is the config field to blame."""
-    num_parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-    if size is not None and size % num_parts:
-        raise ShardingError(f"{name}: got {size}, expected a multiple of data x fsdp = {num_parts}")
+    if size is not None and size % num_parts(mesh):
+        raise ShardingError(f"{name}: got {size}, expected a multiple of data x fsdp = {num_parts(mesh)}")

@@ -1,4 +1,4 @@
-"""Distances and orientations whose value and gradient are finite everywhere: safe norms, atan2, no acos.
+"""Distances and orientations with finite values and gradients everywhere: safe norms and atan2, no acos.
 
 Vectors are `[..., 3]` in metres unless said otherwise, quaternions unit `[..., 4]` in `wxyz` order.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from stare_jax.types import Array
 
 MIN_LENGTH = 1e-6
-"""Metres. A shorter vector has no direction: dividing by its length would overflow in the gradient."""
+"""Metres. A shorter vector has no direction, since division by its length would overflow in the gradient."""
 
 
 def safe_norm(vector: Array) -> Array:
@@ -76,8 +76,8 @@ def rotate_inverse(quat: Array, vector: Array) -> Array:
 def rotation_angle(quat1: Array, quat2: Array) -> Array:
     """Returns d_rot, the geodesic angle `[...]` in [0, pi] between two orientations, 2 acos|<q1, q2>|.
 
-    Computed as 2 atan2(|imaginary part|, |real part|) of the relative rotation, so that its gradient is finite at 0
-    and at pi, where that of acos is not.
+    It is computed as 2 atan2(|imaginary part|, |real part|) of the relative rotation. Unlike that of acos, this
+    gradient is finite at 0 and at pi.
     """
     _check_quaternions(quat1, quat2)
     real1, imaginary1 = quat1[..., :1], quat1[..., 1:]
@@ -94,7 +94,7 @@ def rotation_alignment(quat1: Array, quat2: Array) -> Array:
 
 
 def body_axis(quat: Array, axis: int) -> Array:
-    """Returns an axis (0, 1 or 2) of the body frame in the world, `[..., 3]`: a column of the rotation matrix.
+    """Returns an axis (0, 1 or 2) of the body frame in the world frame, `[..., 3]`: a column of the rotation matrix.
 
     The axis of one NumPy quaternion is float64 of NumPy, computed without JAX: simulators and experts ask for it in
     every step.

@@ -1,4 +1,4 @@
-"""Quantities derived from `Signals`, never stored: distances, height, slip, how long a grasp has lasted.
+"""Quantities derived from `Signals`, never stored: distances, height, slip, duration of a grasp.
 
 The functions of one state take leaves with any leading axes; those of a history take `[T, ...]`, one whole episode.
 All of them rely on `as_signals` having checked the leaves.
@@ -72,22 +72,22 @@ def displacement(signals: Signals) -> Array:
 
 
 def consecutive_grasp(signals: Signals) -> Array:
-    """Returns for how many steps in a row, ending at t, the object has been held, float32 `[T]`."""
+    """Returns the number of steps in a row, ending at t, in which the object has been held, float32 `[T]`."""
     return steps_in_a_row(signals.is_grasped)
 
 
 def steps_in_a_row(flag_t: Array) -> Array:
-    """Returns for how many steps in a row, ending at t, a flag `[T]` has been set, float32 `[T]`."""
+    """Returns the number of steps in a row, ending at t, in which a flag `[T]` has been set, float32 `[T]`."""
     steps = jnp.arange(flag_t.shape[0])
     last_unset = jax.lax.cummax(jnp.where(flag_t, -1, steps))
     return (steps - last_unset).astype(jnp.float32)
 
 
 def slip(signals: Signals, *, slip_tol: float) -> Array:
-    """Returns where the grasp slipped, bool `[T]`, False at t = 0.
+    """Returns whether the grasp slipped in the step that led to t, bool `[T]`, False at t = 0.
 
-    The object was held and no longer is, or it is held throughout the step and moved by more than `slip_tol` metres in
-    the end-effector's frame.
+    A grasp has slipped where the object was held and no longer is, or where it is held throughout the step and moved by
+    more than `slip_tol` metres in the end-effector's frame.
     """
     was_grasped = jnp.concatenate([jnp.zeros(1, bool), signals.is_grasped[:-1]])
     in_hand = geometry.rotate_inverse(signals.tcp_quat, signals.obj_pos - signals.tcp_pos)

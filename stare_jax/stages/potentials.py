@@ -1,4 +1,4 @@
-"""Stage potentials Phi_k (equation 4 and appendix E): how far the active stage has come, in [0, 1].
+"""Stage potentials Phi_k (equation 4 and appendix E), in [0, 1], which measure how far the active stage has come.
 
 A potential is (params, signals `[T]`) -> `[T]`; sigma is the logistic function. `potentials` checks the arrays.
 
@@ -48,54 +48,54 @@ def potentials(spec: TaskSpec, signals: Signals, separation: Separation) -> Arra
 
 
 def reach_potential(params: StageParams, signals: Signals) -> Array:
-    """Reach: sigma(1 - ||x_ee - x_obj|| / d_reach) (4)."""
+    """Returns the potential of reach: sigma(1 - ||x_ee - x_obj|| / d_reach) (4)."""
     return _closeness(measures.reach_distance(signals), params.d_reach)
 
 
 def lasting_grasp_potential(params: StageParams, signals: Signals) -> Array:
-    """Grasp (pick-place): beta_1 grasped + beta_2 tanh(consec_grasp / tau)."""
+    """Returns the potential of grasp in pick-place: beta_1 grasped + beta_2 tanh(consec_grasp / tau)."""
     lasting = jnp.tanh(measures.consecutive_grasp(signals) / params.tau)
     return params.beta1 * signals.is_grasped + params.beta2 * lasting
 
 
 def transport_potential(params: StageParams, signals: Signals) -> Array:
-    """Transport: sigma(1 - ||x_obj - x_goal|| / d_trans) + beta_3 grasped."""
+    """Returns the potential of transport: sigma(1 - ||x_obj - x_goal|| / d_trans) + beta_3 grasped."""
     return _closeness(measures.goal_distance(signals), params.d_trans) + params.beta3 * signals.is_grasped
 
 
 def place_potential(params: StageParams, signals: Signals) -> Array:
-    """Place: sigma(1 - ||x_obj - x_goal|| / d_place) + beta_4 g(R_obj, R_goal)."""
+    """Returns the potential of place: sigma(1 - ||x_obj - x_goal|| / d_place) + beta_4 g(R_obj, R_goal)."""
     alignment = geometry.rotation_alignment(signals.obj_quat, signals.goal_quat)
     return _closeness(measures.goal_distance(signals), params.d_place) + params.beta4 * alignment
 
 
 def contact_potential(params: StageParams, signals: Signals) -> Array:
-    """Contact: beta_1 contact."""
+    """Returns the potential of contact: beta_1 contact."""
     return params.beta1 * signals.is_contact.astype(jnp.float32)
 
 
 def push_potential(params: StageParams, signals: Signals) -> Array:
-    """Push and pull: sigma(1 - ||x_obj - x_goal|| / d_push)."""
+    """Returns the potential of push and pull: sigma(1 - ||x_obj - x_goal|| / d_push)."""
     return _closeness(measures.goal_distance(signals), params.d_push)
 
 
 def goal_potential(params: StageParams, signals: Signals) -> Array:
-    """Goal: 1 where the object is horizontally closer to the goal than `delta_goal`, else 0."""
+    """Returns the potential of goal: 1 where the object is horizontally within `delta_goal` of the goal, else 0."""
     return (measures.horizontal_goal_distance(signals) < params.delta_goal).astype(jnp.float32)
 
 
 def grasp_potential(params: StageParams, signals: Signals) -> Array:
-    """Grasp (lift-upright): beta_1 grasped."""
+    """Returns the potential of grasp in lift-upright: beta_1 grasped."""
     return params.beta1 * signals.is_grasped.astype(jnp.float32)
 
 
 def lift_potential(params: StageParams, signals: Signals) -> Array:
-    """Lift: sigma(h / h_lift), h the height above where the object rested."""
+    """Returns the potential of lift: sigma(h / h_lift), h the height above where the object rested."""
     return jax.nn.sigmoid(measures.height(signals) / params.h_lift)
 
 
 def upright_potential(params: StageParams, signals: Signals) -> Array:
-    """Upright: |cos| of the angle between the object's `up_axis` and the vertical."""
+    """Returns the potential of upright: |cos| of the angle between the object's `up_axis` and the vertical."""
     return geometry.uprightness(signals.obj_quat, params.up_axis)
 
 
@@ -104,7 +104,7 @@ def _closeness(distance: Array, scale: float) -> Array:
 
 
 def _hold(value_t: Array, enabled_t: Array) -> Array:
-    """`[T]` the value at the last step up to t where it was enabled, 0 before there is one."""
+    """Returns the value at the last step up to t at which it was enabled, `[T]`; 0 before the first one."""
     steps = jnp.arange(value_t.shape[0])
     last_enabled = jax.lax.cummax(jnp.where(enabled_t, steps, -1))
     return jnp.where(last_enabled >= 0, value_t[jnp.maximum(last_enabled, 0)], 0.0)

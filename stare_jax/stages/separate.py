@@ -5,7 +5,7 @@ Stage k, 0-based, ends when its terminal event e_k first holds after stage k-1 h
     c_{-1} = 0,    c_k = min{t >= c_{k-1} : e_k(t)},    g(t) = min(K-1, #{k : c_k <= t})
 
 so the state in which the event holds already belongs to the next stage, several stages may end in one step, and labels
-never decrease. Success ends all the stages that are left.
+never decrease. Success ends all stages that are left.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,10 @@ from stare_jax.types import Array, Signals
 
 
 class StageCarry(NamedTuple):
-    """What the online separator remembers from one state to the next."""
+    """Memory of the online separator from one state to the next."""
 
     num_completed: Array
-    """int32 scalar in 0 .. K: stages completed so far; a number says it all because completion is in order."""
+    """int32 scalar in 0 .. K: stages completed so far; a number is enough because stages are completed in order."""
 
 
 class Separation(NamedTuple):
@@ -56,9 +56,9 @@ def step_stage(
 
     Args:
       spec: the task.
-      carry: what `init_stage` or the previous call returned.
+      carry: of `init_stage` or the previous call.
       signals_t: one state.
-      valid_t: bool scalar; a state that does not exist completes nothing and keeps the last label.
+      valid_t: bool scalar, whether the state exists; one that does not completes nothing and keeps the last label.
 
     Returns:
       The new carry, and the label g(t), int32 scalar in 0 .. K-1.
@@ -122,38 +122,38 @@ def stage_mask(separation: Separation, num_stages: int, valid: Array | None = No
 
 
 def reached(params: StageParams, signals: Signals) -> Array:
-    """The robot touches the object or is close to it."""
+    """Returns whether the robot touches the object or is closer to it than `delta_reach`."""
     return signals.is_contact | (measures.reach_distance(signals) < params.delta_reach)
 
 
 def touched(params: StageParams, signals: Signals) -> Array:
-    """The robot touches the object."""
+    """Returns whether the robot touches the object."""
     del params
     return signals.is_contact
 
 
 def grasped(params: StageParams, signals: Signals) -> Array:
-    """Both fingers hold the object."""
+    """Returns whether both fingers hold the object."""
     del params
     return signals.is_grasped
 
 
 def grasped_and_lifted(params: StageParams, signals: Signals) -> Array:
-    """Both fingers hold the object clear of its support."""
+    """Returns whether both fingers hold the object more than `delta_lift` above its support."""
     return signals.is_grasped & (measures.height(signals) > params.delta_lift)
 
 
 def lifted(params: StageParams, signals: Signals) -> Array:
-    """The object is above its minimum height."""
+    """Returns whether the object is more than `h_min` above its support."""
     return measures.height(signals) > params.h_min
 
 
 def near_goal(params: StageParams, signals: Signals) -> Array:
-    """The object is horizontally close to its goal."""
+    """Returns whether the object is horizontally closer to its goal than `delta_goal`."""
     return measures.horizontal_goal_distance(signals) < params.delta_goal
 
 
 def succeeded(params: StageParams, signals: Signals) -> Array:
-    """The environment says so."""
+    """Returns the environment's own success flag."""
     del params
     return signals.success

@@ -1,4 +1,4 @@
-"""What a task is to STARE: its stages, their thresholds and weights, and the functions that label and score them."""
+"""Description of a task: its stages, their thresholds and weights, and the functions that label and score them."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from stare_jax.types import Array, Signals
 
 POTENTIAL_SLACK = 1e-6
-"""How far over 1 the weights of a potential may add up: room for the rounding of a sum, no more."""
+"""Largest excess over 1 of the sum of a potential's weights: room for the rounding of a sum, no more."""
 
 SIGMOID_OF_ONE = 1.0 / (1.0 + math.exp(-1.0))
 """The most that a term sigma(1 - distance / scale) of a potential can give, 0.731."""
@@ -61,7 +61,7 @@ class StageParams:
     """Reference point of the transport cost."""
 
     d_reach: float = 0.1
-    """Length scale of the reach potential, and likewise below."""
+    """Metres: length scale of the reach potential, and likewise of the potentials below."""
     d_trans: float = 0.1
     d_place: float = 0.05
     d_push: float = 0.1
@@ -90,7 +90,7 @@ class StageParams:
 
 
 EventFn = Callable[[StageParams, Signals], Array]
-"""(params, signals of one state) -> bool: does the stage's terminal event hold?"""
+"""(params, signals of one state) -> bool: whether the stage's terminal event holds."""
 
 CostFn = Callable[[StageParams, Signals, Array], Array]
 """(params, signals `[T]`, bool `[T]` mask of the stage's steps) -> scalar >= 0, 0 for a stage without steps."""
@@ -111,7 +111,7 @@ class WeightLimit(NamedTuple):
 
 
 class Requirements(NamedTuple):
-    """What a family asks of the parameters that its stages use, by field name."""
+    """Conditions of a family on the parameters that its stages use, by field name."""
 
     non_negative: tuple[str, ...]
     positive: tuple[str, ...]

@@ -1,31 +1,31 @@
-"""Checkpoints: parameters, optimiser, normalisation statistics and counters; the only file that knows Orbax.
+"""Checkpoints of a phase: parameters, the state of training, statistics, the model's configuration and counters.
 
-    <directory>/<step>/{params, optimizer}  with counters and normalisation statistics as JSON in the metadata
+    <directory>/<step>/params   the trained parameters that a later phase, evaluation and export take
+    <directory>/<step>/state    step and optimiser, and the trained parameters themselves where `params` is an average
+    <directory>/frozen/params   the parameters that the phase does not train, written once
 
-Parameters are an item of their own, so that a policy can be loaded without the optimiser. A step whose writing was
+Statistics, the model's configuration and counters are JSON in the metadata of every step. A step whose writing was
 killed is not seen by anything here and is removed when the directory is opened for writing.
 """
 
 import hashlib
-import itertools
-import json
 import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from stare_jax.config import UserError
-from stare_jax.sharding.mesh import path_name
-from stare_jax.types import Array, NormStats, PyTree, TrainState
+from stare_jax.state import storage
+from stare_jax.state.train_state import TrainState
+from stare_jax.types import NormStats, PyTree
 
-_MAX_NAMES = 20
-_GROUP_BYTES = 32 * 2**20
-_METADATA_FILE = "_CHECKPOINT_METADATA"
+FROZEN = "frozen"
+"""Name of the folder of frozen parameters, beside the steps."""
+MAX_NAMES = 20
+"""Number of paths that an error message lists."""
 
 
 class CheckpointError(UserError, ValueError):
@@ -33,11 +33,10 @@ class CheckpointError(UserError, ValueError):
 
 
 class Restored(NamedTuple):
-    """What `restore` found."""
+    """A train state, and the counters that its loop had reached."""
 
     state: TrainState
-    extra: dict[str, Any]
-    norm_stats: NormStats
+    counters: dict[str, Any]
 
 
 class Checkpoints:
@@ -48,41 +47,40 @@ class Checkpoints:
             raise ValueError(f"keep: got {keep}, expected >= 1")
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._last: int | None = None
         for path in self._directory.iterdir():
+            is_step = path.name.isdigit()
             # Half deleted, or half written: Orbax writes under this name and renames at the end.
-            if (path.name.isdigit() and not _is_complete(path)) or path.name.endswith(".orbax-checkpoint-tmp"):
+            is_partial = path.name.endswith(storage.PARTIAL) or (is_step and not storage.is_complete(path))
+            # Frozen parameters without a step may be those of other starting weights.
+            if is_partial or (path.name == FROZEN and not complete_steps(self._directory)):
                 shutil.rmtree(path)
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            # Which steps to save is the caller's choice; Orbax's own default skips some.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-        )
+        self._writer = storage.BackgroundWriter(self._directory, keep=keep)
 
-    def save(self, step: int, state: TrainState, *, extra: dict[str, Any], norm_stats: NormStats) -> None:
+    def save(
+        self, step: int, state: TrainState, *, norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]
+    ) -> None:
         """Starts to save; returns when the arrays are copied, so that the caller may go on and donate them.
 
-        Args:
-            step: its name; a step that is there already is left as it is.
-            state: arrays of any sharding.
-            extra: JSON-able counters of the loop.
-            norm_stats: of the policy.
-        """
-        if step in complete_steps(self._directory):
-            return
-        items = {
-            "params": state.params,
-            "optimizer": {"step": state.step, "opt_state": state.opt_state},
-        }
-        metadata = _custom_metadata(extra, norm_stats)
-        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
+        The first call writes the frozen parameters and waits for them; others leave them out.
 
-    def wait(self) -> None:
-        """Returns when what was saved is on disk."""
-        self._checkpointer.wait()
+        Args:
+            step: name of the checkpoint; one that is there already, or that is being written, is left as it is.
+            state: arrays of any sharding.
+            norm_stats: normalisation statistics of the policy.
+            model: configuration of the policy's model, as JSON takes it.
+            counters: progress of the loop, as JSON takes it.
+        """
+        if step == self._last or step in complete_steps(self._directory):
+            return
+        if jax.tree.leaves(state.frozen) and not storage.is_complete(self._directory / FROZEN):
+            storage.write(self._directory / FROZEN, {"params": state.frozen}, {})
+        self._writer.write(step, _items(state), _metadata(norm_stats, model, counters))
+        self._last = step
 
     def close(self) -> None:
-        self._checkpointer.close()
+        """Waits until everything is on disk."""
+        self._writer.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -91,93 +89,42 @@ class Checkpoints:
         self.close()
 
 
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """Returns the parts of a checkpoint; nothing is in two of them."""
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    if state.average is None:
+        return {"params": state.trainable, "state": rest}
+    return {"params": state.average, "state": rest | {"trainable": state.trainable}}
+
+
 def save_params(
-    directory: str | Path, step: int, params: PyTree, *, extra: dict[str, Any], norm_stats: NormStats
+    directory: str | Path, step: int, params: PyTree, *, norm_stats: NormStats, model: dict[str, Any]
 ) -> None:
     """Saves parameters that no optimiser belongs to, and waits; the host holds little more than one leaf besides them.
 
     Args:
-        directory: of checkpoints, without this step.
-        step: its name.
+        directory: folder of checkpoints, without this step.
+        step: name of the checkpoint.
         params: arrays of any sharding.
-        extra: JSON-able, as for `Checkpoints.save`.
-        norm_stats: of the policy.
+        norm_stats: normalisation statistics of the policy.
+        model: configuration of the policy's model, as JSON takes it.
     """
-    with _leaf_by_leaf(params):
-        path = Path(directory).absolute() / str(step)
-        ocp.save_checkpointables(path, {"params": params}, custom_metadata=_custom_metadata(extra, norm_stats))
+    path = Path(directory).absolute() / str(step)
+    storage.write(path, {"params": params}, _metadata(norm_stats, model, {}))
 
 
-def _leaf_by_leaf(params: PyTree) -> ocp.Context:
-    leaves, context = jax.tree.leaves(params), ocp.Context()
-    shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
-    sizes = [leaf.nbytes for leaf in leaves]
-    # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
-    context.memory.write_concurrent_bytes = max(shards or sizes) + 1
-    context.memory.transfer_concurrent_bytes = max(sizes) + 1
-    context.memory.deepcopy_host_arrays = False
-    # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
-    context.array.saving.use_replica_parallel = False
-    return context
-
-
-def save_tree(directory: str | Path, name: str, tree: PyTree) -> None:
-    """Saves a tree on its own, as other programs' checkpoints have it; memory as for `save_params`.
-
-    Args:
-        directory: a folder.
-        name: of a new folder in it.
-        tree: arrays of any sharding.
-    """
-    directory = Path(directory).absolute()
-    with _leaf_by_leaf(tree):
-        ocp.save_checkpointables(directory / f"{name}.partial", {name: tree})
-    for path in (directory / f"{name}.partial").iterdir():
-        path.rename(directory / path.name)
-    (directory / f"{name}.partial").rmdir()
-
-
-def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them."""
-    path, name = _tree_at(folder)
-    stored = ocp.metadata(path, checkpointable_name=name).metadata
-    leaves = ((path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(stored))
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves}
-
-
-def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) -> Array:
-    """Loads one leaf of a tree that was saved on its own: a NumPy array where `like` has no sharding."""
-    path, name = _tree_at(folder)
-    wanted = like if like.sharding is not None else np.empty(like.shape, like.dtype)  # nothing is written to it
-    with _partly():
-        tree = ocp.load(path, _nest({leaf_path: wanted}), checkpointable_name=name)
-    return jax.tree.leaves(tree)[0]
-
-
-def _tree_at(folder: str | Path) -> tuple[Path, str | None]:
-    """Returns how Orbax wants a tree to be named: a checkpoint of its own, or a part of one."""
-    folder = Path(folder).absolute()
-    return (folder, None) if (folder / _METADATA_FILE).exists() else (folder.parent, folder.name)
-
-
-def _partly() -> ocp.Context:
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    return context
-
-
-def _custom_metadata(extra: dict[str, Any], norm_stats: NormStats) -> dict[str, Any]:
+def _metadata(norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
     # As JSON, because Orbax refuses arrays of size zero, which the state of an image-only policy has.
     stats = {name: np.asarray(value).tolist() for name, value in norm_stats._asdict().items()}
-    return {"extra": extra, "norm_stats": stats}
+    return {"counters": counters, "model": model, "norm_stats": stats}
 
 
 def complete_steps(directory: str | Path) -> list[int]:
-    """Returns the steps of the complete checkpoints of a directory, ascending."""
+    """Returns the steps of the complete checkpoints of a directory, ascending; [] where there is none."""
     directory = Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and _is_complete(path))
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and storage.is_complete(path))
 
 
 def resolve_step(directory: str | Path, step: int | None = None) -> int:
@@ -194,11 +141,11 @@ def resolve_step(directory: str | Path, step: int | None = None) -> int:
 
 
 def fingerprint(directory: str | Path, *, step: int | None = None) -> str:
-    """Returns what tells a checkpoint from any other, wherever its folder lies, without reading its weights.
+    """Returns 12 hexadecimal digits that no other checkpoint has, wherever its folder lies, without reading weights.
 
-    It is a checksum of Orbax's metadata: when the checkpoint was written, to the nanosecond, and what is in it.
+    They are a checksum of Orbax's metadata: the time of writing, to the nanosecond, and a list of the contents.
     """
-    metadata = (_step_path(directory, step) / _METADATA_FILE).read_bytes()
+    metadata = (step_path(directory, step) / storage.METADATA_FILE).read_bytes()
     return hashlib.sha256(metadata).hexdigest()[:12]
 
 
@@ -206,123 +153,106 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     """Loads a whole train state, onto whatever mesh `like` is on.
 
     Args:
-        directory: of the phase's checkpoints.
+        directory: checkpoints of the phase.
         like: a state, or `jax.ShapeDtypeStruct`s with shardings, of the same shapes.
-        step: which one; None takes the latest.
+        step: step of the checkpoint; None takes the latest.
+
+    Raises:
+        CheckpointError: none there, or other paths, shapes or dtypes than `like`; or one that an earlier version of
+            this library wrote.
+    """
+    path = step_path(directory, step)
+    if "optimizer" in storage.item_shapes(path):
+        raise CheckpointError(
+            f"{path}: got a checkpoint of an earlier version, with an item 'optimizer', expected 'state'. Its training "
+            "cannot go on, its parameters can be used: start a new run with config.init_from, the folder of its phase, "
+            "or finish the phase with the version that began it"
+        )
+    items = _load(path, _items(like))
+    frozen = _load(path.parent / FROZEN, {"params": like.frozen})["params"] if jax.tree.leaves(like.frozen) else {}
+    rest = items["state"]
+    trainable, average = (items["params"], None) if like.average is None else (rest["trainable"], items["params"])
+    state = TrainState(rest["step"], trainable, frozen, rest["opt_state"], average)
+    return Restored(state, load_counters(directory, step=step))
+
+
+def load_params(directory: str | Path, like: PyTree, *, step: int | None = None, cast: bool = False) -> PyTree:
+    """Loads the parameters alone, those that a later phase takes; little more memory is used than they need.
+
+    Args:
+        directory: checkpoints of the phase.
+        like: nested dict of arrays or of `jax.ShapeDtypeStruct`s with shardings.
+        step: step of the checkpoint; None takes the latest.
+        cast: convert to the dtypes of `like` instead of refusing others.
 
     Raises:
         CheckpointError: none there, or other paths, shapes or dtypes than `like`.
     """
-    path = _step_path(directory, step)
-    items = _load(path, {"params": like.params, "optimizer": {"step": like.step, "opt_state": like.opt_state}})
-    optimizer = items["optimizer"]
-    state = TrainState(step=optimizer["step"], params=items["params"], opt_state=optimizer["opt_state"])
-    return Restored(state, load_extra(directory, step=step), load_norm_stats(directory, step=step))
-
-
-def load_params(directory: str | Path, like_params: PyTree, *, step: int | None = None, cast: bool = False) -> PyTree:
-    """Loads the parameters alone; arguments and errors as for `restore`, but that `cast` lets dtypes differ."""
-    return _load(_step_path(directory, step), {"params": like_params}, cast=cast)["params"]
+    path, like = step_path(directory, step), storage.flatten(like)
+    folders = param_folders(path)
+    stored = {f"params/{name}": leaf for _, shapes in folders for name, leaf in shapes.items()}
+    describe = _describe_shapes if cast else _describe
+    _check(path, describe(stored), describe({f"params/{name}": leaf for name, leaf in like.items()}))
+    loaded = {}
+    for folder, shapes in folders:
+        if shapes:
+            part = storage.nest({name: like[name] for name in shapes})
+            loaded |= storage.flatten(storage.read(folder, {"params": part})["params"])
+    return storage.nest({name: loaded[name] for name in like})
 
 
 def param_shapes(directory: str | Path, *, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of the parameters in a checkpoint, by path, without reading their values."""
-    stored = ocp.checkpointables_metadata(_step_path(directory, step)).metadata
-    leaves = jax.tree.leaves_with_path(stored["params"])
-    return {path_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
+    return {name: leaf for _, shapes in param_folders(step_path(directory, step)) for name, leaf in shapes.items()}
 
 
-def leaf_loader(directory: str | Path, order: Sequence[str], *, step: int | None = None) -> Callable[[str], np.ndarray]:
-    """Returns a function that loads one parameter of a checkpoint, given its path, onto the host.
-
-    Small ones are loaded together with those that come after them, because each call of Orbax takes its time.
+def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct]]]:
+    """Returns the folders that hold the parameters of a checkpoint, each with shapes and dtypes by path.
 
     Args:
-        directory: as for `restore`.
-        order: paths, as they will probably be asked for.
-        step: as for `restore`.
-
-    Raises:
-        CheckpointError: no such checkpoint, or not all of these are in it.
+        path: `<directory>/<step>`.
     """
-    folder, shapes = _step_path(directory, step), param_shapes(directory, step=step)
-    if missing := [path for path in order if path not in shapes]:
-        raise CheckpointError(f"{folder}: got no {', '.join(missing[:_MAX_NAMES])}, expected them")
-    waiting: dict[str, np.ndarray] = {}
-
-    def load(path: str) -> np.ndarray:
-        if path not in waiting:
-            waiting.clear()
-            sizes = itertools.accumulate(_num_bytes(shapes[name]) for name in order[order.index(path) :])
-            count = max(sum(size <= _GROUP_BYTES for size in sizes), 1)
-            group = order[order.index(path) :][:count]
-            # Nothing is allocated for arrays that are not written to.
-            like = _nest({name: np.empty(shapes[name].shape, shapes[name].dtype) for name in group})
-            with _partly():
-                loaded = ocp.load_checkpointables(folder, {"params": like})["params"]
-            waiting.update({path_name(key): leaf for key, leaf in jax.tree.leaves_with_path(loaded)})
-        return waiting.pop(path)
-
-    return load
-
-
-def _nest(leaves: dict[str, Any]) -> PyTree:
-    tree: PyTree = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
-
-
-def _num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return leaf.size * jnp.dtype(leaf.dtype).itemsize
+    folders, found = [], set()
+    for folder in (path, path.parent / FROZEN):
+        if storage.is_complete(folder):
+            stored = storage.item_shapes(folder)["params"]
+            shapes = {name: leaf for name, leaf in stored.items() if name not in found}
+            folders.append((folder, shapes))
+            found |= set(shapes)
+    return folders
 
 
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
-    stored = _metadata(directory, step)["norm_stats"]
+    stored = storage.read_metadata(step_path(directory, step))["norm_stats"]
     dtypes = {"action_mask": bool}
     return NormStats(**{name: np.asarray(value, dtypes.get(name, np.float32)) for name, value in stored.items()})
 
 
-def load_extra(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
-    """Loads the counters that were saved with a checkpoint."""
-    return dict(_metadata(directory, step)["extra"])
+def load_model(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
+    """Loads the configuration of a checkpoint's model; empty where an earlier version did not write it."""
+    stored = storage.read_metadata(step_path(directory, step))
+    return dict(stored.get("model") or stored.get("extra", {}).get("model") or {})
 
 
-def _metadata(directory: str | Path, step: int | None) -> dict[str, Any]:
-    return ocp.checkpointables_metadata(_step_path(directory, step)).custom_metadata
+def load_counters(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
+    """Loads the progress of the loop that saved a checkpoint."""
+    return dict(storage.read_metadata(step_path(directory, step)).get("counters", {}))
 
 
-def _is_complete(path: Path) -> bool:
-    # The metadata are the first to go when a checkpoint is deleted, and say when its writing was finished.
-    try:
-        metadata = json.loads((path / _METADATA_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return metadata.get("commit_timestamp_nsecs") is not None
-
-
-def _step_path(directory: str | Path, step: int | None) -> Path:
+def step_path(directory: str | Path, step: int | None) -> Path:
+    """Returns the absolute path of a checkpoint; arguments and errors as for `resolve_step`."""
     return Path(directory).absolute() / str(resolve_step(directory, step))
 
 
-def _load(path: Path, like: dict[str, PyTree], *, cast: bool = False) -> dict[str, PyTree]:
-    stored = ocp.checkpointables_metadata(path).metadata
+def _load(path: Path, like: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Loads items that have to fit exactly."""
+    stored = storage.item_shapes(path) if path.is_dir() else {}
     if missing := sorted(set(like) - set(stored)):
         raise CheckpointError(f"{path}: got the items {sorted(stored)}, expected also {missing}")
-    describe = _describe_shapes if cast else _describe
-    _check(path, *(describe(tree) for tree in ({name: stored[name] for name in like}, like)))
-    return ocp.load_checkpointables(path, jax.tree.map(_abstract, like))
-
-
-def _abstract(leaf: Any) -> Any:
-    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return leaf
+    got = {f"{item}/{name}": leaf for item in like for name, leaf in stored[item].items()}
+    _check(path, _describe(got), _describe(storage.flatten(like)))
+    return storage.read(path, like)
 
 
 def _check(path: Path, got: dict[str, str], expected: dict[str, str]) -> None:
@@ -335,15 +265,14 @@ def _check(path: Path, got: dict[str, str], expected: dict[str, str]) -> None:
         if name in got and got[name] != expected[name]
     ]
     if problems:
-        more = [f"and {len(problems) - _MAX_NAMES} more"] if len(problems) > _MAX_NAMES else []
-        shown = [*problems[:_MAX_NAMES], *more]
+        more = [f"and {len(problems) - MAX_NAMES} more"] if len(problems) > MAX_NAMES else []
+        shown = [*problems[:MAX_NAMES], *more]
         raise CheckpointError(f"{path} does not fit:\n  " + "\n  ".join(shown))
 
 
-def _describe(tree: PyTree) -> dict[str, str]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {path_name(path): f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
+def _describe(leaves: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
-def _describe_shapes(tree: PyTree) -> dict[str, str]:
-    return {path_name(path): f"{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(tree)}
+def _describe_shapes(leaves: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{list(leaf.shape)}" for name, leaf in leaves.items()}

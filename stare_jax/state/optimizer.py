@@ -2,61 +2,56 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import path_name
-from stare_jax.types import PyTree, TrainState
+from stare_jax.types import PyTree
 
 VALUE_PARAMS = r"^value"
 
 
+Schedule = Literal["constant", "cosine", "linear"]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """What moves which parameters; paths are `/`-joined and matched by `re.search`."""
+    """AdamW's settings; paths of parameters are `/`-joined and matched by `re.search`."""
 
     learning_rate: float = 1e-4
     value_learning_rate: float | None = None
-    """of the parameters that `value_params` matches; None: the same."""
+    """learning rate of the parameters that `value_params` matches; None: the same."""
     value_params: str = VALUE_PARAMS
+    """regex of the critic's parameters."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
     no_decay: str = r"(bias|scale|embedding)"
-    """parameters that are not decayed."""
+    """regex of the parameters that are not decayed."""
     max_grad_norm: float | None = 1.0
-    """bound of the norm of all gradients together."""
-    schedule: str = "constant"
-    """"constant", or "cosine" or "linear" down to zero: by optimiser steps after the warm-up, in PPO by iterations."""
+    """bound of the norm of all gradients that move something, taken together; None: no bound."""
+    schedule: Schedule = "constant"
+    """course of the learning rate after the warm-up, "cosine" and "linear" down to zero; its time is counted in
+    optimiser steps, in PPO in iterations."""
     warmup_steps: int = 0
     """optimiser steps, in every phase."""
     freeze: tuple[str, ...] = ()
     """regexes of parameters that are not trained: no gradient, no optimiser state."""
 
     def __post_init__(self):
-        for name in (
-            "learning_rate",
-            "eps",
-            *(("value_learning_rate",) if self.value_learning_rate is not None else ()),
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
+        check_choices(self)
+        check_above(self, 0, "learning_rate", "value_learning_rate", "eps", "max_grad_norm")
+        check_at_least(self, 0, "weight_decay", "warmup_steps")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1)")
-        for name in ("weight_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: got {self.max_grad_norm}, expected > 0 or None")
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise ValueError(f"schedule: got {self.schedule!r}, expected 'constant', 'cosine' or 'linear'")
 
 
 def make_optimizer(config: OptimizerConfig, *, num_steps: int | None) -> optax.GradientTransformationExtraArgs:
@@ -67,7 +62,7 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int | None) -> optax.G
 
     Args:
         config: see `OptimizerConfig`.
-        num_steps: after how many steps the schedule reaches zero; None: it stays constant after the warm-up, and the
+        num_steps: number of steps after which the schedule is zero; None: it stays constant after the warm-up, and the
             caller scales the updates by `decay_schedule`.
     """
 
@@ -93,17 +88,30 @@ def make_optimizer(config: OptimizerConfig, *, num_steps: int | None) -> optax.G
         adamw(config.learning_rate), lambda step, train_policy=True, **_: train_policy, forward_extra_args=True
     )
     value = adamw(config.value_learning_rate or config.learning_rate)
-    clip = optax.identity() if config.max_grad_norm is None else optax.clip_by_global_norm(config.max_grad_norm)
+    clip = optax.identity() if config.max_grad_norm is None else _clip_what_moves(config.max_grad_norm, label)
     return optax.chain(clip, optax.partition({"policy": policy, "value": value}, label))
 
 
-def decay_schedule(schedule: str, peak: float, duration: float) -> optax.Schedule:
+def _clip_what_moves(max_norm: float, label: Callable) -> optax.GradientTransformationExtraArgs:
+    """Clips by the norm of all gradients, or of the value head's where it moves alone."""
+    clip = optax.clip_by_global_norm(max_norm)
+
+    def update(grads, state, params=None, *, train_policy=True, **_):
+        def moving(grad, name):
+            return grad if name == "value" else jnp.where(train_policy, grad, 0.0)
+
+        return clip.update(jax.tree.map(moving, grads, label(grads)), state, params)
+
+    return optax.GradientTransformationExtraArgs(clip.init, update)
+
+
+def decay_schedule(schedule: Schedule, peak: float, duration: float) -> optax.Schedule:
     """Returns the learning rate as a function of time, from `peak` at 0 along `OptimizerConfig.schedule`.
 
     Args:
         schedule: see `OptimizerConfig`.
-        peak: where it starts.
-        duration: when it has reached zero.
+        peak: learning rate at time 0.
+        duration: time at which it is zero.
     """
     return {
         "constant": lambda: optax.constant_schedule(peak),
@@ -124,42 +132,8 @@ def _schedule(config: OptimizerConfig, peak: float, num_steps: int | None) -> op
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
-class AverageState(NamedTuple):
-    """State of `keep_average`."""
-
-    inner: PyTree
-    average: PyTree
-    """of the trainable parameters."""
-
-
-def keep_average(tx: optax.GradientTransformation, decay: float | None) -> optax.GradientTransformation:
-    """Returns an optimiser that also keeps an exponential moving average of the parameters, beginning with the first.
-
-    Args:
-        tx: the optimiser; its updates are taken to be applied as they are.
-        decay: what remains of the average after a step, in (0, 1); None returns `tx`.
-    """
-    if decay is None:
-        return tx
-
-    def init(params):
-        return AverageState(tx.init(params), jax.tree.map(jnp.array, params))
-
-    def update(grads, state, params):
-        updates, inner = tx.update(grads, state.inner, params)
-        moved = optax.apply_updates(params, updates)
-        return updates, AverageState(inner, optax.incremental_update(moved, state.average, 1 - decay))
-
-    return optax.GradientTransformation(init, update)
-
-
-def averaged_params(state: TrainState, freeze: Sequence[str]) -> PyTree:
-    """Returns the parameters with the average of `keep_average` in place of those that are trained."""
-    return merge_params(state.opt_state.average, split_params(state.params, freeze)[1])
-
-
 def frozen_params(policy: Policy, config: OptimizerConfig) -> tuple[str, ...]:
-    """Returns the regexes of the parameters that a phase does not train: the model's own, and the phase's."""
+    """Returns the regexes of the parameters that a phase does not train: those of the model and those of the phase."""
     return (*policy.frozen_patterns, *config.freeze)
 
 

@@ -1,63 +1,56 @@
-"""What a training loop is given (`Run`) and what it moves forward (`TrainState`)."""
+"""`TrainState`: all that an optimiser step reads and writes; parameters are split once, when a phase starts."""
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from stare_jax.config import ConfigError
 from stare_jax.models.policy import Policy
-from stare_jax.sharding import mesh as sharding
-from stare_jax.state import checkpoint
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, merge_params, split_params
-from stare_jax.types import NormStats, PyTree, TrainState
+from stare_jax.sharding.mesh import Rules, path_name, tree_shardings
+from stare_jax.state.optimizer import merge_params, split_params
+from stare_jax.types import Array, PyTree
 
 CHECKPOINTS = "checkpoints"
-"""name of the folder of checkpoints within a phase's folder."""
+"""Name of the folder of checkpoints within a phase's folder."""
 
 
-def _write_nothing(step: int, metrics: Mapping[str, Any], *, phase: str) -> None:
-    del step, metrics, phase
+@flax.struct.dataclass
+class TrainState:
+    """All that an optimiser step reads and writes. The two trees of parameters have no leaf in common."""
+
+    step: Array
+    """int32 scalar: optimiser steps taken."""
+    trainable: PyTree
+    """nested dict of the parameters that the optimiser moves, float32."""
+    frozen: PyTree
+    """nested dict of all other parameters; a step neither copies nor returns them."""
+    opt_state: PyTree
+    average: PyTree | None = None
+    """exponential moving average of `trainable`; None where none is kept."""
+
+    @property
+    def params(self) -> PyTree:
+        """The nested dict that a policy takes, `trainable` and `frozen` together."""
+        return merge_params(self.trainable, self.frozen)
+
+    @property
+    def result(self) -> PyTree:
+        """The nested dict that a phase ends with: `average`, or `trainable` without one, and `frozen` together."""
+        return merge_params(self.trainable if self.average is None else self.average, self.frozen)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Where a phase writes, when it stops, and on which devices it works."""
-
-    directory: Path
-    """the run directory; a phase keeps its checkpoints in `<directory>/<phase>/checkpoints`."""
-    norm_stats: NormStats
-    """of the policy; saved with every checkpoint."""
-    writer: Callable[..., None] = _write_nothing
-    """writer(step, {"area/quantity": float}, phase="sft"); see `logging.make_writer`."""
-    should_stop: Callable[[], bool] = lambda: False
-    """polled once a step: the loop saves and raises `logging.Interrupted`."""
-    mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
-    resume: bool = False
-    """go on from the phase's latest checkpoint, if there is one."""
-
-
-def checkpoint_directory(run: Run, phase: str) -> Path:
-    """Returns where a phase keeps its checkpoints."""
-    return Path(run.directory) / phase / CHECKPOINTS
-
-
-def abstract_params(policy: Policy, mesh: Mesh) -> PyTree:
+def abstract_params(policy: Policy, mesh: Mesh | AbstractMesh) -> PyTree:
     """Returns shapes and shardings of a policy's parameters, without allocating anything."""
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    shardings = sharding.tree_shardings(shapes, mesh, policy.sharding_rules)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return _with_shardings(jax.eval_shape(policy.init, jax.random.key(0)), mesh, policy.sharding_rules)
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Returns how large the arrays of a tree are, or will be."""
+    """Returns the size of the arrays of a tree, or of `jax.ShapeDtypeStruct`s, in bytes."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -65,22 +58,27 @@ def abstract_state(
     params: PyTree,
     tx: optax.GradientTransformation,
     *,
-    mesh: Mesh,
-    rules: sharding.Rules,
+    mesh: Mesh | AbstractMesh,
+    rules: Rules,
     freeze: Sequence[str] = (),
+    has_average: bool = False,
 ) -> TrainState:
     """Returns shapes and shardings of a train state, without allocating anything.
 
     Args:
         params: nested dict of arrays or `jax.ShapeDtypeStruct`s.
         tx: see `optimizer.make_optimizer`; it sees the trainable parameters alone.
-        mesh: where the state is to live.
-        rules: see `sharding.tree_shardings`.
+        mesh: devices of the state.
+        rules: see `sharding.mesh.tree_shardings`.
         freeze: see `OptimizerConfig`.
+        has_average: whether the state keeps an average.
     """
-    shapes = jax.eval_shape(functools.partial(_build, tx=tx, freeze=freeze), params)
-    shardings = sharding.tree_shardings(shapes, mesh, rules)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    trainable, frozen = split_params(params, freeze)
+    trainable, frozen = (jax.eval_shape(lambda tree: tree, tree) for tree in (trainable, frozen))
+    average = trainable if has_average else None
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, trainable, frozen, jax.eval_shape(tx.init, trainable), average)
+    return _with_shardings(state, mesh, rules)
 
 
 def create_state(
@@ -88,83 +86,42 @@ def create_state(
     tx: optax.GradientTransformation,
     *,
     mesh: Mesh,
-    rules: sharding.Rules,
+    rules: Rules,
     freeze: Sequence[str] = (),
+    has_average: bool = False,
 ) -> TrainState:
-    """Copies parameters to their devices and makes the optimiser state there; arguments as for `abstract_state`.
+    """Splits parameters and makes the optimiser state; arguments as for `abstract_state`.
 
-    Frozen parameters that are where they belong are shared with the caller, not copied.
+    Parameters that are on their devices already are not copied. The first step that is given the state to reuse
+    (`train.update.jit_step`) takes the memory of the trainable ones, so that `params` cannot be read afterwards.
     """
-    layout = abstract_state(params, tx, mesh=mesh, rules=rules, freeze=freeze)
-    shardings = jax.tree.map(lambda x: x.sharding, layout)
-    (trainable, frozen), (to, frozen_to) = (split_params(tree, freeze) for tree in (params, shardings.params))
+    layout = abstract_state(params, tx, mesh=mesh, rules=rules, freeze=freeze, has_average=has_average)
+    to = jax.tree.map(lambda x: x.sharding, layout)
+    trainable, frozen = split_params(params, freeze)
+    # An array of NumPy's may be used in place by a CPU, and is not ours to overwrite.
+    trainable = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), trainable)
+    trainable, frozen = jax.device_put((trainable, frozen), (to.trainable, to.frozen))
     # Without out_shardings, the moments that tx.init makes under jit end up on one device.
-    build = jax.jit(functools.partial(_build, tx=tx, freeze=()), out_shardings=shardings.replace(params=to))
-    state = build(trainable)
-    return state.replace(params=merge_params(state.params, jax.device_put(frozen, frozen_to)))
+    opt_state = jax.jit(tx.init, out_shardings=to.opt_state)(trainable)
+    average = jax.tree.map(jnp.copy, trainable) if has_average else None
+    return TrainState(jax.device_put(jnp.int32(0), to.step), trainable, frozen, opt_state, average)
 
 
-def _build(params: PyTree, *, tx: optax.GradientTransformation, freeze: Sequence[str]) -> TrainState:
-    trainable, _ = split_params(params, freeze)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(trainable))
+def _with_shardings(shapes: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> PyTree:
+    shardings = tree_shardings(shapes, mesh, rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def check_precision(trainable: PyTree) -> None:
-    """Raises ConfigError where a parameter that is trained is not float32: small steps would be lost in rounding."""
+    """Makes sure that trained parameters are float32: small steps would be lost in rounding.
+
+    Raises:
+        ConfigError: names one that is not.
+    """
     leaves = jax.tree.leaves_with_path(trainable)
-    rounded = [sharding.path_name(path) for path, leaf in leaves if jnp.dtype(leaf.dtype).itemsize < 4]
+    rounded = [path_name(path) for path, leaf in leaves if jnp.dtype(leaf.dtype).itemsize < 4]
     if rounded:
         raise ConfigError(
             f"model.execution.param_dtype: got {len(rounded)} trained parameters of less, {rounded[0]} among "
             "them, expected float32; train adapters (model.lora) or freeze the rest (model.frozen_patterns)"
         )
-
-
-def start_phase(
-    phase: str,
-    run: Run,
-    policy: Policy,
-    params: PyTree,
-    tx: optax.GradientTransformation,
-    config: OptimizerConfig,
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state a phase starts in, and the counters of the checkpoint it goes on from ({} without one).
-
-    Raises:
-        CheckpointError: not resuming, but the phase has checkpoints here already.
-        ConfigError: parameters of less than float32 would be trained.
-    """
-    layout = {"mesh": run.mesh, "rules": policy.sharding_rules, "freeze": frozen_params(policy, config)}
-    check_precision(split_params(params, layout["freeze"])[0])
-    directory = checkpoint_directory(run, phase)
-    steps = checkpoint.complete_steps(directory)
-    if not steps:
-        return create_state(params, tx, **layout), {}
-    if not run.resume:
-        raise checkpoint.CheckpointError(
-            f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
-        )
-    restored = checkpoint.restore(directory, abstract_state(params, tx, **layout))
-    return restored.state, restored.extra
-
-
-def place(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a batch onto the mesh, cut along its leading axis."""
-    return jax.device_put(tree, sharding.batch_sharding(mesh))
-
-
-def check_finite(updates: Sequence[Mapping[str, float]], *, phase: str, first_step: int) -> None:
-    """Stops a run whose loss or gradient is not finite, before what came of it is saved.
-
-    Args:
-        updates: metrics of consecutive optimiser steps.
-        phase: whose; the loss is the metric `<phase>/loss`.
-        first_step: number of the first of them.
-
-    Raises:
-        FloatingPointError: names the step.
-    """
-    for step, metrics in enumerate(updates, first_step):
-        for name in (f"{phase}/loss", "grad/norm"):
-            if not math.isfinite(metrics[name]):
-                raise FloatingPointError(f"{phase}: {name} of step {step} is {metrics[name]}")

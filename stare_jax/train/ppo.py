@@ -1,38 +1,47 @@
 """Interaction: PPO, and STA-PPO, which is PPO on rewards shaped by the potentials of stages."""
 
 import dataclasses
+import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import AbstractMesh
 
-from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import PPO_SEEDS, first_seed
-from stare_jax.logging import Clock, Interrupted, progress, say
+from stare_jax.config import check_above, check_at_least, check_choices
+from stare_jax.envs.base import SimulatorError, VecEnv
+from stare_jax.envs.seeds import PPO_SEEDS, first_seed, phase_key
+from stare_jax.logging import Interrupted, progress, say
+from stare_jax.losses import ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
-from stare_jax.sharding.mesh import check_batch_size
+from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.stages import TaskSpec
+from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, split_params
-from stare_jax.state.train_state import Run, check_finite, checkpoint_directory, place, start_phase
-from stare_jax.train.compilations import num_compilations
-from stare_jax.train.ppo_batch import PPOBatch, make_prepare, minibatches
-from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
-from stare_jax.train.steps import check_microbatch, jit_step, make_ppo_step
-from stare_jax.types import PyTree, TrainState
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
+from stare_jax.state.train_state import TrainState, abstract_params
+from stare_jax.train import ppo_batch, update
+from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, save, start_phase
+from stare_jax.train.ppo_metrics import iteration_metrics, report_line
+from stare_jax.types import PyTree
 
 PHASE = "ppo"
 
 
+# ---- Config ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """PPO and STA-PPO; the defaults are the paper's (B.3, B.4), or RL4VLA's where the paper is silent."""
 
     shaping: bool = True
-    """True is STA-PPO, False is PPO; which potential is a field of the task's `StageParams`."""
+    """True is STA-PPO, False is PPO; the potential is chosen by the task's `StageParams`."""
     num_iterations: int = 400
+    """batches of episodes, each followed by updates on it."""
     num_episodes: int = 64
     """episodes of an iteration's batch, all of them whole; not used with `num_steps`."""
     num_steps: int | None = None
@@ -40,6 +49,7 @@ class PPOConfig:
     `num_episodes` whole episodes. Below the horizon times the number of environments, no failure is ever seen to its
     end."""
     num_epochs: int = 1
+    """passes over a batch."""
     minibatch_size: int = 160
     """decisions of one optimiser step."""
     microbatch_size: int | None = None
@@ -53,92 +63,174 @@ class PPOConfig:
     """bound of the loss of a bad action that has become likelier, in advantages; RLinf uses 3."""
     value_coef: float = 1.0
     value_clip_eps: float | None = None
+    """clip of the value's change from that of the rollout; None: no clip."""
     huber_delta: float | None = None
+    """error of the value at which its loss becomes linear; None: a squared error."""
     entropy_coef: float = 0.0
     target_kl: float | None = None
     """a minibatch whose approximate KL divergence from the policy that acted is above this ends the iteration."""
     value_warmup_iterations: int = 0
     """iterations at the start in which only the value head moves."""
     kl_coef: float | None = None
-    """weight in the loss of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`); 0
-    measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
-    chunk_discount: str = "step"
-    """of policies that decide on several actions at a time: "step" discounts by gamma an action, "decision" by gamma a
+    """weight of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`) in the loss;
+    0 measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
+    chunk_discount: ppo_batch.ChunkDiscount = "step"
+    """discount of policies that decide on several actions at a time: "step", gamma an action; "decision", gamma a
     decision, as pi_RL does."""
-    time_limit: str = "bootstrap"
-    """at the horizon: "bootstrap" from the value of the last state, or "terminate"."""
-    terminal_potential: str = "zero"
+    time_limit: ppo_batch.TimeLimit = "bootstrap"
+    """end of an episode at the horizon: "bootstrap" from the value of the last state, or "terminate"."""
+    terminal_potential: Literal["zero", "keep"] = "zero"
     """"zero", or "keep" to shape with the real potential of a terminal state."""
     temperature: float = 1.0
-    """of the actions that are sampled and scored."""
+    """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
     seed: int = 0
-    """of actions, minibatches and episodes (`envs.seeds`)."""
+    """seed of actions, minibatches and episodes (`envs.seeds`)."""
     checkpoint_every: int = 10
     """iterations."""
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        counts = ("num_iterations", "num_episodes", "num_epochs", "minibatch_size", "checkpoint_every")
-        for name in (*counts, "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps: got {self.num_steps}, expected >= 1 or None")
+        check_choices(self)
+        check_at_least(self, 1, "num_iterations", "num_episodes", "num_steps", "num_epochs", "minibatch_size")
+        check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        check_at_least(self, 0, "value_coef", "entropy_coef", "kl_coef", "value_warmup_iterations")
+        check_above(self, 0, "clip_eps", "clip_eps_high", "dual_clip", "value_clip_eps", "huber_delta", "target_kl")
+        check_above(self, 0, "temperature")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1]")
-        for name in ("value_coef", "entropy_coef", "kl_coef", "value_warmup_iterations"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
-        for name in (
-            "clip_eps",
-            "clip_eps_high",
-            "dual_clip",
-            "temperature",
-            "value_clip_eps",
-            "huber_delta",
-            "target_kl",
-        ):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected > 0")
-        choices = {
-            "time_limit": ("bootstrap", "terminate"),
-            "terminal_potential": ("zero", "keep"),
-            "chunk_discount": ("step", "decision"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
-        check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
+        update.check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
 
 
+# ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
+def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
+    """Returns the function that computes rewards and advantages of the episodes of a rollout.
+
+    Args:
+        spec: the task.
+        config: see `PPOConfig`.
+        chunk: C, actions that one decision executes.
+    """
+    targets_fn = functools.partial(
+        ppo_batch.episode_targets,
+        spec=spec,
+        shaping=config.shaping,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        time_limit=config.time_limit,
+        terminal_potential=config.terminal_potential,
+        chunk=chunk,
+        chunk_discount=config.chunk_discount,
+    )
+    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
+
+
+# ---- Step -----------------------------------------------------------------------------------------------------------
+def make_ppo_step(
+    policy: Policy, tx: optax.GradientTransformationExtraArgs, config: PPOConfig
+) -> Callable[..., tuple[TrainState, update.Metrics]]:
+    """Returns the step of PPO (2): (state, batch, train_policy, fraction_done, reference) -> (state, metrics).
+
+    Where the approximate KL divergence of the batch is above `config.target_kl` the step changes nothing and says so in
+    `ppo/stopped`. `train_policy` False moves the value head alone. `fraction_done`, of all iterations, is the time of
+    `config.optimizer.schedule`; the optimiser itself has none. `reference` are the trained parameters of the policy
+    that the loss may keep to, None where `config.kl_coef` is.
+    """
+
+    def loss_fn(params, batch, reference, frozen):
+        score = policy.log_prob(
+            params,
+            batch.observation,
+            batch.trace,
+            temperature=config.temperature,
+            reference_params=None if config.kl_coef is None else merge_params(reference, frozen),
+        )
+        loss, metrics = ppo_loss(
+            score.logp,
+            batch.old_logp,
+            batch.advantage,
+            score.value,
+            batch.old_value,
+            batch.return_,
+            score.entropy,
+            batch.valid,
+            clip_eps=config.clip_eps,
+            clip_eps_high=config.clip_eps_high,
+            dual_clip=config.dual_clip,
+            value_coef=config.value_coef,
+            value_clip_eps=config.value_clip_eps,
+            huber_delta=config.huber_delta,
+            entropy_coef=config.entropy_coef,
+        )
+        if config.kl_coef is None:
+            return loss, metrics
+        penalty, penalty_metrics = reference_penalty(score.divergence, batch.valid, kl_coef=config.kl_coef)
+        return loss + penalty, metrics | penalty_metrics | {"ppo/loss": loss + penalty}
+
+    def step(state, batch, train_policy, fraction_done, reference=None):
+        loss = functools.partial(loss_fn, reference=reference, frozen=state.frozen)
+        weight = batch.valid.astype(jnp.float32)
+        grads, metrics = update.loss_gradients(loss, state, batch, weight, config.microbatch_size)
+        is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
+        scale = jnp.float32(optimizer.decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
+
+        def move(state):
+            return update.apply_gradients(state, grads, tx, scale=scale, train_policy=train_policy)
+
+        state = jax.lax.cond(is_far, lambda state: state, move, state)
+        more = {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
+        return state, metrics | update.grad_norm(grads) | more
+
+    return step
+
+
+def plan_ppo(policy: Policy, config: PPOConfig, mesh: AbstractMesh) -> update.StepPlan:
+    """Traces one optimiser step on shapes alone; see `update.plan_step`."""
+    check_mesh(config, mesh)
+    tx = make_optimizer(config.optimizer, num_steps=None)
+
+    def extra(state):
+        return np.bool_(True), np.float32(0.0), None if config.kl_coef is None else state.trainable
+
+    step, batch = make_ppo_step(policy, tx, config), ppo_batch.batch_shapes(policy, config.minibatch_size)
+    return update.plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer), extra=extra)
+
+
+def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
+    """Raises ShardingError where the mesh does not divide a minibatch."""
+    check_batch_size("ppo.minibatch_size", config.minibatch_size, mesh)
+    check_batch_size("ppo.microbatch_size", config.microbatch_size, mesh)
+
+
+# ---- Loop -----------------------------------------------------------------------------------------------------------
 def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, config: PPOConfig, run: Run) -> PyTree:
     """Alternates between episodes and updates on them, and returns the parameters.
 
     Args:
-        policy: who acts.
-        params: to start from; not consumed.
-        env: where; the number of its environments is independent of the size of a batch.
+        policy: policy that acts and is trained.
+        params: parameters to start from; consumed.
+        env: simulators; the number of environments is independent of the size of a batch.
         spec: the task's stages.
         config: see `PPOConfig`.
         run: see `Run`.
 
     Raises:
         Interrupted: `run.should_stop` asked for it; a checkpoint has been saved. A batch that was being collected is
-            collected again when the run goes on; an update that was under way counts as done.
+            collected again when the run goes on; an update that was under way has been finished.
         FloatingPointError: the loss is not finite.
+        SimulatorError: every episode of an iteration was lost.
+        CheckpointError: see `loop.start_phase`.
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
-    check_batch_size("minibatch_size", config.minibatch_size, run.mesh)
-    check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
+    check_mesh(config, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
+    reference = reference_params(policy, params, config, run)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
-    step_fn = jit_step(make_ppo_step(policy, tx, config), policy, config, state)
-    reference = reference_params(policy, params, state, config)
+    del params
+    step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare = make_prepare(spec, config, chunk=policy.chunk)
-    counters = _Counters(**saved)
-    clock, compiled = Clock(), None
+    counters, window = _Counters(**saved), Window(PHASE, run, num_steps=int(state.step))
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
@@ -146,57 +238,50 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     ):
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
-            rollout = _collect(policy, state.params, env, counters, config, run, clock=clock)
+            rollout = _collect(policy, state.params, env, counters, config, run, window)
             if not rollout.is_complete:
-                _save(checkpoints, state, counters, run)
+                save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(_stopped(counters, config))
 
-            # ---- Annotate and update --------------------------------------------------------------------------------
-            with clock("update"):
+            # ---- Targets and updates; a stop waits for them ---------------------------------------------------------
+            with window.clock("update"):
                 batch = prepare(rollout)
-                state, updates = _update(state, batch, step_fn, reference, config, run, counters.iteration)
-            check_finite(updates, phase=PHASE, first_step=counters.updates + 1)
-            counters = counters.after(rollout, updates)
-            compiled = num_compilations() if compiled is None else compiled
+                state = _update(state, batch, step_fn, reference, config, run, counters.iteration, window)
+            updates = window.read()
+            counters = counters.after(rollout)
+            turn = next_turn(
+                run, counters.iteration, config.num_iterations, log_every=1, checkpoint_every=config.checkpoint_every
+            )
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            metrics = _metrics(rollout, batch, updates, spec, config) | {
-                "env/steps": counters.env_steps,
-                "perf/compilations": num_compilations() - compiled,
-                "perf/env_steps_per_s": rollout.num_steps / sum(clock.seconds().values()),
-                **{f"time/{area}_s": seconds for area, seconds in clock.seconds().items()},
-            }
-            run.writer(counters.iteration, metrics, phase=PHASE)
-            say(f"{report_line(counters.iteration, metrics, config)} | {clock.line()}")
+            metrics = iteration_metrics(
+                rollout, batch, updates, spec, size=config.minibatch_size, shaping=config.shaping
+            ) | {"env/steps": counters.env_steps}
+            line = report_line(counters.iteration, config.num_iterations, metrics)
+            say(f"{line} | {window.clock.line()}")
+            window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
-            compiled = num_compilations()
-            clock.reset()
 
             # ---- Save -----------------------------------------------------------------------------------------------
-            is_last, is_stopping = counters.iteration == config.num_iterations, run.should_stop()
-            if counters.iteration % config.checkpoint_every == 0 or is_last or is_stopping:
-                _save(checkpoints, state, counters, run)
+            if turn.is_saving:
+                save(checkpoints, counters.iteration, state, run, counters._asdict())
             del rollout, batch  # Images of one iteration are enough to hold.
-            if is_stopping and not is_last:
+            if turn.is_stopping:
                 raise Interrupted(_stopped(counters, config))
-    return state.params
+    return state.result
 
 
 class _Counters(NamedTuple):
-    """How far a run has come; kept in its checkpoints."""
+    """Progress of a run; kept in its checkpoints."""
 
     iteration: int = 0
     env_steps: int = 0
-    updates: int = 0
     seeds: int = 0
     """episodes begun; every episode takes the next seed of the run."""
 
-    def after(self, rollout: Rollout, updates: list) -> "_Counters":
+    def after(self, rollout: Rollout) -> "_Counters":
         return _Counters(
-            self.iteration + 1,
-            self.env_steps + rollout.num_steps,
-            self.updates + len(updates),
-            self.seeds + len(rollout.trajectory.valid),
+            self.iteration + 1, self.env_steps + rollout.num_steps, self.seeds + len(rollout.trajectory.valid)
         )
 
 
@@ -204,81 +289,56 @@ def _stopped(counters: _Counters, config: PPOConfig) -> str:
     return f"{PHASE}: stopped and saved after {counters.iteration} of {config.num_iterations} iterations"
 
 
-def _save(checkpoints: Checkpoints, state: TrainState, counters: _Counters, run: Run) -> None:
-    checkpoints.save(counters.iteration, state, extra=counters._asdict(), norm_stats=run.norm_stats)
-
-
 def _collect(
-    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, *, clock: Clock
+    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, window: Window
 ) -> Rollout:
-    """Returns the episodes of an iteration; raises RuntimeError where every one was lost."""
-    key = jax.random.fold_in(jax.random.key(config.seed), counters.iteration)
+    """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
+    key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
-            policy_act(policy, params, key, temperature=config.temperature),
+            policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
             first_seed(PPO_SEEDS, config.seed) + counters.seeds + np.arange(batch_size),
             stop_at_success=True,
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
-            clock=clock,
+            clock=window.clock,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():
         number = counters.iteration + 1
-        raise RuntimeError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
+        raise SimulatorError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
     return rollout
 
 
-def _metrics(rollout: Rollout, batch: PPOBatch, updates: list, spec: TaskSpec, config: PPOConfig) -> dict[str, float]:
-    """Returns what an iteration says about learning."""
-    num_decisions = batch.annotation.decided_t.sum()
-    return (
-        update_metrics(updates, num_decisions=num_decisions, size=config.minibatch_size)
-        | rollout_metrics(rollout, batch.annotation, spec, shaping=config.shaping)
-        | {"ppo/explained_variance": float(batch.explained_variance), "ppo/num_minibatches": len(updates)}
-    )
-
-
-def reference_params(policy: Policy, params: PyTree, state: TrainState, config: PPOConfig) -> PyTree:
-    """Returns the trained parameters of the policy that a phase starts from, where the state's are; None without need.
-
-    Args:
-        policy: whose they are.
-        params: that the phase starts from.
-        state: of the phase.
-        config: says whether the divergence from them is asked for.
-    """
+def reference_params(policy: Policy, params: PyTree, config: PPOConfig, run: Run) -> PyTree:
+    """Returns a copy of the parameters that will be trained, on the mesh, to keep to; None where `kl_coef` is None."""
     if config.kl_coef is None:
         return None
     freeze = frozen_params(policy, config.optimizer)
-    (start, _), (now, _) = split_params(params, freeze), split_params(state.params, freeze)
-    return jax.device_put(start, jax.tree.map(lambda x: x.sharding, now))
+    to = jax.tree.map(lambda x: x.sharding, split_params(abstract_params(policy, run.mesh), freeze)[0])
+    return jax.tree.map(jnp.copy, jax.device_put(split_params(params, freeze)[0], to))
 
 
-def _update(state, batch: PPOBatch, step_fn, reference: PyTree, config: PPOConfig, run: Run, iteration: int):
-    """Returns the state after the epochs of an iteration, and the metrics of every minibatch."""
+def _update(
+    state: TrainState,
+    batch: ppo_batch.PPOBatch,
+    step_fn: Callable,
+    reference: PyTree,
+    config: PPOConfig,
+    run: Run,
+    iteration: int,
+    window: Window,
+) -> TrainState:
+    """Returns the state after the epochs of an iteration."""
     train_policy = np.bool_(iteration >= config.value_warmup_iterations)
     fraction_done = np.float32(iteration / config.num_iterations)
     rng = np.random.default_rng((config.seed, iteration))
-    epochs = (minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
-    updates = []
+    epochs = (ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
     for minibatch in itertools.chain.from_iterable(epochs):
         state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
-        updates.append(metrics)
-        if (config.target_kl is not None and metrics["ppo/stopped"]) or run.should_stop():
+        window.add(metrics)
+        if config.target_kl is not None and metrics["ppo/stopped"]:
             break
-    return state, jax.device_get(updates)
-
-
-def report_line(iteration: int, metrics: dict[str, float], config: PPOConfig) -> str:
-    """Returns what a user wants to know about an iteration, on one line."""
-    return (
-        f"{PHASE} {iteration}/{config.num_iterations}  "
-        f"success {metrics['env/num_successes']:.0f}/{metrics['env/num_episodes']:.0f} "
-        f"({100 * metrics['env/success']:.0f} %)  return {metrics['env/return_shaped']:.2f}  "
-        f"kl {metrics['ppo/approx_kl']:.4f}  clip {metrics['ppo/clip_frac']:.2f}  "
-        f"ev {metrics['ppo/explained_variance']:.2f}  entropy {metrics['ppo/entropy']:.2f}  "
-        f"{metrics['env/steps']} steps"
-    )
+    return state

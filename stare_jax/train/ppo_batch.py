@@ -1,64 +1,243 @@
-"""From the episodes of an iteration to minibatches of decisions."""
+"""From the episodes of an iteration to minibatches of decisions: stages, rewards (5), advantages (2), shuffling.
 
-import functools
+Functions that say so are for one episode, from its first state on; `compile_targets` vmaps and compiles them once.
+"""
+
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.losses import explained_variance, whiten
+from stare_jax.losses.returns import gae
+from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
-from stare_jax.stages import TaskSpec
-from stare_jax.train.annotate import Annotation, annotate_episode
-from stare_jax.train.steps import DecisionBatch
-from stare_jax.types import Trajectory
+from stare_jax.stages.potentials import potentials
+from stare_jax.stages.rewards import success_rewards
+from stare_jax.stages.separate import separate
+from stare_jax.stages.shaping import shape_rewards
+from stare_jax.stages.spec import TaskSpec
+from stare_jax.types import Array, Decisions, Observation, Signals
+
+TimeLimit = Literal["bootstrap", "terminate"]
+ChunkDiscount = Literal["step", "decision"]
+
+
+class Targets(NamedTuple):
+    """Rewards and advantages of one episode of N actions and D decisions, padded; zeros where there is none."""
+
+    reward_t: Array
+    """float32 `[N]` r_t."""
+    shaped_reward_t: Array
+    """float32 `[N]` r'_t (5), or r_t where there is no shaping."""
+    advantage_d: Array
+    """float32 `[D]` of each decision."""
+    return_d: Array
+    """float32 `[D]` of each decision."""
+    valid_t: Array
+    """bool `[N]`: actions that exist."""
+    valid_d: Array
+    """bool `[D]`: decisions that exist."""
+    stage_t: Array
+    """int32 `[N + 1]` labels of the states."""
+    completed: Array
+    """bool `[K]`."""
+
+
+class DecisionRewards(NamedTuple):
+    """The rewards of D = ceil(N / C) decisions; each executes C of N actions, the last perhaps fewer."""
+
+    reward: Array
+    """float32 `[D]` rewards of the actions, discounted to the first of them."""
+    discount: Array
+    """float32 `[D]` product of their discounts, 0 after a true termination and where there is no decision."""
+    valid: Array
+    """bool `[D]`."""
+
+
+class DecisionBatch(NamedTuple):
+    """Decisions of rollouts, in any order."""
+
+    observation: Observation
+    """leaves `[B, ...]`."""
+    trace: dict[str, Array]
+    """`[B, ...]`, see `Decision.trace`."""
+    old_logp: Array
+    """float32 `[B]`."""
+    old_value: Array
+    """float32 `[B]`."""
+    advantage: Array
+    """float32 `[B]`."""
+    return_: Array
+    """float32 `[B]`."""
+    valid: Array
+    """bool `[B]`: False in rows that only fill up the batch."""
+
+
+def batch_shapes(policy: Policy, size: int) -> DecisionBatch:
+    """Returns a minibatch of `size` decisions as `jax.ShapeDtypeStruct`s."""
+    params = jax.eval_shape(policy.init, jax.random.key(0))
+    decision = jax.eval_shape(policy.sample, params, policy.observation_shape(size), jax.random.key(0))
+    number = jax.ShapeDtypeStruct((size,), jnp.float32)
+    valid = jax.ShapeDtypeStruct((size,), bool)
+    observation = policy.observation_shape(size)
+    return DecisionBatch(observation, decision.trace, number, number, number, number, valid)
 
 
 class PPOBatch(NamedTuple):
     """Episodes and what is to be learned from them."""
 
-    trajectory: Trajectory
-    """NumPy leaves `[E, ...]`."""
-    annotation: Annotation
+    observation: Observation
+    """NumPy leaves `[E, D, ...]`, views of the states in which decisions were made."""
+    decisions: Decisions
+    """NumPy leaves `[E, D, ...]`."""
+    targets: Targets
     """NumPy leaves `[E, ...]`."""
     advantage: np.ndarray
-    """float32 `[E, N]`, whitened over the decisions that exist."""
+    """float32 `[E, D]`, whitened over the decisions that exist."""
     explained_variance: np.ndarray
-    """float32 scalar, of the returns by the values when the actions were taken."""
+    """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
 
 
-def make_prepare(spec: TaskSpec, config, *, chunk: int = 1) -> Callable[[Rollout], PPOBatch]:
-    """Returns a function that annotates all episodes of a rollout, of decisions on `chunk` actions, in one compiled
-    call; config is a `PPOConfig`."""
+def episode_targets(
+    signals: Signals,
+    valid: Array,
+    value: Array,
+    *,
+    spec: TaskSpec,
+    shaping: bool,
+    gamma: float,
+    gae_lambda: float,
+    time_limit: TimeLimit,
+    terminal_potential: str,
+    chunk: int = 1,
+    chunk_discount: ChunkDiscount = "step",
+) -> Targets:
+    """Labels one episode, rewards its success, shapes the reward (5) and estimates advantages (2).
+
+    Args:
+        signals: leaves `[N + 1, ...]`.
+        valid: bool `[N + 1]` states that exist, a prefix. An episode of fewer than N actions that did not succeed was
+            cut short, and is bootstrapped from its last value.
+        value: float32 `[D + 1]`, `types.Decisions.value`: of the states in which decisions were made, and of the state
+            that the last one led to.
+        spec: the task.
+        shaping: whether GAE sees r' (STA-PPO) or r (PPO).
+        gamma: discount factor.
+        gae_lambda: lambda of GAE.
+        time_limit: at the horizon of N actions "bootstrap" from the value of the last state, or "terminate" with
+            nothing after it.
+        terminal_potential: see `stages.shaping.shape_rewards`.
+        chunk: C, actions that one decision executes.
+        chunk_discount: "step" discounts by gamma an action, "decision" by gamma a decision and not within it. Shaping
+            follows: over a decision it is the decision's discount times the potential at its end, less the potential
+            at its beginning.
+    """
+    separation = separate(spec, signals, valid)
+    valid_t = valid[1:]
+    reward_t = success_rewards(signals.success, valid)
+    gamma_t, discount_t = _discounts(valid_t, reward_t > 0, gamma, time_limit, chunk, chunk_discount)
+
+    shaped_reward_t = reward_t
+    if shaping:
+        potential_t = potentials(spec, signals, separation)
+        shaped_reward_t = shape_rewards(
+            reward_t,
+            potential_t[:-1],
+            potential_t[1:],
+            discount_t,
+            gamma=gamma_t,
+            terminal_potential=terminal_potential,
+        )
+    shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
+    reward_d, discount_d, valid_d = sum_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
+    is_last_decision = valid_d & ~jnp.append(valid_d[1:], False)
+    value = jnp.where(jnp.append(True, valid_d), value, 0.0)
+    advantage_d, return_d = gae(
+        reward_d, discount_d, value[:-1], value[1:], gae_lambda=gae_lambda, truncated_t=is_last_decision
+    )
+    return Targets(
+        reward_t=reward_t,
+        shaped_reward_t=shaped_reward_t,
+        advantage_d=jnp.where(valid_d, advantage_d, 0.0),
+        return_d=jnp.where(valid_d, return_d, 0.0),
+        valid_t=valid_t,
+        valid_d=valid_d,
+        stage_t=separation.stage_t,
+        completed=separation.completed,
+    )
+
+
+def _discounts(
+    valid_t: Array, is_terminated: Array, gamma: float, time_limit: str, chunk: int, chunk_discount: str
+) -> tuple[Array, Array]:
+    """Returns the discount of each action, float32 `[N]`, and the same with 0 where nothing follows."""
+    ends_t = is_terminated
+    if time_limit == "terminate":
+        ends_t = ends_t.at[-1].set(valid_t[-1])
+    gamma_t = jnp.full(valid_t.shape, gamma, jnp.float32)
+    if chunk_discount == "decision":
+        is_last = valid_t & ~jnp.append(valid_t[1:], False)
+        gamma_t = jnp.where(is_last | (jnp.arange(len(valid_t)) % chunk == chunk - 1), gamma_t, 1.0)
+    return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
+
+
+def sum_rewards(reward_t: Array, discount_t: Array, valid_t: Array, *, chunk: int) -> DecisionRewards:
+    """Sums up the rewards of each decision's actions: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
+
+    Args:
+        reward_t: float32 `[N]` of the actions.
+        discount_t: float32 `[N]`, 0 after a true termination.
+        valid_t: bool `[N]`, a prefix: actions that were executed.
+        chunk: C, actions of a decision; the last one may have executed fewer.
+    """
+    num_decisions = -(-len(valid_t) // chunk)
+    padding = (0, num_decisions * chunk - len(valid_t))
+
+    def cut(x):
+        return jnp.pad(x, padding).reshape(num_decisions, chunk)
+
+    executed = cut(valid_t)
+    discount = jnp.where(executed, cut(discount_t), 1.0)
+    so_far = jnp.cumprod(jnp.pad(discount, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+    is_valid = executed[:, 0]
+    return DecisionRewards(
+        reward=jnp.sum(jnp.where(executed, so_far[:, :-1] * cut(reward_t), 0.0), axis=1),
+        discount=jnp.where(is_valid, so_far[:, -1], 0.0),
+        valid=is_valid,
+    )
+
+
+def compile_targets(
+    targets_fn: Callable[[Signals, Array, Array], Targets], *, chunk: int = 1, num_steps: int | None = None
+) -> Callable[[Rollout], PPOBatch]:
+    """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
+
+    Args:
+        targets_fn: `episode_targets` with its keyword arguments.
+        chunk: C, actions that one decision executes.
+        num_steps: actions of the batch, if it is one of steps: the most episodes there can be. None: as many as there
+            are.
+    """
 
     @jax.jit
-    def annotate(signals, valid, value):
-        annotation = jax.vmap(
-            functools.partial(
-                annotate_episode,
-                spec=spec,
-                shaping=config.shaping,
-                gamma=config.gamma,
-                gae_lambda=config.gae_lambda,
-                time_limit=config.time_limit,
-                terminal_potential=config.terminal_potential,
-                chunk=chunk,
-                chunk_discount=config.chunk_discount,
-            )
-        )(signals, valid, value)
-        advantage = whiten(annotation.advantage_t, annotation.decided_t)
-        return annotation, advantage, explained_variance(value[:, :-1], annotation.return_t, annotation.decided_t)
+    def all_episodes(signals, valid, value):
+        targets = jax.vmap(targets_fn)(signals, valid, value)
+        advantage = whiten(targets.advantage_d, targets.valid_d)
+        return targets, advantage, explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
 
     def prepare(rollout):
-        trajectory = rollout.trajectory
-        num_episodes = len(trajectory.valid)
+        trajectory, decisions = rollout.trajectory, rollout.trajectory.decisions
+        num_episodes, num_decisions = decisions.valid.shape
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
-        num_rows = config.num_steps or num_episodes
-        inputs = (trajectory.signals, trajectory.valid, trajectory.value)
-        results = jax.device_get(annotate(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
-        return PPOBatch(trajectory, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
+        num_rows = num_steps or num_episodes
+        inputs = (trajectory.signals, trajectory.valid, decisions.value)
+        results = jax.device_get(all_episodes(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
+        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
+        return PPOBatch(observation, decisions, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
 
     return prepare
 
@@ -74,17 +253,17 @@ def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iter
     A last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure
     the KL divergence by them.
     """
-    episode, t = np.nonzero(batch.annotation.decided_t)
+    episode, d = np.nonzero(batch.decisions.valid)
     order = rng.permutation(len(episode))
     for chosen in np.array_split(order, math.ceil(len(order) / size)):
         rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
-        at = (episode[rows], t[rows])
+        at = (episode[rows], d[rows])
         yield DecisionBatch(
-            observation=jax.tree.map(lambda x, at=at: x[at], batch.trajectory.observation),
-            action_tokens=batch.trajectory.action_tokens[at],
-            old_logp=batch.trajectory.logp[at],
-            old_value=batch.trajectory.value[at],
+            observation=jax.tree.map(lambda x, at=at: x[at], batch.observation),
+            trace=jax.tree.map(lambda x, at=at: x[at], batch.decisions.trace),
+            old_logp=batch.decisions.logp[at],
+            old_value=batch.decisions.value[at],
             advantage=batch.advantage[at],
-            return_=batch.annotation.return_t[at],
+            return_=batch.targets.return_d[at],
             valid=np.arange(size) < len(chosen),
         )

@@ -3,14 +3,30 @@
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import TaskSpec
-from stare_jax.train.annotate import Annotation
+from stare_jax.train.loop import reduce_metrics
+from stare_jax.train.ppo_batch import PPOBatch, Targets
 
 
-def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *, shaping: bool) -> dict[str, float]:
+def iteration_metrics(
+    rollout: Rollout,
+    batch: PPOBatch,
+    updates: Sequence[Mapping[str, float]],
+    spec: TaskSpec,
+    *,
+    size: int,
+    shaping: bool,
+) -> dict[str, float]:
+    """Returns all that an iteration says about learning; arguments as for the functions below."""
+    return (
+        update_metrics(updates, num_decisions=batch.targets.valid_d.sum(), size=size)
+        | rollout_metrics(rollout, batch.targets, spec, shaping=shaping)
+        | {"ppo/explained_variance": float(batch.explained_variance), "ppo/num_minibatches": len(updates)}
+    )
+
+
+def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shaping: bool) -> dict[str, float]:
     """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions.
 
     An episode is over at success or at the horizon; those cut short and those lost do not count, and without any that
@@ -19,15 +35,15 @@ def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *,
 
     Args:
         rollout: E episodes.
-        annotation: NumPy leaves `[E, ...]`.
+        targets: NumPy leaves `[E, ...]`.
         spec: the task.
         shaping: whether there is shaping to report on.
     """
-    valid_t, decided_t = annotation.valid_t, annotation.decided_t
-    is_success = annotation.reward_t.any(axis=1)
+    valid_t, valid_d = targets.valid_t, targets.valid_d
+    is_success = targets.reward_t.any(axis=1)
     is_over = is_success | valid_t[:, -1]
     num_over = int(is_over.sum())
-    over = Annotation(*(x[is_over] for x in annotation))
+    over = Targets(*(x[is_over] for x in targets))
 
     def per_episode(total):
         return float(total) / num_over if num_over else float("nan")
@@ -46,13 +62,13 @@ def rollout_metrics(rollout: Rollout, annotation: Annotation, spec: TaskSpec, *,
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
         **completed,
         **(shaping_metrics(over, spec) if shaping else {}),
-        "ppo/advantage_std": float(annotation.advantage_t[decided_t].std()),
-        "ppo/return_mean": float(annotation.return_t[decided_t].mean()),
-        "ppo/value_mean": float(rollout.trajectory.value[:, :-1][decided_t].mean()),
+        "ppo/advantage_std": float(targets.advantage_d[valid_d].std()),
+        "ppo/return_mean": float(targets.return_d[valid_d].mean()),
+        "ppo/value_mean": float(rollout.trajectory.decisions.value[:, :-1][valid_d].mean()),
     }
 
 
-def shaping_metrics(annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
+def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
     """Returns what shaping pays, r' - r, inside the stages, on the way into them, and at success.
 
     `shaping/within_<stage>` is the mean over episodes of the sum over actions that start and end in the stage,
@@ -60,13 +76,13 @@ def shaping_metrics(annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
     0 where there is none. A successful action that enters a stage counts as both.
 
     Args:
-        annotation: NumPy leaves `[E, ...]` of the episodes that count.
+        targets: NumPy leaves `[E, ...]` of the episodes that count.
         spec: the task.
     """
-    bonus_t = annotation.shaped_reward_t - annotation.reward_t
-    stage_t, next_stage_t = annotation.stage_t[:, :-1], annotation.stage_t[:, 1:]
-    is_change = annotation.valid_t & (stage_t != next_stage_t)
-    is_within = annotation.valid_t & (stage_t == next_stage_t)
+    bonus_t = targets.shaped_reward_t - targets.reward_t
+    stage_t, next_stage_t = targets.stage_t[:, :-1], targets.stage_t[:, 1:]
+    is_change = targets.valid_t & (stage_t != next_stage_t)
+    is_within = targets.valid_t & (stage_t == next_stage_t)
 
     def mean(mask):
         return float(bonus_t[mask].mean()) if mask.any() else 0.0
@@ -81,22 +97,36 @@ def shaping_metrics(annotation: Annotation, spec: TaskSpec) -> dict[str, float]:
         f"shaping/into_{name}": mean(is_change & (next_stage_t == k))
         for k, name in enumerate(spec.stage_names[1:], start=1)
     }
-    return within | into | {"shaping/at_success": mean(annotation.reward_t > 0)}
+    return within | into | {"shaping/at_success": mean(targets.reward_t > 0)}
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]], *, num_decisions: int, size: int) -> dict[str, float]:
-    """Returns the means over an iteration's minibatches, the one that stopped it included, and how far it came.
+    """Returns the means over an iteration's minibatches, the one that stopped it included, and their number.
+
+    Of the ratio the extremes are taken.
 
     `ppo/kl_last` is the approximate KL divergence of the last minibatch; `ppo/epochs` counts the minibatches that moved
     parameters, in passes over the batch.
 
     Args:
-        updates: metrics of each minibatch, see `steps.make_ppo_step`.
+        updates: metrics of each minibatch, see `ppo.make_ppo_step`.
         num_decisions: of the batch.
         size: of a minibatch.
     """
     num_moves = sum(1 - update["ppo/stopped"] for update in updates)
-    return {name: float(np.mean([update[name] for update in updates])) for name in updates[0]} | {
+    return reduce_metrics(updates) | {
         "ppo/kl_last": float(updates[-1]["ppo/approx_kl"]),
         "ppo/epochs": float(num_moves / math.ceil(num_decisions / size)),
     }
+
+
+def report_line(iteration: int, num_iterations: int, metrics: Mapping[str, float]) -> str:
+    """Returns the metrics of an iteration that a user looks for, on one line."""
+    return (
+        f"ppo {iteration}/{num_iterations}  "
+        f"success {metrics['env/num_successes']:.0f}/{metrics['env/num_episodes']:.0f} "
+        f"({100 * metrics['env/success']:.0f} %)  return {metrics['env/return_shaped']:.2f}  "
+        f"kl {metrics['ppo/approx_kl']:.4f}  clip {metrics['ppo/clip_frac']:.2f}  "
+        f"ev {metrics['ppo/explained_variance']:.2f}  entropy {metrics['ppo/entropy']:.2f}  "
+        f"{metrics['env/steps']} steps"
+    )

@@ -2,41 +2,45 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh
+
+from stare_jax.config import check_at_least
+from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
-from stare_jax.sharding.mesh import check_batch_size
+from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import (
-    VALUE_PARAMS,
-    OptimizerConfig,
-    averaged_params,
-    frozen_params,
-    keep_average,
-    make_optimizer,
-)
-from stare_jax.state.train_state import Run, checkpoint_directory, place, start_phase
-from stare_jax.train.step_metrics import StepMetrics
-from stare_jax.train.steps import SFTBatch, check_microbatch, jit_step, make_sft_step
+from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.train_state import TrainState
+from stare_jax.train import update
+from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
 from stare_jax.types import Array, Observation, PyTree
 
 PHASE = "sft"
 
 
+# ---- Config ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning; the defaults are the paper's (B.1)."""
 
     num_steps: int = 30_000
+    """optimiser steps."""
     batch_size: int = 64
+    """frames of one optimiser step."""
     microbatch_size: int | None = None
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
     ema_decay: float | None = None
-    """of an exponential moving average of the parameters, with which the phase ends, and its last checkpoint; None
+    """decay of an exponential moving average of the parameters, which is what later phases and evaluation take; None
     keeps none."""
     seed: int = 0
-    """of what the loss draws, such as the noise and the times of flow matching."""
+    """seed of the loss's random numbers, such as the noise and the times of flow matching."""
     log_every: int = 20
     """steps."""
     checkpoint_every: int = 1000
@@ -44,14 +48,75 @@ class SFTConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+        check_at_least(self, 1, "num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected in (0, 1) or None")
-        check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
+        update.check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
 
 
+# ---- Batch ----------------------------------------------------------------------------------------------------------
+class SFTBatch(NamedTuple):
+    """Expert actions."""
+
+    observation: Observation
+    """leaves `[B, ...]`."""
+    action: Array
+    """float32 `[B, A]`, raw; `[B, H, A]` of policies that predict a window of H actions."""
+    valid: Array
+    """bool `[B]` or `[B, H]`: False beyond an episode's end, where its last action is repeated."""
+
+
+def batch_shapes(config: SFTConfig, policy: Policy) -> SFTBatch:
+    """Returns the batch of one optimiser step as `jax.ShapeDtypeStruct`s."""
+    rows = (config.batch_size,) if policy.window is None else (config.batch_size, policy.window)
+    return SFTBatch(
+        observation=policy.observation_shape(config.batch_size),
+        action=jax.ShapeDtypeStruct((*rows, policy.action_dim), jnp.float32),
+        valid=jax.ShapeDtypeStruct(rows, bool),
+    )
+
+
+# ---- Step -----------------------------------------------------------------------------------------------------------
+def make_sft_step(
+    policy: Policy, tx: optax.GradientTransformation, config: SFTConfig
+) -> Callable[[TrainState, SFTBatch], tuple[TrainState, update.Metrics]]:
+    """Returns the step that minimises the mean of `policy.imitation_loss`."""
+
+    def loss_fn(params, inputs):
+        batch, keys = inputs
+        loss, metrics = policy.imitation_loss(
+            params, batch.observation, batch.action, valid=batch.valid, key=jax.random.wrap_key_data(keys)
+        )
+        means = {f"sft/{name}": value.mean() for name, value in metrics.items()}
+        return loss.mean(), means | {"sft/loss": loss.mean()}
+
+    def step(state, batch):
+        size = batch.action.shape[0]
+        keys = jax.random.split(jax.random.fold_in(phase_key(config.seed, PHASE), state.step), size)
+        inputs = (batch, jax.random.key_data(keys))
+        grads, metrics = update.loss_gradients(loss_fn, state, inputs, jnp.ones(size), config.microbatch_size)
+        state = update.apply_gradients(state, grads, tx, average_decay=config.ema_decay)
+        return state, metrics | update.grad_norm(grads)
+
+    return step
+
+
+def plan_sft(policy: Policy, config: SFTConfig, mesh: AbstractMesh) -> update.StepPlan:
+    """Traces one optimiser step on shapes alone; see `update.plan_step`."""
+    check_mesh(config, mesh)
+    tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
+    step, batch = make_sft_step(policy, tx, config), batch_shapes(config, policy)
+    freeze, has_average = frozen_params(policy, config.optimizer), config.ema_decay is not None
+    return update.plan_step(policy, mesh, tx, step, batch, freeze=freeze, has_average=has_average)
+
+
+def check_mesh(config: SFTConfig, mesh: AbstractMesh) -> None:
+    """Raises ShardingError where the mesh does not divide the batch."""
+    check_batch_size("sft.batch_size", config.batch_size, mesh)
+    check_batch_size("sft.microbatch_size", config.microbatch_size, mesh)
+
+
+# ---- Loop -----------------------------------------------------------------------------------------------------------
 def train_sft(
     policy: Policy,
     params: PyTree,
@@ -59,12 +124,12 @@ def train_sft(
     config: SFTConfig,
     run: Run,
 ) -> PyTree:
-    """Trains on batches of expert actions and returns the parameters.
+    """Trains on batches of expert actions and returns the parameters, averaged if `config.ema_decay` is set.
 
     Args:
-        policy: whose `imitation_loss` is minimised.
-        params: to start from; not consumed.
-        batches: called with the number of steps already taken, returns an iterator over what `SFTBatch` holds, with
+        policy: policy whose `imitation_loss` is minimised.
+        params: parameters to start from; consumed.
+        batches: called with the number of steps already taken, returns an iterator over the fields of `SFTBatch`, with
             prompts, from there on.
         config: see `SFTConfig`.
         run: see `Run`.
@@ -72,16 +137,15 @@ def train_sft(
     Raises:
         Interrupted: `run.should_stop` asked for it; a checkpoint has been saved.
         FloatingPointError: the loss is not finite.
+        CheckpointError: see `loop.start_phase`.
     """
-    # ---- Set-up -----------------------------------------------------------------------------------------------------
-    check_batch_size("batch_size", config.batch_size, run.mesh)
-    check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
-    tx = keep_average(make_optimizer(config.optimizer, num_steps=config.num_steps), config.ema_decay)
-    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
-    step_fn = jit_step(make_sft_step(policy, tx, config), policy, config, state)
+    check_mesh(config, run.mesh)
+    tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
+    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer, has_average=config.ema_decay is not None)
+    del params
+    step_fn = update.jit_step(make_sft_step(policy, tx, config), state)
     first = int(state.step)
-    batch_iterator = batches(first)
-    steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="frames")
+    batch_iterator, window = batches(first), Window(PHASE, run, num_steps=first)
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
@@ -89,25 +153,26 @@ def train_sft(
     ):
         for step in range(first + 1, config.num_steps + 1):
             # ---- Update ---------------------------------------------------------------------------------------------
-            with steps.clock("data"):
+            with window.clock("data"):
                 batch = SFTBatch(*next(batch_iterator))
-            with steps.clock("update"):
+            with window.clock("update"):
                 state, metrics = step_fn(state, place(batch, run.mesh))
-            steps.add(metrics)
-            is_stopping, is_last = run.should_stop(), step == config.num_steps
+            window.add(metrics)
+            turn = next_turn(
+                run, step, config.num_steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every
+            )
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            is_saving = step % config.checkpoint_every == 0 or is_last or is_stopping
-            if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
-                num_steps, means = steps.write(step)
-                bar.update(num_steps, loss=means["sft/loss"])
+            if turn.is_reporting:
+                updates = window.read()
+                means = reduce_metrics(updates)
+                window.write(step, means, frames=len(updates) * config.batch_size)
+                bar.update(len(updates), loss=means["sft/loss"])
 
             # ---- Save -----------------------------------------------------------------------------------------------
-            if is_last and config.ema_decay is not None:
-                state = state.replace(params=averaged_params(state, frozen_params(policy, config.optimizer)))
-            if is_saving:
-                checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
-            if is_stopping and not is_last:
+            if turn.is_saving:
+                save(checkpoints, step, state, run, {})
+            if turn.is_stopping:
                 raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {config.num_steps}")
-    say(f"{PHASE}: {config.num_steps - first} steps | {steps.clock.total_line()}")
-    return state.params
+    say(f"{PHASE}: {config.num_steps - first} steps | {window.clock.total_line()}")
+    return state.result

@@ -1,37 +1,43 @@
 """Preference: TPO on whole trajectories, and STA-TPO stage by stage."""
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import AbstractMesh
 
-from stare_jax.config import ConfigError
-from stare_jax.data.windows import window_indices
+from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.logging import Interrupted, progress, say
-from stare_jax.models.nn.lora import drop_adapters, keep_adapters
+from stare_jax.losses import sta_tpo_loss, tpo_loss
+from stare_jax.models.nn.lora import drop_adapters
 from stare_jax.models.policy import Policy
-from stare_jax.sharding.mesh import check_batch_size
+from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
-from stare_jax.state.train_state import Run, checkpoint_directory, place, start_phase
-from stare_jax.train.annotate import action_stages
-from stare_jax.train.step_metrics import StepMetrics
-from stare_jax.train.steps import PairBatch, ScoredTrajectory, jit_step, make_tpo_step, over_actions
-from stare_jax.types import Observation, PreferencePair, PyTree, Trajectory
+from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer, merge_params
+from stare_jax.state.train_state import TrainState, abstract_params
+from stare_jax.train import update
+from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
+from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, flatten_scores, score_pairs
+from stare_jax.types import Array, Observation, PreferencePair, PyTree
 
 PHASE = "tpo"
 
 
+# ---- Config ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class TPOConfig:
     """TPO and STA-TPO; learning rate and optimiser are the paper's (B.2)."""
 
-    variant: str = "sta_tpo"
+    variant: Literal["sta_tpo", "tpo"] = "sta_tpo"
     """"sta_tpo" (6), or "tpo" (1)."""
     num_epochs: int = 5
+    """passes over the pairs."""
     batch_size: int = 4
     """pairs of one optimiser step."""
     microbatch_size: int | None = None
@@ -39,25 +45,26 @@ class TPOConfig:
     beta: float = 0.1
     cost_coef: float = 10.0
     """lambda, weight of the stage costs (STA-TPO)."""
-    stage_norm: str = "K"
-    """see `losses.sta_tpo_loss`, and likewise below."""
-    margin: str = "paper"
+    stage_norm: Literal["K", "valid"] = "K"
+    """see `losses.sta_tpo_loss`."""
+    margin: Literal["paper", "offset", "relabel"] = "paper"
+    """see `losses.sta_tpo_loss`."""
     anchor_coef: float = 0.0
-    """weight of minus the mean log-probability of what was chosen, which keeps that from falling together with what was
-    rejected; the paper has none."""
+    """weight of minus the mean log-probability of the chosen actions, which keeps it from falling together with that of
+    the rejected ones; the paper has none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, freeze=(VALUE_PARAMS,))
-    reference: str = "start"
-    """whose log-probabilities the policy's are compared with: "start", the policy the phase starts from, adapters
-    included; "base", the same with its adapters off. Neither is a second copy of the weights."""
+    reference: Literal["start", "base"] = "start"
+    """policy that the trained one is compared with: "start", the policy the phase starts from, adapters included;
+    "base", the same with its adapters off. Neither is a second copy of the weights."""
     num_draws: int = 16
     """noises and times at which a flow policy's reference is asked about every decision, once, before the first step;
     policies with a log-probability need none of them."""
     draws_per_step: int = 8
-    """of these, how many a step uses; they take turns."""
+    """number of these that a step uses; they take turns."""
     reference_batch_size: int = 64
     """decisions that the reference policy scores at a time, once, before the first step."""
     seed: int = 0
-    """of the order of pairs."""
+    """seed of the order of pairs."""
     log_every: int = 1
     """steps."""
     checkpoint_every: int = 100
@@ -65,102 +72,50 @@ class TPOConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        counts = ("num_epochs", "batch_size", "reference_batch_size", "log_every", "checkpoint_every")
-        for name in (*counts, "keep_checkpoints", "num_draws", "draws_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
-        if self.microbatch_size is not None and self.microbatch_size < 1:
-            raise ValueError(f"microbatch_size: got {self.microbatch_size}, expected >= 1 or None")
+        check_choices(self)
+        check_at_least(self, 1, "num_epochs", "batch_size", "microbatch_size", "reference_batch_size", "num_draws")
+        check_at_least(self, 1, "draws_per_step", "log_every", "checkpoint_every", "keep_checkpoints")
+        check_above(self, 0, "beta")
+        check_at_least(self, 0, "cost_coef", "anchor_coef")
         if self.num_draws % self.draws_per_step:
             expected = f"a divisor of num_draws = {self.num_draws}"
             raise ValueError(f"draws_per_step: got {self.draws_per_step}, expected {expected}")
-        if not self.beta > 0:
-            raise ValueError(f"beta: got {self.beta}, expected > 0")
-        for name in ("cost_coef", "anchor_coef"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 0")
-        choices = {
-            "variant": ("sta_tpo", "tpo"),
-            "reference": ("start", "base"),
-            "stage_norm": ("K", "valid"),
-            "margin": ("paper", "offset", "relabel"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
 
 
-def train_tpo(
-    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, config: TPOConfig, run: Run
-) -> PyTree:
-    """Trains on preference pairs and returns the parameters.
+# ---- Batch: `tpo_reference.PairBatch` -------------------------------------------------------------------------------
+def batch_shapes(config: TPOConfig, policy: Policy, *, horizon: int, num_stages: int) -> PairBatch:
+    """Returns the batch of one optimiser step as `jax.ShapeDtypeStruct`s.
 
     Args:
-        policy: whose `log_prob` is compared.
-        params: to start from, and at the same time the reference policy (`TPOConfig.reference`); not consumed. The
-            log-probabilities that the pairs bring along are not used.
-        pairs: NumPy leaves `[P, ...]`.
-        spec: the task's stages.
         config: see `TPOConfig`.
-        run: see `Run`.
-
-    Raises:
-        Interrupted: `run.should_stop` asked for it; a checkpoint has been saved.
-        FloatingPointError: the loss is not finite.
-        ConfigError: the reference is to be the base of a policy that has no adapters.
+        policy: policy that is trained.
+        horizon: N, actions of an episode.
+        num_stages: K.
     """
-    # ---- Set-up -----------------------------------------------------------------------------------------------------
-    check_batch_size("batch_size", config.batch_size, run.mesh)
-    check_batch_size("microbatch_size", config.microbatch_size, run.mesh)
-    check_reference(config.reference, params)
-    num_pairs = len(pairs.chosen.valid)
-    if num_pairs == 0:
-        raise ValueError("pairs: got none, expected at least one")
-    num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
-    tx = make_optimizer(config.optimizer, num_steps=num_steps)
-    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
-    step_fn = jit_step(make_tpo_step(policy, tx, config), policy, config, state)
-    reference = jax.device_put(params, jax.tree.map(lambda x: x.sharding, state.params))
-    reference = drop_adapters(reference) if config.reference == "base" else reference
-    sizes = {"batch_size": config.reference_batch_size, "num_draws": config.num_draws}
-    scored = score_pairs(policy, reference, pairs, spec, **sizes)
-    del reference
-    first = int(state.step)
-    steps = StepMetrics(PHASE, run, batch_size=config.batch_size, unit="pairs")
+    size, num_decisions = config.batch_size, -(-horizon // policy.chunk)
+    is_exact = policy.preference_score is None
+    num_draws, num_scores = (1, num_decisions) if is_exact else (config.num_draws, horizon)
+    array, observation = jax.ShapeDtypeStruct, policy.observation_shape(1)
 
-    with (
-        Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
-        progress(num_steps - first, PHASE, "step") as bar,
-    ):
-        for step in range(first + 1, num_steps + 1):
-            # ---- Update ---------------------------------------------------------------------------------------------
-            with steps.clock("data"):
-                rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
-                batch = jax.tree.map(lambda x, rows=rows: x[rows], scored)
-            with steps.clock("update"):
-                state, metrics = step_fn(state, place(batch, run.mesh))
-            steps.add(metrics)
-            is_stopping, is_last = run.should_stop(), step == num_steps
+    def rows(tree):
+        return jax.tree.map(lambda x: array((size, num_decisions, *x.shape[1:]), x.dtype), tree)
 
-            # ---- Report ---------------------------------------------------------------------------------------------
-            is_saving = step % config.checkpoint_every == 0 or is_last or is_stopping
-            if step % config.log_every == 0 or is_saving:  # so that nothing unchecked is saved
-                num_written, means = steps.write(step)
-                bar.update(num_written, loss=means["tpo/loss"], accuracy=means["tpo/accuracy"])
-
-            # ---- Save -----------------------------------------------------------------------------------------------
-            if is_saving:
-                checkpoints.save(step, state, extra={}, norm_stats=run.norm_stats)
-            if is_stopping and not is_last:
-                raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")
-    say(f"{PHASE}: {num_steps - first} steps | {steps.clock.total_line()}")
-    return state.params
-
-
-def check_reference(reference: str, params: PyTree) -> None:
-    """Raises ConfigError where `TPOConfig.reference` is "base" and there are no adapters to switch off."""
-    if reference == "base" and not jax.tree.leaves(keep_adapters(params)):
-        raise ConfigError("tpo.reference: got 'base', expected 'start' for a policy without adapters (model.lora)")
+    if is_exact:
+        params = jax.eval_shape(policy.init, jax.random.key(0))
+        decision = rows(jax.eval_shape(policy.sample, params, observation, jax.random.key(0)).trace)
+    else:
+        decision = array((size, num_decisions, policy.window, policy.action_dim), jnp.float32)
+    side = ScoredTrajectory(
+        observation=rows(observation),
+        decision=decision,
+        seed=array((size, num_decisions, num_draws), jnp.uint32),
+        ref_logp=array((size, num_scores, num_draws), jnp.float32),
+        valid=array((size, num_scores), bool),
+        stage_mask=array((size, num_stages, num_scores), bool),
+        stage_cost=array((size, num_stages), jnp.float32),
+        completed=array((size, num_stages), bool),
+    )
+    return PairBatch(side, side)
 
 
 def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:
@@ -174,73 +129,184 @@ def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np
     return np.array([orders[p // num_pairs][p % num_pairs] for p in position])
 
 
-def score_pairs(
-    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, *, batch_size: int, num_draws: int = 1
-) -> PairBatch:
-    """Computes what stays the same throughout training: reference log-probabilities, stage masks and costs.
+# ---- Step -----------------------------------------------------------------------------------------------------------
+def make_tpo_step(
+    policy: Policy, tx: optax.GradientTransformation, config: TPOConfig
+) -> Callable[[TrainState, PairBatch], tuple[TrainState, update.Metrics]]:
+    """Returns the step that minimises the loss of TPO (1) or STA-TPO (6).
+
+    The loss couples all decisions of a pair. With `config.microbatch_size` set, a first pass without gradient gives the
+    derivative of the loss by every log-probability, which weights the gradients of the second pass; this is exact.
+    """
+
+    def step(state, batch):
+        batch = _pick_draws(batch, state.step, config.draws_per_step)
+        decisions = _decisions(batch)
+        num_pairs, num_scores = batch.chosen.valid.shape
+
+        def logp_fn(trainable, decisions):
+            params, (observation, decision, seed) = merge_params(trainable, state.frozen), decisions
+            if policy.preference_score is None:
+                return policy.log_prob(params, observation, decision).logp[:, None]
+            return policy.preference_score(params, observation, decision, seed).mean(axis=1)
+
+        def loss_of_logp(logp):
+            logp = logp.reshape(num_pairs, 2, -1, logp.shape[1])
+            return _preference_loss(flatten_scores(logp, num_scores), batch, config)
+
+        if config.microbatch_size is None:
+            loss_fn = jax.grad(lambda trainable: loss_of_logp(logp_fn(trainable, decisions)), has_aux=True)
+            grads, metrics = loss_fn(state.trainable)
+        else:
+            parts = update.split_rows(decisions, config.microbatch_size)
+            logp = update.join_rows(jax.lax.map(lambda part: logp_fn(state.trainable, part), parts), len(decisions[2]))
+            weight, metrics = jax.grad(loss_of_logp, has_aux=True)(logp)
+
+            def weighted(part, weight):
+                return jax.grad(lambda trainable: jnp.vdot(logp_fn(trainable, part), weight))(state.trainable), {}
+
+            grads, _ = update.reduce_parts(weighted, (parts, update.split_rows(weight, config.microbatch_size)))
+        return update.apply_gradients(state, grads, tx), metrics | update.grad_norm(grads)
+
+    return step
+
+
+def _preference_loss(logp: Array, batch: PairBatch, config: TPOConfig) -> tuple[Array, update.Metrics]:
+    """The loss of `[B, 2, M]` scores, chosen first."""
+    chosen, rejected = batch
+    chosen_ref_logp, rejected_ref_logp = (side.ref_logp.mean(axis=-1) for side in batch)
+    scores = (logp[:, 0], chosen_ref_logp, logp[:, 1], rejected_ref_logp, chosen.valid, rejected.valid)
+    if config.variant == "tpo":
+        loss, metrics = tpo_loss(*scores, beta=config.beta)
+    else:
+        loss, metrics = sta_tpo_loss(
+            *scores,
+            chosen.stage_mask,
+            rejected.stage_mask,
+            chosen.stage_cost,
+            rejected.stage_cost,
+            chosen.completed,
+            rejected.completed,
+            beta=config.beta,
+            cost_coef=config.cost_coef,
+            stage_norm=config.stage_norm,
+            margin=config.margin,
+        )
+    num_actions = jnp.maximum(chosen.valid.sum(), 1)
+    chosen_logp = jnp.sum(jnp.where(chosen.valid, logp[:, 0], 0.0)) / num_actions
+    if config.anchor_coef:
+        loss = loss - config.anchor_coef * chosen_logp
+    return loss, metrics | {"tpo/loss": loss, "tpo/chosen_logp": chosen_logp}
+
+
+def _pick_draws(batch: PairBatch, step: Array, size: int) -> PairBatch:
+    """Keeps the estimates that a step uses, of all that the reference was asked for; they take turns."""
+    num_draws = batch.chosen.seed.shape[-1]
+    index = (step * size + jnp.arange(min(size, num_draws))) % num_draws
+    return PairBatch(*(side._replace(seed=side.seed[..., index], ref_logp=side.ref_logp[..., index]) for side in batch))
+
+
+def _decisions(batch: PairBatch) -> tuple[Observation, PyTree, Array]:
+    """Returns observations, decisions and seeds of both sides, `[B * 2 * D, ...]`; rows stay with their pair, and so on
+    their device."""
+
+    def flatten(chosen, rejected):
+        both = jnp.stack([chosen, rejected], axis=1)
+        return both.reshape(math.prod(both.shape[:3]), *both.shape[3:])  # -1 fails on a state of size zero
+
+    sides = [(side.observation, side.decision, side.seed) for side in batch]
+    return jax.tree.map(flatten, *sides)
+
+
+def plan_tpo(
+    policy: Policy, config: TPOConfig, mesh: AbstractMesh, *, horizon: int, num_stages: int
+) -> update.StepPlan:
+    """Traces one optimiser step on shapes alone; see `update.plan_step`, `batch_shapes`."""
+    check_mesh(config, mesh)
+    check_reference(config.reference, jax.eval_shape(policy.init, jax.random.key(0)))
+    tx = make_optimizer(config.optimizer, num_steps=1)
+    step = make_tpo_step(policy, tx, config)
+    batch = batch_shapes(config, policy, horizon=horizon, num_stages=num_stages)
+    return update.plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer))
+
+
+def check_mesh(config: TPOConfig, mesh: AbstractMesh) -> None:
+    """Raises ShardingError where the mesh does not divide a batch."""
+    check_batch_size("tpo.batch_size", config.batch_size, mesh)
+    check_batch_size("tpo.microbatch_size", config.microbatch_size, mesh)
+
+
+# ---- Loop -----------------------------------------------------------------------------------------------------------
+def train_tpo(
+    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, config: TPOConfig, run: Run
+) -> PyTree:
+    """Trains on preference pairs and returns the parameters.
 
     Args:
-        policy: of the reference.
-        params: of the reference.
+        policy: policy whose `log_prob` is compared.
+        params: parameters to start from, and at the same time those of the reference policy (`TPOConfig.reference`);
+            consumed.
         pairs: NumPy leaves `[P, ...]`.
         spec: the task's stages.
-        batch_size: decisions scored at a time.
-        num_draws: M, estimates of each score where the policy makes estimates.
-
-    Returns:
-        NumPy leaves `[P, ...]`.
-    """
-    stages = jax.jit(jax.vmap(functools.partial(action_stages, spec=spec)))
-
-    @jax.jit
-    def score_decisions(params, observation, decision, seed):
-        if policy.preference_score is None:
-            return policy.log_prob(params, observation, decision).logp[:, None, None]
-        return policy.preference_score(params, observation, decision, seed)
-
-    def score(trajectory: Trajectory) -> ScoredTrajectory:
-        observation, decision, valid = decisions_of(policy, trajectory)
-        num_pairs, num_decisions = decision.shape[:2]
-        shape = (num_pairs, num_decisions, 1 if policy.preference_score is None else num_draws)
-        seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-        num_scores = 1 if policy.preference_score is None else policy.chunk
-        scores = np.zeros((*shape, num_scores), np.float32)
-        pair, d = np.nonzero(valid[:, :: policy.chunk])
-        for start in range(0, len(pair), batch_size):
-            rows = np.arange(start, start + batch_size) % len(pair)
-            at = (pair[rows], d[rows])
-            inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
-            scores[at] = score_decisions(params, *inputs)
-        over_time = over_actions(scores.swapaxes(1, 2), valid.shape[1], policy.chunk)
-        ref_logp = np.ascontiguousarray(np.moveaxis(over_time, 1, 2))
-        rest = jax.device_get(stages(trajectory.signals, trajectory.valid))
-        return ScoredTrajectory(observation, decision, seed, ref_logp, valid, *rest)
-
-    return PairBatch(score(pairs.chosen), score(pairs.rejected))
-
-
-def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, np.ndarray, np.ndarray]:
-    """Returns what was decided in each state in which was decided, t = 0, C, 2C .., and where that counts.
-
-    Args:
-        policy: that is to score the decisions.
-        trajectory: NumPy leaves `[P, ...]`.
-
-    Returns:
-        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; `ScoredTrajectory.valid`.
+        config: see `TPOConfig`.
+        run: see `Run`.
 
     Raises:
-        ValueError: a flow is to be scored by chains, and somebody else acted.
+        Interrupted: `run.should_stop` asked for it; a checkpoint has been saved if there was a first step.
+        FloatingPointError: the loss is not finite.
+        ConfigError: the reference is to be the base of a policy that has no adapters.
+        CheckpointError: see `loop.start_phase`.
     """
-    valid = np.asarray(trajectory.valid)[:, 1:]
-    starts = np.arange(0, valid.shape[1], policy.chunk)
-    observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
-    if policy.preference_score is None:
-        if policy.window is not None and trajectory.action_tokens.ndim != 5:
-            raise ValueError(
-                f"action_tokens: got shape {trajectory.action_tokens.shape}, expected chains that the policy drew; "
-                "model.preference 'flow' does without"
-            )
-        return observation, trajectory.action_tokens[:, starts], valid & (np.arange(valid.shape[1]) % policy.chunk == 0)
-    index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
-    return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid
+    check_mesh(config, run.mesh)
+    check_reference(config.reference, params)
+    num_pairs = len(pairs.chosen.valid)
+    if num_pairs == 0:
+        raise ValueError("pairs: got none, expected at least one")
+    num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
+
+    # ---- Reference, before its parameters are consumed --------------------------------------------------------------
+    params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract_params(policy, run.mesh)))
+    scored = score_pairs(
+        policy,
+        drop_adapters(params) if config.reference == "base" else params,
+        pairs,
+        spec,
+        batch_size=config.reference_batch_size,
+        num_draws=config.num_draws,
+        should_stop=run.should_stop,
+    )
+    tx = make_optimizer(config.optimizer, num_steps=num_steps)
+    state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
+    del params
+    step_fn = update.jit_step(make_tpo_step(policy, tx, config), state)
+    first = int(state.step)
+    window = Window(PHASE, run, num_steps=first)
+
+    with (
+        Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
+        progress(num_steps - first, PHASE, "step") as bar,
+    ):
+        for step in range(first + 1, num_steps + 1):
+            # ---- Update ---------------------------------------------------------------------------------------------
+            with window.clock("data"):
+                rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
+                batch = jax.tree.map(lambda x, rows=rows: x[rows], scored)
+            with window.clock("update"):
+                state, metrics = step_fn(state, place(batch, run.mesh))
+            window.add(metrics)
+            turn = next_turn(run, step, num_steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every)
+
+            # ---- Report ---------------------------------------------------------------------------------------------
+            if turn.is_reporting:
+                updates = window.read()
+                means = reduce_metrics(updates)
+                window.write(step, means, pairs=len(updates) * config.batch_size)
+                bar.update(len(updates), loss=means["tpo/loss"], accuracy=means["tpo/accuracy"])
+
+            # ---- Save -----------------------------------------------------------------------------------------------
+            if turn.is_saving:
+                save(checkpoints, step, state, run, {})
+            if turn.is_stopping:
+                raise Interrupted(f"{PHASE}: stopped and saved at step {step} of {num_steps}")
+    say(f"{PHASE}: {num_steps - first} steps | {window.clock.total_line()}")
+    return state.result

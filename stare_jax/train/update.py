@@ -1,32 +1,57 @@
-"""Gradients of batches whose forward and backward pass does not fit into memory.
+"""The parts of an optimiser step that do not depend on its loss: microbatches, gradients, the update, the compilation.
 
-A batch is cut into microbatches whose gradients are added up; the gradient is that of the whole batch, the metrics are
-means over its parts.
+A batch whose forward and backward pass does not fit into memory is split into microbatches whose gradients are added
+up. The gradient is that of the whole batch; metrics are means over its parts, minima and maxima extremes.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh
 
-from stare_jax.state.optimizer import merge_params, split_params
-from stare_jax.types import Array, PyTree, TrainState
+from stare_jax.models.policy import Policy
+from stare_jax.sharding.mesh import batch_sharding
+from stare_jax.state.optimizer import merge_params
+from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
+from stare_jax.types import Array, PyTree
+
+Metrics = dict[str, Array]
+REDUCTIONS = {"_min": (jnp.minimum, jnp.inf), "_max": (jnp.maximum, -jnp.inf)}
+"""End of a metric's name -> (reduction, its neutral element); all other metrics are averaged."""
 
 
-def gradients(
-    loss_fn: Callable,
+def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
+    """Raises ValueError unless `microbatch_size` is None or divides the batch size, whose config field is `name`."""
+    if microbatch_size is not None and (microbatch_size < 1 or size % microbatch_size):
+        raise ValueError(f"microbatch_size: got {microbatch_size}, expected a divisor of {name} = {size}, or None")
+
+
+def loss_gradients(
+    loss_fn: Callable[[PyTree, PyTree], tuple[Array, Metrics]],
     state: TrainState,
     batch: PyTree,
     weight: Array,
-    freeze: Sequence[str],
     microbatch_size: int | None,
-) -> tuple[PyTree, dict[str, Array]]:
-    """Gradient of the trainable parameters and metrics; parts of a batch count by their sum of `weight` `[B]`."""
-    trainable, frozen = split_params(state.params, freeze)
+) -> tuple[PyTree, Metrics]:
+    """Returns the gradient of a loss by the trainable parameters, and the loss's metrics.
+
+    Args:
+        loss_fn: (all parameters, rows of the batch) -> (the mean over these rows, metrics).
+        state: parameters at which the gradient is taken.
+        batch: leaves `[B, ...]`.
+        weight: float32 `[B]`; microbatches count by the sum of their rows' weights.
+        microbatch_size: rows in one forward and backward pass; None takes the whole batch.
+    """
 
     def grad_fn(part):
-        return jax.grad(lambda params: loss_fn(merge_params(params, frozen), part), has_aux=True)(trainable)
+        return jax.grad(lambda trainable: loss_fn(merge_params(trainable, state.frozen), part), has_aux=True)(
+            state.trainable
+        )
 
     if microbatch_size is None:
         return grad_fn(batch)
@@ -34,13 +59,20 @@ def gradients(
 
     def share(part, weight):
         fraction = weight.sum() / total
-        return jax.tree.map(lambda x: jnp.where(fraction > 0, fraction * x, 0.0), grad_fn(part))
+        grads, metrics = grad_fn(part)
+        extremes = {name: value for name, value in metrics.items() if name[-4:] in REDUCTIONS}
+        means = {name: value for name, value in metrics.items() if name not in extremes}
+        # A part without a valid row may have any metrics.
+        extremes = {n: jnp.where(fraction > 0, x, REDUCTIONS[n[-4:]][1]) for n, x in extremes.items()}
+        return jax.tree.map(lambda x: jnp.where(fraction > 0, fraction * x, 0.0), (grads, means)), extremes
 
-    return sum_over_parts(share, (cut(batch, microbatch_size), cut(weight, microbatch_size)))
+    parts = (split_rows(batch, microbatch_size), split_rows(weight, microbatch_size))
+    (grads, means), extremes = reduce_parts(share, parts)
+    return grads, means | extremes
 
 
-def cut(tree: PyTree, size: int) -> PyTree:
-    """Cuts leaves `[D, ...]` into `[ceil(D / size), size, ...]`, filled up with zeros.
+def split_rows(tree: PyTree, size: int) -> PyTree:
+    """Splits leaves `[D, ...]` into `[ceil(D / size), size, ...]`, filled up with zeros.
 
     Rows are dealt out in turn, so that every part has rows of every device.
     """
@@ -53,18 +85,142 @@ def cut(tree: PyTree, size: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def uncut(parts: Array, size: int) -> Array:
-    """The inverse of `cut` for one array of `size` rows."""
+def join_rows(parts: Array, size: int) -> Array:
+    """Joins the parts of one array of `size` rows; the inverse of `split_rows`."""
     return parts.swapaxes(0, 1).reshape(math.prod(parts.shape[:2]), *parts.shape[2:])[:size]
 
 
-def sum_over_parts(fn: Callable, parts: tuple) -> PyTree:
-    """Returns the sum of fn(*part) over the leading axis of `parts`, in float32, one part in memory at a time."""
-    shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], parts))
+def reduce_parts(fn: Callable[..., tuple[PyTree, Metrics]], parts: tuple) -> tuple[PyTree, Metrics]:
+    """Reduces fn(*part) = (terms, extremes) over the leading axis of `parts`, one part in memory at a time.
+
+    Args:
+        fn: its terms are added up in float32, its extremes reduced by their names (`REDUCTIONS`).
+        parts: leaves `[P, ...]`.
+    """
+    shapes, names = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    neutral = {name: jnp.float32(REDUCTIONS[name[-4:]][1]) for name in names}
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, fn(*part)), None
+        (terms, extremes), (sums, so_far) = fn(*part), total
+        so_far = {name: REDUCTIONS[name[-4:]][0](x, extremes[name]) for name, x in so_far.items()}
+        return (jax.tree.map(jnp.add, sums, terms), so_far), None
 
-    total, _ = jax.lax.scan(add, zeros, parts)
+    total, _ = jax.lax.scan(add, (zeros, neutral), parts)
     return total
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    scale: Array | float = 1.0,
+    average_decay: float | None = None,
+    **extra: Array,
+) -> TrainState:
+    """Returns the state after one step of the optimiser.
+
+    Args:
+        state: before.
+        grads: of the trainable parameters.
+        tx: the optimiser.
+        scale: factor of the updates.
+        average_decay: share of the average that remains; None where none is kept.
+        extra: keyword arguments of `tx.update`.
+    """
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.trainable)
+    updates, opt_state = tx.update(grads, state.opt_state, state.trainable, **extra)
+    trainable = optax.apply_updates(state.trainable, optax.tree.scale(scale, updates))
+    average = state.average
+    if average_decay is not None:
+        average = optax.incremental_update(trainable, average, 1 - average_decay)
+    return TrainState(state.step + 1, trainable, state.frozen, opt_state, average)
+
+
+def grad_norm(grads: PyTree) -> Metrics:
+    """Returns the metric `grad/norm`, before clipping."""
+    return {"grad/norm": optax.tree.norm(grads)}
+
+
+def jit_step(step: Callable, state: TrainState) -> Callable:
+    """Compiles a step (state, *inputs) -> (state, metrics) so that the memory of a state is reused for the next one.
+
+    Frozen parameters go in and do not come out, so that others may share them: the weights of a large model are in
+    memory once.
+
+    Args:
+        step: see `make_sft_step`, `make_tpo_step`, `make_ppo_step`.
+        state: a state, or the layout of one (`abstract_state`); those that the step returns will lie as this one does.
+    """
+    move = _jit_move(step, state)
+
+    @functools.wraps(step)
+    def compiled_step(state, *inputs):
+        moved, metrics = move(state.replace(frozen=None), state.frozen, *inputs)
+        return moved.replace(frozen=state.frozen), metrics
+
+    return compiled_step
+
+
+def lower_step(step: Callable, state: TrainState, *inputs: Any) -> jax.stages.Lowered:
+    """Lowers what `jit_step` compiles, for arrays or for `jax.ShapeDtypeStruct`s with shardings."""
+    return _jit_move(step, state).lower(state.replace(frozen=None), state.frozen, *inputs)
+
+
+def _jit_move(step: Callable, state: TrainState) -> Callable:
+    """Compiles (state without frozen parameters, frozen parameters, *inputs) -> (state without them, metrics)."""
+    # Left to the compiler, some leaves would lie elsewhere after the first step, and the second be compiled anew.
+    out_shardings = (jax.tree.map(lambda x: x.sharding, state.replace(frozen=None)), None)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
+    def move(moving, frozen, *inputs):
+        state, metrics = step(moving.replace(frozen=frozen), *inputs)
+        return state.replace(frozen=None), metrics
+
+    return move
+
+
+class StepPlan(NamedTuple):
+    """One optimiser step of a phase, as trees of `jax.ShapeDtypeStruct` with shardings."""
+
+    state: TrainState
+    batch: PyTree
+    metrics: Metrics
+    """metrics that the step returns, without shardings."""
+
+
+def plan_step(
+    policy: Policy,
+    mesh: AbstractMesh,
+    tx: optax.GradientTransformation,
+    step: Callable,
+    batch: PyTree,
+    *,
+    freeze: tuple[str, ...],
+    has_average: bool = False,
+    extra: Callable[[TrainState], tuple] = lambda state: (),
+) -> StepPlan:
+    """Traces one optimiser step on shapes alone, with the checks that training begins with.
+
+    Args:
+        policy: policy that is trained.
+        mesh: devices, which need not be there.
+        tx: the optimiser.
+        step: (state, batch, *extra) -> (state, metrics).
+        batch: shapes without shardings.
+        freeze: regexes of the parameters that are not trained.
+        has_average: whether an average is kept.
+        extra: the step's other inputs, given the state.
+
+    Raises:
+        ConfigError: parameters of less than float32 would be trained.
+        ShardingError, TypeError, ValueError: rules, mesh, model and batch do not fit.
+    """
+    params = abstract_params(policy, mesh)
+    state = abstract_state(params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze, has_average=has_average)
+    check_precision(state.trainable)
+    sharding = batch_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+    _, metrics = jax.eval_shape(step, state, batch, *extra(state))
+    return StepPlan(state, batch, metrics)

@@ -21,7 +21,8 @@ from stare_jax.logging import Interruption, new_directory, progress, progress_by
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.models.normalize import identity_stats
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.checkpoint import leaf_loader, load_norm_stats, param_shapes, resolve_step, save_params
+from stare_jax.state.checkpoint import load_norm_stats, param_shapes, resolve_step, save_params
+from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import NormStats, PyTree
 from stare_jax.weights.format import Format, Opened, check_counterpart, read_params, with_dtype
@@ -135,7 +136,7 @@ def import_weights(
     peft = None if adapter is None else open_adapter(adapter, opened)
     folders = [source] if adapter is None else [source, adapter]
     stats_name, norm_stats = form.statistics(
-        folders, unnorm_key, action_dim, state_dim if form.sizes_from_statistics else config.state_dim
+        folders, unnorm_key, action_dim, state_dim if form.for_robot else config.state_dim
     )
     with user_input():
         if peft is not None:
@@ -143,9 +144,8 @@ def import_weights(
         if norm_stats is None:
             given = [(action_dim, config.action_dim), (state_dim, config.state_dim)]
             norm_stats = identity_stats(*(default if dim is None else dim for dim, default in given))
-        if form.sizes_from_statistics:
-            sizes = len(norm_stats.action_q01), len(norm_stats.state_q01)
-            config = dataclasses.replace(config, action_dim=sizes[0], state_dim=sizes[1])
+        if form.for_robot is not None:
+            config = form.for_robot(config, len(norm_stats.action_q01), len(norm_stats.state_q01))
         policy = make_policy(config, norm_stats)
     opened = opened._replace(config=config)
     like = _layout(policy, fsdp, tensor)
@@ -201,7 +201,7 @@ def _save(folder: Path, params: PyTree, config: ModelConfig, norm_stats: NormSta
     """Saves parameters, configuration and statistics as the checkpoint of a converted folder."""
     say(f"saving {num_bytes(params) / 1e9:.2f} GB")
     with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
-        save_params(folder / CHECKPOINTS, 0, params, extra={"model": to_dict(config)}, norm_stats=norm_stats)
+        save_params(folder / CHECKPOINTS, 0, params, model=to_dict(config), norm_stats=norm_stats)
     if interruption.requested:
         raise KeyboardInterrupt
     write_json(folder / "config.json", {"model": to_dict(config)})

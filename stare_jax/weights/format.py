@@ -73,8 +73,8 @@ class Format(NamedTuple):
     """whether tensors that are never run are kept and given back, instead of left out and written as zeros"""
     one_dtype: bool = False
     """whether all tensors have the same type"""
-    sizes_from_statistics: bool = False
-    """whether the statistics say how many numbers actions and states of the robot have"""
+    for_robot: Callable[[ModelConfig, int, int], ModelConfig] | None = None
+    """gives a model the robot's numbers of actions and states, where the statistics say these and no weight does"""
     read_lora: Callable[[Mapping[str, Spec]], LoRAConfig | None] = lambda specs: None
     """reads the configuration of adapters among the format's own tensors; None where there are none"""
     known: Callable[[Path], dict[str, Any]] = lambda folder: {}

@@ -15,7 +15,7 @@ from stare_jax.logging import progress_bytes, say
 from stare_jax.models import MLPConfig, ModelConfig, OpenVLAConfig, Pi05Config, Policy, make_policy
 from stare_jax.models.nn.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.checkpoint import load_extra, load_norm_stats, load_params, param_shapes
+from stare_jax.state.checkpoint import load_model, load_norm_stats, load_params, param_shapes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
 from stare_jax.weights.format import open_format, read_params
@@ -88,7 +88,7 @@ def stored_model(source: Path, *, step: int | None = None) -> dict[str, Any]:
     if not is_ours(source):
         form, _ = find_format(source)
         return form.known(source)
-    fields = dict(load_extra(source / CHECKPOINTS, step=step).get("model") or {})
+    fields = dict(load_model(source / CHECKPOINTS, step=step))
     if (tokenizer := fields.get("tokenizer")) and is_converted(source) and (source / tokenizer).is_dir():
         fields["tokenizer"] = str(source / tokenizer)
     return fields

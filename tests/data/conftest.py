@@ -2,15 +2,25 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.types import Observation, Signals, Trajectory
+from stare_jax.types import Decisions, Observation, Signals, Trajectory
 
 
 def _make_trajectory(
-    seed=0, *, length=3, horizon=5, size=8, state_dim=4, action_dim=7, num_tokens=0, success=True, contact_at=None
+    seed=0,
+    *,
+    length=3,
+    horizon=5,
+    size=8,
+    state_dim=4,
+    action_dim=7,
+    num_tokens=0,
+    success=True,
+    contact_at=None,
+    chunk=1,
 ):
     """An episode of random numbers, padded with zeros as the collector pads; the object is far from the gripper."""
     rng = np.random.default_rng(seed)
-    num_states = horizon + 1
+    num_states, num_decisions = horizon + 1, -(-horizon // chunk)
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(np.float32)
@@ -39,17 +49,27 @@ def _make_trajectory(
         ),
         valid=np.ones(num_states, bool),
         action=normal(horizon, action_dim),
-        action_tokens=rng.integers(0, 256, (horizon, action_dim), dtype=np.int32),
-        logp=normal(horizon),
-        value=normal(num_states),
+        decisions=Decisions(
+            trace={"bins": rng.integers(0, 256, (num_decisions, action_dim), dtype=np.int32)},
+            logp=normal(num_decisions),
+            value=normal(num_decisions + 1),
+            valid=np.ones(num_decisions, bool),
+        ),
     )
-    exists = jax.tree.map(
-        lambda leaf: np.arange(len(leaf)) < (length + 1 if len(leaf) == num_states else length), trajectory
-    )
-    return jax.tree.map(
-        lambda leaf, is_real: np.where(is_real.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, np.zeros_like(leaf)),
-        trajectory,
-        exists,
+    decisions = trajectory.decisions
+    num_made = -(-length // chunk)
+
+    def cut(tree, num_real):
+        return jax.tree.map(
+            lambda x: np.where((np.arange(len(x)) < num_real).reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x)),
+            tree,
+        )
+
+    states = (trajectory.observation, trajectory.signals, trajectory.valid)
+    return Trajectory(
+        *cut(states, length + 1),
+        cut(trajectory.action, length),
+        cut(decisions, num_made)._replace(value=cut(decisions.value, num_made + 1)),
     )
 
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from stare_jax.data import records
 from stare_jax.data.reader import Dataset
+from stare_jax.data.records import episode_record
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.writer import DatasetWriter
 
@@ -28,9 +30,9 @@ def write(tmp_path, make_trajectory):
     return write
 
 
-@pytest.mark.parametrize("num_tokens", [0, 6])
-def test_round_trip_is_exact(tmp_path, make_trajectory, assert_same, num_tokens):
-    written = [make_trajectory(i, length=length, num_tokens=num_tokens) for i, length in enumerate((1, 5, 3))]
+@pytest.mark.parametrize(("num_tokens", "chunk"), [(0, 1), (6, 1), (6, 2), (0, 9)])
+def test_round_trip_is_exact(tmp_path, make_trajectory, assert_same, num_tokens, chunk):
+    written = [make_trajectory(i, length=n, num_tokens=num_tokens, chunk=chunk) for i, n in enumerate((1, 5, 3))]
     with DatasetWriter(tmp_path, env_id="PushCube-v1", control_mode="pd_ee_delta_pose", episodes_per_shard=2) as writer:
         for i, trajectory in enumerate(written):
             writer.append(trajectory, **META | {"seed": i})
@@ -42,10 +44,60 @@ def test_round_trip_is_exact(tmp_path, make_trajectory, assert_same, num_tokens)
         assert meta == META | {"seed": i, "success": True, "length": (1, 5, 3)[i]}
 
 
+def test_episodes_of_experts_have_no_decisions(tmp_path, make_trajectory, assert_same):
+    written = make_trajectory(1)._replace(decisions=None)
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        writer.append(written, **META)
+        with pytest.raises(ValueError, match=r"decision/bins: got \[7\], expected None"):
+            writer.append(make_trajectory(1), **META)
+    assert_same(Dataset(tmp_path).episode(0, horizon=5)[0], written)
+
+
+def test_decisions_on_several_actions_are_padded_as_they_were_collected(tmp_path, make_trajectory, assert_same):
+    written = make_trajectory(1, length=3, horizon=7, chunk=2)
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        writer.append(written, **META)
+    own = Dataset(tmp_path).episode(0)[0]
+    np.testing.assert_array_equal(own.decisions.valid, [True, True])
+    np.testing.assert_array_equal(own.decisions.value, written.decisions.value[:3])
+    with pytest.raises(ValueError, match="horizon: got 5, expected 7, as it was collected, or the episode's own 3"):
+        Dataset(tmp_path).episode(0, horizon=5)
+
+
+def test_a_data_set_of_format_1_is_read_and_continued(tmp_path, make_trajectory, assert_same, monkeypatch):
+    """Its episode records have an action's tokens, log-probability and value with every action."""
+    trajectory = make_trajectory(1)._replace(decisions=None)
+
+    def old_record(trajectory, meta, *, length):
+        zeros = {
+            "action_tokens": np.zeros((length, 7), np.int32),
+            "logp": np.zeros(length),
+            "value": np.zeros(length + 1),
+        }
+        record = dict(episode_record(trajectory, meta, length=length)) | zeros
+        del record["decisions"]
+        return record
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "episode_record", old_record)
+        with DatasetWriter(tmp_path, env_id="X") as writer:
+            writer.append(trajectory, **META)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shapes"]["action_tokens"], manifest["format_version"] = [7], 1
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    assert_same(Dataset(tmp_path).episode(0, horizon=5)[0], trajectory)
+    with DatasetWriter(tmp_path, env_id="X") as writer:
+        writer.append(trajectory, **META)
+    assert Dataset(tmp_path).num_episodes == 2
+    assert_same(Dataset(tmp_path).episode(1, horizon=5)[0], trajectory)
+
+
 def test_padding_is_not_stored(tmp_path, make_trajectory, assert_same):
     short, long = make_trajectory(1, length=3, horizon=3), make_trajectory(1, length=3, horizon=3)
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.full_like(leaf[:1], 9)]), long)
-    padded = padded._replace(valid=np.append(long.valid, False))
+    decisions = padded.decisions._replace(valid=np.append(long.decisions.valid, False))
+    padded = padded._replace(valid=np.append(long.valid, False), decisions=decisions)
     with DatasetWriter(tmp_path, env_id="X") as writer:
         writer.append(padded, **META)
     assert_same(Dataset(tmp_path).episode(0)[0], short)
@@ -171,8 +223,8 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     directory = write(1)
     manifest = directory / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(DatasetError, match="got format stare_jax/dataset 99, expected stare_jax/dataset 1"):
+    manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(DatasetError, match="got format stare_jax/dataset 99, expected stare_jax/dataset in"):
         Dataset(directory)
     manifest.write_text(text.replace('"length"', '"len"'))
     with pytest.raises(DatasetError, match="wrong or missing field"):

@@ -58,7 +58,7 @@ def act(observation, signals, instructions, is_first):
     )
     action = push(signals)
     nothing = jnp.zeros(len(action))
-    return Decision(action, action.astype(jnp.int32), nothing, nothing), observation
+    return Decision(action, {"bins": action.astype(jnp.int32)}, nothing, nothing), observation
 
 
 def test_what_was_returned_outlives_the_simulators_buffers(make_batch):

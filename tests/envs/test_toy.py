@@ -17,8 +17,7 @@ def state(gripper, block, goal=(0.1, 0.0)):
 
 def collect(choose, *, num_episodes=256, num_envs=64):
     def act(observation, signals, instructions, is_first):
-        zeros = np.zeros(len(is_first), np.float32)
-        return Decision(choose(signals), np.zeros((len(is_first), 2), np.int32), zeros, zeros), observation
+        return Decision(choose(signals)), observation
 
     return collect_episodes(toy.ToyPush(num_envs), act, np.arange(num_episodes), stop_at_success=True).trajectory
 

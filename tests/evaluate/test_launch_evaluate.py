@@ -18,7 +18,7 @@ from stare_jax.runs import load as restore
 from stare_jax.runs.config import RunConfig
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.types import TrainState
+from stare_jax.state.train_state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def trained_run(tmp_path_factory, command):
     params = jax.jit(policy.init)(jax.random.key(0))
     with Checkpoints(directory / "ppo/checkpoints") as checkpoints:
         for step in (1, 2):
-            state = TrainState(jnp.int32(step), params, optax.sgd(0.1).init(params))
-            checkpoints.save(step, state, extra={}, norm_stats=toy.norm_stats())
+            state = TrainState(jnp.int32(step), params, {}, optax.sgd(0.1).init(params))
+            checkpoints.save(step, state, norm_stats=toy.norm_stats(), model={}, counters={})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(restore, "make_policy", lambda config, norm_stats: policy)
         patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_envs))

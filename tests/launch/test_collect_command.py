@@ -26,7 +26,7 @@ from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import load_config
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.types import TrainState
+from stare_jax.state.train_state import TrainState
 
 CUBES = "StackGreenCubeOnYellowCubeBakedTexInScene-v1"
 
@@ -256,7 +256,8 @@ def save(directory, config, *, step):
     shapes = jax.eval_shape(make_policy(config.model, stats).init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     with Checkpoints(directory / "sft" / "checkpoints") as checkpoints:
-        checkpoints.save(step, TrainState(jnp.int32(step), params, jnp.float32(0)), extra={}, norm_stats=stats)
+        state = TrainState(jnp.int32(step), params, {}, jnp.float32(0))
+        checkpoints.save(step, state, norm_stats=stats, model={}, counters={})
 
 
 def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):

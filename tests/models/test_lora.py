@@ -1,6 +1,7 @@
 """Adapters inside the layers: where they are, what they compute, and that nothing else changes."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from nano_policy import INSTRUCTIONS, jit, make_case, nano_config
 
+from stare_jax.config import from_dict, to_dict
 from stare_jax.models import LoRAConfig, make_policy, openvla_7b
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.lora import (
     ATTENTION,
     BASE_PATTERN,
+    LoRAOverride,
     add_adapters,
     drop_adapters,
     init_adapters,
@@ -64,9 +67,9 @@ def test_fresh_adapters_change_nothing(adapted):
     standard = np.std(fresh["llm"]["layers"]["gate_proj"]["lora_a"])
     np.testing.assert_allclose(standard, 1 / LORA.rank, rtol=0.2)
     base = drop_adapters(adapted.params)
-    bins = np.zeros((3, 3), np.int32)
-    off = adapted.log_prob(base, adapted.observation, bins)
-    on = adapted.log_prob(add_adapters(base, fresh), adapted.observation, bins)
+    trace = {"bins": np.zeros((3, 3), np.int32)}
+    off = adapted.log_prob(base, adapted.observation, trace)
+    on = adapted.log_prob(add_adapters(base, fresh), adapted.observation, trace)
     jax.tree.map(np.testing.assert_array_equal, on, off)
     # The base of a policy with adapters is the policy without.
     plain = make_policy(nano_config(), identity_stats(3, 2))
@@ -76,11 +79,11 @@ def test_fresh_adapters_change_nothing(adapted):
 def test_merged_weights_compute_the_same(adapted):
     merged = merge_adapters(adapted.params, LORA)
     assert not names(keep_adapters(merged))
-    bins = np.arange(9, dtype=np.int32).reshape(3, 3)
-    beside = adapted.log_prob(adapted.params, adapted.observation, bins)
-    inside = adapted.log_prob(merged, adapted.observation, bins)
+    trace = {"bins": np.arange(9, dtype=np.int32).reshape(3, 3)}
+    beside = adapted.log_prob(adapted.params, adapted.observation, trace)
+    inside = adapted.log_prob(merged, adapted.observation, trace)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), inside, beside)
-    off = adapted.log_prob(drop_adapters(adapted.params), adapted.observation, bins)
+    off = adapted.log_prob(drop_adapters(adapted.params), adapted.observation, trace)
     assert (np.abs(beside.logp - off.logp) > 5e-3).all()
     # One adapter by hand: W + alpha / rank * A B.
     at = adapted.params["llm"]["layers"]["down_proj"]
@@ -90,7 +93,7 @@ def test_merged_weights_compute_the_same(adapted):
 
 def test_sampling_and_scoring_agree_with_adapters_on(adapted):
     decision = adapted.sample(adapted.params, adapted.observation, jax.random.key(0))
-    score = adapted.log_prob(adapted.params, adapted.observation, decision.action_tokens)
+    score = adapted.log_prob(adapted.params, adapted.observation, decision.trace)
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
 
 
@@ -123,6 +126,64 @@ def test_what_is_frozen_is_kept_in_the_type_it_is_computed_in():
 def test_adapters_without_a_config_are_not_passed_over(adapted, nano):
     with pytest.raises(ValueError, match="lora: got None, expected the LoRAConfig of the adapters at"):
         jit(nano.policy.log_prob)(adapted.params, nano.observation, np.zeros((3, 3), np.int32))
+
+
+PATHS = ("llm/layers/q_proj", "llm/layers/up_proj", "siglip/blocks/fc1")
+OVERRIDDEN = dataclasses.replace(
+    LORA, overrides=(LoRAOverride(r"/[qv]_proj$", rank=2, alpha=8.0), LoRAOverride(r"llm/|dino/", rank=3, alpha=1.0))
+)
+
+
+def test_the_first_override_that_matches_gives_rank_and_scale():
+    sizes = {path: (OVERRIDDEN.rank_of(path), OVERRIDDEN.scale_of(path)) for path in PATHS}
+    assert sizes == {"llm/layers/q_proj": (2, 4.0), "llm/layers/up_proj": (3, 1 / 3), "siglip/blocks/fc1": (4, 1.5)}
+
+
+@pytest.mark.parametrize("unstack_layers", [False, True])
+def test_adapters_of_several_ranks_compute_what_their_merged_weights_do(nano, unstack_layers):
+    """By sampling, too, where layers that are taken out of their stack have to know their path."""
+    config = nano_config(lora=OVERRIDDEN, unstack_layers=unstack_layers)
+    case = make_case(config, INSTRUCTIONS)
+    adapters = names(keep_adapters(case.params))
+    assert {path: adapters[f"{path}/lora_a"].shape[-1] for path in PATHS} == dict(zip(PATHS, (2, 3, 4), strict=True))
+    merged = merge_adapters(case.params, OVERRIDDEN)
+    key = jax.random.key(0)
+    got = jit(case.policy.sample)(case.params, case.observation, key, temperature=1.0)
+    expected = jit(nano.policy.sample)(merged, case.observation, key, temperature=1.0)
+    np.testing.assert_array_equal(got.action, expected.action)
+    np.testing.assert_allclose(got.logp, expected.logp, atol=1e-4)
+    plain = jit(nano.policy.sample)(drop_adapters(case.params), case.observation, key, temperature=1.0)
+    assert np.abs(plain.logp - got.logp).min() > 1e-3
+
+
+def test_merging_with_another_rank_than_the_adapters_is_refused(adapted):
+    with pytest.raises(ValueError, match="lora.rank: got 8 for .*, expected 4, that of its adapters"):
+        merge_adapters(adapted.params, dataclasses.replace(LORA, rank=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ("^llm/", "^lmm/")}, r"lora.targets: got '\^lmm/', expected a regex of one of llm/lm_head, llm/"),
+        (
+            {"targets": ATTENTION, "overrides": (LoRAOverride("k_proj", 1, 1.0),)},
+            "lora.overrides: got 'k_proj', expected a regex of one of llm/layers/q_proj, llm/layers/v_proj",
+        ),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(nano_config(lora=dataclasses.replace(LORA, **changes)), identity_stats(3, 2))
+
+
+def test_overrides_survive_a_configuration_file():
+    assert from_dict(LoRAConfig, json.loads(json.dumps(to_dict(OVERRIDDEN)))) == OVERRIDDEN
+
+
+@pytest.mark.parametrize(("field", "value"), [("rank", 0), ("alpha", 0.0)])
+def test_bad_override(field, value):
+    with pytest.raises(ValueError, match=f"{field}: got"):
+        LoRAOverride(**{"pattern": "q_proj", "rank": 1, "alpha": 1.0, field: value})
 
 
 @pytest.mark.parametrize(("field", "value"), [("rank", 0), ("alpha", 0.0), ("targets", ())])

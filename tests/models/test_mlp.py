@@ -33,7 +33,7 @@ def test_shapes_are_those_that_are_promised(params):
         lambda x: (x.shape, jnp.dtype(x.dtype)), promised
     )
     decision = POLICY.sample(params, observation, jax.random.key(1))
-    assert decision.action.shape == (5, 2) and decision.action_tokens.dtype == jnp.int32
+    assert decision.action.shape == (5, 2) and decision.trace["bins"].dtype == jnp.int32
     assert (decision.action >= np.float32([-2, 0])).all() and (decision.action <= np.float32([2, 1])).all()
     np.testing.assert_allclose(decision.value, POLICY.value(params, observation), rtol=1e-6)
 
@@ -42,11 +42,9 @@ def test_it_starts_nearly_uniform_and_scores_its_samples_as_it_drew_them(params)
     observation = observe(7)
     for temperature in (1.0, 0.5):
         decision = POLICY.sample(params, observation, jax.random.key(1), temperature=temperature)
-        score = POLICY.log_prob(params, observation, decision.action_tokens, temperature=temperature)
+        score = POLICY.log_prob(params, observation, decision.trace, temperature=temperature)
         np.testing.assert_allclose(score.logp, decision.logp, rtol=1e-6)
-    np.testing.assert_allclose(
-        POLICY.log_prob(params, observation, decision.action_tokens).logp, -2 * np.log(6), atol=0.1
-    )
+    np.testing.assert_allclose(POLICY.log_prob(params, observation, decision.trace).logp, -2 * np.log(6), atol=0.1)
     np.testing.assert_allclose(score.entropy, np.log(6), atol=0.05)
 
 

@@ -41,6 +41,32 @@ def test_attention_over_two_segments_equals_attention_over_one():
     np.testing.assert_allclose(got, whole, atol=1e-5)
 
 
+def test_scores_are_scaled_in_float32():
+    """1 / sqrt(72) is no power of two: a query of 16 bits that is scaled before the product is rounded once more."""
+    query, key, value = (np.asarray(normal(i, 2, 5, 3, 72) * 3, jnp.bfloat16) for i in range(3))
+    exact = [np.asarray(x, np.float64) for x in (query, key, value)]
+    scores = np.einsum("bthd,bshd->bhts", *exact[:2]) / np.sqrt(72.0)
+    expected = np.einsum("bhts,bshd->bthd", scipy.special.softmax(scores, axis=-1), exact[2])
+    got = jit(attend)(query, [KeyValue(key, np.asarray(value, np.float32))], [None])
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    rounded = np.asarray(query * jnp.bfloat16(72**-0.5), np.float64)
+    scores = np.einsum("bthd,bshd->bhts", rounded, exact[1])
+    early = np.einsum("bhts,bshd->bthd", scipy.special.softmax(scores, axis=-1), exact[2])
+    assert np.abs(early - expected).max() > 1e-2  # so the bound above tells them apart
+
+
+def test_a_row_that_may_attend_to_nothing_takes_the_mean_of_all_values():
+    """Rows of padding: their numbers are finite, and so are the gradients that pass them by."""
+    query, key, value = normal(0, 1, 3, 2, 4), normal(1, 1, 5, 2, 4), normal(2, 1, 5, 2, 4)
+    mask = np.ones((1, 3, 5), bool)
+    mask[0, 1] = False
+    parts = [KeyValue(key[:, :2], value[:, :2]), KeyValue(key[:, 2:], value[:, 2:])]
+    attended = lambda query: attend(query, parts, [mask[..., :2], mask[..., 2:]])  # noqa: E731
+    np.testing.assert_allclose(jit(attended)(query)[0, 1], value[0].mean(axis=0), atol=1e-5)
+    gradient = jit(jax.grad(lambda query: attended(query).sum()))(query)
+    assert np.isfinite(gradient).all() and not gradient[0, 1].any() and gradient[0, 0].any()
+
+
 def fill(shapes, seed=0, scale=0.5):
     """Random numbers for every leaf of abstract parameters."""
     rng = np.random.default_rng(seed)
@@ -206,7 +232,7 @@ def test_computation_in_bfloat16_keeps_float32_logits(llama_params):
     ("make", "message"),
     [
         (lambda: Execution(remat="some"), "remat: got 'some', expected one of"),
-        (lambda: Execution(unroll=0), "unroll: got 0, expected at least 1"),
+        (lambda: Execution(unroll=0), "unroll: got 0, expected >= 1"),
         (
             lambda: ViTConfig(width=10, depth=3, num_heads=4, mlp_dim=8),
             "num_heads: got 4, expected a divisor of width 10",

@@ -91,7 +91,7 @@ def test_the_full_size_policy_traces(leaves_7b):
     assert observation.images["3rd_view_camera"].shape == (2, 224, 224, 3)
     decision = jax.eval_shape(policy.sample, params, observation, jax.random.key(0), temperature=1.0)
     assert decision.action.shape == (2, 7)
-    score = jax.eval_shape(policy.log_prob, params, observation, decision.action_tokens, reference_params=params)
+    score = jax.eval_shape(policy.log_prob, params, observation, decision.trace, reference_params=params)
     assert {leaf.dtype for leaf in score} == {jnp.dtype("float32")}
     loss = lambda p, o, a: policy.imitation_loss(p, o, a)[0].mean()  # noqa: E731
     grads = jax.eval_shape(jax.grad(loss), params, observation, decision.action)

@@ -30,7 +30,7 @@ def test_rollout_and_update_agree_to_rounding(nano, sharp, temperature):
     """Tokens one at a time against a cache, and all at once: the same masks, the same temperature."""
     for seed in range(3):
         decision = nano.sample(sharp, nano.observation, jax.random.key(seed), temperature=temperature)
-        score = nano.log_prob(sharp, nano.observation, decision.action_tokens, temperature=temperature)
+        score = nano.log_prob(sharp, nano.observation, decision.trace, temperature=temperature)
         np.testing.assert_allclose(decision.logp, score.logp, rtol=0, atol=1e-5)
         np.testing.assert_allclose(decision.value, score.value, rtol=0, atol=1e-5)
         assert (score.entropy < 3).all()
@@ -43,7 +43,7 @@ def test_no_token_but_the_256_takes_part_in_rollout_or_update(nano, sharp):
     other = with_output_layer(sharp, outside)
     first, second = (nano.sample(p, nano.observation, jax.random.key(0), temperature=0.6) for p in (sharp, other))
     jax.tree.map(np.testing.assert_array_equal, first, second)
-    first, second = (nano.log_prob(p, nano.observation, first.action_tokens, temperature=0.6) for p in (sharp, other))
+    first, second = (nano.log_prob(p, nano.observation, first.trace, temperature=0.6) for p in (sharp, other))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -66,10 +66,10 @@ def widths_of_products(fn, *args):
 
 def test_decoding_computes_logits_of_256_tokens_and_no_more(nano):
     policy, args = nano.policy, (nano.params, nano.observation)
-    bins, vocab_size = np.zeros((3, 3), np.int32), 960
+    trace, vocab_size = {"bins": np.zeros((3, 3), np.int32)}, 960
     for fn in (
         lambda p, o: policy.sample(p, o, jax.random.key(0), temperature=1.0),
-        lambda p, o: policy.log_prob(p, o, bins),
+        lambda p, o: policy.log_prob(p, o, trace),
     ):
         products, arrays = widths_of_products(fn, *args)
         assert NUM_BINS in products and vocab_size not in arrays
@@ -101,7 +101,7 @@ def test_every_one_of_the_256_tokens_can_be_drawn(in_bfloat16):
     params = with_output_layer(params, jnp.zeros_like(params["llm"]["lm_head"]["kernel"]))
     decision = sample(params, observation, jax.random.key(0), temperature=0.6)
     # 7168 draws of 256 equally likely tokens: one is missing in one of 10^9 keys, and 206 with a top-k of 50.
-    counts = np.bincount(np.ravel(decision.action_tokens), minlength=NUM_BINS)
+    counts = np.bincount(np.ravel(decision.trace["bins"]), minlength=NUM_BINS)
     assert counts.shape == (NUM_BINS,) and counts.min() > 0
     np.testing.assert_allclose(decision.logp, -7 * np.log(NUM_BINS), rtol=1e-5)
 
@@ -110,7 +110,7 @@ def test_log_probabilities_and_values_are_float32_in_bfloat16_networks(in_bfloat
     policy, params, observation, sample = in_bfloat16
     decision = sample(params, observation, jax.random.key(0), temperature=1.0)
     settings = {"temperature": 1.0, "reference_params": jax.tree.map(lambda x: 1.1 * x, params)}
-    score = jit(policy.log_prob)(params, observation, decision.action_tokens, **settings)
+    score = jit(policy.log_prob)(params, observation, decision.trace, **settings)
     for numbers in (decision.action, decision.logp, decision.value, *score):
         assert numbers.dtype == jnp.float32
         # Not merely bfloat16 in a wider type.

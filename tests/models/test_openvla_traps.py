@@ -197,7 +197,7 @@ def test_action_bins_are_openvlas_token_ids():
 )
 def test_the_adapters_scale_is_alpha_over_rank_of_each_project(rank, alpha, scale):
     config = LoRAConfig(rank=rank, alpha=alpha)
-    assert config.scale == scale
+    assert config.scale_of("llm/lm_head") == scale
     a, b = np.eye(rank, dtype=np.float32)[:3], np.eye(rank, dtype=np.float32)[:, :2]
     merged = merge_adapters({"fc": {"kernel": np.ones((3, 2), np.float32), "lora_a": a, "lora_b": b}}, config)
     np.testing.assert_allclose(merged["fc"]["kernel"], 1 + scale * np.eye(3, 2), rtol=1e-6)

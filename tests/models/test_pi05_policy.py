@@ -53,11 +53,10 @@ def decided(noise):
 def test_a_chain_is_scored_as_it_was_drawn(noise, num_drawn):
     policy, params, observation = case(noise)
     decision = decided(noise)
-    chain = np.asarray(decision.action_tokens)
-    assert decision.action.shape == (2, 2, 3) and chain.shape == (2, 4, 4, 5)
-    np.testing.assert_array_equal(chain[..., -1], np.broadcast_to(chain[:, :, :1, -1], chain.shape[:-1]))
-    assert (chain[:, :, 0, -1].sum(axis=1) == num_drawn).all() and not chain[:, 0, 0, -1].any()
-    score = jit(policy.log_prob)(params, observation, chain, temperature=0.7)
+    chain, is_drawn = (np.asarray(decision.trace[name]) for name in ("chain", "is_drawn"))
+    assert decision.action.shape == (2, 2, 3) and chain.shape == (2, 4, 4, 4) and is_drawn.shape == (2, 3)
+    assert is_drawn.dtype == bool and (is_drawn.sum(axis=1) == num_drawn).all()
+    score = jit(policy.log_prob)(params, observation, decision.trace, temperature=0.7)
     np.testing.assert_allclose(score.logp, decision.logp, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(score.value, decision.value, atol=1e-5)
     # The end of the chain is what is executed, in raw units.
@@ -68,12 +67,13 @@ def test_a_chain_is_scored_as_it_was_drawn(noise, num_drawn):
 def test_a_density_that_is_computed_by_hand():
     """Flow-SDE, from the drift form of pi_RL's paper, with the velocities of the network itself."""
     policy, params, observation = case("sde")
-    chain, config = np.asarray(decided("sde").action_tokens), flow_config()
+    chain, is_drawn = (np.asarray(decided("sde").trace[name]) for name in ("chain", "is_drawn"))
+    config = flow_config()
     prefix, velocity = by_hand(config, params, observation)
     num_steps, level = 3, config.noise_level * 0.7
     for row in range(2):
-        (i,) = np.flatnonzero(chain[row, 1:, 0, -1])
-        x, after = chain[row, i, :, :-1], chain[row, i + 1, :, :-1]
+        (i,) = np.flatnonzero(is_drawn[row])
+        x, after = chain[row, i], chain[row, i + 1]
         t, delta = 1 - i / num_steps, 1 / num_steps
         sigma = level * np.sqrt(t / (1 - (t if i else 1 - delta)))
         v = velocity(prefix, np.broadcast_to(x, (2, *x.shape)), t)[row]
@@ -104,21 +104,21 @@ def by_hand(config, params, observation):
 def test_without_temperature_it_is_eulers_method(noise):
     policy, params, observation = case(noise)
     decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=0.0)
-    chain = np.asarray(decision.action_tokens)[..., :-1]
+    chain = np.asarray(decision.trace["chain"])
     prefix, velocity = by_hand(flow_config(noise=noise), params, observation)
     for i in range(3):
         np.testing.assert_allclose(
             chain[:, i + 1], chain[:, i] - velocity(prefix, chain[:, i], 1 - i / 3) / 3, atol=1e-5
         )
-    assert not np.asarray(decision.action_tokens)[..., -1].any() and not np.asarray(decision.logp).any()
+    assert not np.asarray(decision.trace["is_drawn"]).any() and not np.asarray(decision.logp).any()
 
 
 @pytest.mark.parametrize("noise", ["sde", "learned"])
 def test_the_divergence_is_zero_from_itself_and_that_of_normal_distributions_from_another(noise):
     policy, params, observation = case(noise)
-    tokens = decided(noise).action_tokens
+    trace = decided(noise).trace
     other = jax.tree.map(lambda x: 1.02 * x, params)
-    log_prob, scored = jit(policy.log_prob), (params, observation, tokens)
+    log_prob, scored = jit(policy.log_prob), (params, observation, trace)
     np.testing.assert_allclose(log_prob(*scored, reference_params=params).divergence, 0, atol=1e-6)
     score, alone = log_prob(*scored, reference_params=other), log_prob(*scored)
     for found, expected in zip(score[:3], alone[:3], strict=True):
@@ -130,10 +130,10 @@ def test_the_divergence_is_zero_from_itself_and_that_of_normal_distributions_fro
         (prefix, velocity), (ref_prefix, ref_velocity) = (
             by_hand(flow_config(), p, observation) for p in (params, other)
         )
-        chain = np.asarray(tokens)
+        chain, is_drawn = (np.asarray(trace[name]) for name in ("chain", "is_drawn"))
         for row in range(2):
-            (i,) = np.flatnonzero(chain[row, 1:, 0, -1])
-            t, x = 1 - i / 3, np.broadcast_to(chain[row, i, :, :-1], (2, 4, 4))
+            (i,) = np.flatnonzero(is_drawn[row])
+            t, x = 1 - i / 3, np.broadcast_to(chain[row, i], (2, 4, 4))
             sigma = 0.5 * np.sqrt(t / (1 - (t if i else 2 / 3)))
             gap = (velocity(prefix, x, t) - ref_velocity(ref_prefix, x, t))[row, :2, :3]
             factor = (1 + sigma**2 * (1 - t) / (2 * t)) ** 2 / (2 * sigma**2) / 3
@@ -148,11 +148,11 @@ def test_a_frozen_prefix_is_read_once_for_policy_and_reference():
     assert has_frozen_prefix(names, (PI05_PALIGEMMA, "^stem/")) and not has_frozen_prefix(names, (PI05_PALIGEMMA,))
     policy, params, observation = case("sde", frozen_patterns=(PI05_PALIGEMMA, "^stem/"))
     whole, _, _ = case("sde")
-    tokens = decided("sde").action_tokens
+    trace = decided("sde").trace
     other = jax.tree.map_with_path(
         lambda path, x: x if has_frozen_prefix([path_name(path)], ()) is False else 1.02 * x, params
     )
-    scored = (params, observation, tokens)
+    scored = (params, observation, trace)
     found, expected = (jit(p.log_prob)(*scored, reference_params=other).divergence for p in (policy, whole))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     towers = [
@@ -247,8 +247,8 @@ def test_what_is_computed_again_is_the_same():
 
 # ---- What is trained ------------------------------------------------------------------------------------------------
 def test_the_expert_alone_is_trained_where_paligemma_is_frozen():
-    config = dataclasses.replace(pi05_base(), frozen_patterns=(PI05_PALIGEMMA,))
-    policy = make_policy(config, identity_stats(7, 0))
+    config = pi05_base(frozen_patterns=(PI05_PALIGEMMA,))
+    policy = make_policy(config, identity_stats(7, 8))
     shapes = jax.eval_shape(policy.init, jax.random.key(0))
     trainable, frozen = split_params(shapes, policy.frozen_patterns)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
@@ -268,13 +268,13 @@ def test_adapters_of_both_experts_start_as_nothing_and_merge():
     fresh = jit(policy.init)(jax.random.key(0))
     trainable, frozen = split_params(fresh, policy.frozen_patterns)
     assert set(trainable) == {"PaliGemma", *(set(fresh) - {"PaliGemma"})}
-    tokens = decided("learned").action_tokens
+    trace = decided("learned").trace
     start, plain = (
-        jit(p.log_prob)(tree, observation, tokens) for p, tree in ((policy, fresh), (base, drop_adapters(fresh)))
+        jit(p.log_prob)(tree, observation, trace) for p, tree in ((policy, fresh), (base, drop_adapters(fresh)))
     )
     np.testing.assert_allclose(start.logp, plain.logp, rtol=1e-5)
     score, merged, without = (
-        jit(p.log_prob)(tree, observation, tokens).logp
+        jit(p.log_prob)(tree, observation, trace).logp
         for p, tree in ((policy, params), (base, merge_adapters(params, lora)), (base, drop_adapters(params)))
     )
     np.testing.assert_allclose(score, merged, rtol=1e-4)

@@ -48,16 +48,20 @@ def test_policy(config):
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), policy.observation_shape(2))
 
     floats = ((2,), np.float32)
-    tokens, action = ((2, config.action_dim), np.int32), ((2, config.action_dim), np.float32)
+    trace, action = {"bins": ((2, config.action_dim), np.int32)}, ((2, config.action_dim), np.float32)
     if policy.window is not None:
-        num_points = config.num_denoising_steps + 1
-        tokens = ((2, num_points, policy.window, config.model_action_dim + 1), np.float32)
+        num_steps = config.num_denoising_steps
+        chain = ((2, num_steps + 1, policy.window, config.model_action_dim), np.float32)
+        trace = {"chain": chain, "is_drawn": ((2, num_steps), bool)}
         action = ((2, policy.chunk, config.action_dim), np.float32)
     decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=1.0)
     assert isinstance(decision, Decision)
-    assert_arrays(decision, {"action": action, "action_tokens": tokens, "logp": floats, "value": floats})
-    assert jax.eval_shape(policy.log_prob, params, observation, decision.action_tokens).divergence is None
-    score = jit(policy.log_prob)(params, observation, decision.action_tokens, reference_params=params)
+    assert_arrays(decision, {"action": action, "logp": floats, "value": floats})
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in decision.trace.items()} == {
+        name: (shape, np.dtype(dtype)) for name, (shape, dtype) in trace.items()
+    }
+    assert jax.eval_shape(policy.log_prob, params, observation, decision.trace).divergence is None
+    score = jit(policy.log_prob)(params, observation, decision.trace, reference_params=params)
     assert isinstance(score, ActionScore)
     assert_arrays(score, dict.fromkeys(("logp", "entropy", "value", "divergence"), floats))
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
@@ -69,7 +73,7 @@ def test_policy(config):
     np.testing.assert_allclose(score.divergence, 0, atol=1e-6)
 
     def total_divergence(reference_params):
-        scored = (params, observation, decision.action_tokens)
+        scored = (params, observation, decision.trace)
         return policy.log_prob(*scored, reference_params=reference_params).divergence.sum()
 
     gradient = jit(jax.grad(total_divergence))(jax.tree.map(lambda x: 1.02 * x, params))

@@ -1,6 +1,7 @@
 """Resizers against the libraries whose numbers they promise, the crop against NumPy and TensorFlow, normalisation."""
 
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from nano_policy import jit, nano_config
 from PIL import Image
 
 from stare_jax.models.openvla.network import preprocess
-from stare_jax.models.preprocess import RESIZERS, crop_center, resize_image
+from stare_jax.models.preprocess import Resize, crop_center, resize_image
 
 resize = jit(resize_image, static_argnums=(1, 2))
 crop = jit(crop_center, static_argnums=1)
 LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
+
+RESIZERS = get_args(Resize)
 
 
 def picture(height, width):

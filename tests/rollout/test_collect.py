@@ -84,7 +84,7 @@ def scripted_act(observation, signals, instructions, is_first):
     assert [instructions[i] for i in np.flatnonzero(known)] == [f"do {int(s)}" for s in seed[known]]
     assert not np.any(is_first[known] & (t[known] > 0))
     tokens = np.nan_to_num(observation.state).astype(np.int32)
-    decision = Decision(observation.state / 8, tokens, -t, (seed + t / 100).astype(np.float32))
+    decision = Decision(observation.state / 8, {"tokens": tokens}, -t, (seed + t / 100).astype(np.float32))
     return decision, observation._replace(tokens=tokens, token_mask=np.ones_like(tokens, bool))
 
 
@@ -125,11 +125,15 @@ def test_every_seed_is_one_whole_episode_in_its_own_row(num_envs):
         np.testing.assert_array_equal(trajectory.observation.tokens[e, : n + 1], expected)
         np.testing.assert_array_equal(trajectory.observation.images["camera"][e, : n + 1, 0, 0, 0], np.arange(n + 1))
         np.testing.assert_array_equal(trajectory.action[e, :n], expected[:n] / 8)
-        np.testing.assert_array_equal(trajectory.logp[e, :n], -np.arange(n))
+        np.testing.assert_array_equal(trajectory.decisions.logp[e, :n], -np.arange(n))
         # The value of the state that the last action led to is there, for bootstrapping.
-        np.testing.assert_allclose(trajectory.value[e, : n + 1], seed + np.arange(n + 1) / 100, rtol=1e-6)
+        np.testing.assert_allclose(trajectory.decisions.value[e, : n + 1], seed + np.arange(n + 1) / 100, rtol=1e-6)
         assert trajectory.signals.success[e, n] == (seed in SCRIPTS)
-        for leaf in (trajectory.observation.state[e, n + 1 :], trajectory.action[e, n:], trajectory.logp[e, n:]):
+        for leaf in (
+            trajectory.observation.state[e, n + 1 :],
+            trajectory.action[e, n:],
+            trajectory.decisions.logp[e, n:],
+        ):
             assert not leaf.any()
     assert sorted(set(env.resets)) == SEEDS and len(env.resets) == max(num_envs, len(SEEDS))
     assert env.reproducible == {True}
@@ -246,7 +250,7 @@ def test_a_batch_of_a_fixed_number_of_steps_cuts_what_is_under_way(num_envs, max
     for e, (seed, n) in enumerate(zip(SEEDS, lengths, strict=False)):
         if n:  # the state that the last action led to, and its value
             np.testing.assert_array_equal(trajectory.observation.state[e, n], [seed, n])
-            np.testing.assert_allclose(trajectory.value[e, n], seed + n / 100, rtol=1e-6)
+            np.testing.assert_allclose(trajectory.decisions.value[e, n], seed + n / 100, rtol=1e-6)
         for leaf in (trajectory.observation.state[e, n + (n > 0) :], trajectory.action[e, n:]):
             assert not leaf.any()
     assert max(env.resets) == SEEDS[len(lengths) - 1]
@@ -310,15 +314,16 @@ def test_a_policy_acts_reproducibly_and_is_traced_once_for_all_parameters():
 
     params = policy.init(jax.random.key(0))
     first, again, other = collect(params, 1), collect(params, 1), collect(params, 2)
-    np.testing.assert_array_equal(first.action_tokens, again.action_tokens)
-    assert (first.action_tokens != other.action_tokens).any()
+    bins, of_other = first.decisions.trace["bins"], other.decisions.trace["bins"]
+    np.testing.assert_array_equal(bins, again.decisions.trace["bins"])
+    assert (bins != of_other).any()
     # Ticks differ, so equal states are acted in differently.
-    assert len(np.unique(first.action_tokens[:, :, 0])) > 3
+    assert len(np.unique(bins[:, :, 0])) > 3
     greedy = collect(policy.init(jax.random.key(1)), 1, temperature=0.0)
     np.testing.assert_array_equal(greedy.action, collect(policy.init(jax.random.key(1)), 2, temperature=0.0).action)
     assert len(traces) == 1
 
     # What is stored scores as it did when it was sampled.
     flat = jax.tree.map(lambda x: x[:, :-1].reshape(7 * 4, *x.shape[2:]), first.observation)
-    score = policy.log_prob(params, flat, first.action_tokens.reshape(7 * 4, 2))
-    np.testing.assert_allclose(score.logp, first.logp.reshape(-1), rtol=1e-5)
+    score = policy.log_prob(params, flat, {"bins": bins.reshape(7 * 4, 2)})
+    np.testing.assert_allclose(score.logp, first.decisions.logp.reshape(-1), rtol=1e-5)

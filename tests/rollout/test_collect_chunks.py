@@ -1,5 +1,6 @@
 """Decisions on several actions at a time: executed in order, all in step, recorded where they were taken."""
 
+import jax
 import numpy as np
 import pytest
 from test_collect import Script, ScriptedEnv
@@ -17,7 +18,7 @@ def chunk_act(chunk, asked):
         action = np.stack([np.stack([seed + (t + i) / 10, np.full(len(t), i)], axis=1) for i in range(chunk)], axis=1)
         tokens = np.stack([seed, t], axis=1).astype(np.float32)
         prompt = {"tokens": np.ones((len(t), 3), np.int32), "token_mask": np.ones((len(t), 3), bool)}
-        decision = Decision(action.astype(np.float32), tokens, 1 + t, 10 + t)
+        decision = Decision(action.astype(np.float32), {"tokens": tokens}, 1 + t, 10 + t)
         return decision, observation._replace(**prompt)
 
     return act
@@ -37,9 +38,11 @@ def test_a_chunk_is_executed_action_by_action_and_recorded_where_it_was_decided(
     np.testing.assert_allclose(trajectory.action[0], [[5.0, 0], [5.1, 1], [5.2, 2], [5.3, 0]])
     assert [row[:2] for row in env.executed] == [(5, 0), (5, 1), (5, 2), (5, 3)]
     assert asked == [[0.0], [3.0], [4.0]]  # the last time for the value alone
-    np.testing.assert_array_equal(trajectory.action_tokens[0], [[5, 0], [0, 0], [0, 0], [5, 3]])
-    np.testing.assert_array_equal(trajectory.logp[0], [1, 0, 0, 4])
-    np.testing.assert_array_equal(trajectory.value[0], [10, 0, 0, 13, 14])
+    decisions = trajectory.decisions
+    np.testing.assert_array_equal(decisions.trace["tokens"][0], [[5, 0], [5, 3]])
+    np.testing.assert_array_equal(decisions.logp[0], [1, 4])
+    np.testing.assert_array_equal(decisions.value[0], [10, 13, 14])
+    np.testing.assert_array_equal(decisions.valid[0], [True, True])
     np.testing.assert_array_equal(trajectory.observation.state[0, :, 1], np.arange(5))
     np.testing.assert_array_equal(trajectory.observation.token_mask[0].any(axis=1), [True, False, False, True, False])
 
@@ -61,8 +64,9 @@ def test_an_episode_that_ends_within_a_chunk_waits_for_the_others_decision():
 def test_as_many_environments_as_one_likes_give_the_same_episodes(chunk):
     scripts = {seed: Script(success_at=seed % 5 or None) for seed in range(1, 8)}
     one, many = (collect(chunk, num_envs, scripts)[-1].trajectory for num_envs in (1, 3))
-    for name in ("valid", "action", "action_tokens", "logp", "value"):
+    for name in ("valid", "action"):
         np.testing.assert_array_equal(getattr(one, name), getattr(many, name), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, one.decisions, many.decisions)
 
 
 @pytest.mark.parametrize(("max_steps", "lengths"), [(8, [4, 4]), (7, [4, 2]), (2, [2]), (4, [2, 2])])
@@ -72,5 +76,5 @@ def test_a_budget_of_steps_is_spent_in_whole_chunks(max_steps, lengths):
     assert valid[:, 1:].sum(axis=1)[valid[:, 0]].tolist() == lengths
     assert rollout.num_steps == sum(lengths) <= max_steps
     # The state after the last action has its value, for bootstrapping.
-    for row, length in zip(rollout.trajectory.value[valid[:, 0]], lengths, strict=True):
-        assert row[length] == 10 + length
+    for row, length in zip(rollout.trajectory.decisions.value[valid[:, 0]], lengths, strict=True):
+        assert row[length // 2] == 10 + length

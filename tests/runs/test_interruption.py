@@ -38,5 +38,5 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     writer = Writer()
     toy_ppo.train(tmp_path, done + 1, resume=True, writer=writer)
     assert writer.column("step") == [done + 1]
-    assert writer.lines[0]["env/steps"] > checkpoint.load_extra(directory, step=done)["env_steps"]
+    assert writer.lines[0]["env/steps"] > checkpoint.load_counters(directory, step=done)["env_steps"]
     assert checkpoint.complete_steps(directory) == [done, done + 1]

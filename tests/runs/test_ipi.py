@@ -16,7 +16,7 @@ from stare_jax.runs.config import RunConfig
 from stare_jax.runs.ipi import check_demonstrations, run_ipi
 from stare_jax.stages import get_task
 
-SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0], "action_tokens": [7]}
+SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0]}
 
 
 @pytest.fixture

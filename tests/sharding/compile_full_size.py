@@ -29,9 +29,12 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.plan import plan_run
 from stare_jax.sharding.mesh import batch_sharding, make_mesh, path_name
-from stare_jax.state.optimizer import frozen_params, keep_average, make_optimizer, split_params
+from stare_jax.state.optimizer import make_optimizer
 from stare_jax.state.train_state import abstract_params
-from stare_jax.train.steps import lower_step, make_ppo_step, make_sft_step, make_tpo_step
+from stare_jax.train.ppo import make_ppo_step
+from stare_jax.train.sft import make_sft_step
+from stare_jax.train.tpo import make_tpo_step
+from stare_jax.train.update import lower_step
 
 # Nothing is run: what makes programs fast may be left out.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -50,16 +53,13 @@ def lower_phase(phase, config, policy, mesh):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), plan[:2]
     )
     tx = make_optimizer(section.optimizer, num_steps=None if phase == "ppo" else 10)
-    if phase == "sft":
-        tx = keep_average(tx, section.ema_decay)
     make_step = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}[phase]
-    trainable, frozen = split_params(state.params, frozen_params(policy, section.optimizer))
-    reference = trainable if phase == "ppo" and section.kl_coef is not None else None
+    reference = state.trainable if phase == "ppo" and section.kl_coef is not None else None
     extra = (np.bool_(True), np.float32(0.0), reference) if phase == "ppo" else ()
-    lowered = lower_step(make_step(policy, tx, section), policy, section, state, batch, *extra)
+    lowered = lower_step(make_step(policy, tx, section), state, batch, *extra)
     # A compiled program is not given what it does not read: values are asked for in PPO alone, and not of a reference.
-    read = (frozen if phase == "ppo" else without_value(frozen), batch, without_value(reference or {}))
-    return lowered, state.replace(params=trainable), read
+    read = (state.frozen if phase == "ppo" else without_value(state.frozen), batch, without_value(reference or {}))
+    return lowered, state.replace(frozen=None), read
 
 
 def without_value(params):

@@ -10,13 +10,14 @@ from toy_task import NUM_ENVS, random_pairs
 
 from stare_jax.envs import toy
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.sharding.mesh import ShardingError, check_batch_size, make_mesh
+from stare_jax.sharding.mesh import ShardingError, check_batch_size, make_mesh, place
 from stare_jax.state import checkpoint
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.state.train_state import abstract_state, create_state, place
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.steps import DecisionBatch, make_ppo_step, make_tpo_step
-from stare_jax.train.tpo import TPOConfig, score_pairs
+from stare_jax.state.train_state import abstract_state, create_state
+from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.train.ppo_batch import DecisionBatch
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import score_pairs
 from stare_jax.types import Observation
 
 # With SGD-like moments (large eps) a difference in rounding stays one.
@@ -31,7 +32,7 @@ def ppo_batch():
     observation = Observation({}, rng.uniform(-0.2, 0.2, (64, 6)).astype(np.float32), no_tokens, no_tokens.astype(bool))
     numbers = rng.standard_normal((4, 64)).astype(np.float32)
     numbers[0] = -5.0
-    return DecisionBatch(observation, rng.integers(0, 11, (64, 2)), *numbers, np.arange(64) < 60)
+    return DecisionBatch(observation, {"bins": rng.integers(0, 11, (64, 2))}, *numbers, np.arange(64) < 60)
 
 
 def step_on(mesh, make_step, config, batch, *extra):
@@ -58,7 +59,7 @@ tpo_difference = difference(
 
 # Saved on 2 x 4 devices, restored on 4 x 2.
 with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
-    checkpoints.save(1, sharded, extra={}, norm_stats=toy.norm_stats())
+    checkpoints.save(1, sharded, norm_stats=toy.norm_stats(), model={}, counters={})
 tx = make_optimizer(PPO.optimizer, num_steps=10)
 elsewhere = abstract_state(PARAMS, tx, mesh=make_mesh(data=4, fsdp=2), rules=POLICY.sharding_rules)
 restored = checkpoint.restore(sys.argv[1], elsewhere).state

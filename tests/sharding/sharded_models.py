@@ -23,22 +23,15 @@ from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.rollout.collect import policy_act
-from stare_jax.sharding.mesh import make_mesh, path_name, tree_shardings
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
-from stare_jax.state.train_state import create_state, place
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.sft import SFTConfig
-from stare_jax.train.steps import (
-    DecisionBatch,
-    PairBatch,
-    ScoredTrajectory,
-    SFTBatch,
-    lower_step,
-    make_ppo_step,
-    make_sft_step,
-    make_tpo_step,
-)
-from stare_jax.train.tpo import TPOConfig
+from stare_jax.sharding.mesh import make_mesh, path_name, place, tree_shardings
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.train_state import create_state
+from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.train.ppo_batch import DecisionBatch
+from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory
+from stare_jax.train.update import lower_step
 
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})
 TRAINED = {"openvla": ("full", "lora"), "pi05": ("full", "expert", "lora")}
@@ -112,7 +105,7 @@ def ppo_batch(model, trained):
     decision, observation = decided(model, trained)
     old_value, advantage, return_, gap = np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float32)
     numbers = (decision.logp + 0.05 * gap, old_value, advantage, return_)
-    return DecisionBatch(observation, decision.action_tokens, *numbers, np.arange(SIZE) < SIZE - 3)
+    return DecisionBatch(observation, decision.trace, *numbers, np.arange(SIZE) < SIZE - 3)
 
 
 def pair_batch(model, trained):
@@ -120,18 +113,18 @@ def pair_batch(model, trained):
     (policy, _), (decision, observation) = policy_and_params(model, trained), decided(model, trained)
     rng = np.random.default_rng(0)
     shape, num_stages = (SIZE // 2, 2), 3
-    num_actions = 2 * policy.chunk
-    what = decision.action_tokens if policy.preference_score is None else raw_actions(policy, (SIZE,))
+    num_scores = 2 if policy.preference_score is None else 2 * policy.chunk
+    what = decision.trace if policy.preference_score is None else raw_actions(policy, (SIZE,))
     observation, what = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), (observation, what))
 
     def side():
         return ScoredTrajectory(
             observation=observation,
-            decision=rng.permuted(what, axis=0),
+            decision=jax.tree.map(lambda x: rng.permuted(x, axis=0), what),
             seed=np.ones((*shape, 1), np.uint32),
-            ref_logp=rng.normal(-16, 1, (shape[0], num_actions, 1)).astype(np.float32),
-            valid=np.arange(num_actions) < rng.integers(1, num_actions + 1, (shape[0], 1)),
-            stage_mask=rng.random((shape[0], num_stages, num_actions)) < 0.5,
+            ref_logp=rng.normal(-16, 1, (shape[0], num_scores, 1)).astype(np.float32),
+            valid=np.arange(num_scores) < rng.integers(1, num_scores + 1, (shape[0], 1)),
+            stage_mask=rng.random((shape[0], num_stages, num_scores)) < 0.5,
             stage_cost=rng.random((shape[0], num_stages)).astype(np.float32),
             completed=rng.random((shape[0], num_stages)) < 0.7,
         )
@@ -155,16 +148,15 @@ def take_steps(model, trained, phase, microbatch, mesh):
     }[phase]()
     freeze = frozen_params(policy, config.optimizer)
     tx = make_optimizer(config.optimizer, num_steps=10)
-    state = create_state(params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze)
-    trainable, frozen = split_params(state.params, freeze)
-    moved = state.replace(params=trainable)
+    state = create_state(jax.tree.map(jnp.copy, params), tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze)
+    moved, frozen = state.replace(frozen=None), state.frozen
     if phase == "ppo" and config.kl_coef is not None:
-        extra = (*extra, jax.tree.map(jnp.copy, trainable))
+        extra = (*extra, jax.tree.map(jnp.copy, state.trainable))
     inputs = (place(batch, mesh), *extra)
-    compiled = lower_step(make_step(policy, tx, config), policy, config, state, *inputs).compile()
+    compiled = lower_step(make_step(policy, tx, config), state, *inputs).compile()
     for _ in range(2):
         moved, _ = compiled(moved, frozen, *inputs)
-    return moved.replace(params=merge_params(moved.params, frozen)), compiled.as_text()
+    return moved.replace(frozen=frozen), compiled.as_text()
 
 
 def compare_steps(model, trained, phase, microbatch, mesh_sizes):
@@ -202,10 +194,9 @@ def compare_actions(model, mesh_sizes, size):
             placed = jax.device_put(params, tree_shardings(params, mesh, policy.sharding_rules))
             act = policy_act(policy, placed, jax.random.key(1), temperature=temperature)
             decisions.append(jax.device_get(act(observation, None, prompts(size), None)[0]))
-        tokens = [decision.action_tokens for decision in decisions]
         # Chains are numbers like all others; bins are the same or not.
-        is_chain = np.issubdtype(tokens[0].dtype, np.floating)
-        found[f"tokens_{temperature:g}"] = is_chain or bool((tokens[0] == tokens[1]).all())
+        one, other = (decision.trace.get("bins", np.zeros(1)) for decision in decisions)
+        found[f"tokens_{temperature:g}"] = bool((one == other).all())
         found[f"difference_{temperature:g}"] = difference(*decisions)
     return found
 

@@ -13,6 +13,7 @@ from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import abstract_state, create_state
 
 FREEZE = ("^trunk",)
+MODEL = {"kind": "mlp", "hidden_dims": [16]}
 TX = make_optimizer(OptimizerConfig(), num_steps=1)
 
 
@@ -27,8 +28,10 @@ def saved(state, tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoints")
     with Checkpoints(directory, keep=2) as checkpoints:
         for step in (1, 2, 3):
-            moved = state.replace(step=jnp.int32(10 * step), params=jax.tree.map(lambda x, s=step: x + s, state.params))
-            checkpoints.save(step, moved, extra={"iteration": step, "rate": 0.5}, norm_stats=toy.norm_stats())
+            trainable = jax.tree.map(lambda x, s=step: x + s, state.trainable)
+            moved = state.replace(step=jnp.int32(10 * step), trainable=trainable)
+            counters = {"iteration": step, "rate": 0.5}
+            checkpoints.save(step, moved, norm_stats=toy.norm_stats(), model=MODEL, counters=counters)
     return directory
 
 
@@ -39,17 +42,19 @@ def assert_equal(got, expected):
 
 def test_everything_comes_back_onto_shapes_alone(saved, state, policy, params):
     layout = abstract_state(params, TX, mesh=make_mesh(), rules=policy.sharding_rules, freeze=FREEZE)
-    got, extra, norm_stats = checkpoint.restore(saved, layout)
-    assert_equal(got, state.replace(step=jnp.int32(30), params=jax.tree.map(lambda x: x + 3, state.params)))
-    assert extra == {"iteration": 3, "rate": 0.5}
-    assert_equal(norm_stats, toy.norm_stats())
+    got, counters = checkpoint.restore(saved, layout)
+    assert_equal(got, state.replace(step=jnp.int32(30), trainable=jax.tree.map(lambda x: x + 3, state.trainable)))
+    assert counters == {"iteration": 3, "rate": 0.5}
 
 
 def test_parameters_statistics_and_counters_can_be_loaded_alone_and_of_an_earlier_step(saved, state):
     assert checkpoint.complete_steps(saved) == [2, 3]
-    assert_equal(checkpoint.load_params(saved, state.params, step=2), jax.tree.map(lambda x: x + 2, state.params))
+    trainable = jax.tree.map(lambda x: x + 2, state.trainable)
+    expected = state.replace(trainable=trainable).params
+    assert_equal(checkpoint.load_params(saved, state.params, step=2), expected)
+    assert checkpoint.load_model(saved) == MODEL
     assert_equal(checkpoint.load_norm_stats(saved), toy.norm_stats())
-    assert checkpoint.load_extra(saved, step=2)["iteration"] == 2
+    assert checkpoint.load_counters(saved, step=2)["iteration"] == 2
 
 
 def test_saving_copies_before_it_returns(state, tmp_path):
@@ -58,8 +63,8 @@ def test_saving_copies_before_it_returns(state, tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         for step in range(3):
             expected.append(jax.tree.map(lambda x: np.array(x, copy=True), donated))
-            checkpoints.save(step, donated, extra={}, norm_stats=toy.norm_stats())
-            donated = add(donated)
+            checkpoints.save(step, donated, norm_stats=toy.norm_stats(), model={}, counters={})
+            donated = add(donated.replace(frozen=None)).replace(frozen=state.frozen)
     for step in range(3):
         assert_equal(checkpoint.restore(tmp_path, state, step=step).state, expected[step])
 
@@ -90,17 +95,17 @@ def test_a_checkpoint_that_is_not_there_says_what_is(saved, state, tmp_path):
 
 def test_what_a_kill_left_behind_is_ignored_and_cleaned_up(state, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(4, state, extra={"iteration": 4}, norm_stats=toy.norm_stats())
+        checkpoints.save(4, state, norm_stats=toy.norm_stats(), model={}, counters={"iteration": 4})
     # Orbax writes under another name and renames at the end; what it began to delete has no metadata.
     (tmp_path / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (tmp_path / "6" / "params").mkdir(parents=True)
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "_CHECKPOINT_METADATA").write_text('{"commit_timestamp_nsecs": null}')
     assert checkpoint.complete_steps(tmp_path) == [4]
-    assert checkpoint.restore(tmp_path, state).extra == {"iteration": 4}
+    assert checkpoint.restore(tmp_path, state).counters == {"iteration": 4}
     with Checkpoints(tmp_path) as checkpoints:
-        assert [path.name for path in tmp_path.iterdir()] == ["4"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "frozen"]
         for step in (5, 6):
-            checkpoints.save(step, state, extra={"iteration": step}, norm_stats=toy.norm_stats())
+            checkpoints.save(step, state, norm_stats=toy.norm_stats(), model={}, counters={"iteration": step})
     assert checkpoint.complete_steps(tmp_path) == [5, 6]
-    assert checkpoint.restore(tmp_path, state).extra == {"iteration": 6}
+    assert checkpoint.restore(tmp_path, state).counters == {"iteration": 6}

@@ -109,5 +109,5 @@ def test_a_freeze_that_cannot_be_meant_is_refused(freeze, message):
 def test_config_names_the_field_it_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field}: got {value}, expected"):
         OptimizerConfig(**{field: value})
-    with pytest.raises(ValueError, match="schedule: got 'step', expected 'constant', 'cosine' or 'linear'"):
+    with pytest.raises(ValueError, match="schedule: got 'step', expected one of"):
         OptimizerConfig(schedule="step")

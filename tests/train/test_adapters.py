@@ -16,11 +16,13 @@ from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.lora import drop_adapters, keep_adapters
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
-from stare_jax.state.train_state import check_precision, create_state, start_phase
-from stare_jax.train.compilations import num_compilations
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.steps import DecisionBatch, jit_step, make_ppo_step, make_tpo_step
-from stare_jax.train.tpo import TPOConfig, check_reference, score_pairs
+from stare_jax.state.train_state import check_precision, create_state
+from stare_jax.train.loop import num_compilations, start_phase
+from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.train.ppo_batch import DecisionBatch
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import check_reference, score_pairs
+from stare_jax.train.update import jit_step
 
 CONFIG = openvla_state(
     state_dim=6,
@@ -67,17 +69,17 @@ def start(policy, params, config):
 def take_step(policy, params, config, batch):
     """A preference step from fresh optimiser state."""
     tx, state = start(policy, params, config)
-    return jit_step(make_tpo_step(policy, tx, config), policy, config, state)(state, batch)
+    return jit_step(make_tpo_step(policy, tx, config), state)(state, batch)
 
 
 def test_adapters_and_value_head_move_and_the_base_is_in_memory_once(policy, params, pairs):
     config = PPOConfig(optimizer=OPTIMIZER, minibatch_size=16, target_kl=None)
     tx, state = start(policy, params, config)
-    step = jit_step(make_ppo_step(policy, tx, config), policy, config, state)
+    step = jit_step(make_ppo_step(policy, tx, config), state)
     trajectory = jax.tree.map(lambda x: np.asarray(x)[0, :16], pairs.chosen)
     ones = np.ones(16, np.float32)
     batch = DecisionBatch(
-        trajectory.observation, trajectory.action_tokens, trajectory.logp, *[0 * ones, ones, ones], ones > 0
+        trajectory.observation, trajectory.decisions.trace, trajectory.decisions.logp, *[0 * ones, ones, ones], ones > 0
     )
     before = jax.device_get(params)
     state, _ = step(state, batch, np.bool_(True), np.float32(0))
@@ -109,7 +111,9 @@ def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
     # Compared with itself a policy has no preference.
     assert losses["start"] == pytest.approx(np.log(2), abs=1e-5)
     assert abs(losses["base"] - np.log(2)) > 1e-4
-    np.testing.assert_allclose(scored["start"].chosen.ref_logp[..., 0], pairs.chosen.logp, atol=0.1)  # bfloat16
+    np.testing.assert_allclose(
+        scored["start"].chosen.ref_logp[..., 0], pairs.chosen.decisions.logp, atol=0.1
+    )  # bfloat16
 
 
 def test_two_passes_are_one_with_adapters(params, pairs):

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 from flow_policy import flow_policy, prompted
-from toy_task import Writer, demo_batches, demo_windows
+from toy_task import Writer, demo_batches, demo_windows, fresh
 
 from stare_jax.data.pairs import make_pairs, measure_outcomes
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.state.optimizer import OptimizerConfig
-from stare_jax.state.train_state import Run
+from stare_jax.train.loop import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.tpo import TPOConfig, train_tpo
@@ -57,7 +57,7 @@ def policy():
 @pytest.fixture(scope="module")
 def weak(policy, tmp_path_factory):
     """Parameters after a brief imitation of a few demonstrations."""
-    observation, *windows = demo_windows(64, horizon=policy.window)
+    observation, *windows = demo_windows(64, window=policy.window)
     batches = demo_batches(prompted(policy, observation), *windows, size=SFT.batch_size)
     run = Run(tmp_path_factory.mktemp("sft"), toy.norm_stats())
     return train_sft(policy, jax.jit(policy.init)(jax.random.key(0)), batches, SFT, run)
@@ -78,7 +78,7 @@ def test_interaction_improves_a_weak_flow_policy(policy, weak, make_run):
     progressive = dataclasses.replace(spec, params=dataclasses.replace(spec.params, progressive=True))
     run = make_run("ppo", writer=Writer())
     before = success_rate(policy, weak)
-    after = success_rate(policy, train_ppo(policy, weak, toy.ToyPush(NUM_ENVS), progressive, STA_PPO, run))
+    after = success_rate(policy, train_ppo(policy, fresh(weak), toy.ToyPush(NUM_ENVS), progressive, STA_PPO, run))
     print(f"success {before:.3f} -> {after:.3f} in {run.writer.lines[-1]['env/steps']} steps")
     assert 0.4 < before < 0.75 and after > before + 0.2
     assert sum(run.writer.column("perf/compilations")[1:]) == 0
@@ -101,7 +101,7 @@ def test_preferences_between_its_own_rollouts_improve_a_weak_flow_policy(policy,
     )
     run = make_run("tpo", writer=Writer())
     before = success_rate(policy, weak)
-    params = train_tpo(policy, weak, PreferencePair(chosen, rejected, chosen.logp, rejected.logp), spec, STA_TPO, run)
+    params = train_tpo(policy, fresh(weak), PreferencePair(chosen, rejected), spec, STA_TPO, run)
     after = success_rate(policy, params)
     print(f"success {before:.3f} -> {after:.3f} with {len(pairs)} pairs")
     # One standard error of a rate over 512 episodes is 0.02.

@@ -7,20 +7,21 @@ import jax
 import numpy as np
 import pytest
 from flow_policy import flow_policy, prompted
-from toy_task import NUM_ENVS, demo_batches, demo_windows, random_pairs
+from toy_task import NUM_ENVS, demo_batches, demo_windows, fresh, random_pairs
 
 from stare_jax.envs import toy
 from stare_jax.logging import Interrupted
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, keep_average, make_optimizer
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
 from stare_jax.state.train_state import create_state
-from stare_jax.train.ppo import PPOConfig, reference_params
-from stare_jax.train.ppo_batch import make_prepare, minibatches
-from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.steps import PairBatch, SFTBatch, make_ppo_step, make_sft_step, make_tpo_step
-from stare_jax.train.tpo import TPOConfig, score_pairs
+from stare_jax.train.loop import Run
+from stare_jax.train.ppo import PPOConfig, make_ppo_step, make_prepare, reference_params
+from stare_jax.train.ppo_batch import minibatches
+from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step, train_sft
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import PairBatch, score_pairs
 
 OPTIMIZER = OptimizerConfig(1e-3, freeze=("^value",))
 NOISES = {
@@ -61,10 +62,10 @@ def test_a_ratio_of_one_and_no_divergence_at_the_start(kind):
     rollout = collect_episodes(toy.ToyPush(NUM_ENVS), act, np.arange(4), stop_at_success=True)
     config = PPOConfig(minibatch_size=64, kl_coef=0.5, optimizer=OPTIMIZER)
     batch = make_prepare(toy.task_spec(), config, chunk=policy.chunk)(rollout)
-    num_decisions = int((-(-batch.annotation.valid_t.sum(axis=1) // policy.chunk)).sum())
+    num_decisions = int((-(-batch.targets.valid_t.sum(axis=1) // policy.chunk)).sum())
     (minibatch,) = minibatches(batch, size=64, rng=np.random.default_rng(0))
     assert minibatch.valid.sum() == num_decisions
-    reference = reference_params(policy, params, create_for(kind, config), config)
+    reference = reference_params(policy, params, config, Run(None, toy.norm_stats()))
     results = [
         take_step(
             make_ppo_step, kind, dataclasses.replace(config, microbatch_size=size), minibatch, True, 0.0, reference
@@ -78,13 +79,6 @@ def test_a_ratio_of_one_and_no_divergence_at_the_start(kind):
     assert_close(results[0][0].params, results[1][0].params, atol=2e-4)
 
 
-def create_for(kind, config):
-    policy, params = policy_and_params(kind)
-    tx = make_optimizer(config.optimizer, num_steps=None)
-    layout = {"mesh": make_mesh(), "rules": policy.sharding_rules, "freeze": frozen_params(policy, config.optimizer)}
-    return create_state(params, tx, **layout)
-
-
 @pytest.mark.parametrize("kind", ["sde", "chain"])
 def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opposite(kind):
     policy, params = policy_and_params(kind)
@@ -94,11 +88,9 @@ def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opp
     assert metrics["tpo/loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert metrics["tpo/margin"] == pytest.approx(0, abs=1e-4)
     if kind == "chain":
-        starts = slice(None, None, policy.chunk)
-        np.testing.assert_allclose(
-            scored.chosen.ref_logp[:, starts, 0], pairs(kind).chosen.logp[:, starts], rtol=1e-4, atol=1e-3
-        )
-        assert not scored.chosen.valid[:, 1 :: policy.chunk].any()
+        decisions = pairs(kind).chosen.decisions
+        np.testing.assert_allclose(scored.chosen.ref_logp[..., 0], decisions.logp, rtol=1e-4, atol=1e-3)
+        np.testing.assert_array_equal(scored.chosen.valid, decisions.valid)
     else:
         # Noise and times are the same for both sides, and different for every draw.
         np.testing.assert_array_equal(scored.chosen.seed, scored.rejected.seed)
@@ -138,14 +130,18 @@ def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused
     np.testing.assert_allclose(anchored["tpo/loss"], plain["tpo/loss"] - 0.5 * expected, rtol=1e-4)
     assert abs(anchored["grad/norm"] - plain["grad/norm"]) > 1e-3
     foreign = jax.tree.map(lambda x: x, pairs("chain"))
-    chosen = foreign.chosen._replace(action_tokens=np.zeros((*valid.shape, 2), np.int32))
-    with pytest.raises(ValueError, match="action_tokens: got shape .* expected chains that the policy drew"):
-        score_pairs(policy, params, foreign._replace(chosen=chosen), toy.task_spec(), batch_size=32)
+    decisions = foreign.chosen.decisions
+    for of_others in (None, decisions._replace(trace={"bins": np.zeros((*valid.shape, 2), np.int32)})):
+        chosen = foreign.chosen._replace(decisions=of_others)
+        with pytest.raises(
+            ValueError, match=r"pairs: got decisions (None|\{'bins'.*), expected \{'chain': .*'flow' does"
+        ):
+            score_pairs(policy, params, foreign._replace(chosen=chosen), toy.task_spec(), batch_size=32)
 
 
 def sft_inputs():
     policy, _ = policy_and_params("sde")
-    observation, *windows = demo_windows(2, horizon=policy.window)
+    observation, *windows = demo_windows(2, window=policy.window)
     return prompted(policy, observation), *windows
 
 
@@ -165,11 +161,11 @@ def test_a_phase_ends_with_the_average_of_its_parameters(make_run):
     policy, params = policy_and_params("sde")
     batches = demo_batches(*sft_inputs(), size=16)
     config = SFTConfig(num_steps=3, batch_size=16, optimizer=OPTIMIZER, ema_decay=0.6)
-    found = train_sft(policy, params, batches, config, make_run())
+    found = train_sft(policy, fresh(params), batches, config, make_run())
     # Step by step by hand.
-    tx = keep_average(make_optimizer(OPTIMIZER, num_steps=3), 0.6)
+    tx = make_optimizer(OPTIMIZER, num_steps=3)
     layout = {"mesh": make_mesh(), "rules": policy.sharding_rules, "freeze": frozen_params(policy, OPTIMIZER)}
-    state, average = create_state(params, tx, **layout), params
+    state, average = create_state(params, tx, **layout, has_average=True), params
     step = jax.jit(make_sft_step(policy, tx, config))
     for _, batch in zip(range(3), batches(0), strict=False):
         state, _ = step(state, SFTBatch(*batch))
@@ -180,7 +176,9 @@ def test_a_phase_ends_with_the_average_of_its_parameters(make_run):
     run = dataclasses.replace(make_run("stopped"), resume=True)
     polls = iter([True])
     with pytest.raises(Interrupted):
-        train_sft(policy, params, batches, config, dataclasses.replace(run, should_stop=lambda: next(polls, False)))
-    assert_close(train_sft(policy, params, batches, config, run), found, atol=1e-6)
+        train_sft(
+            policy, fresh(params), batches, config, dataclasses.replace(run, should_stop=lambda: next(polls, False))
+        )
+    assert_close(train_sft(policy, fresh(params), batches, config, run), found, atol=1e-6)
     with pytest.raises(ValueError, match=r"ema_decay: got 1.0, expected in \(0, 1\)"):
         SFTConfig(ema_decay=1.0)

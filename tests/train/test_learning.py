@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from toy_task import Writer, demo_batches, demonstrations
+from toy_task import Writer, demo_batches, demonstrations, fresh
 
 from stare_jax.data.pairs import make_pairs, measure_outcomes
 from stare_jax.envs import toy
@@ -17,7 +17,7 @@ from stare_jax.logging import Interrupted
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.state.optimizer import OptimizerConfig
-from stare_jax.state.train_state import Run
+from stare_jax.train.loop import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.tpo import TPOConfig, train_tpo
@@ -126,7 +126,7 @@ def own_pairs(learner, params, spec, seed):
         jax.tree.map(lambda x, rows=rows: x[rows], trajectory)
         for rows in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
     )
-    return PreferencePair(chosen, rejected, chosen.logp, rejected.logp)
+    return PreferencePair(chosen, rejected)
 
 
 def test_preferences_between_its_own_rollouts_improve_a_weak_policy(learner, weak_policy, make_run):
@@ -137,7 +137,7 @@ def test_preferences_between_its_own_rollouts_improve_a_weak_policy(learner, wea
     after = {}
     for config in (TPO, STA_TPO):
         run = make_run(config.variant)
-        after[config.variant] = success_rate(learner, train_tpo(learner, params, pairs, spec, config, run))
+        after[config.variant] = success_rate(learner, train_tpo(learner, fresh(params), pairs, spec, config, run))
         assert sum(run.writer.column("perf/compilations")[1:]) == 0
     print(f"seed {seed}: success {before:.3f}, after {after} with {len(pairs.chosen.valid)} pairs")
     assert 0.3 < before < 0.7

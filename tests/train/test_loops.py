@@ -6,14 +6,15 @@ import re
 import jax
 import numpy as np
 import pytest
-from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, random_pairs
+from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, random_pairs
 
 from stare_jax.envs import toy
+from stare_jax.envs.base import SimulatorError
 from stare_jax.logging import Interrupted
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.state.optimizer import OptimizerConfig
-from stare_jax.state.train_state import checkpoint_directory
+from stare_jax.train.loop import checkpoint_directory
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
@@ -36,10 +37,10 @@ def train(policy, params, spec):
     def call(phase, run, env=None, **changes):
         config = dataclasses.replace({"sft": SFT, "tpo": TPO, "ppo": PPO}[phase], **changes)
         if phase == "sft":
-            return train_sft(policy, params, batches, config, run)
+            return train_sft(policy, fresh(params), batches, config, run)
         if phase == "tpo":
-            return train_tpo(policy, params, pairs, spec, config, run)
-        return train_ppo(policy, params, env or toy.ToyPush(NUM_ENVS), spec, config, run)
+            return train_tpo(policy, fresh(params), pairs, spec, config, run)
+        return train_ppo(policy, fresh(params), env or toy.ToyPush(NUM_ENVS), spec, config, run)
 
     return call
 
@@ -155,9 +156,7 @@ def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):
     for words in ("ppo 1/2", "success ", "/20", "kl ", "clip ", "ev ", "entropy ", "simulator ", "policy ", "update "):
         assert words in line
     directory = checkpoint_directory(run, "ppo")
-    num_updates = first["ppo/num_minibatches"] + second["ppo/num_minibatches"]
-    extra = {"iteration": 2, "env_steps": second["env/steps"], "updates": num_updates, "seeds": 40}
-    assert checkpoint.load_extra(directory) == extra
+    assert checkpoint.load_counters(directory) == {"iteration": 2, "env_steps": second["env/steps"], "seeds": 40}
     saved = [checkpoint.load_params(directory, params, step=step) for step in (1, 2)]
     assert (saved[0]["trunk_0"]["kernel"] != saved[1]["trunk_0"]["kernel"]).any()
 
@@ -178,7 +177,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, mak
             yield seen, np.where(step < 3, acted, np.float32("nan")), valid
 
     with pytest.raises(FloatingPointError, match="sft: sft/loss of step 3 is nan"):
-        train_sft(policy, params, batches, dataclasses.replace(SFT, log_every=5), make_run())
+        train_sft(policy, fresh(params), batches, dataclasses.replace(SFT, log_every=5), make_run())
 
 
 def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_run):
@@ -186,8 +185,8 @@ def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_
         def step(self, action, reset_seeds=None, *, reproducible=False):
             return super().step(action, reset_seeds)._replace(alive=np.zeros(self.num_envs, bool))
 
-    with pytest.raises(RuntimeError, match="iteration 1 lost all of its 20 episodes"):
-        train_ppo(policy, params, Dying(NUM_ENVS), spec, PPO, make_run())
+    with pytest.raises(SimulatorError, match="iteration 1 lost all of its 20 episodes"):
+        train_ppo(policy, fresh(params), Dying(NUM_ENVS), spec, PPO, make_run())
 
 
 def test_pairs_are_seen_equally_often_in_an_order_that_the_step_knows():

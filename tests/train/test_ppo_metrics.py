@@ -6,15 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy_task import expert_episodes
+from toy_task import expert_episodes, fresh
 
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
-from stare_jax.train.annotate import Annotation
-from stare_jax.train.ppo import PPOConfig, train_ppo
-from stare_jax.train.ppo_batch import make_prepare
+from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
+from stare_jax.train.ppo_batch import Targets
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
-from stare_jax.types import Trajectory
+from stare_jax.types import Decisions, Trajectory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ppo.md"
 LENGTHS = np.array([2, 4, 3, 0])
@@ -22,26 +21,26 @@ LENGTHS = np.array([2, 4, 3, 0])
 
 
 @pytest.fixture
-def annotation():
+def targets():
     valid_t = np.arange(4) < LENGTHS[:, None]
     reward_t = np.float32([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     bonus_t = np.float32([[0.25, -0.5, 0, 0], [0.5, 1, 0.125, -2], [7, 7, 7, 0], [0, 0, 0, 0]])
     stage_t = np.array([[0, 1, 3, 3, 3], [0, 0, 1, 2, 2], [0, 0, 1, 2, 2], [0, 0, 0, 0, 0]])
     completed = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     number_t = np.where(valid_t, np.arange(4), 99).astype(np.float32)
-    return Annotation(reward_t, reward_t + bonus_t, number_t, 2 * number_t, valid_t, valid_t, stage_t, completed)
+    return Targets(reward_t, reward_t + bonus_t, number_t, 2 * number_t, valid_t, valid_t, stage_t, completed)
 
 
 @pytest.fixture
-def rollout(annotation):
-    value = np.pad(annotation.advantage_t, [(0, 0), (0, 1)], constant_values=99) / 2
+def rollout(targets):
+    value = np.pad(targets.advantage_d, [(0, 0), (0, 1)], constant_values=99) / 2
     valid = (np.arange(5) <= LENGTHS[:, None]) & (LENGTHS[:, None] > 0)
-    trajectory = Trajectory(None, None, valid, None, None, None, value)
+    trajectory = Trajectory(None, None, valid, None, Decisions(None, None, value, targets.valid_d))
     return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True)
 
 
-def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, annotation, spec):
-    metrics = rollout_metrics(rollout, annotation, spec, shaping=False)
+def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, targets, spec):
+    metrics = rollout_metrics(rollout, targets, spec, shaping=False)
     expected = {
         "env/success": 0.5,
         "env/num_successes": 1,
@@ -62,8 +61,8 @@ def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, 
     assert not any(name.startswith("shaping/") for name in metrics)
 
 
-def test_shaping_is_told_by_where_it_is_paid(rollout, annotation, spec):
-    metrics = rollout_metrics(rollout, annotation, spec, shaping=True)
+def test_shaping_is_told_by_where_it_is_paid(rollout, targets, spec):
+    metrics = rollout_metrics(rollout, targets, spec, shaping=True)
     reach, contact, push, goal = spec.stage_names
     assert {name: value for name, value in metrics.items() if name.startswith("shaping/")} == {
         f"shaping/within_{reach}": 0.5 / 2,
@@ -77,21 +76,25 @@ def test_shaping_is_told_by_where_it_is_paid(rollout, annotation, spec):
     }
 
 
-def test_without_an_episode_that_is_over_there_is_no_rate(rollout, annotation, spec):
-    cut = Annotation(*(x[2:] for x in annotation))
-    rollout = rollout._replace(trajectory=rollout.trajectory._replace(value=rollout.trajectory.value[2:]))
+def test_without_an_episode_that_is_over_there_is_no_rate(rollout, targets, spec):
+    cut = Targets(*(x[2:] for x in targets))
+    decisions = jax.tree.map(lambda x: x[2:], rollout.trajectory.decisions)
+    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions))
     metrics = rollout_metrics(rollout, cut, spec, shaping=True)
     assert (metrics["env/num_episodes"], metrics["env/num_cut"]) == (0, 1)
     assert np.isnan(metrics["env/success"]) and metrics["shaping/at_success"] == 0
 
 
-def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_annotated_the_same(spec):
+def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_learns_the_same(spec):
     trajectory = expert_episodes(6)
+    zeros = np.zeros((6, toy.HORIZON), np.float32)
+    made = Decisions({"bins": zeros}, zeros, np.zeros(trajectory.valid.shape, np.float32), trajectory.valid[:, 1:])
+    trajectory = trajectory._replace(decisions=made)
     rollout = Rollout(trajectory, ("",) * 6, num_steps=int(trajectory.valid[:, 1:].sum()), num_dropped=0, is_complete=1)
     whole = make_prepare(spec, PPOConfig())(rollout)
     padded = make_prepare(spec, PPOConfig(num_steps=40))(rollout)
-    assert whole.advantage.shape == (6, toy.HORIZON) and whole.annotation.reward_t.any(axis=1).all()
-    for a, b in zip(padded.annotation, whole.annotation, strict=True):
+    assert whole.advantage.shape == (6, toy.HORIZON) and whole.targets.reward_t.any(axis=1).all()
+    for a, b in zip(padded.targets, whole.targets, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     np.testing.assert_allclose(padded.advantage, whole.advantage, atol=1e-5)
     np.testing.assert_allclose(padded.explained_variance, whole.explained_variance, atol=1e-5)
@@ -108,7 +111,7 @@ def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing
 def test_the_page_on_ppo_explains_every_metric_and_no_other(policy, params, make_run, spec):
     run = make_run()
     config = PPOConfig(num_iterations=1, num_episodes=20, minibatch_size=256)
-    train_ppo(policy, params, toy.ToyPush(16), spec, config, run)
+    train_ppo(policy, fresh(params), toy.ToyPush(16), spec, config, run)
     stage = re.compile(f"_({'|'.join(spec.stage_names)})$")
     logged = {stage.sub("_<stage>", name) for name in run.writer.lines[0] if "/" in name}
     explained = set(re.findall(r"`((?:ppo|env|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))

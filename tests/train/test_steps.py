@@ -14,11 +14,11 @@ from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import create_state
-from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.ppo_batch import make_prepare, minibatches
-from stare_jax.train.sft import SFTConfig
-from stare_jax.train.steps import SFTBatch, make_ppo_step, make_sft_step, make_tpo_step
-from stare_jax.train.tpo import TPOConfig, score_pairs
+from stare_jax.train.ppo import PPOConfig, make_ppo_step, make_prepare
+from stare_jax.train.ppo_batch import minibatches
+from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step
+from stare_jax.train.tpo import TPOConfig, make_tpo_step
+from stare_jax.train.tpo_reference import score_pairs
 
 FAST = OptimizerConfig(learning_rate=1e-2)
 VALUE_FROZEN = dataclasses.replace(FAST, freeze=("^value",))
@@ -60,14 +60,14 @@ def ppo_batch(prepared):
 
 
 def test_minibatches_hold_every_decision_once_and_none_is_small(prepared):
-    num_decisions = int(prepared.annotation.valid_t.sum())
+    num_decisions = int(prepared.targets.valid_t.sum())
     size = num_decisions // 2 - 1  # so that two are left over
     parts = list(minibatches(prepared, size=size, rng=np.random.default_rng(0)))
     counts = [int(part.valid.sum()) for part in parts]
     assert len(parts) == 3 and sum(counts) == num_decisions and max(counts) - min(counts) <= 1
     assert all(len(part.valid) == size for part in parts)
     logp = np.concatenate([part.old_logp[part.valid] for part in parts])
-    everything = prepared.trajectory.logp[prepared.annotation.valid_t]
+    everything = prepared.decisions.logp[prepared.targets.valid_t]
     np.testing.assert_array_equal(np.sort(logp, axis=0), np.sort(everything, axis=0))
 
 
@@ -166,7 +166,7 @@ def test_pairs_are_scored_by_the_reference_policy_where_there_are_actions(policy
     batch = score_pairs(policy, params, pairs, spec, batch_size=16)
     for side, trajectory in zip(batch, (pairs.chosen, pairs.rejected), strict=True):
         # The reference is the policy that acted, so what it thought then is what it thinks now.
-        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.logp, rtol=1e-5)
+        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.decisions.logp, rtol=1e-5)
         np.testing.assert_array_equal(side.valid, trajectory.valid[:, 1:])
         np.testing.assert_array_equal(side.stage_mask.sum(axis=1), side.valid)
         assert side.stage_cost.shape == (3, spec.num_stages) and (side.stage_cost >= 0).all()

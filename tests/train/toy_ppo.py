@@ -8,7 +8,7 @@ import jax
 from stare_jax.envs import toy
 from stare_jax.logging import Interrupted, Interruption, make_writer
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.state.train_state import Run
+from stare_jax.train.loop import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo
 
 NUM_ENVS = 16

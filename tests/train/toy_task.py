@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.data.windows import window_indices
@@ -10,6 +11,11 @@ from stare_jax.envs import toy
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.types import PreferencePair
+
+
+def fresh(params):
+    """A copy of parameters that a phase may consume."""
+    return jax.tree.map(jnp.copy, params)
 
 
 class Writer:
@@ -31,9 +37,7 @@ NUM_ENVS = 16
 
 def expert_act(observation, signals, instructions, is_first):
     """The toy's expert as an `Act`."""
-    size = len(is_first)
-    action = toy.expert_action(signals)
-    return Decision(action, np.zeros((size, 2), np.int32), np.zeros(size), np.zeros(size)), observation
+    return Decision(toy.expert_action(signals)), observation
 
 
 def expert_episodes(num_episodes, *, seed=0, noise=0.5):
@@ -55,12 +59,12 @@ def demonstrations(num_episodes, *, seed=0, noise=0.5):
     return jax.tree.map(lambda x: x[at], trajectory.observation), trajectory.action[at]
 
 
-def demo_windows(num_episodes, *, horizon, seed=0):
+def demo_windows(num_episodes, *, window, seed=0):
     """The same for policies that predict several actions: observations, windows of actions, what is inside."""
     trajectory = expert_episodes(num_episodes, seed=seed)
     valid = trajectory.valid[:, 1:]
     episode, t = np.nonzero(valid)
-    index, is_inside = window_indices(t, valid.sum(axis=1)[episode], horizon)
+    index, is_inside = window_indices(t, valid.sum(axis=1)[episode], window)
     return (
         jax.tree.map(lambda x: x[episode, t], trajectory.observation),
         trajectory.action[episode[:, None], index],
@@ -88,4 +92,4 @@ def random_pairs(policy, params, num_pairs):
     act = policy_act(policy, params, jax.random.key(1))
     rollout = collect_episodes(toy.ToyPush(NUM_ENVS), act, np.arange(2 * num_pairs), stop_at_success=True)
     chosen, rejected = (jax.tree.map(lambda x, s=s: x[s::2], rollout.trajectory) for s in (0, 1))
-    return PreferencePair(chosen, rejected, chosen.logp, rejected.logp)
+    return PreferencePair(chosen, rejected)

@@ -12,7 +12,8 @@ from openvla_files import random_bits, random_normal, read_folder
 from pi05_files import SMALL, UNUSED, bits, read_openpi
 from safetensors.numpy import load_file, save_file
 
-from stare_jax.state.checkpoint import leaf_loader, load_extra, load_norm_stats, param_shapes
+from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes
+from stare_jax.state.leaves import leaf_loader
 from stare_jax.weights.heads import HEADS
 
 SHAPES = pi05_files.tree_shapes(SMALL)
@@ -59,7 +60,7 @@ def converted(original, tmp_path_factory):
 
 def test_openpi_there_and_back(tree, original, converted, tmp_path, capsys):
     assert bits(loaded(converted)) == bits(tree)
-    model = load_extra(converted / "checkpoints")["model"]
+    model = load_model(converted / "checkpoints")
     assert (model["action_dim"], model["state_dim"], model["model_action_dim"]) == (9, 5, 9)
     assert model["siglip"]["num_heads"] == 16 and model["execution"]["param_dtype"] == "bfloat16"
     back = tmp_path / "back"

@@ -66,7 +66,7 @@ def save_run(directory, config, params, phase="ppo"):
     """A run that ended with these parameters."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(to_dict(config)))
-    save_params(directory / phase / "checkpoints", 40, params, extra={}, norm_stats=STATS)
+    save_params(directory / phase / "checkpoints", 40, params, model={}, norm_stats=STATS)
     return directory / phase
 
 

@@ -78,8 +78,8 @@ def test_the_update_agrees_with_xla():
     trained = {path: leaf for path, leaf in _leaves(params).items() if "lora_" in path or path.startswith("value")}
 
     def loss(trained, params, observation, bins):
-        leaves = _leaves(params) | trained
-        score = policy.log_prob(jax.tree.unflatten(jax.tree.structure(params), leaves.values()), observation, bins)
+        leaves = jax.tree.unflatten(jax.tree.structure(params), (_leaves(params) | trained).values())
+        score = policy.log_prob(leaves, observation, {"bins": bins})
         return (score.logp + score.value).sum()
 
     bins = jax.ShapeDtypeStruct((BATCH, 7), jnp.int32)

@@ -135,7 +135,7 @@ def score(policy):
 
 def test_greedy_tokens_exactly(loaded, expected, end, normalised_images, greedy):
     decision = greedy(loaded.params, observe(expected, loaded.config))
-    np.testing.assert_array_equal(end - 1 - decision.action_tokens, expected["greedy_tokens"])
+    np.testing.assert_array_equal(end - 1 - decision.trace["bins"], expected["greedy_tokens"])
     close(decision.action, expected["greedy_normalized_actions"])
 
 
@@ -146,23 +146,25 @@ def test_prompts_of_different_lengths_in_one_batch(loaded, expected, end, normal
         batch.tokens[row, 3 : 3 + row] = end
     batch = batch._replace(token_mask=batch.tokens != end)
     together = greedy(loaded.params, batch)
-    np.testing.assert_array_equal(end - 1 - together.action_tokens[0], expected["greedy_tokens"][0])
-    scores = score(loaded.params, batch, together.action_tokens)
+    np.testing.assert_array_equal(end - 1 - together.trace["bins"][0], expected["greedy_tokens"][0])
+    scores = score(loaded.params, batch, together.trace)
     for row in (0, 2):
         keep = np.flatnonzero(batch.token_mask[row])
         alone = jax.tree.map(lambda leaf: leaf[row : row + 1], batch)  # noqa: B023
         alone = alone._replace(tokens=alone.tokens[:, keep], token_mask=alone.token_mask[:, keep])
-        single = score(loaded.params, alone, together.action_tokens[row : row + 1])
+        single = score(loaded.params, alone, {"bins": together.trace["bins"][row : row + 1]})
         jax.tree.map(lambda a, b: close(a[row], b[0]), scores, single)  # noqa: B023
     decision = greedy(loaded.params, alone)
-    np.testing.assert_array_equal(decision.action_tokens[0], together.action_tokens[row])
+    np.testing.assert_array_equal(decision.trace["bins"][0], together.trace["bins"][row])
 
 
 def test_another_image_gives_other_logits(loaded, expected, end, normalised_images, score):
     observation = observe(expected, loaded.config, padding=2)
     images = {name: image[:, ::-1] for name, image in observation.images.items()}
     bins = end - 1 - expected["action_tokens"].astype(np.int32)
-    upright, turned = (score(loaded.params, o, bins) for o in (observation, observation._replace(images=images)))
+    upright, turned = (
+        score(loaded.params, o, {"bins": bins}) for o in (observation, observation._replace(images=images))
+    )
     assert (np.abs(upright.logp - turned.logp) > 1e-2).all()
 
 

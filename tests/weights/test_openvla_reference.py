@@ -242,21 +242,21 @@ def test_greedy_tokens_exactly(narrow, functions):
     greedy, score = functions
     decision, prompt = greedy(), as_torch(narrow)
     expected = openvla_torch.generate(narrow.model, *prompt)
-    tokens = token_ids(narrow, decision.action_tokens)
+    tokens = token_ids(narrow, decision.trace["bins"])
     np.testing.assert_array_equal(tokens, expected.tokens)
     for row in range(BATCH):
         alone = openvla_torch.generate(narrow.model, *row_of(prompt, row), padded=False)
         np.testing.assert_array_equal(tokens[row], alone.tokens[0])
         close(alone.logits[0], expected.logits[row])
     # What was decided with a cache is what a pass over everything makes of it, here and there.
-    close(decision.logp, score(decision.action_tokens).logp)
+    close(decision.logp, score(decision.trace).logp)
     logp, _, _ = narrow.model.log_prob(*prompt, tokens)
     close(decision.logp, logp)
 
 
 def test_log_probabilities_and_entropies_of_given_actions(narrow, functions):
     _, score = functions
-    ours, prompt = score(narrow.bins.astype(np.int32)), as_torch(narrow)
+    ours, prompt = score({"bins": narrow.bins.astype(np.int32)}), as_torch(narrow)
     logp, entropy, _ = narrow.model.log_prob(*prompt, token_ids(narrow, narrow.bins))
     close(ours.logp, logp)
     close(ours.entropy, entropy)

@@ -13,7 +13,7 @@ from openvla_files import ALL_LINEAR, OTHER, SMALL, read_folder
 
 from stare_jax.models.nn.lora import ALL_LINEAR as ALL
 from stare_jax.models.nn.lora import ATTENTION, LoRAConfig
-from stare_jax.state.checkpoint import load_extra, param_shapes
+from stare_jax.state.checkpoint import load_model, param_shapes
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.peft import open_adapter, read_lora
 from stare_jax.weights.safetensors_folder import WeightsError
@@ -63,7 +63,7 @@ def converted(base, adapters, tmp_path_factory):
 
 def test_back_and_forth_every_bit_is_the_same(converted, tmp_path):
     """Those of modules that are never run among them, and the copy of the output layer."""
-    lora = load_extra(converted / "ours" / "checkpoints")["model"]["lora"]
+    lora = load_model(converted / "ours" / "checkpoints")["lora"]
     assert lora == {"rank": RANK, "alpha": float(ALPHA), "targets": list(ALL), "overrides": []}
     assert run(f"--from={converted / 'ours'}", f"--to={tmp_path / 'back'}") == 0
     file = "adapter_model.safetensors"

@@ -35,7 +35,7 @@ from stare_jax.models.pi05.presets import ACTION_EXPERT
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
-from stare_jax.state.checkpoint import load_extra, load_norm_stats, param_shapes, save_params
+from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, save_params
 from stare_jax.types import NormStats
 from stare_jax.weights.formats import read_norm_stats
 from stare_jax.weights.heads import HEADS
@@ -86,7 +86,7 @@ def save_run(directory, config, params):
     run = RunConfig(ENV, config, get_task(ENV.env_id).params)
     (directory / "config.json").write_text(json.dumps(to_dict(run)))
     nested = unflatten_dict({tuple(path.split("/")): jnp.asarray(leaf) for path, leaf in params.items()})
-    save_params(directory / "ppo" / "checkpoints", 40, nested, extra={}, norm_stats=STATS)
+    save_params(directory / "ppo" / "checkpoints", 40, nested, model={}, norm_stats=STATS)
     return directory / "ppo"
 
 
@@ -164,7 +164,7 @@ def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
     heads = load_file(tmp_path / "out" / HEADS)
     assert heads["head_l1.weight"].shape == (8, 24) and heads["noise_head.out.weight"].shape == (9, 64)
     assert convert(f"--from={tmp_path / 'out'}", f"--to={tmp_path / 'ours'}") == 0
-    model = load_extra(tmp_path / "ours" / "checkpoints")["model"]
+    model = load_model(tmp_path / "ours" / "checkpoints")
     assert (model["noise"], model["value_dims"], model["action_dim"]) == ("learned", [8], 7)
     assert bits(start(tmp_path / "ours", config)) == bits(params)
     assert "openpi; 0 of them are not there" in capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path,
     assert convert(f"--from={theirs}", f"--to={ours}") == 0
     assert "--config.model.lora.rank=2 --config.model.lora.alpha=2.0" in capsys.readouterr().out
     assert adapted.keys() < param_shapes(ours / "checkpoints").keys()
-    lora = load_extra(ours / "checkpoints")["model"]["lora"]
+    lora = load_model(ours / "checkpoints")["lora"]
     config = model_config(lora=LORA, value_dims=(1024, 512, 256))
     assert all(LORA.adapts(module.strip("^$")) for module in lora["targets"]) and len(lora["targets"]) == 10
     for source in (theirs, ours):

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stare_jax.config import UserError
-from stare_jax.envs.base import EnvStep
+from stare_jax.envs.base import EnvStep, SimulatorError
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.panda_lite import ensure_panda_lite, report_to_stderr
 from stare_jax.envs.maniskill.vulkan import driver_environment
@@ -23,10 +22,6 @@ from stare_jax.envs.pool import worker
 from stare_jax.types import Observation, Signals
 
 REMEDY = "`python launch/doctor.py` checks this machine and says what to do"
-
-
-class SimulatorError(UserError, RuntimeError):
-    """A simulator could not be started, or raised while it executed a command."""
 
 
 class _Worker:

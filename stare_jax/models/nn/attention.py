@@ -1,10 +1,13 @@
-"""Softmax attention over one or more segments of keys, in float32 where it matters."""
+"""Softmax attention over one or more segments of keys; scores and softmax are float32."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+AttentionKernel = Literal["xla", "cudnn"]
+"""implementations of attention over whole sequences, see `self_attend`; cuDNN's needs an NVIDIA GPU and 16 bits."""
 
 
 class KeyValue(NamedTuple):
@@ -15,17 +18,17 @@ class KeyValue(NamedTuple):
 
 
 def self_attend(
-    query: jax.Array, new: KeyValue, mask: jax.Array | None, *, is_causal: bool, implementation: str
+    query: jax.Array, new: KeyValue, mask: jax.Array | None, *, is_causal: bool, implementation: AttentionKernel
 ) -> jax.Array:
     """Returns the attention `[B, T, H, D]` of a whole sequence to itself.
 
     Args:
         query: `[B, T, H, D]`.
         new: `[B, T, K, D]` each.
-        mask: of "xla", as in `attend`, causality included. "cudnn" knows causality alone: what is padded must come
-            last, where the tokens before never see it.
+        mask: for "xla", as in `attend`, causality included. "cudnn" knows causality alone: padding has to come last,
+            where the tokens before it never see it.
         is_causal: whether tokens see only those before them.
-        implementation: "xla", or "cudnn", which keeps no matrix of scores and skips what causality hides.
+        implementation: "xla", or "cudnn", which stores no matrix of scores and computes no scores that causality hides.
     """
     if implementation == "xla":
         return attend(query, [new], [mask])
@@ -33,8 +36,14 @@ def self_attend(
     padding = length % 2  # JAX refuses cuDNN's backward pass of an odd number of tokens.
     padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, *new))
     lengths = jnp.full(batch, length, jnp.int32) if padding and not is_causal else None
-    options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "is_causal": is_causal}
-    return jax.nn.dot_product_attention(*padded, **options, implementation=implementation)[:, :length]
+    attended = jax.nn.dot_product_attention(
+        *padded,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        is_causal=is_causal,
+        implementation=implementation,
+    )
+    return attended[:, :length]
 
 
 def attend(query: jax.Array, segments: Sequence[KeyValue], masks: Sequence[jax.Array | None]) -> jax.Array:
@@ -45,17 +54,19 @@ def attend(query: jax.Array, segments: Sequence[KeyValue], masks: Sequence[jax.A
     Args:
         query: `[B, T, H, D]`; H is a multiple of the K key-value heads, consecutive heads share one.
         segments: `[B, S_i, K, D]` each.
-        masks: bool `[B, T, S_i]` each, True where attention is allowed; None allows all. No row may be all False.
+        masks: bool `[B, T, S_i]` each, True where attention is allowed; None allows all. A row that is False
+            everywhere, of a token that is padding itself, takes the mean of all values: finite, and for nobody to read.
 
     Returns:
         `[B, T, H, D]` in the dtype of the values.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = segments[0].key.shape[2]
-    grouped = (query * head_dim**-0.5).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = []
     for segment, mask in zip(segments, masks, strict=True):
         score = jnp.einsum("btkgd,bskd->bkgts", grouped, segment.key, preferred_element_type=jnp.float32)
+        score = score * head_dim**-0.5  # in float32; a query of 16 bits that is scaled before is rounded once more
         scores.append(score if mask is None else jnp.where(mask[:, None, None], score, jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(segments[0].value.dtype)
     out, start = 0.0, 0

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.models.nn.attention import KeyValue, attend
-from stare_jax.models.nn.linear import PRODUCT, Execution, scan_layers, split_batch
+from stare_jax.models.nn.linear import PRODUCT, Execution, constrain_batch, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, low_rank_einsum, stacked_adapters
 from stare_jax.models.nn.norms import AdaptiveRMSNorm, OffsetRMSNorm
 from stare_jax.models.nn.rotary import rotary_angles, rotate
@@ -42,8 +42,8 @@ class GemmaConfig:
             raise ValueError(f"head_dim: got {self.head_dim}, expected an even number")
 
 
-class Context(NamedTuple):
-    """What all layers share in one call."""
+class GemmaCall(NamedTuple):
+    """Arrays of one call that all layers read."""
 
     cos: jax.Array
     """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the tokens of this call, expert 0's first."""
@@ -73,7 +73,8 @@ def product(
     w = module.param(name, nn.initializers.normal(fan_in**-0.5), shape, execution.param_dtype)
     y = jnp.einsum(equation, x, w.astype(execution.dtype))
     if (adapters := stacked_adapters(module, lora, name, shape)) is not None:
-        y = y + lora.scale * low_rank_einsum(equation, x, *(adapter.astype(x.dtype) for adapter in adapters))
+        low_rank = low_rank_einsum(equation, x, adapters.a.astype(x.dtype), adapters.b.astype(x.dtype))
+        y = y + adapters.scale * low_rank
     return checkpoint_name(y, PRODUCT)
 
 
@@ -97,7 +98,7 @@ class Attention(nn.Module):
     lora: LoRAConfig | None = None
 
     @nn.compact
-    def __call__(self, xs: Tokens, cache: KeyValue | None, context: Context) -> tuple[Tokens, KeyValue]:
+    def __call__(self, xs: Tokens, cache: KeyValue | None, call: GemmaCall) -> tuple[Tokens, KeyValue]:
         """Returns what each expert's tokens attend to, and the keys and values of this call, rotated."""
         queries, keys, values = [], [], []
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
@@ -110,9 +111,9 @@ class Attention(nn.Module):
             keys.append(key)
             values.append(value)
         query, key, value = (jnp.concatenate(parts, axis=1) for parts in (queries, keys, values))
-        new = KeyValue(rotate(key, context.cos, context.sin), value)
+        new = KeyValue(rotate(key, call.cos, call.sin), value)
         segments = [new] if cache is None else [cache, new]
-        attended = attend(rotate(query, context.cos, context.sin), segments, context.masks)
+        attended = attend(rotate(query, call.cos, call.sin), segments, call.masks)
         outputs, start = [], 0
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
@@ -151,11 +152,11 @@ class GemmaBlock(nn.Module):
     lora: LoRAConfig | None = None
 
     @nn.compact
-    def __call__(self, xs: Tokens, cache: KeyValue | None, context: Context) -> tuple[Tokens, KeyValue]:
-        normed, gates = self._norm("pre_attention_norm", xs, context.cond)
-        attended, new = Attention(self.configs, self.execution, self.lora, name="attn")(normed, cache, context)
+    def __call__(self, xs: Tokens, cache: KeyValue | None, call: GemmaCall) -> tuple[Tokens, KeyValue]:
+        normed, gates = self._norm("pre_attention_norm", xs, call.cond)
+        attended, new = Attention(self.configs, self.execution, self.lora, name="attn")(normed, cache, call)
         xs = _add(xs, attended, gates)
-        normed, gates = self._norm("pre_ffw_norm", xs, context.cond)
+        normed, gates = self._norm("pre_ffw_norm", xs, call.cond)
         fed = tuple(
             None if x is None else FeedForward(cfg, self.execution, self.lora, name=_named("mlp", i))(x)
             for i, (x, cfg) in enumerate(zip(normed, self.configs, strict=True))
@@ -182,7 +183,7 @@ def _add(xs: Tokens, branches: Tokens, gates: Tokens) -> Tokens:
     """The residual connection of each expert."""
 
     def one(x, branch, gate):
-        return None if x is None else split_batch(x + (branch if gate is None else branch * gate))
+        return None if x is None else constrain_batch(x + (branch if gate is None else branch * gate))
 
     return tuple(one(*parts) for parts in zip(xs, branches, gates, strict=True))
 
@@ -241,14 +242,14 @@ class Gemma(nn.Module):
             xs: embeddings of each expert's tokens.
             positions: int32 `[B, T]` of all tokens of this call, expert 0's first.
             masks: bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call.
-            cond: `[B, G, width]` of expert 1, see `Context`; needed where it has tokens.
+            cond: `[B, G, width]` of expert 1, see `GemmaCall`; needed where it has tokens.
             cache: keys and values `[layers, B, P, K, D]` of an earlier call, to be attended to as well.
 
         Returns:
             Hidden states after the final norms, and the keys and values `[layers, B, T, K, D]` of this call.
         """
         cos, sin = rotary_angles(positions, self.configs[0].head_dim, ROPE_THETA)
-        xs, new = self.layers(xs, cache, Context(cos, sin, tuple(masks), cond))
+        xs, new = self.layers(xs, cache, GemmaCall(cos, sin, tuple(masks), cond))
         first = None if xs[0] is None else self.final_norm(xs[0])
         second = None if xs[1] is None else self.final_norm_1(xs[1], cond)[0]
         return (first, second), new

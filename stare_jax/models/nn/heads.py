@@ -1,8 +1,13 @@
 """Small networks behind the large ones: the critic's value and the deviation of Flow-Noise, both in float32."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+exact_dense = partial(nn.Dense, precision=jax.lax.Precision.HIGHEST)
+"""a layer whose products are those of float32 on every device."""
 
 
 class ValueHead(nn.Module):
@@ -15,9 +20,9 @@ class ValueHead(nn.Module):
         """Returns float32 `[...]` for features `[..., D]`."""
         x = hidden.astype(jnp.float32)
         for i, dim in enumerate(self.hidden_dims):
-            x = nn.gelu(nn.Dense(dim, name=f"layer_{i}")(x), approximate=False)
+            x = nn.gelu(exact_dense(dim, name=f"layer_{i}")(x), approximate=False)
         # A small last layer starts the critic near zero whatever the features are.
-        out = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.normal(0.02), name="out")(x)
+        out = exact_dense(1, use_bias=False, kernel_init=nn.initializers.normal(0.02), name="out")(x)
         return out[..., 0]
 
 
@@ -32,5 +37,5 @@ class NoiseHead(nn.Module):
         """Returns `[..., out_dim]`, see `losses.flow.learned_deviation`, for hidden states `[..., width]`."""
         x = hidden.astype(jnp.float32)
         for i, dim in enumerate(self.hidden_dims):
-            x = jnp.tanh(nn.Dense(dim, name=f"layer_{i}")(x))
-        return nn.Dense(self.out_dim, name="out")(x)
+            x = jnp.tanh(exact_dense(dim, name=f"layer_{i}")(x))
+        return exact_dense(self.out_dim, name="out")(x)

@@ -1,8 +1,8 @@
-"""What all transformer stacks here are made of: how they are computed, a linear layer, a scan over layers."""
+"""Parts of all transformer stacks: their execution, a linear layer, a scan over layers."""
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -11,11 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stare_jax.config import check_at_least, check_choices
+from stare_jax.models.nn.attention import AttentionKernel
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
 from stare_jax.sharding.mesh import BATCH_AXES
 
 PRODUCT = "product"
-"""name of what `Linear` computes, for rematerialisation."""
+"""name of the results of products, for rematerialisation."""
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     # By name, as the kernel's and the adapters' products would be kept apart, although their sum is all that is used.
@@ -23,28 +25,27 @@ REMAT_POLICIES = {
 }
 
 
+Float = Literal["float32", "bfloat16", "float16"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a stack of layers is computed, apart from what it computes."""
+    """Numerical types, memory and kernels of a stack of layers; the function that it computes is the same."""
 
-    dtype: str = "float32"
-    """of activations and matrix products."""
-    param_dtype: str = "float32"
-    """of the parameters, adapters and value head apart, which are float32."""
-    remat: str = "none"
-    """"none", "full" (recompute every layer in the backward pass) or "dots" (keep what linear layers compute)."""
+    dtype: Float = "float32"
+    """type of activations and matrix products."""
+    param_dtype: Float = "float32"
+    """type of the parameters; adapters and value head are float32 in any case."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """rematerialisation: "full" computes every layer again in the backward pass, "dots" keeps the products' results."""
     unroll: int = 1
     """layers per iteration of the scan over layers."""
-    attention: str = "xla"
-    """over whole sequences: "xla", or "cudnn", which needs an NVIDIA GPU and 16 bits; see `attention.self_attend`."""
+    attention: AttentionKernel = "xla"
+    """implementation of attention over whole sequences."""
 
     def __post_init__(self):
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise ValueError(f"remat: got {self.remat!r}, expected one of {('none', *REMAT_POLICIES)}")
-        if self.unroll < 1:
-            raise ValueError(f"unroll: got {self.unroll}, expected at least 1")
-        if self.attention not in ("xla", "cudnn"):
-            raise ValueError(f"attention: got {self.attention!r}, expected 'xla' or 'cudnn'")
+        check_choices(self)
+        check_at_least(self, 1, "unroll")
         if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
             raise ValueError(f"dtype: got {self.dtype!r}, expected 'bfloat16' or 'float16' for attention = 'cudnn'")
 
@@ -55,13 +56,13 @@ def gelu(x: jax.Array) -> jax.Array:
     return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
 
 
-def split_batch(x: jax.Array) -> jax.Array:
-    """Keeps the rows `[B, ...]` of activations split over the mesh on which parameters lie, where it divides them.
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Constrains activations `[B, ...]` to be split by rows over the parameters' mesh, where the mesh divides B.
 
-    Left to itself, the compiler would rather split activations as it finds weights split, by width, and exchange
-    activations of the whole batch in every layer instead of gathering the layer's weights. Gradients are kept split
-    where the activations are: what goes into a product whose weights are split by its input has to be split here, or
-    its gradient is not. On one device this is nothing.
+    Without the constraint the compiler splits activations by width, as it finds weights split, and exchanges
+    activations of the whole batch in every layer instead of gathering the layer's weights. A gradient is split only
+    where its activation is constrained: the input of a product whose weights are split by input needs it. On one
+    device this does nothing.
     """
     mesh = jax.typeof(x).sharding.mesh  # every value knows it, wherever it is traced
     if mesh.size <= 1 or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
@@ -72,16 +73,20 @@ def split_batch(x: jax.Array) -> jax.Array:
 class Linear(nn.Module):
     """`y = x W + b` over the last `num_in_axes` axes of x; the kernel keeps its axes, such as heads, apart.
 
-    All other axes are merged first: one large matrix product, whose weight gradient is twice as fast on CPUs as that of
-    a product with several batch axes.
+    All other axes are merged first: the weight gradient of one large product is twice as fast on CPUs as that of a
+    product with several batch axes.
     """
 
     features: tuple[int, ...]
     execution: Execution
     num_in_axes: int = 1
     use_bias: bool = True
+    is_exact: bool = False
+    """whether the product is one of float32 on every device, whatever `execution.dtype`."""
     lora: LoRAConfig | None = None
-    """of the model; whether this product has adapters follows from its path."""
+    """of the model; the path of this product decides whether it has adapters, and of which size."""
+    path_prefix: str = ""
+    """path of the module that is applied, where this is not the whole model."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -93,13 +98,17 @@ class Linear(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features, self.execution.param_dtype)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.execution.dtype)
+        dtype = "float32" if self.is_exact else self.execution.dtype
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
         x = x.reshape(-1, fan_in)
-        y = x @ kernel.reshape(fan_in, fan_out)
-        if (adapters := module_adapters(self, self.lora, in_shape, self.features)) is not None:
-            a, b = (adapter.astype(x.dtype) for adapter in adapters)
+        # By default, accelerators multiply float32 numbers with the precision of bfloat16 or TF32.
+        precision = jax.lax.Precision.HIGHEST if self.is_exact else None
+        y = jnp.matmul(x, kernel.reshape(fan_in, fan_out), precision=precision)
+        adapters = module_adapters(self, self.lora, in_shape, self.features, path_prefix=self.path_prefix)
+        if adapters is not None:
+            a, b = adapters.a.astype(x.dtype), adapters.b.astype(x.dtype)
             # Scaled where there are `rank` numbers a row, and added by the product itself where the compiler can.
-            y = y + (self.lora.scale * (x @ a.reshape(fan_in, -1))) @ b.reshape(-1, fan_out)
+            y = y + (adapters.scale * (x @ a.reshape(fan_in, -1))) @ b.reshape(-1, fan_out)
         y = checkpoint_name(y, PRODUCT)
         if bias is not None:
             y = y + bias.reshape(-1)

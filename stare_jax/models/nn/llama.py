@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.nn.attention import KeyValue, attend, self_attend
-from stare_jax.models.nn.linear import Execution, Linear, scan_layers, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
 from stare_jax.models.nn.norms import RMSNorm
 from stare_jax.models.nn.rotary import rotary_angles, rotate
@@ -55,8 +55,8 @@ class Cache(NamedTuple):
     """`[layers, B, M, K, D]`, filled from the left as tokens are decoded."""
 
 
-class Context(NamedTuple):
-    """What all layers share in one call."""
+class LlamaCall(NamedTuple):
+    """Arrays of one call that all layers read."""
 
     cos: jax.Array
     """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the new tokens."""
@@ -73,31 +73,33 @@ class LlamaBlock(nn.Module):
     config: LlamaConfig
     execution: Execution
     lora: LoRAConfig | None = None
+    path_prefix: str = ""
+    """path of this layer, where it is applied by itself; adapters have their size by path."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Cache | None, context: Context) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, cache: Cache | None, call: LlamaCall) -> tuple[jax.Array, KeyValue]:
         """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
         cfg = self.config
-        linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora)
+        linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora, path_prefix=self.path_prefix)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
         for_query, for_key, for_value = normed, normed, normed
         if cache is not None:
             # Else XLA's GPU compiler joins the three products and, for that, copies their weights for every token.
             for_query, for_key, for_value = jax.lax.optimization_barrier((normed, normed, normed))
-        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), context.cos, context.sin)
-        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), context.cos, context.sin)
+        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), call.cos, call.sin)
+        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), call.cos, call.sin)
         new = KeyValue(key, linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
         if cache is None:
             implementation = self.execution.attention
-            attended = self_attend(query, new, *context.masks, is_causal=True, implementation=implementation)
+            attended = self_attend(query, new, *call.masks, is_causal=True, implementation=implementation)
         else:
-            new = jax.tree.map(partial(_write, index=context.index), cache.suffix, new)
-            attended = attend(query, [cache.prefix, new], context.masks)
+            new = jax.tree.map(partial(_write, index=call.index), cache.suffix, new)
+            attended = attend(query, [cache.prefix, new], call.masks)
         x = x + linear((cfg.width,), num_in_axes=2, name="o_proj")(attended)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
         gate = linear((cfg.mlp_dim,), name="gate_proj")(normed)
         gated = nn.silu(gate) * linear((cfg.mlp_dim,), name="up_proj")(normed)
-        return split_batch(x + linear((cfg.width,), name="down_proj")(gated)), new
+        return constrain_batch(x + linear((cfg.width,), name="down_proj")(gated)), new
 
 
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -135,8 +137,8 @@ class OutputLayer(nn.Module):
         product = partial(jnp.matmul, preferred_element_type=jnp.float32)
         logits = product(hidden, kernel[:, start:stop].astype(hidden.dtype))
         if (adapters := module_adapters(self, self.lora, shape[:1], shape[1:])) is not None:
-            a, b = (adapter.astype(hidden.dtype) for adapter in adapters)
-            logits = logits + self.lora.scale * product(hidden @ a, b[:, start:stop])
+            a, b = adapters.a.astype(hidden.dtype), adapters.b.astype(hidden.dtype)
+            logits = logits + adapters.scale * product(hidden @ a, b[:, start:stop])
         return logits
 
 
@@ -159,7 +161,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Returns the embeddings `[..., width]` of token ids `[...]`."""
-        return split_batch(self.embed_tokens[tokens].astype(self.execution.dtype))
+        return constrain_batch(self.embed_tokens[tokens].astype(self.execution.dtype))
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, KeyValue]:
         """Runs a whole sequence and returns its hidden states after the final norm; otherwise like `run`."""
@@ -185,15 +187,16 @@ class Llama(nn.Module):
         allowed = None
         if self.execution.attention == "xla":
             allowed = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) & mask[:, None]
-        return self._run_layers(x, None, Context(cos, sin, (allowed,)), layers)
+        return self._run_layers(x, None, LlamaCall(cos, sin, (allowed,)), layers)
 
-    def _run_layers(self, x: jax.Array, cache: Cache | None, context: Context, layers: Sequence[PyTree] | None):
+    def _run_layers(self, x: jax.Array, cache: Cache | None, call: LlamaCall, layers: Sequence[PyTree] | None):
         if layers is None:
-            return self.layers(x, cache, context)
-        block, kept = LlamaBlock(self.config, self.execution, self.lora, parent=None), []
+            return self.layers(x, cache, call)
+        path_prefix = "/".join((*self.path, "layers"))
+        block, kept = LlamaBlock(self.config, self.execution, self.lora, path_prefix, parent=None), []
         for i, params in enumerate(layers):
             layer_cache = None if cache is None else Cache(cache.prefix[i], cache.suffix[i])
-            x, new = block.apply({"params": params}, x, layer_cache, context)
+            x, new = block.apply({"params": params}, x, layer_cache, call)
             kept.append(new)
         return x, tuple(kept)
 
@@ -221,9 +224,9 @@ class Llama(nn.Module):
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         num_slots = jax.tree.leaves(cache.suffix)[0].shape[-3]
         is_decoded = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
-        x, suffix = self._run_layers(x, cache, Context(cos, sin, (mask[:, None], is_decoded), index), layers)
+        x, suffix = self._run_layers(x, cache, LlamaCall(cos, sin, (mask[:, None], is_decoded), index), layers)
         return self.norm(x), cache._replace(suffix=suffix)
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
         """Returns float32 logits `[..., stop - start]` of the token ids in [start, stop)."""
-        return self.lm_head(split_batch(hidden), start, stop)
+        return self.lm_head(constrain_batch(hidden), start, stop)

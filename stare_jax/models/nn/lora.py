@@ -5,19 +5,20 @@ They are leaves of the parameter tree beside the kernel that they adapt, `lora_a
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from stare_jax.config import check_at_least
 from stare_jax.types import PyTree
 
 ALL_LINEAR = (r"^(dino|siglip|projector|llm)/",)
-"""what PEFT makes of "all-linear" for OpenVLA: every product, the output layer and both patch embeddings among them."""
+"""PEFT's "all-linear" for OpenVLA: every product, the output layer and both patch embeddings included."""
 ATTENTION = (r"^llm/layers/[qv]_proj$",)
 """PEFT's own choice for Llama: queries and values of the decoder."""
 BASE_PATTERN = r"^(?!value)(?!.*lora_[ab]$)"
@@ -25,62 +26,134 @@ BASE_PATTERN = r"^(?!value)(?!.*lora_[ab]$)"
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRAOverride:
+    """A rank and an alpha of their own for the products whose module path one regex matches."""
+
+    pattern: str
+    rank: int
+    alpha: float
+
+    def __post_init__(self):
+        _check_size(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Which products have adapters, and how large these are; alpha is 16 in OpenVLA and RL4VLA, the rank in RLinf."""
+    """Products that have adapters, and the sizes of these; alpha is 16 in OpenVLA and RL4VLA, the rank in RLinf."""
 
     rank: int = 32
     alpha: float = 16.0
     targets: tuple[str, ...] = ALL_LINEAR
     """regexes of module paths such as `llm/layers/q_proj`, `dino/patch_embed`, `llm/lm_head`."""
+    overrides: tuple[LoRAOverride, ...] = ()
+    """rank and alpha of some of the targets, in place of the two above; the first that matches a path counts."""
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank: got {self.rank}, expected >= 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha: got {self.alpha}, expected > 0")
+        _check_size(self)
         if not self.targets:
             raise ValueError("targets: got none, expected at least one regex")
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
     def adapts(self, path: str) -> bool:
-        """Returns whether the module at a path of names with slashes between has adapters."""
+        """Returns whether the module at a path, names with slashes between them, has adapters."""
         return any(re.search(pattern, path) for pattern in self.targets)
+
+    def rank_of(self, path: str) -> int:
+        """Returns the rank of the adapters of the module at a path."""
+        return self._size_of(path).rank
+
+    def scale_of(self, path: str) -> float:
+        """Returns alpha / rank of the adapters of the module at a path."""
+        size = self._size_of(path)
+        return size.alpha / size.rank
+
+    def _size_of(self, path: str) -> "LoRAConfig | LoRAOverride":
+        matches = (override for override in self.overrides if re.search(override.pattern, path))
+        return next(matches, self)
+
+
+def _check_size(config: LoRAConfig | LoRAOverride) -> None:
+    check_at_least(config, 1, "rank")
+    if not config.alpha > 0:
+        raise ValueError(f"alpha: got {config.alpha}, expected > 0")
+
+
+def check_patterns(config: LoRAConfig, paths: Sequence[str]) -> None:
+    """Checks that every pattern of a configuration is about some product of the model.
+
+    Args:
+        config: the model's.
+        paths: module paths of all products of the model that can have adapters.
+
+    Raises:
+        ValueError: a target matches none of them, or an override none of those that the targets match.
+    """
+    adapted = [path for path in paths if config.adapts(path)]
+    patterns = [("targets", pattern, paths) for pattern in config.targets]
+    patterns += [("overrides", override.pattern, adapted) for override in config.overrides]
+    for field, pattern, candidates in patterns:
+        if not any(re.search(pattern, path) for path in candidates):
+            raise ValueError(f"lora.{field}: got {pattern!r}, expected a regex of one of {', '.join(candidates)}")
+
+
+class Adapters(NamedTuple):
+    """The adapters of one product, which adds `scale · (x a) b` to it."""
+
+    a: jax.Array
+    """float32 `[*in, rank]`, or `[..., in, rank]` of a stack of matrices."""
+    b: jax.Array
+    """float32 `[rank, *out]`, or `[..., rank, out]`."""
+    scale: float
 
 
 def module_adapters(
-    module: nn.Module, config: LoRAConfig | None, in_shape: tuple[int, ...], out_shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array] | None:
-    """Returns the adapters float32 `[*in, rank]` and `[rank, *out]` of a module; None where its parameters have none.
+    module: nn.Module,
+    config: LoRAConfig | None,
+    in_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    *,
+    path_prefix: str = "",
+) -> Adapters | None:
+    """Returns the adapters `[*in, rank]` and `[rank, *out]` of a module; None where its parameters have none.
 
     They are created, as parameters, when the module is initialised: A normal with deviation 1 / rank, B zero.
 
+    Args:
+        module: the calling module.
+        config: of the model.
+        in_shape: input axes of the module's kernel.
+        out_shape: output axes of the module's kernel.
+        path_prefix: path of the module that is applied, where this is not the whole model.
+
     Raises:
-        ValueError: there are adapters and no config that says how much they count.
+        ValueError: there are adapters and no config with their alpha.
     """
-    rank = config.rank if config is not None else 0
-    return _adapters(module, config, "", (*in_shape, rank), (rank, *out_shape))
+    path = "/".join(filter(None, (path_prefix, *module.path)))
+    rank = 0 if config is None else config.rank_of(path)
+    return _adapters(module, config, path, "", (*in_shape, rank), (rank, *out_shape))
 
 
 def stacked_adapters(
     module: nn.Module, config: LoRAConfig | None, name: str, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array] | None:
+) -> Adapters | None:
     """Returns the adapters `[..., in, rank]` and `[..., rank, out]` of one weight `[..., in, out]` of a module.
 
-    They are adapters of each matrix in the stack, as openpi has them, and carry its names: `lora_a` beside a weight
-    called `w`, and `<name>_lora_a` beside others. Otherwise as `module_adapters`.
+    Every matrix of the stack has adapters of its own, as in openpi, whose names they carry: `lora_a` beside a weight
+    called `w`, and `<name>_lora_a` beside others. All else is as in `module_adapters`.
     """
-    rank = config.rank if config is not None else 0
+    path = "/".join(module.path if name == "w" else (*module.path, name))
     prefix = "" if name == "w" else f"{name}_"
-    return _adapters(module, config, prefix, (*shape[:-1], rank), (*shape[:-2], rank, shape[-1]))
+    rank = 0 if config is None else config.rank_of(path)
+    return _adapters(module, config, path, prefix, (*shape[:-1], rank), (*shape[:-2], rank, shape[-1]))
 
 
 def _adapters(
-    module: nn.Module, config: LoRAConfig | None, prefix: str, a_shape: tuple[int, ...], b_shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array] | None:
-    path = "/".join((*module.path, prefix.rstrip("_"))).rstrip("/")
+    module: nn.Module,
+    config: LoRAConfig | None,
+    path: str,
+    prefix: str,
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+) -> Adapters | None:
     if module.is_initializing():
         has_adapters = config is not None and config.adapts(path)
     else:
@@ -89,9 +162,9 @@ def _adapters(
         return None
     if config is None:
         raise ValueError(f"lora: got None, expected the LoRAConfig of the adapters at {path}")
-    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank), a_shape)
+    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank_of(path)), a_shape)
     b = module.param(f"{prefix}lora_b", nn.initializers.zeros, b_shape)
-    return a, b
+    return Adapters(a, b, config.scale_of(path))
 
 
 def low_rank_einsum(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -147,32 +220,41 @@ def store_frozen(params: PyTree, patterns: Sequence[str], dtype: str) -> PyTree:
 
 
 def merge_adapters(params: PyTree, config: LoRAConfig) -> PyTree:
-    """Returns parameters of the base model that compute what `params` do: `W + (alpha / rank) A B`.
+    """Returns parameters of the base model that compute the same as `params`: `W + (alpha / rank) A B`.
 
     The sum is taken in float32 and rounded to the kernel's type once.
+
+    Raises:
+        ValueError: adapters have another rank than `config` gives them, so that their scale is not known.
     """
     merged = dict(flatten_dict(params))
     for path in [path for path in merged if path[-1].endswith("lora_a")]:
         *module, name = path
-        a, b = merged.pop(path), merged.pop((*module, f"{name[:-1]}b"))
+        a, b = (jnp.asarray(merged.pop((*module, f"{name[:-1]}{end}")), jnp.float32) for end in "ab")
         stem = name.removesuffix("lora_a").rstrip("_")
         target = next(
             key for key in ((*module, leaf) for leaf in ((stem,) if stem else ("kernel", "w"))) if key in merged
         )
+        module_path = "/".join((*module, stem) if stem else module)
+        if a.shape[-1] != config.rank_of(module_path):
+            got = f"got {config.rank_of(module_path)} for {module_path}"
+            raise ValueError(f"lora.rank: {got}, expected {a.shape[-1]}, that of its adapters")
         kernel = merged[target]
-        a, b = (jnp.asarray(adapter, jnp.float32) for adapter in (a, b))
         if target[-1] == "kernel":
-            num_stacked = a.ndim + b.ndim - kernel.ndim - 2
-            stacked, in_shape, out_shape = (
-                kernel.shape[:num_stacked],
-                a.shape[num_stacked:-1],
-                b.shape[num_stacked + 1 :],
-            )
-            a = a.reshape(*stacked, math.prod(in_shape), config.rank)
-            b = b.reshape(*stacked, config.rank, math.prod(out_shape))
-        delta = config.scale * jnp.matmul(a, b, precision="highest").reshape(kernel.shape)
+            a, b = _as_matrices(a, b, kernel.ndim)
+        delta = config.scale_of(module_path) * jnp.matmul(a, b, precision="highest").reshape(kernel.shape)
         merged[target] = (jnp.asarray(kernel, jnp.float32) + delta).astype(kernel.dtype)
     return unflatten_dict(merged)
+
+
+def _as_matrices(a: jax.Array, b: jax.Array, kernel_ndim: int) -> tuple[jax.Array, jax.Array]:
+    """Returns adapters `[*stack, *in, rank]` and `[*stack, rank, *out]` as `[*stack, in, rank]`, `[*stack, rank, out]`.
+
+    The stack is the kernel's leading axis of layers, if it has one.
+    """
+    num_stacked, rank = a.ndim + b.ndim - kernel_ndim - 2, a.shape[-1]
+    stack = a.shape[:num_stacked]
+    return a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
 
 
 def _is_adapter(path: tuple[str, ...]) -> bool:

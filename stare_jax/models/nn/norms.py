@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stare_jax.models.nn.linear import Execution, split_batch
+from stare_jax.models.nn.linear import Execution, constrain_batch
 
 NORM_EPS = 1e-6
 """epsilon of all norms of pi0.5 and of the vision towers."""
@@ -70,7 +70,7 @@ class AdaptiveRMSNorm(nn.Module):
             param_dtype=self.execution.param_dtype,
             name="Dense_0",
         )
-        modulation, num_runs = split_batch(dense(split_batch(cond))), cond.shape[1]
+        modulation, num_runs = constrain_batch(dense(constrain_batch(cond))), cond.shape[1]
         if num_runs > 1:
             modulation = jnp.repeat(modulation, x.shape[1] // num_runs, axis=1)
         scale, shift, gate = jnp.split(modulation, 3, axis=-1)

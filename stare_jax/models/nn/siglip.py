@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.nn.attention import KeyValue, attend
-from stare_jax.models.nn.linear import Execution, Linear, scan_layers, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, scan_layers
 from stare_jax.models.nn.norms import layer_norm
 from stare_jax.models.nn.vit import patchify
 
@@ -64,9 +64,9 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         attention = SelfAttention(self.config, self.execution, name="MultiHeadDotProductAttention_0")
-        x = split_batch(x + attention(layer_norm(self.execution, "LayerNorm_0")(x)))
+        x = constrain_batch(x + attention(layer_norm(self.execution, "LayerNorm_0")(x)))
         mlp = MLP(self.config, self.execution, name="MlpBlock_0")
-        return split_batch(x + mlp(layer_norm(self.execution, "LayerNorm_1")(x))), None
+        return constrain_batch(x + mlp(layer_norm(self.execution, "LayerNorm_1")(x))), None
 
 
 class Encoder(nn.Module):
@@ -93,10 +93,10 @@ class SigLIP(nn.Module):
     def __call__(self, image: jax.Array) -> jax.Array:
         """Maps images float32 `[B, H, W, 3]` in [-1, 1] to tokens `[B, patches, out_dim]`."""
         cfg = self.config
-        # Pixels and positions are added up in float32, whatever follows.
-        exact = dataclasses.replace(self.execution, dtype="float32")
-        x = split_batch(Linear((cfg.width,), exact, num_in_axes=3, name="embedding")(patchify(image, cfg.patch_size)))
+        # Pixels and positions are added up in float32, as in openpi.
+        embed = Linear((cfg.width,), self.execution, num_in_axes=3, is_exact=True, name="embedding")
+        x = constrain_batch(embed(patchify(image, cfg.patch_size)))
         init = nn.initializers.normal(cfg.width**-0.5)
         x = x + self.param("pos_embedding", init, (1, *x.shape[1:]), self.execution.param_dtype).astype(jnp.float32)
         x = Encoder(cfg, self.execution, name="Transformer")(x.astype(self.execution.dtype))
-        return split_batch(Linear((self.out_dim,), self.execution, name="head")(split_batch(x)))
+        return constrain_batch(Linear((self.out_dim,), self.execution, name="head")(constrain_batch(x)))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.models.nn.attention import KeyValue, self_attend
-from stare_jax.models.nn.linear import Execution, Linear, gelu, scan_layers, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, gelu, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.norms import layer_norm
 
@@ -101,7 +101,7 @@ class ViTBlock(nn.Module):
         attended = self_attend(qkv[:, :, 0], new, None, is_causal=False, implementation=implementation)
         x = x + self._scale(linear((cfg.width,), num_in_axes=2, name="proj")(attended), "ls1")
         hidden = gelu(linear((cfg.mlp_dim,), name="fc1")(self._norm(x, "norm2")))
-        return split_batch(x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2")), None
+        return constrain_batch(x + self._scale(linear((cfg.width,), name="fc2")(hidden), "ls2")), None
 
     def _norm(self, x: jax.Array, name: str) -> jax.Array:
         return layer_norm(self.execution, name)(x)

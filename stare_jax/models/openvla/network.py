@@ -9,27 +9,27 @@ token, which predicts the first action token and carries the value, stands at th
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.config import check_at_least, check_choices
 from stare_jax.models.bins import NUM_BINS
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.heads import ValueHead
-from stare_jax.models.nn.linear import Execution, Linear, gelu, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, gelu
 from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.vit import ConvStem, ViT, ViTConfig, stem_stride
-from stare_jax.models.preprocess import RESIZERS, crop_center, normalize_image, resize_image
+from stare_jax.models.preprocess import Resize, crop_center, normalize_image, resize_image
 from stare_jax.types import PyTree
 
 Pixels = tuple[jax.Array, jax.Array]
 """float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
 Scene = Pixels | jax.Array
 """What the network sees: images, or the normalised state float32 `[B, S]`."""
-
-CRITICS = ("shared", "detached", "own", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ class OpenVLAConfig:
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
     image_size: int = 224
-    resize: str = "bicubic"
-    """how images of another size are resized: one of `preprocess.RESIZERS`, explained there."""
+    resize: Resize = "bicubic"
+    """resizer of images of another size, see `models/preprocess.py`."""
     center_crop: float = 1.0
     """share of the image's area, around its middle, that is enlarged to the whole; 1 crops nothing, 0.9 is for
     checkpoints that were trained on random crops."""
@@ -68,7 +68,7 @@ class OpenVLAConfig:
     restrict_logits: bool = False
     """whether the imitation loss normalises over the action tokens alone, as sampling always does."""
     value_dims: tuple[int, ...] = (512, 128)
-    critic: str = "shared"
+    critic: Literal["shared", "detached", "own", "state"] = "shared"
     """what the value head reads: "shared", the decoder's last state of the prompt; "detached", the same without passing
     a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt; "state", the
     state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
@@ -93,9 +93,7 @@ class OpenVLAConfig:
             self._check_state_only()
         else:
             self._check_towers()
-        for name, allowed in (("critic", CRITICS), ("resize", RESIZERS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        check_choices(self)
         if not 0 < self.center_crop <= 1:
             raise ValueError(f"center_crop: got {self.center_crop}, expected in (0, 1]")
         if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
@@ -107,10 +105,10 @@ class OpenVLAConfig:
             raise ValueError(
                 f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
             )
-        least = {"label_width": 0, "state_dim": 0, "state_tokens": 0, "action_dim": 2, "prompt_length": 3}
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
+        check_at_least(self, 3, "prompt_length")
+        check_at_least(self, 2, "action_dim")
+        check_at_least(self, 1, "decode_unroll")
+        check_at_least(self, 0, "label_width", "state_dim", "state_tokens")
 
     def _check_towers(self):
         for name in ("dino", "siglip"):
@@ -148,9 +146,9 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         linear = partial(Linear, execution=self.execution, lora=self.lora)
-        x = gelu(linear((self.hidden_dim,), name="fc1")(split_batch(x)))
-        x = gelu(split_batch(linear((self.width,), name="fc2")(x)))
-        return split_batch(linear((self.width,), name="fc3")(x))
+        x = gelu(linear((self.hidden_dim,), name="fc1")(constrain_batch(x)))
+        x = gelu(constrain_batch(linear((self.width,), name="fc2")(x)))
+        return constrain_batch(linear((self.width,), name="fc3")(x))
 
 
 class OpenVLA(nn.Module):

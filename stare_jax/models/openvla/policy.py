@@ -1,11 +1,13 @@
 """OpenVLA as a policy: the pure functions around the network.
 
-Decision.action_tokens holds action bins in [0, 256), counted upwards with the action, whatever the vocabulary. Action
-dimensions in which the data never moves are not decided: their action is the data's, their bin that of 0, they take no
-part in log-probabilities, entropies and losses, and tokens after the last dimension that moves are not even computed.
+Decision.trace has one field, `bins`: int32 `[B, A]` action bins in [0, 256), counted upwards with the action, whatever
+the vocabulary. Action dimensions in which the data never moves are not decided: their action is the data's, their bin
+that of 0, they take no part in log-probabilities, entropies and losses, and tokens after the last dimension that moves
+are not even computed.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ from stare_jax.models.bins import (
     score_bins,
 )
 from stare_jax.models.nn.llama import unstack
-from stare_jax.models.nn.lora import store_frozen
+from stare_jax.models.nn.lora import check_patterns, store_frozen
 from stare_jax.models.normalize import (
     check_stats,
     is_constant_action,
@@ -34,7 +36,7 @@ from stare_jax.models.normalize import (
 from stare_jax.models.openvla.network import OpenVLA, OpenVLAConfig, Scene
 from stare_jax.models.openvla.presets import all_frozen_patterns
 from stare_jax.models.openvla.prompt import make_tokenize, observation_shape, read_observation
-from stare_jax.models.openvla.sharding import sharding_rules
+from stare_jax.models.openvla.sharding import adaptable_modules, sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import Array, NormStats, Observation, PyTree
 
@@ -47,9 +49,12 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         norm_stats: of actions `[A]` and states `[S]`.
 
     Raises:
-        ValueError: the statistics are of another number of dimensions than the config.
+        ValueError: the statistics are of another number of dimensions than the config, or a pattern of its adapters
+            matches no product of the network.
     """
     check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
+    if config.lora is not None:
+        check_patterns(config.lora, adaptable_modules(config))
     network = OpenVLA(config)
     return Policy(
         init=functools.partial(_init, network, norm_stats),
@@ -131,7 +136,7 @@ def _sample(
     bins = jnp.pad(bins, [(0, 0), (0, num_undecided)], constant_values=ZERO_BIN)
     action = unnormalize_action(decode_bins(bins), norm_stats)
     value = _apply(network, params, hidden, prompt[0], _state(norm_stats, observation), method="value")
-    return Decision(action, bins, logp, value)
+    return Decision(action, {"bins": bins}, logp, value)
 
 
 def _log_prob(
@@ -139,14 +144,14 @@ def _log_prob(
     norm_stats: NormStats,
     params: PyTree,
     observation: Observation,
-    action_tokens: Array,
+    trace: Mapping[str, Array],
     *,
     temperature: Array | float = 1.0,
     reference_params: PyTree | None = None,
 ) -> ActionScore:
     """Scores all tokens of an action in one pass, each given the ones before it; divergences are summed over them."""
     is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
-    bins = jnp.asarray(action_tokens)[:, : len(is_decided)]
+    bins = jnp.asarray(trace["bins"])[:, : len(is_decided)]
 
     def score(params):
         hidden = _apply(network, params, *prompt, bins, method="score")

@@ -32,7 +32,6 @@ def sharding_rules(config: OpenVLAConfig) -> tuple[Rule, ...]:
         (r"norm/scale$", P()),
         (r"value_head/layer_\d+/(kernel|bias)$|value_head/out/kernel$", P()),
     ]
-    kernels = _decoder_kernels()
     if config.state_tokens:
         vectors += [(r"state_embed/kernel$", P(None, None, "fsdp")), (r"state_embed/bias$", P())]
     else:
@@ -44,10 +43,20 @@ def sharding_rules(config: OpenVLAConfig) -> tuple[Rule, ...]:
             (r"projector/fc1/bias$", P("tensor")),
             (r"projector/fc[23]/bias$", P()),
         ]
-        kernels += [*_tower_kernels("dino"), *_tower_kernels("siglip"), *_projector_kernels()]
         if config.stem:
             vectors.append((r"stem/conv_\d+/(kernel|bias)$", P()))
-    return (*vectors, *(rule for kernel in kernels for rule in _kernel_rules(kernel, config.lora)))
+    return (*vectors, *(rule for kernel in _kernels(config) for rule in _kernel_rules(kernel, config.lora)))
+
+
+def adaptable_modules(config: OpenVLAConfig) -> tuple[str, ...]:
+    """Returns the module paths of all products that can have adapters."""
+    return tuple(kernel.path for kernel in _kernels(config))
+
+
+def _kernels(config: OpenVLAConfig) -> list[Kernel]:
+    if config.state_tokens:
+        return _decoder_kernels()
+    return [*_decoder_kernels(), *_tower_kernels("dino"), *_tower_kernels("siglip"), *_projector_kernels()]
 
 
 def _decoder_kernels() -> list[Kernel]:

@@ -7,15 +7,18 @@ The chunk follows from an ordinary differential equation in the flow time t, fro
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.config import check_at_least, check_choices
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
 from stare_jax.models.nn.heads import NoiseHead, ValueHead
-from stare_jax.models.nn.linear import Execution, Linear, split_batch
+from stare_jax.models.nn.linear import Execution, Linear, constrain_batch
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
@@ -27,10 +30,6 @@ MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 """of the sines and cosines that a flow time becomes."""
 _PREFIX = r"^(?:PaliGemma/(?:img/|llm/(?!.*_1/))|stem/|state_embed/)"
 """regex of the parameters that images and text go through."""
-
-NOISES = ("ode", "sde", "learned")
-CRITICS = ("shared", "detached", "state")
-PREFERENCES = ("flow", "chain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Pi05Config:
     """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
     num_denoising_steps: int = 10
     """N, from noise to a chunk."""
-    noise: str = "sde"
+    noise: Literal["ode", "sde", "learned"] = "sde"
     """what makes sampling random besides the noise it starts from, at a temperature above 0: "sde", one step of
     Flow-SDE, drawn for every row; "learned", all steps, with the deviations of Flow-Noise; "ode", nothing, so that
     there is no log-probability to speak of, and no PPO."""
@@ -75,14 +74,14 @@ class Pi05Config:
     """a of Flow-SDE."""
     noise_std: tuple[float, float] = (0.08, 0.16)
     """least and largest deviation of Flow-Noise."""
-    preference: str = "flow"
+    preference: Literal["flow", "chain"] = "flow"
     """how preference learning scores actions: "flow", by the error of the velocity at noise and times that are shared
     by policy, reference and both sides of a pair; "chain", by the density of the chain that the policy drew."""
     pad_actions: bool = True
     """whether imitation learns to repeat an episode's last action beyond its end, as openpi's does, or leaves what is
     beyond out of the loss."""
     value_dims: tuple[int, ...] = (1024, 512, 256)
-    critic: str = "shared"
+    critic: Literal["shared", "detached", "state"] = "shared"
     """what the value head reads: "shared", the mean of PaliGemma's valid tokens; "detached", the same without passing a
     gradient on; "state", the state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
@@ -100,20 +99,16 @@ class Pi05Config:
         self._check_scene()
         if self.execution.attention != "xla":
             raise ValueError(f"execution.attention: got {self.execution.attention!r}, expected 'xla' for pi0.5")
-        choices = {"noise": NOISES, "critic": CRITICS, "preference": PREFERENCES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {allowed}")
+        check_choices(self)
         if self.preference == "chain" and self.noise != "learned":
             raise ValueError(f"preference: got 'chain', expected 'flow' with noise {self.noise!r}")
         if "{instruction}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
         if not self.state_dim and ("{state}" in self.prompt_template or self.critic == "state" or self.state_tokens):
             raise ValueError("state_dim: got 0, expected > 0 for a prompt, a critic or tokens that show the state")
-        least = {"window": 1, "num_denoising_steps": 1, "action_dim": 1, "prompt_length": 2, "state_dim": 0}
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= {bound}")
+        check_at_least(self, 2, "prompt_length")
+        check_at_least(self, 1, "window", "num_denoising_steps", "action_dim")
+        check_at_least(self, 0, "state_dim", "state_tokens")
         if not 1 <= self.chunk <= self.window:
             raise ValueError(f"chunk: got {self.chunk}, expected in [1, {self.window}], the window")
         if self.model_action_dim < self.action_dim:
@@ -173,11 +168,11 @@ class Pi05(nn.Module):
         cfg, width = self.config, self.config.expert.width
         self.PaliGemma = PaliGemma(cfg)
         # Outside the bfloat16 part, as the flow is integrated in float32.
-        exact = dataclasses.replace(cfg.execution, dtype="float32")
-        self.action_in_proj = Linear((width,), exact)
-        self.action_out_proj = Linear((cfg.model_action_dim,), exact)
-        self.time_mlp_in = Linear((width,), exact)
-        self.time_mlp_out = Linear((width,), exact)
+        exact = partial(Linear, execution=cfg.execution, is_exact=True)
+        self.action_in_proj = exact((width,))
+        self.action_out_proj = exact((cfg.model_action_dim,))
+        self.time_mlp_in = exact((width,))
+        self.time_mlp_out = exact((width,))
         if cfg.state_tokens:
             self.state_embed = Linear((cfg.state_tokens, cfg.paligemma.width), cfg.execution)
         else:
@@ -229,9 +224,9 @@ class Pi05(nn.Module):
 
     def condition(self, time: jax.Array) -> jax.Array:
         """Returns what flow times `[...]` modulate the expert's norms by, float32 `[..., width]`."""
-        embedding = split_batch(time_embedding(time, self.config.expert.width))
-        hidden = nn.swish(split_batch(self.time_mlp_in(embedding)))
-        return nn.swish(split_batch(self.time_mlp_out(hidden)))
+        embedding = constrain_batch(time_embedding(time, self.config.expert.width))
+        hidden = nn.swish(constrain_batch(self.time_mlp_in(embedding)))
+        return nn.swish(constrain_batch(self.time_mlp_out(hidden)))
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
         """Returns hidden states `[B, G, H, width]` of noisy chunks `[B, G, H, A]` at times `[B, G]` after a prefix."""
@@ -285,8 +280,10 @@ class Pi05(nn.Module):
         (prefix, hidden), _ = self.PaliGemma.llm(xs, _positions(all_valid), [mask], cond=cond)
         return self.velocity(hidden), prefix, hidden
 
-    def touch(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array) -> None:
-        """Uses every parameter, for initialisation."""
+    def init_pass(
+        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
+    ) -> None:
+        """Uses every parameter: the method by which `init` makes them."""
         _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))
         self.value(prefix, jnp.ones(prefix.shape[:2], bool), state)
         if self.config.noise == "learned":

@@ -1,13 +1,14 @@
 """pi0.5 as a policy: the pure functions around the network.
 
-A decision is a chunk of H actions, of which the first C are executed. It is the end of a chain of points from noise,
-and Decision.action_tokens holds the chain, float32 `[B, N + 1, H, A + 1]`: points in the first A places, and in the
-last one 1 where the point was drawn at random. Actions outside the network are raw; inside they are normalised by their
-quantiles and padded with zeros to the network's width. Log-probabilities, entropies and divergences are those of the
-actions that are executed, in the dimensions that the data moves.
+A decision predicts a window of H actions, of which the first C are executed. The window is the end of a chain of points
+from noise, and Decision.trace holds the chain: `chain`, float32 `[B, N + 1, H, A]`, the points x_0 .. x_N, and
+`is_drawn`, bool `[B, N]`, which of the N steps between them were drawn at random. Actions outside the network are raw;
+inside they are normalised by their quantiles and padded with zeros to the network's width. Log-probabilities, entropies
+and divergences are those of the actions that are executed, in the dimensions that the data moves.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,12 +17,12 @@ import numpy as np
 
 from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.nn.attention import KeyValue
-from stare_jax.models.nn.lora import store_frozen
+from stare_jax.models.nn.lora import check_patterns, store_frozen
 from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
 from stare_jax.models.pi05.network import Pi05, Pi05Config, has_frozen_prefix
 from stare_jax.models.pi05.presets import all_frozen_patterns
 from stare_jax.models.pi05.prompt import make_tokenize, observation_shape, read_observation
-from stare_jax.models.pi05.sharding import sharding_rules
+from stare_jax.models.pi05.sharding import adaptable_modules, sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import Array, NormStats, Observation, PyTree
 
@@ -34,9 +35,12 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         norm_stats: of actions `[A]` and states `[S]`.
 
     Raises:
-        ValueError: the statistics are of another number of dimensions than the config.
+        ValueError: the statistics are of another number of dimensions than the config, or a pattern of its adapters
+            matches no product of the network.
     """
     check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
+    if config.lora is not None:
+        check_patterns(config.lora, adaptable_modules())
     network = Pi05(config)
     return Policy(
         init=functools.partial(_init, network, norm_stats),
@@ -84,7 +88,7 @@ def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
     noisy = jnp.zeros((1, config.window, config.model_action_dim))
     scene = read_observation(config, norm_stats, blank)
-    params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="touch")["params"]
+    params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="init_pass")["params"]
     return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
 
 
@@ -163,28 +167,25 @@ def _sample(
     x, (points, mean, std) = jax.lax.scan(step, start, inputs)
     points, mean, std = (jnp.moveaxis(leaf, 0, 1) for leaf in (points, mean, std))
     logp = _over_executed(config, norm_stats, flow.normal_logp(points, flow.Transition(mean, std)))
-    flags = jnp.pad(is_drawn.astype(jnp.float32), ((0, 0), (1, 0)))[:, :, None, None]
-    points = jnp.concatenate([start[:, None], points], axis=1)
-    chain = jnp.concatenate([points, jnp.broadcast_to(flags, (*points.shape[:-1], 1))], axis=-1)
+    trace = {"chain": jnp.concatenate([start[:, None], points], axis=1), "is_drawn": is_drawn}
     executed = x[:, : config.chunk, : config.action_dim]
     action = from_quantiles(executed, norm_stats.action_q01, norm_stats.action_q99)
     value = _critic(network, norm_stats, params, prefix, observation)
-    return Decision(action, chain, logp.sum(axis=(1, 2, 3)), value)
+    return Decision(action, trace, logp.sum(axis=(1, 2, 3)), value)
 
 
-def _unpack(config: Pi05Config, action_tokens: Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns points x_i and what followed them, `[B, G, H, A]`, i and whether that was drawn, `[B, G]`.
+def _scored_steps(config: Pi05Config, trace: Mapping[str, Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns points x_i and the points after them, `[B, G, H, A]`, i and whether the step was drawn, `[B, G]`.
 
     G is the number of steps, or 1 where at most one of them is random.
     """
-    tokens = jnp.asarray(action_tokens, jnp.float32)
-    points, is_drawn = tokens[..., :-1], tokens[:, 1:, 0, -1] > 0.5
+    chain, is_drawn = jnp.asarray(trace["chain"], jnp.float32), jnp.asarray(trace["is_drawn"])
     if config.noise == "sde":
         index = jnp.argmax(is_drawn, axis=1)[:, None]
     else:
         index = jnp.broadcast_to(jnp.arange(is_drawn.shape[1]), is_drawn.shape)
     at = index[..., None, None]
-    before, after = (jnp.take_along_axis(points, at + i, axis=1) for i in (0, 1))
+    before, after = (jnp.take_along_axis(chain, at + i, axis=1) for i in (0, 1))
     return before, after, index, jnp.take_along_axis(is_drawn, index, axis=1)
 
 
@@ -193,7 +194,7 @@ def _log_prob(
     norm_stats: NormStats,
     params: PyTree,
     observation: Observation,
-    action_tokens: Array,
+    trace: Mapping[str, Array],
     *,
     temperature: Array | float = 1.0,
     reference_params: PyTree | None = None,
@@ -203,7 +204,7 @@ def _log_prob(
     Those are exact, each step's from the point it left. A reference reads the prefix anew where any of that is trained.
     """
     config = network.config
-    before, after, index, is_drawn = _unpack(config, action_tokens)
+    before, after, index, is_drawn = _scored_steps(config, trace)
 
     def step(params, prefix):
         ordinary, random = _steps(network, params, prefix, before, index, temperature)

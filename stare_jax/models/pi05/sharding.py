@@ -30,15 +30,17 @@ def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
             rules.append((r"stem/conv_\d+/(kernel|bias)$", P()))
     for path, (*stack, inputs, outputs) in _WEIGHTS.items():
         rules.append((rf"{path}$", P(None, *stack, inputs, outputs)))
-        module = path.removesuffix("/w").replace("(_1)?", "")
-        experts = [
-            name for name in (module, _second(module)) if config.lora and config.lora.adapts(f"PaliGemma/{name}")
-        ]
-        for name in experts:
-            beside = f"{name}/" if path.endswith("/w") else f"{name}_"
-            rules.append((rf"PaliGemma/{beside}lora_a$", P(None, *stack, inputs, None)))
-            rules.append((rf"PaliGemma/{beside}lora_b$", P(None, *stack, None, outputs)))
+        for module in _modules(path):
+            if config.lora is not None and config.lora.adapts(module):
+                beside = f"{module}/" if path.endswith("/w") else f"{module}_"
+                rules.append((rf"{beside}lora_a$", P(None, *stack, inputs, None)))
+                rules.append((rf"{beside}lora_b$", P(None, *stack, None, outputs)))
     return tuple(rules)
+
+
+def adaptable_modules() -> tuple[str, ...]:
+    """Returns the module paths of all products that can have adapters: those of both language models."""
+    return tuple(module for path in _WEIGHTS for module in _modules(path))
 
 
 _WEIGHTS = {
@@ -51,10 +53,10 @@ _WEIGHTS = {
 """weights of both experts by path: mesh axes of all axes but that of the layers, the input's and output's last."""
 
 
-def _second(module: str) -> str:
-    """Returns the module's name in the action expert."""
-    head, name = module.rsplit("/", 1)
-    return f"{head}/{name}_1" if "/attn" in head else f"{head}_1/{name}"
+def _modules(path: str) -> tuple[str, str]:
+    """Returns the module paths in PaliGemma and in the action expert of a key of `_WEIGHTS`."""
+    module = f"PaliGemma/{path.removesuffix('/w')}"
+    return module.replace("(_1)?", ""), module.replace("(_1)?", "_1")
 
 
 def _tower_rules() -> list[Rule]:

@@ -1,5 +1,6 @@
 """Formats of pi0.5: openpi's tree, the tensors of its PyTorch port and of lerobot, PaliGemma's arrays."""
 
+import dataclasses
 import functools
 import logging
 import re
@@ -14,7 +15,8 @@ from stare_jax.config import ConfigError, from_dict, to_dict
 from stare_jax.models import pi05_base, pi05_droid, pi05_libero, pi05_maniskill
 from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride
 from stare_jax.models.pi05.network import Pi05Config
-from stare_jax.state.checkpoint import load_leaf, save_tree, tree_shapes
+from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE
+from stare_jax.state.storage import load_leaf, save_tree, tree_shapes
 from stare_jax.types import NormStats
 from stare_jax.weights.format import Clean, Format, OnBytes
 from stare_jax.weights.pi05.npz import is_npz, list_npz, read_npz
@@ -204,6 +206,13 @@ def _find_statistics(
     return asset_id, read_openpi_stats(file, max_dim=_MAX_DIM, action_dim=action_dim, state_dim=state_dim)
 
 
+def _for_robot(config: Pi05Config, action_dim: int, state_dim: int) -> Pi05Config:
+    """Gives a model a robot's numbers; a robot without a state takes the state out of the prompt."""
+    is_shown = state_dim or "{state}" not in config.prompt_template
+    template = config.prompt_template if is_shown else STATELESS_TEMPLATE
+    return dataclasses.replace(config, action_dim=action_dim, state_dim=state_dim, prompt_template=template)
+
+
 def _write_config(folder: Path, config: Pi05Config, dtype: str | None) -> None:
     del dtype
     if not (folder / CONFIG).exists():
@@ -237,7 +246,7 @@ OPENPI = Format(
     add_statistics=write_stats,
     finish=_write_config,
     write_tree=_write_tree,
-    sizes_from_statistics=True,
+    for_robot=_for_robot,
     read_lora=read_lora,
     known=_known,
 )

@@ -8,10 +8,11 @@ import pytest
 from toy_task import expert_episodes, random_pairs
 
 from stare_jax.stages import potentials, separate
-from stare_jax.train.annotate import action_stages, annotate_episode
+from stare_jax.train.ppo_batch import episode_targets
+from stare_jax.train.tpo_reference import action_stages
 
-annotate = jax.jit(
-    annotate_episode,
+targets_of = jax.jit(
+    episode_targets,
     static_argnames=(
         "spec",
         "shaping",
@@ -41,12 +42,12 @@ def hand_made(signals, *, num_states, success_at):
 
 def test_success_ends_an_episode_for_good(episodes, spec):
     signals, valid = hand_made(episodes[0], num_states=3, success_at=2)
-    got = annotate(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
+    got = targets_of(signals, valid, np.float32([0.1, 0.2, 9.0, 9.0]), spec=spec, **PLAIN)
     np.testing.assert_array_equal(got.valid_t, [True, True, False])
     np.testing.assert_array_equal(got.reward_t, [0, 1, 0])
     # A_1 = 1 - 0.2; A_0 = (0 + 0.5 * 0.2 - 0.1) + 0.5 * A_1; the value of the last state does not count.
-    np.testing.assert_allclose(got.advantage_t, [0.4, 0.8, 0.0], atol=1e-6)
-    np.testing.assert_allclose(got.return_t, [0.5, 1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(got.advantage_d, [0.4, 0.8, 0.0], atol=1e-6)
+    np.testing.assert_allclose(got.return_d, [0.5, 1.0, 0.0], atol=1e-6)
     assert got.completed.all()
 
 
@@ -62,8 +63,8 @@ def test_success_ends_an_episode_for_good(episodes, spec):
 def test_the_time_limit_bootstraps_or_terminates(episodes, spec, time_limit, expected):
     signals, valid = hand_made(episodes[0], num_states=4, success_at=None)
     value = np.float32([0.1, 0.2, 0.3, 0.4])
-    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
-    np.testing.assert_allclose(got.advantage_t, expected, atol=1e-6)
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"time_limit": time_limit}))
+    np.testing.assert_allclose(got.advantage_d, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("time_limit", ["bootstrap", "terminate"])
@@ -71,10 +72,10 @@ def test_an_episode_that_was_cut_short_is_bootstrapped_whatever_the_time_limit(e
     signals, valid = hand_made(episodes[0], num_states=3, success_at=None)
     value = np.float32([0.1, 0.2, 0.3, 9.0])
     options = PLAIN | {"time_limit": time_limit}
-    got = annotate(signals, valid, value, spec=spec, **options)
+    got = targets_of(signals, valid, value, spec=spec, **options)
     # delta = [0.5 * 0.2 - 0.1, 0.5 * 0.3 - 0.2]
-    np.testing.assert_allclose(got.advantage_t, [-0.025, -0.05, 0], atol=1e-6)
-    got = annotate(signals, valid, value, spec=spec, **(options | {"shaping": True}))
+    np.testing.assert_allclose(got.advantage_d, [-0.025, -0.05, 0], atol=1e-6)
+    got = targets_of(signals, valid, value, spec=spec, **(options | {"shaping": True}))
     potential = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(signals, valid)
     np.testing.assert_allclose(got.shaped_reward_t[1], 0.5 * potential[2] - potential[1], atol=1e-6)
 
@@ -84,7 +85,8 @@ def test_shaping_telescopes(episodes, spec, time_limit):
     gamma = 0.9
     options = PLAIN | {"shaping": True, "gamma": gamma, "time_limit": time_limit}
     signals, valid = episodes
-    got = jax.vmap(functools.partial(annotate, spec=spec, **options))(signals, valid, np.zeros(valid.shape, np.float32))
+    value = np.zeros(valid.shape, np.float32)
+    got = jax.vmap(functools.partial(targets_of, spec=spec, **options))(signals, valid, value)
     potential = jax.jit(jax.vmap(lambda s, v: potentials(spec, s, separate(spec, s, v))))(signals, valid)
     assert got.reward_t.any() and not got.reward_t.any(axis=1).all()
     for e, length in enumerate(valid.sum(axis=1) - 1):
@@ -93,7 +95,7 @@ def test_shaping_telescopes(episodes, spec, time_limit):
         expected = weight @ got.reward_t[e, :length] - potential[e, 0]
         expected += gamma**length * potential[e, length] * is_kept
         # With lambda 1 and values 0 the first advantage is the discounted sum of shaped rewards.
-        np.testing.assert_allclose(got.advantage_t[e, 0], expected, atol=1e-4)
+        np.testing.assert_allclose(got.advantage_d[e, 0], expected, atol=1e-4)
         np.testing.assert_allclose(weight @ got.shaped_reward_t[e, :length], expected, atol=1e-4)
 
 
@@ -107,9 +109,9 @@ def test_what_is_not_valid_does_not_count(episodes, spec):
         return np.concatenate([x, np.full((5, *x.shape[1:]), 1 if x.dtype == bool else 77, x.dtype)])
 
     padded_valid = np.concatenate([valid, np.zeros(5, bool)])
-    got = annotate(signals, valid, value, spec=spec, **options)
-    padded = annotate(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
-    for a, b in zip(got[:5], padded[:5], strict=True):
+    got = targets_of(signals, valid, value, spec=spec, **options)
+    padded = targets_of(jax.tree.map(pad, signals), padded_valid, pad(value), spec=spec, **options)
+    for a, b in zip(got[:6], padded[:6], strict=True):
         np.testing.assert_allclose(b[:11], a, atol=1e-6)
         assert not b[11:].any()
     stages_of = jax.jit(action_stages, static_argnames="spec")
@@ -129,28 +131,29 @@ def test_shaping_telescopes_at_the_ends_of_chunks(episodes, spec, chunk, time_li
     options = PLAIN | {"gamma": 0.9, "time_limit": time_limit, "chunk": chunk, "chunk_discount": chunk_discount}
     for e in (0, 9):  # a failure, which runs to the horizon, and a success, which ends within a chunk
         one = jax.tree.map(lambda x, e=e: x[e], (signals, valid))
-        zero = np.zeros(len(one[1]), np.float32)
+        zero = np.zeros(-(-(len(one[1]) - 1) // chunk) + 1, np.float32)
         # With a critic of zero and lambda 1 the first return is the sum of all that decisions earn.
-        shaped, plain = (annotate(*one, zero, spec=spec, **(options | {"shaping": on})) for on in (True, False))
+        shaped, plain = (targets_of(*one, zero, spec=spec, **(options | {"shaping": on})) for on in (True, False))
         potential = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(*one)
         length = int(one[1].sum()) - 1
         is_open = plain.reward_t.sum() == 0 and time_limit == "bootstrap"
         num_decisions = -(-length // chunk)
         discount = 0.9 ** (num_decisions if chunk_discount == "decision" else length) if is_open else 0.0
-        gap = shaped.return_t[0] - plain.return_t[0]
+        gap = shaped.return_d[0] - plain.return_d[0]
         np.testing.assert_allclose(gap, discount * potential[length] - potential[0], atol=1e-5)
-        assert plain.decided_t.sum() == num_decisions and not plain.advantage_t[~plain.decided_t].any()
+        assert plain.valid_d.sum() == num_decisions and not plain.advantage_d[~plain.valid_d].any()
+        assert plain.advantage_d.shape == plain.return_d.shape == (len(zero) - 1,)
 
 
 def test_decisions_earn_what_their_actions_do(episodes, spec):
     """Five actions in chunks of two, success at the fifth: by hand."""
     first = jax.tree.map(lambda x: x[0, :6], episodes[0])
     signals, valid = first._replace(success=np.arange(6) == 5), np.ones(6, bool)
-    value = np.float32([0.1, 9.0, 0.2, 9.0, 0.4, 9.0])  # 9 where nothing is decided: never read
-    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2}))
+    value = np.float32([0.1, 0.2, 0.4, 9.0])  # 9 after the success, which nothing follows
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2}))
     # From the last: A = 1 - 0.4; A = 0.25 * 0.4 - 0.2 + 0.25 * 0.6; A = 0.25 * 0.2 - 0.1 + 0.25 * 0.05
-    np.testing.assert_allclose(got.advantage_t, [-0.0375, 0, 0.05, 0, 0.6], atol=1e-6)
-    np.testing.assert_allclose(got.return_t, [0.0625, 0, 0.25, 0, 1.0], atol=1e-6)
-    got = annotate(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2, "chunk_discount": "decision"}))
+    np.testing.assert_allclose(got.advantage_d, [-0.0375, 0.05, 0.6], atol=1e-6)
+    np.testing.assert_allclose(got.return_d, [0.0625, 0.25, 1.0], atol=1e-6)
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2, "chunk_discount": "decision"}))
     # A = 0.6; A = 0.5 * 0.4 - 0.2 + 0.5 * 0.6; A = 0.5 * 0.2 - 0.1 + 0.5 * 0.3
-    np.testing.assert_allclose(got.advantage_t, [0.15, 0, 0.3, 0, 0.6], atol=1e-6)
+    np.testing.assert_allclose(got.advantage_d, [0.15, 0.3, 0.6], atol=1e-6)

@@ -1,0 +1,87 @@
+"""The episode that each environment is in: which one begins next, which one is over."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from stare_jax.envs.base import EnvStep
+
+
+class Tick(NamedTuple):
+    """What becomes of the episode in each environment, bool `[B]` each."""
+
+    is_live: np.ndarray
+    """the state is to be recorded"""
+    is_lost: np.ndarray
+    """the simulator died"""
+    is_acting: np.ndarray
+    """the action is to be recorded and executed"""
+    is_ending: np.ndarray
+    """over, cut short or lost"""
+
+
+class Places:
+    """The number of the episode in each environment, and how many actions it has executed."""
+
+    def __init__(self, num_envs: int, num_episodes: int):
+        self.num_started = min(num_envs, num_episodes)
+        self.episode = np.where(np.arange(num_envs) < num_episodes, np.arange(num_envs), -1)
+        """int `[B]`, -1 where the environment has no episode."""
+        self.t = np.zeros(num_envs, int)
+        """int `[B]`, actions executed."""
+        self._since_success = np.full(num_envs, -1)
+        """int `[B]`, actions executed since the first success, -1 before it."""
+
+    @property
+    def is_first(self) -> np.ndarray:
+        """bool `[B]`, True where an episode is in its first state."""
+        return (self.episode >= 0) & (self.t == 0)
+
+    @property
+    def are_empty(self) -> bool:
+        """True where no environment has an episode."""
+        return bool((self.episode < 0).all())
+
+    def judge(self, state: EnvStep, horizon: int, *, stop_at_success: bool, linger: int, budget: float) -> Tick:
+        """Decides which episodes are over, and which rows act; at most `budget` rows do.
+
+        Args:
+            state: the states that the environments are in.
+            horizon: actions after which an episode is over.
+            stop_at_success: whether success ends an episode; it takes at least one action.
+            linger: further actions after the first success, where success ends an episode.
+            budget: rows that may act.
+        """
+        is_live = (self.episode >= 0) & state.alive
+        is_over = is_live & (self.t == horizon)
+        if stop_at_success:
+            is_success = np.asarray(state.signals.success) & (self.t > 0)
+            begins = is_live & is_success & (self._since_success < 0)
+            self._since_success = np.where(begins, 0, self._since_success)
+            is_over |= is_live & (self._since_success >= linger)
+        is_acting = is_live & ~is_over
+        is_acting &= np.cumsum(is_acting) <= budget
+        return Tick(is_live, (self.episode >= 0) & ~state.alive, is_acting, (self.episode >= 0) & ~is_acting)
+
+    def hand_out(self, tick: Tick, alive: np.ndarray, seeds: Sequence[int], *, is_open: bool) -> dict[int, int]:
+        """Moves on by the actions of a tick, and returns the seeds of the environments to be reset.
+
+        Args:
+            tick: what became of the episodes.
+            alive: bool `[B]` of the environments.
+            seeds: seeds of all episodes.
+            is_open: whether episodes may begin in the next tick.
+        """
+        reset_seeds = {}
+        self.t = np.where(tick.is_acting, self.t + 1, 0)
+        counts = tick.is_acting & (self._since_success >= 0)
+        self._since_success = np.where(counts, self._since_success + 1, -1)
+        self.episode[tick.is_ending] = -1
+        for i in np.flatnonzero(self.episode < 0):
+            if is_open and self.num_started < len(seeds):
+                self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
+                self.num_started += 1
+        for i in np.flatnonzero((self.episode < 0) & ~alive):
+            reset_seeds[int(i)] = seeds[0]  # A restarted simulator has to be reset, also where nothing is left to do.
+        return reset_seeds

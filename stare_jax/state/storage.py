@@ -1,0 +1,161 @@
+"""Trees of arrays on disk; the only file that knows Orbax.
+
+A folder holds named items, each a tree, and a dict that JSON takes. Reading and writing hold a few leaves at a time
+besides the arrays themselves, where Orbax's own defaults hold a second copy of everything.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from stare_jax.sharding.mesh import path_name
+from stare_jax.types import Array, PyTree
+
+METADATA_FILE = "_CHECKPOINT_METADATA"
+"""Name of the file that Orbax writes last into a folder."""
+PARTIAL = ".orbax-checkpoint-tmp"
+"""End of the name under which Orbax writes a folder, until it is complete."""
+_READ_BYTES = 2**28
+
+
+def is_complete(folder: Path) -> bool:
+    """Says whether a folder has been written to its end, and is not being deleted."""
+    # The metadata are the first to go when a folder is deleted, and say when its writing was finished.
+    try:
+        metadata = json.loads((folder / METADATA_FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return metadata.get("commit_timestamp_nsecs") is not None
+
+
+class BackgroundWriter:
+    """Writes folders `<directory>/<step>` in the background, and keeps the newest ones."""
+
+    def __init__(self, directory: Path, *, keep: int):
+        self._checkpointer = ocp.training.Checkpointer(
+            directory,
+            # Which steps to save is the caller's choice; Orbax's own default skips some.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        )
+
+    def write(self, step: int, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
+        """Returns when the arrays are copied, so that the caller may donate them."""
+        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
+
+    def close(self) -> None:
+        """Waits until everything is written, and frees Orbax's resources."""
+        self._checkpointer.close()
+
+
+def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
+    """Writes a new folder, and waits."""
+    leaves, context = jax.tree.leaves(items), ocp.Context()
+    shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
+    sizes = [leaf.nbytes for leaf in leaves]
+    # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
+    context.memory.write_concurrent_bytes = max(shards or sizes) + 1
+    context.memory.transfer_concurrent_bytes = max(sizes) + 1
+    context.memory.deepcopy_host_arrays = False
+    # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
+    context.array.saving.use_replica_parallel = False
+    with context:
+        ocp.save_checkpointables(folder, items, custom_metadata=metadata)
+
+
+def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dict[str, PyTree]:
+    """Reads items of a folder.
+
+    Args:
+        folder: complete.
+        like: item -> leaves with shape, dtype and sharding; NumPy arrays, which are not written to, for NumPy's.
+        partial: whether items hold leaves that are not asked for.
+    """
+
+    def abstract(leaf):
+        is_jax = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if is_jax else leaf
+
+    with _reading(like, partial):
+        return ocp.load_checkpointables(folder, jax.tree.map(abstract, like))
+
+
+def _reading(like: PyTree, partial: bool) -> ocp.Context:
+    context = ocp.Context()
+    sizes = [leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(like)]
+    context.memory.read_concurrent_bytes = max([*sizes, _READ_BYTES]) + 1
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Returns the dict that was written with the items of a folder."""
+    return ocp.checkpointables_metadata(folder).custom_metadata or {}
+
+
+def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns item -> path -> shape and dtype of all leaves of a folder, without reading their values."""
+    items = ocp.checkpointables_metadata(folder).metadata
+    return {name: _shapes(tree) for name, tree in items.items()}
+
+
+def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them."""
+    path, name = _tree_at(folder)
+    return _shapes(ocp.metadata(path, checkpointable_name=name).metadata)
+
+
+def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) -> Array:
+    """Loads one leaf of a tree that was saved on its own: a NumPy array where `like` has no sharding."""
+    path, name = _tree_at(folder)
+    wanted = like if like.sharding is not None else np.empty(like.shape, like.dtype)  # nothing is written to it
+    with _reading(like, partial=True):
+        tree = ocp.load(path, nest({leaf_path: wanted}), checkpointable_name=name)
+    return jax.tree.leaves(tree)[0]
+
+
+def save_tree(directory: str | Path, name: str, tree: PyTree) -> None:
+    """Saves a tree on its own, as other programs' checkpoints have it.
+
+    Args:
+        directory: a folder.
+        name: name of a new folder in it.
+        tree: arrays of any sharding.
+    """
+    partial = Path(directory).absolute() / f"{name}.partial"
+    write(partial, {name: tree}, {})
+    for path in partial.iterdir():
+        path.rename(partial.parent / path.name)
+    partial.rmdir()
+
+
+def _tree_at(folder: str | Path) -> tuple[Path, str | None]:
+    """Returns how Orbax wants a tree to be named: a checkpoint of its own, or a part of one."""
+    folder = Path(folder).absolute()
+    return (folder, None) if (folder / METADATA_FILE).exists() else (folder.parent, folder.name)
+
+
+def _shapes(stored: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(stored).items()}
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a tree by path."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def nest(leaves: dict[str, Any]) -> PyTree:
+    """Returns a nested dict of leaves given by path; the inverse of `flatten`."""
+    tree: PyTree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree

@@ -1,0 +1,225 @@
+"""The parts that all training loops share: their surroundings, their beginning, reports, saving and stopping."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from stare_jax.logging import Clock
+from stare_jax.models.policy import Policy
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state import checkpoint
+from stare_jax.state.checkpoint import CheckpointError, Checkpoints
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, split_params
+from stare_jax.state.train_state import CHECKPOINTS, TrainState, abstract_state, check_precision, create_state
+from stare_jax.types import Array, NormStats, PyTree
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_num_compilations = 0
+
+
+def _write_nothing(step: int, metrics: Mapping[str, Any], *, phase: str) -> None:
+    del step, metrics, phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The surroundings of a phase: its folder, the policy's provenance, metrics, interruption, devices."""
+
+    directory: Path
+    """the run directory; a phase keeps its checkpoints in `<directory>/<phase>/checkpoints`."""
+    norm_stats: NormStats
+    """normalisation statistics of the policy; saved with every checkpoint, and compared when a phase goes on."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """configuration of the policy's model as JSON takes it, {} if unknown; saved with every checkpoint."""
+    writer: Callable[..., None] = _write_nothing
+    """writer(step, {"area/quantity": float}, phase="sft"); see `logging.make_writer`."""
+    should_stop: Callable[[], bool] = lambda: False
+    """polled once a step: the loop saves and raises `logging.Interrupted`."""
+    mesh: Mesh = dataclasses.field(default_factory=make_mesh)
+    """devices of the parameters and of all batches."""
+    resume: bool = False
+    """go on from the phase's latest checkpoint, if there is one."""
+
+
+def checkpoint_directory(run: Run, phase: str) -> Path:
+    """Returns the folder of a phase's checkpoints."""
+    return Path(run.directory) / phase / CHECKPOINTS
+
+
+# ---- Begin ----------------------------------------------------------------------------------------------------------
+def start_phase(
+    phase: str,
+    run: Run,
+    policy: Policy,
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    config: OptimizerConfig,
+    *,
+    has_average: bool = False,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state a phase starts in, and the counters of the checkpoint it goes on from ({} without one).
+
+    `params` are consumed: the state takes their memory, or, where it is restored from a checkpoint, they are deleted
+    before it is loaded.
+
+    Raises:
+        CheckpointError: not resuming, but the phase has checkpoints here already; or they were made with other
+            statistics.
+        ConfigError: parameters of less than float32 would be trained.
+    """
+    freeze, rules = frozen_params(policy, config), policy.sharding_rules
+    check_precision(split_params(params, freeze)[0])
+    directory = checkpoint_directory(run, phase)
+    steps = checkpoint.complete_steps(directory)
+    if not steps:
+        state = create_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
+        return state, {}
+    if not run.resume:
+        raise CheckpointError(
+            f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
+        )
+    _check_norm_stats(directory, run.norm_stats)
+    layout = abstract_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+    return checkpoint.restore(directory, layout)
+
+
+def _check_norm_stats(directory: Path, norm_stats: NormStats) -> None:
+    saved = checkpoint.load_norm_stats(directory)
+    for name, got, expected in zip(NormStats._fields, norm_stats, saved, strict=True):
+        if not np.array_equal(np.asarray(got, expected.dtype), expected):
+            raise CheckpointError(
+                f"{directory}: norm_stats.{name}: got {np.asarray(got).tolist()}, expected {expected.tolist()}, with "
+                "which the checkpoint was trained"
+            )
+
+
+# ---- Report ---------------------------------------------------------------------------------------------------------
+def num_compilations() -> int:
+    """Returns the number of XLA programs that this process has compiled, or read from the compilation cache.
+
+    A loop whose shapes are static compiles nothing after its first turn.
+    """
+    return _num_compilations
+
+
+def _count(event: str, duration: float, **details: object) -> None:
+    global _num_compilations
+    del duration, details
+    _num_compilations += event == _COMPILE_EVENT
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+class Window:
+    """Metrics, time and compilations between two reports. Steps that are under way are not waited for until `read`."""
+
+    def __init__(self, phase: str, run: Run, *, num_steps: int):
+        """Begins after `num_steps` optimiser steps of the phase."""
+        self.clock = Clock()
+        """seconds by area of work."""
+        self._phase, self._run, self._num_steps = phase, run, num_steps
+        self._pending: list[dict[str, Array]] = []
+        self._compiled: int | None = None
+
+    def add(self, metrics: dict[str, Array]) -> None:
+        """Takes the metrics of one optimiser step. What was compiled up to the first report's end does not count."""
+        self._pending.append(metrics)
+        if self._compiled is None:
+            self._compiled = num_compilations()
+
+    def read(self) -> list[dict[str, float]]:
+        """Returns the metrics that were added since the last call, on the host, once they have been found finite.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not.
+        """
+        with self.clock("update"):
+            updates = jax.device_get(self._pending)
+        self._pending = []
+        self._num_steps = check_finite(updates, phase=self._phase, num_steps=self._num_steps)
+        return updates
+
+    def write(self, number: int, metrics: Mapping[str, float], **amounts: int) -> None:
+        """Writes metrics, `time/...`, `perf/<amount>_per_s` and `perf/compilations`, and starts the next window.
+
+        Args:
+            number: number of the step, or of the iteration.
+            metrics: metrics of the window.
+            amounts: work that was done in the window.
+        """
+        seconds = self.clock.seconds()
+        total = sum(seconds.values())
+        self._run.writer(
+            number,
+            {
+                **metrics,
+                **{f"time/{area}_s": value for area, value in seconds.items()},
+                **{f"perf/{name}_per_s": amount / total for name, amount in amounts.items()},
+                "perf/compilations": num_compilations() - self._compiled,
+            },
+            phase=self._phase,
+        )
+        self._compiled = num_compilations()
+        self.clock.reset()
+
+
+def check_finite(updates: Sequence[Mapping[str, float]], *, phase: str, num_steps: int) -> int:
+    """Stops a run whose loss or gradient is not finite; returns the number of optimiser steps after these updates.
+
+    Args:
+        updates: metrics of consecutive updates; one that was refused (`ppo/stopped`) is no step.
+        phase: name of the phase; its loss is the metric `<phase>/loss`.
+        num_steps: optimiser steps before them.
+
+    Raises:
+        FloatingPointError: names the step.
+    """
+    for metrics in updates:
+        for name in (f"{phase}/loss", "grad/norm"):
+            if not math.isfinite(metrics[name]):
+                raise FloatingPointError(f"{phase}: {name} of step {num_steps + 1} is {metrics[name]}")
+        num_steps += int(1 - metrics.get("ppo/stopped", 0))
+    return num_steps
+
+
+def reduce_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns means over updates; of metrics whose names end in `_min` or `_max` the extremes."""
+    reductions = {"_min": np.min, "_max": np.max}
+    return {
+        name: float(reductions.get(name[-4:], np.mean)([update[name] for update in updates])) for name in updates[0]
+    }
+
+
+# ---- Save and stop --------------------------------------------------------------------------------------------------
+class Turn(NamedTuple):
+    """What a loop does after a step."""
+
+    is_saving: bool
+    is_reporting: bool
+    """True also where it saves, so that nothing unchecked is saved."""
+    is_stopping: bool
+    """True where it has been asked to stop before its last step."""
+
+
+def next_turn(run: Run, step: int, num_steps: int, *, log_every: int, checkpoint_every: int) -> Turn:
+    """Decides what to do after step number `step` of `num_steps`."""
+    is_last = step == num_steps
+    is_stopping = run.should_stop() and not is_last
+    is_saving = step % checkpoint_every == 0 or is_last or is_stopping
+    return Turn(is_saving, is_saving or step % log_every == 0, is_stopping)
+
+
+def save(checkpoints: Checkpoints, step: int, state: TrainState, run: Run, counters: Mapping[str, int]) -> None:
+    """Saves a state with all that a later phase has to know of it."""
+    checkpoints.save(step, state, norm_stats=run.norm_stats, model=run.model, counters=dict(counters))

@@ -1,0 +1,188 @@
+"""The part of a preference pair that no training changes: reference log-probabilities, stage masks and costs."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from stare_jax.config import ConfigError
+from stare_jax.data.windows import window_indices
+from stare_jax.logging import Interrupted
+from stare_jax.models.nn.lora import keep_adapters
+from stare_jax.models.policy import Policy
+from stare_jax.rollout.collect import acting_sharding, place_rows
+from stare_jax.stages.costs import stage_costs
+from stare_jax.stages.separate import separate, stage_mask
+from stare_jax.stages.spec import TaskSpec
+from stare_jax.types import Array, Observation, PreferencePair, PyTree, Signals, Trajectory
+
+
+class ScoredTrajectory(NamedTuple):
+    """One side of B preference pairs, with all that does not depend on the parameters that are trained.
+
+    N actions come from D = ceil(N / C) decisions. The loss sums M scores: M is D where a decision has one, its
+    log-probability, and N for a policy with a `preference_score`, which scores each action.
+    """
+
+    observation: Observation
+    """leaves `[B, D, ...]` of the states in which decisions were made."""
+    decision: PyTree
+    """the traces of the decisions, leaves `[B, D, ...]`, or float32 `[B, D, H, A]`, the actions from each on, for a
+    policy with a `preference_score`."""
+    seed: Array
+    """uint32 `[B, D, G]` of its G estimates, the same for both sides of a pair; G is 1 where there is one."""
+    ref_logp: Array
+    """float32 `[B, M, G]`."""
+    valid: Array
+    """bool `[B, M]`: decisions or actions that exist."""
+    stage_mask: Array
+    """bool `[B, K, M]`."""
+    stage_cost: Array
+    """float32 `[B, K]`."""
+    completed: Array
+    """bool `[B, K]`."""
+
+
+class PairBatch(NamedTuple):
+    """Preference pairs."""
+
+    chosen: ScoredTrajectory
+    rejected: ScoredTrajectory
+
+
+def check_reference(reference: str, params: PyTree) -> None:
+    """Raises ConfigError where `TPOConfig.reference` is "base" and there are no adapters to switch off."""
+    if reference == "base" and not jax.tree.leaves(keep_adapters(params)):
+        raise ConfigError("tpo.reference: got 'base', expected 'start' for a policy without adapters (model.lora)")
+
+
+def score_pairs(
+    policy: Policy,
+    params: PyTree,
+    pairs: PreferencePair,
+    spec: TaskSpec,
+    *,
+    batch_size: int,
+    num_draws: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> PairBatch:
+    """Computes the scores of the reference policy, stage masks and stage costs.
+
+    Args:
+        policy: the reference policy.
+        params: parameters of the reference policy.
+        pairs: NumPy leaves `[P, ...]`.
+        spec: the task's stages.
+        batch_size: decisions scored at a time, cut over the devices of `params`.
+        num_draws: G, estimates of each score where the policy makes estimates.
+        should_stop: polled before each batch of decisions.
+
+    Returns:
+        NumPy leaves `[P, ...]`.
+
+    Raises:
+        Interrupted: `should_stop` asked for it; scores are made again when the phase goes on.
+    """
+
+    @jax.jit
+    def score_decisions(params, observation, decision, seed):
+        if policy.preference_score is None:
+            return policy.log_prob(params, observation, decision).logp[:, None, None]
+        return policy.preference_score(params, observation, decision, seed)
+
+    def score(trajectory: Trajectory) -> ScoredTrajectory:
+        observation, decision, is_decided = decisions_of(policy, trajectory)
+        shape = (*is_decided.shape, 1 if policy.preference_score is None else num_draws)
+        seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+        scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
+        pair, d = np.nonzero(is_decided)
+        for start in range(0, len(pair), batch_size):
+            if should_stop():
+                raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
+            rows = np.arange(start, start + batch_size) % len(pair)
+            at = (pair[rows], d[rows])
+            inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
+            placed = place_rows(inputs, acting_sharding(params))
+            scores[at] = np.asarray(score_decisions(params, *placed))[:batch_size]
+        mask, cost, completed = jax.device_get(_jitted_stages(spec)(trajectory.signals, trajectory.valid))
+        valid = np.asarray(trajectory.valid)[:, 1:]
+        if policy.preference_score is None:
+            valid, mask = is_decided, mask[..., :: policy.chunk]
+        ref_logp = np.moveaxis(flatten_scores(scores.swapaxes(1, 2), valid.shape[1]), 1, 2)
+        return ScoredTrajectory(
+            observation, decision, seed, np.ascontiguousarray(ref_logp), valid, mask, cost, completed
+        )
+
+    return PairBatch(score(pairs.chosen), score(pairs.rejected))
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted_stages(spec: TaskSpec) -> Callable:
+    return jax.jit(jax.vmap(functools.partial(action_stages, spec=spec)))
+
+
+class ActionStages(NamedTuple):
+    """The stages of one episode as its actions see them."""
+
+    mask: Array
+    """bool `[K, N]`: the action was taken in a state of the stage, and exists."""
+    cost: Array
+    """float32 `[K]`."""
+    completed: Array
+    """bool `[K]`."""
+
+
+def action_stages(signals: Signals, valid: Array, *, spec: TaskSpec) -> ActionStages:
+    """Returns masks over actions and stage costs over states (3) of one episode.
+
+    Args:
+        signals: leaves `[N + 1, ...]`.
+        valid: bool `[N + 1]`.
+        spec: the task.
+    """
+    separation = separate(spec, signals, valid)
+    return ActionStages(
+        mask=stage_mask(separation, spec.num_stages, valid)[:, :-1] & valid[1:],
+        cost=stage_costs(spec, signals, separation, valid),
+        completed=separation.completed,
+    )
+
+
+def flatten_scores(score: Array, num_scores: int) -> Array:
+    """Returns scores of decisions `[..., D, C or 1]`, C where each action has its own, in order, `[..., M]`.
+
+    The last decision may have executed fewer actions than C.
+    """
+    return score.reshape(*score.shape[:-2], -1)[..., :num_scores]
+
+
+def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, PyTree, np.ndarray]:
+    """Returns the decisions of trajectories, as they are to be scored.
+
+    Args:
+        policy: policy that is to score the decisions.
+        trajectory: NumPy leaves `[P, ...]`.
+
+    Returns:
+        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; bool `[P, D]`, decisions that exist.
+
+    Raises:
+        ValueError: log-probabilities are asked of decisions that this policy did not make.
+    """
+    valid = np.asarray(trajectory.valid)[:, 1:]
+    starts = np.arange(0, valid.shape[1], policy.chunk)
+    observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
+    if policy.preference_score is not None:
+        index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
+        return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid[:, starts]
+    decisions, params = trajectory.decisions, jax.eval_shape(policy.init, jax.random.key(0))
+    made = jax.eval_shape(policy.sample, params, policy.observation_shape(1), jax.random.key(0)).trace
+    expected = jax.tree.map(lambda x: x.shape[1:], made)
+    found = None if decisions is None else jax.tree.map(lambda x: x.shape[2:], decisions.trace)
+    if found != expected or decisions.valid.shape[1] != len(starts):
+        remedy = "collect them anew with this policy" + ("; model.preference 'flow' does without" * bool(policy.window))
+        raise ValueError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
+    return observation, decisions.trace, np.asarray(decisions.valid)
