@@ -1,4 +1,4 @@
-"""Formats of other people's weights as records of functions; weights of one, compared with a model before they are read."""
+"""Formats of other people's weights as records of functions, and weights that are compared before they are read."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -98,10 +98,11 @@ class Opened(NamedTuple):
     left: tuple[str, ...] = ()
     """names of tensors that no part of ours corresponds to"""
 
-    def join(self, table: Mapping[str, Entry], tensors: Tensors, folder: Path) -> "Opened":
-        """Returns the weights together with those of an adapter's folder, whose heads, if it has any, replace them."""
-        head_table, heads = open_heads(folder, self.config)
-        return self._replace(table={**self.table, **table, **head_table}, tensors={**self.tensors, **tensors, **heads})
+    def join(self, adapter: "Opened") -> "Opened":
+        """Returns the weights together with an adapter of them, whose heads, if it has any, replace theirs."""
+        table, heads = open_heads(adapter.folder, self.config)
+        tensors = self.tensors | adapter.tensors | heads
+        return self._replace(config=adapter.config, table=self.table | adapter.table | table, tensors=tensors)
 
     @property
     def dtype(self) -> str:
@@ -171,7 +172,7 @@ def _with_adapters(form: Format, source: Path, tensors: Tensors, config: ModelCo
         rank, scale = config.lora.rank_of(module), config.lora.scale_of(module)
         if scale != 1.0:
             raise ConfigError(
-                f"model.lora.alpha: got {scale * rank} for {module}, expected the rank {rank}, as openpi's"
+                f"model.lora.alpha: got {scale * rank}, expected the rank {rank} of {module}, as openpi's"
             )
     return config
 

@@ -1,4 +1,4 @@
-"""Parameters that a phase starts from, of ours or in the formats of others, once their model is known to be the run's."""
+"""Parameters that a phase starts from, once the model that they are of is known to be the run's."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh
     """Returns parameters on the mesh, once the source's model is known to be the run's.
 
     Args:
-        source: a phase of a run, a converted folder, or a checkpoint in the format of others; None takes random weights.
+        source: a phase of a run, a converted folder, or a checkpoint of others; None takes random weights.
         policy: the run's.
         model: configuration that the policy was made of. Where it has adapters and the source has none, they are fresh.
         mesh: devices that the parameters are to be on.

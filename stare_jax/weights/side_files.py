@@ -1,4 +1,4 @@
-"""Files of a checkpoint beside the weights that we train, kept in a converted folder so that the way back loses nothing.
+"""Files of a checkpoint beside its weights, kept in a converted folder so that the way back loses nothing.
 
 <folder>/checkpoints/0                 our parameters, statistics and configuration
 <folder>/config.json                   the configuration once more, as in a run's config.json, under "model"

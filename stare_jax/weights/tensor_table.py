@@ -110,20 +110,20 @@ def dtype_of(name: str, dtype: str | Mapping[str, str]) -> str:
     return dtype if isinstance(dtype, str) else dtype[name]
 
 
-def table_values(table: Mapping[str, Entry], leaves: Leaves, dtype: str | Mapping[str, str]) -> Named:
+def table_values(
+    table: Mapping[str, Entry], leaves: Leaves, dtype: str | Mapping[str, str], *, prefix: str = ""
+) -> Named:
     """Yields the tensors of a table as the checkpoint has them; no leaf is kept while the next one is loaded."""
     for path, entry in table.items():
         leaf = leaves(path)
         layers = leaf.reshape(-1, *layer_shape(leaf.shape, entry))
         del leaf
         for i, name in enumerate(entry.names):
-            yield name, to_checkpoint(layers[i], entry.kind).astype(jnp.dtype(dtype_of(name, dtype)), copy=False)
+            yield (
+                prefix + name,
+                to_checkpoint(layers[i], entry.kind).astype(jnp.dtype(dtype_of(name, dtype)), copy=False),
+            )
         del layers
-
-
-def with_prefix(table: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
-    """Returns a table whose tensors' names all have a prefix."""
-    return {path: entry._replace(names=tuple(prefix + name for name in entry.names)) for path, entry in table.items()}
 
 
 def read_tree(

@@ -4,6 +4,7 @@ The names, shapes and rearrangements are put down once more here, so that the co
 something.
 """
 
+import dataclasses
 import json
 import math
 import warnings
@@ -47,15 +48,18 @@ def model_config(sizes=SMALL, **changes):
         GemmaConfig(width, sizes.depth, mlp_dim, sizes.heads, 1, sizes.head_dim)
         for width, mlp_dim in zip(sizes.widths, sizes.mlps, strict=True)
     ]
-    return pi05_base(
+    config = pi05_base(
         siglip=SigLIPConfig(width=width, depth=depth, num_heads=heads, mlp_dim=mlp),
         paligemma=experts[0],
         expert=experts[1],
         vocab_size=sizes.vocab,
         model_action_dim=sizes.actions,
         image_size=14 * math.isqrt(sizes.patches),
-        **{"prompt_template": "{instruction}", "state_dim": 0, "tokenizer": "words"} | changes,
+        prompt_template="{instruction}",
+        state_dim=0,
+        tokenizer="words",
     )
+    return dataclasses.replace(config, **changes)
 
 
 def write_config(file, config=None):

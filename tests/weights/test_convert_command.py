@@ -19,6 +19,7 @@ from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.checkpoint import load_model, load_norm_stats, load_params, save_params
 from stare_jax.state.train_state import abstract_params
 from stare_jax.weights import convert as conversion
+from stare_jax.weights import origin
 from stare_jax.weights.heads import HEADS
 
 SIDE_FILES = {
@@ -77,7 +78,7 @@ def test_back_and_forth_every_bit_is_the_same(original, converted, tmp_path, cap
 
 
 def test_what_is_converted_is_what_the_loader_reads(original, converted):
-    config = conversion.open_base(converted).config
+    config = origin.open_base(converted).config
     model = load_model(converted / "checkpoints")
     assert (model["execution"]["param_dtype"], model["lora"], model["llm"]["width"]) == ("bfloat16", None, 16)
     stats = load_norm_stats(converted / "checkpoints")

@@ -173,7 +173,7 @@ def test_adapters_of_peft(folder, loaded, expected, end, tmp_path, name):
     """Logits with the adapter on, and the file as it was."""
     base = open_weights(folder)
     adapter = open_adapter(folder / name, base)
-    config = dataclasses.replace(loaded.config, lora=adapter.lora)
+    config = dataclasses.replace(loaded.config, lora=adapter.config.lora)
     params = add_adapters(loaded.params, read_tree(adapter.table, adapter.tensors, leaf_shapes(config)))
     network, tokens = OpenVLA(config), expected["input_ids"]
 

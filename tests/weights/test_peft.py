@@ -100,9 +100,9 @@ def test_merged_weights_are_those_computed_by_hand(converted, tensors, adapters,
 def test_adapters_of_some_modules(base, adapters, tmp_path, targets, expected):
     some = openvla_files.adapter_shapes(SMALL, RANK, targets)
     adapter = open_adapter(write(tmp_path, {name: adapters[name] for name in some}, targets), open_weights(base))
-    assert adapter.lora == LoRAConfig(RANK, ALPHA, expected)
+    assert adapter.config.lora == LoRAConfig(RANK, ALPHA, expected)
     assert len(adapter.tensors) + len(adapter.unused) == len(some)
-    config = dataclasses.replace(open_weights(base).config, lora=adapter.lora)
+    config = dataclasses.replace(open_weights(base).config, lora=adapter.config.lora)
     wanted = {path: leaf for path, leaf in leaf_shapes(config).items() if path in adapter.table}
     assert set(adapter.table) == {path for path in leaf_shapes(config) if path.endswith(("/lora_a", "/lora_b"))}
     tree = read_tree(adapter.table, adapter.tensors, wanted)

@@ -101,6 +101,15 @@ def theirs(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     pi05_files.write_openpi(folder / "openpi", tree)
     pi05_files.write_port(folder / "lerobot", pi05_files.to_port(tree), prefix="model.")
+    for name in ("openpi", "lerobot"):
+        (folder / name / "config.json").unlink()  # a run says itself which model it is
+    return folder
+
+
+def write_adapted(folder, tree):
+    """openpi's tree with adapters, which does not say of which model."""
+    pi05_files.write_openpi(folder, tree)
+    (folder / "config.json").unlink()
     return folder
 
 
@@ -174,8 +183,9 @@ def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
 
 
 def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path, capsys):
-    theirs, ours = pi05_files.write_openpi(tmp_path / "theirs", adapted), tmp_path / "ours"
-    assert convert(f"--from={theirs}", f"--to={ours}") == 0
+    theirs, ours = write_adapted(tmp_path / "theirs", adapted), tmp_path / "ours"
+    model = pi05_files.write_config(tmp_path / "model.json", model_config(value_dims=(1024, 512, 256)))
+    assert convert(f"--from={theirs}", f"--to={ours}", f"--model={model}") == 0
     assert "--config.model.lora.rank=2 --config.model.lora.alpha=2.0" in capsys.readouterr().out
     assert adapted.keys() < param_shapes(ours / "checkpoints").keys()
     lora = load_model(ours / "checkpoints")["lora"]
@@ -217,11 +227,12 @@ def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
     adapters = {path: leaf for path, leaf in leaf_shapes(config).items() if is_adapter(path)}
     assert {leaf.shape[-1] for path, leaf in adapters.items() if path.endswith("lora_a")} == {2, 3}
     more = {path: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for path, leaf in adapters.items()}
-    theirs = pi05_files.write_openpi(tmp_path / "theirs", tree | more)
+    theirs = write_adapted(tmp_path / "theirs", tree | more)
+    model = pi05_files.write_config(tmp_path / "model.json", dataclasses.replace(config, lora=None))
     # A run of that configuration reads it; so does the conversion, which finds the ranks by itself.
     started = start(theirs, config)
     assert bits({path: started[path] for path in more}) == bits(more)
-    assert convert(f"--from={theirs}", f"--to={tmp_path / 'ours'}") == 0
+    assert convert(f"--from={theirs}", f"--to={tmp_path / 'ours'}", f"--model={model}") == 0
     model = load_model_config(tmp_path / "ours")
     assert {(model.lora.rank_of(adapted_module(p)), model.lora.scale_of(adapted_module(p))) for p in more} == {
         (2, 1.0),

@@ -1,4 +1,4 @@
-"""Table from the leaves of our parameters to the tensors of an OpenVLA checkpoint, and the tensors that are never run."""
+"""Table from our leaves to the tensors of an OpenVLA checkpoint, and the tensors that are never run."""
 
 from collections.abc import Mapping
 
