@@ -24,6 +24,7 @@ from stare_jax.models import (
     pi05_maniskill,
 )
 from stare_jax.runs.config import RunConfig
+from stare_jax.stages import StageParams
 
 ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero")
 """Algorithms of the interaction phase, see `set_algorithm`."""
@@ -45,6 +46,8 @@ def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str)
         name: of the run, which is kept in `runs/<name>` unless `--workdir` says otherwise.
     """
     values = _with_placeholders(RunConfig(env=env, model=model, stages=env.spec.params))
+    # Not the numbers of this task: they follow the task that the command line may name (`RunConfig.fill_in`).
+    values["stages"] = {name: _placeholder(hint) for name, hint in typing.get_type_hints(StageParams).items()}
     config = ml_collections.ConfigDict(values, type_safe=False)
     config.name = name
     for section in ("demos", "sft", "pairs", "ppo", "tpo"):
@@ -81,13 +84,19 @@ def _with_placeholders(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             value = _with_placeholders(value)
         elif value is None and isinstance(hint, types.UnionType):
-            (part,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-            kind = type(choices(part)[0]) if choices(part) else typing.get_origin(part) or part
-            value = None if dataclasses.is_dataclass(kind) else config_dict.placeholder(kind)
+            value = _placeholder(hint)
         else:
             value = to_dict(value)
         values[field.name] = value
     return values
+
+
+def _placeholder(hint: Any) -> Any:
+    """Returns a place for a value of an annotated type, such as `float | None`; None for the place of a dataclass."""
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    (part,) = (part for part in parts if part is not types.NoneType)
+    kind = type(choices(part)[0]) if choices(part) else typing.get_origin(part) or part
+    return None if dataclasses.is_dataclass(kind) else config_dict.placeholder(kind)
 
 
 def set_algorithm(config: ml_collections.ConfigDict, algorithm: str) -> None:

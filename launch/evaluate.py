@@ -1,22 +1,24 @@
-"""Evaluates a trained policy, or the expert, prints the table and renews the run's report.
+"""Evaluates a policy of a run, or the expert of its task; writes reports; compares runs.
 
-    python launch/evaluate.py --run=runs/quickstart --phase=ppo --episodes=100
+    python launch/evaluate.py --run=runs/quickstart --phase=ppo --num-episodes=100
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --temperature=1 --name=ppo_sampled
     python launch/evaluate.py --run=runs/quickstart --phase=expert
-    python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --workers=8 --envs-per-worker=4
+    python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --num-workers=8 --envs-per-worker=4
     python launch/evaluate.py --report=runs/quickstart
     python launch/evaluate.py --across runs/seed0 runs/seed1 runs/seed2
 
-What is not given is as the run's own configuration has it, so the episodes are those of the run's other evaluations.
---report writes report.html again from the run's files; --across gives mean and deviation over runs of several seeds.
+Options that are not given are as in the run's own configuration, so the episodes are those of its other evaluations.
+Ctrl-C or SIGTERM stops; the parts that are done are kept, and the same command goes on after them.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import command
 import jax
@@ -25,36 +27,55 @@ from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
 from stare_jax.envs.tasks import make_expert
-from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate_act
-from stare_jax.evaluate.summary import mean_and_std
+from stare_jax.evaluate.protocol import ActOf, EvalConfig, episode_seeds, evaluate_act, policy_act_of
+from stare_jax.evaluate.record import evaluation_file, load_results, partial_folder, unused_name
+from stare_jax.evaluate.summary import RateOverRuns, rate_over_runs
 from stare_jax.logging import Clock, Interruption, print_table, say
-from stare_jax.report.record import evaluation_file, record_evaluation
-from stare_jax.report.report import load_results, print_report, write_report
-from stare_jax.rollout.collect import Act, policy_act
+from stare_jax.report.films import record_evaluation
+from stare_jax.report.report import print_report, write_report
+from stare_jax.report.tables import MISSING
 from stare_jax.runs.config import RunConfig
-from stare_jax.runs.load import load_config, load_policy
+from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
+from stare_jax.sharding.mesh import make_mesh
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
 
 
+class Subject(NamedTuple):
+    """The policy or the expert that is evaluated."""
+
+    act_of: ActOf
+    depends_on_batch: bool
+    name: str
+    """Name of the checkpoint, or "expert"."""
+    chunk: int
+    """Actions of a decision."""
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, metavar="RUN", help="run directory to evaluate a phase of")
-    what.add_argument("--report", type=Path, metavar="RUN", help="only write the report of this run directory again")
-    what.add_argument("--across", type=Path, nargs="+", metavar="RUN", help="only compare evaluated run directories")
-    add = parser.add_argument
-    add("--phase", help=f"sft, tpo, ppo, or {EXPERT}; needed with --run")
-    add("--step", type=int, help="of the checkpoint (default: the phase's latest)")
-    add("--name", help="under which the result is kept (default: PHASE, or PHASE_again beside the run's own)")
-    add("--episodes", type=int, metavar="N", help="how many, on the seeds from the first on")
-    add("--first-seed", type=int, metavar="SEED")
-    add("--temperature", type=float, help="0 is greedy; a flow still starts from noise")
-    add("--videos", type=int, metavar="N", help="episodes to film")
+    jobs = parser.add_argument_group("jobs: give one of these").add_mutually_exclusive_group(required=True)
+    jobs.add_argument("--run", type=Path, metavar="RUN", help="evaluate a phase of this run directory; see below")
+    jobs.add_argument("--report", type=Path, metavar="RUN", help="write report.html again from the run's files")
+    jobs.add_argument(
+        "--across", type=Path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
+    )
+    add = parser.add_argument_group("--run: the policy").add_argument
+    add("--phase", help=f"sft, tpo, ppo, or {EXPERT} for the expert of the task; needed")
+    add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
+    add("--name", help="name of the result, replaced if it exists (default: PHASE, or PHASE_again, PHASE_again2, ...)")
+    add = parser.add_argument_group("--run: the episodes, as --config.evaluation of launch/train.py").add_argument
+    add("--num-episodes", "--episodes", type=int, metavar="N", help="number of episodes, one a seed")
+    add("--first-seed", type=int, metavar="SEED", help="seed of the first episode")
+    add("--temperature", type=float, metavar="X", help="0 is greedy; a flow still starts from noise")
+    add("--num-videos", "--videos", type=int, metavar="N", help="number of episodes to film")
+    add = parser.add_argument_group("--run: the simulators, as --config.env of launch/train.py").add_argument
     add("--backend", choices=BACKENDS, help="where physics runs; only with cpu are episodes reproducible")
-    add("--workers", type=int, metavar="N", help="simulator processes")
+    add("--num-workers", "--workers", type=int, metavar="N", help="simulator processes")
     add("--envs-per-worker", type=int, metavar="N", help="simulators of a process")
+    command.add_mesh(parser)
     arguments = parser.parse_args(argv)
     if arguments.run and not arguments.phase:
         parser.error("--run needs --phase")
@@ -64,10 +85,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
     """Returns the run's own choice of episodes with what the command line changes."""
     changes = {
-        "num_episodes": arguments.episodes,
+        "num_episodes": arguments.num_episodes,
         "first_seed": arguments.first_seed,
         "temperature": arguments.temperature,
-        "num_videos": arguments.videos,
+        "num_videos": arguments.num_videos,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if {"num_episodes", "first_seed"} & changes.keys():
@@ -85,7 +106,7 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     """
     given = {
         "backend": arguments.backend,
-        "num_workers": arguments.workers,
+        "num_workers": arguments.num_workers,
         "envs_per_worker": arguments.envs_per_worker,
     }
     changes = given = {name: value for name, value in given.items() if value is not None}
@@ -96,50 +117,77 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     return dataclasses.replace(config, **changes)
 
 
-def make_act(config: RunConfig, temperature: float, arguments: argparse.Namespace) -> Act:
+def load_subject(config: RunConfig, temperature: float, arguments: argparse.Namespace) -> Subject:
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
         with user_input():
-            return expert_act(make_expert(config.env.task_name))
-    _, policy, params = load_policy(arguments.run / arguments.phase, step=arguments.step)
-    return policy_act(policy, params, jax.random.key(0), temperature=temperature)
-
-
-def default_name(arguments: argparse.Namespace) -> str:
-    """Returns a name that leaves the run's own evaluation of the phase as it is."""
-    is_taken = evaluation_file(arguments.run, arguments.phase).exists()
-    return f"{arguments.phase}_again" if is_taken else arguments.phase
+            expert = make_expert(config.env.task_name)
+        return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
+    sizes = dataclasses.replace(config.mesh, **command.given_mesh(arguments))
+    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    step, name = identify_checkpoint(arguments.run / arguments.phase, step=arguments.step)
+    _, policy, params = load_policy(arguments.run / arguments.phase, step=step, mesh=mesh)
+    act_of = policy_act_of(policy, params, jax.random.key(0), temperature=temperature, mesh=mesh)
+    return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk)
 
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Evaluates one phase of a run and adds the result to the run directory."""
-    config, name = load_config(arguments.run), arguments.name or default_name(arguments)
+    config = load_config(arguments.run)
     with user_input():
-        evaluation_file(arguments.run, name)
+        name = arguments.name or unused_name(arguments.run, arguments.phase)
+        file = evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
     spec = dataclasses.replace(simulators.spec, params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        act = make_act(config, evaluation_config.temperature, arguments)
+        subject = load_subject(config, evaluation_config.temperature, arguments)
         simulator = stack.enter_context(contextlib.closing(make_vec_env(simulators)))
         clock = Clock()
-        watched = {"desc": f"evaluate {name}", "should_stop": lambda: interruption.requested, "clock": clock}
-        evaluation, rollout = evaluate_act(act, simulator, spec, evaluation_config, **watched)
-        say(f"evaluate {name}: {rollout.num_steps} steps | {clock.line()}")
-    shown = {"num_videos": evaluation_config.num_videos, "gamma": config.ppo.gamma}
-    record_evaluation(arguments.run, name, evaluation, rollout, spec, **shown)
+        evaluation, films = evaluate_act(
+            subject.act_of,
+            simulator,
+            spec,
+            evaluation_config,
+            depends_on_batch=subject.depends_on_batch,
+            conditions=evaluation_conditions(simulators, subject.name),
+            folder=partial_folder(file),
+            desc=f"evaluate {name}",
+            should_stop=lambda: interruption.requested,
+            clock=clock,
+        )
+        say(f"evaluate {name}: {evaluation.info.num_steps} steps | {clock.line()}")
+    rewards_fn = training_rewards(spec, config.ppo, chunk=subject.chunk)
+    num_videos = evaluation_config.num_videos
+    record_evaluation(arguments.run, name, evaluation, films, spec, rewards_fn, num_videos=num_videos)
 
 
 def compare_runs(directories: Sequence[Path]) -> None:
-    """Prints mean and standard deviation of the rates of each phase over runs."""
-    results = [result for directory in directories for result in load_results(directory)]
+    """Prints mean, standard deviation and interval of the rates of each phase over runs."""
+    results = []
+    for directory in directories:
+        found = load_results(directory)
+        if not found:
+            raise ConfigError(f"{directory}: expected a run directory with evaluations, but there is none")
+        results += found
     rows = []
     for phase in dict.fromkeys(result.phase for result in results):
         evaluations = [result.evaluation for result in results if result.phase == phase]
-        rates = [mean_and_std(evaluations, outcome) for outcome in OUTCOMES]
-        rows.append((phase, *(f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in rates), len(evaluations)))
-    print_table(("phase", *OUTCOMES.values(), "runs"), rows, title="Mean and standard deviation over runs, %")
+        cells = [rate_in_words(rate_over_runs(evaluations, outcome)) for outcome in OUTCOMES]
+        rows.append((phase, *cells, len(evaluations)))
+    title = "Mean ± standard deviation over runs, % [95 % Student interval of the mean]"
+    print_table(("phase", *OUTCOMES.values(), "runs"), rows, title=title)
+
+
+def rate_in_words(rate: RateOverRuns) -> str:
+    """Returns `86.0 ± 3.1 [78.3, 93.7]`, with a dash for the spread of a single run."""
+    value, low, high = (100 * number for number in rate.mean)
+    if math.isnan(value):
+        return MISSING
+    if math.isnan(rate.std):
+        return f"{value:.1f} ± {MISSING}"
+    return f"{value:.1f} ± {100 * rate.std:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"report: {write_report(directory)}")
         return None
 
-    return command.run(work)
+    return command.run(work, go_on=command.repeat_command(argv))
 
 
 if __name__ == "__main__":

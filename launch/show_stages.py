@@ -25,7 +25,9 @@ from stare_jax.report.figures import draw_timeline
 from stare_jax.report.timeline import trace_episode
 from stare_jax.report.video import telling_steps
 from stare_jax.rollout.collect import collect_episodes
+from stare_jax.runs.evaluation import training_rewards
 from stare_jax.stages import TASKS, separate, stage_costs, stage_mask
+from stare_jax.train.ppo import PPOConfig
 from stare_jax.types import Trajectory
 
 NUM_FRAMES = 6
@@ -58,7 +60,7 @@ def show_stages(task: str, out: Path, seed: int, image_size: int) -> None:
     native_height, native_width = config.scene.camera.size
     config = dataclasses.replace(config, image_width=image_size * native_width // native_height)
     episode, spec, env_id = expert_episode(config, seed), config.spec, config.env_id
-    timeline = trace_episode(spec, episode.signals, episode.valid)
+    timeline = trace_episode(spec, episode.signals, episode.valid, training_rewards(spec, PPOConfig()))
     frames = next(iter(episode.observation.images.values()))
     shown = {t: frames[t] for t in telling_steps(timeline, NUM_FRAMES)}
     path = out / f"{env_id}.png"

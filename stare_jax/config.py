@@ -107,7 +107,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
     """Builds the dataclass `cls` from nested mappings.
 
     Args:
-      cls: a frozen dataclass whose annotations are scalars, tuples, dataclasses or unions of them.
+      cls: a frozen dataclass whose annotations are scalars, tuples, dataclasses or unions of them. Where it has a
+        function `fill_in(values) -> values`, that one completes fields that follow from others.
       values: a mapping with the dataclass's fields; fields left out keep their defaults.
       path: where this mapping stands, for the message of an error.
     Raises:
@@ -117,6 +118,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    if hasattr(cls, "fill_in"):
+        values = cls.fill_in(values)
     arguments = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**arguments)

@@ -1,4 +1,4 @@
-"""What the library asks of a simulator: a batch of environments that step together and reset one by one."""
+"""The interface of simulators: a batch of environments that step together and reset one by one."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -10,7 +10,7 @@ from stare_jax.types import Array, Observation, Signals
 
 
 class SimulatorError(UserError, RuntimeError):
-    """A simulator that could not be started, or raised while it executed a command, or lost all of its episodes."""
+    """Simulators that do not start, are lost more often than `max_restarts` allows, or lose all of their episodes."""
 
 
 class EnvStep(NamedTuple):
@@ -23,8 +23,9 @@ class EnvStep(NamedTuple):
     """raw, with empty prompts (`L = 0`), which are NumPy."""
     signals: Signals
     alive: np.ndarray
-    """NumPy bool `[B]`: False where the simulator died or hung in this call. It has been restarted; its episode is
-    lost, the row's other values mean nothing, and the environment has to be reset next."""
+    """NumPy bool `[B]`: False where the simulator raised an error, died or hung in this call, or has not started again
+    since. Its episode is lost, the row's other values mean nothing, and the environment has to be reset next: calls
+    that reset it before it has started leave it as it is."""
 
 
 class VecEnv(Protocol):
@@ -39,19 +40,27 @@ class VecEnv(Protocol):
     horizon: int
     action_dim: int
     instructions: Sequence[str]
-    """`[B]`, of the current episodes."""
+    """`[B]`, one for each current episode."""
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
-        """Resets all environments. `reproducible` pays for a reset after which equal actions give equal states, where
-        the simulator has such a reset."""
+        """Resets all environments, after waiting for those that are being restarted.
+
+        Args:
+            seeds: `[B]`.
+            reproducible: ask for resets, slower ones, after which equal actions give equal states; not every simulator
+                has them.
+        """
         ...
 
     def step(
         self, action: Array, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
     ) -> EnvStep:
-        """Steps with float32 `[B, A]` actions in the simulator's units; `reproducible` is about the resets.
+        """Steps and resets.
 
-        Where states are JAX arrays, actions may be, too; NumPy is always understood.
+        Args:
+            action: float32 `[B, A]` in the simulator's units, of NumPy; also of JAX where states are JAX arrays.
+            reset_seeds: environment -> seed of the episode to begin.
+            reproducible: as for `reset`.
         """
         ...
 

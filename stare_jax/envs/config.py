@@ -1,10 +1,10 @@
-"""The configuration of simulators: which task, how many, and what they show."""
+"""The configuration of simulators: their task, their number, and the observations."""
 
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stare_jax.config import check_at_least, check_choices
+from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.envs.maniskill.scenes import Scene
 from stare_jax.envs.maniskill.widowx import JitterName
 from stare_jax.envs.tasks import load_task
@@ -27,9 +27,9 @@ class EnvConfig:
     """a task of one's own: the path of a Python file (`path/to/task.py`), or a module (`package.module`), that defines
     `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
     backend: Backend = "cpu"
-    """where physics runs: "cpu", in processes that have some environments each; "cuda", on this process's GPU, all
-    environments at once, see `BatchedSimulator`; "auto", the second where this machine and the task allow it, else the
-    first: the first state that a seed gives then depends on the machine."""
+    """device of the physics. "cpu": processes that have some environments each. "cuda": this process's GPU, with all
+    environments at once, see `BatchedSimulator`. "auto": the second if this machine and the task allow it, else the
+    first; the first state that a seed gives then depends on the machine."""
     num_workers: int = 2
     """processes: as many as CPU cores, or more where few environments share one."""
     envs_per_worker: int = 8
@@ -83,9 +83,7 @@ class EnvConfig:
         if self.control_mode and self.control_mode not in self.scene.action_dims:
             modes = sorted(self.scene.action_dims)
             raise ValueError(f"control_mode: got {self.control_mode!r}, expected one of {modes}")
-        for name in ("worker_timeout_s", "start_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected seconds > 0")
+        check_above(self, 0, "worker_timeout_s", "start_timeout_s")
         if self.backend == "cuda":
             if self.refused_by_cuda:
                 raise ValueError(self.refused_by_cuda)
@@ -97,11 +95,11 @@ class EnvConfig:
 
     @property
     def refused_by_cuda(self) -> str | None:
-        """What of this ManiSkill cannot do for a part of a batch; None if it can do all."""
+        """The field that ManiSkill does not support for a part of a batch, as a message; None if there is none."""
         if self.scene.num_starts:
             return (
                 f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
-                "for which the physics of all other environments runs on, too, and judges success in every "
+                "during which the physics of all other environments runs on, and judges success in every "
                 "environment by how the objects lie in the first"
             )
         if "target" in self.resolved_control_mode:
@@ -146,7 +144,7 @@ class EnvConfig:
 
     @property
     def takes_metres(self) -> bool:
-        """Whether actions are metres and radians, and not fractions of the largest command."""
+        """True if actions are metres and radians, and not fractions of the largest command."""
         return self.scene.robot != "panda"
 
     @property
@@ -155,12 +153,12 @@ class EnvConfig:
 
     @property
     def has_reproducible_resets(self) -> bool:
-        """Whether there are resets after which equal actions lead to equal states, bit for bit."""
+        """True if there are resets after which equal actions lead to equal states, bit for bit."""
         return self.backend == "cpu"
 
     @property
     def data_settings(self) -> dict[str, Any]:
-        """What data from these simulators depend on besides task, control mode and horizon, as manifests have it."""
+        """Settings that data from these simulators depend on, besides task, control mode and horizon; for manifests."""
         is_panda_drawn = self.scene.robot == "panda" and bool(self.image_size)
         return {
             "backend": self.backend,

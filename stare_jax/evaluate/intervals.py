@@ -1,7 +1,11 @@
 """Confidence intervals of success rates, from counts; plain floats in and out."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
 
 Z_95 = 1.959963984540054
 
@@ -79,6 +83,27 @@ def paired_difference(num_gained: float, num_lost: float, num_pairs: float, *, z
     return Estimate(value, _bisect(score, z, -1.0, value), _bisect(score, -z, value, 1.0))
 
 
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """Returns the mean of values with Student's interval, mean ± t_{n-1} s / √n.
+
+    Args:
+        values: n measurements, such as the rates of runs with different seeds.
+        confidence: probability that the interval covers the mean of the normal distribution they come from.
+
+    Returns:
+        The estimate; the limits are NaN for one value, of which no spread can be seen.
+    """
+    num_values = len(values)
+    if not num_values:
+        return Estimate(math.nan, math.nan, math.nan)
+    mean = float(np.mean(values))
+    if num_values == 1:
+        return Estimate(mean, math.nan, math.nan)
+    quantile = float(stdtrit(num_values - 1, 0.5 + confidence / 2))
+    half_width = quantile * float(np.std(values, ddof=1)) / math.sqrt(num_values)
+    return Estimate(mean, mean - half_width, mean + half_width)
+
+
 def _tango_score(difference: float, num_gained: float, num_lost: float, num_pairs: float) -> float:
     b, c, n, d = num_gained, num_lost, num_pairs, difference
     linear = (2 * n - b + c) * d - b - c
@@ -92,7 +117,7 @@ def _tango_score(difference: float, num_gained: float, num_lost: float, num_pair
 
 
 def _bisect(falling_fn, target: float, low: float, high: float) -> float:
-    """Returns where a falling function crosses `target` in [low, high], or the end that is nearest to it."""
+    """Returns the place in [low, high] where a falling function crosses `target`, or the end that is nearest to it."""
     for _ in range(60):  # halves an interval of 2 to below double precision
         middle = (low + high) / 2
         low, high = (middle, high) if falling_fn(middle) > target else (low, middle)

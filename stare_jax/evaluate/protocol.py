@@ -1,49 +1,50 @@
-"""How a policy is judged: whole episodes on named seeds, success at the end and at any step, stage by stage."""
+"""Evaluation of a policy: whole episodes on named seeds, measured one by one, in parts that can be gone on with."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from stare_jax.config import check_at_least, to_dict
+from stare_jax.data.chunks import collect_chunk
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
-from stare_jax.logging import Interrupted, progress
+from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
+from stare_jax.evaluate.films import Film, FilmShelf, film_of
+from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
+from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Act, Rollout, collect_episodes, policy_act
-from stare_jax.stages import TaskSpec, separate, stage_mask
-from stare_jax.types import Array, PyTree, Signals, Trajectory
+from stare_jax.stages import TaskSpec
+from stare_jax.types import PyTree, Trajectory
 
-START_TOLERANCE = 1e-4
-"""metres, or units of a quaternion: initial states nearer than this are the same start."""
+ActOf = Callable[[int], Act]
+"""(number of a part, from 0) -> who acts in it; the same part gets the same actions, whatever was done before."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Which episodes an evaluation consists of and how actions are decoded."""
+    """Episodes of an evaluation, and how actions are decoded."""
 
     num_episodes: int = 100
-    """0, without seeds below, is no evaluation: where there is no simulator of what was learnt."""
+    """Number of episodes; 0, without seeds below, is no evaluation: where there is no simulator of what was learnt."""
     first_seed: int = EVALUATION_SEEDS
-    """episodes use the seeds first_seed, first_seed + 1, ..."""
+    """Seed of the first episode; the others use the seeds first_seed + 1, first_seed + 2, ..."""
     seeds: tuple[int, ...] = ()
-    """if not empty, exactly these instead."""
+    """Seeds of the episodes, in the place of the two fields above; empty leaves it to them."""
     temperature: float = 0.0
-    """of the action distribution; 0 is greedy, up to the noise that a flow starts from, which is drawn by tick and
-    environment: equal numbers of environments draw alike."""
+    """Temperature of the action distribution; 0 is greedy, up to the noise that a flow starts from, which is drawn by
+    tick and environment: equal numbers of environments draw alike."""
     num_videos: int = 4
-    """episodes to film, half of them successes and half failures where there are enough of both."""
+    """Number of episodes to film, half of them successes and half failures where there are enough of both."""
 
     def __post_init__(self):
-        if self.num_episodes < 0:
-            raise ValueError(f"num_episodes: got {self.num_episodes}, expected at least 0")
-        if self.temperature < 0:
-            raise ValueError(f"temperature: got {self.temperature}, expected at least 0")
-        if self.num_videos < 0:
-            raise ValueError(f"num_videos: got {self.num_videos}, expected at least 0")
+        check_at_least(self, 0, "num_episodes", "temperature", "num_videos")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: got repeated seeds in {self.seeds}, expected each once")
         outside = [s for s in episode_seeds(self) if not 0 <= s - EVALUATION_SEEDS < REGION_SIZE]
@@ -56,45 +57,36 @@ def episode_seeds(config: EvalConfig) -> list[int]:
     return list(config.seeds) or list(range(config.first_seed, config.first_seed + config.num_episodes))
 
 
-class Episodes(NamedTuple):
-    """What each of `E` episodes came to; NumPy arrays. T is the number of states up to the horizon, K of stages."""
+class Conditions(NamedTuple):
+    """Circumstances of an evaluation that neither the simulator nor the configuration of it tells; "" if unknown."""
 
-    seed: Array
-    """int64 `[E]`."""
-    start: Array
-    """int32 `[E]`: index of the first episode that began in the same state; its own where it is the first."""
-    valid: Array
-    """bool `[E]`: False where the simulator died; all else in that row means nothing."""
-    success_end: Array
-    """bool `[E]`: success in the last state of the episode."""
-    success_once: Array
-    """bool `[E]`: success in some state."""
-    success_at: Array
-    """int32 `[E]`: first state with success, T where none."""
-    grasped: Array
-    """bool `[E]`: the object was held in some state."""
-    contacted: Array
-    """bool `[E]`: the robot touched the object at some time."""
-    stage_reached: Array
-    """int32 `[E]`: label of the last state, in [0, K)."""
-    completed: Array
-    """bool `[E, K]`."""
-    entered_at: Array
-    """int32 `[E, K]`: first state with the label, T where none."""
-    stage_len: Array
-    """int32 `[E, K]`: number of states with the label."""
+    checkpoint: str = ""
+    """Name of the weights, as `ppo/500/3f0a5e9c11d2`, or "expert"."""
+    backend: str = ""
+    """Place of the physics, "cpu" or "cuda": a seed begins with another state on each."""
+    jitter: str = ""
+    """Random displacement of the task's official starts, "none" where there is none."""
+
+
+UNKNOWN = Conditions()
 
 
 class EvalInfo(NamedTuple):
-    """What the episodes are episodes of."""
+    """Protocol and cost of an evaluation."""
 
     env_id: str
     stage_names: tuple[str, ...]
     horizon: int
+    """Actions of an episode."""
     temperature: float
     num_steps: int
-    """actions executed, those of dropped episodes included."""
+    """Actions executed, those of lost episodes included."""
     wall_s: float
+    """Wall-clock seconds, without the time between an interruption and the next start."""
+    backend: str = ""
+    """As in `Conditions`, and likewise below; "" in files written before this was kept."""
+    jitter: str = ""
+    checkpoint: str = ""
 
 
 class Evaluation(NamedTuple):
@@ -110,124 +102,213 @@ def evaluate(
     config: EvalConfig,
     *,
     key: jax.Array | None = None,
-    sharding: Any = None,
-    **collect_args: Any,
-) -> tuple[Evaluation, Rollout]:
+    mesh: Mesh | None = None,
+    conditions: Conditions = UNKNOWN,
+    folder: Path | None = None,
+    desc: str = "evaluate",
+    should_stop: Callable[[], bool] | None = None,
+    clock: Clock | None = None,
+) -> tuple[Evaluation, list[Film]]:
     """Runs a policy to the horizon on the config's seeds; see `evaluate_act`.
 
     Args:
-        policy: who acts, at the config's temperature.
+        policy: the policy that acts, at the config's temperature.
         params: its parameters.
         env: B environments; episodes are handed out among them.
         spec: the task's stages.
         config: which episodes.
-        key: consumed; of no effect at temperature 0.
-        sharding: where observations are put; None leaves it to jit.
-        **collect_args: desc, should_stop, clock of `evaluate_act`.
+        key: consumed; part n uses `fold_in(key, n)`. Of no effect on token policies at temperature 0.
+        mesh: devices that act, over which observations are split; None takes those of the parameters.
+        conditions, folder, desc, should_stop, clock: as for `evaluate_act`.
     """
     key = jax.random.key(0) if key is None else key
-    act = policy_act(policy, params, key, temperature=config.temperature, sharding=sharding)
-    return evaluate_act(act, env, spec, config, **collect_args)
+    return evaluate_act(
+        policy_act_of(policy, params, key, temperature=config.temperature, mesh=mesh),
+        env,
+        spec,
+        config,
+        depends_on_batch=True,
+        conditions=conditions,
+        folder=folder,
+        desc=desc,
+        should_stop=should_stop,
+        clock=clock,
+    )
+
+
+def policy_act_of(
+    policy: Policy, params: PyTree, key: jax.Array, *, temperature: float, mesh: Mesh | None = None
+) -> ActOf:
+    """Returns the actors of a policy, whose random numbers depend on the part and not on what was run before it.
+
+    They draw for all environments at once, so that they depend on the batch.
+    """
+
+    def act_of(part: int) -> Act:
+        return policy_act(policy, params, jax.random.fold_in(key, part), temperature=temperature, mesh=mesh)
+
+    return act_of
 
 
 def evaluate_act(
-    act: Act,
+    act_of: ActOf,
     env: VecEnv,
     spec: TaskSpec,
     config: EvalConfig,
     *,
+    depends_on_batch: bool = False,
+    conditions: Conditions = UNKNOWN,
+    folder: Path | None = None,
     desc: str = "evaluate",
     should_stop: Callable[[], bool] | None = None,
-    clock: Callable | None = None,
-) -> tuple[Evaluation, Rollout]:
-    """Runs whoever acts (a policy, an expert) to the horizon, success or not, from reproducible resets.
+    clock: Clock | None = None,
+) -> tuple[Evaluation, list[Film]]:
+    """Runs a policy or an expert to the horizon, success or not, from reproducible resets, in about ten parts.
+
+    Episodes that are lost with a simulator are run again, up to three times. With a `folder`, the results are on disk
+    after every part; a later call with the same arguments goes on after the last part that was done, and its result is
+    that of a call that was never stopped. The caller deletes the folder when the result is stored.
 
     Args:
-        act: observations and signals to decisions, see `rollout.collect.Act`.
+        act_of: makes the actor of a part.
         env: B environments.
         spec: the task's stages.
-        config: which episodes; images are kept only if some of them are to be filmed.
-        desc: what the progress line says.
+        config: which episodes.
+        depends_on_batch: whether actions in an episode depend on what else is under way; then all episodes of a part
+            are run again if one is lost.
+        conditions: for the record, and, with the folder, to tell results of other weights.
+        folder: where the results so far are kept; None keeps nothing on disk.
+        desc: text of the progress line.
         should_stop: polled every tick.
-        clock: charged with the time in the simulator and in `act`.
+        clock: charged with the time in the simulator and in the actor.
 
     Returns:
-        what the episodes came to, and the episodes themselves.
+        The evaluation, and films of the first `max(1, num_videos)` successes and as many failures; the films have
+        frames only if `num_videos` is positive.
 
     Raises:
         Interrupted: `should_stop` answered True.
+        ValueError: a folder without the name of the checkpoint.
     """
+    if folder is not None and not conditions.checkpoint:
+        raise ValueError("conditions.checkpoint: got '', expected a name that tells the results in the folder apart")
     seeds = episode_seeds(config)
-    start = time.monotonic()
-    num_done = num_successes = 0
-    with progress(len(seeds), desc, "episode") as bar:
+    identity = _identity(env, spec, config, conditions)
+    done = NOTHING_DONE if folder is None else load_parts(folder, identity)
+    num_before = 0 if done.episodes is None else len(done.episodes.seed)
+    num_successes = 0 if done.episodes is None else int(done.episodes.success_once.sum())
+    shelf = FilmShelf(max(1, config.num_videos), done.films)
+    with progress(len(seeds), desc, "episode", initial=num_before) as bar:
+        num_over = num_before
 
-        def on_episode(index: int, trajectory: Trajectory) -> None:
-            nonlocal num_done, num_successes
-            num_done += 1
+        def on_episode(trajectory: Trajectory) -> None:
+            nonlocal num_over, num_successes
+            num_over += 1
             num_successes += bool((trajectory.signals.success & trajectory.valid).any())
-            bar.update(1, success=num_successes / num_done)
+            bar.update(1, success=num_successes / num_over)
 
-        rollout = collect_episodes(
-            env,
-            act,
-            seeds,
-            stop_at_success=False,
-            reproducible=True,
-            on_episode=on_episode,
-            should_stop=should_stop,
-            clock=clock,
-            keep_images=config.num_videos > 0,
-        )
-    if not rollout.is_complete:
-        raise Interrupted(f"{desc}: stopped after {num_done} of {len(seeds)} episodes")
-    wall_s = time.monotonic() - start
-    info = EvalInfo(env.env_id, spec.stage_names, env.horizon, config.temperature, rollout.num_steps, wall_s)
-    trajectory = rollout.trajectory
-    return Evaluation(info, measure(spec, trajectory.signals, trajectory.valid, seeds)), rollout
+        for number, indices in enumerate(split_into_parts(len(seeds), env.num_envs)):
+            if number < done.num_parts:
+                continue
+            start = time.monotonic()
+            part = _Part(env, act_of, number, seeds, indices, shelf, config.num_videos > 0, should_stop, clock)
+            rollout = collect_chunk(part.run, len(indices), as_a_whole=depends_on_batch, on_episode=on_episode)
+            if not rollout.is_complete:
+                kept = "" if folder is None else f"; {indices.start} are kept on disk"
+                raise Interrupted(f"{desc}: stopped after {num_over} of {len(seeds)} episodes{kept}")
+            part_seeds = [seeds[e] for e in indices]
+            done = _add_part(done, spec, rollout, part_seeds, time.monotonic() - start, shelf.films)
+            if folder is not None:
+                save_parts(folder, identity, done)
+    return Evaluation(_info(env, spec, config, conditions, done), done.episodes), list(done.films)
 
 
-def measure(spec: TaskSpec, signals: Signals, valid: Array, seeds: Sequence[int]) -> Episodes:
-    """Returns what episodes came to.
-
-    Args:
-        spec: the task, K stages.
-        signals: leaves `[E, T, ...]`.
-        valid: bool `[E, T]`, a prefix of each row.
-        seeds: the E seeds.
-    """
-    valid = np.asarray(valid)
-    separation, masks = jax.device_get(_separate_batch(spec)(signals, valid))
-    rows, last = np.arange(len(valid)), np.maximum(valid.sum(axis=1) - 1, 0)
-    success = np.asarray(signals.success) & valid
-    success_once = success.any(axis=1)
-    return Episodes(
-        seed=np.asarray(seeds, np.int64),
-        start=_same_starts(signals),
-        valid=valid[:, 0],
-        success_end=success[rows, last],
-        success_once=success_once,
-        success_at=np.where(success_once, success.argmax(axis=1), valid.shape[1]).astype(np.int32),
-        grasped=(np.asarray(signals.is_grasped) & valid).any(axis=1),
-        contacted=(np.asarray(signals.is_contact) & valid).any(axis=1),
-        stage_reached=separation.stage_t[rows, last],
-        completed=separation.completed,
-        entered_at=separation.entered_at,
-        stage_len=masks.sum(axis=-1, dtype=np.int32),
+def _info(env: VecEnv, spec: TaskSpec, config: EvalConfig, conditions: Conditions, done: PartsDone) -> EvalInfo:
+    return EvalInfo(
+        env_id=env.env_id,
+        stage_names=spec.stage_names,
+        horizon=env.horizon,
+        temperature=config.temperature,
+        num_steps=done.num_steps,
+        wall_s=done.wall_s,
+        backend=conditions.backend,
+        jitter=conditions.jitter,
+        checkpoint=conditions.checkpoint,
     )
 
 
-@functools.lru_cache(maxsize=16)
-def _separate_batch(spec: TaskSpec) -> Callable:
-    def separate_one(signals, valid):
-        separation = separate(spec, signals, valid)
-        return separation, stage_mask(separation, len(spec.stage_names), valid)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One part of an evaluation: the arguments of every try to run its episodes."""
 
-    return jax.jit(jax.vmap(separate_one))
+    env: VecEnv
+    act_of: ActOf
+    number: int
+    seeds: Sequence[int]
+    """Seeds of all episodes of the evaluation."""
+    indices: range
+    """Episodes of the part among these."""
+    shelf: FilmShelf
+    has_frames: bool
+    should_stop: Callable[[], bool] | None
+    clock: Clock | None
+
+    def run(self, chosen: Sequence[int], on_episode: Callable[[int, Trajectory], None]) -> Rollout:
+        """Runs some episodes of the part, counted from its first; the last try of an episode is the one on film."""
+        episodes = [self.indices[i] for i in chosen]
+        has_frames = self.has_frames and any(self.shelf.may_keep(e) for e in episodes)
+
+        def film_and_tell(row: int, trajectory: Trajectory) -> None:
+            e = episodes[row]
+            self.shelf.drop(e)
+            if trajectory.valid[0] and self.shelf.may_keep(e):
+                self.shelf.put(film_of(e, trajectory))
+            on_episode(row, trajectory)
+
+        return collect_episodes(
+            self.env,
+            self.act_of(self.number),
+            [self.seeds[e] for e in episodes],
+            stop_at_success=False,
+            reproducible=True,
+            on_episode=film_and_tell,
+            should_stop=self.should_stop,
+            clock=self.clock,
+            keep_images=_forget_images if has_frames else False,
+        )
 
 
-def _same_starts(signals: Signals) -> np.ndarray:
-    fields = (signals.tcp_pos, signals.tcp_quat, signals.obj_pos, signals.obj_quat, signals.goal_pos)
-    first = np.concatenate([np.asarray(field)[:, 0] for field in fields], axis=-1)
-    is_near = np.abs(first[:, None] - first[None]).max(axis=-1) < START_TOLERANCE
-    return is_near.argmax(axis=1).astype(np.int32)
+def _forget_images(row: int, episode: Trajectory) -> bool:
+    """Returns False: images are freed as soon as an episode is over, because its film is a copy."""
+    return False
+
+
+def _add_part(
+    done: PartsDone, spec: TaskSpec, rollout: Rollout, seeds: Sequence[int], wall_s: float, films: Sequence[Film]
+) -> PartsDone:
+    """Returns the results of the parts so far and of the one that has just been run."""
+    signals, valid = rollout.trajectory.signals, rollout.trajectory.valid
+    episodes, initial = [measure(spec, signals, valid, seeds)], [initial_states(signals)]
+    if done.episodes is not None:
+        episodes, initial = [done.episodes, *episodes], [done.initial, *initial]
+    initial = np.concatenate(initial)
+    return PartsDone(
+        num_parts=done.num_parts + 1,
+        episodes=join_episodes(episodes, initial),
+        initial=initial,
+        num_steps=done.num_steps + rollout.num_steps,
+        wall_s=done.wall_s + wall_s,
+        films=tuple(films),
+    )
+
+
+def _identity(env: VecEnv, spec: TaskSpec, config: EvalConfig, conditions: Conditions) -> dict[str, Any]:
+    """Returns the JSON values on which the results of a part depend."""
+    return {
+        "env_id": env.env_id,
+        "horizon": env.horizon,
+        "num_envs": env.num_envs,
+        "stages": repr(spec.params),
+        "evaluation": to_dict(config),
+        "conditions": conditions._asdict(),
+    }

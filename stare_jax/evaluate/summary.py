@@ -1,19 +1,25 @@
-"""What an evaluation amounts to: rates with intervals, stage by stage, paired differences; and its file."""
+"""Summary of an evaluation: rates with intervals, stage by stage; differences of two, episode by episode."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from stare_jax.evaluate.intervals import Estimate, paired_difference, wilson_interval
-from stare_jax.evaluate.protocol import Episodes, EvalInfo, Evaluation
-from stare_jax.logging import replace_text
+from stare_jax.config import UserError
+from stare_jax.evaluate.episodes import Episodes, take
+from stare_jax.evaluate.intervals import Estimate, mean_interval, paired_difference, wilson_interval
+from stare_jax.evaluate.protocol import Evaluation
+
+Outcome = Literal["success_once", "success_end"]
+"""Names of the two rates of success."""
+
+
+class PairingError(UserError, ValueError):
+    """Two evaluations that cannot be compared episode by episode; the message names the reason, got and expected."""
 
 
 class StageRate(NamedTuple):
-    """P(stage k is completed | stage k-1 is completed); stage 0 is given in every episode."""
+    """Rate P(stage k is completed | stage k-1 is completed); stage 0 is given in every episode."""
 
     name: str
     num_completed: int
@@ -32,24 +38,25 @@ class Summary(NamedTuple):
     grasped: Estimate
     contacted: Estimate
     median_steps: float
-    """median number of actions up to the first success, over the episodes that have one; NaN where none has."""
+    """Median number of actions up to the first success, over the episodes that have one; NaN where none has."""
     stages: tuple[StageRate, ...]
 
 
 class Comparison(NamedTuple):
-    """Success of one evaluation minus that of another on the same seeds, with Tango's 95 % score interval."""
+    """Success of one evaluation minus that of another from the same states, with Tango's 95 % score interval."""
 
     difference: Estimate
     num_gained: int
     num_lost: int
     num_pairs: int
     num_distinct: int
+    """Distinct initial states among the pairs; the interval is as wide as for so many pairs."""
 
 
 def summarize(evaluation: Evaluation) -> Summary:
-    """Returns the rates of an evaluation; dropped episodes are left out of all of them and counted."""
+    """Returns the rates of an evaluation; lost episodes are left out of all of them and counted."""
     episodes = evaluation.episodes
-    counted = _take(episodes, episodes.valid)
+    counted = take(episodes, episodes.valid)
     given = np.concatenate([np.ones_like(counted.completed[:, :1]), counted.completed[:, :-1]], axis=1)
     stages = tuple(
         StageRate(
@@ -74,67 +81,101 @@ def summarize(evaluation: Evaluation) -> Summary:
     )
 
 
-def compare(first: Evaluation, second: Evaluation, outcome: str = "success_once") -> Comparison:
-    """Returns the rate of the first minus that of the second over the seeds where both have a valid episode.
+def compare(first: Evaluation, second: Evaluation, outcome: Outcome = "success_once") -> Comparison:
+    """Returns the rate of the first minus that of the second, over pairs of episodes that began in the same state.
+
+    Of several episodes from one state, the n-th of one evaluation is paired with the n-th of the other. Evaluations
+    written before initial states were kept are paired by seed, if both are such and were made by the same protocol.
 
     Args:
-        first, second: evaluations of the same task; they need not have all seeds in common.
-        outcome: a bool field of `Episodes`.
+        first, second: evaluations of the same task by the same protocol; they need not have all states in common.
+        outcome: field of `Episodes`.
 
     Raises:
-        ValueError: they are of different tasks.
+        PairingError: another task or protocol, or no initial state in common; see `pairing_obstacle`.
     """
-    if first.info.env_id != second.info.env_id:
-        raise ValueError(f"env_id: got {second.info.env_id}, expected {first.info.env_id}, to compare like with like")
-    a, b = _take(first.episodes, first.episodes.valid), _take(second.episodes, second.episodes.valid)
-    _, rows_a, rows_b = np.intersect1d(a.seed, b.seed, return_indices=True)
+    if obstacle := _obstacle(first, second):
+        raise PairingError(
+            f"{obstacle.name}: got {obstacle.got}, expected {obstacle.expected}, to compare like with like"
+        )
+    a, b = take(first.episodes, first.episodes.valid), take(second.episodes, second.episodes.valid)
+    _, rows_a, rows_b = np.intersect1d(_pair_names(a), _pair_names(b), return_indices=True)
     won, lost = getattr(a, outcome)[rows_a], getattr(b, outcome)[rows_b]
     num_gained, num_lost, num_pairs = int((won & ~lost).sum()), int((lost & ~won).sum()), len(rows_a)
-    num_distinct = len(np.unique(a.start[rows_a]))
-    weight = num_distinct / num_pairs if num_pairs else 1.0
+    num_distinct = min(len(np.unique(a.start[rows_a])), len(np.unique(b.start[rows_b])))
+    weight = num_distinct / num_pairs
     difference = paired_difference(num_gained * weight, num_lost * weight, num_pairs * weight)
     return Comparison(difference, num_gained, num_lost, num_pairs, num_distinct)
 
 
-def mean_and_std(evaluations: Sequence[Evaluation], outcome: str = "success_once") -> tuple[float, float]:
-    """Returns mean and sample standard deviation of a rate over evaluations of several training seeds; NaN for one."""
+def pairing_obstacle(first: Evaluation, second: Evaluation) -> str:
+    """Returns the reason why two evaluations are not compared episode by episode, "" if they can be."""
+    obstacle = _obstacle(first, second)
+    return f"{obstacle.name} {obstacle.expected} against {obstacle.got}" if obstacle else ""
+
+
+class _Obstacle(NamedTuple):
+    name: str
+    got: str
+    """Value of the second evaluation."""
+    expected: str
+    """Value of the first."""
+
+
+_PROTOCOL = ("env_id", "horizon", "temperature", "backend", "jitter")
+"""Fields of `EvalInfo` that have to be equal where episodes are compared one by one."""
+
+
+def _obstacle(first: Evaluation, second: Evaluation) -> _Obstacle | None:
+    for name in _PROTOCOL:
+        of_first, of_second = getattr(first.info, name), getattr(second.info, name)
+        if of_first != of_second:
+            return _Obstacle(name, got=_words(of_second), expected=_words(of_first))
+    a, b = take(first.episodes, first.episodes.valid), take(second.episodes, second.episodes.valid)
+    is_old = [bool((part.start_hash == "").any()) for part in (a, b)]
+    if is_old[0] != is_old[1]:
+        words = [_words("") if old else "known" for old in is_old]
+        return _Obstacle("initial states", got=words[1], expected=words[0])
+    if not np.intersect1d(_pair_names(a), _pair_names(b)).size:
+        return _Obstacle("initial states in common", got=f"none of {len(b.seed)}", expected=f"some of {len(a.seed)}")
+    return None
+
+
+def _words(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) or "unknown"
+
+
+def _pair_names(episodes: Episodes) -> np.ndarray:
+    """Returns a name of each episode: its initial state and the number of earlier episodes from there; or its seed."""
+    if (episodes.start_hash == "").any():
+        return episodes.seed.astype(str)
+    seen: dict[str, int] = {}
+    names = []
+    for start in episodes.start_hash.tolist():
+        seen[start] = seen.get(start, -1) + 1
+        names.append(f"{start}/{seen[start]}")
+    return np.array(names, dtype=str)
+
+
+class RateOverRuns(NamedTuple):
+    """A rate over evaluations of several training seeds."""
+
+    mean: Estimate
+    """Mean with Student's 95 % interval for runs, NaN for one run, within [0, 1]."""
+    std: float
+    """Sample standard deviation; NaN for one run."""
+    num_runs: int
+
+
+def rate_over_runs(evaluations: Sequence[Evaluation], outcome: Outcome = "success_once") -> RateOverRuns:
+    """Returns mean, interval and deviation of a rate over evaluations of several training seeds."""
     rates = [getattr(summarize(evaluation), outcome).value for evaluation in evaluations]
-    return float(np.mean(rates)), float(np.std(rates, ddof=1)) if len(rates) > 1 else float("nan")
+    mean = mean_interval(rates)
+    std = float(np.std(rates, ddof=1)) if len(rates) > 1 else float("nan")
+    return RateOverRuns(mean._replace(low=max(mean.low, 0.0), high=min(mean.high, 1.0)), std, len(rates))
 
 
 def _rate(is_success: np.ndarray, start: np.ndarray) -> Estimate:
-    """Repeats of one start are not independent: the rate is that of all rows, its width that of the distinct ones."""
+    """Returns the rate of all rows, with the width of the distinct starts: repeats of one are not independent."""
     num_distinct = len(np.unique(start))
     return wilson_interval(float(np.mean(is_success)) * num_distinct if num_distinct else 0.0, num_distinct)
-
-
-def _take(episodes: Episodes, rows: np.ndarray) -> Episodes:
-    return Episodes(*(np.asarray(field)[rows] for field in episodes))
-
-
-def save_evaluation(path: str | Path, evaluation: Evaluation, **extra: Any) -> None:
-    """Writes an evaluation as JSON: info, summary (for readers; recomputed when loaded), episodes, and extras."""
-    document = {
-        **extra,
-        "info": evaluation.info._asdict(),
-        "summary": _plain(summarize(evaluation)),
-        "episodes": {name: field.tolist() for name, field in evaluation.episodes._asdict().items()},
-    }
-    replace_text(Path(path), json.dumps(document, indent=1) + "\n")
-
-
-def load_evaluation(path: str | Path) -> Evaluation:
-    """Reads what `save_evaluation` wrote."""
-    document = json.loads(Path(path).read_text())
-    info = EvalInfo(**document["info"])
-    episodes = Episodes(**{name: np.asarray(values) for name, values in document["episodes"].items()})
-    return Evaluation(info._replace(stage_names=tuple(info.stage_names)), episodes)
-
-
-def _plain(value: Any) -> Any:
-    """Nested records as dicts, NaN as None, because JSON knows neither."""
-    if hasattr(value, "_asdict"):
-        return {name: _plain(item) for name, item in value._asdict().items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and value != value else value

@@ -7,6 +7,7 @@ from stare_jax.logging.clock import Clock as Clock
 from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
 from stare_jax.logging.files import new_directory as new_directory
+from stare_jax.logging.files import replace_bytes as replace_bytes
 from stare_jax.logging.files import replace_text as replace_text
 from stare_jax.logging.files import sync_directory as sync_directory
 from stare_jax.logging.memory import PeakMemory as PeakMemory

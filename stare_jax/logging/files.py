@@ -8,11 +8,19 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that whoever reads it, at any moment, sees all of the old text or all of the new."""
+    """Writes a text file so that whoever reads it, at any moment, sees all of the old text or all of the new."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that whoever reads it, at any moment, sees all of the old content or all of the new.
+
+    Several processes may write the same file at once: one of them wins.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as file:
-        file.write(text)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

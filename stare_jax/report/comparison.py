@@ -12,43 +12,42 @@ from typing import NamedTuple
 import numpy as np
 
 from stare_jax.evaluate.intervals import Estimate
+from stare_jax.evaluate.record import PhaseResult
 from stare_jax.logging import print_table, replace_text
 from stare_jax.report.curve_figure import Curve, Panel, draw_comparison
 from stare_jax.report.curves import (
     BEFORE,
     NUM_ENDS,
     SUCCESS,
-    Run,
+    LearningCurve,
     by_label,
     ends,
     first_reached,
     mean_curve,
     moving_mean,
 )
-from stare_jax.report.report import PhaseResult
+from stare_jax.report.tables import MISSING, Table
 
 DIAGNOSTICS = ("ppo/approx_kl", "ppo/clip_frac", "ppo/explained_variance", "ppo/entropy")
 
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-
 
 class Choices(NamedTuple):
-    """What is shown, and how."""
+    """Phase, panels, target and smoothing of a comparison."""
 
     phase: str = "ppo"
     metrics: tuple[str, ...] = DIAGNOSTICS
     target: float = 0.95
     smooth: int = 5
-    """iterations of the moving average."""
+    """Iterations of the moving average."""
     commands: tuple[str, ...] = ()
-    """that made the runs."""
+    """Commands that made the runs."""
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def runs_table(runs: Sequence[Run], choices: Choices) -> Table:
-    """One row a run."""
+def runs_table(runs: Sequence[LearningCurve], choices: Choices) -> Table:
+    """Returns one row a run."""
     to = f"to {100 * choices.target:g} %"
     header = ("setting", "run", "seed", f"after {BEFORE}, %", f"after {choices.phase}, %", f"first {NUM_ENDS}, %")
     header += (f"last {NUM_ENDS}, %", f"steps {to}", f"minutes {to}", "steps", "minutes")
@@ -65,8 +64,8 @@ def runs_table(runs: Sequence[Run], choices: Choices) -> Table:
     return header, rows
 
 
-def settings_table(runs: Sequence[Run], choices: Choices) -> Table:
-    """One row a setting; a run that did not reach the target counts as slower than any that did."""
+def settings_table(runs: Sequence[LearningCurve], choices: Choices) -> Table:
+    """Returns one row a setting; a run that did not reach the target counts as slower than any that did."""
     header = ("setting", "runs", "reached", "median steps to target", "median minutes to target")
     rows = []
     for label, group in by_label(runs).items():
@@ -84,23 +83,23 @@ def settings_table(runs: Sequence[Run], choices: Choices) -> Table:
 
 def _evaluated(result: PhaseResult | None) -> str:
     if result is None:
-        return "–"
+        return MISSING
     rate = result.summary.success_once
     return f"{_percent(rate.value)} [{_percent(rate.low)}, {_percent(rate.high)}]"
 
 
 def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f}" if math.isfinite(rate) else "–"
+    return f"{100 * rate:.1f}" if math.isfinite(rate) else MISSING
 
 
 def _count(number: float) -> str:
-    return f"{number:,.0f}" if math.isfinite(number) else "–"
+    return f"{number:,.0f}" if math.isfinite(number) else MISSING
 
 
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def write_comparison(runs: Sequence[Run], out: str | Path, choices: Choices) -> Path:
+def write_comparison(runs: Sequence[LearningCurve], out: str | Path, choices: Choices) -> Path:
     """Writes `curves.png`, `curves_dark.png`, `curves.csv` and `README.md` into a folder; returns its path."""
     out = Path(out)
     successes, others = make_panels(runs, choices)
@@ -110,7 +109,7 @@ def write_comparison(runs: Sequence[Run], out: str | Path, choices: Choices) -> 
     return out
 
 
-def make_panels(runs: Sequence[Run], choices: Choices) -> tuple[list[Panel], list[Panel]]:
+def make_panels(runs: Sequence[LearningCurve], choices: Choices) -> tuple[list[Panel], list[Panel]]:
     """Returns the panels of success, by steps and by minutes, and one a diagnostic."""
 
     def panel(title: str, x_label: str, x: str, metric: str, evaluations=({}, {})) -> Panel:
@@ -131,7 +130,7 @@ def make_panels(runs: Sequence[Run], choices: Choices) -> tuple[list[Panel], lis
     return successes, [panel(name, "environment steps", "env_steps", name) for name in choices.metrics]
 
 
-def _estimates(runs: Sequence[Run], when: str, phase: str) -> dict[str, dict[str, list[Estimate]]]:
+def _estimates(runs: Sequence[LearningCurve], when: str, phase: str) -> dict[str, dict[str, list[Estimate]]]:
     found: dict[str, list[Estimate]] = {}
     for run in runs:
         if (result := getattr(run, when)) is not None and math.isfinite(result.summary.success_once.value):
@@ -139,8 +138,8 @@ def _estimates(runs: Sequence[Run], when: str, phase: str) -> dict[str, dict[str
     return {phase: found} if found else {}
 
 
-def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:
-    """One row an iteration of a run; what was not logged is empty."""
+def csv_text(runs: Sequence[LearningCurve], metrics: Sequence[str]) -> str:
+    """Returns one row an iteration of a run; cells of metrics that were not logged are empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("label", "run", "iteration", "env_steps", "minutes", "success", *metrics))
@@ -154,8 +153,8 @@ def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     return file.getvalue()
 
 
-def readme_text(runs: Sequence[Run], choices: Choices) -> str:
-    """What was compared, the tables, how they are to be read, and the commands."""
+def readme_text(runs: Sequence[LearningCurve], choices: Choices) -> str:
+    """Returns the settings that were compared, the tables, notes on how to read them, and the commands."""
     labels, task = list(by_label(runs)), next((run.task for run in runs if run.task != "–"), "")
     picture = '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="curves_dark.png">\n'
     picture += f'  <img src="curves.png" alt="Learning curves of {_cell(", ".join(labels))}">\n</picture>'
@@ -169,8 +168,8 @@ def readme_text(runs: Sequence[Run], choices: Choices) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _notes(runs: Sequence[Run], choices: Choices) -> list[str]:
-    """How the numbers are to be read."""
+def _notes(runs: Sequence[LearningCurve], choices: Choices) -> list[str]:
+    """Returns notes on how to read the numbers."""
     evaluations = [run.before for run in runs] + [run.after for run in runs]
     protocols = sorted({_protocol(result) for result in evaluations if result is not None})
     target = f"{100 * choices.target:g} %"
@@ -192,8 +191,8 @@ def _notes(runs: Sequence[Run], choices: Choices) -> list[str]:
     notes.append("Minutes are the time iterations took, pauses and evaluations left out.")
     if by_clock:
         notes.append(
-            f"These have not logged the time of every iteration; theirs is that of the clock from the end of the first "
-            f"iteration on, pauses included: {', '.join(by_clock)}."
+            f"These runs have not logged the time of every iteration; their minutes are those of the clock from the "
+            f"end of the first iteration on, pauses included: {', '.join(by_clock)}."
         )
     return [f"- {note}" for note in notes]
 
@@ -214,11 +213,11 @@ def _cell(text: str) -> str:
 
 
 def without_paths(text: str) -> str:
-    """Replaces the folders of absolute paths by `…`: they say where somebody's files lie, and nothing about a run."""
+    """Replaces the folders of absolute paths by `…`: they tell nothing about a run."""
     return re.sub(r"(?<![\w./~…-])/(?:[^\s/'\"=,:;]+/)*([^\s/'\"=,:;]+)/?", r"…/\1", text)
 
 
-def print_comparison(runs: Sequence[Run], choices: Choices) -> None:
+def print_comparison(runs: Sequence[LearningCurve], choices: Choices) -> None:
     """Prints the tables of the `README.md`."""
     print_table(*runs_table(runs, choices), title=f"{choices.phase}: success, steps, minutes")
     print()

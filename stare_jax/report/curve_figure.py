@@ -1,4 +1,4 @@
-"""The figure that shows learning curves of several runs side by side: panels of curves, and evaluations beside them."""
+"""Figure of learning curves of several runs side by side: panels of curves, and evaluations beside them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from stare_jax.report.figures import LIGHT, PALETTE, Theme, save_figure, style_a
 
 
 class Curve(NamedTuple):
-    """A metric of one run, `[I]` each: as it was logged, and smoothed."""
+    """Metric of one run, `[I]` each: as it was logged, and smoothed."""
 
     x: np.ndarray
     raw: np.ndarray
@@ -24,7 +24,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Curves by label, and what the runs were evaluated at `before` and `after`: phase -> label -> estimates."""
+    """Curves by label, and the evaluations `before` and `after` them: phase -> label -> estimates."""
 
     title: str
     x_label: str
@@ -36,12 +36,12 @@ class Panel(NamedTuple):
 
 
 def draw_comparison(successes: Sequence[Panel], others: Sequence[Panel], path: str | Path, *, target: float) -> None:
-    """Draws runs side by side, a colour a label: thin lines are runs, thick ones means, dots what was not smoothed.
+    """Draws runs side by side, a colour a label: thin lines are runs, thick ones means, dots values before smoothing.
 
     Args:
         successes: the tall panels of the first row, rates in [0, 1], shown in % with the target.
         others: the panels below.
-        path: where to.
+        path: file to write.
         target: rate to mark.
     """
     num_columns = len(successes)
@@ -69,8 +69,16 @@ def draw_comparison(successes: Sequence[Panel], others: Sequence[Panel], path: s
             axis.set_visible(False)
         axes[0].set_ylabel("% of episodes")
         handles = _legend(successes[0], looks, theme, target)
-        style = {"loc": "outside upper left", "handlelength": 1.8, "columnspacing": 1.6, "fontsize": 9}
-        figure.legend(handles=handles, frameon=False, labelcolor=theme.text, ncols=num_legend_columns, **style)
+        figure.legend(
+            handles=handles,
+            loc="outside upper left",
+            ncols=num_legend_columns,
+            frameon=False,
+            labelcolor=theme.text,
+            fontsize=9,
+            handlelength=1.8,
+            columnspacing=1.6,
+        )
 
     names = [handle.get_label() for handle in _legend(successes[0], looks, LIGHT, target)]
     num_legend_columns = len(names) if sum(len(name) + 8 for name in names) <= 130 else 3
@@ -105,8 +113,16 @@ def _draw_evaluations(axis: Axes, panel: Panel, looks: Mapping[str, tuple[str, s
             width = (0.045 + 0.026 * len(marks)) * end
             outer = edge + direction * width
             axis.axvspan(*sorted((edge, outer)), color=theme.grid, alpha=0.45, linewidth=0, zorder=0)
-            at = {"ha": "center", "va": "bottom", "transform": axis.get_xaxis_transform()}
-            axis.text((edge + outer) / 2, 0.012, phase, color=theme.muted, fontsize=8, **at)
+            axis.text(
+                (edge + outer) / 2,
+                0.012,
+                phase,
+                ha="center",
+                va="bottom",
+                transform=axis.get_xaxis_transform(),
+                color=theme.muted,
+                fontsize=8,
+            )
             for place, (label, estimate) in enumerate(marks):
                 x = min(edge, outer) + width * (place + 0.5) / len(marks)
                 value, low, high = (100 * part for part in estimate)
@@ -151,7 +167,7 @@ def _end_of(panel: Panel) -> float:
 
 
 def _floor_of(panel: Panel) -> float:
-    """The lower end of an axis of rates, in %: 0, or a multiple of 10 well below all that is to be seen."""
+    """Returns the lower end of an axis of rates, in %: 0, or a multiple of 10 well below all that the panel shows."""
     lows = [curve.raw for curves in panel.curves.values() for curve in curves]
     marks = [
         e.low for by_label in (*panel.before.values(), *panel.after.values()) for es in by_label.values() for e in es

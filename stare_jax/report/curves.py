@@ -1,4 +1,4 @@
-"""Learning curves as run directories hold them: which lines count, minutes, moving means, when a target is reached."""
+"""Learning curves of run directories: the lines that count, minutes, moving means, the moment a target is reached."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.config import UserError
+from stare_jax.evaluate.record import PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
-from stare_jax.report.report import PhaseResult, load_results
 
 SUCCESS, STEPS = "env/success", "env/steps"
 BEFORE = "sft"
 NUM_ENDS = 5
-"""iterations at the beginning and at the end of a run whose success is averaged in the table."""
+"""Iterations at the beginning and at the end of a run over which the table averages success."""
 
 
 class CurveError(UserError, ValueError):
@@ -23,27 +23,27 @@ class CurveError(UserError, ValueError):
 
 
 class Series(NamedTuple):
-    """What a run logged, one row an iteration, `[I]` float64 each."""
+    """Metrics of a run, one row an iteration, `[I]` float64 each."""
 
     iteration: np.ndarray
     env_steps: np.ndarray
     minutes: np.ndarray
     success: np.ndarray
     metrics: dict[str, np.ndarray]
-    """everything else that was logged, NaN where an iteration has none."""
+    """All metrics by name, NaN where an iteration has none."""
 
 
-class Run(NamedTuple):
-    """One seed of a setting."""
+class LearningCurve(NamedTuple):
+    """Metrics and evaluations of one run, which is one seed of a setting."""
 
     label: str
     name: str
-    """of the run's folder."""
+    """Name of the run's folder."""
     seed: str
     task: str
     series: Series
     by_clock: bool
-    """True if the minutes are those of the clock on the wall, pauses included."""
+    """Whether the minutes are those of the clock on the wall, pauses included."""
     before: PhaseResult | None
     after: PhaseResult | None
 
@@ -51,22 +51,22 @@ class Run(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def read_runs(settings: Mapping[str, Sequence[str | Path]], phase: str) -> list[Run]:
+def read_runs(settings: Mapping[str, Sequence[str | Path]], phase: str) -> list[LearningCurve]:
     """Reads the runs of each setting; folders of one name within a setting are told apart by a number.
 
     Args:
         settings: label -> run directories.
-        phase: whose metrics.
+        phase: phase of the metrics.
 
     Raises:
         CurveError: see `read_run`; a run is given twice in a setting.
     """
-    runs: list[Run] = []
+    runs: list[LearningCurve] = []
     for label, directories in settings.items():
         resolved = [Path(directory).resolve() for directory in directories]
         if twice := [d for d, path in zip(directories, resolved, strict=True) if resolved.count(path) > 1]:
             raise CurveError(f"{label}: got {twice[0]} twice, expected each run once")
-        group: list[Run] = []
+        group: list[LearningCurve] = []
         for directory in directories:
             run = read_run(label, directory, phase)
             num_namesakes = sum(path.name == run.name for path in resolved[: len(group)])
@@ -75,7 +75,7 @@ def read_runs(settings: Mapping[str, Sequence[str | Path]], phase: str) -> list[
     return runs
 
 
-def read_run(label: str, directory: str | Path, phase: str) -> Run:
+def read_run(label: str, directory: str | Path, phase: str) -> LearningCurve:
     """Reads one run.
 
     Raises:
@@ -98,7 +98,9 @@ def read_run(label: str, directory: str | Path, phase: str) -> Run:
     except (ValueError, KeyError, TypeError) as error:
         raise CurveError(f"{label}: {directory}/eval: not as an evaluation leaves it: {error!r}") from error
     seed, task = str(config.get("seed", "–")), str(config.get("env", {}).get("env_id", "–"))
-    return Run(label, directory.resolve().name, seed, task, series, by_clock, results.get(BEFORE), results.get(phase))
+    return LearningCurve(
+        label, directory.resolve().name, seed, task, series, by_clock, results.get(BEFORE), results.get(phase)
+    )
 
 
 def make_series(rows: Sequence[Mapping[str, Any]]) -> tuple[Series, bool]:
@@ -126,7 +128,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def check_comparable(runs: Sequence[Run], metrics: Sequence[str]) -> None:
+def check_comparable(runs: Sequence[LearningCurve], metrics: Sequence[str]) -> None:
     """Raises `CurveError` for runs of different tasks, and for a metric that no run has."""
     tasks = {run.task: run for run in runs if run.task != "–"}
     if len(tasks) > 1:
@@ -185,8 +187,8 @@ def ends(success: np.ndarray) -> tuple[float, float]:
     )
 
 
-def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    groups: dict[str, list[Run]] = {}
+def by_label(runs: Sequence[LearningCurve]) -> dict[str, list[LearningCurve]]:
+    groups: dict[str, list[LearningCurve]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
     return groups

@@ -4,6 +4,7 @@ Every figure is written twice, `name.png` for a light page and `name_dark.png` f
 nothing global is touched and no display is needed.
 """
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from stare_jax.evaluate.intervals import Estimate
-from stare_jax.logging import last_lines
+from stare_jax.logging import last_lines, replace_bytes
 from stare_jax.report.timeline import Timeline
 
 # Okabe and Ito's colours, told apart by every kind of eye.
@@ -35,7 +36,7 @@ DARK = Theme(text="#e6edf3", muted="#9198a1", grid="#2d333b", background="#161b2
 
 
 def dark_path(path: str | Path) -> Path:
-    """Returns where the dark version of a figure lies."""
+    """Returns the file of the dark version of a figure."""
     path = Path(path)
     return path.with_name(f"{path.stem}_dark{path.suffix}")
 
@@ -51,10 +52,10 @@ def draw_timeline(
     """Draws label, potential and shaped reward of one episode over its steps, on bands of the stages' colours.
 
     Args:
-        timeline: of the episode.
+        timeline: timeline of the episode.
         stage_names: K names.
-        path: where to.
-        title: of the figure.
+        path: file to write.
+        title: title of the figure.
         frames: step -> uint8 `[H, W, 3]`, images to show above, in this order.
     """
 
@@ -111,8 +112,8 @@ def draw_rates(
     Args:
         groups: what is measured, one cluster of bars each.
         series: who is measured -> one estimate a group.
-        path: where to.
-        title: of the figure.
+        path: file to write.
+        title: title of the figure.
     """
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -136,8 +137,14 @@ def draw_rates(
         axis.set_yticks(range(0, 101, 20))
         axis.set_ylabel("% of episodes, 95 % interval")
         axis.grid(False, axis="x")
-        legend = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(series)}
-        axis.legend(frameon=False, labelcolor=theme.text, fontsize=9, **legend)
+        axis.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=len(series),
+            frameon=False,
+            labelcolor=theme.text,
+            fontsize=9,
+        )
 
     save_figure(draw, path, size=(8.4, 3.4))
 
@@ -147,8 +154,8 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], phase: str, path: str | Path
 
     Args:
         lines: of `metrics.jsonl`, as `read_metrics` returns them.
-        phase: whose lines.
-        path: where to.
+        phase: phase of the lines.
+        path: file to write.
         max_panels: at most so many metrics, those that tell most first.
     """
     curves = {name: points for name, points in metric_curves(lines, phase).items() if len(points) > 1}
@@ -243,11 +250,12 @@ def style_axis(axis: Axes, theme: Theme) -> None:
 
 
 def save_figure(draw_fn: Callable[[Figure, Theme], None], path: str | Path, *, size: tuple[float, float]) -> None:
-    """Draws a figure once a theme and writes both files; `size` in inches."""
+    """Draws a figure once a theme and writes both PNG files; `size` in inches."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for theme, to in ((LIGHT, path), (DARK, dark_path(path))):
         figure = Figure(figsize=size, dpi=144, facecolor=theme.background, layout="constrained")
         FigureCanvasAgg(figure)
         draw_fn(figure, theme)
-        figure.savefig(to)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        replace_bytes(to, content.getvalue())

@@ -1,41 +1,29 @@
-"""The report of a run: a table in the terminal and `report.html`, from the files of the run directory alone."""
+"""Report of a run: tables in the terminal and `report.html`, from the files of the run directory alone."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from stare_jax.evaluate.intervals import Estimate
-from stare_jax.evaluate.protocol import Evaluation
-from stare_jax.evaluate.summary import Comparison, Summary, compare, load_evaluation, summarize
-from stare_jax.logging import print_table, read_metrics
+from stare_jax.evaluate.record import PhaseResult, load_results
+from stare_jax.evaluate.summary import compare, pairing_obstacle
+from stare_jax.logging import print_table, read_metrics, replace_text
 from stare_jax.report.figures import PALETTE, dark_path, draw_curves, draw_rates
 from stare_jax.report.page import Html, element, film, join, page, picture, shares, table
+from stare_jax.report.tables import (
+    MISSING,
+    OUTCOMES,
+    differences_table,
+    pairs_of_phases,
+    percent,
+    points,
+    rates_table,
+    stages_table,
+)
 
-_PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
-_AREA_NAMES = {"env": "simulator", "policy": "policy", "update": "update", "data": "data", "other": "other"}
-_OUTCOMES = {"success_once": "success at any step", "success_end": "success at the end"}
-
-
-class PhaseResult(NamedTuple):
-    """What `eval/<phase>.json` says."""
-
-    phase: str
-    evaluation: Evaluation
-    summary: Summary
-    media: Mapping[str, Any]
-    """videos, timeline, filmstrip, with paths relative to the run directory."""
-
-
-def load_results(run_directory: str | Path) -> list[PhaseResult]:
-    """Returns the evaluations of a run directory in the order of the phases, others after them by name."""
-    results = []
-    for path in Path(run_directory).glob("eval/*.json"):
-        evaluation = load_evaluation(path)
-        results.append(PhaseResult(path.stem, evaluation, summarize(evaluation), json.loads(path.read_text())))
-    ranks = {phase: rank for rank, phase in enumerate(_PHASE_ORDER)}
-    return sorted(results, key=lambda result: (ranks.get(result.phase, len(ranks)), result.phase))
+_AREAS = {"env": "simulator", "policy": "policy", "update": "update", "data": "data", "other": "other"}
+"""Areas of work in the metrics `time/<area>_s` -> their names on the page."""
 
 
 def print_report(run_directory: str | Path) -> None:
@@ -45,19 +33,21 @@ def print_report(run_directory: str | Path) -> None:
         print(f"{run_directory}: no evaluation yet")
         return
     env_id = results[0].evaluation.info.env_id
-    print_table(*_rates_table(results), title=f"{env_id}, with 95 % Wilson intervals")
+    print_table(*rates_table(results), title=f"{env_id}, with 95 % Wilson intervals")
     print()
-    print_table(*_stages_table(results), title="P(stage | the stage before), % and counts")
+    print_table(*stages_table(results), title="P(stage | the stage before), % and counts")
     if len(results) > 1:
         print()
-        print_table(*_differences_table(results), title="Paired differences on the same seeds, 95 % Tango interval")
+        print_table(
+            *differences_table(results), title="Paired differences from the same initial states, 95 % Tango interval"
+        )
 
 
 def write_report(run_directory: str | Path) -> Path:
     """Writes `report.html` and its figures from what the run directory holds, and returns its path.
 
-    Reads `eval/*.json` with the films and pictures they name, `metrics.jsonl`, `config.json`, `versions.json`; whatever
-    is missing is left out.
+    Reads `eval/*.json` with the films and pictures they name, `metrics.jsonl`, `config.json`, `versions.json`; missing
+    files are left out. Page and figures are whole at every moment, also while a trainer writes the same ones.
     """
     run_directory = Path(run_directory)
     results = load_results(run_directory)
@@ -71,74 +61,8 @@ def write_report(run_directory: str | Path) -> Path:
     sections += [_file_section(run_directory, "config.json", "Configuration")]
     sections += [_file_section(run_directory, "versions.json", "Versions and machine")]
     path = run_directory / "report.html"
-    path.write_text(page(f"{run_directory.resolve().name}: {env_id}", *sections))
+    replace_text(path, page(f"{run_directory.resolve().name}: {env_id}", *sections))
     return path
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-
-
-def _rates_table(results: Sequence[PhaseResult]) -> Table:
-    summaries = [result.summary for result in results]
-    rates = {**_OUTCOMES, "contacted": "touched the object", "grasped": "held the object"}
-    rows = [(name, *(_percent(getattr(s, field)) for s in summaries)) for field, name in rates.items()]
-    rows.append(("median steps to success", *(_number(s.median_steps) for s in summaries)))
-    rows.append(("episodes, distinct starts", *(f"{s.num_episodes}, {s.num_distinct}" for s in summaries)))
-    if any(s.num_dropped for s in summaries):
-        rows.append(("lost to a dead simulator", *(str(s.num_dropped) for s in summaries)))
-    return ("% of episodes", *(result.phase for result in results)), rows
-
-
-def _differences_table(results: Sequence[PhaseResult]) -> Table:
-    header = ("difference", *(f"{name}, points" for name in _OUTCOMES.values()), "won : lost : pairs")
-    rows = []
-    for later, earlier in _pairs_of_phases(results):
-        comparisons = [compare(later.evaluation, earlier.evaluation, outcome) for outcome in _OUTCOMES]
-        counts = f"{comparisons[0].num_gained} : {comparisons[0].num_lost} : {comparisons[0].num_pairs}"
-        rows.append((f"{later.phase} − {earlier.phase}", *map(_points, comparisons), counts))
-    return header, rows
-
-
-def _stages_table(results: Sequence[PhaseResult]) -> Table:
-    header = ("stage", *(result.phase for result in results))
-    rows = []
-    for k, name in enumerate(results[0].evaluation.info.stage_names):
-        stages = [result.summary.stages[k] for result in results]
-        cells = [f"{_percent(stage.rate)} ({stage.num_completed}/{stage.num_given})" for stage in stages]
-        rows.append((name, *cells))
-    return header, rows
-
-
-def _pairs_of_phases(results: Sequence[PhaseResult]) -> list[tuple[PhaseResult, PhaseResult]]:
-    """Every phase against the one before it and against the first that was trained."""
-    results = [result for result in results if result.phase != "expert"] or list(results)
-    pairs = []
-    for index, later in enumerate(results[1:], start=1):
-        earlier = [results[index - 1]] + ([results[0]] if index > 1 else [])
-        pairs += [(later, other) for other in earlier if other.evaluation.info.env_id == later.evaluation.info.env_id]
-    return pairs
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:g}"
-
-
-def _percent(rate: Estimate) -> str:
-    if math.isnan(rate.value):
-        return "–"
-    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-
-def _points(comparison: Comparison) -> str:
-    difference = comparison.difference
-    if math.isnan(difference.value):
-        return "–"
-    return f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-
-
-# ----------------------------------------------------------------------------------------------------------- sections
 
 
 def _header(run_directory: Path, env_id: str, results: Sequence[PhaseResult]) -> Html:
@@ -146,37 +70,43 @@ def _header(run_directory: Path, env_id: str, results: Sequence[PhaseResult]) ->
     if not results:
         return join([*parts, element("p", "No phase has been evaluated yet.")])
     last = results[-1]
-    rate = last.summary.success_once
-    cards = [_card(f"{100 * rate.value:.0f} %", f"success at any step after {last.phase}", _percent(rate))]
-    end = last.summary.success_end
-    cards.append(_card(f"{100 * end.value:.0f} %", "success at the end of the episode", _percent(end)))
-    if pairs := _pairs_of_phases(results):
+    rates = [(last.summary.success_once, f"success at any step after {last.phase}")]
+    rates.append((last.summary.success_end, "success at the end of the episode"))
+    cards = [_card(_percent_alone(rate), text, percent(rate)) for rate, text in rates]
+    pairs = [pair for pair in pairs_of_phases(results) if not pairing_obstacle(*(r.evaluation for r in pair))]
+    if pairs:
         later, earlier = pairs[-1]
         comparison = compare(later.evaluation, earlier.evaluation)
         gain = f"{100 * comparison.difference.value:+.0f} points"
-        cards.append(_card(gain, f"{later.phase} against {earlier.phase}, same seeds", _points(comparison)))
+        cards.append(_card(gain, f"{later.phase} against {earlier.phase}, same initial states", points(comparison)))
     return join([*parts, element("div", *cards, class_="cards")])
 
 
-def _card(number: str, what: str, interval: str) -> Html:
-    return element("div", element("b", number), what, element("div", interval, class_="muted"), class_="card")
+def _percent_alone(rate: Estimate) -> str:
+    return MISSING if math.isnan(rate.value) else f"{100 * rate.value:.0f} %"
+
+
+def _card(number: str, text: str, interval: str) -> Html:
+    return element("div", element("b", number), text, element("div", interval, class_="muted"), class_="card")
 
 
 def _success_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html:
     note = (
-        "% of episodes with 95 % Wilson intervals for the number of distinct starts; every episode runs to the "
-        "horizon. Episodes lost to a dead simulator are left out and counted."
+        "% of episodes, with 95 % Wilson intervals for the number of distinct starts. Every episode runs to the "
+        "horizon. Episodes that were lost with a simulator three times are left out and counted."
     )
-    series = {r.phase: [getattr(r.summary, outcome) for outcome in _OUTCOMES] for r in results}
-    draw_rates(list(_OUTCOMES.values()), series, run_directory / "figures/success.png")
-    parts = [element("h2", "Success"), table(*_rates_table(results)), element("p", note, class_="muted")]
+    series = {r.phase: [getattr(r.summary, outcome) for outcome in OUTCOMES] for r in results}
+    draw_rates(list(OUTCOMES.values()), series, run_directory / "figures/success.png")
+    parts = [element("h2", "Success"), table(*rates_table(results)), element("p", note, class_="muted")]
     parts.append(_picture(run_directory, "figures/success.png", "Success of each phase, with 95 % intervals."))
     if len(results) > 1:
         explained = (
-            "Points of success, with Tango's 95 % score interval for pairs; won : lost counts the seeds on which "
+            "Points of success, with Tango's 95 % score interval for pairs. Two episodes are a pair if they began in "
+            "the same state. won : lost counts the pairs in which only the later or only the earlier phase succeeded "
+            "at any step."
         )
-        explained += "only the later or only the earlier phase succeeded at any step."
-        parts += [element("h3", "Paired differences on the same seeds"), table(*_differences_table(results))]
+        title = "Paired differences from the same initial states"
+        parts += [element("h3", title), table(*differences_table(results))]
         parts.append(element("p", explained, class_="muted"))
     return join(parts)
 
@@ -187,7 +117,7 @@ def _stages_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html
     draw_rates(names, series, run_directory / "figures/stages.png")
     note = "P(stage completed | the stage before completed), in %, and counts: this is where episodes are lost."
     image = _picture(run_directory, "figures/stages.png", "Conditional stage success of each phase.")
-    return join([element("h2", "Stage by stage"), table(*_stages_table(results)), element("p", note), image])
+    return join([element("h2", "Stage by stage"), table(*stages_table(results)), element("p", note), image])
 
 
 def _episode_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html:
@@ -245,8 +175,8 @@ def _time_section(lines: Sequence[Mapping[str, Any]], results: Sequence[PhaseRes
         seconds = phase_seconds(lines, phase)
         total = sum(seconds.values())
         if total > 0:
-            colours = dict(zip(_AREA_NAMES, PALETTE, strict=False))
-            bar = [(_AREA_NAMES.get(a, a), s / total, colours.get(a, PALETTE[-1])) for a, s in seconds.items()]
+            colours = dict(zip(_AREAS, PALETTE, strict=False))
+            bar = [(_AREAS.get(a, a), s / total, colours.get(a, PALETTE[-1])) for a, s in seconds.items()]
             parts += [element("h3", f"{phase}: {_duration(total)}"), shares(bar)]
     for phase, evaluation, _, _ in results:
         wall_s, num_steps = evaluation.info.wall_s, evaluation.info.num_steps
@@ -264,7 +194,7 @@ def phase_seconds(lines: Sequence[Mapping[str, Any]], phase: str) -> dict[str, f
                 if name.startswith("time/") and name.endswith("_s"):
                     area = name.removeprefix("time/").removesuffix("_s")
                     seconds[area] = seconds.get(area, 0.0) + line[name]
-    known = [area for area in _AREA_NAMES if area in seconds]
+    known = [area for area in _AREAS if area in seconds]
     return {area: seconds[area] for area in known + sorted(seconds.keys() - set(known))}
 
 

@@ -32,12 +32,12 @@ def write_video(
     """Writes an episode as an MP4 (H.264, playable by browsers), one frame a state; the last is held for a second.
 
     Args:
-        path: where to.
+        path: file to write.
         frames: uint8 `[T, H, W, 3]`, at least the T states of the timeline.
-        timeline: of the episode.
+        timeline: timeline of the episode.
         stage_names: K names.
         fps: states a second.
-        caption: drawn above every frame: who acted, which seed.
+        caption: text above every frame: phase and seed.
 
     Raises:
         RuntimeError: ffmpeg could not write the file; the message is its own.
@@ -68,7 +68,7 @@ def write_filmstrip(
     """Writes a PNG of frames in rows of three: the first, the last, the first of each stage and of success, and others.
 
     Args:
-        path: where to.
+        path: file to write.
         frames, timeline, stage_names, caption: as for `write_video`.
         num_frames: how many, where the episode has so many.
     """
@@ -86,7 +86,7 @@ def write_filmstrip(
 
 
 def telling_steps(timeline: Timeline, num_frames: int) -> list[int]:
-    """Returns up to `num_frames` steps in order: ends, stage entries, first success, then whatever fills the gaps."""
+    """Returns up to `num_frames` steps in order: ends, stage entries, first success, then steps that fill the gaps."""
     last = len(timeline.stage_t) - 1
     entries = (np.flatnonzero(np.diff(timeline.stage_t)) + 1).tolist()
     successes = np.flatnonzero(timeline.success_t)[:1].tolist()
@@ -142,5 +142,5 @@ def _draw_header(draw: ImageDraw.ImageDraw, width: int, timeline: Timeline, t: i
 
 
 def _lighter(colour: str) -> tuple[int, ...]:
-    """Halfway to white, so that text in a stage's colour can be read on the dark header."""
+    """Returns a colour halfway to white, so that text in a stage's colour can be read on the dark header."""
     return tuple((channel + 255) // 2 for channel in ImageColor.getrgb(colour))

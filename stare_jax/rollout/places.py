@@ -32,6 +32,7 @@ class Places:
         """int `[B]`, actions executed."""
         self._since_success = np.full(num_envs, -1)
         """int `[B]`, actions executed since the first success, -1 before it."""
+        self._num_revivals = 0
 
     @property
     def is_first(self) -> np.ndarray:
@@ -78,10 +79,13 @@ class Places:
         counts = tick.is_acting & (self._since_success >= 0)
         self._since_success = np.where(counts, self._since_success + 1, -1)
         self.episode[tick.is_ending] = -1
-        for i in np.flatnonzero(self.episode < 0):
+        for i in np.flatnonzero((self.episode < 0) & alive):
             if is_open and self.num_started < len(seeds):
                 self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
                 self.num_started += 1
+        # A simulator that was lost takes an episode when it has been reset, which may be many calls from now: an
+        # episode handed to it before would be lost, too. No seed is tried twice in a row: it may be what it fails at.
         for i in np.flatnonzero((self.episode < 0) & ~alive):
-            reset_seeds[int(i)] = seeds[0]  # A restarted simulator has to be reset, also where nothing is left to do.
+            reset_seeds[int(i)] = seeds[self._num_revivals % len(seeds)]
+            self._num_revivals += 1
         return reset_seeds

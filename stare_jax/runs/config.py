@@ -1,7 +1,10 @@
 """The configuration of a whole run."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+from stare_jax.config import from_dict, to_dict
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
@@ -57,6 +60,7 @@ class RunConfig:
         expected = tuple(phase for phase in PHASES if phase in self.phases)
         if not self.phases or tuple(self.phases) != expected:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        dataclasses.replace(self.env.spec, params=self.stages)  # The task's family says which numbers fit it.
         if self.demos_of:
             self._check_foreign()
         for name in ("demos", "pairs"):
@@ -75,6 +79,19 @@ class RunConfig:
                 f"model.execution.param_dtype: got {param_dtype!r}, expected 'float32' for weights that are trained; "
                 "train adapters beside them (model.lora), or keep what is not trained as it is (model.frozen_patterns)"
             )
+
+    @staticmethod
+    def fill_in(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a run, in which the task's own number stands wherever `stages` has None or nothing.
+
+        So the stages follow the task, also where the task is named on the command line and not by the configuration.
+        """
+        if "env" not in values:
+            return dict(values)
+        env, stages = values["env"], to_dict(values.get("stages")) or {}
+        env = env if isinstance(env, EnvConfig) else from_dict(EnvConfig, env, path="config.env")
+        given = {name: value for name, value in stages.items() if value is not None}
+        return {**values, "stages": to_dict(env.spec.params) | given}
 
     @property
     def has_evaluation(self) -> bool:

@@ -25,13 +25,16 @@ from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
+from stare_jax.evaluate.record import evaluation_file, partial_folder
 from stare_jax.logging import Clock, Interruption, make_writer, say
 from stare_jax.models import Policy, make_policy
-from stare_jax.report.record import evaluation_file, record_evaluation
+from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
 from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, locked, open_directory
+from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.load import identify_checkpoint
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import load_norm_stats, load_params
@@ -257,8 +260,21 @@ def _evaluate_phase(experiment: Experiment, phase: str, params: PyTree) -> None:
     file = evaluation_file(experiment.directory, phase)
     if file.exists() and json.loads(file.read_text()).get("settings") == settings:
         return
-    shared = {"desc": f"evaluate {phase}", "should_stop": experiment.should_stop, "clock": clock}
-    evaluation, rollout = evaluate(experiment.policy, params, experiment.simulator, experiment.spec, config, **shared)
-    say(f"evaluate {phase}: {config.num_episodes} episodes | {clock.line()}")
-    shown = {"num_videos": config.num_videos, "gamma": experiment.config.ppo.gamma, "settings": settings}
-    record_evaluation(experiment.directory, phase, evaluation, rollout, experiment.spec, **shown)
+    directory, policy, spec = experiment.directory, experiment.policy, experiment.spec
+    _, checkpoint = identify_checkpoint(directory / phase)
+    evaluation, films = evaluate(
+        policy,
+        params,
+        experiment.simulator,
+        spec,
+        config,
+        conditions=evaluation_conditions(experiment.config.env, checkpoint),
+        folder=partial_folder(file),
+        desc=f"evaluate {phase}",
+        should_stop=experiment.should_stop,
+        clock=clock,
+    )
+    say(f"evaluate {phase}: {len(evaluation.episodes.seed)} episodes | {clock.line()}")
+    rewards_fn = training_rewards(spec, experiment.config.ppo, chunk=policy.chunk)
+    num_videos = config.num_videos
+    record_evaluation(directory, phase, evaluation, films, spec, rewards_fn, num_videos=num_videos, settings=settings)

@@ -112,7 +112,14 @@ def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callab
         config: see `PPOConfig`.
         chunk: C, actions that one decision executes.
     """
-    targets_fn = functools.partial(
+    return ppo_batch.compile_targets(
+        make_targets_fn(spec, config, chunk=chunk), chunk=chunk, num_steps=config.num_steps
+    )
+
+
+def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:
+    """Returns `ppo_batch.episode_targets` of signals, valid and value with the settings of a configuration."""
+    return functools.partial(
         ppo_batch.episode_targets,
         spec=spec,
         shaping=config.shaping,
@@ -123,7 +130,6 @@ def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callab
         chunk=chunk,
         chunk_discount=config.chunk_discount,
     )
-    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
 
 
 # ---- Step -----------------------------------------------------------------------------------------------------------

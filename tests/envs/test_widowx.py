@@ -15,6 +15,7 @@ from stare_jax.envs.maniskill.simulator import Simulator, executed_action
 from stare_jax.envs.maniskill.widowx import bridge_scene, scaled_intrinsics
 from stare_jax.envs.seeds import DEMO_SEEDS
 from stare_jax.envs.tasks import make_expert
+from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.stages import get_task
 
 WIDOWX_TASKS = tuple(env_id for env_id, scene in SCENES.items() if scene.num_starts)
@@ -177,6 +178,22 @@ def test_a_small_image_is_the_large_one_made_smaller(rendering_simulator):
     assert np.abs(shrunk - small.reset(7).image).mean() < 4
     large.close()
     small.close()
+
+
+@needs_assets
+def test_pi05_sees_in_168_x_224_pixels_what_it_sees_in_the_cameras_own(rendering_simulator):
+    """Black bars of 28 rows above and below the view; in square images it is squeezed, and there are none."""
+    seen = {}
+    for shape in ((480, 640), (168, 224), (224, 224)):
+        simulator = Simulator(EnvConfig(CUBES, image_size=shape[0], image_width=shape[1]))
+        image = simulator.reset(7).image
+        assert image.shape == (*shape, 3)
+        seen[shape] = np.asarray(resize_with_pad(image[None], 224))[0]
+        simulator.close()
+    bars = {shape: np.flatnonzero(pixels.max(axis=(1, 2)) == 0).tolist() for shape, pixels in seen.items()}
+    assert bars[480, 640] == bars[168, 224] == [*range(28), *range(196, 224)] and bars[224, 224] == []
+    assert np.abs(seen[480, 640] - seen[168, 224]).mean() < 3
+    assert np.abs(seen[480, 640] - seen[224, 224]).mean() > 20
 
 
 # ---- The gripper -----------------------------------------------------------------------------------------------------

@@ -114,39 +114,169 @@ def test_interrupts_are_the_parents_affair(pool):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
 def test_a_lost_worker_is_restarted_and_the_others_go_on(number, pool):
     pool.reset([40, 41, 42, 43])
-    restarts, lost = pool.num_restarts, pool._workers[1].process
+    losses, lost = pool.num_losses, pool._workers[1].process
     lost.send_signal(number)
     state = pool.step(np.full((4, 7), 0.3))
     assert state.alive.tolist() == [True, True, False, False]
-    assert pool.num_restarts == restarts + 1
+    assert pool.num_losses == losses + 1
     assert is_gone(lost.pid)
     # Not reset, it stays out of the way.
     assert pool.step(np.zeros((4, 7))).alive.tolist() == [True, True, False, False]
-    assert pool.step(np.zeros((4, 7)), {2: 42}).alive.tolist() == [True, True, True, False]
-    state = pool.step(np.zeros((4, 7)), {3: 43})
+    # A call that asks the lost ones alone waits for them.
+    pool._needs_reset[:2] = True
+    assert pool.step(np.zeros((4, 7)), {2: 42}).alive.tolist() == [False, False, True, False]
+    state = pool.step(np.zeros((4, 7)), {0: 40, 1: 41, 3: 43})
     assert state.alive.all()
     for _ in range(20):
         state = pool.step(expert_actions(state.signals))
     assert state.signals.success.all()
 
 
-def test_an_error_in_a_worker_is_raised_with_its_traceback(pool):
-    pool.reset([0, 1, 2, 3])
-    pool._workers[0].connection.send_bytes(b"- ?")  # Taken for a reset without a seed.
-    with pytest.raises(
-        SimulatorError, match="(?s)simulator process 0 of PushCube-v1:\nTraceback.*ValueError.*doctor.py"
-    ):
-        list(pool._answers([0], 5.0, on_lost=pytest.fail))
-    assert pool.step(np.zeros((4, 7))).alive.all()
-
-
 def test_losing_workers_for_ever_is_an_error(pool):
     """The last test of this pool: the process that it kills stays lost."""
     pool.reset([0, 1, 2, 3])
-    pool.num_restarts = pool.config.max_restarts
+    pool.num_losses = pool.config.max_restarts
     pool._workers[0].process.kill()
-    with pytest.raises(SimulatorError, match="max_restarts: .* lost 101 times, expected at most 100.*doctor.py"):
+    with pytest.raises(SimulatorError, match="(?s)max_restarts: .* lost 101 times, expected at most 100.*doctor.py"):
         pool.step(np.zeros((4, 7)))
+
+
+# ---- Simulators that fail --------------------------------------------------------------------------------------------
+
+FAILING_TASK = """
+from pathlib import Path
+
+import numpy as np
+
+from stare_jax.envs import load_task
+
+HERE = Path(__file__).parent
+TASK = load_task("PushCube-v1")
+
+
+def read_grasp_point(obj_pos, obj_quat, tcp_pos):
+    if (HERE / "diverge").exists():
+        return np.full_like(obj_pos, np.nan)
+    if (HERE / "fail always").exists():
+        raise RuntimeError("this is to fail always")
+    try:
+        (HERE / "fail once").unlink()  # by one of those that try
+    except FileNotFoundError:
+        return obj_pos
+    raise RuntimeError("this is to fail once")
+
+
+TASK = TASK._replace(scene=TASK.scene._replace(grasp_point=read_grasp_point))
+"""
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """Two processes of two simulators of a task that fails on demand; its folder; and the lines that are reported."""
+    folder, lines = tmp_path_factory.mktemp("failing"), []
+    (folder / "task.py").write_text(FAILING_TASK)
+    config = EnvConfig(
+        task=str(folder / "task.py"), envs_per_worker=2, image_size=None, use_state="tcp", max_restarts=6
+    )
+    with contextlib.closing(SimulatorPool(config, report=lines.append)) as pool:
+        lines.clear()
+        yield pool, folder, lines
+
+
+def test_a_simulator_that_raises_once_loses_its_episode_alone(failing):
+    pool, folder, lines = failing
+    pool.reset([0, 1, 2, 3])
+    losses, pids = pool.num_losses, [each.process.pid for each in pool._workers]
+    (folder / "fail once").touch()
+    state = pool.step(np.full((4, 7), 0.3))
+    assert state.alive.sum() == 3 and pool.num_losses == losses + 1
+    (row,) = np.flatnonzero(~state.alive)
+    (line,) = lines
+    assert line.startswith(
+        f"simulator {row} of PushCube-v1 raised an error and loses its episode (loss 1 of at most 6)"
+    )
+    assert "Traceback" in line and "RuntimeError: this is to fail once" in line
+    # Its neighbour in the same process was stepped as the others were, and it stays out of the way until it is reset.
+    alone = pool.step(np.full((4, 7), 0.3))
+    assert alone.alive.tolist() == state.alive.tolist()
+    moved = np.linalg.norm(alone.signals.tcp_pos - state.signals.tcp_pos, axis=1)
+    assert (moved[state.alive] > 1e-3).all() and moved[row] == 0
+    assert pool.step(np.zeros((4, 7)), {int(row): 9}).alive.all()
+    assert [each.process.pid for each in pool._workers] == pids
+    lines.clear()
+
+
+def test_physics_that_diverges_is_such_a_loss(failing):
+    pool, folder, lines = failing
+    pool.reset([0, 1, 2, 3])
+    losses = pool.num_losses
+    (folder / "diverge").touch()
+    state = pool.step(np.zeros((4, 7)), {0: 7})  # in a reset as in a step
+    (folder / "diverge").unlink()
+    assert not state.alive.any() and pool.num_losses == losses + 4
+    assert len(lines) == 4 and "signals.grasp_pos: got [nan nan nan], expected finite numbers" in lines[0]
+    assert pool.reset([0, 1, 2, 3]).alive.all()
+    pool.num_losses = 0
+    lines.clear()
+
+
+def test_others_step_while_a_lost_worker_starts(failing):
+    pool, folder, lines = failing
+    before = pool.reset([0, 1, 2, 3])
+    pool._workers[1].process.kill()
+    is_gone(pool._workers[1].process.pid)
+    state = pool.step(np.zeros((4, 7)))
+    assert state.alive.tolist() == [True, True, False, False]
+    assert "simulator process 1 of PushCube-v1 is restarted and loses its episodes (loss 1" in lines[-1]
+    pool._workers[1].process.send_signal(signal.SIGSTOP)  # So it has not started, however long the others take.
+    for _ in range(12):
+        state = pool.step(np.full((4, 7), 0.5), {2: 5, 3: 6})
+        assert state.alive.tolist() == [True, True, False, False]
+    assert (state.signals.tcp_pos[:2, 0] > before.signals.tcp_pos[:2, 0] + 0.1).all()
+    pool._workers[1].process.send_signal(signal.SIGCONT)
+    for _ in range(20_000):  # steps of 4 ms, ended by the start
+        state = pool.step(np.zeros((4, 7)), {2: 5, 3: 6} if not state.alive.all() else None)
+        if state.alive.all():
+            break
+    assert state.alive.all() and pool.num_losses == 1
+    lines.clear()
+
+
+def test_a_worker_that_does_not_start_in_time_is_lost_again(failing):
+    pool, _, lines = failing
+    pool.reset([0, 1, 2, 3])
+    losses = pool.num_losses
+    pool._workers[0].process.kill()
+    pool.step(np.zeros((4, 7)))
+    started = pool._workers[0]
+    started.process.send_signal(signal.SIGSTOP)
+    started.must_start_by = 0.0
+    state = pool.step(np.zeros((4, 7)), {0: 0, 1: 1})
+    assert state.alive.tolist() == [False, False, True, True] and pool.num_losses == losses + 2
+    assert pool._workers[0] is not started and "did not start: still silent" in lines[-1]
+    assert pool.step(np.zeros((4, 7)), {0: 0}).alive.tolist()[2:] == [True, True]
+
+
+def test_a_simulator_that_always_raises_ends_the_run_with_its_traceback(failing):
+    """The last test of this pool."""
+    pool, folder, _ = failing
+    (folder / "fail always").touch()
+    with pytest.raises(SimulatorError) as error:
+        for _ in range(10):
+            assert not pool.reset([0, 1, 2, 3]).alive.any()
+    message = str(error.value)
+    assert message.startswith("max_restarts: simulators of PushCube-v1 were lost 7 times, expected at most 6; the last")
+    assert "Traceback" in message and "RuntimeError: this is to fail always" in message and "doctor.py" in message
+
+
+def test_a_task_that_cannot_be_read_fails_at_the_start(tmp_path):
+    (tmp_path / "task.py").write_text(FAILING_TASK)
+    (tmp_path / "fail always").touch()
+    with pytest.raises(SimulatorError, match="(?s)process 0 of PushCube-v1:\nTraceback.*to fail always.*doctor.py"):
+        SimulatorPool(EnvConfig(task=str(tmp_path / "task.py"), num_workers=1, image_size=None))
+
+
+# ---- Images, end -----------------------------------------------------------------------------------------------------
 
 
 def test_images_and_reproducible_resets(rendering_pool):

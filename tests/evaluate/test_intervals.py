@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from stare_jax.evaluate.intervals import Z_95, paired_difference, wilson_interval
+from stare_jax.evaluate.intervals import Z_95, mean_interval, paired_difference, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -110,3 +110,11 @@ def test_paired_difference_covers_the_truth():
 def test_paired_difference_refuses_impossible_counts():
     with pytest.raises(ValueError, match="expected a sum of at most 4"):
         paired_difference(3, 2, 4)
+
+
+def test_mean_interval_is_students():
+    # t_{0.975} is 4.3027 for 2 degrees of freedom; mean 4, s = 2: 4.3027 * 2 / sqrt(3) = 4.9683.
+    estimate = mean_interval([2.0, 4.0, 6.0])
+    assert estimate == pytest.approx((4.0, 4.0 - 4.9683, 4.0 + 4.9683), abs=1e-4)
+    assert mean_interval([0.5]).value == 0.5 and math.isnan(mean_interval([0.5]).low)
+    assert all(math.isnan(x) for x in mean_interval([]))

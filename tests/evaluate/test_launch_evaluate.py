@@ -1,5 +1,9 @@
+import dataclasses
 import importlib.util
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import jax
@@ -11,11 +15,11 @@ import pytest
 from stare_jax.config import to_dict
 from stare_jax.envs import EnvConfig, toy
 from stare_jax.evaluate.protocol import EvalConfig
-from stare_jax.evaluate.summary import load_evaluation
+from stare_jax.evaluate.record import load_evaluation, unused_name
 from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.runs import load as restore
-from stare_jax.runs.config import RunConfig
+from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.train_state import TrainState
@@ -47,7 +51,6 @@ def trained_run(tmp_path_factory, command):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(restore, "make_policy", lambda config, norm_stats: policy)
         patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_envs))
-        patch.setattr(command, "get_task", lambda env_id: toy.task_spec())
         yield directory
 
 
@@ -60,6 +63,66 @@ def test_evaluates_a_phase_of_a_run(command, trained_run, capsys):
     out = capsys.readouterr().out
     assert "success at any step" in out and f"report: {trained_run / 'report.html'}" in out
     assert (trained_run / "report.html").exists()
+
+
+def test_no_evaluation_takes_the_place_of_another(command, trained_run):
+    before = {file.stem for file in trained_run.glob("eval/*.json")}
+    again = ["sft_again", "sft_again2", "sft_again3"]
+    (trained_run / "eval").mkdir(exist_ok=True)
+    for name in again:
+        (trained_run / "eval/sft.json").write_text("{}")
+        assert unused_name(trained_run, "sft") == name
+        (trained_run / f"eval/{name}.json").write_text("{}")
+    assert unused_name(trained_run, "tpo") == "tpo"
+    for name in ("sft", *again):
+        (trained_run / f"eval/{name}.json").unlink()
+    assert {file.stem for file in trained_run.glob("eval/*.json")} == before
+
+
+def test_a_stopped_evaluation_goes_on_by_the_same_command(command, trained_run, capsys, monkeypatch):
+    class StopsAfter(toy.ToyPush):
+        num_steps = 40
+
+        def step(self, action, reset_seeds=None, *, reproducible=False):
+            self.num_steps -= 1
+            if not self.num_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(action, reset_seeds, reproducible=reproducible)
+
+    arguments = [f"--run={trained_run}", "--phase=ppo", "--first-seed=70", "--num-workers=1", "--envs-per-worker=4"]
+    arguments += ["--temperature=1"]
+    assert command.main([*arguments, "--name=whole"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "make_vec_env", lambda config: StopsAfter(config.num_envs))
+        assert command.main([*arguments, "--name=stopped"]) == 130
+    said = capsys.readouterr().out
+    assert "stopped after 4 of 7 episodes; 4 are kept on disk" in said and "--name=stopped" in said
+    assert not (trained_run / "eval/stopped.json").exists() and (trained_run / "eval/stopped.partial").is_dir()
+    assert command.main([*arguments, "--name=stopped"]) == 0
+    assert not (trained_run / "eval/stopped.partial").exists()
+    whole, stopped = (load_evaluation(trained_run / f"eval/{name}.json") for name in ("whole", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, stopped.episodes, whole.episodes)
+    assert stopped.info.num_steps == 7 * toy.HORIZON
+    assert stopped.info.backend == "cpu" and stopped.info.checkpoint.startswith("ppo/2/")
+
+
+def test_the_devices_are_the_runs_own_or_those_of_the_command_line(command, trained_run, capsys):
+    too_many = f"--mesh.tensor={jax.device_count() + 1}"
+    assert command.main([f"--run={trained_run}", "--phase=ppo", "--name=x", too_many]) == 1
+    assert "expected at most" in capsys.readouterr().err
+
+
+def test_help_names_jobs_and_the_words_of_the_configuration(command, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "jobs: give one of these" in out
+    options = {option.removeprefix("--").replace("-", "_") for option in re.findall(r"--[a-z.-]+", out)}
+    for config, prefix in ((EvalConfig, ""), (MeshConfig, "mesh.")):
+        words = {prefix + field.name for field in dataclasses.fields(config)} - {"seeds"}
+        assert words <= options, words - options
+    assert {"backend", "num_workers", "envs_per_worker"} <= options
 
 
 def test_the_command_line_changes_the_runs_own_choice(command):
@@ -100,7 +163,12 @@ def test_writes_a_report_again(command, run_directory, capsys):
 def test_compares_runs(command, run_directory, capsys):
     assert command.main(["--across", str(run_directory), str(run_directory)]) == 0
     rate = 100 * load_evaluation(run_directory / "eval/ppo.json").episodes.success_once.mean()
-    assert f"{rate:.1f} ± 0.0" in capsys.readouterr().out
+    assert f"{rate:.1f} ± 0.0 [{rate:.1f}, {rate:.1f}]" in capsys.readouterr().out
+    assert command.main(["--across", str(run_directory)]) == 0
+    out = capsys.readouterr().out
+    assert f"{rate:.1f} ± –" in out and "nan" not in out
+    assert command.main(["--across", str(run_directory), str(run_directory / "videos")]) == 1
+    assert "videos: expected a run directory with evaluations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

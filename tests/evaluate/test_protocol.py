@@ -1,12 +1,28 @@
+import dataclasses
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
+from evaluated_toy import pusher
 
 from stare_jax.envs import toy
-from stare_jax.evaluate.protocol import EvalConfig, episode_seeds, evaluate, evaluate_act, measure
+from stare_jax.evaluate.episodes import measure
+from stare_jax.evaluate.parts import split_into_parts
+from stare_jax.evaluate.protocol import Conditions, EvalConfig, episode_seeds, evaluate, evaluate_act
 from stare_jax.logging import Clock, Interrupted
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.types import Signals
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_mlp(MLPConfig(), toy.norm_stats())
+
+
+@pytest.fixture(scope="module")
+def params(policy):
+    return jax.jit(policy.init)(jax.random.key(0))
 
 
 def make_signals(distance, contact, success):
@@ -61,58 +77,218 @@ def test_measure_recognises_repeated_starts(spec):
     np.testing.assert_array_equal(episodes.start, [0, 1, 0, 1])
 
 
-def test_evaluate_runs_to_the_horizon_and_is_reproducible(spec):
+def test_a_start_has_the_same_name_in_every_evaluation(spec):
+    here = make_signals(distance=[[0.2], [0.3], [0.4]], contact=np.zeros((3, 1)), success=np.zeros((3, 1)))
+    there = make_signals(distance=[[0.4], [0.2 + 2e-9]], contact=np.zeros((2, 1)), success=np.zeros((2, 1)))
+    names = measure(spec, here, np.array([[True], [False], [True]]), range(3)).start_hash.tolist()
+    others = measure(spec, there, np.ones((2, 1), bool), [7, 8]).start_hash.tolist()
+    # A nanometre makes no difference, 10 cm do, and a lost episode has no name.
+    assert names == [others[1], "", others[0]] and len(set(names)) == 3
+
+
+def test_evaluate_runs_to_the_horizon_and_is_reproducible(spec, policy, params):
     config = EvalConfig(num_episodes=7, first_seed=40, num_videos=0)
-    policy = make_mlp(MLPConfig(), toy.norm_stats())
-    params = jax.jit(policy.init)(jax.random.key(0))
-    clock = Clock()
-    evaluation, rollout = evaluate(policy, params, toy.ToyPush(4), spec, config, clock=clock)
+    clock, conditions = Clock(), Conditions("ppo/3/ab", "cpu", "none")
+    evaluation, films = evaluate(
+        policy, params, toy.ToyPush(4), spec, config, clock=clock, conditions=conditions, key=jax.random.key(1)
+    )
     again, _ = evaluate(policy, params, toy.ToyPush(4), spec, config, key=jax.random.key(9))
-    assert rollout.trajectory.valid.all() and evaluation.info.num_steps == 7 * toy.HORIZON
+    assert evaluation.episodes.valid.all() and evaluation.info.num_steps == 7 * toy.HORIZON
+    assert all(film.valid.all() and film.frames is None for film in films)
     np.testing.assert_array_equal(evaluation.episodes.seed, np.arange(40, 47))
     # Greedy, so that the key makes no difference.
     jax.tree.map(np.testing.assert_array_equal, evaluation.episodes, again.episodes)
     assert set(clock.seconds()) == {"env", "policy", "other"}
     assert evaluation.info[:4] == ("ToyPush-v0", spec.stage_names, toy.HORIZON, 0.0)
+    assert evaluation.info[-3:] == ("cpu", "none", "ppo/3/ab")
 
 
 def test_success_at_the_end_differs_from_success_at_any_step(spec, expert_act):
     """The expert at full speed pushes the block into the goal and, as nobody stops it, out again."""
-    evaluation, _ = evaluate_act(expert_act(1.0), toy.ToyPush(4), spec, EvalConfig(num_episodes=20, num_videos=0))
+    config = EvalConfig(num_episodes=20, num_videos=0)
+    evaluation, _ = evaluate_act(lambda part: expert_act(1.0), toy.ToyPush(4), spec, config)
     assert evaluation.episodes.success_once.mean() > 0.8
     assert evaluation.episodes.success_end.sum() < evaluation.episodes.success_once.sum()
 
 
-def test_evaluate_keeps_images_only_for_films(spec, expert_act):
-    for num_videos, cameras in ((0, set()), (1, {"base"})):
-        config = EvalConfig(num_episodes=7, num_videos=num_videos)
-        _, rollout = evaluate_act(expert_act(1.0), toy.ToyPush(4), spec, config)
-        assert set(rollout.trajectory.observation.images) == cameras
+class Pictures(toy.ToyPush):
+    """The toy with pictures that tell seed and step: the first pixel is the seed, the second the number of steps."""
+
+    def reset(self, seeds, *, reproducible=False):
+        self.seeds, self.t = np.array(seeds), np.zeros(len(seeds), int)
+        return self._with_pictures(super().reset(seeds, reproducible=reproducible))
+
+    def step(self, action, reset_seeds=None, *, reproducible=False):
+        self.t += 1
+        for i, seed in (reset_seeds or {}).items():
+            self.seeds[i], self.t[i] = seed, 0
+        return self._with_pictures(super().step(action, reset_seeds, reproducible=reproducible))
+
+    def _with_pictures(self, state):
+        frames = np.zeros((self.num_envs, 16, 16, 3), np.uint8)
+        frames[:, 0, 0] = (self.seeds % 256)[:, None]
+        frames[:, 0, 1] = self.t[:, None]
+        return state._replace(observation=state.observation._replace(images={"wrist": 0 * frames, "base": frames}))
+
+
+def check_films(films, seeds):
+    for film in films:
+        assert film.frames.shape == (toy.HORIZON + 1, 16, 16, 3)
+        assert set(film.frames[:, 0, 0, 0].tolist()) == {seeds[film.episode] % 256}
+        np.testing.assert_array_equal(film.frames[:, 0, 1, 0], np.arange(toy.HORIZON + 1))
+
+
+@pytest.mark.parametrize("num_videos", [0, 1, 3])
+def test_films_are_of_the_first_successes_and_failures(spec, num_videos):
+    config = EvalConfig(num_episodes=30, num_videos=num_videos)
+    evaluation, films = evaluate_act(lambda part: pusher(0.2), Pictures(4), spec, config)
+    num_kept, success = max(1, num_videos), evaluation.episodes.success_once
+    first = [np.flatnonzero(outcome)[:num_kept].tolist() for outcome in (success, ~success)]
+    assert [film.episode for film in films] == sorted(sum(first, []))
+    if num_videos:
+        check_films(films, range(30))
+    else:
+        assert all(film.frames is None for film in films)
+
+
+def test_memory_of_frames_does_not_grow_with_the_number_of_episodes(spec):
+    """Pictures of 240 episodes are 6 MB; those of 4 under way and of 4 films are 200 kB."""
+    episode = (toy.HORIZON + 1) * 16 * 16 * 3
+    config = EvalConfig(num_episodes=240, num_videos=2)
+    evaluate_act(lambda part: pusher(0.2), Pictures(4), spec, dataclasses.replace(config, num_episodes=8))  # compiles
+    tracemalloc.start()
+    _, films = evaluate_act(lambda part: pusher(0.2), Pictures(4), spec, config)
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(films) == 4 and sum(film.frames.nbytes for film in films) == 4 * episode
+    # Besides: signals of a part of 24 episodes (230 bytes a state), their results, and what compiling leaves.
+    assert peak < 0.25 * 240 * episode, (size, peak)
 
 
 def test_evaluate_can_be_interrupted(spec, expert_act):
     calls = iter(range(100))
     with pytest.raises(Interrupted, match="0 of 6 episodes"):
         evaluate_act(
-            expert_act(1.0), toy.ToyPush(4), spec, EvalConfig(num_episodes=6), should_stop=lambda: next(calls) > 5
+            lambda part: expert_act(1.0),
+            toy.ToyPush(4),
+            spec,
+            EvalConfig(num_episodes=6),
+            should_stop=lambda: next(calls) > 5,
         )
 
 
-class OneDies(toy.ToyPush):
-    """The simulator of the second environment dies in its third step."""
+def test_parts_are_whole_batches_of_about_a_tenth():
+    assert split_into_parts(300, 8)[:2] == [range(32), range(32, 64)] and len(split_into_parts(300, 8)) == 10
+    assert split_into_parts(300, 64) == [range(64), range(64, 128), range(128, 192), range(192, 256), range(256, 300)]
+    assert split_into_parts(7, 4) == [range(4), range(4, 7)]
+    assert split_into_parts(3, 4) == [range(3)]
 
+
+class Stopped:
+    """Counts the ticks of an evaluation and asks it to stop at one of them."""
+
+    def __init__(self, at):
+        self.num_calls, self.at = 0, at
+
+    def __call__(self):
+        self.num_calls += 1
+        return self.num_calls == self.at
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(spec, policy, params, tmp_path):
+    """Sampled actions, so that every random number counts; stopped in the last episodes, and at the start."""
+    config = EvalConfig(num_episodes=23, temperature=1.0, num_videos=2)
+    conditions, key = Conditions("ppo/3/ab", "cpu", "none"), jax.random.key(3)
+
+    def run(name, should_stop=None, env=None):
+        return evaluate(
+            policy,
+            params,
+            env or Pictures(2),
+            spec,
+            config,
+            key=key,
+            conditions=conditions,
+            folder=tmp_path / name,
+            should_stop=should_stop,
+        )
+
+    never = Stopped(at=0)
+    whole, films = run("whole", never)
+    for stops in ([never.num_calls - 1], [3, never.num_calls // 2, 40]):
+        name = f"stopped {len(stops)}"
+        for at in stops:
+            with pytest.raises(Interrupted, match="are kept on disk"):
+                run(name, Stopped(at))
+        last = Stopped(at=0)
+        evaluation, filmed = run(name, last)
+        jax.tree.map(np.testing.assert_array_equal, evaluation.episodes, whole.episodes)
+        assert evaluation.info._replace(wall_s=0.0) == whole.info._replace(wall_s=0.0)
+        jax.tree.map(np.testing.assert_array_equal, filmed, films)
+        check_films(filmed, range(23))
+        # Stopped in the last of twelve parts, only that part is run again.
+        assert last.num_calls < (never.num_calls / 6 if len(stops) == 1 else never.num_calls)
+
+
+def test_results_of_other_weights_are_not_gone_on_with(spec, tmp_path):
+    config, folder = EvalConfig(num_episodes=6, num_videos=1), tmp_path / "ppo.partial"
+
+    def run(speed, checkpoint, should_stop=None, num_envs=2):
+        conditions = Conditions(checkpoint, "cpu", "none")
+        env = Pictures(num_envs)
+        return evaluate_act(
+            lambda part: pusher(speed), env, spec, config, conditions=conditions, folder=folder, should_stop=should_stop
+        )
+
+    with pytest.raises(Interrupted):
+        run(0.0, "ppo/1/aa", Stopped(at=70))
+    assert len(list(folder.glob("film_*.npz"))) == 1
+    evaluation, films = run(0.9, "ppo/2/bb")
+    assert evaluation.episodes.success_once.all()
+    (film,) = films
+    assert (film.signals.success & film.valid).any()
+    with pytest.raises(ValueError, match="conditions.checkpoint: got ''"):
+        run(0.9, "")
+
+
+class OneDies(Pictures):
+    """The simulator of the second environment dies in some of its steps."""
+
+    dies_in = (3,)
     num_calls = 0
 
     def step(self, action, reset_seeds=None, *, reproducible=False):
         state = super().step(action, reset_seeds, reproducible=reproducible)
         self.num_calls += 1
-        return state._replace(alive=np.array([True, self.num_calls != 3, True, True]))
+        return state._replace(alive=np.array([True, self.num_calls not in self.dies_in, True, True]))
 
 
-def test_evaluate_drops_an_episode_whose_simulator_died(spec, expert_act):
-    evaluation, rollout = evaluate_act(expert_act(1.0), OneDies(4), spec, EvalConfig(num_episodes=7, num_videos=0))
-    assert rollout.num_dropped == 1
+@pytest.mark.parametrize("depends_on_batch", [False, True])
+def test_evaluate_runs_episodes_again_that_were_lost_with_a_simulator(spec, depends_on_batch):
+    config = EvalConfig(num_episodes=7, num_videos=4)
+    results = [
+        evaluate_act(lambda part: pusher(0.2), env, spec, config, depends_on_batch=depends_on_batch)
+        for env in (OneDies(4), Pictures(4))
+    ]
+    (evaluation, films), (expected, expected_films) = results
+    assert evaluation.episodes.valid.all()
+    jax.tree.map(np.testing.assert_array_equal, evaluation.episodes, expected.episodes)
+    jax.tree.map(np.testing.assert_array_equal, films, expected_films)
+    num_more = 3 + (3 * toy.HORIZON if depends_on_batch else 0)  # 3 of the lost episode; the others of its part
+    assert evaluation.info.num_steps == expected.info.num_steps + num_more
+
+
+def test_evaluate_gives_up_an_episode_that_kills_its_simulator(spec):
+    class Always(OneDies):
+        def step(self, action, reset_seeds=None, *, reproducible=False):
+            state = Pictures.step(self, action, reset_seeds, reproducible=reproducible)
+            return state._replace(alive=(self.seeds != 1) | (self.t < 3))
+
+    config = EvalConfig(num_episodes=7, num_videos=7)
+    evaluation, films = evaluate_act(lambda part: pusher(0.2), Always(4), spec, config)
     np.testing.assert_array_equal(evaluation.episodes.valid, [True, False, True, True, True, True, True])
+    assert evaluation.episodes.start_hash[1] == "" and [film.episode for film in films] == [0, 2, 3, 4, 5, 6]
+    check_films(films, range(7))
 
 
 def test_config_says_what_is_wrong():

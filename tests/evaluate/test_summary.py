@@ -4,23 +4,28 @@ import math
 import numpy as np
 import pytest
 
+from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.intervals import paired_difference, wilson_interval
-from stare_jax.evaluate.protocol import Episodes, EvalInfo, Evaluation
-from stare_jax.evaluate.summary import compare, load_evaluation, mean_and_std, save_evaluation, summarize
+from stare_jax.evaluate.protocol import EvalInfo, Evaluation
+from stare_jax.evaluate.record import load_evaluation, save_evaluation
+from stare_jax.evaluate.summary import PairingError, compare, pairing_obstacle, rate_over_runs, summarize
 
 STAGES = ("reach", "grasp", "place")
 
 
-def make_evaluation(completed, *, valid=None, start=None, seed=None, success_end=None, env_id="A-v0"):
-    """An evaluation in which completing the last stage is success."""
+def make_evaluation(completed, *, valid=None, start=None, start_hash=None, seed=None, success_end=None, **info):
+    """An evaluation in which completing the last stage is success; a seed begins in the same state everywhere."""
     completed = np.asarray(completed, bool)
     num_episodes, num_stages = completed.shape
     success = completed[:, -1]
     everywhere = np.ones(num_episodes, bool)
+    seed = np.arange(num_episodes) if seed is None else np.asarray(seed)
+    fields = {"env_id": "A-v0", "horizon": 10, "temperature": 0.0, "backend": "cpu", "jitter": "none"} | info
     return Evaluation(
-        EvalInfo(env_id, STAGES[:num_stages], 10, 0.0, 10 * num_episodes, 1.5),
+        EvalInfo(stage_names=STAGES[:num_stages], num_steps=10 * num_episodes, wall_s=1.5, **fields),
         Episodes(
-            seed=np.arange(num_episodes) if seed is None else np.asarray(seed),
+            seed=seed,
+            start_hash=np.array([f"{n:x}" for n in seed] if start_hash is None else start_hash),
             start=np.arange(num_episodes) if start is None else np.asarray(start),
             valid=everywhere if valid is None else np.asarray(valid, bool),
             success_end=success if success_end is None else np.asarray(success_end, bool),
@@ -91,6 +96,30 @@ def test_compare_of_identical_outcomes():
     assert low == pytest.approx(-0.03699, abs=1e-5) and high == pytest.approx(0.03699, abs=1e-5)
 
 
+def test_compare_pairs_by_initial_state_whatever_the_seeds_are():
+    won, lost = [1, 1, 1], [0, 0, 0]
+    first = make_evaluation([won, won, lost], seed=[1, 2, 3], start_hash=["a", "b", "c"])
+    second = make_evaluation([lost, won, won], seed=[2, 3, 1], start_hash=["a", "c", "d"])
+    # a: won and lost; c: lost and won. Seeds alone would make three pairs.
+    comparison = compare(first, second)
+    assert (comparison.num_gained, comparison.num_lost, comparison.num_pairs) == (1, 1, 2)
+
+
+def test_compare_pairs_repeats_of_a_state_in_their_order():
+    won, lost = [1, 1, 1], [0, 0, 0]
+    first = make_evaluation([won, won, lost, won], start=[0, 0, 2, 0], start_hash=["a", "a", "b", "a"])
+    second = make_evaluation([won, lost, lost], start=[0, 1, 1], start_hash=["b", "a", "a"])
+    comparison = compare(first, second)  # b: lost and won; a: won and lost, twice; the third a has no partner
+    assert (comparison.num_gained, comparison.num_lost, comparison.num_pairs) == (2, 1, 3)
+    assert comparison.num_distinct == 2
+
+
+def test_distinct_starts_of_pairs_are_those_of_either_side():
+    won = [1, 1, 1]
+    one, other = make_evaluation([won] * 3), make_evaluation([won] * 3, start=[0, 0, 2])
+    assert compare(one, other).num_distinct == compare(other, one).num_distinct == 2
+
+
 def test_compare_takes_another_outcome_and_refuses_another_task():
     first = make_evaluation([[1, 1, 1]] * 2, success_end=[1, 0])
     assert compare(first, make_evaluation([[1, 1, 1]] * 2), "success_end").difference.value == -0.5
@@ -98,22 +127,78 @@ def test_compare_takes_another_outcome_and_refuses_another_task():
         compare(first, make_evaluation([[1, 1, 1]], env_id="B-v0"))
 
 
+@pytest.mark.parametrize(
+    ("other", "message", "words"),
+    [
+        ({"temperature": 1.0}, "temperature: got 1, expected 0", "temperature 0 against 1"),
+        ({"horizon": 20}, "horizon: got 20, expected 10", "horizon 10 against 20"),
+        ({"backend": "cuda"}, "backend: got cuda, expected cpu", "backend cpu against cuda"),
+        ({"backend": ""}, "backend: got unknown, expected cpu", "backend cpu against unknown"),
+        ({"jitter": "15mm-15deg"}, "jitter: got 15mm-15deg, expected none", "jitter none against 15mm-15deg"),
+        (
+            {"start_hash": ["", ""]},
+            "initial states: got unknown, expected known",
+            "initial states known against unknown",
+        ),
+        (
+            {"start_hash": ["x", "y"]},
+            "initial states in common: got none of 2, expected some of 2",
+            "initial states in common some of 2 against none of 2",
+        ),
+    ],
+)
+def test_compare_refuses_another_protocol(other, message, words):
+    first, second = make_evaluation([[1, 1, 1]] * 2), make_evaluation([[1, 1, 1]] * 2, **other)
+    with pytest.raises(PairingError, match=message):
+        compare(first, second)
+    assert pairing_obstacle(first, second) == words
+    assert pairing_obstacle(first, first) == ""
+
+
+def test_old_evaluations_are_paired_by_seed_among_each_other():
+    won, lost = [1, 1, 1], [0, 0, 0]
+    old = {"backend": "", "jitter": ""}
+    first = make_evaluation([won, won], seed=[1, 2], start_hash=["", ""], **old)
+    second = make_evaluation([lost, won], seed=[2, 3], start_hash=["", ""], **old)
+    comparison = compare(first, second)
+    assert (comparison.num_gained, comparison.num_pairs) == (1, 1)
+    with pytest.raises(PairingError, match="temperature: got 0.5"):
+        compare(first, second._replace(info=second.info._replace(temperature=0.5)))
+
+
 def test_mean_and_std_over_training_seeds():
     # Rates 0.5 and 1: mean 0.75, sample deviation √(2 · 0.25²) = 0.3536.
     evaluations = [make_evaluation([[1, 1, 1], [0, 0, 0]]), make_evaluation([[1, 1, 1]])]
-    assert mean_and_std(evaluations) == pytest.approx((0.75, 0.35355), abs=1e-5)
-    mean, std = mean_and_std(evaluations[:1])
-    assert mean == 0.5 and math.isnan(std)
+    rate = rate_over_runs(evaluations)
+    assert (rate.mean.value, rate.std, rate.num_runs) == (0.75, pytest.approx(0.35355, abs=1e-5), 2)
+    assert (rate.mean.low, rate.mean.high) == (0.0, 1.0)  # 0.75 ± 12.7 * 0.25, and a rate is in [0, 1]
+    alone = rate_over_runs(evaluations[:1])
+    assert alone.mean.value == 0.5 and math.isnan(alone.std) and math.isnan(alone.mean.low)
 
 
 def test_files_bring_back_what_was_saved(tmp_path):
     evaluation = make_evaluation([[1, 1, 1], [0, 0, 0]], valid=[1, 0])
     path = tmp_path / "eval/sft.json"
-    save_evaluation(path, evaluation, phase="sft", videos=[])
+    save_evaluation(path, evaluation, phase="sft")
     loaded = load_evaluation(path)
     assert loaded.info == evaluation.info
     for name, got, expected in zip(Episodes._fields, loaded.episodes, evaluation.episodes, strict=True):
         np.testing.assert_array_equal(got, expected, err_msg=name)
     assert str(summarize(loaded)) == str(summarize(evaluation))  # as text, because NaN differs from itself
+    assert loaded.episodes.start_hash.tolist() == ["0", "1"]
     document = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert document["phase"] == "sft" and document["summary"]["success_once"]["value"] == 1.0
+
+
+def test_files_of_earlier_versions_load_with_unknowns(tmp_path):
+    path = tmp_path / "eval/sft.json"
+    save_evaluation(path, make_evaluation([[1, 1, 1], [0, 0, 0]]), phase="sft")
+    document = json.loads(path.read_text())
+    del document["episodes"]["start_hash"]
+    for name in ("backend", "jitter", "checkpoint"):
+        del document["info"][name]
+    path.write_text(json.dumps(document))
+    loaded = load_evaluation(path)
+    assert loaded.episodes.start_hash.tolist() == ["", ""]
+    assert (loaded.info.backend, loaded.info.jitter, loaded.info.checkpoint) == ("", "", "")
+    assert compare(loaded, loaded).num_pairs == 2

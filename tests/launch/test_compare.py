@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.intervals import wilson_interval
-from stare_jax.evaluate.protocol import Episodes, EvalInfo, Evaluation
-from stare_jax.evaluate.summary import save_evaluation
+from stare_jax.evaluate.protocol import EvalInfo, Evaluation
+from stare_jax.evaluate.record import save_evaluation
 from stare_jax.logging import make_writer, write_metadata
 from stare_jax.report.comparison import Choices, make_panels, without_paths
 from stare_jax.report.curves import read_runs
@@ -25,6 +26,7 @@ def save_rate(path, phase, num_successes, num_episodes=10):
     episodes = Episodes(
         seed=numbers,
         start=numbers,
+        start_hash=numbers.astype(str),
         valid=ones,
         success_end=is_success,
         success_once=is_success,
@@ -37,7 +39,7 @@ def save_rate(path, phase, num_successes, num_episodes=10):
         stage_len=np.ones((num_episodes, 1), int),
     )
     info = EvalInfo("PushCube-v1", ("goal",), horizon=5, temperature=0.0, num_steps=50, wall_s=1.0)
-    save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase, videos=[])
+    save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase)
 
 
 def make_run(directory, rise, seed, task="PushCube-v1"):

@@ -125,7 +125,7 @@ def test_what_is_frozen_is_kept_in_the_type_it_is_computed_in():
 
 def test_adapters_without_a_config_are_not_passed_over(adapted, nano):
     with pytest.raises(ValueError, match="lora: got None, expected the LoRAConfig of the adapters at"):
-        jit(nano.policy.log_prob)(adapted.params, nano.observation, np.zeros((3, 3), np.int32))
+        jit(nano.policy.log_prob)(adapted.params, nano.observation, {"bins": np.zeros((3, 3), np.int32)})
 
 
 PATHS = ("llm/layers/q_proj", "llm/layers/up_proj", "siglip/blocks/fc1")

@@ -1,4 +1,5 @@
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -6,12 +7,15 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from stare_jax.evaluate.protocol import Episodes
+from stare_jax.evaluate.episodes import Episodes
+from stare_jax.evaluate.record import evaluation_file, load_results
 from stare_jax.evaluate.summary import summarize
-from stare_jax.logging import read_metrics
-from stare_jax.report import record
-from stare_jax.report.record import record_evaluation, telling_episodes
-from stare_jax.report.report import load_results, phase_seconds, print_report, write_report
+from stare_jax.logging import read_metrics, replace_bytes
+from stare_jax.report import films as report_films
+from stare_jax.report.films import record_evaluation, telling_episodes
+from stare_jax.report.report import phase_seconds, print_report, write_report
+from stare_jax.runs.evaluation import training_rewards
+from stare_jax.train.ppo import PPOConfig
 
 
 class Page(HTMLParser):
@@ -40,6 +44,11 @@ class Page(HTMLParser):
     @property
     def text(self):
         return " ".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def rewards_fn(spec):
+    return training_rewards(spec, PPOConfig())
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +119,23 @@ def test_record_keeps_the_evaluation(run_directory, evaluated):
     assert json.loads((run_directory / "eval/ppo.json").read_text())["info"]["env_id"] == "ToyPush-v0"
 
 
-def test_record_without_images_draws_the_timeline_alone(tmp_path, spec, evaluated):
-    evaluation, rollout = evaluated
-    blind = rollout.trajectory._replace(observation=rollout.trajectory.observation._replace(images={}))
-    record_evaluation(tmp_path, "sft", evaluation, rollout._replace(trajectory=blind), spec, num_videos=2)
+def test_record_without_images_draws_the_timeline_alone(tmp_path, spec, evaluated, rewards_fn):
+    evaluation, films = evaluated
+    blind = [film._replace(frames=None) for film in films]
+    record_evaluation(tmp_path, "sft", evaluation, blind, spec, rewards_fn, num_videos=2)
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert files == ["eval/sft.json", "figures/timeline_sft.png", "figures/timeline_sft_dark.png"]
 
 
-def test_films_that_fail_cost_neither_the_numbers_nor_the_run(tmp_path, spec, evaluated, monkeypatch, capsys):
+def test_films_that_fail_cost_neither_the_numbers_nor_the_run(
+    tmp_path, spec, evaluated, rewards_fn, monkeypatch, capsys
+):
     broken = tmp_path / "ffmpeg"
     broken.write_text("#!/bin/sh\necho no codec >&2\necho no film >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
     run = tmp_path / "run"
-    record_evaluation(run, "sft", *evaluated, spec, num_videos=2, settings={"num_episodes": 12})
+    record_evaluation(run, "sft", *evaluated, spec, rewards_fn, num_videos=2, settings={"num_episodes": 12})
     (warning,) = capsys.readouterr().out.splitlines()
     assert warning.startswith("warning: sft: some of its films") and warning.endswith("ffmpeg failed: no codec no film")
     (result,) = load_results(run)
@@ -133,20 +144,20 @@ def test_films_that_fail_cost_neither_the_numbers_nor_the_run(tmp_path, spec, ev
     assert "video" not in Page(write_report(run).read_text()).tags
 
 
-def test_numbers_are_on_disk_before_the_first_picture(tmp_path, spec, evaluated, monkeypatch):
+def test_numbers_are_on_disk_before_the_first_picture(tmp_path, spec, evaluated, rewards_fn, monkeypatch):
     def die(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(record, "draw_timeline", die)
+    monkeypatch.setattr(report_films, "draw_timeline", die)
     with pytest.raises(KeyboardInterrupt):
-        record_evaluation(tmp_path, "sft", *evaluated, spec)
+        record_evaluation(tmp_path, "sft", *evaluated, spec, rewards_fn)
     (result,) = load_results(tmp_path)
     assert str(result.summary) == str(summarize(evaluated[0]))
 
 
-def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated):
+def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated, rewards_fn):
     with pytest.raises(ValueError, match="phase: got '../x'"):
-        record_evaluation(tmp_path, "../x", *evaluated, spec)
+        record_evaluation(tmp_path, "../x", *evaluated, spec, rewards_fn)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +186,41 @@ def test_seconds_by_area(run_directory):
     lines = read_metrics(run_directory)
     assert phase_seconds(lines, "sft") == {"update": 120.0, "data": 30.0}
     assert phase_seconds(lines, "ppo") == {"env": 21.0}
+
+
+def edit_result(run_directory, phase, **info):
+    file = evaluation_file(run_directory, phase)
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"info": document["info"] | info}))
+
+
+def test_report_says_why_two_phases_are_not_paired(run_directory, tmp_path, capsys):
+    (tmp_path / "eval").mkdir()
+    for phase in ("sft", "ppo"):
+        (tmp_path / f"eval/{phase}.json").write_text((run_directory / f"eval/{phase}.json").read_text())
+    assert "points" in Page(write_report(tmp_path).read_text()).text
+    edit_result(tmp_path, "ppo", temperature=1.0)
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "not paired: temperature 1 against 0" in text and "ppo against sft" not in text
+    print_report(tmp_path)
+    assert "not paired: temperature 1 against 0" in capsys.readouterr().out
+
+
+def test_report_is_whole_while_somebody_else_writes_it(run_directory, tmp_path, monkeypatch):
+    """Another process writes the same files, each between the moments in which this one has written and renamed it."""
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/ppo.json").write_text((run_directory / "eval/ppo.json").read_text())
+    replace, seen = Path.replace, set()
+
+    def rename_late(self, target):
+        seen.add(Path(target).name)
+        if os.getpid() != -1:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: -1)
+                replace_bytes(Path(target), b"of somebody else")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", rename_late)
+    assert "success at any step" in write_report(tmp_path).read_text()
+    assert {"report.html", "success.png", "stages_dark.png"} <= seen
+    assert not list(tmp_path.rglob("*.partial"))

@@ -166,6 +166,31 @@ def test_a_state_that_succeeds_before_any_action_is_still_acted_in():
     np.testing.assert_array_equal(rollout.trajectory.valid[0], [True, True, False, False, False])
 
 
+class RestartingEnv(ScriptedEnv):
+    """A simulator that died starts again over three calls, in which resetting it has no effect."""
+
+    def __init__(self, num_envs, scripts):
+        super().__init__(num_envs, scripts)
+        self._calls_left = np.zeros(num_envs, int)
+
+    def _advance(self, action, reset_seeds, reproducible):
+        is_starting = self._calls_left > 0
+        self._calls_left = np.maximum(self._calls_left - 1, 0)
+        state = super()._advance(action, reset_seeds, reproducible)
+        self._calls_left[self._is_dead & ~is_starting] = 3
+        self._is_dead |= is_starting
+        self._state[self._is_dead] = np.nan
+        return state._replace(alive=~self._is_dead)
+
+
+def test_a_simulator_that_starts_again_is_handed_no_episode_to_lose():
+    env = RestartingEnv(2, SCRIPTS | {11: Script(dies_at=1)})
+    rollout = collect_episodes(env, scripted_act, SEEDS, stop_at_success=True)
+    assert rollout.num_dropped == 1 and rollout.is_complete
+    lengths = np.array([1, -1, 3, 4, 4, 2, 4])  # of the lost episode not even the first state is left
+    np.testing.assert_array_equal(rollout.trajectory.valid, np.arange(5) <= lengths[:, None])
+
+
 @pytest.mark.parametrize("dies_at", [0, 1, 4])
 def test_the_episode_of_a_dead_simulator_is_dropped_and_counted(dies_at):
     scripts = SCRIPTS | {11: Script(dies_at=dies_at), 16: Script(dies_at=2)}

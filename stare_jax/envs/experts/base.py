@@ -1,7 +1,7 @@
 """Closed-loop experts: pure functions of `Signals` and a small memory, in the policy's own action space.
 
-They look at every state anew, so they recover from whatever was executed instead of what they decided: demonstrations
-with execution noise keep clean labels.
+They decide from the present state, so they recover when another action was executed than the one they chose:
+demonstrations with execution noise keep clean labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class Expert(NamedTuple):
     act: ExpertFn
     """(signals of one state, memory) -> (action float32 `[A]`, memory)."""
     action_scale: tuple[float, ...]
-    """`[A]`, the task's `Scene.action_scale`: what noise and idle actions are measured by."""
+    """`[A]`, the task's `Scene.action_scale`: the unit of noise and of the threshold for idle actions."""
 
 
 def limit_translations(act: ExpertFn, limit: float, action_scale: Sequence[float]) -> ExpertFn:

@@ -231,7 +231,7 @@ class LiftMemory(NamedTuple):
 
 
 PEG_GRIP = 0.10
-"""from the centre of the peg: far out, for leverage. Held closer, it does not pivot and is dragged along."""
+"""metres from the centre of the peg to the grip, for leverage. Held closer, the peg does not pivot and is dragged."""
 PEG_HALF_WIDTH = 0.025
 
 

@@ -17,8 +17,9 @@ from stare_jax.types import Signals
 ACTION_DIM = 7
 OPEN, CLOSED = 1.0, -1.0
 MAX_STEP = 0.05
-"""metres, and below radians, that an expert moves the target at most."""
+"""metres; the longest step of the target that an expert commands."""
 MAX_TURN = 0.35
+"""radians; the largest turn of it."""
 POSITION_LAG, ROTATION_LAG = 0.75, 0.88
 """steps by which the tool is behind the controller's target: target - tool = lag x (tool - tool one step before)."""
 BASE = np.diag([-1.0, -1.0, 1.0])
@@ -26,7 +27,7 @@ BASE = np.diag([-1.0, -1.0, 1.0])
 
 
 class PickPlace(NamedTuple):
-    """What differs from task to task; metres."""
+    """The numbers of one task; metres."""
 
     long_axis: int | None
     """axis of the object's body frame that the fingers close across; None for a cube, where any face will do."""
@@ -37,7 +38,7 @@ class PickPlace(NamedTuple):
     tolerance: float
     """horizontal distance to the goal at which the object is lowered."""
     min_tool_z: float = 0.0
-    """lower, the tips of the fingers meet the table and one of them stops."""
+    """lowest height of the tool: below it the tips of the fingers meet the table, and one of them stops."""
 
 
 class Memory(NamedTuple):
@@ -47,8 +48,9 @@ class Memory(NamedTuple):
     rotation: np.ndarray | None = None
     """`[3, 3]` orientation of the tool that closes across the object, chosen when reaching begins."""
     last_pos: np.ndarray | None = None
-    """of the tool, one step ago, and likewise its orientation `[3, 3]`."""
+    """position `[3]` of the tool one step ago."""
     last_rotation: np.ndarray | None = None
+    """its orientation `[3, 3]` then."""
 
 
 def make_act(task: PickPlace) -> Callable[[Signals, Memory], tuple[np.ndarray, Memory]]:

@@ -1,4 +1,4 @@
-"""Many environments of one ManiSkill task on one GPU, in this process: `VecEnv` whose arrays never leave the device."""
+"""Many environments of one ManiSkill task on one GPU, in this process: a `VecEnv` with all its arrays on the device."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def resolve_backend(config: EnvConfig, report: Callable[[str], None] = report_to
 
 
 def missing_for_cuda(config: EnvConfig) -> str | None:
-    """Returns what this machine lacks for the backend "cuda", None if nothing."""
+    """Returns a message about the part that this machine lacks for the backend "cuda", None if it has all."""
     if jax.default_backend() != "gpu":
         return (
             f"got 'cuda', and JAX computes on {jax.default_backend()!r}; expected 'gpu', with jax[cuda12] installed, "
@@ -76,21 +76,21 @@ class BatchedSimulator:
     """`VecEnv` of one batched `mani_skill` environment; see `envs.base`.
 
     Observations, signals and actions are JAX arrays on the simulator's device, copied there (`dlpack`). In a call all
-    environments step together, and those that are to be reset are reset afterwards: what they did in the step is seen
-    by nobody, and no physics runs between a reset and the return.
+    environments step together, and those that are to be reset are reset afterwards: their states before it are not
+    returned, and no physics runs between a reset and the return.
 
-    An episode's first state depends on its seed alone, not on the environment that it is in nor on which others are
-    reset with it. It is another one than on the CPU: ManiSkill draws it from the device's own random numbers. Equal
-    actions from there on need not lead to equal states: PhysX does not promise it on a GPU, and the scene, with the
-    contacts that it remembers, is never rebuilt. So `reproducible` has no effect. No environment can hang or die alone,
-    so all are always alive.
+    An episode's first state depends on its seed alone, and not on its environment or on the others that are reset with
+    it. It is another state than on the CPU: ManiSkill draws it from the device's own random numbers. Equal actions need
+    not lead to equal states: PhysX does not promise it on a GPU, and the scene, with the contacts that it remembers, is
+    never rebuilt. `reproducible` therefore has no effect. No environment can hang or die alone, so all are always
+    alive.
     """
 
     def __init__(self, env: Any, config: EnvConfig):
         """
         Args:
             env: the unwrapped `mani_skill` environment; `close` closes it.
-            config: what it was built from.
+            config: the configuration that it was built from.
         """
         import torch
 
@@ -164,7 +164,7 @@ class BatchedSimulator:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _executable(action: jax.Array, is_reset: jax.Array, gripper_threshold: float | None) -> tuple[jax.Array, jax.Array]:
-    """Returns what to execute, float32 `[B, A]`, nothing in the rows that are reset, and whether all was finite."""
+    """Returns the actions to execute, float32 `[B, A]`, zero in rows that are reset, and whether all were finite."""
     action = jnp.where(is_reset[:, None], 0.0, action).astype(jnp.float32)
     return executed_action(action, gripper_threshold), jnp.isfinite(action).all()
 

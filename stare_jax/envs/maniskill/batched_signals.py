@@ -1,6 +1,6 @@
-"""What a batch of environments says of its states, as `Signals`, without going through the host.
+"""The `Signals` of a batch of environments, computed on its device.
 
-PyTorch reads what the simulator has, in calls that it answers on the CPU and on a GPU; JAX makes signals of it, by the
+PyTorch reads the simulator, with calls that work on the CPU and on a GPU; JAX computes signals from the reading, by the
 function that `SignalReader` calls for one environment, mapped and compiled.
 """
 
@@ -17,7 +17,7 @@ from stare_jax.types import Array, Signals
 
 
 class Reading(NamedTuple):
-    """What the simulator is asked for, `[B, ...]`; a pose is position and quaternion."""
+    """Quantities read from the simulator, `[B, ...]`; a pose is position and quaternion."""
 
     tcp: Any
     """float32 `[7]`."""
@@ -57,10 +57,10 @@ class BatchedSignalReader:
         self._is_touched = is_touched if self._is_touched is None else self._is_touched | is_touched
 
     def ask(self, success: Any) -> Reading:
-        """Returns what the simulator says of the state that each environment is in, as tensors, some its own buffers.
+        """Returns the reading of each environment's present state, as tensors, some of them the simulator's buffers.
 
         Args:
-            success: bool tensor `[B]`: what the environment's own `evaluate` says of this state.
+            success: bool tensor `[B]`: success in this state, by the environment's own `evaluate`.
         """
         import torch
 
@@ -76,7 +76,7 @@ class BatchedSignalReader:
         )
 
     def read(self, reading: Reading, is_first: np.ndarray) -> Signals:
-        """Returns the signals of a reading, whose leaves are JAX arrays by now.
+        """Returns the signals of a reading whose leaves have become JAX arrays.
 
         Args:
             reading: of the state after the one read last.

@@ -1,4 +1,4 @@
-"""How a task's scene is built: with or without a graphics device, with the lighter robot, from files that are there."""
+"""Building of a task's scene: with or without a graphics device, with the lighter robot, from files that are there."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from stare_jax.envs.maniskill.vulkan import select_driver
 from stare_jax.envs.maniskill.widowx import bridge_scene, scaled_intrinsics
 
 SceneBuilding = Callable[[], contextlib.AbstractContextManager]
-"""held while a scene is built, or rebuilt"""
+"""() -> a context that is held while a scene is built or rebuilt."""
 
 
 class MissingAssetsError(UserError, FileNotFoundError):
@@ -27,8 +27,8 @@ def make_scene(config: EnvConfig) -> tuple[Any, SceneBuilding]:
     """Builds the scene of a task.
 
     Returns:
-        The unwrapped `mani_skill` environment, of one environment on the CPU and of the whole batch on a GPU; and what
-        to hold while it is reset with a reconfiguration.
+        The unwrapped `mani_skill` environment, of one environment on the CPU and of the whole batch on a GPU; and the
+        context to hold while it is reset with a reconfiguration.
 
     Raises:
         MissingAssetsError: the task's assets are missing.
@@ -75,7 +75,7 @@ def import_mani_skill() -> Any:
 
 
 def require_assets(names: Sequence[str]) -> None:
-    """Makes sure that assets are on this machine, where ManiSkill would ask on the terminal whether to download them.
+    """Makes sure that assets are on this machine; without them ManiSkill would ask on the terminal for a download.
 
     Args:
         names: of data sources of ManiSkill.
@@ -106,7 +106,7 @@ def camera_settings(config: EnvConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _building(variants: Sequence[SceneBuilding]) -> Iterator[None]:
-    """While active, scenes are built in some variants, and without warnings of ManiSkill's own making."""
+    """While active, scenes are built in some variants, and ManiSkill's warnings about its own code are left out."""
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         for variant in variants:
             stack.enter_context(variant())
@@ -116,7 +116,7 @@ def _building(variants: Sequence[SceneBuilding]) -> Iterator[None]:
 
 
 class _Material:
-    """Stands for a render material where nothing is drawn: SAPIEN's own needs a graphics device to exist."""
+    """A render material for scenes that are not drawn: SAPIEN's own needs a graphics device."""
 
     def __init__(self, **properties: Any):
         self.__dict__.update(properties)

@@ -18,12 +18,12 @@ PEG_HALF_LENGTH = 0.12
 
 
 class Start(NamedTuple):
-    """An episode's first state, as far as goals depend on it."""
+    """The part of an episode's first state that goals depend on."""
 
     obj_pos: Array
     obj_quat: Array
     on_top: float | Array
-    """height of the object's centre over that of what it is put on, in metres; 0 where it is put on nothing."""
+    """height of the object's centre above the centre of its support at the goal, in metres; 0 without a support."""
 
 
 class Camera(NamedTuple):
@@ -31,7 +31,7 @@ class Camera(NamedTuple):
 
     name: str
     size: tuple[int, int]
-    """(height, width) in pixels of the simulator's own images."""
+    """(height, width) in pixels of the task's own images."""
     intrinsics: tuple[tuple[float, ...], ...] | None = None
     """camera matrix `[3, 3]` at that size; None for a field of view that is the same at any size."""
 
@@ -40,34 +40,34 @@ class Scene(NamedTuple):
     """One task of the simulator. Positions are float32 `[3]`, quaternions float32 `[4]`, wxyz."""
 
     robot: str
-    """the simulator's name of it; empty where the task brings its own."""
+    """the simulator's name of the robot; empty if the task has only one."""
     camera: Camera
     horizon: int
-    """actions an episode may take, unless a configuration says otherwise (B.5)."""
+    """actions that an episode may take, if the configuration does not set another number (B.5)."""
     action_dims: Mapping[str, int]
     """control mode -> action dimensions; the first mode is the default."""
     action_scale: tuple[float, ...]
-    """`[A]` of the default control mode: the largest command of each dimension that is of use."""
+    """`[A]`: the largest useful command of each dimension in the default control mode."""
     tool: Callable[[Any], Any]
     """environment -> the link whose origin is the tool centre point."""
     objects: Callable[[Any], tuple[Any, Any]]
-    """environment -> (the manipulated actor, the actor that the goal hangs on: itself where none does)."""
+    """environment -> (the manipulated actor, the actor that the goal is relative to, the same one if there is none)."""
     on_top: Callable[[Any], Callable[[Array, Array], float | Array]]
-    """environment -> ((obj_quat, orientation of the actor that the goal hangs on), after a reset -> `Start.on_top`)."""
+    """environment -> function that is called after a reset, see `OnTop`."""
     goal: Callable[[Start, Array], tuple[Array, Array]]
-    """(start, position of the actor that the goal hangs on) -> (goal_pos, goal_quat)."""
+    """(start, position of the actor that the goal is relative to) -> (goal_pos, goal_quat)."""
     grasp_point: Callable[[Array, Array, Array], Array]
     """(obj_pos, obj_quat, tcp_pos) -> grasp_pos."""
     contact_every: int
-    """physics sub-steps from one look at the contacts to the next; touches that begin and end between two are missed,
-    but a look costs as much as a tenth to a quarter of a sub-step."""
+    """physics sub-steps from one reading of the contacts to the next. Touches that begin and end between two readings
+    are missed, but a reading costs as much as a tenth to a quarter of a sub-step."""
     success_reach: tuple[float, float]
-    """(horizontal, vertical) distance of the object to its goal, in metres, beyond which success is impossible. It
-    spares asking the simulator, which decides everywhere else."""
+    """(horizontal, vertical) distance of the object to its goal, in metres, beyond which success is impossible. Only
+    within it the simulator is asked, whose own test decides."""
     num_starts: int = 0
-    """distinct first states of the task's official evaluation; 0 where the seed draws them."""
+    """number of first states in the task's official evaluation; 0 if the seed draws them at random."""
     assets: tuple[str, ...] = ()
-    """files that the task needs and ManiSkill does not come with, by its own names for them."""
+    """files that the task needs and that are not in ManiSkill's package, by ManiSkill's names."""
 
 
 # ---- Goals -----------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def _upright(start: Start, _: Array) -> tuple[Array, Array]:
 
 
 OnTop = Callable[[Array, Array], float | Array]
-"""(obj_quat, orientation of the actor that the goal hangs on) -> `Start.on_top`."""
+"""(orientations of the object and of the actor that the goal is relative to) -> `Start.on_top`."""
 
 
 def fixed_height(height: float) -> Callable[[Any], OnTop]:

@@ -1,7 +1,7 @@
-"""What a simulator says of a task's state, as `Signals`; and the reader of one environment on the CPU.
+"""`Signals` of a state of the simulator, and the reader of one environment on the CPU.
 
-The reader asks SAPIEN itself and computes in NumPy: on arrays of three numbers PyTorch costs more than the physics of
-the step.
+The reader calls SAPIEN directly and computes in NumPy: on arrays of three numbers PyTorch costs more than the physics
+of the step.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ GRASP_ANGLE = np.deg2rad(85)
 
 
 class Poses(NamedTuple):
-    """Where the bodies of one environment are: positions float32 `[3]`, quaternions float32 `[4]`, wxyz."""
+    """Poses of the bodies of one environment: positions float32 `[3]`, quaternions float32 `[4]`, wxyz."""
 
     tcp_pos: Array
     tcp_quat: Array
     obj_pos: Array
     obj_quat: Array
     base_pos: Array
-    """of the actor that the goal hangs on."""
+    """position of the actor that the goal is relative to; below its orientation."""
     base_quat: Array
 
 
@@ -39,8 +39,9 @@ def signals_of(
         scene: the task's row of the table.
         start: of the episode.
         poses: in the state.
-        is_grasped: what the simulator says in the state, and likewise `success`.
+        is_grasped: whether the robot grasps the object in the state, by the simulator's own test.
         is_contact: whether the robot has touched the object in the control step that led to the state.
+        success: whether the state is a success, by the simulator's own test.
     """
     goal_pos, goal_quat = scene.goal(start, poses.base_pos)
     return Signals(
@@ -61,8 +62,8 @@ def signals_of(
 class SignalReader:
     """Reads the `Signals` of one built scene; a reconfigured scene needs a new one.
 
-    A push that knocks the object away is over at the end of the control step: call `look` after the physics engine's
-    sub-steps, too.
+    A push that knocks the object away is over at the end of the control step: call `look` after sub-steps of the
+    physics.
     """
 
     def __init__(self, env: Any, scene: Scene):
@@ -82,7 +83,7 @@ class SignalReader:
         self._links = frozenset(link._objs[0] for link in agent.robot.links)
         self._forces: Mapping[Any, np.ndarray] = {}
         self.is_touched = False
-        """whether a `look` of this control step has seen the robot touch the object."""
+        """True if a `look` of this control step has seen the robot touch the object."""
 
     def gripper_opening(self) -> float:
         """Returns the distance between the fingers, in metres."""
@@ -104,7 +105,7 @@ class SignalReader:
         )
 
     def read(self) -> Signals:
-        """Returns the signals of the state after a control step, whose last sub-step has been looked at."""
+        """Returns the signals of the state after a control step; `look` has been called after its last sub-step."""
         signals = self._signals(self._poses())
         self.is_touched = False
         return signals
@@ -127,7 +128,7 @@ class SignalReader:
     def _forces_on_links(self) -> dict[Any, np.ndarray]:
         """Returns the force of the object on each link that it touches at this sub-step, in newtons."""
         forces: dict[Any, np.ndarray] = {}
-        # Bodies that are merely near are listed, too, with impulses of zero, and Python's numbers add up fastest.
+        # Bodies that are merely near are also listed, with impulses of zero; Python's numbers add up fastest.
         for contact in self._px.get_contacts():
             first, second = contact.bodies
             if second == self._obj_body and first in self._links:

@@ -1,6 +1,6 @@
 """One ManiSkill task on the CPU, in this process: seeds and actions in, image, state and `Signals` out.
 
-The physics is ManiSkill's own, bit for bit. What is left out is what nobody here reads: observation dictionaries,
+The physics is ManiSkill's own, bit for bit. Parts that nothing here reads are left out: observation dictionaries,
 rewards, textures other than colour, and most of the controller's arithmetic (see `panda_control`).
 """
 
@@ -51,9 +51,10 @@ class Simulator:
 
         Args:
             seed: initial states are equal for equal seeds in either case.
-            reproducible: rebuild the scene, which takes tens of milliseconds instead of two. Only then do equal actions
-                lead to bitwise equal states: PhysX carries contact caches from one episode into the next. (A WidowX
-                scene lets its objects settle in a reset, so there the first states may differ by nanometres, too.)
+            reproducible: rebuild the scene, which takes tens of milliseconds instead of two. Equal actions lead to
+                bitwise equal states only after such a reset: PhysX carries contact caches from one episode into the
+                next. (Without it the first states of a WidowX scene, in which objects settle during a reset, also
+                differ by nanometres.)
         """
         options = {} if self._starts is None else self._starts.place(int(seed))
         if reproducible:
@@ -82,7 +83,7 @@ class Simulator:
         self.env.close()
 
     def _attach(self) -> None:
-        """Looks up, once per built scene, what every step needs."""
+        """Looks up the parts of a newly built scene that every step needs."""
         scene = self.env.scene
         self._reader = SignalReader(self.env, self.config.scene)
         self._drive = make_drive(self.env.agent) or _drive_of_mani_skill(self.env.agent)
@@ -120,7 +121,7 @@ class Simulator:
 
 
 def executed_action(action: Array, gripper_threshold: float | None) -> Array:
-    """Returns what the controller is given for actions float32 `[..., A]`, in the namespace of their array.
+    """Returns the controller's input for actions float32 `[..., A]`, in the namespace of their array.
 
     Args:
         action: of a policy; the gripper is last.
@@ -167,8 +168,10 @@ def low_dim_state(signals: Signals, gripper_opening: float | Array) -> Array:
 
 
 def _first_columns(quat: Array) -> Array:
-    """Returns `[6]`, which moves smoothly with the orientation. A quaternion does not: whichever of its two signs is
-    chosen flips somewhere, and w >= 0 flips where tools point down."""
+    """Returns `[6]`, the first two columns of the rotation matrix, which move smoothly with the orientation.
+
+    A quaternion does not: its sign flips somewhere, and with w >= 0 it flips where tools point down.
+    """
     return quat.__array_namespace__().concatenate([body_axis(quat, 0), body_axis(quat, 1)])
 
 

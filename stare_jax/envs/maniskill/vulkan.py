@@ -1,4 +1,4 @@
-"""Which Vulkan driver draws the images: the GPU's where there is one, Mesa's software driver otherwise."""
+"""Choice of the Vulkan driver that draws the images: the GPU's if there is one, else Mesa's software driver."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _MANIFEST_FOLDERS = tuple(
 
 
 class MissingDeviceError(UserError, RuntimeError):
-    """The machine has no device for what is asked for, or no driver of it; the message says which."""
+    """The machine has no device for the task, or no driver of the device; the message names it."""
 
 
 def manifests(pattern: str) -> Iterator[Path]:

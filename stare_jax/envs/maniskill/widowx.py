@@ -1,4 +1,4 @@
-"""SimplerEnv's WidowX scenes, a part of ManiSkill: how they are built, where episodes start, what the camera shows."""
+"""SimplerEnv's WidowX scenes, a part of ManiSkill: their building, the first states of episodes, the background."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,18 @@ from stare_jax.envs.seeds import is_for_evaluation
 
 
 class Jitter(NamedTuple):
-    """How far the start of an episode may be from an official one, uniformly to either side."""
+    """Largest distance between the start of an episode and an official one; it is uniform to either side."""
 
     position: float
-    """of the object and of its target, along both horizontal axes, in metres"""
+    """metres along each horizontal axis, of the object and of its target"""
     yaw: float
-    """of the object, in radians"""
+    """radians, of the object"""
 
 
 JITTERS: Mapping[str, Jitter] = MappingProxyType(
     {"none": Jitter(0.0, 0.0), "15mm-15deg": Jitter(0.015, np.deg2rad(15))}
 )
-"""by the name that configurations and manifests have"""
+"""jitters by the names that configurations and manifests use"""
 JitterName = Literal[*JITTERS]
 
 
@@ -30,8 +30,8 @@ JitterName = Literal[*JITTERS]
 def bridge_scene() -> Iterator[None]:
     """While active, WidowX scenes can be built without ManiSkill's own observations and background.
 
-    What to keep in front of the background is collected in a list that all its environments share, so that a second
-    one would show objects of the first; here each keeps to itself, see `Backdrop`.
+    ManiSkill collects the objects in front of the background in one list for all environments, so that a second
+    environment would show objects of the first; here each environment has its own, see `Backdrop`.
     """
     from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
     from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
@@ -54,8 +54,8 @@ def bridge_scene() -> Iterator[None]:
 class Starts:
     """The first states of a WidowX task's episodes.
 
-    Seeds of the evaluation start at an official place each, in turn; all others at a random one of these, moved by the
-    jitter, so that nothing is trained on what it is judged by.
+    Seeds of the evaluation start at the official places in turn. All others start at a random one of these, moved by
+    the jitter, so that no episode of training begins in a state of the evaluation.
     """
 
     def __init__(self, env: Any, jitter: Jitter):

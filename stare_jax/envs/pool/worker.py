@@ -1,11 +1,12 @@
 """The process behind some environments of the pool: `python -c "from stare_jax.envs.pool.worker import main; main()"`.
 
 It talks to its parent over one socket, inherited by number, and exchanges arrays through one shared file without a
-name. It never initialises JAX. When the parent is gone, however it went, the socket ends and so does the worker.
+name. It never initialises JAX. When the parent has ended, for whatever reason, the socket closes and the worker ends.
 """
 
 import faulthandler
 import gc
+import json
 import mmap
 import os
 import signal
@@ -17,23 +18,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stare_jax.config import UserError
 from stare_jax.envs.config import EnvConfig
-from stare_jax.envs.maniskill.building import MissingAssetsError, import_mani_skill
+from stare_jax.envs.maniskill.building import import_mani_skill
 from stare_jax.envs.maniskill.simulator import Frame, Simulator
-from stare_jax.envs.maniskill.vulkan import MissingDeviceError
 from stare_jax.types import SIGNAL_FLAGS, SIGNAL_SHAPES, Signals
 
 STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
-"""What an environment is to do; the seed follows a reset. A message has one such command per environment, joined."""
+"""Commands to one environment; the seed follows a reset. A message has one command per environment, joined."""
 SEPARATOR, CLOSE = b" ", b"c"
 DONE, FAILED = b"d", b"f"
+"""Answers; JSON follows a failure: row -> traceback."""
 
 
 class Slots(NamedTuple):
     """Arrays over the shared memory, one row an environment."""
 
     action: np.ndarray
-    """float32 `[B, A]`, written by the parent; all else by the workers."""
+    """float32 `[B, A]`, written by the parent; the workers write the other arrays."""
     image: np.ndarray
     """uint8 `[B, H, W, 3]`; H = W = 0 without rendering."""
     state: np.ndarray
@@ -95,20 +97,31 @@ def main() -> None:
     socket, file, first = (int(argument) for argument in sys.argv[1:4])
     with Connection(socket) as connection:
         try:
-            config = connection.recv()
+            config, path = connection.recv()
+            sys.path.extend(folder for folder in path if folder not in sys.path)  # A task of one's own may lie there.
             memory = mmap.mmap(file, shared_size(config))
             os.close(file)
             simulators = _start(config)
         except EOFError:
             return
-        except (MissingAssetsError, MissingDeviceError) as error:  # It says what to do: a traceback adds nothing.
-            connection.send_bytes(FAILED + str(error).encode())
+        except UserError as error:  # The message says what to do: a traceback adds nothing.
+            _answer(connection, {first: str(error)})
             return
-        except BaseException:  # Whatever it is, the parent has to hear of it.
-            connection.send_bytes(FAILED + traceback.format_exc().encode())
+        except BaseException:  # The parent has to hear of any error.
+            _answer(connection, {first: traceback.format_exc()})
             return
-        connection.send_bytes(DONE)
+        _answer(connection, {})
         _serve(connection, simulators, map_slots(config, memory), first)
+
+
+def _answer(connection: Connection, failures: dict[int, str]) -> None:
+    """Tells the parent that a command is done, or in which rows it raised."""
+    connection.send_bytes(DONE if not failures else FAILED + json.dumps(failures).encode())
+
+
+def read_answer(answer: bytes) -> dict[int, str]:
+    """Returns the content of an answer: row -> traceback of the environments that raised, empty if none did."""
+    return {} if answer == DONE else {int(row): text for row, text in json.loads(answer[1:]).items()}
 
 
 def _start(config: EnvConfig) -> list[Simulator]:
@@ -119,33 +132,53 @@ def _start(config: EnvConfig) -> list[Simulator]:
     import_mani_skill()
     gc.freeze()  # Rebuilding a scene collects garbage; without the modules' objects that takes 10 ms instead of 150.
     simulators = [Simulator(config) for _ in range(config.envs_per_worker)]
-    simulators[0].reset(0)  # The first image compiles shaders, which belongs to the start.
+    simulators[0].reset(0)  # The first image compiles shaders, and a task that cannot be read fails here, at the start.
     return simulators
 
 
 def _serve(connection: Connection, simulators: list[Simulator], slots: Slots, first: int) -> None:
-    """Answers commands until the parent says so or is gone."""
+    """Answers commands until the parent says so or is gone.
+
+    An environment that raises does not keep the others of the process from executing their commands. Its scene is
+    rebuilt in its next reset: the error may have left it in any state.
+    """
+    broken: set[int] = set()
     while True:
         try:
             message = connection.recv_bytes()
             if message == CLOSE:
                 return
-            try:
-                for row, (simulator, command) in enumerate(
-                    zip(simulators, message.split(SEPARATOR), strict=True), first
-                ):
-                    if command != STAY:
-                        write_frame(slots, row, _execute(simulator, command, slots.action[row]))
-            except Exception:  # The parent raises it.
-                connection.send_bytes(FAILED + traceback.format_exc().encode())
-            else:
-                connection.send_bytes(DONE)
+            failures: dict[int, str] = {}
+            for row, (simulator, command) in enumerate(zip(simulators, message.split(SEPARATOR), strict=True), first):
+                if command == STAY:
+                    continue
+                try:
+                    frame = _execute(simulator, command, slots.action[row], is_broken=row in broken)
+                    _check_finite(frame)
+                    write_frame(slots, row, frame)
+                except Exception:
+                    failures[row] = traceback.format_exc()
+                else:
+                    broken.discard(row)
+            broken.update(failures)
+            _answer(connection, failures)
         except (EOFError, OSError):
             return
 
 
-def _execute(simulator: Simulator, command: bytes, action: np.ndarray) -> Frame:
+def _execute(simulator: Simulator, command: bytes, action: np.ndarray, *, is_broken: bool) -> Frame:
     kind, seed = command[:1], command[1:]
     if kind == STEP:
         return simulator.step(action)
-    return simulator.reset(int(seed), reproducible=kind == RESET_REPRODUCIBLY)
+    return simulator.reset(int(seed), reproducible=is_broken or kind == RESET_REPRODUCIBLY)
+
+
+def _check_finite(frame: Frame) -> None:
+    """Makes sure that the physics has not diverged.
+
+    Raises:
+        FloatingPointError: a signal is not finite.
+    """
+    for name, value in frame.signals._asdict().items():
+        if not np.isfinite(value).all():
+            raise FloatingPointError(f"signals.{name}: got {value}, expected finite numbers")

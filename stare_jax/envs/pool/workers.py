@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -28,8 +28,18 @@ class _Worker:
     """One process and the socket to it."""
 
     def __init__(self, config: EnvConfig, first: int, file: int):
+        """Starts the process and does not wait for it.
+
+        Args:
+            config: of the pool.
+            first: row of the process's first environment.
+            file: descriptor of the shared memory.
+        """
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
+        self.is_ready = False
+        """True once the process has started and takes commands."""
+        self.must_start_by = time.monotonic() + config.start_timeout_s
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", "from stare_jax.envs.pool.worker import main; main()"]
@@ -39,8 +49,8 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C in the terminal is the parent's affair.
             )
-        with contextlib.suppress(OSError):  # Whoever is gone already is found out when it does not answer.
-            self.connection.send(config)
+        with contextlib.suppress(OSError):  # A process that is gone already is noticed when it does not answer.
+            self.connection.send((config, sys.path))
 
     def kill(self) -> None:
         self.process.kill()
@@ -53,9 +63,15 @@ class _Worker:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
 
+    def exit_status(self) -> int | None:
+        """Returns how the process ended, None if it runs; a process about to end is given a second."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        return self.process.poll()
+
 
 def _worker_environment() -> dict[str, str]:
-    """Returns what a worker needs set before SAPIEN, PyTorch or NumPy are loaded."""
+    """Returns the environment variables of a worker, which SAPIEN, PyTorch and NumPy read when they are loaded."""
     paths = [str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return (
@@ -66,25 +82,28 @@ def _worker_environment() -> dict[str, str]:
 class SimulatorPool:
     """`VecEnv` of ManiSkill simulators; see `envs.base`.
 
-    A worker that has died, or has not answered within `config.worker_timeout_s`, is killed and started anew within the
-    call: `alive` is False for its environments, `num_restarts` counts it, and until they are reset their rows stay dead
-    while all others go on.
+    Losing a simulator costs its episode and not the run. An environment that raises an error, or whose physics
+    diverges, is not `alive` until it is reset. A process that has died, or has not answered within
+    `config.worker_timeout_s`, is killed and started anew beside the others: its environments are not alive until the
+    process has started, which later calls notice, and they are reset. `num_losses` counts both, and
+    `config.max_restarts` limits them.
     """
 
     def __init__(self, config: EnvConfig, *, report: Callable[[str], None] = report_to_stderr):
         """Starts all workers in parallel.
 
         Args:
-            report: is told in single lines how the start proceeds.
+            report: is told how the start proceeds, and of every loss with the traceback of the error.
 
         Raises:
-            SimulatorError: with the worker's own traceback, where one does not start.
+            SimulatorError: a worker does not start; the message has the worker's own traceback.
         """
         self.config = config
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
         self.instructions = (config.spec.instruction,) * config.num_envs
-        self.num_restarts = 0
+        self.num_losses = 0
+        self._report = report
         if config.image_size and config.lite_robot:
             ensure_panda_lite(report)
         self._file = os.memfd_create("stare_jax-simulators")
@@ -95,19 +114,22 @@ class SimulatorPool:
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._workers, self._file)
         try:
-            self._start_all(report)
+            self._start_all()
         except BaseException:
             self.close()
             raise
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
-        """Resets all environments.
+        """Resets all environments, after waiting for those that are being restarted.
 
         Raises:
             ValueError: not one seed for each environment.
+            SimulatorError: simulators were lost more often than `config.max_restarts` allows.
         """
         if len(seeds) != self.num_envs:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
+        while not all(each.is_ready for each in self._workers):
+            self._notice_starts(waits=True)
         return self._call(dict(enumerate(seeds)), is_stepped=np.zeros(self.num_envs, bool), reproducible=reproducible)
 
     def step(
@@ -117,7 +139,7 @@ class SimulatorPool:
 
         Raises:
             ValueError: an action of another shape or not finite, or an index out of range.
-            SimulatorError: a simulator raised.
+            SimulatorError: simulators were lost more often than `config.max_restarts` allows.
         """
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
@@ -136,93 +158,108 @@ class SimulatorPool:
         """Ends all workers and gives their memory back; a second call does nothing."""
         self._finalizer()
 
-    def _start_all(self, report: Callable[[str], None]) -> None:
-        config, start = self.config, time.monotonic()
-        height, width = config.image_shape
-        what = f"images of {height} x {width}" if config.image_size else "no images"
-        each = config.envs_per_worker
-        report(f"starting {config.num_workers} x {each} simulators of {config.env_id} ({what})")
-        for index in range(config.num_workers):
-            self._workers.append(_Worker(config, index * each, self._file))
-        for index in self._answers(range(config.num_workers), config.start_timeout_s, on_lost=self._raise_not_started):
-            ready = f"process {index + 1} of {config.num_workers} is ready"
-            report(f"{ready} after {time.monotonic() - start:.1f} s")
+    # ---- Calls -------------------------------------------------------------------------------------------------------
 
     def _call(self, seeds: Mapping[int, int], *, is_stepped: np.ndarray, reproducible: bool) -> EnvStep:
-        """Sends every worker its command, waits for all, and restarts those that are lost."""
+        """Sends every worker that has started its commands, and waits for the answers."""
         reset = worker.RESET_REPRODUCIBLY if reproducible else worker.RESET
-        commands = [worker.STEP if row else worker.STAY for row in is_stepped]
+        commands = np.where(is_stepped, worker.STEP, worker.STAY).astype(object)
         for row, seed in seeds.items():
             commands[row] = reset + str(int(seed)).encode()
-        asked = [index for index in range(len(self._workers)) if {*commands[self._rows(index)]} != {worker.STAY}]
+        asked = [index for index in range(len(self._workers)) if (commands[self._rows(index)] != worker.STAY).any()]
+        self._notice_starts(waits=False)
+        while asked and not any(self._workers[index].is_ready for index in asked):
+            self._notice_starts(waits=True)
+        asked = [index for index in asked if self._workers[index].is_ready]
+        alive = np.zeros(self.num_envs, bool)
         for index in asked:
+            rows = self._rows(index)
+            alive[rows] = commands[rows] != worker.STAY
             with contextlib.suppress(OSError):  # As above.
-                self._workers[index].connection.send_bytes(worker.SEPARATOR.join(commands[self._rows(index)]))
-        alive, lost = np.array(commands) != worker.STAY, []
-        for _ in self._answers(asked, self.config.worker_timeout_s, on_lost=lost.append):
-            pass
-        for index in lost:
-            alive[self._rows(index)] = False
-            self._needs_reset[self._rows(index)] = True
-            self._restart(index)
+                self._workers[index].connection.send_bytes(worker.SEPARATOR.join(commands[rows]))
+        for index, answer in self._answers(asked, self.config.worker_timeout_s):
+            lost = {} if not answer else worker.read_answer(answer)
+            rows = list(lost) if answer else self._rows(index)
+            alive[rows], self._needs_reset[rows] = False, True
+            for row, what in lost.items():
+                self._count_loss(f"simulator {row} of {self.env_id} raised an error and loses its episode", what)
+            if not answer:
+                self._restart(index, "did not answer" if answer is None else "ended")
         self._needs_reset[alive] = False
         return self._read(alive)
 
     def _rows(self, index: int) -> slice:
-        """The environments of a worker."""
+        """Returns the environments of a worker."""
         return slice(index * self.config.envs_per_worker, (index + 1) * self.config.envs_per_worker)
 
-    def _answers(self, indices, timeout_s: float, *, on_lost: Callable[[int], None]):
-        """Yields the indices as their workers answer; `on_lost` gets those that died or did not answer in time.
-
-        Raises:
-            SimulatorError: a worker answered with a traceback.
-        """
+    def _answers(self, indices: Iterable[int], timeout_s: float) -> Iterator[tuple[int, bytes | None]]:
+        """Yields (index, answer) as the workers answer: empty from those that have ended, and in the end None for those
+        that have not answered in time."""
         pending = {self._workers[i].connection: i for i in indices}
         deadline = time.monotonic() + timeout_s
+        while pending and (ready := wait(list(pending), max(0.0, deadline - time.monotonic()))):
+            yield from ((pending.pop(connection), _receive(connection)) for connection in ready)
+        yield from ((index, None) for index in pending.values())
+
+    # ---- Starts and losses -------------------------------------------------------------------------------------------
+
+    def _start_all(self) -> None:
+        config, start = self.config, time.monotonic()
+        height, width = config.image_shape
+        what = f"images of {height} x {width}" if config.image_size else "no images"
+        each = config.envs_per_worker
+        self._report(f"starting {config.num_workers} x {each} simulators of {config.env_id} ({what})")
+        for index in range(config.num_workers):
+            self._workers.append(_Worker(config, index * each, self._file))
         failures: dict[str, list[int]] = {}  # What went wrong -> where, so that it is said once.
-        while pending:
-            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for connection in ready:
-                i = pending.pop(connection)
-                try:
-                    answer = connection.recv_bytes()
-                except (EOFError, OSError):
-                    on_lost(i)
-                    continue
-                if answer == worker.DONE:
-                    yield i
-                else:
-                    failures.setdefault(answer[1:].decode(), []).append(i)
-        for i in pending.values():
-            on_lost(i)
+        for index, answer in self._answers(range(config.num_workers), config.start_timeout_s):
+            if reason := self._start_failure(index, answer):
+                failures.setdefault(reason, []).append(index)
+            else:
+                ready = f"process {index + 1} of {config.num_workers} is ready"
+                self._report(f"{ready} after {time.monotonic() - start:.1f} s")
         if failures:
-            where = {what: ", ".join(map(str, sorted(indices))) for what, indices in failures.items()}
-            lines = [f"simulator process {indices} of {self.env_id}:\n{what}" for what, indices in where.items()]
+            where = {reason: ", ".join(map(str, sorted(indices))) for reason, indices in failures.items()}
+            lines = [f"simulator process {indices} of {self.env_id}:\n{reason}" for reason, indices in where.items()]
             raise SimulatorError("\n".join([*lines, REMEDY]))
 
-    def _raise_not_started(self, index: int) -> None:
-        process = self._workers[index].process
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        how = f"still silent after {self.config.start_timeout_s:g} s" if process.poll() is None else "ended"
-        raise SimulatorError(
-            f"simulator process {index} of {self.env_id} did not start: {how}, exit status {process.poll()}; {REMEDY}"
-        )
+    def _start_failure(self, index: int, answer: bytes | None) -> str:
+        """Takes the first answer of a worker; returns why it has not started, empty if it has."""
+        started = self._workers[index]
+        if not answer:
+            how = f"still silent after {self.config.start_timeout_s:g} s" if answer is None else "ended"
+            return f"did not start: {how}, exit status {started.exit_status()}"
+        started.is_ready = answer == worker.DONE
+        return "\n".join(worker.read_answer(answer).values())
 
-    def _restart(self, index: int) -> None:
-        self.num_restarts += 1
-        if self.num_restarts > self.config.max_restarts:
-            raise SimulatorError(
-                f"max_restarts: processes of {self.env_id} were lost {self.num_restarts} times, expected at most "
-                f"{self.config.max_restarts}; {REMEDY}"
-            )
+    def _notice_starts(self, *, waits: bool) -> None:
+        """Takes the first answers of restarted workers; with `waits`, waits until one has come or is overdue."""
+        starting = [each for each in self._workers if not each.is_ready]
+        left = min((each.must_start_by for each in starting), default=0.0) - time.monotonic()
+        answered = wait([each.connection for each in starting], max(0.0, left) if waits else 0.0)
+        for each in starting:
+            if each.connection in answered or time.monotonic() >= each.must_start_by:
+                index = self._workers.index(each)
+                answer = _receive(each.connection) if each.connection in answered else None
+                if reason := self._start_failure(index, answer):
+                    self._restart(index, reason)
+
+    def _restart(self, index: int, reason: str) -> None:
+        """Replaces a lost worker by a new one, which starts while the others work."""
+        self._count_loss(f"simulator process {index} of {self.env_id} is restarted and loses its episodes", reason)
         self._workers[index].kill()
         self._workers[index] = _Worker(self.config, index * self.config.envs_per_worker, self._file)
-        for _ in self._answers([index], self.config.start_timeout_s, on_lost=self._raise_not_started):
-            pass
+
+    def _count_loss(self, what: str, reason: str) -> None:
+        """Reports a loss, or gives up after too many."""
+        self.num_losses += 1
+        limit = self.config.max_restarts
+        if self.num_losses > limit:
+            raise SimulatorError(
+                f"max_restarts: simulators of {self.env_id} were lost {self.num_losses} times, expected at most "
+                f"{limit}; the last time {what}:\n{reason}\n{REMEDY}"
+            )
+        self._report(f"{what} (loss {self.num_losses} of at most {limit}):\n{reason}")
 
     def _read(self, alive: np.ndarray) -> EnvStep:
         """Copies everything: the next call overwrites the shared memory."""
@@ -231,6 +268,14 @@ class SimulatorPool:
         no_tokens = np.zeros((self.num_envs, 0), np.int32)
         observation = Observation(images, slots.state.copy(), no_tokens, no_tokens.astype(bool))
         return EnvStep(observation, Signals(*(slot.copy() for slot in slots.signals)), alive)
+
+
+def _receive(connection: Connection) -> bytes:
+    """Returns a worker's answer, empty if the worker has ended."""
+    try:
+        return connection.recv_bytes()
+    except (EOFError, OSError):
+        return b""
 
 
 def _shut_down(workers: list[_Worker], file: int) -> None:

@@ -1,0 +1,118 @@
+"""Files of evaluations in a run directory: `eval/<name>.json`, and `eval/<name>.partial/` while one is under way."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stare_jax.evaluate.episodes import Episodes
+from stare_jax.evaluate.parts import delete_parts
+from stare_jax.evaluate.protocol import EvalInfo, Evaluation
+from stare_jax.evaluate.summary import Summary, summarize
+from stare_jax.logging import replace_text
+
+_PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
+
+
+class PhaseResult(NamedTuple):
+    """One evaluation of a run directory."""
+
+    phase: str
+    """Name of the file, which is the phase or begins with it."""
+    evaluation: Evaluation
+    summary: Summary
+    media: Mapping[str, Any]
+    """The whole file as JSON; of the keys `videos`, `timeline`, `timeline_seed` and `filmstrip` those that were made,
+    with paths relative to the run directory."""
+
+
+def evaluation_file(run_directory: str | Path, name: str) -> Path:
+    """Returns the file of an evaluation: `eval/<name>.json`.
+
+    Raises:
+        ValueError: the name cannot be a file name.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"phase: got {name!r}, expected letters, digits, '_' and '-'")
+    return Path(run_directory) / "eval" / f"{name}.json"
+
+
+def partial_folder(file: str | Path) -> Path:
+    """Returns the folder of the results so far, beside the file of an evaluation."""
+    return Path(file).with_suffix(".partial")
+
+
+def unused_name(run_directory: str | Path, phase: str) -> str:
+    """Returns a name that replaces no evaluation: the phase, or `<phase>_again`, `<phase>_again2`, ..."""
+    names = [phase, f"{phase}_again"]
+    while evaluation_file(run_directory, names[-1]).exists():
+        names.append(f"{phase}_again{len(names)}")
+    return next(name for name in names if not evaluation_file(run_directory, name).exists())
+
+
+def save_evaluation(
+    file: str | Path,
+    evaluation: Evaluation,
+    *,
+    phase: str,
+    settings: Mapping[str, Any] | None = None,
+    media: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an evaluation as JSON (info; summary for readers, recomputed when loaded; episodes) and ends its partial.
+
+    Args:
+        file: see `evaluation_file`.
+        evaluation: the result of `evaluate`.
+        phase: name of the evaluation.
+        settings: configuration of the evaluation, kept with it.
+        media: films and pictures, see `PhaseResult`.
+    """
+    document = {
+        "phase": phase,
+        "settings": settings,
+        "videos": [],
+        **(media or {}),
+        "info": evaluation.info._asdict(),
+        "summary": _plain(summarize(evaluation)),
+        "episodes": {name: field.tolist() for name, field in evaluation.episodes._asdict().items()},
+    }
+    replace_text(Path(file), json.dumps(document, indent=1) + "\n")
+    delete_parts(partial_folder(file))
+
+
+def load_evaluation(file: str | Path) -> Evaluation:
+    """Reads a file of `save_evaluation`; what earlier versions did not keep is empty."""
+    return _evaluation_of(json.loads(Path(file).read_text()))
+
+
+def load_results(run_directory: str | Path) -> list[PhaseResult]:
+    """Returns the evaluations of a run directory in the order of the phases, others after them by name."""
+    results = []
+    for file in Path(run_directory).glob("eval/*.json"):
+        try:
+            document = json.loads(file.read_text())
+        except FileNotFoundError:  # The run that owns it has just begun the phase again.
+            continue
+        evaluation = _evaluation_of(document)
+        results.append(PhaseResult(file.stem, evaluation, summarize(evaluation), document))
+    ranks = {phase: rank for rank, phase in enumerate(_PHASE_ORDER)}
+    return sorted(results, key=lambda result: (ranks.get(result.phase, len(ranks)), result.phase))
+
+
+def _evaluation_of(document: Mapping[str, Any]) -> Evaluation:
+    info = EvalInfo(**document["info"])
+    fields = {name: np.asarray(values) for name, values in document["episodes"].items()}
+    fields.setdefault("start_hash", np.full(len(fields["seed"]), ""))
+    return Evaluation(info._replace(stage_names=tuple(info.stage_names)), Episodes(**fields))
+
+
+def _plain(value: Any) -> Any:
+    """Returns nested records as dicts and NaN as None, because JSON knows neither."""
+    if hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

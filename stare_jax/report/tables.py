@@ -1,0 +1,79 @@
+"""Tables of a report: rates with intervals, paired differences, stage by stage; rows of text for terminal and page."""
+
+import math
+from collections.abc import Sequence
+
+from stare_jax.evaluate.intervals import Estimate
+from stare_jax.evaluate.record import PhaseResult
+from stare_jax.evaluate.summary import Comparison, compare, pairing_obstacle
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""(header, rows)."""
+OUTCOMES = {"success_once": "success at any step", "success_end": "success at the end"}
+MISSING = "–"
+"""Text of a number that is not known."""
+
+
+def rates_table(results: Sequence[PhaseResult]) -> Table:
+    """Returns one column an evaluation: rates in % with their intervals, counts of episodes."""
+    summaries = [result.summary for result in results]
+    rates = {**OUTCOMES, "contacted": "touched the object", "grasped": "held the object"}
+    rows = [(name, *(percent(getattr(s, field)) for s in summaries)) for field, name in rates.items()]
+    rows.append(("median steps to success", *(_number(s.median_steps) for s in summaries)))
+    rows.append(("episodes, distinct starts", *(f"{s.num_episodes}, {s.num_distinct}" for s in summaries)))
+    if any(s.num_dropped for s in summaries):
+        rows.append(("lost with a simulator", *(str(s.num_dropped) for s in summaries)))
+    return ("% of episodes", *(result.phase for result in results)), rows
+
+
+def differences_table(results: Sequence[PhaseResult]) -> Table:
+    """Returns one row a pair of evaluations; those that cannot be paired say why."""
+    header = ("difference", *(f"{name}, points" for name in OUTCOMES.values()), "won : lost : pairs")
+    rows = []
+    for later, earlier in pairs_of_phases(results):
+        name = f"{later.phase} − {earlier.phase}"
+        if obstacle := pairing_obstacle(later.evaluation, earlier.evaluation):
+            rows.append((name, f"not paired: {obstacle}", MISSING, MISSING))
+            continue
+        comparisons = [compare(later.evaluation, earlier.evaluation, outcome) for outcome in OUTCOMES]
+        counts = f"{comparisons[0].num_gained} : {comparisons[0].num_lost} : {comparisons[0].num_pairs}"
+        rows.append((name, *map(points, comparisons), counts))
+    return header, rows
+
+
+def stages_table(results: Sequence[PhaseResult]) -> Table:
+    """Returns one row a stage: P(stage | the stage before) in % with its interval, and counts."""
+    header = ("stage", *(result.phase for result in results))
+    rows = []
+    for k, name in enumerate(results[0].evaluation.info.stage_names):
+        stages = [result.summary.stages[k] for result in results]
+        cells = [f"{percent(stage.rate)} ({stage.num_completed}/{stage.num_given})" for stage in stages]
+        rows.append((name, *cells))
+    return header, rows
+
+
+def pairs_of_phases(results: Sequence[PhaseResult]) -> list[tuple[PhaseResult, PhaseResult]]:
+    """Returns every phase with the one before it, and with the first that was trained."""
+    results = [result for result in results if result.phase != "expert"] or list(results)
+    pairs = []
+    for index, later in enumerate(results[1:], start=1):
+        earlier = [results[index - 1]] + ([results[0]] if index > 1 else [])
+        pairs += [(later, other) for other in earlier if other.evaluation.info.env_id == later.evaluation.info.env_id]
+    return pairs
+
+
+def percent(rate: Estimate) -> str:
+    """Returns a rate and its interval in %, as `40.0 [16.8, 68.7]`."""
+    if math.isnan(rate.value):
+        return MISSING
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
+
+
+def points(comparison: Comparison) -> str:
+    """Returns a difference and its interval in points of %, with signs."""
+    value, low, high = comparison.difference
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _number(value: float) -> str:
+    return MISSING if math.isnan(value) else f"{value:g}"
