@@ -137,7 +137,7 @@ def test_tokenizers_are_compared_by_their_files(tmp_path):
     a, b, c = (openvla_7b(tokenizer=str(tmp_path / name)) for name in "abc")
     check_same_model(to_dict(a), b)
     check_same_model(to_dict(a), openvla_7b())  # whose files are not at hand
-    with pytest.raises(ConfigError, match="model.tokenizer: got .*/c, expected .*/a'"):
+    with pytest.raises(ConfigError, match="model.tokenizer: got .*/c', expected .*/a'"):
         check_same_model(to_dict(a), c)
 
 
