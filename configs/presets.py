@@ -26,10 +26,10 @@ from stare_jax.models import (
 from stare_jax.runs.config import RunConfig
 from stare_jax.stages import StageParams
 
-ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero")
+ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero", "rl4vla")
 """Algorithms of the interaction phase, see `set_algorithm`."""
 
-WORDS = ("pi05", "full", "lora", "ppo", "paper")
+WORDS = ("pi05", "full", "lora", "ppo", "paper", "rl4vla")
 """Words of the recipes' variants. pi05: pi0.5 in place of OpenVLA-7B. full: all weights are trained. lora: adapters are
 trained, which is OpenVLA's default, while pi0.5 trains its action expert alone. The rest are `ALGORITHMS`."""
 
@@ -106,11 +106,13 @@ def set_algorithm(config: ml_collections.ConfigDict, algorithm: str) -> None:
         config: of a run.
         algorithm: "sta_ppo", progressive potentials, kept at the end of an episode; "ppo", no shaping; "paper", the
             paper's own potentials; "zero", progressive potentials that end at zero, which have the advantages of PPO
-            with another critic.
+            with another critic; "rl4vla", PPO without shaping on RL4VLA's reward, in episodes of full length.
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm: got {algorithm!r}, expected one of {ALGORITHMS}")
-    config.ppo.shaping = algorithm != "ppo"
+    config.ppo.shaping = algorithm not in ("ppo", "rl4vla")
+    config.ppo.reward = "rl4vla" if algorithm == "rl4vla" else "success"
+    config.ppo.stop_at_success = algorithm != "rl4vla"
     config.stages.progressive = algorithm != "paper"
     config.ppo.time_limit = "terminate"
     config.ppo.terminal_potential = "zero" if algorithm == "zero" else "keep"

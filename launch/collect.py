@@ -22,16 +22,15 @@ import command
 import numpy as np
 
 from stare_jax.config import ConfigError, user_input
-from stare_jax.data.demos import DemosConfig
+from stare_jax.data.demos import DemosConfig, collect_demos
 from stare_jax.data.pairs import PairsConfig, count_kinds
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import Actor, expert_actor, policy_actor
+from stare_jax.data.rollouts import Actor, collect_pairs, expert_actor, policy_actor
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
-from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, execution_noise, make_expert, make_vec_env
+from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, make_expert, make_vec_env
 from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.logging import Clock, Interruption, print_table, say
-from stare_jax.runs.collection import find_or_collect_demos, find_or_collect_pairs
 from stare_jax.stages import TASKS, TaskSpec
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
@@ -44,6 +43,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
     add("--pairs", type=int, metavar="N", help="preference pairs to make")
+    linger = "further actions of the expert that a demonstration keeps after success (default: 0)"
+    add("--linger", type=int, default=DEMOS.linger, metavar="N", help=linger)
     add(
         "--task",
         metavar="TASK",
@@ -179,6 +180,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
         config = DemosConfig(
             num_demos=arguments.demos,
             noise_scales=arguments.noise,
+            linger=arguments.linger,
             seed=arguments.seed,
             reproducible=not arguments.fast_resets,
         )
@@ -186,18 +188,17 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
         expert = make_expert(env.task_name, limit=arguments.limit)
     directory, clock = arguments.out / "demos", Clock()
     with damage_explained("here: --skip-broken"), contextlib.ExitStack() as simulators:
-        dataset, is_new = find_or_collect_demos(
-            directory,
-            env,
+        dataset = collect_demos(
+            lambda: simulators.enter_context(contextlib.closing(make_vec_env(env))),
+            env.info._replace(settings={**env.info.settings, "limit": arguments.limit}),
             expert,
             config,
-            simulator=lambda: simulators.enter_context(contextlib.closing(make_vec_env(env))),
-            settings={"limit": arguments.limit},
+            directory,
             skip_broken=arguments.skip_broken,
             should_stop=should_stop,
             clock=clock,
         )
-    say(clock.line() if is_new else f"{directory} holds all of these already")
+    say(clock.line() if "env" in clock.seconds() else f"{directory} holds all of these already")
     if dataset.num_skipped:
         say(f"{dataset.num_skipped} episodes lost in damaged shards; they are not collected again")
     report(dataset, env.spec)
@@ -226,7 +227,7 @@ def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     with user_input():
         env = env_config(arguments, ENV)
         expert = make_expert(env.task_name, limit=arguments.limit)
-        actor = expert_actor(expert, config, execution_noise, noise_scale=arguments.pair_noise)
+        actor = expert_actor(expert, config, noise_scale=arguments.pair_noise)
     return env, env.spec, actor._replace(settings={**actor.settings, "limit": arguments.limit})
 
 
@@ -244,17 +245,17 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
     env, spec, actor = (policy_source if arguments.checkpoint else expert_source)(arguments, config)
     directory, clock = arguments.out / "pairs", Clock()
     with damage_explained("pairs need every rollout: collect in another folder"), contextlib.ExitStack() as simulators:
-        dataset, pairs, is_new = find_or_collect_pairs(
-            directory,
-            env,
+        dataset, pairs = collect_pairs(
+            lambda: simulators.enter_context(contextlib.closing(make_vec_env(env))),
+            env.info,
             actor,
             spec,
             config,
-            simulator=lambda: simulators.enter_context(contextlib.closing(make_vec_env(env))),
+            directory,
             should_stop=should_stop,
             clock=clock,
         )
-    say(clock.line() if is_new else f"{directory} holds all of these already")
+    say(clock.line() if "env" in clock.seconds() else f"{directory} holds all of these already")
     report(dataset, spec)
     print_table(["preference pairs by", "number"], list(count_kinds(pairs).items()))
     if len(pairs) < config.num_pairs:

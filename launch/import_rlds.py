@@ -24,7 +24,7 @@ from stare_jax.data.import_rlds import IDLE_FILTERS, ImportConfig, import_rlds, 
 from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout, recorded_layout
-from stare_jax.data.rlds_source import Source, open_source
+from stare_jax.data.rlds_source import RldsSource, open_source
 from stare_jax.data.summary import contact_sheet, summarize_import
 from stare_jax.logging import Interruption, print_table, say
 
@@ -80,7 +80,7 @@ def parse_gripper(text: str) -> tuple[float, float]:
     return closed, opened
 
 
-def choose_layout(arguments: argparse.Namespace, source: Source, name: str) -> Layout:
+def choose_layout(arguments: argparse.Namespace, source: RldsSource, name: str) -> Layout:
     """Returns the layout that the keys describe, or the known one."""
     if arguments.image_key is None:
         return known_layout(source, name)

@@ -29,7 +29,7 @@ ALLOWED = {
     "envs": (*GROUND, "stages"),
     "models": (*GROUND, "losses"),
     "rollout": (*GROUND, "logging", "stages", "envs.base", "models.policy"),
-    "data": (*GROUND, "logging", "stages", "envs.base", "envs.seeds", "models", "rollout"),
+    "data": (*GROUND, "logging", "stages", "envs.base", "envs.experts.base", "envs.seeds", "models", "rollout"),
     "state": (*GROUND, "logging", "models.policy"),
     "weights": (*GROUND, "logging", "models", "state"),
     "train": (*MATHS, "models", "envs.base", "envs.seeds", "rollout", "data", "state"),

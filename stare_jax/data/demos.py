@@ -2,48 +2,37 @@
 
 The noise is added to what is executed; what is stored, and imitated, is what the expert would have done (C.2).
 
-Equal configs collect the same seeds in the same chunks, with the same noise, interrupted or not, in however many
+Equal configs collect the same seeds in the same rounds, with the same noise, interrupted or not, in however many
 environments, whether or not some of these die; with `reproducible` their episodes are the same bit for bit.
 """
 
-import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from stare_jax.data.chunks import collect_chunk
+from stare_jax.config import check_at_least
 from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
-from stare_jax.data.writer import DatasetWriter, require_same_kind
-from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import DEMO_SEEDS, first_seed
-from stare_jax.logging import Interrupted, progress
+from stare_jax.data.writer import DatasetWriter, Kind, require_same_kind
+from stare_jax.envs.base import SimulatorInfo, VecEnv
+from stare_jax.envs.experts.base import Expert, execution_noise
+from stare_jax.envs.seeds import DEMO_SEEDS, first_seed, take_seeds
+from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Decision
-from stare_jax.rollout.collect import Act, Rollout, collect_episodes
-from stare_jax.types import Signals, Trajectory
+from stare_jax.rollout.collect import Rollout, collect_episodes
+from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.rounds import collect_round
+from stare_jax.types import Signals
 
-SOURCE = "expert"
-
-NoiseFn = Callable[[Sequence[int], Sequence[float], Sequence[float]], Callable[[np.ndarray, np.ndarray], np.ndarray]]
-"""`envs.experts.execution_noise`: (seeds, scales, action_scale [A]) -> `perturb` of `collect_episodes`."""
-
-
-class Expert(Protocol):
-    """What is asked of an expert; `envs.experts.Expert` is one."""
-
-    init: Callable[[], Any]
-    """() -> the memory of an episode that begins."""
-    act: Callable[[Signals, Any], tuple[np.ndarray, Any]]
-    """(signals of one state, memory) -> (action float32 `[A]`, memory)."""
-    action_scale: Sequence[float]
-    """`[A]`: the largest command of each dimension that is of use."""
+EXPERT_SOURCE = "expert"
+"""Name of the actor in a manifest, where it is an expert."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +52,17 @@ class DemosConfig:
     """largest norm of an idle action's rotation, as a fraction of the largest command."""
     reproducible: bool = False
     """pay for resets after which a data set can be collected again bit for bit, however many environments do it."""
-    chunk_episodes: int = 32
-    """episodes collected between two writes, which is what an interruption loses."""
+    linger: int = 0
+    """Number of further actions of the expert that are kept after the first success, so that a policy learns to let go
+    and to stay; the horizon may cut them."""
+    write_every: int = 32
+    """Number of episodes of a round, which are collected between two writes; an interruption loses no more."""
     max_attempts: int = 10
     """episodes tried per demonstration wanted, before giving up on the expert."""
 
     def __post_init__(self):
-        for name in ("num_demos", "chunk_episodes", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_at_least(self, 1, "num_demos", "write_every", "max_attempts")
+        check_at_least(self, 0, "linger")
         scales = [scale for scale, _ in self.noise_scales]
         if not scales or min(scales) < 0 or len(set(scales)) < len(scales):
             raise ValueError(f"noise_scales: got scales {scales}, expected at least one, each once, none negative")
@@ -108,84 +99,55 @@ def expert_act(expert: Expert) -> Act:
     return act
 
 
-def collected_demos(
-    directory: str | os.PathLike,
-    expert: Expert,
-    config: DemosConfig,
-    *,
-    env_id: str,
-    horizon: int,
-    control_mode: str = "",
-    settings: Mapping[str, Any] | None = None,
-    action_mask: Sequence[bool] | None = None,
-    skip_broken: bool = False,
-) -> Dataset | None:
-    """Returns what `collect_demos` would, where a folder holds it all, so that no simulator need be started.
-
-    Args:
-        directory: of the data set, which need not exist.
-        env_id: of the simulator, as is the horizon; all else is as for `collect_demos`.
-
-    Returns:
-        None where something is still to be collected.
-
-    Raises:
-        DatasetError: the folder holds demonstrations of another kind.
-        DamagedShardError: a shard on disk is missing or damaged.
-    """
-    if not (Path(directory) / MANIFEST_FILE).exists():
-        return None
-    manifest = read_manifest(directory)
-    settings = {"horizon": horizon, **(settings or {})}
-    require_same_kind(directory, manifest, _identity(expert, config, env_id, control_mode, settings))
-    dataset = Dataset(directory, skip_broken=skip_broken)
-    if _missing(config, manifest):
-        return None
-    renew_statistics(dataset, action_mask=action_mask)
-    return dataset
-
-
 def collect_demos(
-    env: VecEnv,
+    simulator: Callable[[], VecEnv],
+    info: SimulatorInfo,
     expert: Expert,
     config: DemosConfig,
     directory: str | os.PathLike,
     *,
-    noise_fn: NoiseFn,
-    control_mode: str = "",
-    settings: Mapping[str, Any] | None = None,
     action_mask: Sequence[bool] | None = None,
     skip_broken: bool = False,
     should_stop: Callable[[], bool] | None = None,
-    clock: Callable[[str], contextlib.AbstractContextManager] | None = None,
+    clock: Clock | None = None,
 ) -> Dataset:
     """Collects demonstrations into a data set, or continues one that was interrupted, and writes its statistics.
 
-    A data set that is complete is returned as it is; with a larger `num_demos` it grows.
+    A data set that is complete is returned as it is, without a simulator; with a larger `num_demos` it grows.
 
     Args:
-        env: the simulator.
-        expert: of the task; see `envs.experts.make_expert`.
+        simulator: starts the simulators; called only if a demonstration is missing.
+        info: properties of these simulators.
+        expert: of the task; see `envs.tasks.make_expert`.
         config: how many.
         directory: of the data set.
-        noise_fn: disturbs what is executed; see `envs.experts.execution_noise`.
-        control_mode: of the simulator, for the manifest.
-        settings: what else the data depend on, such as `EnvConfig.data_settings`, for the manifest.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
-        skip_broken: leave out damaged shards instead of raising before anything is collected. What they held is not
-            collected again.
-        should_stop: polled; where it answers True the chunk in progress is dropped.
+        skip_broken: leave out damaged shards instead of raising before anything is collected. The episodes they held
+            are not collected again.
+        should_stop: polled; where it answers True the round in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the expert fails too often, or the folder holds something else or a damaged shard.
     """
-    clock = clock or (lambda area: contextlib.nullcontext())
-    identity = _identity(expert, config, env.env_id, control_mode, {"horizon": env.horizon, **(settings or {})})
-    with DatasetWriter(directory, **identity, episodes_per_shard=None) as writer:
-        Dataset(directory, skip_broken=skip_broken)  # Damage is found before hours of collecting, not after.
-        _fill(writer, env, expert, config, noise_fn=noise_fn, should_stop=should_stop, clock=clock)
+    kind = _kind(expert, config, info)
+    if (Path(directory) / MANIFEST_FILE).exists():
+        manifest = read_manifest(directory)
+        require_same_kind(directory, manifest, kind)
+        dataset = Dataset(directory, skip_broken=skip_broken)  # Damage is found before hours of collecting, not after.
+        if not _missing(config, manifest):
+            renew_statistics(dataset, action_mask=action_mask)
+            return dataset
+    with DatasetWriter(
+        directory,
+        env_id=kind.env_id,
+        control_mode=kind.control_mode,
+        settings=kind.settings,
+        filters=kind.filters,
+        episodes_per_shard=None,
+    ) as writer:
+        _fill(writer, simulator(), expert, config, should_stop=should_stop, clock=clock or Clock())
     dataset = Dataset(directory, skip_broken=skip_broken)
     renew_statistics(dataset, action_mask=action_mask)
     return dataset
@@ -197,75 +159,58 @@ def _fill(
     expert: Expert,
     config: DemosConfig,
     *,
-    noise_fn: NoiseFn,
     should_stop: Callable[[], bool] | None,
-    clock: Callable[[str], contextlib.AbstractContextManager],
+    clock: Clock,
 ) -> None:
-    """Collects and stores chunk after chunk, until no demonstration is missing."""
+    """Collects and stores round after round, until no demonstration is missing."""
     num_done = len(writer.manifest.episodes)
     with progress(config.num_demos, "demonstrations", "episode", initial=num_done) as bar:
-        while (chunk := _next_chunk(config, writer.manifest)) is not None:
+        while (wanted := _next_round(config, writer.manifest)) is not None:
+            scale, seeds = wanted
             # Statistics are those of a complete data set, or absent.
             (writer.directory / NORM_STATS_FILE).unlink(missing_ok=True)
-            rollout = _collect_chunk(
-                env,
-                expert,
-                config,
-                *chunk,
-                noise_fn=noise_fn,
+
+            def run(chosen, tell, scale=scale, seeds=seeds):
+                chosen_seeds, scales = [seeds[e] for e in chosen], [scale] * len(chosen)
+                return collect_episodes(
+                    env,
+                    expert_act(expert),
+                    chosen_seeds,
+                    stop_at_success=True,
+                    linger=config.linger,
+                    reproducible=config.reproducible,
+                    perturb=execution_noise(chosen_seeds, scales, expert.action_scale) if scale else None,
+                    on_episode=tell,
+                    should_stop=should_stop,
+                    clock=clock,
+                )
+
+            rollout = collect_round(
+                run,
+                len(seeds),
+                as_a_whole=False,
                 on_episode=lambda episode: bar.update(int(episode.signals.success.any())),
-                should_stop=should_stop,
-                clock=clock,
             )
             if not rollout.is_complete:
                 num_done = len(writer.manifest.episodes)
                 raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {writer.directory}")
             with clock("data"):
-                _append_successes(writer, rollout, *chunk, first=first_seed(DEMO_SEEDS, config.seed))
+                _append_successes(writer, rollout, scale, seeds, first=first_seed(DEMO_SEEDS, config.seed))
 
 
-def _collect_chunk(
-    env: VecEnv,
-    expert: Expert,
-    config: DemosConfig,
-    scale: float,
-    seeds: Sequence[int],
-    *,
-    noise_fn: NoiseFn,
-    on_episode: Callable[[Trajectory], None],
-    should_stop: Callable[[], bool] | None,
-    clock: Callable[[str], contextlib.AbstractContextManager],
-) -> Rollout:
-    def run(chosen, tell):
-        chosen_seeds = [seeds[e] for e in chosen]
-        scales = [scale] * len(chosen)
-        return collect_episodes(
-            env,
-            expert_act(expert),
-            chosen_seeds,
-            stop_at_success=True,
-            reproducible=config.reproducible,
-            perturb=noise_fn(chosen_seeds, scales, expert.action_scale) if scale else None,
-            on_episode=tell,
-            should_stop=should_stop,
-            clock=clock,
-        )
-
-    return collect_chunk(run, len(seeds), as_a_whole=False, on_episode=on_episode)
-
-
-def _identity(
-    expert: Expert, config: DemosConfig, env_id: str, control_mode: str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def _kind(expert: Expert, config: DemosConfig, info: SimulatorInfo) -> Kind:
     """Returns the fields of the manifest that all of a data set has in common."""
     total = sum(share for _, share in config.noise_scales)
-    common = {"source": SOURCE, "seed": config.seed, "reproducible": config.reproducible}
+    common = {"source": EXPERT_SOURCE, "seed": config.seed, "reproducible": config.reproducible}
     common["noise_scales"] = [[scale, round(share / total, 9)] for scale, share in config.noise_scales]
+    if config.linger:  # not named by data sets that were begun before there was a choice
+        common["linger"] = config.linger
     translation = config.idle_translation * max(expert.action_scale[:3])
     rotation = config.idle_rotation * max(expert.action_scale[3:-1], default=0.0)
     idle = {"translation": round(translation, 9), "rotation": round(rotation, 9)}  # 0.021 and not 0.0209...98
     filters = {"idle": idle} if config.idle_translation >= 0 else {}
-    return {"env_id": env_id, "control_mode": control_mode, "settings": common | settings, "filters": filters}
+    settings = common | {"horizon": info.horizon} | dict(info.settings)
+    return Kind(info.env_id, info.control_mode, settings, filters)
 
 
 def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:
@@ -275,7 +220,7 @@ def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:
     return {scale: number for scale, number in missing.items() if number > 0}
 
 
-def _next_chunk(config: DemosConfig, manifest: Manifest) -> tuple[float, list[int]] | None:
+def _next_round(config: DemosConfig, manifest: Manifest) -> tuple[float, list[int]] | None:
     """Returns the noise scale and seeds of the next episodes to try; None if there are enough."""
     missing = _missing(config, manifest)
     if not missing:
@@ -287,8 +232,7 @@ def _next_chunk(config: DemosConfig, manifest: Manifest) -> tuple[float, list[in
             f"and {config.num_demos} were asked for (missing by noise scale: {missing})"
         )
     scale, num_missing = next(iter(missing.items()))
-    first = first_seed(DEMO_SEEDS, config.seed) + num_attempts
-    return scale, list(range(first, first + min(num_missing, config.chunk_episodes)))
+    return scale, list(take_seeds(DEMO_SEEDS, config.seed, num_attempts, min(num_missing, config.write_every)))
 
 
 def _append_successes(
@@ -301,7 +245,7 @@ def _append_successes(
                 episode,
                 instruction=rollout.instructions[e],
                 seed=seed,
-                source=SOURCE,
+                source=EXPERT_SOURCE,
                 noise_scale=scale,
                 attempt=seed - first,
             )

@@ -10,65 +10,63 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
+from stare_jax.config import check_at_least
 from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout
 from stare_jax.data.rlds_source import (
     RESIZE,
     EpisodeSteps,
-    Source,
+    RldsSource,
     check_source,
     list_fields,
     name_episode,
     read_episodes,
 )
 from stare_jax.data.schema import DatasetError
-from stare_jax.data.writer import DatasetWriter
+from stare_jax.data.writer import DatasetWriter, Kind
 from stare_jax.logging import Interrupted, progress
 from stare_jax.types import Observation, Trajectory
 
 IDLE_FILTERS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType(
     {"none": {}, "no_noops": {"idle": {"translation": 1e-4, "rotation": 1e-4}}}
 )
-"""name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" none that moves the
-arm by less than 0.1 mm and 0.1 mrad and leaves the gripper as it is, of which OpenVLA cleaned its LIBERO data."""
+"""name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" leaves out actions
+that move the arm by less than 0.1 mm and 0.1 mrad and do not move the gripper, as OpenVLA does with its LIBERO data."""
 NO_INSTRUCTION, TOO_SHORT = "without instruction", "too short"
-"""why an episode is dropped"""
+"""Reasons for which an episode is dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportConfig:
-    """What of a data set is imported, and how."""
+    """The part of a data set that is imported, and its form."""
 
     split: str = "train"
     image_size: int = 224
-    """pixels; images become squares, whatever their shape was."""
+    """Pixels of an image's side; images of any shape become squares."""
     camera: str = "3rd_view_camera"
-    """name that the images are stored under, where policies look for them; as the simulated WidowX calls its camera."""
+    """Name under which the images are stored, and policies find them: that of the simulated WidowX's camera."""
     idle_filter: str = "none"
-    """one of `IDLE_FILTERS`; the shards hold everything, readers leave out."""
+    """One of `IDLE_FILTERS`; the shards hold all actions, readers leave some out."""
     limit: int | None = None
-    """episodes of the split to read at most; None reads all."""
-    chunk_episodes: int = 256
-    """episodes read between two writes, which is what a killed process loses."""
+    """Number of episodes of the split to read at most; None reads all."""
+    write_every: int = 256
+    """Number of episodes read between two writes; a killed process loses no more."""
 
     def __post_init__(self):
-        for name in ("image_size", "limit", "chunk_episodes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_at_least(self, 1, "image_size", "limit", "write_every")
         if self.idle_filter not in IDLE_FILTERS:
             raise ValueError(f"idle_filter: got {self.idle_filter!r}, expected one of {sorted(IDLE_FILTERS)}")
 
 
-def known_layout(source: Source, name: str) -> Layout:
+def known_layout(source: RldsSource, name: str) -> Layout:
     """Returns the layout that data sets of a name have.
 
     Raises:
-        DatasetError: nobody knows; lists the fields there are.
+        DatasetError: the name is not known; the message lists the fields there are.
     """
     if name not in LAYOUTS:
         raise DatasetError(
@@ -79,7 +77,7 @@ def known_layout(source: Source, name: str) -> Layout:
 
 
 def import_rlds(
-    source: Source,
+    source: RldsSource,
     directory: str | os.PathLike,
     layout: Layout,
     config: ImportConfig,
@@ -92,11 +90,11 @@ def import_rlds(
     With a larger limit a data set grows. Statistics are of all actions but those that the idle filter leaves out.
 
     Args:
-        source: what to read; see `open_source`.
-        directory: of the data set that is written.
-        layout: of the source.
-        config: what of it.
-        name: of the data set in the manifest, as `env_id`, and in `norm_stats.json`.
+        source: the data set to read; see `open_source`.
+        directory: folder of the data set that is written.
+        layout: layout of the source.
+        config: the part that is imported.
+        name: name of the data set in the manifest, as `env_id`, and in `norm_stats.json`.
         should_stop: polled after every episode.
 
     Raises:
@@ -107,7 +105,15 @@ def import_rlds(
     check_source(source, layout, config.split)
     directory, num_wanted = Path(directory), source.num_episodes[config.split]
     num_wanted = num_wanted if config.limit is None else min(num_wanted, config.limit)
-    with DatasetWriter(directory, **_identity(source, layout, config, name), episodes_per_shard=None) as writer:
+    kind = _kind(source, layout, config, name)
+    with DatasetWriter(
+        directory,
+        env_id=kind.env_id,
+        control_mode=kind.control_mode,
+        settings=kind.settings,
+        filters=kind.filters,
+        episodes_per_shard=None,
+    ) as writer:
         Dataset(directory, verify=False)  # A shard that is gone is found before hours of reading, not after.
         if _num_read(writer) < num_wanted:
             # Statistics are those of a complete data set, or absent.
@@ -120,7 +126,7 @@ def import_rlds(
     return dataset
 
 
-def _identity(source: Source, layout: Layout, config: ImportConfig, name: str) -> dict[str, Any]:
+def _kind(source: RldsSource, layout: Layout, config: ImportConfig, name: str) -> Kind:
     """Returns the fields of the manifest that all of an import has in common."""
     settings = {
         "source": "rlds",
@@ -135,8 +141,7 @@ def _identity(source: Source, layout: Layout, config: ImportConfig, name: str) -
         "resize": RESIZE,
         "idle_filter": config.idle_filter,
     }
-    filters = IDLE_FILTERS[config.idle_filter]
-    return {"env_id": name, "control_mode": layout.meaning, "settings": settings, "filters": filters}
+    return Kind(name, layout.meaning, settings, IDLE_FILTERS[config.idle_filter])
 
 
 def _num_read(writer: DatasetWriter) -> int:
@@ -145,7 +150,7 @@ def _num_read(writer: DatasetWriter) -> int:
 
 def _fill(
     writer: DatasetWriter,
-    source: Source,
+    source: RldsSource,
     layout: Layout,
     config: ImportConfig,
     num_wanted: int,
@@ -165,7 +170,7 @@ def _fill(
             dropped.update([problem] if problem else [])
             bar.update(1, dropped=dropped.total())
             is_stopping = should_stop is not None and should_stop()
-            if is_stopping or num_read == num_wanted or num_read % config.chunk_episodes == 0:
+            if is_stopping or num_read == num_wanted or num_read % config.write_every == 0:
                 writer.flush(progress={"num_read": num_read, "dropped": dict(dropped)})
             if is_stopping and num_read < num_wanted:
                 raise Interrupted(f"import: {num_read} of {num_wanted} episodes read, safe in {writer.directory}")
@@ -174,7 +179,7 @@ def _fill(
 def _append(
     writer: DatasetWriter, steps: EpisodeSteps, layout: Layout, *, camera: str, origin: str, index: int
 ) -> str | None:
-    """Stores an episode; returns why not, where it is dropped."""
+    """Stores an episode, or returns the reason for which it is dropped."""
     instruction = next(filter(None, steps.instruction), None)
     if instruction is None:
         return NO_INSTRUCTION
@@ -192,7 +197,7 @@ def _append(
 
 
 def _unmeasured(images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray) -> Trajectory:
-    """Returns an episode of which nothing is known but what was seen and done."""
+    """Returns an episode of observations and actions alone."""
     num_states = len(state)
     no_tokens = np.zeros((num_states, 0), np.int32)
     return Trajectory(

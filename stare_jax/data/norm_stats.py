@@ -2,7 +2,8 @@
 
 {"<data set>": {"action": {"mean", "std", "max", "min", "q01", "q99": [A floats], "mask": [A bools]},
                 "proprio": {the same without mask, [S floats]},
-                "num_transitions": int, "num_trajectories": int}}
+                "num_transitions": int, "num_trajectories": int,
+                "fingerprint": checksum of the shards, where the data set is one of this library}}
 """
 
 import json
@@ -123,9 +124,10 @@ def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapp
 
 
 def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = None) -> None:
-    """Writes the statistics of a data set, unless those that are there are of its very episodes.
+    """Writes the statistics of a data set, unless those that are there are of the same shards.
 
-    They are not where shards were left out, now or when they were written.
+    They are of others where the data set has grown, where a shard was replaced, and where shards were left out, now or
+    when they were written.
 
     Args:
         dataset: named after its environment in the file.
@@ -136,9 +138,10 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
     """
     path, key = dataset.directory / NORM_STATS_FILE, dataset.manifest.env_id
     written = json.loads(path.read_text()) if path.exists() else {}
-    if not dataset.num_skipped and written.get(key, {}).get("num_trajectories") == dataset.num_episodes:
+    if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
         return
-    write_statistics(dataset.directory, {key: dataset_statistics(dataset, action_mask=action_mask)})
+    statistics = dataset_statistics(dataset, action_mask=action_mask) | {"fingerprint": dataset.fingerprint}
+    write_statistics(dataset.directory, {key: statistics})
 
 
 def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int, key: str | None = None) -> NormStats:

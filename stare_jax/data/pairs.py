@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from stare_jax.config import check_at_least
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
@@ -47,15 +48,15 @@ class PairsConfig:
     """pairs that one trajectory may be in."""
     seed: int = 0
     """of the run: picks the simulator seeds (`envs.seeds`)."""
-    chunk_seeds: int = 8
-    """initial states tried between two writes, which is what an interruption loses."""
+    stop_at_success: bool = True
+    """Whether success ends a rollout; False plays every one to the horizon."""
+    write_every: int = 8
+    """Number of initial states of a round, which are tried between two writes; an interruption loses no more."""
     reproducible: bool = False
     """pay for resets after which rollouts can be collected again bit for bit."""
 
     def __post_init__(self):
-        for name in ("num_pairs", "max_rollouts", "max_reuse", "chunk_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        check_at_least(self, 1, "num_pairs", "max_rollouts", "max_reuse", "write_every")
         if self.rollouts_per_seed < 2:
             raise ValueError(f"rollouts_per_seed: got {self.rollouts_per_seed}, expected at least 2, to make a pair of")
         if self.temperature <= 0:

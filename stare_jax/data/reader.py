@@ -65,6 +65,11 @@ class Dataset:
         self.num_frames = int(num_states.sum())
 
     @property
+    def fingerprint(self) -> str:
+        """Checksum of the shards that are read; `schema.fingerprint` where none was left out."""
+        return schema.fingerprint_of(self._shards)
+
+    @property
     def num_episodes(self) -> int:
         return len(self.episodes)
 

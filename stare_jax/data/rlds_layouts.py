@@ -1,7 +1,7 @@
-"""What the steps of RLDS data sets mean: where their fields are, and how their actions become those of the store.
+"""Layouts of RLDS data sets: the fields of their steps, and the conversion of their actions to those of the store.
 
-There all are alike, in the convention of OpenVLA: x, y, z in metres, roll, pitch, yaw in radians, and the gripper, 1
-open and 0 closed. Everything here is NumPy in, NumPy out.
+In the store all are alike, in the convention of OpenVLA: x, y, z in metres, roll, pitch, yaw in radians, and the
+gripper, 1 open and 0 closed. Everything here is NumPy in, NumPy out.
 """
 
 import functools
@@ -15,7 +15,7 @@ ACTION_DIM = 7
 OPEN_ABOVE, CLOSED_BELOW = 0.95, 0.05
 """A gripper between these is on its way."""
 GRIPPER_TOLERANCE = 0.2
-"""how far recorded grippers may lie beyond what is said to be open and closed, as a fraction of the way between."""
+"""Largest distance of a recorded gripper beyond open and closed, as a fraction of the way between these."""
 
 
 class Standardized(NamedTuple):
@@ -24,7 +24,7 @@ class Standardized(NamedTuple):
     action: np.ndarray
     """float32 `[N, 7]`; N is 0 where the episode is too short."""
     first: int
-    """step whose observation the first action is taken in; action n leads from step first + n to first + n + 1."""
+    """Step in whose observation the first action is taken; action n leads from step first + n to first + n + 1."""
 
 
 class Layout(NamedTuple):
@@ -32,24 +32,24 @@ class Layout(NamedTuple):
 
     image: str
     state: str | None
-    """None where there is none to be stored."""
+    """None where no state is to be stored."""
     action: tuple[str, ...]
-    """fields that make up the action, in this order."""
+    """Fields that make up the action, in this order."""
     instruction: str
     standardize: Callable[[np.ndarray, np.ndarray], Standardized]
     """(state float32 `[T, S]`, action float32 `[T, A]`) of the T steps of an episode -> what to imitate."""
     meaning: str
-    """of the actions that come out, for the manifest."""
+    """Meaning of the converted actions, for the manifest."""
 
 
 def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
-    """Returns 1 where a gripper is open, 0 where it is closed; what lies between is what it is about to become.
+    """Returns 1 where a gripper is open, 0 where it is closed; values between become the next clear value.
 
     Args:
         gripper: float32 `[T]`, from 0, closed, to 1, open.
 
     Returns:
-        float32 `[T]`; between the two only where the gripper is on its way until the end, which keeps the last value.
+        float32 `[T]`; values between the two are left only at the end, where no clear value follows.
     """
     binary = gripper.copy()
     for t in reversed(range(len(gripper))):
@@ -63,7 +63,7 @@ def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
 
 
 def reached_actions(state: np.ndarray, action: np.ndarray) -> Standardized:
-    """Returns Bridge V2's actions as OpenVLA takes them: how far the arm came, and what the gripper was told.
+    """Returns Bridge V2's actions as OpenVLA takes them: the motion of the arm, and the command of the gripper.
 
     The first step is left out: its action is all zeros. The last one has no next state, and ends the episode. Angles
     are subtracted as they are, so a turn past pi is nearly 2 pi, as in the statistics that are published.
@@ -91,7 +91,7 @@ def recorded_actions(state: np.ndarray, action: np.ndarray, *, closed: float, op
     Args:
         state: float32 `[T, S]`, not used.
         action: float32 `[T, 7]`: change of x, y, z, roll, pitch, yaw, then the gripper.
-        closed, opened: what the gripper is where it is closed, and where it is open.
+        closed, opened: values of the gripper where it is closed, and where it is open.
 
     Raises:
         ValueError: the shape is another one, or the gripper is not between the two.
@@ -132,4 +132,4 @@ BRIDGE = Layout(
     meaning="reached ee delta pose in m and rad, gripper 1 open 0 closed",
 )
 LAYOUTS: Mapping[str, Layout] = MappingProxyType({"bridge_orig": BRIDGE, "bridge_dataset": BRIDGE})
-"""by the names that data sets have: Bridge V2 as its authors publish it, and what OpenVLA calls the same."""
+"""Name of a data set -> layout: Bridge V2 under its authors' name, and under OpenVLA's."""

@@ -16,25 +16,25 @@ from stare_jax.data.schema import DatasetError
 
 RESIZE = "lanczos3"
 MAX_STEPS = 1 << 14
-"""of an episode; TensorFlow reserves as many places for each."""
+"""Most steps of an episode; TensorFlow reserves as many places for each."""
 
 
-class Source(NamedTuple):
+class RldsSource(NamedTuple):
     """An RLDS data set on disk."""
 
     directory: Path
     builder: Any
-    """of tensorflow-datasets."""
+    """Builder of tensorflow-datasets."""
     name: str
     version: str
     fields: dict[str, str]
-    """of a step: path, such as `observation/image_0` -> type and shape."""
+    """Fields of a step: path, such as `observation/image_0` -> type and shape."""
     num_episodes: dict[str, int]
-    """by split."""
+    """Split -> number of its episodes."""
 
 
 class EpisodeSteps(NamedTuple):
-    """What is read of the T steps of an episode."""
+    """The fields of T steps of an episode that are read."""
 
     image: np.ndarray
     """uint8 `[T, size, size, 3]`."""
@@ -46,11 +46,11 @@ class EpisodeSteps(NamedTuple):
     """`[T]`."""
 
 
-def open_source(directory: str | os.PathLike) -> Source:
+def open_source(directory: str | os.PathLike) -> RldsSource:
     """Opens a data set without reading its episodes.
 
     Args:
-        directory: of one version of it, `.../NAME/VERSION`, with `dataset_info.json` and `features.json`.
+        directory: folder of one version of it, `.../NAME/VERSION`, with `dataset_info.json` and `features.json`.
 
     Raises:
         DatasetError: it is no such folder, its episodes are not made of steps, or TensorFlow is not installed.
@@ -68,10 +68,10 @@ def open_source(directory: str | os.PathLike) -> Source:
         raise DatasetError(f"{directory}: got episodes of {sorted(features)}, expected RLDS, with 'steps' among them")
     fields = {path: _kind(feature) for path, feature in _step_features(builder).items()}
     num_episodes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    return Source(directory, builder, builder.name, str(builder.version), fields, num_episodes)
+    return RldsSource(directory, builder, builder.name, str(builder.version), fields, num_episodes)
 
 
-def check_source(source: Source, layout: Layout, split: str) -> None:
+def check_source(source: RldsSource, layout: Layout, split: str) -> None:
     """Makes sure that a split, and the fields of a layout, are there.
 
     Raises:
@@ -87,18 +87,18 @@ def check_source(source: Source, layout: Layout, split: str) -> None:
         raise DatasetError(f"{source.directory}: {layout.image}: got {source.fields[layout.image]}, expected images")
 
 
-def list_fields(source: Source) -> str:
+def list_fields(source: RldsSource) -> str:
     """Returns the fields of a step, in words."""
     return ", ".join(f"{path} ({kind})" for path, kind in sorted(source.fields.items()))
 
 
-def name_episode(source: Source, split: str, index: int) -> str:
+def name_episode(source: RldsSource, split: str, index: int) -> str:
     """Returns how messages name an episode."""
     return f"{source.directory}: episode {index} of {split!r}"
 
 
 def read_episodes(
-    source: Source, layout: Layout, split: str, first: int, last: int, *, image_size: int
+    source: RldsSource, layout: Layout, split: str, first: int, last: int, *, image_size: int
 ) -> Iterator[EpisodeSteps]:
     """Yields the episodes [first, last) of a split; those before are passed over without reading their files.
 
@@ -157,7 +157,7 @@ def _kind(feature: Any) -> str:
 
 
 def _undecoded_images(tfds: Any, builder: Any) -> dict[str, Any]:
-    """Returns decoders that leave images the files they are, as one camera of several is looked at."""
+    """Returns decoders that leave images encoded, since only one camera of several is used."""
     decoders: dict[str, Any] = {}
     for path, feature in _step_features(builder).items():
         if isinstance(feature, tfds.features.Image):

@@ -1,6 +1,5 @@
 """Rollouts from shared initial states, of a policy or a disturbed expert, until they make enough preference pairs."""
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.data.chunks import collect_chunk
-from stare_jax.data.demos import SOURCE, Expert, NoiseFn, expert_act
+from stare_jax.data.demos import EXPERT_SOURCE, expert_act
 from stare_jax.data.pairs import (
     SAME_START_KINDS,
     Outcome,
@@ -24,14 +22,17 @@ from stare_jax.data.pairs import (
 )
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, read_manifest
-from stare_jax.data.writer import DatasetWriter, require_same_kind
-from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import PAIR_SEEDS, first_seed
-from stare_jax.logging import Interrupted, progress
+from stare_jax.data.writer import DatasetWriter, Kind, require_same_kind
+from stare_jax.envs.base import SimulatorInfo, VecEnv
+from stare_jax.envs.experts.base import Expert, execution_noise
+from stare_jax.envs.seeds import PAIR_SEEDS, first_seed, phase_key, take_seeds
+from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Act, Rollout, collect_episodes, policy_act
+from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.rounds import collect_round
 from stare_jax.stages import TaskSpec
-from stare_jax.types import PyTree, Trajectory
+from stare_jax.types import PyTree
 
 
 class Actor(NamedTuple):
@@ -59,7 +60,7 @@ def policy_actor(restore: Callable[[], tuple[Policy, PyTree]], config: PairsConf
         config: temperature and seed.
         source: which policy that is, for the manifest.
     """
-    key, restored = jax.random.key(config.seed), functools.cache(restore)
+    key, restored = phase_key(config.seed, "pairs"), functools.cache(restore)
 
     def act(rollouts: Sequence[int]) -> Act:
         policy, params = restored()
@@ -69,7 +70,7 @@ def policy_actor(restore: Callable[[], tuple[Policy, PyTree]], config: PairsConf
     return Actor(act, lambda rollout: 0.0, source, {"temperature": config.temperature}, depends_on_batch=True)
 
 
-def expert_actor(expert: Expert, config: PairsConfig, noise_fn: NoiseFn, *, noise_scale: float) -> Actor:
+def expert_actor(expert: Expert, config: PairsConfig, *, noise_scale: float) -> Actor:
     """Returns an actor that does what an expert would, disturbed, and stores what it does.
 
     Of the rollouts from one initial state the first is undisturbed, the last has noise of the scale given, and the
@@ -79,7 +80,6 @@ def expert_actor(expert: Expert, config: PairsConfig, noise_fn: NoiseFn, *, nois
     Args:
         expert: of the task.
         config: how many rollouts there are from each initial state.
-        noise_fn: makes the noise; see `envs.experts.execution_noise`.
         noise_scale: standard deviation of the largest noise, as a fraction of the action's range.
 
     Raises:
@@ -93,7 +93,7 @@ def expert_actor(expert: Expert, config: PairsConfig, noise_fn: NoiseFn, *, nois
         return noise_scale * (rollout % config.rollouts_per_seed) / (config.rollouts_per_seed - 1)
 
     def act(rollouts: Sequence[int]) -> Act:
-        perturb = noise_fn([first + i for i in rollouts], [scale_of(i) for i in rollouts], expert.action_scale)
+        perturb = execution_noise([first + i for i in rollouts], [scale_of(i) for i in rollouts], expert.action_scale)
         act_undisturbed = expert_act(expert)
 
         def disturbed(observation, signals, instructions, is_first):
@@ -102,85 +102,57 @@ def expert_actor(expert: Expert, config: PairsConfig, noise_fn: NoiseFn, *, nois
 
         return disturbed
 
-    return Actor(act, scale_of, SOURCE, {"noise_scale": noise_scale}, depends_on_batch=False)
-
-
-def collected_pairs(
-    directory: str | os.PathLike,
-    actor: Actor,
-    spec: TaskSpec,
-    config: PairsConfig,
-    *,
-    env_id: str,
-    horizon: int,
-    num_envs: int,
-    control_mode: str = "",
-    settings: Mapping[str, Any] | None = None,
-) -> tuple[Dataset, list[Pair]] | None:
-    """Returns what `collect_pairs` would, where a folder holds it all, so that no simulator need be started.
-
-    Args:
-        directory: of the data set, which need not exist.
-        env_id: of the simulator, as are horizon and num_envs; all else is as for `collect_pairs`.
-
-    Returns:
-        None where rollouts are still to be made.
-
-    Raises:
-        DatasetError: the folder holds rollouts of another kind, or they make no pair.
-        DamagedShardError: a shard on disk is missing or damaged.
-    """
-    if not (Path(directory) / MANIFEST_FILE).exists():
-        return None
-    manifest, settings = read_manifest(directory), {"horizon": horizon, **(settings or {})}
-    require_same_kind(directory, manifest, _identity(actor, config, env_id, num_envs, control_mode, settings))
-    dataset = Dataset(directory)
-    if not dataset.num_episodes:
-        return None
-    outcomes = dataset_outcomes(dataset, spec)
-    if _next_rollouts(config, outcomes, manifest.progress):
-        return None
-    return dataset, _write_pairs(directory, outcomes, config)
+    return Actor(act, scale_of, EXPERT_SOURCE, {"noise_scale": noise_scale}, depends_on_batch=False)
 
 
 def collect_pairs(
-    env: VecEnv,
+    simulator: Callable[[], VecEnv],
+    info: SimulatorInfo,
     actor: Actor,
     spec: TaskSpec,
     config: PairsConfig,
     directory: str | os.PathLike,
     *,
-    control_mode: str = "",
-    settings: Mapping[str, Any] | None = None,
     should_stop: Callable[[], bool] | None = None,
-    clock: Callable[[str], contextlib.AbstractContextManager] | None = None,
+    clock: Clock | None = None,
 ) -> tuple[Dataset, list[Pair]]:
     """Collects rollouts into a data set until they make enough pairs, and writes the pairs beside them.
 
-    Rollouts end when there are enough pairs that start alike, or at `config.max_rollouts`; what is missing then is
-    filled up with pairs of different starts. Interrupted rollouts continue where they stopped.
+    Rollouts end when there are enough pairs that start alike, or at `config.max_rollouts`; the others are pairs of
+    different starts. Interrupted rollouts continue where they stopped. A data set that is complete is returned as it
+    is, without a simulator.
 
     Args:
-        env: the simulator.
-        actor: who acts; see `policy_actor` and `expert_actor`.
+        simulator: starts the simulators; called only if rollouts are missing.
+        info: properties of these simulators.
+        actor: the actor; see `policy_actor` and `expert_actor`.
         spec: the task, whose stages decide between failures.
         config: how many.
         directory: of the data set of rollouts.
-        control_mode: of the simulator, for the manifest.
-        settings: what else the data depend on, such as `EnvConfig.data_settings`, for the manifest.
-        should_stop: polled; where it answers True the chunk in progress is dropped.
+        should_stop: polled; where it answers True the round in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the rollouts make no pair, or the folder holds something else or a damaged shard.
     """
-    clock, settings = clock or (lambda area: contextlib.nullcontext()), {"horizon": env.horizon, **(settings or {})}
-    identity = _identity(actor, config, env.env_id, env.num_envs, control_mode, settings)
-    with DatasetWriter(directory, **identity, episodes_per_shard=None) as writer:
+    kind = _kind(actor, config, info)
+    outcomes: list[Outcome] = []
+    if (Path(directory) / MANIFEST_FILE).exists():
+        manifest = read_manifest(directory)
+        require_same_kind(directory, manifest, kind)
         dataset = Dataset(directory)
         outcomes = dataset_outcomes(dataset, spec) if dataset.num_episodes else []
-        _fill(writer, outcomes, env, actor, spec, config, should_stop=should_stop, clock=clock)
+        if outcomes and not _next_rollouts(config, outcomes, manifest.progress):
+            return dataset, _write_pairs(directory, outcomes, config)
+    with DatasetWriter(
+        directory,
+        env_id=kind.env_id,
+        control_mode=kind.control_mode,
+        settings=kind.settings,
+        episodes_per_shard=None,
+    ) as writer:
+        _fill(writer, outcomes, simulator(), actor, spec, config, should_stop=should_stop, clock=clock or Clock())
     return Dataset(directory), _write_pairs(directory, outcomes, config)
 
 
@@ -193,15 +165,29 @@ def _fill(
     config: PairsConfig,
     *,
     should_stop: Callable[[], bool] | None,
-    clock: Callable[[str], contextlib.AbstractContextManager],
+    clock: Clock,
 ) -> None:
-    """Collects and stores chunk after chunk until there are enough pairs; adds what they came to to `outcomes`."""
+    """Collects and stores round after round until there are enough pairs; adds their outcomes to `outcomes`."""
     num_done = writer.manifest.progress.get("num_attempts", 0)
     with progress(config.max_rollouts, "rollouts for pairs", "rollout", initial=num_done) as bar:
         while rollouts := _next_rollouts(config, outcomes, writer.manifest.progress):
             bar.update(0, pairs=f"{_num_same_start(outcomes, config)}/{config.num_pairs}")
-            rollout = _collect_chunk(
-                env, actor, config, rollouts, on_episode=lambda _: bar.update(1), should_stop=should_stop, clock=clock
+
+            def run(chosen, tell, rollouts=rollouts):
+                numbers = [rollouts[e] for e in chosen]
+                return collect_episodes(
+                    env,
+                    actor.act(numbers),
+                    _simulator_seeds(config, numbers),
+                    stop_at_success=config.stop_at_success,
+                    reproducible=config.reproducible,
+                    on_episode=tell,
+                    should_stop=should_stop,
+                    clock=clock,
+                )
+
+            rollout = collect_round(
+                run, len(rollouts), as_a_whole=actor.depends_on_batch, on_episode=lambda _: bar.update(1)
             )
             if not rollout.is_complete:
                 raise Interrupted(f"preference pairs: {len(outcomes)} rollouts are safe in {writer.directory}")
@@ -210,58 +196,30 @@ def _fill(
         bar.update(0, pairs=f"{_num_same_start(outcomes, config)}/{config.num_pairs}")
 
 
-def _collect_chunk(
-    env: VecEnv,
-    actor: Actor,
-    config: PairsConfig,
-    rollouts: Sequence[int],
-    *,
-    on_episode: Callable[[Trajectory], None],
-    should_stop: Callable[[], bool] | None,
-    clock: Callable[[str], contextlib.AbstractContextManager],
-) -> Rollout:
-    def run(chosen, tell):
-        numbers = [rollouts[e] for e in chosen]
-        return collect_episodes(
-            env,
-            actor.act(numbers),
-            _simulator_seeds(config, numbers),
-            stop_at_success=True,
-            reproducible=config.reproducible,
-            on_episode=tell,
-            should_stop=should_stop,
-            clock=clock,
-        )
-
-    return collect_chunk(run, len(rollouts), as_a_whole=actor.depends_on_batch, on_episode=on_episode)
-
-
 def _simulator_seeds(config: PairsConfig, rollouts: Sequence[int]) -> list[int]:
-    return [first_seed(PAIR_SEEDS, config.seed) + i // config.rollouts_per_seed for i in rollouts]
+    starts = [i // config.rollouts_per_seed for i in rollouts]
+    first = take_seeds(PAIR_SEEDS, config.seed, 0, max(starts) + 1)
+    return [first[i] for i in starts]
 
 
-def _identity(
-    actor: Actor,
-    config: PairsConfig,
-    env_id: str,
-    num_envs: int,
-    control_mode: str,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+def _kind(actor: Actor, config: PairsConfig, info: SimulatorInfo) -> Kind:
     """Returns the fields of the manifest that all rollouts of a data set have in common."""
     common = {"source": actor.source, "seed": config.seed, "reproducible": config.reproducible}
     common["rollouts_per_seed"] = config.rollouts_per_seed
+    if not config.stop_at_success:  # not named by data sets that were begun before there was a choice
+        common["stop_at_success"] = False
     if actor.depends_on_batch and config.reproducible:
-        common |= {"num_envs": num_envs, "chunk_seeds": config.chunk_seeds}
-    return {"env_id": env_id, "control_mode": control_mode, "settings": common | {**actor.settings} | {**settings}}
+        common |= {"num_envs": info.num_envs, "write_every": config.write_every}
+    settings = common | dict(actor.settings) | {"horizon": info.horizon} | dict(info.settings)
+    return Kind(info.env_id, info.control_mode, settings, {})
 
 
 def _next_rollouts(config: PairsConfig, outcomes: Sequence[Outcome], done: Mapping[str, Any]) -> range:
-    """Returns the rollouts of the next chunk; none if there are enough pairs, or no more rollouts are allowed."""
+    """Returns the rollouts of the next round; none if there are enough pairs, or no more rollouts are allowed."""
     if _num_same_start(outcomes, config) >= config.num_pairs:
         return range(0)
     start = done.get("num_attempts", 0)
-    return range(start, min(start + config.chunk_seeds * config.rollouts_per_seed, config.max_rollouts))
+    return range(start, min(start + config.write_every * config.rollouts_per_seed, config.max_rollouts))
 
 
 def _append(

@@ -13,7 +13,7 @@ is what an interrupted writer left behind.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +128,21 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     content["shards"] = [{name: file._asdict() for name, file in shard._asdict().items()} for shard in manifest.shards]
     content["episodes"] = [episode._asdict() for episode in manifest.episodes]
     replace_text(Path(directory) / MANIFEST_FILE, _format_json(content))
+
+
+def fingerprint(directory: str | os.PathLike) -> str:
+    """Returns a checksum of a data set's content, in hexadecimal: that of `fingerprint_of` its manifest's shards.
+
+    Raises:
+        DatasetError: there is no manifest.
+    """
+    return fingerprint_of(read_manifest(directory).shards)
+
+
+def fingerprint_of(shards: Sequence[Shard]) -> str:
+    """Returns a checksum of the content of shards, in hexadecimal, whatever their names."""
+    content = [[shard.episodes.num_records, shard.frames.sha256, shard.episodes.sha256] for shard in shards]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

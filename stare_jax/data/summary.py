@@ -1,4 +1,4 @@
-"""What is in a data set, at a glance: a table of its stages and a picture of its episodes."""
+"""Summaries of a data set: tables of its episodes and stages, a picture of its episodes."""
 
 import functools
 from collections import Counter
@@ -22,17 +22,17 @@ class StageSummary(NamedTuple):
 
     name: str
     completed: float
-    """share of the episodes that complete it."""
+    """Share of the episodes that complete it."""
     num_steps: float
-    """mean number of states, over the episodes that have any in it."""
+    """Mean number of states, over the episodes that have any in it."""
     skipped: float
-    """share of the episodes that have no state in it."""
+    """Share of the episodes that have no state in it."""
     cost: float
-    """mean cost l_k (3), over the episodes that have any state in it; NaN if none has, and so for `num_steps`."""
+    """Mean cost l_k (3), over the episodes that have any state in it; NaN if none has, and so for `num_steps`."""
 
 
 def summarize_episodes(dataset: Dataset) -> list[tuple[str, Any]]:
-    """Returns names and numbers of what is in a data set that was collected here, and of what was lost."""
+    """Returns names and numbers of the content of a data set that was collected, and of its losses."""
     lengths = np.array([episode.length for episode in dataset.episodes])
     groups = sorted(Counter(episode.noise_scale for episode in dataset.episodes).items())
     progress, num_skipped = dataset.manifest.progress, dataset.num_skipped
@@ -51,7 +51,7 @@ def summarize_episodes(dataset: Dataset) -> list[tuple[str, Any]]:
 
 
 def summarize_import(dataset: Dataset) -> list[tuple[str, Any]]:
-    """Returns names and numbers of what is in a data set that was imported, and of what was dropped."""
+    """Returns names and numbers of the content of a data set that was imported, and of the dropped episodes."""
     lengths, progress = np.array([episode.length for episode in dataset.episodes]), dataset.manifest.progress
     return [
         ("episodes", dataset.num_episodes),

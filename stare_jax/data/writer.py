@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -20,6 +20,17 @@ _log = logging.getLogger(__name__)
 
 # A group is what is decompressed at once: one record, because batches read single frames.
 _WRITER_OPTIONS = "group_size:1"
+
+
+class Kind(NamedTuple):
+    """The fields of a manifest that all episodes of a data set have in common; JSON-able."""
+
+    env_id: str
+    control_mode: str
+    settings: Mapping[str, Any]
+    """how the data are made."""
+    filters: Mapping[str, Any]
+    """frames that readers leave out."""
 
 
 class DatasetWriter:
@@ -61,15 +72,8 @@ class DatasetWriter:
         self._open: tuple[ArrayRecordWriter, ArrayRecordWriter] | None = None
         self._pending: list[Episode] = []
         try:
-            identity = _json_round_trip(
-                {
-                    "env_id": env_id,
-                    "control_mode": control_mode,
-                    "settings": dict(settings or {}),
-                    "filters": dict(filters or {}),
-                }
-            )
-            self._manifest = _open_manifest(self._directory, identity)
+            kind = Kind(env_id, control_mode, dict(settings or {}), dict(filters or {}))
+            self._manifest = _open_manifest(self._directory, kind)
             _remove_leftovers(self._directory, self._manifest)
         except BaseException:
             os.close(self._lock)
@@ -216,32 +220,41 @@ def trajectory_shapes(trajectory: Trajectory) -> dict[str, list[int]]:
     return {name: list(leaf.shape[1:]) for name, leaf in leaves.items()}
 
 
-def _open_manifest(directory: Path, identity: dict[str, Any]) -> Manifest:
+def _open_manifest(directory: Path, kind: Kind) -> Manifest:
     if not (directory / schema.MANIFEST_FILE).exists():
         if any(directory.glob("*.array_record")):
             raise DatasetError(f"{directory} has shards but no {schema.MANIFEST_FILE}: not a data set to continue")
-        packages = versions()["packages"]
-        manifest = Manifest(**identity, packages=packages, progress={}, shapes={}, shards=(), episodes=())
+        manifest = Manifest(
+            env_id=kind.env_id,
+            control_mode=kind.control_mode,
+            settings=_json_round_trip(kind.settings),
+            filters=_json_round_trip(kind.filters),
+            packages=versions()["packages"],
+            progress={},
+            shapes={},
+            shards=(),
+            episodes=(),
+        )
         schema.write_manifest(directory, manifest)
         return manifest
     manifest = schema.read_manifest(directory)
-    require_same_kind(directory, manifest, identity)
+    require_same_kind(directory, manifest, kind)
     return manifest
 
 
-def require_same_kind(directory: str | os.PathLike, manifest: Manifest, identity: Mapping[str, Any]) -> None:
-    """Makes sure that what is to be added to a data set is of the kind that is in it.
+def require_same_kind(directory: str | os.PathLike, manifest: Manifest, kind: Kind) -> None:
+    """Makes sure that the episodes to be added to a data set are of the kind that is in it.
 
     Args:
         directory: of the data set, for the message.
         manifest: of the data set.
-        identity: field of the manifest -> the value expected; JSON-able.
+        kind: of the episodes to be added.
 
     Raises:
         DatasetError: names every field, and entry of a field, that differs.
     """
     differences = []
-    for name, expected in _json_round_trip(identity).items():
+    for name, expected in _json_round_trip(kind._asdict()).items():
         found, prefix = getattr(manifest, name), f"{name}."
         if not isinstance(expected, dict):
             found, expected, prefix = {name: found}, {name: expected}, ""

@@ -1,7 +1,8 @@
 """The interface of simulators: a batch of environments that step together and reset one by one."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +27,19 @@ class EnvStep(NamedTuple):
     """NumPy bool `[B]`: False where the simulator raised an error, died or hung in this call, or has not started again
     since. Its episode is lost, the row's other values mean nothing, and the environment has to be reset next: calls
     that reset it before it has started leave it as it is."""
+
+
+class SimulatorInfo(NamedTuple):
+    """The properties of simulators that collected episodes depend on; known before any simulator has started."""
+
+    env_id: str
+    horizon: int
+    """actions of an episode."""
+    num_envs: int
+    control_mode: str = ""
+    """meaning of an action."""
+    settings: Mapping[str, Any] = MappingProxyType({})
+    """all else, JSON-able."""
 
 
 class VecEnv(Protocol):

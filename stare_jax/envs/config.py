@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stare_jax.config import check_above, check_at_least, check_choices
+from stare_jax.envs.base import SimulatorInfo
 from stare_jax.envs.maniskill.scenes import Scene
 from stare_jax.envs.maniskill.widowx import JitterName
 from stare_jax.envs.tasks import load_task
@@ -108,6 +109,11 @@ class EnvConfig:
                 "where ManiSkill forgets the targets of all environments when one is reset"
             )
         return None
+
+    @property
+    def info(self) -> SimulatorInfo:
+        """The properties that collected episodes depend on."""
+        return SimulatorInfo(self.env_id, self.horizon, self.num_envs, self.resolved_control_mode, self.data_settings)
 
     @property
     def num_envs(self) -> int:

@@ -12,6 +12,8 @@ import zlib
 
 import jax
 
+from stare_jax.config import ConfigError
+
 REGION_SIZE = 100_000_000
 SLOT_SIZE = 1_000_000
 
@@ -35,6 +37,28 @@ def first_seed(region: int, run_seed: int) -> int:
     if not 0 <= run_seed < num_slots:
         raise ValueError(f"seed: got {run_seed}, expected 0 <= seed < {num_slots}")
     return region + run_seed * SLOT_SIZE
+
+
+def take_seeds(region: int, run_seed: int, start: int, count: int) -> range:
+    """Returns simulator seeds of a run within a region, one for each of the next episodes.
+
+    Args:
+        region: one of the constants of this module.
+        run_seed: the run's own seed, in [0, 100).
+        start: number of the first episode among all of the run, from 0.
+        count: number of episodes.
+
+    Raises:
+        ValueError: the run seed has no slot in the region.
+        ConfigError: the run has no seeds left; the next ones are those of another run.
+    """
+    first = first_seed(region, run_seed)
+    if start + count > SLOT_SIZE:
+        raise ConfigError(
+            f"seed: got episodes {start:,} to {start + count:,} of run seed {run_seed}, expected at most {SLOT_SIZE:,} "
+            "of one run; go on with another seed"
+        )
+    return range(first + start, first + start + count)
 
 
 def is_for_evaluation(seed: int) -> bool:

@@ -28,16 +28,18 @@ def training_rewards(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Re
 
     Args:
         spec: the task.
-        config: discount, shaping, time limit and terminal potential.
+        config: the reward, its shaping and discount, and the end of an episode.
         chunk: C, actions of a decision.
 
     Returns:
-        The function; its rewards are NaN after the first success, where training stops.
+        The function; its rewards are NaN after the first success if training stops there.
     """
     targets_of = jax.jit(make_targets_fn(spec, config, chunk=chunk))
 
     def rewards_of(signals: Signals, valid: Array) -> Rewards:
-        seen = np.asarray(valid) & ~_is_after_success(np.asarray(signals.success))
+        seen = np.asarray(valid)
+        if config.stop_at_success:
+            seen = seen & ~_is_after_success(np.asarray(signals.success))
         no_value = np.zeros(-(-(len(seen) - 1) // chunk) + 1, np.float32)  # Rewards do not depend on it.
         targets = jax.device_get(targets_of(signals, seen, no_value))
         return Rewards(

@@ -2,9 +2,16 @@
 
 from stare_jax.stages.costs import stage_costs
 from stare_jax.stages.potentials import potentials
-from stare_jax.stages.rewards import Reward, dense_rewards, rl4vla_rewards, success_rewards
+from stare_jax.stages.rewards import (
+    Reward,
+    check_reward,
+    dense_rewards,
+    episode_rewards,
+    rl4vla_rewards,
+    success_rewards,
+)
 from stare_jax.stages.separate import Separation, StageCarry, init_stage, separate, stage_mask, step_stage
-from stare_jax.stages.shaping import TerminalPotential, TimeLimit, shape_rewards
+from stare_jax.stages.shaping import TerminalPotential, TimeLimit, check_ends, shape_rewards
 from stare_jax.stages.spec import StageParams, TaskSpec
 from stare_jax.stages.tasks import TASKS, get_task
 
@@ -17,7 +24,10 @@ __all__ = [
     "TaskSpec",
     "TerminalPotential",
     "TimeLimit",
+    "check_ends",
+    "check_reward",
     "dense_rewards",
+    "episode_rewards",
     "get_task",
     "init_stage",
     "potentials",

@@ -4,6 +4,7 @@ Every function returns float32 `[N]`: r_t, t = 0 .. N-1, is the reward of the ac
 t + 1, and 0 where that state does not exist.
 """
 
+import typing
 from typing import Literal
 
 import chex
@@ -17,6 +18,42 @@ from stare_jax.types import Array, Signals
 
 Reward = Literal["success", "rl4vla", "dense"]
 """Names of the three rewards, for configurations."""
+
+
+def episode_rewards(
+    reward: Reward, spec: TaskSpec, signals: Signals, separation: Separation, valid: Array | None = None
+) -> Array:
+    """Returns the reward of that name, float32 `[N]`.
+
+    Args:
+      reward: one of `Reward`.
+      spec: the task.
+      signals: leaves `[T, ...]` of the T = N + 1 states.
+      separation: of the same trajectory.
+      valid: bool `[T]` which states exist, a prefix; None for all.
+
+    Raises:
+      ValueError: see `check_reward`.
+    """
+    check_reward(reward, spec)
+    if reward == "success":
+        return success_rewards(signals.success, valid)
+    if reward == "rl4vla":
+        return rl4vla_rewards(signals.is_grasped, signals.success, valid)
+    return dense_rewards(spec, signals, separation, valid)
+
+
+def check_reward(reward: Reward, spec: TaskSpec) -> None:
+    """Checks that a task can earn a reward.
+
+    Raises:
+      ValueError: there is no such reward, or it pays for a grasp, which the task has none of.
+    """
+    if reward not in (allowed := typing.get_args(Reward)):
+        raise ValueError(f"reward: got {reward!r}, expected one of {allowed}")
+    if reward == "rl4vla" and "grasp" not in spec.stage_names:
+        stages = ", ".join(spec.stage_names)
+        raise ValueError(f"reward: got 'rl4vla', expected another one for {spec.env_id}, whose stages are {stages}")
 
 
 def success_rewards(success: Array, valid: Array | None = None) -> Array:

@@ -15,6 +15,22 @@ TimeLimit = Literal["terminate", "bootstrap"]
 """End of an episode at its horizon: "terminate" lets nothing follow, "bootstrap" the value of the last state."""
 
 
+def check_ends(terminal_potential: TerminalPotential, time_limit: TimeLimit) -> None:
+    """Checks that shaping leaves success better than waiting.
+
+    With "zero" and "bootstrap" the value of the last state hands on the potential of the goal region, which is near 1,
+    while success, after which the potential counts as 0, is worth 1 as well: waiting is as good as success.
+
+    Raises:
+      ValueError: the two are combined.
+    """
+    if (terminal_potential, time_limit) == ("zero", "bootstrap"):
+        raise ValueError(
+            "shaping, terminal_potential, time_limit: got True, 'zero', 'bootstrap', expected terminal_potential "
+            "'keep' or time_limit 'terminate': otherwise waiting near the goal is worth as much as success"
+        )
+
+
 def shape_rewards(
     reward_t: Array,
     potential_t: Array,

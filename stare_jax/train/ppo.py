@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from jax.sharding import AbstractMesh
 
 from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.envs.base import SimulatorError, VecEnv
-from stare_jax.envs.seeds import PPO_SEEDS, first_seed, phase_key
+from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.losses import ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.sharding.mesh import check_batch_size, place
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
@@ -40,14 +40,17 @@ class PPOConfig:
 
     shaping: bool = True
     """True is STA-PPO, False is PPO; the potential is chosen by the task's `StageParams`."""
+    reward: Reward = "success"
+    """reward before shaping, see `stages.rewards`."""
+    stop_at_success: bool = True
+    """True ends an episode at its first success; False plays it to the horizon."""
     num_iterations: int = 400
     """batches of episodes, each followed by updates on it."""
     num_episodes: int = 64
     """episodes of an iteration's batch, all of them whole; not used with `num_steps`."""
     num_steps: int | None = None
-    """actions of an iteration's batch; episodes under way at its end are cut short and bootstrapped; None:
-    `num_episodes` whole episodes. Below the horizon times the number of environments, no failure is ever seen to its
-    end."""
+    """actions of a batch, whose last episodes are cut short and bootstrapped; None: whole episodes, `num_episodes` of
+    them. Below the horizon times the number of environments, no failure is ever seen to its end."""
     num_epochs: int = 1
     """passes over a batch."""
     minibatch_size: int = 160
@@ -72,15 +75,14 @@ class PPOConfig:
     value_warmup_iterations: int = 0
     """iterations at the start in which only the value head moves."""
     kl_coef: float | None = None
-    """weight of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`) in the loss;
-    0 measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
+    """weight in the loss of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`); 0
+    measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
     chunk_discount: ppo_batch.ChunkDiscount = "step"
-    """discount of policies that decide on several actions at a time: "step", gamma an action; "decision", gamma a
-    decision, as pi_RL does."""
-    time_limit: ppo_batch.TimeLimit = "bootstrap"
-    """end of an episode at the horizon: "bootstrap" from the value of the last state, or "terminate"."""
-    terminal_potential: Literal["zero", "keep"] = "zero"
-    """"zero", or "keep" to shape with the real potential of a terminal state."""
+    """discount of chunks of actions: "step", gamma an action; "decision", gamma a decision, as pi_RL does."""
+    time_limit: TimeLimit = "terminate"
+    """end of an episode at the horizon: "terminate", or "bootstrap" from the value of the last state."""
+    terminal_potential: TerminalPotential = "keep"
+    """potential after which nothing follows: "keep" its own, or "zero"."""
     temperature: float = 1.0
     """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
@@ -95,26 +97,21 @@ class PPOConfig:
         check_at_least(self, 1, "num_iterations", "num_episodes", "num_steps", "num_epochs", "minibatch_size")
         check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
         check_at_least(self, 0, "value_coef", "entropy_coef", "kl_coef", "value_warmup_iterations")
-        check_above(self, 0, "clip_eps", "clip_eps_high", "dual_clip", "value_clip_eps", "huber_delta", "target_kl")
-        check_above(self, 0, "temperature")
+        check_above(self, 0, "clip_eps", "clip_eps_high", "dual_clip", "value_clip_eps", "huber_delta")
+        check_above(self, 0, "target_kl", "temperature")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1]")
         update.check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
+        if self.shaping:
+            check_ends(self.terminal_potential, self.time_limit)
 
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
 def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
-    """Returns the function that computes rewards and advantages of the episodes of a rollout.
-
-    Args:
-        spec: the task.
-        config: see `PPOConfig`.
-        chunk: C, actions that one decision executes.
-    """
-    return ppo_batch.compile_targets(
-        make_targets_fn(spec, config, chunk=chunk), chunk=chunk, num_steps=config.num_steps
-    )
+    """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
+    targets_fn = make_targets_fn(spec, config, chunk=chunk)
+    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
 
 
 def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:
@@ -127,6 +124,8 @@ def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Cal
         gae_lambda=config.gae_lambda,
         time_limit=config.time_limit,
         terminal_potential=config.terminal_potential,
+        reward=config.reward,
+        stop_at_success=config.stop_at_success,
         chunk=chunk,
         chunk_discount=config.chunk_discount,
     )
@@ -305,8 +304,8 @@ def _collect(
         rollout = collect_episodes(
             env,
             policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
-            first_seed(PPO_SEEDS, config.seed) + counters.seeds + np.arange(batch_size),
-            stop_at_success=True,
+            take_seeds(PPO_SEEDS, config.seed, counters.seeds, batch_size),
+            stop_at_success=config.stop_at_success,
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,

@@ -16,13 +16,12 @@ from stare_jax.losses.returns import gae
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages.potentials import potentials
-from stare_jax.stages.rewards import success_rewards
+from stare_jax.stages.rewards import Reward, episode_rewards, success_rewards
 from stare_jax.stages.separate import separate
-from stare_jax.stages.shaping import shape_rewards
+from stare_jax.stages.shaping import TerminalPotential, TimeLimit, shape_rewards
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.types import Array, Decisions, Observation, Signals
 
-TimeLimit = Literal["bootstrap", "terminate"]
 ChunkDiscount = Literal["step", "decision"]
 
 
@@ -45,6 +44,10 @@ class Targets(NamedTuple):
     """int32 `[N + 1]` labels of the states."""
     completed: Array
     """bool `[K]`."""
+    success_t: Array
+    """bool `[N]`: the action that led to the first success."""
+    is_over: Array
+    """bool: the episode reached its end, and was not cut short."""
 
 
 class DecisionRewards(NamedTuple):
@@ -112,15 +115,17 @@ def episode_targets(
     gamma: float,
     gae_lambda: float,
     time_limit: TimeLimit,
-    terminal_potential: str,
+    terminal_potential: TerminalPotential,
+    reward: Reward = "success",
+    stop_at_success: bool = True,
     chunk: int = 1,
     chunk_discount: ChunkDiscount = "step",
 ) -> Targets:
-    """Labels one episode, rewards its success, shapes the reward (5) and estimates advantages (2).
+    """Labels one episode, rewards its actions, shapes the reward (5) and estimates advantages (2).
 
     Args:
         signals: leaves `[N + 1, ...]`.
-        valid: bool `[N + 1]` states that exist, a prefix. An episode of fewer than N actions that did not succeed was
+        valid: bool `[N + 1]` states that exist, a prefix. An episode of fewer than N actions that no success ended was
             cut short, and is bootstrapped from its last value.
         value: float32 `[D + 1]`, `types.Decisions.value`: of the states in which decisions were made, and of the state
             that the last one led to.
@@ -128,6 +133,9 @@ def episode_targets(
         shaping: whether GAE sees r' (STA-PPO) or r (PPO).
         gamma: discount factor.
         gae_lambda: lambda of GAE.
+        reward: r, see `stages.rewards`.
+        stop_at_success: True where the first success ends the episode; False where it goes on to the horizon, and
+            actions after the success are discounted like all others.
         time_limit: at the horizon of N actions "bootstrap" from the value of the last state, or "terminate" with
             nothing after it.
         terminal_potential: see `stages.shaping.shape_rewards`.
@@ -137,20 +145,16 @@ def episode_targets(
             at its beginning.
     """
     separation = separate(spec, signals, valid)
-    valid_t = valid[1:]
-    reward_t = success_rewards(signals.success, valid)
-    gamma_t, discount_t = _discounts(valid_t, reward_t > 0, gamma, time_limit, chunk, chunk_discount)
+    valid_t, success_t = valid[1:], success_rewards(signals.success, valid) > 0
+    reward_t = episode_rewards(reward, spec, signals, separation, valid)
+    stops_t = success_t & stop_at_success
+    gamma_t, discount_t = _discounts(valid_t, stops_t, gamma, time_limit, chunk, chunk_discount)
 
     shaped_reward_t = reward_t
     if shaping:
-        potential_t = potentials(spec, signals, separation)
+        phi_t = potentials(spec, signals, separation)
         shaped_reward_t = shape_rewards(
-            reward_t,
-            potential_t[:-1],
-            potential_t[1:],
-            discount_t,
-            gamma=gamma_t,
-            terminal_potential=terminal_potential,
+            reward_t, phi_t[:-1], phi_t[1:], discount_t, gamma=gamma_t, terminal_potential=terminal_potential
         )
     shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
     reward_d, discount_d, valid_d = sum_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
@@ -168,6 +172,8 @@ def episode_targets(
         valid_d=valid_d,
         stage_t=separation.stage_t,
         completed=separation.completed,
+        success_t=success_t,
+        is_over=valid_t[-1] | stops_t.any(),
     )
 
 

@@ -29,9 +29,9 @@ def iteration_metrics(
 def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shaping: bool) -> dict[str, float]:
     """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions.
 
-    An episode is over at success or at the horizon; those cut short and those lost do not count, and without any that
-    is over, means are NaN. In a batch of a fixed number of steps short episodes end more often than long ones, so the
-    success rate is above that of whole episodes.
+    An episode is over at the horizon, or at success if success ends it. Episodes that were cut short or lost do not
+    count, and means are NaN where no episode is over. In a batch of a fixed number of steps short episodes end more
+    often than long ones, so the success rate is above that of whole episodes.
 
     Args:
         rollout: E episodes.
@@ -40,10 +40,10 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
         shaping: whether there is shaping to report on.
     """
     valid_t, valid_d = targets.valid_t, targets.valid_d
-    is_success = targets.reward_t.any(axis=1)
-    is_over = is_success | valid_t[:, -1]
+    is_over = targets.is_over
     num_over = int(is_over.sum())
     over = Targets(*(x[is_over] for x in targets))
+    num_successes = int(over.success_t.any(axis=1).sum())
 
     def per_episode(total):
         return float(total) / num_over if num_over else float("nan")
@@ -52,8 +52,8 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
         f"env/completed_{name}": per_episode(over.completed[:, k].sum()) for k, name in enumerate(spec.stage_names)
     }
     return {
-        "env/success": per_episode(is_success.sum()),
-        "env/num_successes": int(is_success.sum()),
+        "env/success": per_episode(num_successes),
+        "env/num_successes": num_successes,
         "env/num_episodes": num_over,
         "env/num_cut": int((valid_t.any(axis=1) & ~is_over).sum()),
         "env/num_dropped": rollout.num_dropped,
@@ -97,7 +97,7 @@ def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
         f"shaping/into_{name}": mean(is_change & (next_stage_t == k))
         for k, name in enumerate(spec.stage_names[1:], start=1)
     }
-    return within | into | {"shaping/at_success": mean(targets.reward_t > 0)}
+    return within | into | {"shaping/at_success": mean(targets.success_t)}
 
 
 def update_metrics(updates: Sequence[Mapping[str, float]], *, num_decisions: int, size: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from stare_jax.config import check_above, check_at_least, check_choices
 from stare_jax.logging import Interrupted, progress, say
-from stare_jax.losses import sta_tpo_loss, tpo_loss
+from stare_jax.losses import Margin, StageNorm, sta_tpo_loss, tpo_loss
 from stare_jax.models.nn.lora import drop_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import check_batch_size, place
@@ -45,9 +45,9 @@ class TPOConfig:
     beta: float = 0.1
     cost_coef: float = 10.0
     """lambda, weight of the stage costs (STA-TPO)."""
-    stage_norm: Literal["K", "valid"] = "K"
+    stage_norm: StageNorm = "K"
     """see `losses.sta_tpo_loss`."""
-    margin: Literal["paper", "offset", "relabel"] = "paper"
+    margin: Margin = "paper"
     """see `losses.sta_tpo_loss`."""
     anchor_coef: float = 0.0
     """weight of minus the mean log-probability of the chosen actions, which keeps it from falling together with that of

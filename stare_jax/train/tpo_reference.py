@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from stare_jax.config import ConfigError
+from stare_jax.data.schema import DatasetError
 from stare_jax.data.windows import window_indices
 from stare_jax.logging import Interrupted
 from stare_jax.models.nn.lora import keep_adapters
@@ -170,7 +171,7 @@ def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, P
         Observations `[P, D, ...]`; `ScoredTrajectory.decision`; bool `[P, D]`, decisions that exist.
 
     Raises:
-        ValueError: log-probabilities are asked of decisions that this policy did not make.
+        DatasetError: log-probabilities are asked of decisions that this policy did not make.
     """
     valid = np.asarray(trajectory.valid)[:, 1:]
     starts = np.arange(0, valid.shape[1], policy.chunk)
@@ -184,5 +185,5 @@ def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, P
     found = None if decisions is None else jax.tree.map(lambda x: x.shape[2:], decisions.trace)
     if found != expected or decisions.valid.shape[1] != len(starts):
         remedy = "collect them anew with this policy" + ("; model.preference 'flow' does without" * bool(policy.window))
-        raise ValueError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
+        raise DatasetError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
     return observation, decisions.trace, np.asarray(decisions.valid)

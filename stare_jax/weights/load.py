@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 
 from stare_jax.config import ConfigError, from_dict, to_dict
 from stare_jax.logging import progress_bytes, say
-from stare_jax.models import MLPConfig, ModelConfig, OpenVLAConfig, Pi05Config, Policy, make_policy
+from stare_jax.models import MLPConfig, ModelConfig, OpenVLAConfig, Pi05Config, Policy
 from stare_jax.models.nn.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
-from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.checkpoint import load_model, load_norm_stats, load_params, param_shapes
+from stare_jax.state.checkpoint import load_model, load_params, param_shapes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
 from stare_jax.weights.format import open_format, read_params
@@ -28,14 +27,6 @@ EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_la
 _COLOURS = ("mean", "std")
 _ROUNDING = 2e-3
 """largest difference of colours' statistics that comes of rounding: published files have them in bfloat16"""
-
-
-class Loaded(NamedTuple):
-    """Policy of a converted folder."""
-
-    model: ModelConfig
-    policy: Policy
-    params: PyTree
 
 
 def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh: Mesh, key: jax.Array) -> PyTree:
@@ -102,20 +93,6 @@ def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     """
     kind = Pi05Config if "paligemma" in fields else OpenVLAConfig if "llm" in fields else MLPConfig
     return from_dict(kind, fields, path="model")
-
-
-def load_converted(folder: Path, *, step: int | None = None, mesh: Mesh | None = None) -> Loaded:
-    """Loads the policy of a converted folder, which brings its configuration, tokenizer and statistics.
-
-    Args:
-        folder: see `is_converted`.
-        step: of its checkpoints; None takes the latest.
-        mesh: devices that the weights are to be on; None takes one.
-    """
-    checkpoints, model = folder / CHECKPOINTS, model_from_dict(stored_model(folder, step=step))
-    policy = make_policy(model, load_norm_stats(checkpoints, step=step))
-    like = abstract_params(policy, mesh or make_mesh(data=1))
-    return Loaded(model, policy, load_params(checkpoints, like, step=step))
 
 
 def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: Path | str = "the checkpoint") -> None:

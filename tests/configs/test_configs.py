@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from stare_jax.config import from_dict
+from stare_jax.config import ConfigError, from_dict
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.plan import plan_run
@@ -30,12 +30,14 @@ VARIANTS = {
         "PushCube-v1,full",
         "PullCube-v1,ppo",
         "StackCube-v1,paper",
+        "StackCube-v1,rl4vla",
         "StackCube-v1,pi05,lora",
         "LiftPegUpright-v1",
     ),
     "ipi_widowx": (
         "pi05",
         "pi05,paper",
+        "rl4vla",
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1,pi05,full",
         "PutSpoonOnTableClothInScene-v1,full",
         "PutCarrotOnPlateInScene-v1",
@@ -93,6 +95,15 @@ def test_the_algorithm_is_the_one_that_is_asked_for(name):
         assert config.ppo.time_limit == "terminate"
         if algorithm == "sta_ppo":
             assert config.stages == get_task(config.env.env_id).params
+
+
+def test_rl4vla_is_its_own_reward_without_shaping_in_episodes_of_full_length():
+    config = load("ipi_widowx", "rl4vla")
+    assert (config.ppo.shaping, config.ppo.reward, config.ppo.stop_at_success) == (False, "rl4vla", False)
+    assert load("ipi_widowx", "").ppo.stop_at_success
+    # Its reward pays for a grasp, which nobody makes of a cube that is pushed.
+    with pytest.raises(ConfigError, match="reward: got 'rl4vla', expected another one for PushCube-v1"):
+        load("ipi_maniskill", "PushCube-v1,rl4vla")
 
 
 @pytest.mark.parametrize("variant", ["", "pi05"])

@@ -1,39 +1,54 @@
 """Demonstrations on the toy environment: quotas, seeds, continuation, simulators that die, damaged shards."""
 
+import contextlib
 import dataclasses
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from toy_collection import MortalToy, toy_expert
+from toy_collection import MortalToy, SimulatorNeeded, info_of, no_simulator, toy_expert
 
+from stare_jax.config import ConfigError
 from stare_jax.data.batches import imitation_batches
-from stare_jax.data.chunks import MAX_TRIES
-from stare_jax.data.demos import DemosConfig, collect_demos, collected_demos, demo_quotas, expert_act
+from stare_jax.data.demos import DemosConfig, collect_demos, demo_quotas, expert_act
+from stare_jax.data.filters import imitation_frames
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.envs import toy
-from stare_jax.envs.experts.base import Expert, execution_noise
-from stare_jax.envs.seeds import DEMO_SEEDS, EVALUATION_SEEDS, PAIR_SEEDS, PPO_SEEDS, REGION_SIZE, first_seed
+from stare_jax.envs.experts.base import Expert
+from stare_jax.envs.seeds import (
+    DEMO_SEEDS,
+    EVALUATION_SEEDS,
+    PAIR_SEEDS,
+    PPO_SEEDS,
+    REGION_SIZE,
+    SLOT_SIZE,
+    first_seed,
+    take_seeds,
+)
 from stare_jax.logging import Interrupted
+from stare_jax.rollout.rounds import MAX_TRIES
 from stare_jax.types import Signals
 
 # Two translations and nothing else: no idle filter, and noise in both.
-CONFIG = DemosConfig(num_demos=10, noise_scales=((0.0, 0.4), (0.5, 0.6)), idle_translation=-1.0, chunk_episodes=4)
+CONFIG = DemosConfig(num_demos=10, noise_scales=((0.0, 0.4), (0.5, 0.6)), idle_translation=-1.0, write_every=4)
 MASK = (True, True)
 EXPERT = toy_expert()
 
 
 def _collect(directory, config=CONFIG, *, expert=EXPERT, env=None, **arguments):
-    arguments = {"noise_fn": execution_noise, "action_mask": MASK} | arguments
-    return collect_demos(env or toy.ToyPush(3), expert, config, directory, **arguments)
+    info = info_of(toy.ToyPush(3), settings=arguments.pop("settings", {}))
+    arguments = {"action_mask": MASK} | arguments
+    return collect_demos(lambda: env or toy.ToyPush(3), info, expert, config, directory, **arguments)
 
 
-def _collected(directory, config=CONFIG, **arguments):
-    arguments = {"env_id": toy.ENV_ID, "horizon": toy.HORIZON, "action_mask": MASK} | arguments
-    return collected_demos(directory, EXPERT, config, **arguments)
+def _collected(directory, config=CONFIG, *, skip_broken=False, **changes):
+    """What there is already; None where a simulator is needed."""
+    info = info_of(toy.ToyPush(3), **changes)
+    with contextlib.suppress(SimulatorNeeded):
+        return collect_demos(no_simulator, info, EXPERT, config, directory, action_mask=MASK, skip_broken=skip_broken)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +83,8 @@ def test_quotas_are_the_shares_by_largest_remainder():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_demos": 0}, "num_demos: got 0, expected at least 1"),
+        ({"linger": -1}, "linger: got -1, expected >= 0"),
+        ({"num_demos": 0}, "num_demos: got 0, expected >= 1"),
         ({"noise_scales": ()}, r"noise_scales: got scales \[\]"),
         ({"noise_scales": ((-0.1, 1.0),)}, r"noise_scales: got scales \[-0.1\]"),
         ({"noise_scales": ((0.1, 1.0), (0.1, 1.0))}, "each once"),
@@ -228,6 +244,28 @@ def test_demonstrations_feed_batches(demos):
     batch = next(batches)
     batches.close()
     assert batch.action.shape == (16, 2) and batch.observation.tokens.shape == (16, 3)
+
+
+def test_demonstrations_linger_after_success(tmp_path):
+    config = dataclasses.replace(CONFIG, num_demos=3, noise_scales=((0.0, 1.0),))
+    short, long = _collect(tmp_path / "0", config), _collect(tmp_path / "2", dataclasses.replace(config, linger=2))
+    assert "linger" not in short.manifest.settings and long.manifest.settings["linger"] == 2
+    for i in range(3):
+        (before, row), (after, longer) = short.episode(i), long.episode(i)
+        assert longer["length"] == min(row["length"] + 2, toy.HORIZON) and row["success"] and longer["success"]
+        np.testing.assert_array_equal(after.action[: row["length"]], before.action)
+    # The further steps are imitated, and a data set without them is not continued with them.
+    num_more = sum(e.length for e in long.episodes) - sum(e.length for e in short.episodes)
+    assert len(imitation_frames(long)) == len(imitation_frames(short)) + num_more
+    with pytest.raises(DatasetError, match="its settings.linger is None, not 2"):
+        _collect(tmp_path / "0", dataclasses.replace(config, linger=2))
+
+
+def test_a_run_that_has_no_seeds_left_is_told():
+    assert list(take_seeds(PPO_SEEDS, 3, 5, 2)) == [first_seed(PPO_SEEDS, 3) + 5, first_seed(PPO_SEEDS, 3) + 6]
+    assert take_seeds(PPO_SEEDS, 3, SLOT_SIZE - 2, 2)[-1] + 1 == first_seed(PPO_SEEDS, 4)
+    with pytest.raises(ConfigError, match="seed: got episodes 999,999 to 1,000,001 of run seed 3, expected at most"):
+        take_seeds(PPO_SEEDS, 3, SLOT_SIZE - 1, 2)
 
 
 # ---- Simulators that die ---------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from toy_collection import MortalToy, toy_expert
+from toy_collection import MortalToy, SimulatorNeeded, info_of, no_simulator, toy_expert
 
 from stare_jax.data.demos import expert_act
 from stare_jax.data.pairs import SAME_START_KINDS, PairsConfig, load_pairs, read_pairs
-from stare_jax.data.rollouts import Actor, collect_pairs, collected_pairs, expert_actor, policy_actor
+from stare_jax.data.rollouts import Actor, collect_pairs, expert_actor, policy_actor
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.envs import toy
 from stare_jax.envs.experts.base import execution_noise
@@ -20,16 +20,18 @@ from stare_jax.envs.seeds import PAIR_SEEDS
 from stare_jax.logging import Interrupted
 from stare_jax.models.mlp import MLPConfig, make_mlp
 
-PAIRS = PairsConfig(num_pairs=4, rollouts_per_seed=3, max_rollouts=36, chunk_seeds=2)
+PAIRS = PairsConfig(num_pairs=4, rollouts_per_seed=3, max_rollouts=36, write_every=2)
 
 
 def _collect(directory, actor, config=PAIRS, *, env=None, **arguments):
-    return collect_pairs(env or toy.ToyPush(3), actor, toy.task_spec(), config, directory, **arguments)
+    env = env or toy.ToyPush(3)
+    return collect_pairs(lambda: env, info_of(env), actor, toy.task_spec(), config, directory, **arguments)
 
 
-def _collected(directory, actor, config=PAIRS, **arguments):
-    arguments = {"env_id": toy.ENV_ID, "horizon": toy.HORIZON, "num_envs": 3} | arguments
-    return collected_pairs(directory, actor, toy.task_spec(), config, **arguments)
+def _collected(directory, actor, config=PAIRS):
+    """What there is already; None where a simulator is needed."""
+    with contextlib.suppress(SimulatorNeeded):
+        return collect_pairs(no_simulator, info_of(toy.ToyPush(3)), actor, toy.task_spec(), config, directory)
 
 
 def _sometimes(share):
@@ -80,14 +82,14 @@ def test_interrupted_rollouts_go_on(tmp_path):
 
 
 def test_rollouts_that_are_all_alike_make_no_pair(tmp_path):
-    config = PairsConfig(num_pairs=4, rollouts_per_seed=2, max_rollouts=5, chunk_seeds=2)
+    config = PairsConfig(num_pairs=4, rollouts_per_seed=2, max_rollouts=5, write_every=2)
     with pytest.raises(DatasetError, match="5 rollouts give no preference pair: 5 succeeded"):
         _collect_pairs(tmp_path, config, share=1.0)
     assert not (tmp_path / "pairs.json").exists()
 
 
 def _expert_actor():
-    return expert_actor(toy_expert(), PAIRS, execution_noise, noise_scale=4.0)
+    return expert_actor(toy_expert(), PAIRS, noise_scale=4.0)
 
 
 def test_pairs_of_a_disturbed_expert(tmp_path):
@@ -121,9 +123,18 @@ def test_the_noise_of_a_rollout_is_known_from_the_data_set(tmp_path):
             np.testing.assert_array_equal(trajectory.action[t], executed[0])
 
 
+def test_rollouts_may_play_on_after_success(tmp_path):
+    on = dataclasses.replace(PAIRS, max_rollouts=6, num_pairs=9, stop_at_success=False)
+    dataset, _ = _collect(tmp_path, _expert_actor(), on)
+    assert dataset.manifest.settings["stop_at_success"] is False
+    assert {episode.length for episode in dataset.episodes} == {toy.HORIZON}
+    with pytest.raises(DatasetError, match="its settings.stop_at_success is False, not None"):
+        _collect(tmp_path, _expert_actor(), dataclasses.replace(on, stop_at_success=True))
+
+
 def test_an_expert_without_noise_makes_no_pairs():
     with pytest.raises(ValueError, match="noise_scale: got 0, expected more than 0"):
-        expert_actor(toy_expert(), PAIRS, execution_noise, noise_scale=0)
+        expert_actor(toy_expert(), PAIRS, noise_scale=0)
 
 
 # ---- The same rollouts, whatever happens -----------------------------------------------------------------------------
@@ -184,8 +195,8 @@ def test_what_a_policy_samples_depends_on_the_environments(request, tmp_path):
     _collect(tmp_path, _policy_actor(MORE), MORE)
     with pytest.raises(DatasetError, match="its settings.num_envs is 3, not 4"):
         _collect(tmp_path, _policy_actor(MORE), MORE, env=toy.ToyPush(4))
-    with pytest.raises(DatasetError, match="its settings.chunk_seeds is 2, not 3"):
-        _collected(tmp_path, _policy_actor(MORE), dataclasses.replace(MORE, chunk_seeds=3))
+    with pytest.raises(DatasetError, match="its settings.write_every is 2, not 3"):
+        _collected(tmp_path, _policy_actor(MORE), dataclasses.replace(MORE, write_every=3))
     with pytest.raises(DatasetError, match="its settings.temperature is 1.0, not 2.0"):
         _collected(tmp_path, _policy_actor(dataclasses.replace(MORE, temperature=2.0)), MORE)
 

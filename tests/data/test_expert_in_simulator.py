@@ -8,7 +8,7 @@ import pytest
 from stare_jax.data.demos import DemosConfig, collect_demos
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.summary import summarize_stages
-from stare_jax.envs import EnvConfig, execution_noise, make_expert, make_vec_env
+from stare_jax.envs import EnvConfig, make_expert, make_vec_env
 from stare_jax.stages import get_task
 
 
@@ -20,7 +20,7 @@ def _collect_in(env_id, config, layouts, directory):
         )
         with contextlib.closing(make_vec_env(env)) as simulator:
             place = directory / f"{num_workers}x{envs_per_worker}"
-            yield collect_demos(simulator, make_expert(env_id), config, place, noise_fn=execution_noise)
+            yield collect_demos(lambda: simulator, simulator.config.info, make_expert(env_id), config, place)
 
 
 def _assert_same_data(first, second, assert_same):

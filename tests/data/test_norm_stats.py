@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ from stare_jax.data.norm_stats import (
     compute_statistics,
     dataset_statistics,
     read_norm_stats,
+    renew_statistics,
     to_norm_stats,
     write_statistics,
 )
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import DatasetError
+from stare_jax.data.schema import DatasetError, fingerprint
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.models.normalize import is_constant_action, normalize_action
 
@@ -113,3 +115,26 @@ def test_statistics_of_a_data_set_leave_out_idle_actions(tmp_path, make_trajecto
     kept = trajectory.action[[0, 2]].astype(np.float64)
     np.testing.assert_allclose(statistics["action"]["mean"], kept.mean(axis=0))
     np.testing.assert_allclose(statistics["proprio"]["max"], trajectory.observation.state[[0, 2]].max(axis=0))
+
+
+def test_statistics_follow_a_shard_that_was_replaced_by_one_of_equal_length(tmp_path, make_trajectory):
+    def write(directory, seed):
+        with DatasetWriter(directory, env_id="X") as writer:
+            writer.append(make_trajectory(seed), instruction="push", seed=0, source="expert")
+        return Dataset(directory)
+
+    first, second = write(tmp_path / "first", 1), write(tmp_path / "second", 2)
+    renew_statistics(first)
+    written = json.loads((first.directory / "norm_stats.json").read_text())
+    assert written["X"]["fingerprint"] == first.fingerprint == fingerprint(first.directory)
+    assert fingerprint(second.directory) not in (first.fingerprint, "")
+    for path in second.directory.iterdir():
+        shutil.copy(path, first.directory)
+    replaced = Dataset(first.directory)
+    renew_statistics(replaced)
+    written = json.loads((first.directory / "norm_stats.json").read_text())["X"]
+    assert written == dataset_statistics(second) | {"fingerprint": second.fingerprint}
+    # Those that are right are left alone.
+    (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
+    renew_statistics(replaced)
+    assert "action" not in json.loads((first.directory / "norm_stats.json").read_text())["X"]

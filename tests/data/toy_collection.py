@@ -4,7 +4,22 @@ import jax
 import numpy as np
 
 from stare_jax.envs import toy
+from stare_jax.envs.base import SimulatorInfo
 from stare_jax.envs.experts.base import Expert
+
+
+def info_of(env, **changes):
+    """Properties of the toy's simulators."""
+    return SimulatorInfo(env.env_id, env.horizon, env.num_envs)._replace(**changes)
+
+
+class SimulatorNeeded(Exception):
+    """Raised by `no_simulator`."""
+
+
+def no_simulator():
+    """Starts nothing."""
+    raise SimulatorNeeded
 
 
 def toy_expert(speed=1.0):

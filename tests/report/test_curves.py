@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from stare_jax.logging import last_lines, make_writer, read_metrics, write_metadata
+from stare_jax.logging import last_lines, make_writer, read_metrics, write_config
 from stare_jax.report.curves import (
     CurveError,
     ends,
@@ -88,7 +88,7 @@ def test_ends_are_the_first_and_last_five():
 
 def test_reads_who_a_run_is(tmp_path):
     directory = write_lines(tmp_path / "a", [(1, line(0.5, 7))])
-    write_metadata(directory, {"seed": 3, "env": {"env_id": "PushCube-v1"}})
+    write_config(directory, {"seed": 3, "env": {"env_id": "PushCube-v1"}})
     run = read_run("A", directory, "ppo")
     assert (run.label, run.name, run.seed, run.task, run.before, run.after) == (
         "A",
@@ -119,5 +119,5 @@ def test_says_what_a_run_lacks(tmp_path):
     write_lines(directory, [(1, line(0.5, 7))])
     (directory / "eval").mkdir()
     (directory / "eval/sft.json").write_text("{}")
-    with pytest.raises(CurveError, match="not as an evaluation leaves it"):
+    with pytest.raises(CurveError, match="expected files of evaluations, got"):
         read_run("A", directory, "ppo")

@@ -36,7 +36,7 @@ def test_timeline_is_what_training_would_see(spec, evaluated):
 
 @pytest.mark.parametrize(
     ("time_limit", "terminal_potential", "share"),
-    [("terminate", "zero", 0.0), ("bootstrap", "zero", 0.9), ("terminate", "keep", 0.9)],
+    [("terminate", "zero", 0.0), ("bootstrap", "keep", 0.9), ("terminate", "keep", 0.9)],
 )
 def test_timeline_ends_at_the_horizon_as_training_does(spec, evaluated, time_limit, terminal_potential, share):
     """The last step of a failure pays -Phi where nothing follows, and gamma Phi' - Phi where something does."""
@@ -50,7 +50,7 @@ def test_timeline_ends_at_the_horizon_as_training_does(spec, evaluated, time_lim
 
 def test_timeline_discounts_by_decisions_where_training_does(spec, evaluated):
     film = film_of(evaluated, False)
-    config = PPOConfig(gamma=0.5, time_limit="bootstrap", terminal_potential="zero", chunk_discount="decision")
+    config = PPOConfig(gamma=0.5, time_limit="bootstrap", terminal_potential="keep", chunk_discount="decision")
     timeline = trace_episode(spec, film.signals, film.valid, training_rewards(spec, config, chunk=3))
     gamma_t = np.where(np.arange(30) % 3 == 2, 0.5, 1.0)
     expected = gamma_t * timeline.potential_t[1:] - timeline.potential_t[:-1]
@@ -62,6 +62,15 @@ def test_timeline_without_shaping_shows_the_reward(spec, evaluated):
     rewards_fn = training_rewards(spec, PPOConfig(shaping=False))
     timeline = trace_episode(spec, film.signals, film.valid, rewards_fn)
     np.testing.assert_array_equal(timeline.shaped_reward_t, timeline.reward_t)
+
+
+def test_timeline_goes_on_after_success_where_training_does(spec, evaluated):
+    film = film_of(evaluated, True)
+    config = PPOConfig(gamma=0.9, stop_at_success=False)
+    timeline = trace_episode(spec, film.signals, film.valid, training_rewards(spec, config))
+    assert timeline.reward_t.sum() == 1 and np.isfinite(timeline.shaped_reward_t).all()
+    expected = timeline.reward_t + 0.9 * timeline.potential_t[1:] - timeline.potential_t[:-1]
+    np.testing.assert_allclose(timeline.shaped_reward_t, expected, atol=1e-6)
 
 
 def test_timeline_ends_with_the_episode(spec, evaluated):

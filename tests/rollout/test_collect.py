@@ -1,5 +1,6 @@
 """What the collector promises, against a simulator whose every state says which episode and step it belongs to."""
 
+import tracemalloc
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from stare_jax.logging import Clock
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Decision
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.collect import collect_episodes, get_episode, policy_act
 from stare_jax.types import Observation, Signals
 
 
@@ -315,6 +316,98 @@ def test_time_is_charged_to_simulator_and_policy_and_images_can_be_left_out():
         ScriptedEnv(2, SCRIPTS), scripted_act, SEEDS, stop_at_success=True, clock=clock, keep_images=False
     )
     assert {"env", "policy"} <= set(clock.seconds()) and rollout.trajectory.observation.images == {}
+
+
+def test_images_are_kept_of_the_episodes_that_a_function_chooses():
+    asked, shown = {}, {}
+
+    def keep(e, episode):
+        images = episode.observation.images["camera"]
+        asked[e] = images[:, 0, 0, 0].tolist()
+        return bool((episode.signals.success & episode.valid).any())
+
+    def note(e, episode):
+        shown[e] = list(episode.observation.images)
+
+    scripts = SCRIPTS | {11: Script(dies_at=2)}
+    arguments = {"stop_at_success": True, "on_episode": note}
+    chosen = collect_episodes(ScriptedEnv(2, scripts), scripted_act, SEEDS, keep_images=keep, **arguments)
+    every = collect_episodes(ScriptedEnv(2, scripts), scripted_act, SEEDS, **arguments)
+    # One that was lost is not asked about.
+    assert sorted(asked) == [0, 2, 3, 4, 5, 6] and asked[0] == [0, 1, 0, 0, 0] and asked[4] == [0, 1, 2, 3, 4]
+    assert sorted(chosen.images) == [0, 2, 3, 5] and shown[1] == ["camera"]
+    assert chosen.trajectory.observation.images == {} and every.images is None
+    for e in range(len(SEEDS)):
+        images = get_episode(chosen, e).observation.images
+        expected = get_episode(every, e)
+        assert set(images) == ({"camera"} if e in chosen.images else set())
+        for name in images:
+            np.testing.assert_array_equal(images[name], expected.observation.images[name])
+        for leaf, other in zip(
+            jax.tree.leaves(get_episode(chosen, e)._replace(observation=())),
+            jax.tree.leaves(expected._replace(observation=())),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(leaf, other)
+
+
+class LargeImages(ScriptedEnv):
+    """Images of a mebibyte each."""
+
+    def __init__(self, num_envs, scripts):
+        super().__init__(num_envs, scripts)
+        self._image = np.zeros((num_envs, 512, 683, 3), np.uint8)
+
+
+def test_memory_is_that_of_the_images_under_way_and_of_those_kept():
+    seeds, num_kept, num_envs = range(60), 3, 2
+    kept = []
+
+    def keep(e, episode):
+        if len(kept) < num_kept:
+            kept.append(e)
+        return e in kept
+
+    tracemalloc.start()
+    arguments = {"stop_at_success": False, "keep_images": keep}
+    rollout = collect_episodes(LargeImages(num_envs, {}), scripted_act, seeds, **arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rollout.images) == num_kept
+    # Five states of a mebibyte an episode, a batch that is copied here and there; all 60 would be 300.
+    assert peak < ((num_kept + num_envs) * 5 + 8 * num_envs) * 2**20
+
+
+def test_an_episode_lingers_after_its_success():
+    scripts = {10: Script(success_at=1), 11: Script(success_at=3), 12: Script()}
+    rollout = collect_episodes(ScriptedEnv(2, scripts), scripted_act, [10, 11, 12], stop_at_success=True, linger=2)
+    # Two actions more after the success at 1; after that at 3 the horizon leaves one.
+    np.testing.assert_array_equal(rollout.trajectory.valid.sum(axis=1), [4, 5, 5])
+    assert rollout.trajectory.signals.success[0, 1:4].all() and rollout.trajectory.decisions.valid[0].sum() == 3
+    for arguments in ({"stop_at_success": True, "linger": -1}, {"stop_at_success": False, "linger": 1}):
+        with pytest.raises(ValueError, match=r"linger: got (-1|1), expected >= 0, and 0 without stop_at_success"):
+            collect_episodes(ScriptedEnv(2, scripts), scripted_act, [10], **arguments)
+
+
+class Flickers(ScriptedEnv):
+    """Succeeds in its second state and in no other."""
+
+    def _advance(self, action, reset_seeds, reproducible):
+        state = super()._advance(action, reset_seeds, reproducible)
+        return state._replace(signals=state.signals._replace(success=self._t == 1))
+
+
+def test_lingering_begins_with_the_first_success_and_ends_whatever_comes_after():
+    rollout = collect_episodes(Flickers(1, {}), scripted_act, [10, 11], stop_at_success=True, linger=2)
+    np.testing.assert_array_equal(rollout.trajectory.valid.sum(axis=1), [4, 4])
+
+
+def test_actors_that_are_no_policy_leave_no_decisions():
+    def act(observation, signals, instructions, is_first):
+        return Decision(np.nan_to_num(observation.state)), observation
+
+    rollout = collect_episodes(ScriptedEnv(2, SCRIPTS), act, SEEDS, stop_at_success=True)
+    assert rollout.trajectory.decisions is None and rollout.trajectory.valid.any(axis=1).all()
 
 
 def test_no_seeds_is_an_error():

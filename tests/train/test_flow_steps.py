@@ -9,6 +9,7 @@ import pytest
 from flow_policy import flow_policy, prompted
 from toy_task import NUM_ENVS, demo_batches, demo_windows, fresh, random_pairs
 
+from stare_jax.data.schema import DatasetError
 from stare_jax.envs import toy
 from stare_jax.logging import Interrupted
 from stare_jax.models.policy import Policy
@@ -134,7 +135,7 @@ def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused
     for of_others in (None, decisions._replace(trace={"bins": np.zeros((*valid.shape, 2), np.int32)})):
         chosen = foreign.chosen._replace(decisions=of_others)
         with pytest.raises(
-            ValueError, match=r"pairs: got decisions (None|\{'bins'.*), expected \{'chain': .*'flow' does"
+            DatasetError, match=r"pairs: got decisions (None|\{'bins'.*), expected \{'chain': .*'flow' does"
         ):
             score_pairs(policy, params, foreign._replace(chosen=chosen), toy.task_spec(), batch_size=32)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, random_pairs
 
+from stare_jax.config import ConfigError
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
 from stare_jax.logging import Interrupted
@@ -137,6 +138,12 @@ def test_ppo_on_batches_of_steps_uses_each_seed_once_and_goes_on_where_it_was_st
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert what_happened(run.writer.lines + resumed.writer.lines) == what_happened(whole.writer.lines)
     assert second.seeds == env.seeds[-len(second.seeds) :]
+
+
+def test_a_run_plays_no_episode_of_another_run(train, make_run, monkeypatch):
+    monkeypatch.setattr("stare_jax.envs.seeds.SLOT_SIZE", 30)
+    with pytest.raises(ConfigError, match="seed: got episodes 20 to 40 of run seed 0, expected at most 30 of one run"):
+        train("ppo", make_run(), num_iterations=2)
 
 
 def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):

@@ -5,9 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from stage_signals import FAMILY_TASKS, random_signals, with_params
 from toy_task import expert_episodes, random_pairs
 
-from stare_jax.stages import potentials, separate
+from stare_jax.stages import TASKS, get_task, potentials, separate
+from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.ppo_batch import episode_targets
 from stare_jax.train.tpo_reference import action_stages
 
@@ -20,6 +22,8 @@ targets_of = jax.jit(
         "gae_lambda",
         "time_limit",
         "terminal_potential",
+        "reward",
+        "stop_at_success",
         "chunk",
         "chunk_discount",
     ),
@@ -157,3 +161,127 @@ def test_decisions_earn_what_their_actions_do(episodes, spec):
     got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"chunk": 2, "chunk_discount": "decision"}))
     # A = 0.6; A = 0.5 * 0.4 - 0.2 + 0.5 * 0.6; A = 0.5 * 0.2 - 0.1 + 0.5 * 0.3
     np.testing.assert_allclose(got.advantage_d, [0.15, 0.3, 0.6], atol=1e-6)
+
+
+# ---- Episodes that go on after success -------------------------------------------------------------------------------
+def test_an_episode_that_goes_on_after_success_is_rewarded_once_and_discounted_throughout(episodes, spec):
+    signals, valid = hand_made(episodes[0], num_states=4, success_at=1)
+    signals = signals._replace(success=np.array([False, True, False, True]))
+    value, options = np.float32([0.1, 0.2, 0.3, 0.4]), PLAIN | {"stop_at_success": False}
+    got = targets_of(signals, valid, value, spec=spec, **options)
+    np.testing.assert_array_equal(got.reward_t, [1, 0, 0])
+    # delta = [1 + 0.5 * 0.2 - 0.1, 0.5 * 0.3 - 0.2, 0.5 * 0.4 - 0.3] = [1, -0.05, -0.1]
+    np.testing.assert_allclose(got.advantage_d, [0.95, -0.1, -0.1], atol=1e-6)
+    np.testing.assert_array_equal(got.success_t, [True, False, False])
+    assert got.is_over
+    # At a horizon that ends everything the last delta is -0.3.
+    got = targets_of(signals, valid, value, spec=spec, **(options | {"time_limit": "terminate"}))
+    np.testing.assert_allclose(got.advantage_d, [0.9, -0.2, -0.3], atol=1e-6)
+    # An episode that ends at success stops the sum there.
+    got = targets_of(signals, np.arange(4) < 2, value, spec=spec, **PLAIN)
+    np.testing.assert_allclose(got.advantage_d, [0.9, 0, 0], atol=1e-6)
+    assert got.is_over
+
+
+def test_an_episode_that_is_cut_short_is_not_over(episodes, spec):
+    signals, _ = hand_made(episodes[0], num_states=4, success_at=1)
+    cases = ((2, True, True), (2, False, False), (3, False, False), (4, False, True))
+    for num_states, stop_at_success, expected in cases:
+        options = PLAIN | {"stop_at_success": stop_at_success}
+        got = targets_of(signals, np.arange(4) < num_states, np.zeros(4, np.float32), spec=spec, **options)
+        assert bool(got.is_over) == expected
+
+
+def test_the_reward_is_the_one_that_is_asked_for(episodes, spec):
+    """RL4VLA pays .1 for the grasp and 1 for success in the hand; the dense reward is the distance that remains."""
+    signals, valid = hand_made(episodes[0], num_states=4, success_at=3)
+    signals = signals._replace(is_grasped=np.array([False, True, True, True]))
+    value = np.zeros(4, np.float32)
+    got = targets_of(signals, valid, value, spec=get_task("StackCube-v1"), **(PLAIN | {"reward": "rl4vla"}))
+    np.testing.assert_allclose(got.reward_t, [0.1, 0, 1.0], atol=1e-6)
+    np.testing.assert_array_equal(got.success_t, [False, False, True])
+    got = targets_of(signals, valid, value, spec=spec, **(PLAIN | {"reward": "dense"}))
+    assert (np.asarray(got.reward_t) < 0).all() and got.success_t[2]
+    with pytest.raises(ValueError, match="reward: got 'rl4vla', expected another one for ToyPush-v0"):
+        targets_of(signals, valid, value, spec=spec, **(PLAIN | {"reward": "rl4vla"}))
+
+
+# ---- What shaping can do: identities ---------------------------------------------------------------------------------
+HORIZON = 30
+
+
+def random_episode(seed):
+    """Signals, validity and values of a random episode: every other one ends in success, the rest at the horizon."""
+    rng = np.random.default_rng(seed)
+    num_states = HORIZON + 1 if seed % 2 == 0 else int(rng.integers(5, HORIZON + 1))
+    signals = random_signals(seed, HORIZON + 1)
+    success = (np.arange(HORIZON + 1) == num_states - 1) & (seed % 2 == 1)
+    value = rng.normal(size=HORIZON + 1).astype(np.float32)
+    return signals._replace(success=success), np.arange(HORIZON + 1) < num_states, value
+
+
+@pytest.mark.parametrize(("time_limit", "chunk"), [("bootstrap", 1), ("terminate", 1), ("terminate", 4)])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("env_id", FAMILY_TASKS)
+def test_a_potential_that_ends_at_zero_is_ppo_with_another_critic(env_id, progressive, time_limit, chunk):
+    """A of r' with the critic V' is A of r with the critic V' + Phi, and the returns differ by Phi."""
+    spec = with_params(get_task(env_id), progressive=progressive)
+    options = {"gamma": 0.99, "gae_lambda": 0.95, "time_limit": time_limit, "terminal_potential": "zero"}
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(random_episode(seed) for seed in range(12)))
+    signals, valid, value = batch
+    # The critic is asked in the states of decisions, and in the last state.
+    first = np.arange(-(-HORIZON // chunk) + 1) * chunk
+    value = value[:, : len(first)]
+    phi = jax.jit(jax.vmap(lambda s, v: potentials(spec, s, separate(spec, s, v))))(signals, valid)
+    phi = np.take_along_axis(np.asarray(phi), np.minimum(first, valid.sum(axis=1, keepdims=True) - 1), axis=1)
+    of = functools.partial(targets_of, spec=spec, chunk=chunk, **options)
+    shaped = jax.vmap(functools.partial(of, shaping=True))(signals, valid, value)
+    plain = jax.vmap(functools.partial(of, shaping=False))(signals, valid, value + phi)
+    np.testing.assert_allclose(shaped.advantage_d, plain.advantage_d, atol=5e-6)
+    difference = np.where(shaped.valid_d, plain.return_d - shaped.return_d, phi[:, :-1])
+    np.testing.assert_allclose(difference, phi[:, :-1], atol=5e-6)
+    assert np.abs(shaped.shaped_reward_t - plain.shaped_reward_t).max() > 0.1  # the rewards themselves differ
+
+
+@pytest.mark.parametrize("terminal_potential", ["zero", "keep"])
+@pytest.mark.parametrize("env_id", FAMILY_TASKS)
+def test_with_a_potential_of_zero_sta_ppo_is_ppo(env_id, terminal_potential):
+    spec = with_params(get_task(env_id), enabled=(False,) * 4)
+    options = {"gamma": 0.97, "gae_lambda": 0.9, "time_limit": "terminate", "terminal_potential": terminal_potential}
+    for seed in range(4):
+        shaped, plain = (
+            targets_of(*random_episode(seed), spec=spec, shaping=shaping, **options) for shaping in (True, False)
+        )
+        jax.tree.map(np.testing.assert_array_equal, shaped, plain)
+
+
+@pytest.mark.parametrize("env_id", FAMILY_TASKS)
+def test_with_the_defaults_success_is_best_and_failures_are_graded_by_how_far_they_came(env_id):
+    """The discounted sum of r' is that of r plus gamma^N Phi_N less Phi_0, also where the episode ends for good."""
+    spec, gamma = get_task(env_id), 0.99
+    config = PPOConfig()
+    options = {"gamma": gamma, "gae_lambda": 1.0, "shaping": config.shaping}
+    options |= {"time_limit": config.time_limit, "terminal_potential": config.terminal_potential}
+    for seed in range(6):
+        signals, valid, _ = random_episode(seed)
+        got = targets_of(signals, valid, np.zeros(HORIZON + 1, np.float32), spec=spec, **options)
+        phi = jax.jit(lambda s, v: potentials(spec, s, separate(spec, s, v)))(signals, valid)
+        last = int(valid.sum()) - 1
+        expected = gamma ** (last - 1) * (seed % 2) + gamma**last * phi[last] - phi[0]
+        np.testing.assert_allclose(got.return_d[0], expected, atol=1e-5)
+
+
+def test_the_defaults_are_those_that_theory_and_measurement_ask_for():
+    config = PPOConfig()
+    assert (config.reward, config.stop_at_success) == ("success", True)
+    assert (config.time_limit, config.terminal_potential) == ("terminate", "keep")
+    assert all(get_task(env_id).params.progressive for env_id in TASKS)
+
+
+def test_shaping_that_ends_at_zero_where_the_time_limit_does_not_is_refused():
+    refused = {"terminal_potential": "zero", "time_limit": "bootstrap"}
+    with pytest.raises(ValueError, match="shaping, terminal_potential, time_limit: got True, 'zero', 'bootstrap'"):
+        PPOConfig(**refused)
+    PPOConfig(**refused, shaping=False)
+    for field, value in (("terminal_potential", "keep"), ("time_limit", "terminate")):
+        PPOConfig(**(refused | {field: value}))

@@ -28,7 +28,18 @@ def targets():
     stage_t = np.array([[0, 1, 3, 3, 3], [0, 0, 1, 2, 2], [0, 0, 1, 2, 2], [0, 0, 0, 0, 0]])
     completed = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]], bool)
     number_t = np.where(valid_t, np.arange(4), 99).astype(np.float32)
-    return Targets(reward_t, reward_t + bonus_t, number_t, 2 * number_t, valid_t, valid_t, stage_t, completed)
+    return Targets(
+        reward_t=reward_t,
+        shaped_reward_t=reward_t + bonus_t,
+        advantage_d=number_t,
+        return_d=2 * number_t,
+        valid_t=valid_t,
+        valid_d=valid_t,
+        stage_t=stage_t,
+        completed=completed,
+        success_t=reward_t > 0,
+        is_over=np.array([True, True, False, False]),
+    )
 
 
 @pytest.fixture
@@ -74,6 +85,17 @@ def test_shaping_is_told_by_where_it_is_paid(rollout, targets, spec):
         f"shaping/into_{goal}": -0.5,
         "shaping/at_success": -0.5,
     }
+
+
+def test_successes_are_counted_whatever_the_reward_is(rollout, targets, spec):
+    """A dense reward is paid at every step, and none is positive; a success in an episode cut short is not over."""
+    dense = targets._replace(
+        reward_t=np.where(targets.valid_t, np.float32(-0.1), 0), success_t=targets.success_t.copy()
+    )
+    dense.success_t[2, 1] = True
+    metrics = rollout_metrics(rollout, dense, spec, shaping=False)
+    assert (metrics["env/success"], metrics["env/num_successes"], metrics["env/num_episodes"]) == (0.5, 1, 2)
+    assert metrics["env/return_raw"] == pytest.approx(-0.1 * (2 + 4) / 2)
 
 
 def test_without_an_episode_that_is_over_there_is_no_rate(rollout, targets, spec):

@@ -33,6 +33,7 @@ from stare_jax.models import (
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.pi05.presets import ACTION_EXPERT
 from stare_jax.runs.config import RunConfig
+from stare_jax.runs.load import load_policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, save_params
@@ -43,7 +44,6 @@ from stare_jax.weights.load import (
     check_same_model,
     initial_params,
     is_converted,
-    load_converted,
     model_from_dict,
     stored_model,
 )
@@ -267,8 +267,9 @@ def test_a_converted_folder_stands_alone(tree, tmp_path, capsys):
     ours = (tmp_path / "first").rename(tmp_path / "second")
     assert is_converted(ours) and (ours / "tokenizer" / "tokenizer.json").read_text() == "{}"
     assert json.loads((ours / "config.json").read_text())["model"]["tokenizer"] == "tokenizer"
-    loaded = load_converted(ours)
-    assert loaded.model.tokenizer == str(ours / "tokenizer") and loaded.model.paligemma == config.paligemma
+    loaded, model = load_policy(ours), load_model_config(ours)
+    assert loaded.config is None and model.paligemma == config.paligemma
+    assert model.tokenizer == str(ours / "tokenizer")
     assert bits({path: leaf for path, leaf in flat(loaded.params).items() if path in tree}) == bits(tree)
     assert loaded.policy.action_dim == 7
     # A run that names the tokenizer from there has the same model.

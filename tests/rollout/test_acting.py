@@ -1,0 +1,55 @@
+"""Observations are put where the policy acts, whatever they come from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from stare_jax.rollout.collect import acting_sharding, place_rows
+from stare_jax.sharding.mesh import batch_sharding, make_mesh
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def report():
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    result = subprocess.run(
+        [sys.executable, str(HERE / "acting.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_device_decides_for_its_share_of_the_rows(report):
+    assert report["num_devices"] == 8
+    # 16 rows, and 12 rows that are filled up to 16, are two on each of eight devices.
+    assert report["seen"] == [[2, 16, False]]
+
+
+def test_the_action_is_where_the_simulator_is(report):
+    assert report["action_devices"] == [[3], [3]] and report["given_mesh"] == [[3]]
+
+
+def test_collection_evaluation_and_pairs_run_on_a_mesh(report):
+    assert max(report["rollouts"]) < 1e-5
+    assert report["evaluations_equal"] and report["pairs"]
+
+
+def test_parameters_say_where_a_policy_acts():
+    mesh = make_mesh()
+    rows = np.arange(3.0)
+    assert acting_sharding({"w": np.ones(2)}) is None and place_rows(rows, None) is rows
+    on_device = jax.device_put(np.ones(2), jax.devices()[0])
+    assert place_rows(rows, acting_sharding({"w": on_device})).devices() == {jax.devices()[0]}
+    on_mesh = jax.device_put(np.ones(2), batch_sharding(mesh))
+    assert acting_sharding({"v": np.ones(2), "w": on_mesh}) == batch_sharding(mesh)
