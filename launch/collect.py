@@ -1,7 +1,7 @@
 """Collects demonstrations of an expert, and preference pairs from rollouts of a policy or of a disturbed expert.
 
     python launch/collect.py --task=PushCube-v1 --demos=100 --pairs=50 --out=data/pushcube
-    python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --out=data/pushcube
+    python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --linger=8 --out=data/pushcube
     python launch/collect.py --pairs=50 --checkpoint=runs/quickstart/sft --out=data/pushcube
     python launch/collect.py --task=all --demos=100 --pairs=50 --image-size=224 --out=data
 
