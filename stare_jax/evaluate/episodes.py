@@ -21,12 +21,12 @@ class Episodes(NamedTuple):
     seed: Array
     """int64 `[E]`."""
     start: Array
-    """int32 `[E]`: index of the first episode that began in the same state; its own where it is the first."""
+    """int32 `[E]`: index of the first episode that began in the same state, which may be this one."""
     start_hash: Array
     """str `[E]`: 12 hexadecimal digits that name the initial state, the same in every evaluation on one backend; empty
     where the episode is not valid, and in files written before there were hashes."""
     valid: Array
-    """bool `[E]`: False where the episode was lost with its simulator; all else in that row means nothing."""
+    """bool `[E]`: False where the episode was lost with its simulator; then no other field of the row has a meaning."""
     success_end: Array
     """bool `[E]`: success in the last state of the episode."""
     success_once: Array

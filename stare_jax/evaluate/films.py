@@ -19,7 +19,7 @@ class Film(NamedTuple):
     valid: Array
     """bool `[T]`."""
     frames: Array | None
-    """uint8 `[T, H, W, 3]` of the first camera by name; None where nothing is rendered or nothing is to be filmed."""
+    """uint8 `[T, H, W, 3]` of the first camera by name; None if the simulator renders nothing or no film is wanted."""
 
 
 class FilmShelf:
@@ -42,7 +42,7 @@ class FilmShelf:
         return any(len(kept) < self._num_kept or episode < max(kept) for kept in self._films.values())
 
     def put(self, film: Film) -> None:
-        """Replaces what is kept of this episode; keeps the film only if it is among the first of its outcome."""
+        """Replaces an older film of the episode; keeps the new one only if it is among the first of its outcome."""
         self.drop(film.episode)
         kept = self._films[_is_success(film)]
         kept[film.episode] = film

@@ -1,4 +1,4 @@
-"""The parts of an evaluation, and the folder that holds the results of those that are done until all of them are."""
+"""Parts of an evaluation, and the folder that holds the results of finished parts until the whole is finished."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from stare_jax.logging import replace_bytes
 from stare_jax.types import Array, Signals
 
 NUM_PARTS = 10
-"""Parts of an evaluation, if it has so many whole batches of environments."""
+"""Number of parts, if the evaluation has so many whole batches of environments."""
 _RESULTS_FILE = "episodes.npz"
 
 
@@ -24,7 +24,7 @@ class PartsDone(NamedTuple):
 
     num_parts: int
     episodes: Episodes | None
-    """All episodes of these parts, with `start` as each part has it; None where no part is done."""
+    """All episodes of these parts; None where no part is finished."""
     initial: Array | None
     """float32 `[E, 22]`, their initial states."""
     num_steps: int
@@ -44,14 +44,14 @@ def split_into_parts(num_episodes: int, num_envs: int) -> list[range]:
 
 
 def save_parts(folder: Path, identity: Mapping[str, Any], done: PartsDone) -> None:
-    """Writes the results so far; whoever reads the folder, at any moment, finds those of this call or of the last one.
+    """Writes the results so far; at any moment the folder holds those of this call or those of the call before.
 
     Args:
-        folder: made if it does not exist.
+        folder: the folder to write into; it is made if it does not exist.
         identity: JSON values on which the results depend.
         done: at least one part.
     """
-    # Films first, and none is written twice: a film that the results name is there.
+    # Films come first, and none is written twice, so that every film that the results name is there.
     for film in done.films:
         if not (file := _film_file(folder, film.episode)).exists():
             frames = {} if film.frames is None else {"frames": film.frames}
@@ -64,14 +64,14 @@ def save_parts(folder: Path, identity: Mapping[str, Any], done: PartsDone) -> No
 
 
 def load_parts(folder: Path, identity: Mapping[str, Any]) -> PartsDone:
-    """Returns the results in a folder; nothing where there are none, or where they are of something else.
+    """Returns the results in a folder, or `NOTHING_DONE` if it has none or those of another identity.
 
     Args:
-        folder: as for `save_parts`; results of another identity in it are deleted.
+        folder: a folder of `save_parts`; results of another identity are deleted.
         identity: JSON values that have to be equal to those that were saved.
     """
     if not (folder / _RESULTS_FILE).exists():
-        delete_parts(folder)  # Films without results: from before the first part was done.
+        delete_parts(folder)  # It may hold films that were written before the process was killed.
         return NOTHING_DONE
     found = _read(folder / _RESULTS_FILE)
     if json.loads(str(found["identity"])) != json.loads(json.dumps(identity)):
@@ -99,7 +99,7 @@ def delete_parts(folder: Path) -> None:
 
 
 def _delete_other_films(folder: Path, episodes: Sequence[int]) -> None:
-    """Deletes films of which the results say nothing, as of a part that was done while the process was killed."""
+    """Deletes films that the results do not name: the process was killed after it had written them."""
     for file in set(folder.glob("film_*.npz")) - {_film_file(folder, episode) for episode in episodes}:
         file.unlink()
 

@@ -1,4 +1,4 @@
-"""Evaluation of a policy: whole episodes on named seeds, measured one by one, in parts that can be gone on with."""
+"""Evaluation of a policy: whole episodes on named seeds, measured one by one, in parts, so that it can be resumed."""
 
 import dataclasses
 import time
@@ -25,22 +25,22 @@ from stare_jax.stages import TaskSpec
 from stare_jax.types import PyTree, Trajectory
 
 ActOf = Callable[[int], Act]
-"""(number of a part, from 0) -> who acts in it; the same part gets the same actions, whatever was done before."""
+"""(number of a part, from 0) -> who acts in it; the same part gets the same actions, also after an interruption."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Episodes of an evaluation, and how actions are decoded."""
+    """Episodes of an evaluation, and the temperature of the actions."""
 
     num_episodes: int = 100
-    """Number of episodes; 0, without seeds below, is no evaluation: where there is no simulator of what was learnt."""
+    """Number of episodes; 0, with no seeds below, switches evaluation off, as for data without a simulator."""
     first_seed: int = EVALUATION_SEEDS
     """Seed of the first episode; the others use the seeds first_seed + 1, first_seed + 2, ..."""
     seeds: tuple[int, ...] = ()
-    """Seeds of the episodes, in the place of the two fields above; empty leaves it to them."""
+    """Seeds of the episodes; they replace the two fields above, unless empty."""
     temperature: float = 0.0
-    """Temperature of the action distribution; 0 is greedy, up to the noise that a flow starts from, which is drawn by
-    tick and environment: equal numbers of environments draw alike."""
+    """Temperature of the action distribution; 0 is greedy. A flow still starts from noise, which is drawn by tick and
+    environment, so that equal numbers of environments draw the same."""
     num_videos: int = 4
     """Number of episodes to film, half of them successes and half failures where there are enough of both."""
 
@@ -50,7 +50,8 @@ class EvalConfig:
             raise ValueError(f"seeds: got repeated seeds in {self.seeds}, expected each once")
         outside = [s for s in episode_seeds(self) if not 0 <= s - EVALUATION_SEEDS < REGION_SIZE]
         if outside:
-            raise ValueError(f"seeds: got {outside[0]}, expected one of the evaluation region: nobody trains there")
+            region = f"[{EVALUATION_SEEDS}, {EVALUATION_SEEDS + REGION_SIZE}), in which no phase trains"
+            raise ValueError(f"seeds: got {outside[0]}, expected one in {region}")
 
 
 def episode_seeds(config: EvalConfig) -> list[int]:
@@ -59,14 +60,14 @@ def episode_seeds(config: EvalConfig) -> list[int]:
 
 
 class Conditions(NamedTuple):
-    """Circumstances of an evaluation that neither the simulator nor the configuration of it tells; "" if unknown."""
+    """Circumstances of an evaluation beside its simulator and its configuration; "" stands for unknown."""
 
     checkpoint: str = ""
     """Name of the weights, as `ppo/500/3f0a5e9c11d2`, or "expert"."""
     backend: str = ""
-    """Place of the physics, "cpu" or "cuda": a seed begins with another state on each."""
+    """Device of the physics, "cpu" or "cuda"; one seed begins with different states on the two."""
     jitter: str = ""
-    """Random displacement of the task's official starts, "none" where there is none."""
+    """Random displacement of the task's official starts; "none" for tasks without official starts."""
 
 
 UNKNOWN = Conditions()
@@ -85,7 +86,7 @@ class EvalInfo(NamedTuple):
     wall_s: float
     """Wall-clock seconds, without the time between an interruption and the next start."""
     backend: str = ""
-    """As in `Conditions`, and likewise below; "" in files written before this was kept."""
+    """Field of `Conditions`, like the two below; "" in files of earlier versions."""
     jitter: str = ""
     checkpoint: str = ""
 
@@ -140,9 +141,9 @@ def evaluate(
 def policy_act_of(
     policy: Policy, params: PyTree, key: jax.Array, *, temperature: float, mesh: Mesh | None = None
 ) -> ActOf:
-    """Returns the actors of a policy, whose random numbers depend on the part and not on what was run before it.
+    """Returns the actors of a policy: their random numbers depend on the part, and not on the parts before it.
 
-    They draw for all environments at once, so that they depend on the batch.
+    Random numbers are drawn for all environments at once, so the actors depend on the batch.
     """
 
     def act_of(part: int) -> Act:
@@ -164,21 +165,21 @@ def evaluate_act(
     should_stop: Callable[[], bool] | None = None,
     clock: Clock | None = None,
 ) -> tuple[Evaluation, list[Film]]:
-    """Runs a policy or an expert to the horizon, success or not, from reproducible resets, in about ten parts.
+    """Runs an actor to the horizon, success or not, from reproducible resets, in about ten parts.
 
     Episodes that are lost with a simulator are run again, up to three times. With a `folder`, the results are on disk
-    after every part; a later call with the same arguments goes on after the last part that was done, and its result is
-    that of a call that was never stopped. The caller deletes the folder when the result is stored.
+    after every part; a later call with the same arguments goes on after the last finished part, and its result equals
+    that of an uninterrupted call. The caller deletes the folder when the result is stored.
 
     Args:
         act_of: makes the actor of a part.
         env: B environments.
         spec: the task's stages.
         config: which episodes.
-        depends_on_batch: whether actions in an episode depend on what else is under way; then all episodes of a part
-            are run again if one is lost.
-        conditions: for the record, and, with the folder, to tell results of other weights.
-        folder: where the results so far are kept; None keeps nothing on disk.
+        depends_on_batch: whether actions in an episode depend on the other episodes under way; then all episodes of a
+            part are run again if one is lost.
+        conditions: circumstances to record; with a folder, results of other conditions in it are discarded.
+        folder: folder for the results so far; None keeps nothing on disk.
         desc: text of the progress line.
         should_stop: polled every tick.
         clock: charged with the time in the simulator and in the actor.
@@ -189,10 +190,10 @@ def evaluate_act(
 
     Raises:
         Interrupted: `should_stop` answered True.
-        ValueError: a folder without the name of the checkpoint.
+        ValueError: a folder is given without the name of the checkpoint.
     """
     if folder is not None and not conditions.checkpoint:
-        raise ValueError("conditions.checkpoint: got '', expected a name that tells the results in the folder apart")
+        raise ValueError("conditions.checkpoint: got '', expected the name of the weights, to resume from a folder")
     seeds = episode_seeds(config)
     identity = _identity(env, spec, config, conditions)
     done = NOTHING_DONE if folder is None else load_parts(folder, identity)
@@ -255,7 +256,7 @@ class _Part:
     clock: Clock | None
 
     def run(self, chosen: Sequence[int], on_episode: Callable[[int, Trajectory], None]) -> Rollout:
-        """Runs some episodes of the part, counted from its first; the last try of an episode is the one on film."""
+        """Runs some episodes of the part, counted from its first; a film shows the last try of its episode."""
         episodes = [self.indices[i] for i in chosen]
         has_frames = self.has_frames and any(self.shelf.may_keep(e) for e in episodes)
 
@@ -287,7 +288,7 @@ def _forget_images(row: int, episode: Trajectory) -> bool:
 def _add_part(
     done: PartsDone, spec: TaskSpec, rollout: Rollout, seeds: Sequence[int], wall_s: float, films: Sequence[Film]
 ) -> PartsDone:
-    """Returns the results of the parts so far and of the one that has just been run."""
+    """Returns the results of the parts so far with those of the part that has just been run."""
     signals, valid = rollout.trajectory.signals, rollout.trajectory.valid
     episodes, initial = [measure(spec, signals, valid, seeds)], [initial_states(signals)]
     if done.episodes is not None:

@@ -1,4 +1,4 @@
-"""Files of evaluations in a run directory: `eval/<name>.json`, and `eval/<name>.partial/` while one is under way."""
+"""Files of evaluations in a run directory: `eval/<name>.json`, and `eval/<name>.partial/` of an unfinished one."""
 
 import json
 import re
@@ -21,12 +21,12 @@ class PhaseResult(NamedTuple):
     """One evaluation of a run directory."""
 
     phase: str
-    """Name of the file, which is the phase or begins with it."""
+    """Name of the file: the phase, or a name that the user gave."""
     evaluation: Evaluation
     summary: Summary
     media: Mapping[str, Any]
-    """The whole file as JSON; of the keys `videos`, `timeline`, `timeline_seed` and `filmstrip` those that were made,
-    with paths relative to the run directory."""
+    """The whole file as JSON. Its keys `videos`, `timeline`, `timeline_seed` and `filmstrip` name its films and
+    pictures, by paths relative to the run directory."""
 
 
 def evaluation_file(run_directory: str | Path, name: str) -> Path:
@@ -61,7 +61,9 @@ def save_evaluation(
     settings: Mapping[str, Any] | None = None,
     media: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes an evaluation as JSON (info; summary for readers, recomputed when loaded; episodes) and ends its partial.
+    """Writes an evaluation as JSON and deletes its partial folder.
+
+    The file holds info, episodes, and a summary for readers, which is recomputed when the file is loaded.
 
     Args:
         file: see `evaluation_file`.
@@ -84,7 +86,7 @@ def save_evaluation(
 
 
 def load_evaluation(file: str | Path) -> Evaluation:
-    """Reads a file of `save_evaluation`; what earlier versions did not keep is empty."""
+    """Reads a file of `save_evaluation`; fields that earlier versions did not keep are empty."""
     return _evaluation_of(json.loads(Path(file).read_text()))
 
 
@@ -94,7 +96,7 @@ def load_results(run_directory: str | Path) -> list[PhaseResult]:
     for file in Path(run_directory).glob("eval/*.json"):
         try:
             document = json.loads(file.read_text())
-        except FileNotFoundError:  # The run that owns it has just begun the phase again.
+        except FileNotFoundError:  # Its run has just begun the phase again.
             continue
         evaluation = _evaluation_of(document)
         results.append(PhaseResult(file.stem, evaluation, summarize(evaluation), document))

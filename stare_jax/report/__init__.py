@@ -1,1 +1,1 @@
-"""Pages and pictures of what was measured."""
+"""Pages and pictures of measurements."""

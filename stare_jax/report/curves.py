@@ -19,7 +19,7 @@ NUM_ENDS = 5
 
 
 class CurveError(UserError, ValueError):
-    """Runs that cannot be compared; the message names what was given, what was found and what was expected."""
+    """Runs that cannot be compared; the message names got and expected."""
 
 
 class Series(NamedTuple):
@@ -43,7 +43,7 @@ class LearningCurve(NamedTuple):
     task: str
     series: Series
     by_clock: bool
-    """Whether the minutes are those of the clock on the wall, pauses included."""
+    """True if the minutes are those of the wall clock, pauses included."""
     before: PhaseResult | None
     after: PhaseResult | None
 
@@ -96,7 +96,7 @@ def read_run(label: str, directory: str | Path, phase: str) -> LearningCurve:
     try:
         results = {result.phase: result for result in load_results(directory)}
     except (ValueError, KeyError, TypeError) as error:
-        raise CurveError(f"{label}: {directory}/eval: not as an evaluation leaves it: {error!r}") from error
+        raise CurveError(f"{label}: {directory}/eval: expected files of evaluations, got: {error!r}") from error
     seed, task = str(config.get("seed", "–")), str(config.get("env", {}).get("env_id", "–"))
     return LearningCurve(
         label, directory.resolve().name, seed, task, series, by_clock, results.get(BEFORE), results.get(phase)
@@ -143,7 +143,7 @@ def check_comparable(runs: Sequence[LearningCurve], metrics: Sequence[str]) -> N
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and the `window - 1` before it, of fewer at the beginning; NaNs are left out."""
+    """Returns the mean of each value and the `window - 1` before it (fewer at the beginning), NaNs left out."""
     is_finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(is_finite)])

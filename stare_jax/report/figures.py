@@ -19,7 +19,7 @@ from stare_jax.evaluate.intervals import Estimate
 from stare_jax.logging import last_lines, replace_bytes
 from stare_jax.report.timeline import Timeline
 
-# Okabe and Ito's colours, told apart by every kind of eye.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 SUCCESS = "#009E73"
 
@@ -208,7 +208,7 @@ def _interest(name: str) -> tuple[int, str]:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over a centred window that shrinks at the ends; NaNs are left out."""
+    """Returns the mean over a centred window that shrinks at the ends; NaNs are left out."""
     kernel = np.ones(2 * (window // 2) + 1)
     is_finite = np.isfinite(values)
     sums = np.convolve(np.where(is_finite, values, 0.0), kernel, "same")

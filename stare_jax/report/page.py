@@ -1,4 +1,4 @@
-"""The look of a report: a few HTML pieces that escape what they are given, and one style sheet for day and night."""
+"""Look of a report: a few HTML pieces, which escape their text, and one style sheet for light and dark pages."""
 
 import html
 from collections.abc import Iterable, Sequence

@@ -44,7 +44,7 @@ def print_report(run_directory: str | Path) -> None:
 
 
 def write_report(run_directory: str | Path) -> Path:
-    """Writes `report.html` and its figures from what the run directory holds, and returns its path.
+    """Writes `report.html` and its figures from the files of the run directory, and returns its path.
 
     Reads `eval/*.json` with the films and pictures they name, `metrics.jsonl`, `config.json`, `versions.json`; missing
     files are left out. Page and figures are whole at every moment, also while a trainer writes the same ones.
@@ -115,7 +115,7 @@ def _stages_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html
     names = results[0].evaluation.info.stage_names
     series = {r.phase: [stage.rate for stage in r.summary.stages] for r in results}
     draw_rates(names, series, run_directory / "figures/stages.png")
-    note = "P(stage completed | the stage before completed), in %, and counts: this is where episodes are lost."
+    note = "P(stage completed | the stage before completed), in %, and counts: a low rate names the stage that fails."
     image = _picture(run_directory, "figures/stages.png", "Conditional stage success of each phase.")
     return join([element("h2", "Stage by stage"), table(*stages_table(results)), element("p", note), image])
 
@@ -126,8 +126,8 @@ def _episode_section(run_directory: Path, results: Sequence[PhaseResult]) -> Htm
         if "timeline" not in result.media:
             continue
         caption = (
-            f"{result.phase}, seed {result.media['timeline_seed']}: label, potential and shaped reward, which ends at "
-            "the first success, where training would have stopped."
+            f"{result.phase}, seed {result.media['timeline_seed']}: label, potential, and the shaped reward of "
+            "training, which stops at the first success."
         )
         pictures = [_picture(run_directory, result.media["timeline"], caption)]
         if "filmstrip" in result.media:
@@ -155,7 +155,7 @@ def _pairs_section(lines: Sequence[Mapping[str, Any]]) -> Html:
     counts = {name.removeprefix("pairs/"): f"{n:.0f}" for name, n in counted[-1].items() if name.startswith("pairs/")}
     total = counts.pop("num_pairs")
     rows = [(name.replace("_", " "), count) for name, count in counts.items()]
-    note = "What decides, success or the number of stages completed, and whether both began in the same state."
+    note = "Success or the number of completed stages decides a pair. Its episodes began in the same state or did not."
     parts = [element("h2", "Preference pairs"), table(("kind", "pairs"), [*rows, ("all", total)])]
     return join([*parts, element("p", note, class_="muted")])
 

@@ -1,56 +1,35 @@
 import dataclasses
-import importlib.util
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from toy_run import load_command, use_toy, write_run
 
-from stare_jax.config import to_dict
 from stare_jax.envs import EnvConfig, toy
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.evaluate.record import load_evaluation, unused_name
-from stare_jax.models import openvla_tiny
-from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.runs import load as restore
-from stare_jax.runs.config import MeshConfig, RunConfig
-from stare_jax.stages import get_task
-from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.train_state import TrainState
+from stare_jax.runs.config import MeshConfig
 
 
 @pytest.fixture(scope="module")
 def command():
-    path = Path(__file__).parents[2] / "launch/evaluate.py"
-    module_spec = importlib.util.spec_from_file_location("launch_evaluate", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
+    return load_command()
 
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory, command):
     """A run directory with checkpoints of a small policy, whose simulator is the toy one."""
     directory = tmp_path_factory.mktemp("run")
-    evaluation = EvalConfig(num_episodes=7, num_videos=0)
-    task = get_task("PushCube-v1")
-    config = RunConfig(EnvConfig(num_workers=4), openvla_tiny(), task.params, evaluation=evaluation)
-    (directory / "config.json").write_text(json.dumps(to_dict(config)))
-    policy = make_mlp(MLPConfig(), toy.norm_stats())
-    params = jax.jit(policy.init)(jax.random.key(0))
-    with Checkpoints(directory / "ppo/checkpoints") as checkpoints:
-        for step in (1, 2):
-            state = TrainState(jnp.int32(step), params, {}, optax.sgd(0.1).init(params))
-            checkpoints.save(step, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    policy = write_run(directory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restore, "make_policy", lambda config, norm_stats: policy)
-        patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_envs))
+        use_toy(command, policy, patch)
         yield directory
 
 
@@ -111,6 +90,23 @@ def test_the_devices_are_the_runs_own_or_those_of_the_command_line(command, trai
     too_many = f"--mesh.tensor={jax.device_count() + 1}"
     assert command.main([f"--run={trained_run}", "--phase=ppo", "--name=x", too_many]) == 1
     assert "expected at most" in capsys.readouterr().err
+
+
+def test_evaluation_uses_eight_devices(tmp_path):
+    here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+    folders = (root, root / "launch", here)
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]),
+    }
+    script = [sys.executable, str(here / "command_on_eight_devices.py"), str(tmp_path)]
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    # 6 environments are filled up to 8 rows, which data x fsdp devices share.
+    assert {name: case["rows"] for name, case in found.items()} == {"one": [6, 6], "all": [1, 8], "tensor": [2, 8]}
+    assert all(case["status"] == 0 and case["is_same"] for case in found.values())
 
 
 def test_help_names_jobs_and_the_words_of_the_configuration(command, capsys):

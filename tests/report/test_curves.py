@@ -119,5 +119,5 @@ def test_says_what_a_run_lacks(tmp_path):
     write_lines(directory, [(1, line(0.5, 7))])
     (directory / "eval").mkdir()
     (directory / "eval/sft.json").write_text("{}")
-    with pytest.raises(CurveError, match="not as an evaluation leaves it"):
+    with pytest.raises(CurveError, match="expected files of evaluations, got"):
         read_run("A", directory, "ppo")
