@@ -43,8 +43,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
     add("--pairs", type=int, metavar="N", help="preference pairs to make")
-    linger = "further actions of the expert that a demonstration keeps after success (default: 0)"
-    add("--linger", type=int, default=DEMOS.linger, metavar="N", help=linger)
     add(
         "--task",
         metavar="TASK",
@@ -57,6 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_simulator_options(parser.add_argument_group("simulator"))
     add_expert_options(parser.add_argument_group("expert"))
     add_pairs_options(parser.add_argument_group("pairs"))
+    command.add_mesh(parser)
     arguments = parser.parse_args(argv)
     if arguments.demos is None and arguments.pairs is None:
         parser.error("nothing to collect: give --demos=N, or --pairs=N, or both")
@@ -94,6 +93,8 @@ def add_expert_options(group: argparse._ArgumentGroup) -> None:
         help="standard deviations of the noise on what demonstrations execute, as fractions of the action's range, and "
         "the share of the demonstrations that gets each (default: 0)",
     )
+    linger = "further actions of the expert that a demonstration keeps after success (default: 0)"
+    add("--linger", type=int, default=DEMOS.linger, metavar="N", help=linger)
     add(
         "--limit",
         type=float,
@@ -208,6 +209,7 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     """Returns the simulator that the policy of a checkpoint was trained in, its task, and the policy."""
     # All of training, which experts do without.
     from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
+    from stare_jax.sharding.mesh import make_mesh
 
     run = load_config(arguments.checkpoint.parent)
     step, name = identify_checkpoint(arguments.checkpoint, step=arguments.step)
@@ -219,7 +221,10 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     if config.reproducible and not env.has_reproducible_resets:
         raise ConfigError(f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --fast-resets")
     spec = dataclasses.replace(env.spec, params=run.stages)
-    return env, spec, policy_actor(lambda: load_policy(arguments.checkpoint, step=step)[1:], config, source=name)
+    sizes = dataclasses.replace(run.mesh, **command.given_mesh(arguments))
+    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    actor = policy_actor(lambda: load_policy(arguments.checkpoint, step=step, mesh=mesh)[1:], config, source=name)
+    return env, spec, actor
 
 
 def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
