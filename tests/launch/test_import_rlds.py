@@ -211,7 +211,7 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path):
             ["--name=mine", "--image-key=observation/image_0", "--action-key=observation/state"],
             "episode 0 of 'train': gripper: got .* expected 0, closed, to 1, open",
         ),
-        (["--limit=0"], "limit: got 0, expected at least 1"),
+        (["--limit=0"], "limit: got 0, expected >= 1"),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback(run, arguments, message):
