@@ -2,10 +2,12 @@
 
     python launch/train.py --config=configs/quickstart.py
     python launch/train.py --config=configs/quickstart.py --config.ppo.gamma=0.98 --workdir=runs/gamma98
-    python launch/train.py --config=configs/quickstart.py --resume
+    python launch/train.py --config=configs/quickstart.py --config.phases=sft,ppo --workdir=runs/without_tpo
+    python launch/train.py --config=configs/quickstart.py --redo=tpo
     python launch/train.py --config=configs/ipi_widowx.py --plan
 
-Ctrl-C or SIGTERM saves and stops; the same command with --resume goes on.
+Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
+is named and refused, but for phases that have not begun and a larger number of steps.
 """
 
 import sys
@@ -17,8 +19,9 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Which run: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; runs/<name of the config> if not given.")
-_RESUME = flags.DEFINE_bool("resume", False, "Go on with the run in the run directory, or begin if there is none.")
+_REDO = flags.DEFINE_string("redo", "", "Do this phase and what follows it again; what is there moves to set_aside/.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
+flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
 
 
@@ -43,12 +46,19 @@ def train() -> None:
     if _PLAN.value:
         print_plan(config)
         return
-    say(f"report: {run_ipi(config, workdir, resume=_RESUME.value)}")
+    say(f"report: {run_ipi(config, workdir, redo=_REDO.value)}")
 
 
 def go_on_command() -> str:
-    """Returns the command that goes on with this run."""
-    return command.repeat_command([*sys.argv[1:], *([] if _RESUME.value else ["--resume"])])
+    """Returns the command that goes on with this run: `--redo` has done its work, or nothing yet."""
+    arguments = iter(sys.argv[1:])
+    kept = []
+    for argument in arguments:
+        if argument in ("--redo", "-redo"):
+            next(arguments, None)
+        elif not argument.lstrip("-").startswith("redo="):
+            kept.append(argument)
+    return command.repeat_command(kept)
 
 
 def print_help() -> None:

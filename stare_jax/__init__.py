@@ -1,18 +1,35 @@
-"""Stage-aware reinforcement fine-tuning of vision-language-action models in JAX.
+"""Reinforcement fine-tuning of vision-language-action models, stage by stage, in JAX.
 
-stages      labels, costs, potentials and shaped rewards of one trajectory
-losses      GAE, PPO, TPO and STA-TPO, imitation
-types       the records everyone shares
-models      policies as records of pure functions
-envs        simulators
-train       the loops
+Rooms are imported when they are first looked at, so that `import stare_jax` costs nothing and needs no simulator:
+
+    stages    what a task's stages are: labels, costs, potentials, shaped rewards
+    losses    imitation, flow matching, TPO and STA-TPO, GAE, PPO
+    models    policies as records of pure functions: OpenVLA, pi0.5, an MLP
+    envs      simulators behind one interface, and a toy one in pure JAX
+    rollout   episodes, as a policy and a simulator make them
+    data      demonstrations and preference pairs on disk
+    weights   checkpoints of Hugging Face and openpi, in and out
+    train     the three learners: sft, tpo, ppo
+    evaluate  success rates with intervals, stage by stage
+    report    figures, films and a page about a run
+    runs      whole runs on disk: the phases in order, resumed where they stopped
 """
 
-from stare_jax import losses, stages, types
+import importlib
+from types import ModuleType
 
 __all__ = [
-    "losses",
-    "stages",
-    "types",
+    *("config", "data", "envs", "evaluate", "logging", "losses", "models", "report", "rollout", "runs", "sharding"),
+    *("stages", "state", "train", "types", "weights"),
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"stare_jax.{name}")
+    raise AttributeError(f"module 'stare_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

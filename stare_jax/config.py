@@ -157,6 +157,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(f"{path}: got {value!r}, expected a sequence")
+    if len(hints) == 2 and hints[1] is Ellipsis and choices(hints[0]):
+        # Words of a few, "sft,ppo", need neither quotes nor brackets on a command line.
+        value = [word for item in value for word in (item.split(",") if isinstance(item, str) else [item])]
     if len(hints) == 2 and hints[1] is Ellipsis:
         hints = (hints[0],) * len(value)
     if hints and len(hints) != len(value):

@@ -5,7 +5,7 @@ import pytest
 
 from stare_jax.envs import toy
 from stare_jax.evaluate.protocol import EvalConfig, evaluate_act
-from stare_jax.logging import make_writer, write_metadata
+from stare_jax.logging import make_writer, write_config
 from stare_jax.models.policy import Decision
 from stare_jax.report.films import record_evaluation
 from stare_jax.runs.evaluation import training_rewards
@@ -58,7 +58,7 @@ def evaluated(spec):
 def run_directory(tmp_path_factory, spec, evaluated):
     """Files of a small run of two phases, under a name that HTML has to escape."""
     directory = tmp_path_factory.mktemp("runs") / "a <b> & c"
-    write_metadata(directory, {"name": "<script>alert(1)</script>", "ppo": {"gamma": 0.98}})
+    write_config(directory, {"name": "<script>alert(1)</script>", "ppo": {"gamma": 0.98}})
     with make_writer(directory, tensorboard=False) as writer:
         for step in range(60):
             writer(step, {"sft/loss": 1 / (1 + step), "time/update_s": 2.0, "time/data_s": 0.5}, phase="sft")

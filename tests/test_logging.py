@@ -3,12 +3,14 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from stare_jax.logging import (
     METRICS_FILE,
@@ -21,7 +23,8 @@ from stare_jax.logging import (
     read_metrics,
     say,
     versions,
-    write_metadata,
+    write_config,
+    write_versions,
 )
 
 
@@ -125,13 +128,47 @@ def test_wandb_gets_a_step_of_every_phase(tmp_path, monkeypatch):
     run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finished"))
     fake = types.SimpleNamespace(init=lambda **arguments: logged.append(arguments) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with make_writer(tmp_path, tensorboard=False, wandb={"project": "stare"}) as writer:
+    with make_writer(tmp_path, tensorboard=False, wandb="stare", config={"seed": 1}) as writer:
         writer(3, {"a/b": 1.0}, phase="sft")
+    run_id = (tmp_path / "wandb_id").read_text()
     assert logged == [
-        {"dir": str(tmp_path), "project": "stare"},
+        {
+            "project": "stare",
+            "name": tmp_path.name,
+            "id": run_id,
+            "resume": "allow",
+            "dir": str(tmp_path),
+            "config": {"seed": 1},
+        },
         {"sft/step": 3, "sft/a/b": 1.0},
         "finished",
     ]
+    with make_writer(tmp_path, tensorboard=False, wandb="stare"):  # going on is the same run
+        pass
+    assert logged[3]["id"] == run_id
+
+
+def test_tensorboard_gives_up_the_history_after_the_checkpoint_that_a_phase_goes_on_from(tmp_path):
+    for steps in ((1, 2, 3, 4), (3, 4)):
+        with make_writer(tmp_path) as writer:
+            for step in steps:
+                writer(step, {"a/b": float(step)}, phase="sft")
+    sessions = [
+        event.step
+        for file in (tmp_path / "tb" / "sft").iterdir()
+        for event in read_events(file)
+        if event.HasField("session_log") and event.session_log.status == SessionLog.START
+    ]
+    assert sorted(sessions) == [1, 3]  # all that has been shown from this step on goes
+
+
+def read_events(file):
+    """Events of a file of TensorBoard's: records of 8 bytes of length, 4 of checksum, the content, 4 of checksum."""
+    content = file.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 def test_read_metrics_of_a_run_without_any(tmp_path):
@@ -139,7 +176,8 @@ def test_read_metrics_of_a_run_without_any(tmp_path):
 
 
 def test_metadata(tmp_path):
-    write_metadata(tmp_path / "run", {"ppo": {"gamma": 0.99}, "path": Path("x")})
+    write_config(tmp_path / "run", {"ppo": {"gamma": 0.99}, "path": Path("x")})
+    write_versions(tmp_path / "run")
     assert json.loads((tmp_path / "run/config.json").read_text()) == {"ppo": {"gamma": 0.99}, "path": "x"}
     written = json.loads((tmp_path / "run/versions.json").read_text())
     assert written == versions()

@@ -1,12 +1,11 @@
-"""Metrics and metadata of a run: JSON lines, TensorBoard, W&B; configuration and versions."""
+"""Metrics of a run: JSON lines, TensorBoard, W&B."""
 
-import importlib.metadata
+import dataclasses
 import json
 import math
 import os
-import platform
-import subprocess
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,16 @@ from stare_jax.logging.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
 _HEADER_KEYS = ("step", "phase", "wall_time")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """The places that metrics go to, besides `metrics.jsonl`."""
+
+    wandb: str = ""
+    """project on W&B; empty for none."""
+    tensorboard: bool = True
+    """write event files into `tb/<phase>/`."""
 
 
 class Writer:
@@ -64,13 +73,15 @@ class Writer:
         self.close()
 
 
-def make_writer(directory: str | Path, *, tensorboard: bool = True, wandb: Mapping[str, Any] | None = None) -> Writer:
+def make_writer(
+    directory: str | Path, *, tensorboard: bool = True, wandb: str = "", config: Mapping[str, Any] | None = None
+) -> Writer:
     """Opens the metrics of a run directory; earlier lines are kept. Only process 0 of a multi-host run writes.
 
     Args:
-        directory: the run directory, made if it does not exist.
-        tensorboard: also write `tb/<phase>/`.
-        wandb: keyword arguments of `wandb.init`; None leaves W&B out.
+        directory: the run directory, made if it does not exist; its name is that of the run on W&B.
+        tensorboard, wandb: as in `LoggingConfig`.
+        config: configuration of the run, for W&B.
     """
     import jax
 
@@ -79,8 +90,8 @@ def make_writer(directory: str | Path, *, tensorboard: bool = True, wandb: Mappi
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     sinks: list[Any] = [_TensorBoard(directory / "tb")] if tensorboard else []
-    if wandb is not None:
-        sinks.append(_Wandb(directory, wandb))
+    if wandb:
+        sinks.append(_Wandb(directory, wandb, config or {}))
     return Writer(directory, sinks)
 
 
@@ -139,7 +150,10 @@ class _TensorBoard:
         if phase not in self._writers:
             from tensorboardX import SummaryWriter
 
-            self._writers[phase] = SummaryWriter(str(self._directory / phase), flush_secs=10)
+            # A phase that goes on from an earlier checkpoint gives up all from its first step on.
+            self._writers[phase] = SummaryWriter(
+                str(self._directory / phase), flush_secs=10, purge_step=step, filename_suffix=f".{step}"
+            )
         for name, value in metrics.items():
             self._writers[phase].add_scalar(name, value, step)
 
@@ -149,63 +163,28 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """W&B wants one increasing step per run, so every phase logs a step of its own beside its metrics."""
+    """W&B wants one increasing step per run, so every phase logs a step of its own beside its metrics.
 
-    def __init__(self, directory: Path, arguments: Mapping[str, Any]):
+    A run that goes on is the same run on W&B: its id is kept in the run directory.
+    """
+
+    def __init__(self, directory: Path, project: str, config: Mapping[str, Any]):
         import wandb
 
-        self._run = wandb.init(dir=str(directory), **arguments)
+        file = directory / "wandb_id"
+        if not file.exists():
+            replace_text(file, uuid.uuid4().hex)
+        self._run = wandb.init(
+            project=project,
+            name=directory.resolve().name,
+            id=file.read_text(),
+            resume="allow",
+            dir=str(directory),
+            config=dict(config),
+        )
 
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
         self._run.log({f"{phase}/step": step} | {f"{phase}/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
         self._run.finish()
-
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy", "grain", "array_record") + (
-    "mani_skill",
-    "sapien",
-    "torch",
-    "stare_jax",
-)
-
-
-def write_metadata(directory: str | Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.json` (the run's whole configuration) and `versions.json` (`versions()`) into a run directory."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_text(directory / "config.json", json.dumps(config, indent=2, default=str) + "\n")
-    replace_text(directory / "versions.json", json.dumps(versions(), indent=2) + "\n")
-
-
-def versions() -> dict[str, Any]:
-    """Returns what is needed to repeat a run: packages, git commit, devices, platform; None where unknown."""
-    import jax
-
-    devices = jax.devices()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "packages": {name: _package_version(name) for name in _PACKAGES},
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -15,18 +15,19 @@ from stare_jax.models.policy import ActionScore, Decision, Policy, with_prompt
 from stare_jax.types import NormStats
 
 ModelConfig = OpenVLAConfig | Pi05Config | MLPConfig
-"""what `make_policy` takes."""
+"""configuration of a policy, which `make_policy` builds."""
 
 
 def make_policy(config: ModelConfig, norm_stats: NormStats) -> Policy:
-    """Builds the policy that a configuration describes, with the statistics of the data it is trained on baked in.
+    """Builds the policy of a configuration; the statistics of its training data become part of its functions.
 
     Args:
-        config: of the network; its type chooses it.
+        config: sizes and choices of the network; its type selects the network.
         norm_stats: quantiles of actions `[A]` and states `[S]`.
 
     Raises:
         TypeError: no network has such a configuration.
+        ValueError: the statistics or a pattern of the adapters do not fit the configuration.
     """
     makers = {OpenVLAConfig: make_openvla, Pi05Config: make_pi05, MLPConfig: make_mlp}
     if type(config) not in makers:

@@ -55,7 +55,7 @@ def decode_bins(bins: Array, *, num_bins: int = NUM_BINS) -> jax.Array:
 
 
 def bin_coordinate(unit_action: Array, *, num_bins: int = NUM_BINS) -> jax.Array:
-    """Returns where normalised actions lie in units of bins, float32: the centre of bin b is at b, for soft labels."""
+    """Returns normalised actions in units of bins, float32, for soft labels: the centre of bin b is at b."""
     clipped = jnp.clip(jnp.asarray(unit_action, jnp.float32), -1.0, 1.0)
     return (clipped + 1.0) * ((num_bins - 1) / 2.0) - 0.5
 

@@ -34,12 +34,12 @@ SHARDING_RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MLPConfig:
-    """Sizes of the network: an actor with independent bins per action dimension and a critic that shares nothing."""
+    """Sizes of the network: an actor with independent bins for each action dimension, and a critic of its own."""
 
     state_dim: int = 6
     action_dim: int = 2
     num_bins: int = 12
-    """ids per action dimension; the last two share a centre (`models.heads`), so there are `num_bins` - 1 values."""
+    """ids per action dimension; the last two share a centre (`models.bins`), so there are `num_bins` - 1 values."""
     hidden_dims: tuple[int, ...] = (64, 64)
     value_dims: tuple[int, ...] = (64, 64)
     label_width: float = 0.0

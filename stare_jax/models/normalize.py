@@ -12,9 +12,9 @@ import numpy as np
 from stare_jax.types import Array, NormStats
 
 MIN_STATE_RANGE = 0.02
-"""metres, or entries of a rotation matrix."""
+"""least range of a state dimension, in metres or in entries of a rotation matrix, see `scale_state`."""
 QUANTILE_EPS = 1e-6
-"""what openpi adds to a range, both ways."""
+"""number that openpi adds to a range, in either direction."""
 
 
 def _to_unit(x: Array, low: Array, high: Array) -> Array:
@@ -65,8 +65,9 @@ def normalize_state(state: Array, stats: NormStats) -> Array:
 def scale_state(state: Array, stats: NormStats) -> Array:
     """Maps raw states `[..., S]` to about [-1, 1] for networks that read them as numbers.
 
-    Unlike `normalize_state`, states beyond the data's range are still told apart, up to three times the range; and a
-    dimension that hardly moves is not blown up: no range is taken to be smaller than `MIN_STATE_RANGE`.
+    Differs from `normalize_state` in two ways: states are clipped at three times the data's range, so that those beyond
+    it stay distinct, and no range counts as smaller than `MIN_STATE_RANGE`, so that noise of a dimension that hardly
+    moves is not enlarged.
     """
     xp = jnp if isinstance(state, jax.Array) else np
     low, high = (xp.asarray(q, xp.float32) for q in (stats.state_q01, stats.state_q99))
@@ -76,12 +77,12 @@ def scale_state(state: Array, stats: NormStats) -> Array:
 
 def to_quantiles(x: Array, low: Array, high: Array) -> Array:
     """Returns `2 (x - low) / (high - low + 1e-6) - 1`, openpi's normalisation: the data's range becomes [-1, 1], and
-    what is beyond it stays beyond.
+    numbers beyond it are not clipped.
 
     Args:
         x: float32 `[..., D]`, raw.
-        low: float32 `[E]` quantiles, E >= D; those beyond D are not used. `high` likewise.
-        high: the upper ones.
+        low: float32 `[E]` lower quantiles, E >= D; those beyond D are not used.
+        high: float32 `[E]` upper quantiles, likewise.
 
     Raises:
         ValueError: there are fewer quantiles than dimensions.
@@ -98,8 +99,8 @@ def from_quantiles(x: Array, low: Array, high: Array) -> Array:
 
     Args:
         x: float32 `[..., D]`.
-        low: float32 `[E]`; dimensions beyond E, with which a model's actions are padded, pass through.
-        high: likewise.
+        low: float32 `[E]` lower quantiles; dimensions of x beyond E, which are padding, pass through.
+        high: float32 `[E]` upper quantiles.
     """
     num_dims = min(len(low), x.shape[-1])
     low, high = (np.asarray(q, np.float32)[:num_dims] for q in (low, high))
@@ -111,8 +112,9 @@ def from_quantiles(x: Array, low: Array, high: Array) -> Array:
 def action_range(action: Mapping[str, Sequence[float]], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns `NormStats.action_q01` and `action_q99`, float32 `[A]`, of the statistics of a data set.
 
-    Where a dimension is not normalised (mask False: the gripper) they are its minimum and maximum: nothing is scaled by
-    them, but they say whether it ever moves, and a gripper that closes in one frame of two hundred does.
+    A dimension that is not normalised (mask False: the gripper) has its minimum and maximum there. They scale nothing;
+    they tell whether the dimension ever moves, which its quantiles do not where a gripper closes in one frame of two
+    hundred.
 
     Args:
         action: A numbers each of "q01", "q99" and, if the file has them, "min", "max".
@@ -129,10 +131,10 @@ def is_constant_action(stats: NormStats) -> np.ndarray:
 
 
 def check_stats(stats: NormStats, *, action_dim: int, state_dim: int) -> None:
-    """Makes sure that statistics are those of a policy's actions and states.
+    """Checks that statistics fit a policy's actions and states.
 
     Raises:
-        ValueError: they are of another number of dimensions, or of actions that never move.
+        ValueError: they have another number of dimensions, or no action dimension moves.
     """
     for name, size in (("action_q01", action_dim), ("state_q01", state_dim)):
         if np.shape(getattr(stats, name)) != (size,):

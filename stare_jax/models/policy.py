@@ -1,7 +1,7 @@
 """The boundary between networks and everything else: a policy is a record of pure functions.
 
-Outside a policy all is raw: uint8 images, states and actions in the simulator's units. Normalisation statistics are
-baked in when a policy is built, so whoever restores a checkpoint restores them with it.
+Outside a policy everything is raw: uint8 images, states and actions in the simulator's units. Normalisation statistics
+become part of the functions when a policy is built, so a checkpoint is restored together with its statistics.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,54 +26,58 @@ class Decision(NamedTuple):
 
 
 class ActionScore(NamedTuple):
-    """What a policy thinks of given actions in a batch of states; all float32 `[B]`."""
+    """Scores of decisions in a batch of states, all float32 `[B]`."""
 
     logp: Array
+    """log-probability of the decision, in nats."""
     entropy: Array
-    """mean over the action's tokens, in nats."""
+    """mean entropy of the numbers that were decided, in nats."""
     value: Array
+    """value of the state."""
     divergence: Array | None = None
-    """KL(policy ‖ reference) of what would be decided, along the decision that was made, in nats; None without a
+    """KL(policy ‖ reference), in nats, of the distributions along the decision that was made; None without a
     reference."""
 
 
 class Policy(NamedTuple):
     """Pure functions over a plain nested dict of parameters; none is jitted, callers jit once.
 
-    init(key) -> params
-    sample(params, observation, key, *, temperature=1.0) -> Decision; temperature may be traced, and at 0 nothing is
-        random but the noise that a flow starts from
-    log_prob(params, observation, trace, *, temperature=1.0, reference_params=None) -> ActionScore; the
-        reference gets no gradient, and its frozen parameters are the policy's
-    value(params, observation) -> float32 [B]
-    imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss float32 [B], metrics: dict of float32
-        [B]); action [B, A], or [B, H, A] with valid bool [B, H], False beyond an episode's end, where `window` is H;
-        key [B], one for every row, of policies that draw something
-    tokenize(instructions, state [B, S]) -> (tokens int32 [B, L], token_mask bool [B, L]), on the host
-    observation_shape(batch_size) -> Observation of jax.ShapeDtypeStruct
-    preference_score(params, observation, action, seeds uint32 [B, K]) -> float32 [B, K, C], what stands for the
-        log-probability of each executed action [B, H, A] in preference learning, K estimates that equal seeds make
-        comparable; None where `log_prob` itself does
+    B is the number of rows, A of the action's numbers, S of the state's, L of the prompt's tokens.
     """
 
     init: Callable
+    """`init(key) -> params`: fresh parameters."""
     sample: Callable
+    """`sample(params, observation, key, *, temperature=1.0) -> Decision`. The temperature may be traced; at 0 nothing
+    is random except the noise that a flow starts from."""
     log_prob: Callable
+    """`log_prob(params, observation, trace, *, temperature=1.0, reference_params=None) -> ActionScore` of the decision
+    with this `Decision.trace`. A reference gets no gradient; its frozen parameters are the policy's."""
     value: Callable
+    """`value(params, observation) -> [B]`, float32: the value of the state alone."""
     imitation_loss: Callable
+    """`imitation_loss(params, observation, action, *, valid=None, key=None) -> (loss [B], metrics)`, all float32,
+    metrics a dict of `[B]`. `action` is `[B, A]`, or `[B, H, A]` of a policy with a window of H, then with `valid` bool
+    `[B, H]`, False beyond an episode's end. `key` `[B]`, one for every row, is for policies whose loss is random."""
     tokenize: Callable
+    """`tokenize(instructions, state [B, S]) -> (tokens int32 [B, L], token_mask bool [B, L])`, on the host."""
     observation_shape: Callable
+    """`observation_shape(batch_size) -> Observation` of jax.ShapeDtypeStruct."""
     action_dim: int
+    """A, numbers of the robot's action."""
     sharding_rules: tuple
-    """(regex over the parameter's path, jax.sharding.PartitionSpec), first match wins."""
+    """pairs of a regex over a parameter's path and its jax.sharding.PartitionSpec; the first match counts."""
     frozen_patterns: tuple[str, ...] = ()
-    """regexes of the parameters that are never trained: what adapters are beside."""
+    """regexes of the parameters that are never trained, such as those that adapters stand beside."""
     window: int | None = None
-    """H, actions that the policy predicts at a time, and that are imitated; None where it is one action, and arrays
-    have no axis for it."""
+    """H, actions that the policy predicts at a time; None for a policy of single actions, whose arrays have no axis of
+    actions."""
     chunk: int = 1
-    """C, actions that one decision executes; at most H."""
+    """C, actions that one decision executes."""
     preference_score: Callable | None = None
+    """`preference_score(params, observation, action [B, H, A], seeds uint32 [B, K]) -> [B, K, C]`, float32: a stand-in
+    for the log-probability of each executed action in preference learning, in K estimates that are comparable where
+    seeds are equal. None where `log_prob` itself is used."""
 
 
 def with_prompt(policy: Policy, observation: Observation, instructions: Sequence[str]) -> Observation:

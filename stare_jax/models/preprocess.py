@@ -1,7 +1,7 @@
-"""What becomes of a camera's image before the vision towers read it: resized, perhaps cropped, normalised.
+"""Camera images before the vision towers: resized, cropped on request, normalised.
 
-OpenVLA is run with four resizers, which differ by some grey levels at edges. The name in `OpenVLAConfig.resize` says
-whose numbers are wanted; all of them squash the image to a square, whatever its aspect ratio:
+Four resizers are in use for OpenVLA, which differ by some grey levels at edges. `OpenVLAConfig.resize` selects one by
+name; all of them squash the image to a square, whatever its aspect ratio:
 
 | name            | is                                                                       | of                      |
 |-----------------|--------------------------------------------------------------------------|-------------------------|
@@ -40,7 +40,7 @@ def resize_image(image: jax.Array, size: int, resize: Resize) -> jax.Array:
         float32 `[B, size, size, 3]` in grey levels: whole numbers in [0, 255], but for "bicubic_float".
 
     Raises:
-        ValueError: "area" is to enlarge an image.
+        ValueError: "area" would have to enlarge an image.
     """
     pixels = image.astype(jnp.float32)
     height, width = image.shape[1:3]
@@ -83,9 +83,9 @@ def resize_with_pad(image: jax.Array, size: int) -> jax.Array:
 
 
 def crop_center(pixels: jax.Array, area: float) -> jax.Array:
-    """Cuts out the middle and enlarges it to the size it had, bilinearly, as OpenVLA's evaluations do.
+    """Cuts out the middle and enlarges it to the image's size, bilinearly, as OpenVLA's evaluations do.
 
-    Checkpoints that were trained on random crops of 0.9 of the image are evaluated on the middle 0.9.
+    Checkpoints trained on random crops of 0.9 of the image are evaluated on the middle 0.9.
 
     Args:
         pixels: float32 `[B, S, S, 3]` in grey levels.

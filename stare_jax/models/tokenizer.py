@@ -19,7 +19,7 @@ tower turn under until up upright vertical white with yellow
 
 
 class Tokenizer(NamedTuple):
-    """What building a prompt needs of a tokenizer."""
+    """The parts of a tokenizer that prompts are built with."""
 
     encode: Callable[[str], list[int]]
     """text -> ids, without any special token."""
@@ -32,7 +32,7 @@ class Tokenizer(NamedTuple):
 
 
 def word_tokenizer() -> Tokenizer:
-    """Returns a tokenizer of lower-case words, of the integers below 256, and of bytes for all else.
+    """Returns a tokenizer of lower-case words, the integers below 256, and bytes for all other text.
 
     A word outside the vocabulary becomes a space and its UTF-8 bytes, so different words never share their ids.
     """
@@ -56,7 +56,7 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
     """Returns the tokenizer in a checkpoint folder's tokenizer.json and tokenizer_config.json.
 
     Raises:
-        ValueError: the folder has none, or its vocabulary no lone space ("▁"), which OpenVLA puts before the actions.
+        ValueError: the folder has no tokenizer, or its vocabulary has no lone space ("▁"), which precedes the actions.
     """
     # Not AutoTokenizer, which goes by config.json and asks on the terminal whether to run the code that comes with it.
     from transformers import PreTrainedTokenizerFast

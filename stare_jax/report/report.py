@@ -46,8 +46,8 @@ def print_report(run_directory: str | Path) -> None:
 def write_report(run_directory: str | Path) -> Path:
     """Writes `report.html` and its figures from the files of the run directory, and returns its path.
 
-    Reads `eval/*.json` with the films and pictures they name, `metrics.jsonl`, `config.json`, `versions.json`; missing
-    files are left out. Page and figures are whole at every moment, also while a trainer writes the same ones.
+    Reads `eval/*.json` with the films and pictures they name, `metrics.jsonl`, `config.json`, `<phase>/versions.json`;
+    missing files are left out. Page and figures are whole at every moment, also while a trainer writes the same ones.
     """
     run_directory = Path(run_directory)
     results = load_results(run_directory)
@@ -59,7 +59,8 @@ def write_report(run_directory: str | Path) -> Path:
         sections += [_episode_section(run_directory, results), _films_section(run_directory, results)]
     sections += [_pairs_section(lines), _curves_section(run_directory, lines), _time_section(lines, results)]
     sections += [_file_section(run_directory, "config.json", "Configuration")]
-    sections += [_file_section(run_directory, "versions.json", "Versions and machine")]
+    for file in sorted(run_directory.glob("*/versions.json")):
+        sections += [_file_section(run_directory, f"{file.parent.name}/{file.name}", "Versions and machine")]
     path = run_directory / "report.html"
     replace_text(path, page(f"{run_directory.resolve().name}: {env_id}", *sections))
     return path

@@ -2,38 +2,46 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from stare_jax.config import from_dict, to_dict
+from stare_jax.config import check_choices, from_dict, to_dict
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
+from stare_jax.envs.seeds import PPO_SEEDS, first_seed
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
+from stare_jax.logging import LoggingConfig
 from stare_jax.models import OpenVLAConfig, Pi05Config
 from stare_jax.stages import StageParams, check_reward
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.sft import SFTConfig
 from stare_jax.train.tpo import TPOConfig
 
+Phase = Literal["sft", "tpo", "ppo"]
 PHASES = ("sft", "tpo", "ppo")
+"""Imitation, preference, interaction: the phases in the order in which they run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Over how many devices; see `sharding.make_mesh`."""
+    """The number of devices along each axis of the mesh; see `sharding.mesh.make_mesh`."""
 
     data: int = -1
+    """replicas of the model, over which the rows of a batch are split; -1 takes all devices that the others leave."""
     fsdp: int = 1
+    """devices over which batches, weights and optimiser state are split."""
     tensor: int = 1
+    """devices over which single matrices are split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run."""
+    """The configuration of a whole run."""
 
     env: EnvConfig
     model: OpenVLAConfig | Pi05Config
     stages: StageParams
+    """thresholds and weights of the task's stages."""
     demos: DemosConfig = DemosConfig()
     sft: SFTConfig = SFTConfig()
     pairs: PairsConfig = PairsConfig()
@@ -41,25 +49,33 @@ class RunConfig:
     ppo: PPOConfig = PPOConfig()
     evaluation: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
-    phases: tuple[str, ...] = PHASES
-    """which phases to run, in this order."""
+    logging: LoggingConfig = LoggingConfig()
+    phases: tuple[Phase, ...] = PHASES
+    """phases to run, in this order; each starts from the one before it in this list."""
     init_from: str = ""
-    """what the first phase starts from: a phase's folder of another run (`runs/x/sft`), or the folder of a Hugging Face
-    checkpoint of the model; empty starts from random weights."""
+    """weights that the first phase starts from: a phase of another run (`runs/x/sft`), a converted folder, or the
+    folder of a checkpoint in the format of Hugging Face or openpi; empty for random weights."""
+    unnorm_key: str = ""
+    """name of the data set, in the statistics of a checkpoint of Hugging Face or openpi, whose quantiles scale actions
+    and states. Empty takes the only one; with "sft" among the phases, those of the demonstrations."""
     demos_from: str = ""
     """folder of a data set of demonstrations; empty collects them from the expert."""
     demos_of: str = ""
-    """name of the data set in `demos_from` where it is of a real robot, imported, and not of `env`'s simulator; its
+    """name of the data set in `demos_from` where it is a real robot's, imported, and not of `env`'s simulator; its
     actions are in metres and radians, its gripper is 1 open and 0 closed."""
     skip_broken: bool = False
-    """leave out damaged shards of `demos_from`, and say so, instead of raising."""
+    """leave out damaged shards of `demos_from`, with a warning, instead of raising."""
     seed: int = 0
-    """of the initial weights and of the order of demonstrations."""
+    """seed of the initial weights, 0 to 99. Each section has a seed of its own for the rest; in `configs/` they all
+    follow this one."""
 
     def __post_init__(self):
+        check_choices(self)
         expected = tuple(phase for phase in PHASES if phase in self.phases)
         if not self.phases or tuple(self.phases) != expected:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
+        if self.unnorm_key and not self.init_from:
+            raise ValueError(f"unnorm_key: got {self.unnorm_key!r}, expected '' without init_from, whose it would be")
         dataclasses.replace(self.env.spec, params=self.stages)  # The task's family says which numbers fit it.
         if self.demos_of:
             self._check_foreign()
@@ -70,6 +86,7 @@ class RunConfig:
                     "actions need not lead to equal states"
                 )
         if "ppo" in self.phases:
+            first_seed(PPO_SEEDS, self.ppo.seed)
             check_reward(self.ppo.reward, self.env.spec)
         if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
             raise ValueError(
@@ -101,7 +118,7 @@ class RunConfig:
         return bool(episode_seeds(self.evaluation))
 
     def _check_foreign(self) -> None:
-        """Makes sure that a simulator, if the run needs one, takes what a real robot's demonstrations teach."""
+        """Makes sure that a simulator, if the run needs one, takes the actions of a real robot's demonstrations."""
         if tuple(self.phases) == ("sft",) and not self.has_evaluation:
             return
         without = "or phases ('sft',) and evaluation.num_episodes 0, which need no simulator"

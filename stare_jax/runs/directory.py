@@ -1,40 +1,97 @@
-"""What a run directory remembers of how it came about, so that nothing of two configurations is ever mixed.
+"""A run directory: its lock, and a record of every phase, so that two configurations never mix in it.
 
-A phase that has begun keeps `<phase>/record.json`: its own configuration and the record of the phase it starts from.
-Going on is allowed with the same record only; what has not begun may still be changed.
+    config.json            the configuration
+    norm_stats.json        normalisation statistics of the policy, written once, when the run begins
+    data/demos/            demonstrations, where the run has collected its own
+    <phase>/record.json    configuration, starting weights and data of a phase, written when it begins
+    <phase>/versions.json  packages and machine that the phase began with
+    <phase>/finished.json  there when the phase has been trained to its end
+    <phase>/checkpoints/
+    tpo/pairs/             rollouts of the policy that TPO starts from, and their pairs
+    eval/                  evaluations
+    set_aside/<n>/         phases that were done again (`set_aside`)
+
+A run goes on in its directory with the same configuration only. Sections of phases that have not begun may change, and
+a phase may be made longer.
 """
 
 import contextlib
 import fcntl
 import json
-import re
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from stare_jax.config import ConfigError
-from stare_jax.logging import replace_text, say, write_metadata
+from stare_jax.config import ConfigError, to_dict
+from stare_jax.logging import replace_text, say, write_versions
+from stare_jax.runs.config import PHASES, RunConfig
+from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
+from stare_jax.runs.start import NORM_STATS_FILE, previous_phase, start_name
 
-SHARED_FIELDS = ("env", "model", "stages", "demos", "seed", "init_from", "demos_from")
-"""what all phases depend on."""
-MACHINE_FIELDS = tuple(
-    f"config.env.{name}"
-    for name in ("num_workers", "envs_per_worker", "worker_timeout_s", "start_timeout_s", "max_restarts")
+SHARED_FIELDS = (
+    *("env", "model", "stages", "demos", "seed"),
+    *("init_from", "unnorm_key", "demos_from", "demos_of", "skip_broken"),
 )
-"""parts of those that change the speed, and which random numbers an episode sees, but no task."""
-GROWING_FIELDS = {"sft": "config.num_steps", "ppo": "config.num_iterations"}
-"""of a phase, which may be made longer; a learning rate that decays is from then on that of the longer schedule."""
+"""Fields of `RunConfig` on which all phases depend."""
+MACHINE_FIELDS = ("num_workers", "envs_per_worker", "worker_timeout_s", "start_timeout_s", "max_restarts")
+"""Fields of `EnvConfig` that may change: they decide speed, and the random numbers of an episode, but not the task."""
+GROWING_FIELDS = {"sft": "num_steps", "ppo": "num_iterations"}
+"""Field by which a phase may be made longer; a decaying learning rate follows the longer schedule from then on."""
 
+_LOCK, _SET_ASIDE = "lock", "set_aside"
 _RECORD, _FINISHED = "record.json", "finished.json"
-_LOCK = "lock"
+
+
+class Difference(NamedTuple):
+    """A field that differs between two JSON documents; None stands for a field that one of them lacks."""
+
+    path: str
+    """names of the fields on the way, joined by dots."""
+    old: Any
+    new: Any
+
+
+def differences(old: Any, new: Any, path: str) -> list[Difference]:
+    """Returns all fields in which two JSON documents differ; `path` names the documents."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted({*old, *new})
+        return [found for name in names for found in differences(old.get(name), new.get(name), f"{path}.{name}")]
+    return [] if old == new else [Difference(path, old, new)]
+
+
+def in_words(changes: Sequence[Difference]) -> str:
+    """Returns differences as one line: `config.seed was 0, is 1; ...`."""
+    return "; ".join(f"{change.path} was {change.old!r}, is {change.new!r}" for change in changes)
+
+
+class Record(NamedTuple):
+    """The content of `record.json`: all that decides what a phase makes."""
+
+    config: dict[str, Any]
+    """sections of the configuration, by name."""
+    start: str
+    """the weights that it starts from: name of a checkpoint (`runs.load.identify_checkpoint`), of a folder, or
+    "random"."""
+    data: dict[str, Any]
+    """the data set of demonstrations, {} for phases that read none."""
+
+
+def record_phase(config: RunConfig, phase: str, *, start: str, data: Mapping[str, Any] | None = None) -> Record:
+    """Returns the record of a phase that begins with a configuration."""
+    names = (phase, "pairs") if phase == "tpo" else (phase,)
+    return Record({name: _plain(to_dict(getattr(config, name))) for name in names}, start, _plain(dict(data or {})))
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """While open, keeps other processes out of a run directory; the system lets go of the lock of a process that dies.
+    """Keeps other processes out of a run directory while open; the lock of a process that dies is free again.
 
     Raises:
-        ConfigError: another process is in there.
+        ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / _LOCK).open("w") as file:
@@ -49,70 +106,91 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def open_directory(directory: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Makes a run directory, or checks that the one there is of the same model, task and data.
+def check_directory(directory: Path, config: RunConfig, *, again: Sequence[str] = ()) -> list[Difference]:
+    """Makes sure that all that a directory holds is of the same run; writes nothing.
 
     Args:
-        directory: of the run.
-        config: the whole configuration, JSON-able.
-        resume: whether there may be a run already.
+        directory: the run directory, which need not exist.
+        config: the configuration to go on with.
+        again: phases to be done again, whatever is there of them.
+
+    Returns:
+        Differences that are allowed, and worth a line.
 
     Raises:
-        ConfigError: names the fields that differ, or says that there is a run.
+        ConfigError: names every field that differs and must not, or the phase whose start is not there any more.
     """
-    file = directory / "config.json"
-    if file.exists() and any((directory / name).exists() for name in ("data", "sft", "tpo", "ppo")):
-        if not resume:
-            raise ConfigError(f"{directory}: holds a run already; --resume goes on with it, --workdir chooses another")
-        changed = differences(_read(file), _plain(config), "config")
-        changed = [line for line in changed if not line.startswith(MACHINE_FIELDS)]
-        if refused := [line for line in changed if re.match(r"config\.(\w+)", line)[1] in SHARED_FIELDS]:
+    begun = [phase for phase in config.phases if phase not in again and has_begun(directory / phase)]
+    changed = []
+    if (directory / CONFIG_FILE).exists() and (begun or (directory / "data").exists()):
+        changed = differences(_plain(to_dict(load_config(directory))), _plain(to_dict(config)), "config")
+        machine = {f"config.env.{name}" for name in MACHINE_FIELDS}
+        changed = [change for change in changed if change.path not in machine]
+        if refused := [change for change in changed if change.path.split(".")[1] in SHARED_FIELDS]:
             raise ConfigError(
-                f"{directory}: holds a run of another configuration: {'; '.join(refused)}; --workdir chooses another"
+                f"{directory}: holds a run of another configuration: {in_words(refused)}; --workdir chooses another"
             )
-        for line in changed:
-            say(f"changed since the run began: {line}")
-    write_metadata(directory, config)
+    for phase in begun:
+        before = previous_phase(config, phase)
+        if before is not None and not is_finished(directory, before, config):
+            raise ConfigError(
+                f"{directory / phase}: began from {read_record(directory / phase).start}, and {before} is to be "
+                f"trained now; --redo={phase} does {phase} and what follows it again"
+            )
+        _check_phase(directory / phase, config, start_name(directory, config, phase))
+    return changed
 
 
-def differences(old: Any, new: Any, path: str) -> list[str]:
-    """Returns a line for every field in which two JSON documents differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted({*old, *new})
-        return [line for name in names for line in differences(old.get(name), new.get(name), f"{path}.{name}")]
-    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
+    """Moves all that a directory holds of some phases to `set_aside/<n>/`; returns that folder, None if it holds none.
+
+    Statistics go along where no phase is left that was trained with them.
+    """
+    found = [directory / phase for phase in phases if (directory / phase).exists()]
+    found += [file for phase in phases for file in sorted((directory / "eval").glob(f"{phase}.*"))]
+    found += [directory / "tb" / phase for phase in phases if (directory / "tb" / phase).exists()]
+    if not any(has_begun(directory / phase) for phase in PHASES if phase not in phases):
+        found += [file for file in [directory / NORM_STATS_FILE] if file.exists()]
+    if not found:
+        return None
+    numbers = [int(path.name) for path in (directory / _SET_ASIDE).glob("*") if path.name.isdigit()]
+    folder = directory / _SET_ASIDE / str(max(numbers, default=0) + 1)
+    for path in found:
+        target = folder / path.relative_to(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return folder
 
 
-def is_finished(phase_directory: Path) -> bool:
-    """Says whether a phase has been trained to its end."""
-    return (phase_directory / _FINISHED).exists()
+# ----------------------------------------------------------------------------------------------------------- phases
 
 
-def begin_phase(phase_directory: Path, section: dict[str, Any], predecessor: Path | None) -> bool:
-    """Records what a phase is begun with; returns whether it has been finished like that already.
+def has_begun(phase_directory: Path) -> bool:
+    """Says whether a phase has begun."""
+    return (phase_directory / _RECORD).exists()
 
-    Args:
-        phase_directory: of the phase.
-        section: its configuration, JSON-able.
-        predecessor: directory of the phase that it starts from, None for what the configuration starts from.
+
+def is_finished(directory: Path, phase: str, config: RunConfig) -> bool:
+    """Says whether a phase has been trained to its end, and has not been made longer since."""
+    if not (directory / phase / _FINISHED).exists():
+        return False
+    section = read_record(directory / phase).config[phase]
+    field = GROWING_FIELDS.get(phase)
+    return field is None or section[field] == getattr(getattr(config, phase), field)
+
+
+def begin_phase(phase_directory: Path, record: Record) -> None:
+    """Records what a phase begins with, or goes on with.
 
     Raises:
-        ConfigError: it was begun with another configuration, or the phase before it was; names the fields.
+        ConfigError: it was begun with something else; names the fields.
     """
-    record = _plain({"config": section, "after": None if predecessor is None else _read(predecessor / _RECORD)})
-    if (phase_directory / _RECORD).exists():
-        changed = differences(_read(phase_directory / _RECORD), record, "")
-        changed = [line.removeprefix(".") for line in changed]
-        if refused := [line for line in changed if not _has_grown(line, phase_directory.name)]:
-            raise ConfigError(
-                f"{phase_directory}: was begun with another configuration: {'; '.join(refused)}; delete it, and what "
-                f"came after it, to do the phase again, or choose another --workdir"
-            )
-        if not changed and is_finished(phase_directory):
-            return True
+    if has_begun(phase_directory):
+        _check_records(phase_directory, read_record(phase_directory), record)
+    else:
+        write_versions(phase_directory)
     (phase_directory / _FINISHED).unlink(missing_ok=True)
-    replace_text(phase_directory / _RECORD, json.dumps(record, indent=1) + "\n")
-    return False
+    replace_text(phase_directory / _RECORD, json.dumps(record._asdict(), indent=1) + "\n")
 
 
 def finish_phase(phase_directory: Path) -> None:
@@ -120,12 +198,44 @@ def finish_phase(phase_directory: Path) -> None:
     replace_text(phase_directory / _FINISHED, json.dumps({"finished": True}) + "\n")
 
 
-def _has_grown(line: str, phase: str) -> bool:
-    field, change = line.split(" was ", 1)
-    if field != GROWING_FIELDS.get(phase):
-        return False
-    old, new = change.split(", is ")
-    return int(new) > int(old)
+def read_record(phase_directory: Path) -> Record:
+    """Returns the record of a phase that has begun; fields that were added since have their defaults.
+
+    Raises:
+        ConfigError: it was written by a version of this library whose runs cannot be gone on with.
+    """
+    file, types = phase_directory / _RECORD, typing.get_type_hints(RunConfig)
+    stored = _read(file)
+    if set(stored) != set(Record._fields):
+        raise ConfigError(
+            f"{file}: was written by an earlier version; --workdir chooses another directory, and "
+            f"--config.init_from={phase_directory} starts from these weights"
+        )
+    sections = {
+        name: _plain(to_dict(of_this_version(types[name], section, file))) for name, section in stored["config"].items()
+    }
+    return Record(**stored | {"config": sections})
+
+
+def _check_phase(phase_directory: Path, config: RunConfig, start: str) -> None:
+    """Makes sure that a phase has begun with the configuration's sections, or a shorter one, from these weights."""
+    record = read_record(phase_directory)
+    _check_records(phase_directory, record, record_phase(config, phase_directory.name, start=start, data=record.data))
+
+
+def _check_records(phase_directory: Path, old: Record, new: Record) -> None:
+    phase = phase_directory.name
+    changes = differences(old._asdict(), new._asdict(), phase)
+    if changes := [change for change in changes if not _is_longer(phase, change)]:
+        raise ConfigError(
+            f"{phase_directory}: was begun with another configuration: {in_words(changes)}; --redo={phase} does it and "
+            "what follows it again, --workdir chooses another directory"
+        )
+
+
+def _is_longer(phase: str, change: Difference) -> bool:
+    is_length = change.path == f"{phase}.config.{phase}.{GROWING_FIELDS.get(phase)}"
+    return is_length and change.new > change.old
 
 
 def _read(file: Path) -> Any:
@@ -133,5 +243,5 @@ def _read(file: Path) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples as lists."""
+    """Returns a value as JSON gives it back: tuples as lists."""
     return json.loads(json.dumps(value))

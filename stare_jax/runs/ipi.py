@@ -1,280 +1,279 @@
 """IPI (4.4): imitation, preference, interaction, in this order, each from the weights of the one before.
 
-What a run has finished is on disk and is not done again: demonstrations, rollouts, checkpoints, evaluations. A run that
-was stopped anywhere goes on from there.
+Whatever a run has finished is on disk and is not done again: demonstrations, rollouts, checkpoints, evaluations. A run
+that was stopped anywhere goes on from there.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from stare_jax.config import ConfigError, to_dict, user_input
+from stare_jax.config import ConfigError, to_dict
 from stare_jax.data.batches import imitation_batches
 from stare_jax.data.demos import collect_demos
-from stare_jax.data.norm_stats import read_norm_stats
-from stare_jax.data.pairs import count_kinds, load_pairs
+from stare_jax.data.pairs import Pair, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs, policy_actor
-from stare_jax.data.schema import read_manifest
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
 from stare_jax.evaluate.record import evaluation_file, partial_folder
-from stare_jax.logging import Clock, Interruption, make_writer, say
+from stare_jax.logging import Clock, Interruption, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
+from stare_jax.runs.compiled import keep_compiled
 from stare_jax.runs.config import PHASES, RunConfig
-from stare_jax.runs.directory import begin_phase, finish_phase, is_finished, locked, open_directory
+from stare_jax.runs.directory import (
+    begin_phase,
+    check_directory,
+    finish_phase,
+    in_words,
+    is_finished,
+    locked,
+    record_phase,
+    set_aside,
+)
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
 from stare_jax.runs.load import identify_checkpoint
+from stare_jax.runs.plan import plan_run
+from stare_jax.runs.start import (
+    check_inputs,
+    check_instructions,
+    describe_demonstrations,
+    initial_statistics,
+    read_statistics,
+    start_name,
+    start_source,
+    write_statistics,
+)
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TaskSpec
-from stare_jax.state.checkpoint import load_norm_stats, load_params
+from stare_jax.state.checkpoint import load_params
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.train.loop import Run
 from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
-from stare_jax.types import NormStats, PyTree
+from stare_jax.types import PyTree
 from stare_jax.weights.load import starting_params
 
-
-class Experiment:
-    """What the phases of a run share; the simulators start when they are first needed, and live as long as the run."""
-
-    def __init__(self, config: RunConfig, directory: Path, stack: contextlib.ExitStack):
-        self.config, self.directory, self._stack = config, directory, stack
-        self.spec: TaskSpec = dataclasses.replace(config.env.spec, params=config.stages)
-        self._interruption = stack.enter_context(Interruption())
-        self.writer = stack.enter_context(make_writer(directory))
-        self.mesh = make_mesh(**dataclasses.asdict(config.mesh))
-
-    def should_stop(self) -> bool:
-        return self._interruption.requested
-
-    @functools.cached_property
-    def simulator(self) -> VecEnv:
-        return self._stack.enter_context(contextlib.closing(make_vec_env(self.config.env)))
-
-    @functools.cached_property
-    def norm_stats(self) -> NormStats:
-        checkpoints = Path(self.config.init_from) / CHECKPOINTS
-        if self.config.init_from and checkpoints.is_dir():
-            return load_norm_stats(checkpoints)
-        sizes = {"action_dim": self.config.model.action_dim, "state_dim": self.config.model.state_dim}
-        key = self.config.demos_of or self.config.env.env_id
-        return read_norm_stats(self.demonstrations.directory, **sizes, key=key)
-
-    @functools.cached_property
-    def policy(self) -> Policy:
-        return make_policy(self.config.model, self.norm_stats)
-
-    @functools.cached_property
-    def run(self) -> Run:
-        return Run(
-            directory=self.directory,
-            norm_stats=self.norm_stats,
-            model=to_dict(self.config.model),
-            writer=self.writer,
-            should_stop=self.should_stop,
-            mesh=self.mesh,
-            resume=True,
-        )
-
-    @functools.cached_property
-    def demonstrations(self) -> Dataset:
-        """The demonstrations to imitate: given, on disk from before, or collected now."""
-        config, directory = self.config, Path(self.config.demos_from or self.directory / "data" / "demos")
-        if config.demos_from:
-            return Dataset(directory, skip_broken=config.skip_broken)
-        expert, clock = make_expert(config.env.task_name), Clock()
-        demos = collect_demos(
-            lambda: self.simulator,
-            config.env.info,
-            expert,
-            config.demos,
-            directory,
-            should_stop=self.should_stop,
-            clock=clock,
-        )
-        if "env" in clock.seconds():  # something was missing
-            self.report_collection("demos", demos, clock)
-        return demos
-
-    def report_collection(self, phase: str, dataset: Dataset, clock: Clock) -> None:
-        """Says how much was collected and where the time went."""
-        num_steps = dataset.manifest.progress["num_steps"]
-        metrics = {"env/num_episodes": dataset.num_episodes, "env/steps": num_steps}
-        metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
-        self.writer(dataset.num_episodes, metrics, phase=phase)
-        say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
+Simulator = Callable[[], VecEnv]
+"""() -> the simulators of a run, which start at the first call."""
 
 
-def check_demonstrations(config: RunConfig) -> None:
-    """Makes sure that the data set given shows what the policy will see and does what the simulator takes.
-
-    Raises:
-        ConfigError: names every field of the manifest that differs, got and expected.
-        DatasetError: there is no data set.
-    """
-    manifest, env, model = read_manifest(config.demos_from), config.env, config.model
-    expected = {"env_id": config.demos_of or env.env_id, "action": [model.action_dim]}
-    if not config.demos_of:
-        expected["control_mode"] = env.resolved_control_mode
-    if model.state_dim:  # A policy that sees no state is not shown what is stored.
-        expected["state"] = [model.state_dim]
-    if env.image_size:
-        expected |= {f"image/{camera}": [*env.image_shape, 3] for camera in model.cameras}
-    got = manifest._asdict() | manifest.shapes
-    wrong = {name: value for name, value in expected.items() if got.get(name) != value}
-    if wrong:
-        fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
-        raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
-
-
-def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) -> None:
-    """Makes sure that every instruction fits into the policy's prompt, before anything is trained.
-
-    Raises:
-        ConfigError: one does not.
-    """
-    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-    with user_input():
-        # Far below the data's range, where numbers are written the longest.
-        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
-
-
-def run_ipi(config: RunConfig, directory: str | Path, *, resume: bool = False) -> Path:
+def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
+
+    In a directory that holds a run of the same configuration it goes on with that run.
 
     Args:
         config: see `RunConfig`.
-        directory: the run directory.
-        resume: go on with what is in the directory; without it the directory has to be new.
+        directory: the run directory, made if it does not exist.
+        redo: a phase to do again, with all that follow it; what is there of them moves to `set_aside/`.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; what is finished is safe, and `resume` goes on from there.
-        ConfigError: the directory holds a run already, or one of another configuration, or another process is at work
-            in it; the demonstrations given are not for this run.
+        Interrupted: SIGINT or SIGTERM; all that is finished is safe, and the next call goes on from there.
+        ConfigError: the directory holds a run of another configuration, or another process is at work in it; the
+            demonstrations, or the weights to start from, are not for this run.
+        CheckpointError, DatasetError, ShardingError, SimulatorError, WeightsError: see there.
     """
+    # ---- Checks: of all that takes seconds, before anything is written or collected ---------------------------------
     directory = Path(directory)
-    if config.init_from and not Path(config.init_from).is_dir():
-        raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
-    if config.demos_of and not config.demos_from:
-        raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
-    if config.demos_from:
-        check_demonstrations(config)
-    trainers = {"sft": _train_sft, "tpo": _train_tpo, "ppo": _train_ppo}
+    if redo and redo not in config.phases:
+        raise ConfigError(f"redo: got {redo!r}, expected one of the phases {config.phases}")
+    again = PHASES[PHASES.index(redo) :] if redo else ()
+    check_inputs(config)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    plan_run(config)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
-        open_directory(directory, to_dict(config), resume=resume)
-        experiment = Experiment(config, directory, stack)
-        if config.demos_from:
-            check_instructions(experiment.demonstrations, experiment.policy, config.model.state_dim)
+        changed = check_directory(directory, config, again=again)
+        if changed:
+            say(f"changed since the run began: {in_words(changed)}")
+        if again and (folder := set_aside(directory, again)):
+            say(f"{redo} and what follows it are done again; what was there is in {folder}")
+        write_config(directory, to_dict(config))
+
+        # ---- Set-up -------------------------------------------------------------------------------------------------
+        interruption = stack.enter_context(Interruption())
+        stack.enter_context(keep_compiled(directory / "compiled"))
+        writer = stack.enter_context(
+            make_writer(
+                directory,
+                tensorboard=config.logging.tensorboard,
+                wandb=config.logging.wandb,
+                config=to_dict(config),
+            )
+        )
+        spec = dataclasses.replace(config.env.spec, params=config.stages)
+
+        @functools.cache
+        def simulator() -> VecEnv:
+            return stack.enter_context(contextlib.closing(make_vec_env(config.env)))
+
+        def should_stop() -> bool:
+            return interruption.requested
+
+        # ---- Demonstrations and statistics --------------------------------------------------------------------------
+        demonstrations, stats = None, read_statistics(directory)
+        if "sft" in config.phases and not is_finished(directory, "sft", config):
+            demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
+        if stats is None:
+            folder = Path(config.demos_from) if config.demos_from else None
+            stats = initial_statistics(config, folder if demonstrations is None else demonstrations.directory)
+            write_statistics(directory, stats)
+        policy = make_policy(config.model, stats)
+        if demonstrations is not None:
+            check_instructions(demonstrations, policy, config.model.state_dim)
+        model = json.loads(json.dumps(to_dict(config.model)))
+        run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
+
+        # ---- Phases -------------------------------------------------------------------------------------------------
         for phase in config.phases:
-            params = _run_phase(experiment, phase, trainers[phase])
-            _evaluate_phase(experiment, phase, params)
+            params = None
+            if not is_finished(directory, phase, config):
+                start, source = start_name(directory, config, phase), start_source(directory, config, phase)
+                data = describe_demonstrations(demonstrations) if phase == "sft" else {}
+                begin_phase(directory / phase, record_phase(config, phase, start=start, data=data))
+                evaluation_file(directory, phase).unlink(missing_ok=True)
+                # A phase uses the memory of what it starts from: nothing here may keep it.
+                held = [starting_params(source, policy, config.model, mesh, jax.random.key(config.seed))]
+                if phase == "sft":
+                    batches = functools.partial(_imitation_batches, config, policy, demonstrations)
+                    params = train_sft(policy, held.pop(), batches, config.sft, run)
+                elif phase == "tpo":
+                    clock = Clock()
+                    actor = policy_actor(lambda held=held: (policy, held[0]), config.pairs, source=start)
+                    rollouts, pairs = collect_pairs(
+                        simulator,
+                        config.env.info,
+                        actor,
+                        spec,
+                        config.pairs,
+                        directory / phase / "pairs",
+                        should_stop=should_stop,
+                        clock=clock,
+                    )
+                    del actor
+                    if "env" in clock.seconds():  # something was missing
+                        _report_collection("pairs", rollouts, clock, writer)
+                    _report_pairs(pairs, rollouts, config, writer)
+                    loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
+                    params = train_tpo(policy, held.pop(), loaded, spec, config.tpo, run)
+                else:
+                    params = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run)
+                finish_phase(directory / phase)
+            if config.has_evaluation and not _is_evaluated(directory, phase, config):
+                if params is None:
+                    params = load_params(directory / phase / CHECKPOINTS, abstract_params(policy, mesh))
+                _evaluate_phase(config, directory, phase, policy, params, spec, simulator, should_stop)
         report = write_report(directory)
         print_report(directory)
     return report
 
 
-def _run_phase(experiment: Experiment, phase: str, train: Callable[[Experiment, PyTree], PyTree]) -> PyTree:
-    """Returns the parameters at the end of a phase, from disk if it has been finished with this configuration."""
-    config, directory = experiment.config, experiment.directory / phase
-    section = to_dict(getattr(config, phase)) | ({"pairs": to_dict(config.pairs)} if phase == "tpo" else {})
-    if begin_phase(directory, section, _predecessor(experiment, phase)):
-        return load_params(directory / CHECKPOINTS, abstract_params(experiment.policy, experiment.mesh))
-    evaluation_file(experiment.directory, phase).unlink(missing_ok=True)
-    params = train(experiment, _starting_params(experiment, phase))
-    finish_phase(directory)
-    return params
-
-
-def _predecessor(experiment: Experiment, phase: str) -> Path | None:
-    """The directory of the last phase before this one that is in the run directory, finished."""
-    earlier = [experiment.directory / name for name in PHASES[: PHASES.index(phase)]]
-    return next((path for path in reversed(earlier) if is_finished(path)), None)
-
-
-def _starting_params(experiment: Experiment, phase: str) -> PyTree:
-    """The weights of the last finished phase before this one, or what the configuration starts from."""
-    config, source = experiment.config, _predecessor(experiment, phase)
-    if source is None and config.init_from:
-        source = Path(config.init_from)
-    return starting_params(source, experiment.policy, config.model, experiment.mesh, jax.random.key(config.seed))
-
-
-def _train_sft(experiment: Experiment, params: PyTree) -> PyTree:
-    config, policy = experiment.config, experiment.policy
-
-    def batches(start_step):
-        order = {"batch_size": config.sft.batch_size, "seed": config.seed, "start_step": start_step}
-        order |= {"with_state": config.model.state_dim > 0, "window": policy.window}
-        return imitation_batches(experiment.demonstrations, policy.tokenize, **order)
-
-    return train_sft(policy, params, batches, config.sft, experiment.run)
-
-
-def _train_tpo(experiment: Experiment, params: PyTree) -> PyTree:
-    config, policy, clock = experiment.config, experiment.policy, Clock()
-    rollouts, pairs = collect_pairs(
-        lambda: experiment.simulator,
+def _demonstrations(
+    config: RunConfig, directory: Path, simulator: Simulator, writer: Writer, should_stop: Callable[[], bool]
+) -> Dataset:
+    """Returns the demonstrations to imitate: given, on disk from before, or collected now."""
+    if config.demos_from:
+        return Dataset(config.demos_from, skip_broken=config.skip_broken)
+    clock = Clock()
+    demonstrations = collect_demos(
+        simulator,
         config.env.info,
-        policy_actor(lambda: (policy, params), config.pairs, source="sft"),
-        experiment.spec,
-        config.pairs,
-        experiment.directory / "data" / "pairs",
-        should_stop=experiment.should_stop,
+        make_expert(config.env.task_name),
+        config.demos,
+        directory / "data" / "demos",
+        should_stop=should_stop,
         clock=clock,
     )
     if "env" in clock.seconds():  # something was missing
-        experiment.report_collection("pairs", rollouts, clock)
+        _report_collection("demos", demonstrations, clock, writer)
+    return demonstrations
+
+
+def _imitation_batches(config: RunConfig, policy: Policy, demonstrations: Dataset, start_step: int):
+    """Returns an iterator over the batches of imitation from a step on."""
+    return imitation_batches(
+        demonstrations,
+        policy.tokenize,
+        batch_size=config.sft.batch_size,
+        seed=config.sft.seed,
+        start_step=start_step,
+        with_state=config.model.state_dim > 0,
+        window=policy.window,
+    )
+
+
+def _report_collection(phase: str, dataset: Dataset, clock: Clock, writer: Writer) -> None:
+    """Says how much was collected, and where the time went."""
+    num_steps = dataset.manifest.progress["num_steps"]
+    metrics = {"env/num_episodes": dataset.num_episodes, "env/steps": num_steps}
+    metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
+    writer(dataset.num_episodes, metrics, phase=phase)
+    say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
+
+
+def _report_pairs(pairs: Sequence[Pair], rollouts: Dataset, config: RunConfig, writer: Writer) -> None:
+    """Says how many pairs there are, and of which kinds."""
     kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
     say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {kinds}")
     counts = {f"pairs/{kind.replace(', ', '_').replace(' ', '_')}": count for kind, count in kinds.items()}
-    experiment.writer(rollouts.num_episodes, {"pairs/num_pairs": len(pairs)} | counts, phase="pairs")
-    loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
-    return train_tpo(policy, params, loaded, experiment.spec, config.tpo, experiment.run)
+    writer(rollouts.num_episodes, {"pairs/num_pairs": len(pairs)} | counts, phase="pairs")
 
 
-def _train_ppo(experiment: Experiment, params: PyTree) -> PyTree:
-    config = experiment.config.ppo
-    return train_ppo(experiment.policy, params, experiment.simulator, experiment.spec, config, experiment.run)
+def _is_evaluated(directory: Path, phase: str, config: RunConfig) -> bool:
+    """Says whether a phase has been evaluated in the way that the configuration asks for."""
+    file = evaluation_file(directory, phase)
+    return file.exists() and json.loads(file.read_text()).get("settings") == _settings(config)
 
 
-def _evaluate_phase(experiment: Experiment, phase: str, params: PyTree) -> None:
-    """Evaluates a phase and shows some of its episodes, unless that is not wanted, or has been done in the same way."""
-    config, clock = experiment.config.evaluation, Clock()
-    if not experiment.config.has_evaluation:
-        return
-    settings = json.loads(json.dumps(to_dict(config)))
-    file = evaluation_file(experiment.directory, phase)
-    if file.exists() and json.loads(file.read_text()).get("settings") == settings:
-        return
-    directory, policy, spec = experiment.directory, experiment.policy, experiment.spec
+def _settings(config: RunConfig) -> dict:
+    return json.loads(json.dumps(to_dict(config.evaluation)))
+
+
+def _evaluate_phase(
+    config: RunConfig,
+    directory: Path,
+    phase: str,
+    policy: Policy,
+    params: PyTree,
+    spec: TaskSpec,
+    simulator: Simulator,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Evaluates a phase, and shows some of its episodes."""
+    clock, file = Clock(), evaluation_file(directory, phase)
     _, checkpoint = identify_checkpoint(directory / phase)
     evaluation, films = evaluate(
         policy,
         params,
-        experiment.simulator,
+        simulator(),
         spec,
-        config,
-        conditions=evaluation_conditions(experiment.config.env, checkpoint),
+        config.evaluation,
+        conditions=evaluation_conditions(config.env, checkpoint),
         folder=partial_folder(file),
         desc=f"evaluate {phase}",
-        should_stop=experiment.should_stop,
+        should_stop=should_stop,
         clock=clock,
     )
     say(f"evaluate {phase}: {len(evaluation.episodes.seed)} episodes | {clock.line()}")
-    rewards_fn = training_rewards(spec, experiment.config.ppo, chunk=policy.chunk)
-    num_videos = config.num_videos
-    record_evaluation(directory, phase, evaluation, films, spec, rewards_fn, num_videos=num_videos, settings=settings)
+    record_evaluation(
+        directory,
+        phase,
+        evaluation,
+        films,
+        spec,
+        training_rewards(spec, config.ppo, chunk=policy.chunk),
+        num_videos=config.evaluation.num_videos,
+        settings=_settings(config),
+    )

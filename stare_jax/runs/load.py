@@ -1,66 +1,115 @@
-"""A trained policy from a run directory, for whoever wants to use it: evaluation, collection, notebooks."""
+"""Trained policies on disk, for evaluation, collection and notebooks: phases of runs, and converted folders."""
 
+import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from stare_jax.config import ConfigError, from_dict
-from stare_jax.models import Policy, make_policy
+from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
+from stare_jax.state.checkpoint import fingerprint, load_model, load_norm_stats, load_params, resolve_step
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.types import PyTree
 
+CONFIG_FILE = "config.json"
+"""Name of the file that makes a folder a run directory."""
+
 
 class LoadedPolicy(NamedTuple):
-    config: RunConfig
+    """A policy and its weights."""
+
+    config: RunConfig | None
+    """configuration of the run; None where the weights were converted and no run has trained them."""
     policy: Policy
     params: PyTree
 
 
 def load_config(run_directory: str | Path) -> RunConfig:
-    """Returns the configuration of a run.
+    """Returns the configuration of a run; fields that were added since it was written have their defaults.
 
     Raises:
-        ConfigError: the directory is not that of a run.
+        ConfigError: the directory is not that of a run, or its configuration has a field that no longer exists.
     """
-    file = Path(run_directory) / "config.json"
+    file = Path(run_directory) / CONFIG_FILE
     if not file.exists():
         raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
-    return from_dict(RunConfig, json.loads(file.read_text()))
+    return of_this_version(RunConfig, json.loads(file.read_text()), file)
 
 
-def identify_checkpoint(phase_directory: str | Path, *, step: int | None = None) -> tuple[int, str]:
-    """Returns the step of a checkpoint, the latest if None, and its name: phase, step and fingerprint.
-
-    The name, `sft/500/3f0a5e9c11d2`, is the same wherever the run lies, and no other weights have it.
+def of_this_version(cls: type, values: Mapping[str, Any], file: Path) -> Any:
+    """Returns a dataclass built from JSON that an older version of this library may have written.
 
     Raises:
-        CheckpointError: no such checkpoint.
+        ConfigError: names the file and the field that does not exist any more, or does not take its value.
     """
-    checkpoints = Path(phase_directory) / CHECKPOINTS
-    step = resolve_step(checkpoints, step)
-    return step, f"{Path(phase_directory).resolve().name}/{step}/{fingerprint(checkpoints, step=step)}"
+    try:
+        return from_dict(cls, values)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: was written by another version of stare_jax: {error}") from error
 
 
-def load_policy(phase_directory: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> LoadedPolicy:
-    """Returns the policy of a phase, with the statistics and the weights of its checkpoint.
+def identify_checkpoint(folder: str | Path, *, step: int | None = None) -> tuple[int, str]:
+    """Returns the step of a checkpoint and its name, such as `sft/500/3f0a5e9c11d2`.
+
+    It consists of phase, step and fingerprint: it is the same wherever the run lies, and no other weights have it.
 
     Args:
-        phase_directory: such as `runs/quickstart/ppo`.
-        step: which checkpoint; None takes the latest.
-        mesh: where the weights go; None takes one device.
+        folder: a phase of a run, or a converted folder.
+        step: step of the checkpoint; None takes the latest.
 
     Raises:
-        ConfigError: not a phase of a run.
         CheckpointError: no such checkpoint.
     """
-    phase_directory = Path(phase_directory)
-    config = load_config(phase_directory.parent)
-    checkpoints = phase_directory / CHECKPOINTS
-    policy = make_policy(config.model, load_norm_stats(checkpoints, step=step))
+    checkpoints = Path(folder) / CHECKPOINTS
+    step = resolve_step(checkpoints, step)
+    return step, f"{Path(folder).resolve().name}/{step}/{fingerprint(checkpoints, step=step)}"
+
+
+def identify_folder(folder: Path) -> str:
+    """Returns a name for a folder of weights in another format, which changes where a file comes, goes or grows."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+    return f"{folder.resolve().name}/{hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]}"
+
+
+def load_policy(folder: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> LoadedPolicy:
+    """Returns a policy with the statistics and the weights of its checkpoint.
+
+    Args:
+        folder: a phase of a run, such as `runs/quickstart/ppo`, or a folder that `launch/convert.py` has written.
+        step: step of the checkpoint; None takes the latest.
+        mesh: devices for the weights; None takes one.
+
+    Raises:
+        ConfigError: neither a phase of a run nor a converted folder.
+        CheckpointError: no such checkpoint.
+    """
+    folder = Path(folder)
+    checkpoints = folder / CHECKPOINTS
+    config = load_config(folder.parent) if (folder.parent / CONFIG_FILE).exists() else None
+    model = _stored_model(checkpoints, step) if config is None else config.model
+    policy = make_policy(model, load_norm_stats(checkpoints, step=step))
     like = abstract_params(policy, mesh or make_mesh(data=1))
     return LoadedPolicy(config, policy, load_params(checkpoints, like, step=step))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    model: ModelConfig
+
+
+def _stored_model(checkpoints: Path, step: int | None) -> ModelConfig:
+    """Returns the configuration of the model in a checkpoint's metadata."""
+    values = load_model(checkpoints, step=step)
+    if not values:
+        raise ConfigError(
+            f"{checkpoints.parent}: expected a phase of a run or a converted folder; its checkpoint does not say of "
+            f"which model it is, and {checkpoints.parent.parent / CONFIG_FILE} does not exist"
+        )
+    return of_this_version(_Stored, {"model": values}, checkpoints).model

@@ -1,13 +1,13 @@
-"""What a run is made of, without allocating any of it: shapes, sizes and places of state and batches, phase by phase.
+"""The plan of a run: shapes, sizes and places of state and batches, phase by phase, without allocating any of it.
 
 The devices need not be there: the plan of a run on eight accelerators can be made on a laptop.
 """
 
-import dataclasses
 import math
 
 import jax
 
+from stare_jax.config import user_input
 from stare_jax.logging import print_table
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
@@ -24,25 +24,26 @@ def plan_run(config: RunConfig) -> dict[str, StepPlan]:
     """Traces one optimiser step of every phase of a run on shapes alone.
 
     Raises:
-        ConfigError: a phase would train parameters of less than float32, or lacks the adapters it asks for.
+        ConfigError: a phase would train parameters of less than float32, lacks the adapters it asks for, freezes
+            nothing by a pattern, or does not fit its batch.
         ShardingError: the rules, the mesh, the model and the batches do not fit.
-        TypeError, ValueError: a step does not fit its batch.
     """
     stats = identity_stats(config.model.action_dim, config.model.state_dim)
     policy = make_policy(config.model, stats)
-    mesh = make_abstract_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_abstract_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     horizon, num_stages = config.env.horizon, config.env.spec.num_stages
     plans = {
         "sft": lambda: plan_sft(policy, config.sft, mesh),
         "tpo": lambda: plan_tpo(policy, config.tpo, mesh, horizon=horizon, num_stages=num_stages),
         "ppo": lambda: plan_ppo(policy, config.ppo, mesh),
     }
-    return {phase: plans[phase]() for phase in config.phases}
+    with user_input():  # such as a pattern of `freeze` that matches nothing
+        return {phase: plans[phase]() for phase in config.phases}
 
 
 def print_plan(config: RunConfig) -> None:
     """Prints parameters, optimiser state and batch of each phase, in all and on one device of the mesh."""
-    mesh = make_abstract_mesh(**dataclasses.asdict(config.mesh))
+    mesh = make_abstract_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     rows = []
     for phase, plan in plan_run(config).items():
         num_params = sum(leaf.size for leaf in jax.tree.leaves(plan.state.params))

@@ -12,7 +12,7 @@ from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.intervals import wilson_interval
 from stare_jax.evaluate.protocol import EvalInfo, Evaluation
 from stare_jax.evaluate.record import save_evaluation
-from stare_jax.logging import make_writer, write_metadata
+from stare_jax.logging import make_writer, write_config
 from stare_jax.report.comparison import Choices, make_panels, without_paths
 from stare_jax.report.curves import read_runs
 from stare_jax.report.figures import PALETTE
@@ -44,7 +44,7 @@ def save_rate(path, phase, num_successes, num_episodes=10):
 
 def make_run(directory, rise, seed, task="PushCube-v1"):
     """Success is 0, then 1 from iteration `rise` on; 100 steps and 6 seconds an iteration."""
-    write_metadata(directory, {"seed": seed, "env": {"env_id": task}})
+    write_config(directory, {"seed": seed, "env": {"env_id": task}})
     with make_writer(directory, tensorboard=False) as writer:
         writer(1, {"sft/loss": 1.0}, phase="sft")
         for i in range(1, NUM_ITERATIONS + 1):

@@ -16,6 +16,7 @@ from stare_jax.models import (
     PI05_EXPERTS,
     PI05_PALIGEMMA,
     LoRAConfig,
+    LoRAOverride,
     drop_adapters,
     make_policy,
     merge_adapters,
@@ -27,6 +28,7 @@ from stare_jax.models.bins import bin_state
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
 from stare_jax.models.pi05.network import Pi05, has_frozen_prefix
+from stare_jax.models.pi05.presets import ACTION_EXPERT
 from stare_jax.models.pi05.prompt import STATE_TEMPLATE, clean, encode_prompt, read_observation
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import word_tokenizer
@@ -260,7 +262,8 @@ def test_the_expert_alone_is_trained_where_paligemma_is_frozen():
 
 
 def test_adapters_of_both_experts_start_as_nothing_and_merge():
-    lora = LoRAConfig(rank=2, alpha=3.0, targets=PI05_EXPERTS)
+    overrides = (LoRAOverride(ACTION_EXPERT, rank=3, alpha=6.0),)
+    lora = LoRAConfig(rank=2, alpha=3.0, targets=PI05_EXPERTS, overrides=overrides)
     policy, params, observation = case("learned", lora=lora)
     base, _, _ = case("learned")
     adapters = [name for name in map(path_name, dict(jax.tree.leaves_with_path(params))) if name.endswith("lora_a")]

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from nano_policy import random_observation
+from nano_flow import flow_config
+from nano_policy import random_observation, some_stats
 
-from stare_jax.models import make_policy, pi05_base, pi05_droid, pi05_libero, pi05_maniskill
+from stare_jax.models import PI05_LORA, make_policy, pi05_base, pi05_droid, pi05_libero, pi05_maniskill
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.pi05.prompt import STATE_TEMPLATE, STATELESS_TEMPLATE
 
@@ -72,6 +73,17 @@ def test_every_preset_has_the_published_parameters_and_decides_on_its_chunk(pres
     assert sum(leaf.size for leaf in jax.tree.leaves(published)) == NUM_PARAMS
     decision = jax.eval_shape(policy.sample, params, policy.observation_shape(2), jax.random.key(0))
     assert decision.action.shape == (2, config.chunk, config.action_dim)
+
+
+def test_openpis_adapters_have_rank_16_in_paligemma_and_32_in_the_expert():
+    policy = make_policy(flow_config(lora=PI05_LORA), some_stats(3, 2))
+    leaves = jax.tree.leaves_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    ranks = {name: shape[-1] for name, shape in shapes.items() if name.endswith("lora_a")}
+    assert len(ranks) == 10
+    assert {name: 32 if "_1/" in name else 16 for name in ranks} == ranks
+    scales = {PI05_LORA.scale_of(name.removesuffix("lora_a").rstrip("/_")) for name in ranks}
+    assert scales == {1.0}
 
 
 def test_the_state_is_in_the_prompt_of_base_and_droid_alone():

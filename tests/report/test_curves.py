@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from stare_jax.logging import last_lines, make_writer, read_metrics, write_metadata
+from stare_jax.logging import last_lines, make_writer, read_metrics, write_config
 from stare_jax.report.curves import (
     CurveError,
     ends,
@@ -88,7 +88,7 @@ def test_ends_are_the_first_and_last_five():
 
 def test_reads_who_a_run_is(tmp_path):
     directory = write_lines(tmp_path / "a", [(1, line(0.5, 7))])
-    write_metadata(directory, {"seed": 3, "env": {"env_id": "PushCube-v1"}})
+    write_config(directory, {"seed": 3, "env": {"env_id": "PushCube-v1"}})
     run = read_run("A", directory, "ppo")
     assert (run.label, run.name, run.seed, run.task, run.before, run.after) == (
         "A",

@@ -1,158 +1,288 @@
 """What a run directory refuses, what it lets change, and that it takes one process at a time."""
 
-import copy
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from toy_run import make_config
 
-from stare_jax.config import ConfigError
-from stare_jax.runs.directory import begin_phase, differences, finish_phase, is_finished, locked, open_directory
+from stare_jax.config import ConfigError, to_dict
+from stare_jax.envs import EnvConfig
+from stare_jax.logging import write_config
+from stare_jax.runs import directory as room
+from stare_jax.runs.directory import (
+    Difference,
+    Record,
+    begin_phase,
+    check_directory,
+    differences,
+    finish_phase,
+    in_words,
+    is_finished,
+    locked,
+    read_record,
+    record_phase,
+    set_aside,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = {
-    "env": {"env_id": "PushCube-v1", "num_workers": 2, "max_restarts": 100},
-    "model": {"image_size": 64},
-    "stages": {"tau": 0.1},
-    "demos": {"noise_scales": ((0.0, 1.0),)},
-    "sft": {"num_steps": 30},
-    "seed": 0,
-    "init_from": "",
-    "demos_from": "",
-}
-SECTION = {"num_steps": 30, "optimizer": {"learning_rate": 1e-3, "freeze": ("^value",)}}
+CONFIG = make_config()
 
 
 def changed(config, path, value):
-    """A copy of nested dicts with the field at `a.b` replaced."""
-    config = copy.deepcopy(config)
-    *parents, name = path.split(".")
-    section = config
-    for parent in parents:
-        section = section[parent]
-    section[name] = value
-    return config
+    """A copy of a configuration with the field at `a.b` replaced."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(config, **{name: changed(getattr(config, name), rest, value) if rest else value})
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """A run directory in which a phase has begun."""
-    open_directory(tmp_path, CONFIG, resume=False)
-    begin_phase(tmp_path / "sft", SECTION, None)
-    return tmp_path
+@pytest.fixture(autouse=True)
+def checkpoints(monkeypatch):
+    """checkpoints[phase] = name of the checkpoint that a phase has ended with."""
+    names = {"sft": "sft/4/aaaa", "tpo": "tpo/1/bbbb"}
+
+    def start_name(directory, config, phase):
+        number = config.phases.index(phase)
+        return names[config.phases[number - 1]] if number else "random"
+
+    monkeypatch.setattr(room, "start_name", start_name)
+    return names
+
+
+def begin(directory, config, *phases, finish=True):
+    """A run directory in which phases have begun, and ended."""
+    write_config(directory, to_dict(config))
+    for phase in phases:
+        begin_phase(directory / phase, record_phase(config, phase, start=room.start_name(directory, config, phase)))
+        if finish:
+            finish_phase(directory / phase)
+    return directory
+
+
+def content(directory):
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_is_gone_on_with_only_where_that_is_asked_for(begun):
-    with pytest.raises(ConfigError, match="holds a run already; --resume goes on"):
-        open_directory(begun, CONFIG, resume=False)
-    open_directory(begun, CONFIG, resume=True)
+def test_the_same_configuration_goes_on(tmp_path):
+    assert check_directory(begin(tmp_path, CONFIG, "sft", "tpo"), CONFIG) == []
 
 
 def test_a_directory_in_which_nothing_has_begun_takes_any_configuration(tmp_path):
-    open_directory(tmp_path, CONFIG, resume=False)
-    other = changed(CONFIG, "env.env_id", "PullCube-v1")
-    open_directory(tmp_path, other, resume=False)
-    assert json.loads((tmp_path / "config.json").read_text())["env"]["env_id"] == "PullCube-v1"
+    write_config(tmp_path, to_dict(CONFIG))
+    check_directory(tmp_path, changed(CONFIG, "env", EnvConfig("PullCube-v1")))
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
         ("env.env_id", "PullCube-v1"),
-        ("model.image_size", 32),
-        ("stages.tau", 0.2),
+        ("model.label_width", 3.0),
+        ("stages.delta_reach", 0.2),
         ("demos.noise_scales", ((0.1, 1.0),)),
         ("seed", 1),
         ("init_from", "runs/x/sft"),
         ("demos_from", "data/x"),
+        ("skip_broken", True),
+        ("unnorm_key", "bridge_orig"),
     ],
 )
-def test_what_all_phases_depend_on_stays(begun, path, value):
+def test_what_all_phases_depend_on_stays_and_a_refused_command_writes_nothing(tmp_path, path, value):
+    before = CONFIG if path != "unnorm_key" else changed(CONFIG, "init_from", "x")
+    after = changed(before, path, value)
+    begin(tmp_path, before, "sft")
+    files = content(tmp_path)
     with pytest.raises(ConfigError, match=rf"another configuration: config\.{path} was .*, is .*; --workdir"):
-        open_directory(begun, changed(CONFIG, path, value), resume=True)
-    assert json.loads((begun / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+        check_directory(tmp_path, after)
+    assert content(tmp_path) == files
 
 
-def test_what_changes_only_the_speed_may_change_and_nothing_is_said(begun, capsys):
+def test_the_data_set_behind_a_folder_of_demonstrations_stays(tmp_path):
+    env = EnvConfig("PutSpoonOnTableClothInScene-v1", gripper_threshold=0.5)
+    real = dataclasses.replace(CONFIG, env=env, demos_from="x", demos_of="bridge_orig")
+    begin(tmp_path, real, "sft")
+    with pytest.raises(ConfigError, match="config.demos_of was 'bridge_orig', is 'fractal'"):
+        check_directory(tmp_path, changed(real, "demos_of", "fractal"))
+
+
+def test_what_changes_only_the_speed_may_change_and_nothing_is_said(tmp_path):
     faster = changed(changed(CONFIG, "env.num_workers", 8), "env.max_restarts", 3)
-    open_directory(begun, faster, resume=True)
-    assert capsys.readouterr().out == ""
-    assert json.loads((begun / "config.json").read_text())["env"]["num_workers"] == 8
+    assert check_directory(begin(tmp_path, CONFIG, "sft"), faster) == []
 
 
-def test_what_is_a_phases_own_may_change_as_far_as_the_run_goes_and_is_said(begun, capsys):
-    open_directory(begun, changed(CONFIG, "sft.num_steps", 60), resume=True)
-    assert capsys.readouterr().out == "changed since the run began: config.sft.num_steps was 30, is 60\n"
+def test_what_is_a_phases_own_may_change_as_far_as_the_run_goes_and_is_said(tmp_path):
+    begin(tmp_path, CONFIG, "sft")
+    changes = check_directory(tmp_path, changed(changed(CONFIG, "sft.num_steps", 60), "ppo.gamma", 0.9))
+    assert changes == [("config.ppo.gamma", 0.99, 0.9), ("config.sft.num_steps", 4, 60)]
+    assert in_words(changes[1:]) == "config.sft.num_steps was 4, is 60"
 
 
 def test_differences_name_fields_that_come_and_go():
     old, new = {"a": {"b": 1, "c": [2]}, "gone": "x"}, {"a": {"b": 1, "c": [3]}, "come": None, "there": 4}
     assert differences(old, new, "config") == [
-        "config.a.c was [2], is [3]",
-        "config.gone was 'x', is None",
-        "config.there was None, is 4",
+        Difference("config.a.c", [2], [3]),
+        Difference("config.gone", "x", None),
+        Difference("config.there", None, 4),
     ]
+
+
+def test_a_field_that_was_added_later_has_its_default(tmp_path):
+    begin(tmp_path, CONFIG, "sft", "tpo")
+    for file, path in [
+        ("config.json", ("env", "worker_timeout_s")),
+        ("config.json", ("skip_broken",)),
+        ("config.json", ("sft", "ema_decay")),
+        ("sft/record.json", ("config", "sft", "optimizer", "weight_decay")),
+    ]:
+        values = json.loads((tmp_path / file).read_text())
+        section = values
+        for name in path[:-1]:
+            section = section[name]
+        del section[path[-1]]
+        (tmp_path / file).write_text(json.dumps(values))
+    assert check_directory(tmp_path, CONFIG) == []
+    with pytest.raises(ConfigError, match="config.sft.optimizer.weight_decay was 0.01, is 0.1"):
+        check_directory(tmp_path, changed(CONFIG, "sft.optimizer.weight_decay", 0.1))
+
+
+@pytest.mark.parametrize("file", ["config.json", "sft/record.json"])
+def test_a_field_that_is_gone_is_named(tmp_path, file):
+    begin(tmp_path, CONFIG, "sft")
+    values = json.loads((tmp_path / file).read_text())
+    (values if file == "config.json" else values["config"]["sft"])["speed"] = 1
+    (tmp_path / file).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"{file}: was written by another version of stare_jax: .*speed"):
+        check_directory(tmp_path, CONFIG)
+
+
+def test_a_record_of_an_earlier_version_says_what_to_do(tmp_path):
+    begin(tmp_path, CONFIG, "sft")
+    (tmp_path / "sft/record.json").write_text(json.dumps({"config": {"num_steps": 4}, "after": None}))
+    with pytest.raises(ConfigError, match=r"earlier version; --workdir .* --config.init_from=.*/sft starts from these"):
+        check_directory(tmp_path, CONFIG)
 
 
 # ----------------------------------------------------------------------------------------------------------- phases
 
 
 def test_a_phase_is_done_once_it_is_finished_with_the_same_configuration(tmp_path):
-    assert not begin_phase(tmp_path, SECTION, None)
-    assert not begin_phase(tmp_path, SECTION, None)  # begun is not finished
-    finish_phase(tmp_path)
-    assert begin_phase(tmp_path, SECTION, None) and is_finished(tmp_path)
+    begin(tmp_path, CONFIG, "sft", finish=False)
+    assert not is_finished(tmp_path, "sft", CONFIG)  # begun is not finished
+    finish_phase(tmp_path / "sft")
+    assert is_finished(tmp_path, "sft", CONFIG)
 
 
-@pytest.mark.parametrize(("phase", "name"), [("sft", "num_steps"), ("ppo", "num_iterations")])
-def test_a_phase_may_be_made_longer_and_is_then_not_finished(tmp_path, phase, name):
-    section, directory = {name: 30}, tmp_path / phase
-    begin_phase(directory, section, None)
-    finish_phase(directory)
-    assert not begin_phase(directory, {name: 60}, None) and not is_finished(directory)
-    with pytest.raises(ConfigError, match=f"config.{name} was 60, is 30"):
-        begin_phase(directory, section, None)
+@pytest.mark.parametrize(("phase", "field"), [("sft", "sft.num_steps"), ("ppo", "ppo.num_iterations")])
+def test_a_phase_may_be_made_longer_and_is_then_not_finished(tmp_path, phase, field):
+    config = dataclasses.replace(CONFIG, phases=(phase,))
+    begin(tmp_path, config, phase)
+    longer = changed(config, field, 60)
+    check_directory(tmp_path, longer)
+    assert not is_finished(tmp_path, phase, longer)
+    begin_phase(tmp_path / phase, record_phase(longer, phase, start="random"))
+    with pytest.raises(ConfigError, match=f"{phase}.config.{field} was 60, is "):
+        check_directory(tmp_path, config)
 
 
 @pytest.mark.parametrize("before", [None, 500])
 def test_a_batch_of_steps_is_no_length_of_ppo(tmp_path, before):
-    begin_phase(tmp_path / "ppo", {"num_steps": before}, None)
-    with pytest.raises(ConfigError, match=f"config.num_steps was {before}, is 1500"):
-        begin_phase(tmp_path / "ppo", {"num_steps": 1500}, None)
+    config = dataclasses.replace(changed(CONFIG, "ppo.num_steps", before), phases=("ppo",))
+    begin(tmp_path, config, "ppo")
+    with pytest.raises(ConfigError, match=f"ppo.config.ppo.num_steps was {before}, is 1500"):
+        check_directory(tmp_path, changed(config, "ppo.num_steps", 1500))
 
 
 def test_nothing_else_of_a_phase_may_change(tmp_path):
-    sft = tmp_path / "sft"
-    begin_phase(sft, SECTION, None)
-    finish_phase(sft)
-    other = changed(changed(SECTION, "optimizer.learning_rate", 1e-4), "num_steps", 60)
+    begin(tmp_path, CONFIG, "sft")
+    files = content(tmp_path)
+    other = changed(changed(CONFIG, "sft.optimizer.learning_rate", 1e-4), "sft.num_steps", 60)
     with pytest.raises(
-        ConfigError, match=r"configuration: config.optimizer.learning_rate was 0.001, is 0.0001; delete"
+        ConfigError, match=r"sft.config.sft.optimizer.learning_rate was 1e-05, is 0.0001; --redo=sft does it and what"
     ):
-        begin_phase(sft, other, None)
-    assert begin_phase(sft, SECTION, None)  # what was refused has changed nothing
+        check_directory(tmp_path, other)
+    assert content(tmp_path) == files
+    check_directory(tmp_path, CONFIG)
 
 
-def test_a_phase_remembers_all_phases_before_it(tmp_path):
-    sft, tpo, ppo = (tmp_path / name for name in ("sft", "tpo", "ppo"))
-    begin_phase(sft, SECTION, None)
-    begin_phase(tpo, {"beta": 0.1}, sft)
-    begin_phase(ppo, {"gamma": 0.99}, tpo)
-    finish_phase(ppo)
-    assert begin_phase(ppo, {"gamma": 0.99}, tpo)
-    with pytest.raises(ConfigError, match="ppo: was begun with another configuration: after.after was .*, is None"):
-        begin_phase(ppo, {"gamma": 0.99}, sft)
-    # A longer imitation is another start for what comes after.
-    begin_phase(sft, changed(SECTION, "num_steps", 60), None)
-    with pytest.raises(
-        ConfigError, match=r"tpo: .*after.config.num_steps was 30, is 60; delete it, and what came after"
-    ):
-        begin_phase(tpo, {"beta": 0.1}, sft)
+def test_pairs_are_part_of_the_preference_phase(tmp_path):
+    begin(tmp_path, CONFIG, "sft", "tpo")
+    with pytest.raises(ConfigError, match="tpo.config.pairs.temperature was 3.0, is 2.0; --redo=tpo"):
+        check_directory(tmp_path, changed(CONFIG, "pairs.temperature", 2.0))
+
+
+def test_a_phase_remembers_the_very_weights_it_began_from(tmp_path, checkpoints):
+    begin(tmp_path, CONFIG, "sft", "tpo", "ppo")
+    checkpoints["sft"] = "sft/4/cccc"  # trained again, with the same configuration
+    with pytest.raises(ConfigError, match="tpo.start was 'sft/4/aaaa', is 'sft/4/cccc'; --redo=tpo does it and what"):
+        check_directory(tmp_path, CONFIG)
+    check_directory(tmp_path, CONFIG, again=("tpo", "ppo"))
+
+
+def test_a_phase_that_others_began_from_is_not_made_longer_in_silence(tmp_path):
+    begin(tmp_path, CONFIG, "sft", "tpo", "ppo")
+    longer = changed(CONFIG, "sft.num_steps", 60)
+    with pytest.raises(ConfigError, match="tpo: began from sft/4/aaaa, and sft is to be trained now; --redo=tpo"):
+        check_directory(tmp_path, longer)
+    check_directory(tmp_path, longer, again=("tpo", "ppo"))
+
+
+def test_only_the_runs_own_phases_count(tmp_path):
+    begin(tmp_path, CONFIG, "sft", "tpo")
+    short = dataclasses.replace(CONFIG, phases=("sft", "ppo"))
+    check_directory(tmp_path, short)  # what is there of tpo is not looked at
+    begin(tmp_path, short, "ppo")
+    assert read_record(tmp_path / "ppo").start == "sft/4/aaaa"
+    with pytest.raises(ConfigError, match="ppo.start was 'sft/4/aaaa', is 'tpo/1/bbbb'"):
+        check_directory(tmp_path, CONFIG)
+
+
+def test_other_demonstrations_are_named(tmp_path):
+    data = {"demos": "aaaa", "num_episodes": 4}
+    begin_phase(tmp_path / "sft", record_phase(CONFIG, "sft", start="random", data=data))
+    other = record_phase(CONFIG, "sft", start="random", data=data | {"demos": "bbbb"})
+    with pytest.raises(ConfigError, match="sft.data.demos was 'aaaa', is 'bbbb'; --redo=sft"):
+        begin_phase(tmp_path / "sft", other)
+
+
+def test_versions_are_those_a_phase_began_with(tmp_path, monkeypatch):
+    begin(tmp_path, CONFIG, "sft", finish=False)
+    file = tmp_path / "sft" / "versions.json"
+    assert json.loads(file.read_text())["packages"]["jax"]
+    file.write_text("{}")
+    begin_phase(tmp_path / "sft", record_phase(CONFIG, "sft", start="random"))
+    assert file.read_text() == "{}"
+    assert not (tmp_path / "versions.json").exists()
+
+
+def test_records_keep_what_they_are_given(tmp_path):
+    record = record_phase(CONFIG, "tpo", start="sft/4/aaaa")
+    assert set(record.config) == {"tpo", "pairs"} and record.data == {}
+    begin_phase(tmp_path / "tpo", record)
+    assert read_record(tmp_path / "tpo") == record and isinstance(record, Record)
+
+
+# -------------------------------------------------------------------------------------------------------- set aside
+
+
+def test_phases_that_are_done_again_are_set_aside(tmp_path):
+    begin(tmp_path, CONFIG, "sft", "tpo", "ppo")
+    others = ["tpo/pairs/manifest.json", "eval/tpo.json", "eval/sft.json", "tb/tpo/events", "norm_stats.json"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert set_aside(tmp_path, ("tpo", "ppo")) == tmp_path / "set_aside" / "1"
+    for name in ("tpo/pairs/manifest.json", "eval/tpo.json", "tb/tpo/events", "ppo/record.json"):
+        assert (tmp_path / "set_aside/1" / name).exists() and not (tmp_path / name).exists()
+    for name in ("eval/sft.json", "norm_stats.json", "sft/finished.json"):
+        assert (tmp_path / name).exists()
+    assert set_aside(tmp_path, ("tpo", "ppo")) is None  # nothing is left of them
+    # Statistics are kept as long as a phase is that was trained with them.
+    assert set_aside(tmp_path, ("sft", "tpo", "ppo")) == tmp_path / "set_aside" / "2"
+    assert (tmp_path / "set_aside/2/norm_stats.json").exists() and not (tmp_path / "norm_stats.json").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- lock

@@ -13,7 +13,8 @@ from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.models import openvla_tiny
 from stare_jax.runs.config import RunConfig
-from stare_jax.runs.ipi import check_demonstrations, run_ipi
+from stare_jax.runs.ipi import run_ipi
+from stare_jax.runs.start import check_demonstrations
 from stare_jax.stages import get_task
 
 SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0]}

@@ -51,7 +51,7 @@ class GemmaCall(NamedTuple):
     masks: tuple[jax.Array, ...]
     """bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call."""
     cond: jax.Array | None
-    """`[B, G, width]` of expert 1, which modulates its norms: one for each of G equally long runs of its tokens."""
+    """`[B, G, width]` condition of expert 1's norms: one for each of G equally long runs of its tokens."""
 
 
 Tokens = tuple[jax.Array | None, jax.Array | None]
@@ -67,7 +67,7 @@ def product(
     execution: Execution,
     lora: LoRAConfig | None,
 ) -> jax.Array:
-    """Returns `einsum(equation, x, w)` with a weight of the calling module, and what its adapters add."""
+    """Returns `einsum(equation, x, w)` with a weight of the calling module, plus the product of its adapters."""
     x_axes, w_axes, _ = re.split(",|->", equation)
     fan_in = math.prod(size for size, axis in zip(shape, w_axes, strict=True) if axis in x_axes)
     w = module.param(name, nn.initializers.normal(fan_in**-0.5), shape, execution.param_dtype)
@@ -91,7 +91,7 @@ class Einsum(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention among the tokens of both experts; only the weights are each expert's own."""
+    """Attention among the tokens of both experts, with weights of their own."""
 
     configs: tuple[GemmaConfig, GemmaConfig]
     execution: Execution
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, xs: Tokens, cache: KeyValue | None, call: GemmaCall) -> tuple[Tokens, KeyValue]:
-        """Returns what each expert's tokens attend to, and the keys and values of this call, rotated."""
+        """Returns the attention's output for each expert's tokens, and the keys and values of this call, rotated."""
         queries, keys, values = [], [], []
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
@@ -168,7 +168,7 @@ class GemmaBlock(nn.Module):
 
 
 def norm_experts(name: str, xs: Tokens, cond: jax.Array | None, execution: Execution) -> tuple[Tokens, Tokens]:
-    """Norms the tokens of each expert, within the module that calls; returns them and the gates of their branches."""
+    """Normalises the tokens of each expert within the calling module; returns them and the gates of their branches."""
     normed, gates = (None, None), (None, None)
     if xs[0] is not None:
         y = OffsetRMSNorm(execution, name=name)(xs[0])
@@ -180,7 +180,7 @@ def norm_experts(name: str, xs: Tokens, cond: jax.Array | None, execution: Execu
 
 
 def _add(xs: Tokens, branches: Tokens, gates: Tokens) -> Tokens:
-    """The residual connection of each expert."""
+    """Returns `x + branch`, or `x + branch · gate`, for each expert."""
 
     def one(x, branch, gate):
         return None if x is None else constrain_batch(x + (branch if gate is None else branch * gate))
@@ -225,6 +225,7 @@ class Gemma(nn.Module):
         self.final_norm_1 = AdaptiveRMSNorm(exe)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the embeddings `[..., width]` of token ids `[...]`."""
         return self.embedder(tokens)
 
     def __call__(
@@ -242,8 +243,8 @@ class Gemma(nn.Module):
             xs: embeddings of each expert's tokens.
             positions: int32 `[B, T]` of all tokens of this call, expert 0's first.
             masks: bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call.
-            cond: `[B, G, width]` of expert 1, see `GemmaCall`; needed where it has tokens.
-            cache: keys and values `[layers, B, P, K, D]` of an earlier call, to be attended to as well.
+            cond: `[B, G, width]` condition of expert 1, see `GemmaCall`; required where it has tokens.
+            cache: keys and values `[layers, B, P, K, D]` of an earlier call, which the tokens attend to as well.
 
         Returns:
             Hidden states after the final norms, and the keys and values `[layers, B, T, K, D]` of this call.

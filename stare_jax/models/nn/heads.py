@@ -27,7 +27,7 @@ class ValueHead(nn.Module):
 
 
 class NoiseHead(nn.Module):
-    """How far Flow-Noise strays, from the expert's hidden states: an MLP with tanh, float32."""
+    """Deviations of Flow-Noise from the expert's hidden states: an MLP with tanh, float32 throughout."""
 
     out_dim: int
     hidden_dims: tuple[int, ...] = (128, 64)

@@ -82,9 +82,9 @@ class Linear(nn.Module):
     num_in_axes: int = 1
     use_bias: bool = True
     is_exact: bool = False
-    """whether the product is one of float32 on every device, whatever `execution.dtype`."""
+    """True multiplies in float32 on every device, whatever `execution.dtype` is."""
     lora: LoRAConfig | None = None
-    """of the model; the path of this product decides whether it has adapters, and of which size."""
+    """adapters of the model; the path of this product decides whether it has some, and their size."""
     path_prefix: str = ""
     """path of the module that is applied, where this is not the whole model."""
 
@@ -124,8 +124,8 @@ def scan_layers(
         block: module class whose call maps (carry, *scanned, *shared) to (carry, output).
         depth: number of layers.
         execution: unrolling and rematerialisation.
-        num_scanned: how many arguments have a leading axis of layers.
-        num_shared: how many arguments, after those, every layer gets as they are.
+        num_scanned: number of arguments with a leading axis of layers.
+        num_shared: number of arguments, after those, that every layer gets unchanged.
     """
     if execution.remat != "none":
         block = nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[execution.remat])

@@ -43,14 +43,14 @@ class LlamaConfig:
 
 
 class Cache(NamedTuple):
-    """What decoding one more token needs of the tokens before it.
+    """Keys and values of the tokens before the next one.
 
-    Every array has a leading axis of layers; where layers are run one by one (`unstack`), there is a tuple of
-    `KeyValue` without that axis instead.
+    Every array has a leading axis of layers. Where layers are run one by one (`unstack`), each field is a tuple of
+    `KeyValue`, one for every layer, without that axis.
     """
 
     prefix: KeyValue
-    """`[layers, B, P, K, D]`, complete: only read."""
+    """`[layers, B, P, K, D]`, complete; it is only read."""
     suffix: KeyValue
     """`[layers, B, M, K, D]`, filled from the left as tokens are decoded."""
 
@@ -64,7 +64,7 @@ class LlamaCall(NamedTuple):
     masks: tuple[jax.Array | None, ...]
     """bool `[B, T, S]`, one for each segment of keys; None where causality alone decides."""
     index: jax.Array | int = 0
-    """decoding only: the slot of the suffix that the new token fills."""
+    """slot of the suffix that the new token fills; used in decoding alone."""
 
 
 class LlamaBlock(nn.Module):
@@ -84,7 +84,7 @@ class LlamaBlock(nn.Module):
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
         for_query, for_key, for_value = normed, normed, normed
         if cache is not None:
-            # Else XLA's GPU compiler joins the three products and, for that, copies their weights for every token.
+            # Without the barrier XLA's GPU compiler joins the three products and copies their weights for every token.
             for_query, for_key, for_value = jax.lax.optimization_barrier((normed, normed, normed))
         query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), call.cos, call.sin)
         key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), call.cos, call.sin)
@@ -110,9 +110,9 @@ def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Arr
 def unstack(layers: PyTree, depth: int) -> tuple[PyTree, ...]:
     """Returns the parameters of each layer as arrays of their own, copied out of their stack.
 
-    XLA's GPU compiler copies a layer out of the stack wherever a matrix product reads it, which for a single token is
-    most of the time that the product takes. Copies made here once serve all tokens; the barrier keeps XLA from
-    making them anew for each.
+    XLA's GPU compiler copies a layer out of the stack wherever a matrix product reads it, which takes most of the
+    product's time when there is a single token. The copies made here serve all tokens; the barrier keeps XLA from
+    making them again for each.
 
     Args:
         layers: leaves `[depth, ...]`.
@@ -122,7 +122,7 @@ def unstack(layers: PyTree, depth: int) -> tuple[PyTree, ...]:
 
 
 class OutputLayer(nn.Module):
-    """The product with as many columns of the output layer as are asked for."""
+    """The product with a range of columns of the output layer."""
 
     vocab_size: int
     param_dtype: str
@@ -171,12 +171,12 @@ class Llama(nn.Module):
     def run(
         self, x: jax.Array, mask: jax.Array, layers: Sequence[PyTree] | None = None
     ) -> tuple[jax.Array, KeyValue | tuple[KeyValue, ...]]:
-        """Runs a whole sequence; padding takes no position, so it changes nothing for the tokens after it.
+        """Runs a whole sequence; padding takes no position, so tokens after it are not affected.
 
         Args:
             x: `[B, T, width]` embeddings.
             mask: bool `[B, T]`, False on padding; the first token is real. With cuDNN's attention padding comes last.
-            layers: `unstack`ed parameters to use instead of the stacked ones.
+            layers: parameters from `unstack`, used in place of the stacked ones.
 
         Returns:
             Hidden states before the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`, or of each
@@ -214,7 +214,7 @@ class Llama(nn.Module):
             x: `[B, 1, width]` embedding of the token.
             cache: keys and values of the prefix, and of the `index` tokens decoded since.
             mask: bool `[B, P]` of the prefix, False on padding.
-            index: how many tokens were decoded before this one, in [0, M).
+            index: number of tokens decoded before this one, in [0, M).
             layers: as in `run`; the cache is of the same kind.
 
         Returns:

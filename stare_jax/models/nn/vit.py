@@ -1,7 +1,7 @@
 """Vision transformers as timm builds them: DINOv2 with registers and LayerScale, and SigLIP.
 
-Only what OpenVLA runs is here: the output of the second-to-last block, without the final norm. The last block, the
-final norm and SigLIP's attention pool exist in checkpoints but hold no parameters of ours; converters keep them aside.
+OpenVLA uses the output of the second-to-last block, without the final norm. The last block, the final norm and SigLIP's
+attention pool are in its checkpoints and not in this network; converters keep them aside.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ class ViTConfig:
     num_heads: int
     mlp_dim: int
     patch_size: int = 14
-    """in pixels of the tower's input: of the image, or of the stem's output where there is a stem."""
+    """side of a patch in pixels of the tower's input: the image, or the output of the stem where there is one."""
     num_prefix: int = 0
-    """a class token and registers, together, in front of the patches; dropped from the output."""
+    """number of class token and registers, together, in front of the patches; they are dropped from the output."""
     layer_scale: float | None = None
     """initial value of LayerScale's vectors; None has none."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """of RGB in [0, 1], for normalising images, and `std` likewise."""
+    """mean of each channel of RGB in [0, 1], subtracted from images; `std`, which divides them, likewise."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ class ConvStem(nn.Module):
 
 
 def stem_stride(channels: tuple[int, ...]) -> int:
-    """Returns by how much a stem with these channels shrinks an image; 1 without a stem."""
+    """Returns the factor by which a stem with these channels shrinks an image; 1 without a stem."""
     return 4 * 2 ** (len(channels) - 1) if channels else 1
 
 

@@ -1,6 +1,6 @@
-"""The network of OpenVLA: two vision towers, a projector, a Llama decoder that speaks in action bins, a value head.
+"""The network of OpenVLA: two vision towers, a projector, a Llama decoder over action bins, a value head.
 
-Where there is a state to see instead of an image, a linear embedding of it into a few tokens stands for the towers.
+In studies without images a linear embedding of the state into a few tokens replaces the towers.
 
 The sequence is `[BOS] + patches + text + actions`, causal throughout. The text is right-aligned, so that its last
 token, which predicts the first action token and carries the value, stands at the same place in every row of a batch.
@@ -29,12 +29,12 @@ from stare_jax.types import PyTree
 Pixels = tuple[jax.Array, jax.Array]
 """float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
 Scene = Pixels | jax.Array
-"""What the network sees: images, or the normalised state float32 `[B, S]`."""
+"""Input of the network besides text: images, or the normalised state float32 `[B, S]`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenVLAConfig:
-    """Everything that `make_openvla` needs to know; presets: `openvla_7b()`, `openvla_tiny()`, `openvla_state()`."""
+    """Sizes and choices of an OpenVLA policy; presets: `openvla_7b()`, `openvla_tiny()`, `openvla_state()`."""
 
     dino: ViTConfig | None
     """None, like `siglip`, where `state_tokens` replace the towers."""
@@ -51,7 +51,9 @@ class OpenVLAConfig:
     prompt_length: int
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
+    """name of the camera whose image the policy sees."""
     image_size: int = 224
+    """side of the square image, in pixels."""
     resize: Resize = "bicubic"
     """resizer of images of another size, see `models/preprocess.py`."""
     center_crop: float = 1.0
@@ -60,29 +62,30 @@ class OpenVLAConfig:
     stem: tuple[int, ...] = ()
     """channels of a convolutional stem that both towers read instead of the image; empty has none."""
     state_tokens: int = 0
-    """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
+    """number of tokens into which the state is embedded in place of images; 0 uses images."""
     action_dim: int = 7
     state_dim: int = 0
+    """numbers of the state; 0 where the policy reads none."""
     label_width: float = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
     restrict_logits: bool = False
-    """whether the imitation loss normalises over the action tokens alone, as sampling always does."""
+    """True normalises the imitation loss over the action tokens alone, as sampling does; False over all tokens."""
     value_dims: tuple[int, ...] = (512, 128)
     critic: Literal["shared", "detached", "own", "state"] = "shared"
-    """what the value head reads: "shared", the decoder's last state of the prompt; "detached", the same without passing
-    a gradient on; "own", a stem of its own (or the state itself), so neither the decoder nor the prompt; "state", the
-    state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
+    """input of the value head: "shared", the decoder's last hidden state of the prompt; "detached", the same without a
+    gradient; "own", features of a stem of its own, or the state where there are no images; "state", the state, also
+    where the policy does not see it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
-    """adapters, trained in place of everything else but the value head."""
+    """adapters; with them only they and the value head are trained."""
     frozen_patterns: tuple[str, ...] = ()
-    """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
-    `execution.dtype`, what is trained in `execution.param_dtype`."""
+    """regexes of parameters that no phase trains, in addition to those that adapters freeze; frozen parameters have the
+    type `execution.dtype`, trained ones `execution.param_dtype`."""
     decode_unroll: int = 1
     """action tokens per iteration of the decoding loop."""
     unstack_layers: bool = False
-    """whether sampling takes each decoder layer's weights out of their stack first (`llama.unstack`): on GPUs a token
-    then costs a third of the memory traffic, and the decoder's weights are in memory twice while it lasts."""
+    """True copies each decoder layer's weights out of their stack before sampling (`llama.unstack`): on GPUs a token
+    then costs a third of the memory traffic, and the decoder's weights are in memory twice meanwhile."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -180,7 +183,7 @@ class OpenVLA(nn.Module):
         """Returns embeddings `[B, P, width]` of BOS, patches and text, and their mask bool `[B, P]`, P = patches + L.
 
         Args:
-            scene: what is seen; the tokens of a state stand where the patches of images do.
+            scene: images or state; the tokens of a state stand in the place of an image's patches.
             tokens: int32 `[B, L]`: BOS, padding, text.
             token_mask: bool `[B, L]`, False on padding.
         """
@@ -193,7 +196,7 @@ class OpenVLA(nn.Module):
     def prefill(
         self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, layers: Sequence[PyTree] | None = None
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """Runs the prompt; `layers` are the decoder's `unstack`ed parameters, for this and all calls of `decode`.
+        """Runs the prompt; `layers` are the decoder's parameters from `unstack`, for this and all calls of `decode`.
 
         Returns:
             The hidden state `[B, width]` of the last prompt token, a cache with room for the action tokens that are fed
@@ -226,7 +229,7 @@ class OpenVLA(nn.Module):
         index: jax.Array,
         layers: Sequence[PyTree] | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Feeds the bins int32 `[B]` of action dimension `index`; returns the next hidden state and the cache."""
+        """Runs the bins int32 `[B]` of action dimension `index`; returns the next hidden state and the cache."""
         embeds = self.llm.embed(self.token_ids(bins))[:, None]
         hidden, cache = self.llm.decode(embeds, cache, mask, index, layers)
         return hidden[:, 0], cache
@@ -257,25 +260,25 @@ class OpenVLA(nn.Module):
         return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
 
     def value(self, hidden: jax.Array, scene: Scene, state: jax.Array) -> jax.Array:
-        """Returns float32 `[B]` from what `config.critic` names.
+        """Returns float32 `[B]` from the input that `config.critic` selects.
 
         Args:
             hidden: `[B, width]` of the last prompt token.
-            scene: what the policy sees.
+            scene: images or state, as in `embed_prompt`.
             state: float32 `[B, S]`, normalised.
         """
         cfg = self.config
         if cfg.critic == "state" or (cfg.critic == "own" and cfg.state_tokens):
             return self.value_head(state)
         if cfg.critic == "own":
-            # Where things are matters: no pooling.
+            # No pooling, which would lose the positions of objects.
             return self.value_head(self.value_stem(scene[0]).reshape(hidden.shape[0], -1))
         return self.value_head(jax.lax.stop_gradient(hidden) if cfg.critic == "detached" else hidden)
 
     def __call__(
         self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns action logits `[B, A, 256]` and values `[B]`; touches every parameter, for initialisation."""
+        """Returns action logits `[B, A, 256]` and values `[B]`; `init` makes all parameters by this method."""
         hidden = self.score(scene, tokens, token_mask, bins)
         return self.action_logits(hidden), self.value(hidden[:, 0], scene, state)
 

@@ -46,11 +46,11 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
 
     Args:
         config: sizes and choices.
-        norm_stats: of actions `[A]` and states `[S]`.
+        norm_stats: statistics of actions `[A]` and states `[S]`.
 
     Raises:
-        ValueError: the statistics are of another number of dimensions than the config, or a pattern of its adapters
-            matches no product of the network.
+        ValueError: the statistics have another number of dimensions than the configuration, or a pattern of its
+            adapters matches no product of the network.
     """
     check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
     if config.lora is not None:

@@ -43,13 +43,13 @@ def format_prompt(template: str, instruction: str, state_bins: Sequence[int]) ->
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays a prompt out as `[BOS, padding.., text.., answer]`.
+    """Encodes a prompt as `[BOS, padding.., text.., answer]`.
 
-    The text is right-aligned so that the token that predicts the first action is the last of every row of a batch, and
-    BOS leads every row because the image patches follow it.
+    The text is right-aligned, so that the token that predicts the first action is the last of every row of a batch.
+    BOS comes first, because the image patches follow it.
 
     Args:
-        tokenizer: how text becomes ids.
+        tokenizer: maps text to ids.
         prompt: the text.
         length: L, total number of tokens.
 
@@ -74,7 +74,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, *, length: int) -> tuple[np
 
 
 def observation_shape(config: OpenVLAConfig, batch_size: int) -> Observation:
-    """Returns the shapes of what the policy reads, as jax.ShapeDtypeStruct; cameras of other sizes are resized."""
+    """Returns the shapes of an observation, as jax.ShapeDtypeStruct; images of other sizes are resized."""
     size, length = config.image_size, config.prompt_length
     image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
     return Observation(

@@ -1,7 +1,7 @@
-"""Where OpenVLA's parameters live: one table of (regex over the path, PartitionSpec) over the axes `fsdp` and `tensor`.
+"""Layout of OpenVLA's parameters: one table of (regex over the path, PartitionSpec), axes `fsdp` and `tensor`.
 
 Heads and hidden units are split over `tensor`, the other side of each product over `fsdp`; vectors of the model's width
-are replicated. Adapters are split as the kernel beside them, but for the axis of their rank.
+are replicated. Adapters are split like the kernel beside them, except for the axis of their rank.
 """
 
 from typing import NamedTuple
@@ -15,18 +15,19 @@ Rule = tuple[str, P]
 
 
 class Kernel(NamedTuple):
-    """How the kernel of one module is split."""
+    """Layout of the kernel of one module."""
 
     path: str
     num_stacked: int
-    """1 where a leading axis of layers is there, 0 elsewhere; it is never split."""
+    """1 with a leading axis of layers, which is never split; 0 without."""
     inputs: tuple[str | None, ...]
-    """mesh axes of the input axes, and likewise below."""
+    """mesh axes of the input axes."""
     outputs: tuple[str | None, ...]
+    """mesh axes of the output axes."""
 
 
 def sharding_rules(config: OpenVLAConfig) -> tuple[Rule, ...]:
-    """Returns the rules of the model's parameters, and no others."""
+    """Returns the rules of the model's parameters: every parameter has one, and every rule a parameter."""
     vectors = [
         (r"llm/embed_tokens$", P(("tensor", "fsdp"))),
         (r"norm/scale$", P()),

@@ -24,20 +24,20 @@ from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
 
 Scene = tuple[jax.Array, ...] | jax.Array
-"""What the network sees: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
+"""Input of the network besides text: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
-"""of the sines and cosines that a flow time becomes."""
+"""least and largest period of the sines and cosines of `time_embedding`."""
 _PREFIX = r"^(?:PaliGemma/(?:img/|llm/(?!.*_1/))|stem/|state_embed/)"
 """regex of the parameters that images and text go through."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pi05Config:
-    """Everything that `make_pi05` needs to know; presets: `pi05_base()`, `pi05_tiny()`, `pi05_state()`."""
+    """Sizes and choices of a pi0.5 policy; `models/pi05/presets.py` has those of published checkpoints."""
 
     siglip: SigLIPConfig | None
-    """None where `state_tokens` replace the images."""
+    """vision tower; None where `state_tokens` replace the images."""
     paligemma: GemmaConfig
     expert: GemmaConfig
     vocab_size: int
@@ -48,48 +48,51 @@ class Pi05Config:
     prompt_length: int
     """tokens of the padded prompt."""
     window: int
-    """H, actions of a chunk that is predicted."""
+    """H, actions that one decision predicts."""
     chunk: int
-    """C, actions of it that are executed before the next is predicted."""
+    """C, actions of the window that are executed before the next decision."""
     model_action_dim: int = 32
     """numbers of an action in the network, of which the robot's are the first; 32 in all published weights."""
     action_dim: int = 7
+    """A, numbers of the robot's action."""
     state_dim: int = 0
+    """S, numbers of the robot's state; 0 where the policy reads none."""
     cameras: tuple[str, ...] = ("3rd_view_camera",)
-    """in the order of base, left wrist, right wrist. One that is missing is left out: what openpi makes of a masked
-    image, which no token sees and which takes no position."""
+    """names of the cameras, in the order of base, left wrist, right wrist. A camera that the robot does not have is
+    left out of the list. openpi masks its image instead, which gives the same numbers: no token sees a masked image,
+    and it takes no position. Every camera in the list has to be in the observation."""
     image_size: int = 224
-    """images of another size are shrunk or enlarged to fit, and padded with black."""
+    """side of the square image, in pixels; images of another size are resized to fit and padded with black."""
     stem: tuple[int, ...] = ()
     """channels of a convolutional stem that the tower reads instead of the image; empty has none."""
     state_tokens: int = 0
-    """tokens that the state is embedded in, linearly, in place of images; 0 sees images."""
+    """number of tokens into which the state is embedded in place of images; 0 uses images."""
     num_denoising_steps: int = 10
-    """N, from noise to a chunk."""
+    """N, steps from noise to actions."""
     noise: Literal["ode", "sde", "learned"] = "sde"
-    """what makes sampling random besides the noise it starts from, at a temperature above 0: "sde", one step of
-    Flow-SDE, drawn for every row; "learned", all steps, with the deviations of Flow-Noise; "ode", nothing, so that
-    there is no log-probability to speak of, and no PPO."""
+    """randomness of sampling besides the noise at the start, at temperatures above 0: "sde" makes one step of each row
+    random (Flow-SDE), "learned" all steps, with deviations from a head (Flow-Noise), "ode" none, so that decisions have
+    no log-probability and PPO is not possible."""
     noise_level: float = 0.5
     """a of Flow-SDE."""
     noise_std: tuple[float, float] = (0.08, 0.16)
     """least and largest deviation of Flow-Noise."""
     preference: Literal["flow", "chain"] = "flow"
-    """how preference learning scores actions: "flow", by the error of the velocity at noise and times that are shared
-    by policy, reference and both sides of a pair; "chain", by the density of the chain that the policy drew."""
+    """score of actions in preference learning: "flow" is the error of the velocity at noises and times that policy,
+    reference and both sides of a pair share; "chain" is the density of the chain that the policy drew."""
     pad_actions: bool = True
-    """whether imitation learns to repeat an episode's last action beyond its end, as openpi's does, or leaves what is
-    beyond out of the loss."""
+    """True teaches the policy to repeat an episode's last action beyond its end, as openpi does; False leaves actions
+    beyond the end out of the loss."""
     value_dims: tuple[int, ...] = (1024, 512, 256)
     critic: Literal["shared", "detached", "state"] = "shared"
-    """what the value head reads: "shared", the mean of PaliGemma's valid tokens; "detached", the same without passing a
-    gradient on; "state", the state, whether or not the policy sees it (an asymmetric critic, arXiv:1710.06542)."""
+    """input of the value head: "shared", the mean of PaliGemma's valid tokens; "detached", the same without a gradient;
+    "state", the state, also where the policy does not see it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
-    """adapters of both experts, trained in place of PaliGemma's and the expert's layers."""
+    """adapters of both language models, trained in place of their layers; `presets.LORA` is openpi's recipe."""
     frozen_patterns: tuple[str, ...] = ()
-    """regexes of parameters that no phase trains, on top of what adapters freeze; what is frozen is kept in
-    `execution.dtype`, what is trained in `execution.param_dtype`. `PALIGEMMA` leaves the expert alone to be trained."""
+    """regexes of parameters that no phase trains, in addition to those that adapters freeze; frozen parameters have
+    the type `execution.dtype`, trained ones `execution.param_dtype`. `presets.PALIGEMMA` freezes all but the expert."""
 
     def __post_init__(self):
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
@@ -197,7 +200,7 @@ class Pi05(nn.Module):
         """Returns embeddings `[B, P, width]` of scene and text, in this order, and which are valid, bool `[B, P]`.
 
         Args:
-            scene: what is seen.
+            scene: images of all cameras, or the state.
             scene_mask: bool `[B, cameras]`, False where an image is missing; None where none is.
             tokens: int32 `[B, L]`.
             token_mask: bool `[B, L]`, False on padding.
@@ -223,7 +226,7 @@ class Pi05(nn.Module):
         return hidden, cache, valid
 
     def condition(self, time: jax.Array) -> jax.Array:
-        """Returns what flow times `[...]` modulate the expert's norms by, float32 `[..., width]`."""
+        """Returns the condition of the expert's norms, float32 `[..., width]`, for flow times `[...]`."""
         embedding = constrain_batch(time_embedding(time, self.config.expert.width))
         hidden = nn.swish(constrain_batch(self.time_mlp_in(embedding)))
         return nn.swish(constrain_batch(self.time_mlp_out(hidden)))
@@ -246,11 +249,17 @@ class Pi05(nn.Module):
         return self.action_out_proj(hidden.astype(jnp.float32))
 
     def deviation(self, hidden: jax.Array) -> jax.Array:
-        """Returns what the noise head makes of hidden states `[..., H, width]`, float32 `[..., H, A]`."""
+        """Returns the noise head's output float32 `[..., H, A]` for hidden states `[..., H, width]`."""
         return self.noise_head(hidden)
 
     def value(self, hidden: jax.Array, valid: jax.Array, state: jax.Array) -> jax.Array:
-        """Returns float32 `[B]` from what `config.critic` names: hidden states `[B, P, width]`, or state `[B, S]`."""
+        """Returns float32 `[B]` from the input that `config.critic` selects.
+
+        Args:
+            hidden: `[B, P, width]` of the prefix.
+            valid: bool `[B, P]`, False on padding, which the mean leaves out.
+            state: float32 `[B, S]`, scaled.
+        """
         if self.config.critic == "state":
             return self.value_head(state)
         hidden = hidden.astype(jnp.float32)
@@ -283,7 +292,7 @@ class Pi05(nn.Module):
     def init_pass(
         self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
     ) -> None:
-        """Uses every parameter: the method by which `init` makes them."""
+        """Uses every parameter; `init` makes the parameters by this method."""
         _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))
         self.value(prefix, jnp.ones(prefix.shape[:2], bool), state)
         if self.config.noise == "learned":
@@ -296,6 +305,11 @@ def _positions(valid: jax.Array) -> jax.Array:
 
 
 def has_frozen_prefix(names: Iterable[str], frozen_patterns: Sequence[str]) -> bool:
-    """Returns whether nothing is trained that images and text go through, of parameters with these paths."""
+    """Returns whether all parameters that images and text go through are frozen, so that a prefix never changes.
+
+    Args:
+        names: paths of the model's parameters.
+        frozen_patterns: regexes of the frozen ones.
+    """
     prefix = [name for name in names if re.search(_PREFIX, name)]
     return all(any(re.search(pattern, name) for pattern in frozen_patterns) for name in prefix)

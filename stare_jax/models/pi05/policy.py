@@ -32,11 +32,11 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
 
     Args:
         config: sizes and choices.
-        norm_stats: of actions `[A]` and states `[S]`.
+        norm_stats: statistics of actions `[A]` and states `[S]`.
 
     Raises:
-        ValueError: the statistics are of another number of dimensions than the config, or a pattern of its adapters
-            matches no product of the network.
+        ValueError: the statistics have another number of dimensions than the configuration, or a pattern of its
+            adapters matches no product of the network.
     """
     check_stats(norm_stats, action_dim=config.action_dim, state_dim=config.state_dim)
     if config.lora is not None:
@@ -60,11 +60,14 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
 
 
 class _Prefix(NamedTuple):
-    """What images and text became, for all that follows them."""
+    """Images and text after the network, to be attended to by chunks and pooled by the critic."""
 
     hidden: jax.Array
+    """`[B, P, width]` hidden states."""
     cache: KeyValue
+    """`[layers, B, P, K, D]` keys and values."""
     valid: jax.Array
+    """bool `[B, P]`, False on padding."""
 
 
 def _apply(network: Pi05, params: PyTree, *args, method: str):
@@ -95,7 +98,7 @@ def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
 def _steps(
     network: Pi05, params: PyTree, prefix: _Prefix, points: jax.Array, index: jax.Array, temperature: Array | float
 ) -> tuple[flow.Transition, flow.Transition]:
-    """Returns the steps of an ordinary and of a random chain from points `[B, G, H, A]`, which are x_i, i `[B, G]`."""
+    """Returns the steps of an ordinary and of a random chain from points x_i `[B, G, H, A]`, i int `[B, G]`."""
     config, num_steps = network.config, network.config.num_denoising_steps
     time = flow.denoising_times(num_steps)[index]
     hidden = _apply(network, params, prefix.cache, prefix.valid, points, time, method="suffix")
@@ -120,12 +123,12 @@ def _choose(is_drawn: jax.Array, random: flow.Transition, ordinary: flow.Transit
 
 
 def _over_executed(config: Pi05Config, norm_stats: NormStats, x: jax.Array) -> jax.Array:
-    """Returns the numbers `[..., C, D]` of `[..., H, A]` that are executed and that the data moves."""
+    """Returns the numbers `[..., C, D]` of `[..., H, A]`: executed actions, in the dimensions that the data moves."""
     return x[..., : config.chunk, np.flatnonzero(~is_constant_action(norm_stats))]
 
 
 def _entropy(config: Pi05Config, norm_stats: NormStats, std: jax.Array, is_drawn: jax.Array) -> jax.Array:
-    """Returns the mean `[B]` over the numbers of random steps, of deviations that broadcast to `[B, G, H, A]`."""
+    """Returns the mean entropy `[B]` of the numbers of random steps; `std` broadcasts to `[B, G, H, A]`."""
     if config.noise != "learned":  # fixed by the schedule: a bonus for it would be a constant
         return jnp.zeros(len(is_drawn))
     full = jnp.broadcast_to(std, (*is_drawn.shape, config.window, config.model_action_dim))
@@ -143,7 +146,7 @@ def _sample(
     temperature: Array | float = 1.0,
     noise: Array | None = None,
 ) -> Decision:
-    """Reads the prefix once, then goes from noise `[B, H, A]`, drawn where none is given, to actions step by step."""
+    """Reads the prefix once, then integrates from noise `[B, H, A]` to actions; the noise is drawn if not given."""
     config, num_steps = network.config, network.config.num_denoising_steps
     prefix, batch = _read(network, norm_stats, params, observation), len(observation.tokens)
     shape = (batch, config.window, config.model_action_dim)
@@ -256,7 +259,7 @@ def _imitation_loss(
     valid: Array | None = None,
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the flow-matching error `[B]` of raw chunks `[B, H, A]`, and how far a one-step estimate is off."""
+    """Returns the flow-matching error `[B]` of raw windows `[B, H, A]`, and the error of a one-step estimate."""
     config, unit = network.config, _normalize(network.config, norm_stats, action)
     noise, time = jax.vmap(functools.partial(_draw, config))(key)
     valid = jnp.ones(unit.shape[:2], bool) if valid is None else valid

@@ -17,8 +17,8 @@ ACTION_EXPERT = r"^PaliGemma/llm/layers/(attn/\w+_1|mlp_1/\w+)$"
 LORA = LoRAConfig(rank=16, alpha=16.0, targets=EXPERTS, overrides=(LoRAOverride(ACTION_EXPERT, rank=32, alpha=32.0),))
 """openpi's recipe: rank 16 in PaliGemma (`gemma_2b_lora`) and 32 in the action expert (`gemma_300m_lora`)."""
 PALIGEMMA = r"^PaliGemma/(?:img/|llm/(?!.*_1/))(?!.*lora_[ab]$)"
-"""regex of the vision tower and the language model without its action expert: what is frozen where the expert alone is
-trained, as in pi_RL."""
+"""regex of the vision tower and the language model without its action expert. Frozen, they leave the expert, the
+projections and the heads to be trained, as in pi_RL."""
 _LAYERS = r"^PaliGemma/(?!.*lora_[ab]$)"
 
 

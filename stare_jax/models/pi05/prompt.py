@@ -1,4 +1,4 @@
-"""What pi0.5 reads, from what a policy is given: images in [-1, 1], the prompt with or without the state in it."""
+"""Observations as pi0.5 reads them: images in [-1, 1], and the prompt, with or without the state, as token ids."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from stare_jax.models.tokenizer import Tokenizer, make_tokenizer
 from stare_jax.types import NormStats, Observation
 
 STATE_TEMPLATE = "Task: {instruction}, State: {state};\nAction: "
-"""of checkpoints that read the state; the last space is part of it."""
+"""template of checkpoints that read the state; the last space is part of it."""
 STATELESS_TEMPLATE = "{instruction}\n"
 
 
 def read_observation(
     config: Pi05Config, norm_stats: NormStats, observation: Observation
 ) -> tuple[Scene, jax.Array, jax.Array]:
-    """Returns what the network sees, token ids int32 `[B, L]` and their mask.
+    """Returns the network's scene, token ids int32 `[B, L]` and their mask.
 
     Raises:
         ValueError: the observation has no prompt, or not the cameras of the configuration.
@@ -46,13 +46,13 @@ def clean(instruction: str) -> str:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lays a prompt out as `[BOS, text.., padding..]`; a line's end at the end of it is encoded on its own.
+    """Encodes a prompt as `[BOS, text.., padding..]`; a newline at its end is encoded on its own, as in openpi.
 
     Returns:
         Token ids int32 `[L]` and a mask bool `[L]`, False on padding.
 
     Raises:
-        ValueError: the prompt needs more than `length` tokens. openpi cuts it off, and with it what asks for an action.
+        ValueError: the prompt needs more than `length` tokens. openpi cuts off its end, which asks for the action.
     """
     text, end = (prompt[:-1], "\n") if prompt.endswith("\n") else (prompt, "")
     ids = [tokenizer.bos_id, *tokenizer.encode(text), *(tokenizer.encode(end) if end else [])]
@@ -73,7 +73,7 @@ def make_tokenize(config: Pi05Config, norm_stats: NormStats) -> Callable:
     @functools.lru_cache(maxsize=1024)
     def encode(prompt: str) -> tuple[np.ndarray, np.ndarray]:
         tokens, mask = encode_prompt(tokenizer(), prompt, length=config.prompt_length)
-        # By what comes out: PaliGemma's tokenizer has a token for images that the embedding table has no row for.
+        # Checked by the ids: PaliGemma's tokenizer has a token for images, for which the embedding table has no row.
         if tokens.max() >= config.vocab_size:
             expected = f"below vocab_size {config.vocab_size}"
             raise ValueError(
@@ -96,7 +96,7 @@ def make_tokenize(config: Pi05Config, norm_stats: NormStats) -> Callable:
 
 
 def observation_shape(config: Pi05Config, batch_size: int) -> Observation:
-    """Returns the shapes of what the policy reads, as jax.ShapeDtypeStruct; cameras of other sizes are resized."""
+    """Returns the shapes of an observation, as jax.ShapeDtypeStruct; images of other sizes are resized."""
     size, length = config.image_size, config.prompt_length
     image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
     return Observation(

@@ -1,8 +1,8 @@
-"""Where pi0.5's parameters live.
+"""Layout of pi0.5's parameters: one table of (regex over the path, PartitionSpec), axes `fsdp` and `tensor`.
 
-One table of (regex over the path, PartitionSpec) over the axes `fsdp` and `tensor`: heads and hidden units are split
+Heads and hidden units are split
 over `tensor`, the other side of each product over `fsdp`. PaliGemma has one key-value head, which every device of a
-`tensor` group keeps. Adapters are split as the weight beside them, but for the axis of their rank.
+`tensor` group keeps. Adapters are split like the weight beside them, except for the axis of their rank.
 """
 
 from jax.sharding import PartitionSpec as P
@@ -13,7 +13,7 @@ Rule = tuple[str, P]
 
 
 def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
-    """Returns the rules of the model's parameters, and no others."""
+    """Returns the rules of the model's parameters: every parameter has one, and every rule a parameter."""
     rules = [
         (r"llm/embedder/input_embedding$", P(("tensor", "fsdp"))),
         (r"llm/.*norm/scale$", P()),
@@ -50,7 +50,7 @@ _WEIGHTS = {
     "llm/layers/mlp(_1)?/gating_einsum": (None, "fsdp", "tensor"),
     "llm/layers/mlp(_1)?/linear": ("tensor", "fsdp"),
 }
-"""weights of both experts by path: mesh axes of all axes but that of the layers, the input's and output's last."""
+"""weights of both experts by path: mesh axes of all their axes after that of the layers; input and output come last."""
 
 
 def _modules(path: str) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""A run on disk: its phases in order, its records, its plan."""

@@ -1,0 +1,181 @@
+"""The things that a run begins with: weights, normalisation statistics, demonstrations; all are checked before use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stare_jax.config import ConfigError, user_input
+from stare_jax.data.norm_stats import read_norm_stats
+from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import read_manifest
+from stare_jax.logging import replace_text
+from stare_jax.models import OpenVLAConfig, Policy
+from stare_jax.runs.config import RunConfig
+from stare_jax.runs.load import identify_checkpoint, identify_folder
+from stare_jax.state.checkpoint import load_norm_stats
+from stare_jax.state.train_state import CHECKPOINTS
+from stare_jax.types import NormStats
+from stare_jax.weights.openvla.config import read_norm_stats as read_openvla_stats
+from stare_jax.weights.pi05.statistics import find_stats, read_openpi_stats
+
+NORM_STATS_FILE = "norm_stats.json"
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Makes sure that the folders a configuration names are there, and for this run.
+
+    Raises:
+        ConfigError: names the field, got and expected.
+        DatasetError: `demos_from` is not a data set.
+    """
+    if config.init_from and not Path(config.init_from).is_dir():
+        raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
+    if config.demos_of and not config.demos_from:
+        raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
+    if config.demos_from:
+        check_demonstrations(config)
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def start_name(directory: Path, config: RunConfig, phase: str) -> str:
+    """Returns a name of the weights that a phase starts from: those of the phase before it among the run's own, or
+    `init_from`, or "random"."""
+    if (before := previous_phase(config, phase)) is not None:
+        return identify_checkpoint(directory / before)[1]
+    if not config.init_from:
+        return "random"
+    source = Path(config.init_from)
+    return identify_checkpoint(source)[1] if (source / CHECKPOINTS).is_dir() else identify_folder(source)
+
+
+def start_source(directory: Path, config: RunConfig, phase: str) -> Path | None:
+    """Returns the folder of the weights that a phase starts from; None for random ones."""
+    if (before := previous_phase(config, phase)) is not None:
+        return directory / before
+    return Path(config.init_from) if config.init_from else None
+
+
+def previous_phase(config: RunConfig, phase: str) -> str | None:
+    """Returns the phase before this one in `config.phases`, whose weights it takes; None for the first."""
+    number = config.phases.index(phase)
+    return config.phases[number - 1] if number else None
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+
+def initial_statistics(config: RunConfig, demonstrations: Path | None) -> NormStats:
+    """Returns the statistics that a run begins with, and keeps.
+
+    They are those of the weights that it starts from, so that these see and do what they have learnt. The
+    demonstrations' are taken where imitation makes the policy: from random weights, or from those of another robot.
+
+    Args:
+        config: configuration of the run.
+        demonstrations: folder of the data set; None where the run has none.
+
+    Raises:
+        ConfigError: nothing says what the statistics are.
+        WeightsError: `unnorm_key` is not among the checkpoint's.
+        DatasetError: the data set has none.
+    """
+    model, source = config.model, Path(config.init_from)
+    is_ours = bool(config.init_from) and (source / CHECKPOINTS).is_dir()
+    if is_ours and config.unnorm_key:
+        raise ConfigError(f"config.unnorm_key: got {config.unnorm_key!r}, expected '': {source} has one data set's")
+    if is_ours:
+        stats = load_norm_stats(source / CHECKPOINTS)
+    elif config.init_from and (config.unnorm_key or "sft" not in config.phases):
+        stats = _checkpoint_statistics(source, config)
+    elif demonstrations is not None:
+        key = config.demos_of or config.env.env_id
+        stats = read_norm_stats(demonstrations, action_dim=model.action_dim, state_dim=model.state_dim, key=key)
+    else:
+        raise ConfigError(
+            f"config.init_from: got '', expected weights with statistics, or demos_from, for the phases "
+            f"{config.phases}: actions and states are scaled by the quantiles of a data set"
+        )
+    sizes = {"action_dim": len(stats.action_q01), "state_dim": len(stats.state_q01)}
+    wrong = [name for name, size in sizes.items() if size != getattr(model, name)]
+    if wrong:
+        fields = "; ".join(f"config.model.{name}: got {getattr(model, name)}, expected {sizes[name]}" for name in wrong)
+        raise ConfigError(f"{fields}, as the statistics of {config.init_from or demonstrations}")
+    return stats
+
+
+def _checkpoint_statistics(source: Path, config: RunConfig) -> NormStats:
+    """Returns statistics of a checkpoint of Hugging Face or openpi."""
+    model, key = config.model, config.unnorm_key or None
+    if isinstance(model, OpenVLAConfig):
+        return read_openvla_stats(source, unnorm_key=key, state_dim=model.state_dim)
+    found = find_stats(source, key)
+    if found is None:
+        raise ConfigError(
+            f"config.init_from: {source} has no statistics (assets/<name>/norm_stats.json), by which actions and "
+            "states are scaled; expected a checkpoint that has, or 'sft' among the phases"
+        )
+    return read_openpi_stats(
+        found[1], max_dim=model.model_action_dim, action_dim=model.action_dim, state_dim=model.state_dim
+    )
+
+
+def write_statistics(directory: Path, stats: NormStats) -> None:
+    """Freezes statistics into a run directory, as `norm_stats.json`."""
+    values = {name: np.asarray(value).tolist() for name, value in stats._asdict().items()}
+    replace_text(directory / NORM_STATS_FILE, json.dumps(values, indent=1) + "\n")
+
+
+def read_statistics(directory: Path) -> NormStats | None:
+    """Returns the statistics in a run directory, None where the run has not begun."""
+    file = directory / NORM_STATS_FILE
+    if not file.exists():
+        return None
+    values = json.loads(file.read_text())
+    dtypes = {"action_mask": bool}
+    return NormStats(**{name: np.asarray(value, dtypes.get(name, np.float32)) for name, value in values.items()})
+
+
+# --------------------------------------------------------------------------------------------------- demonstrations
+
+
+def check_demonstrations(config: RunConfig) -> None:
+    """Makes sure that the data set given shows what the policy will see and does what the simulator takes.
+
+    Raises:
+        ConfigError: names every field of the manifest that differs, got and expected.
+        DatasetError: there is no data set.
+    """
+    manifest, env, model = read_manifest(config.demos_from), config.env, config.model
+    expected = {"env_id": config.demos_of or env.env_id, "action": [model.action_dim]}
+    if not config.demos_of:
+        expected["control_mode"] = env.resolved_control_mode
+    if model.state_dim:  # A policy that sees no state is not shown what is stored.
+        expected["state"] = [model.state_dim]
+    if env.image_size:
+        expected |= {f"image/{camera}": [*env.image_shape, 3] for camera in model.cameras}
+    got = manifest._asdict() | manifest.shapes
+    wrong = {name: value for name, value in expected.items() if got.get(name) != value}
+    if wrong:
+        fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
+        raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
+
+
+def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) -> None:
+    """Makes sure that every instruction fits into the policy's prompt, before anything is trained.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
+    with user_input():
+        # Far below the data's range, where numbers are written the longest.
+        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
+
+
+def describe_demonstrations(demonstrations: Dataset) -> dict[str, Any]:
+    """Returns the identity of the demonstrations that imitation reads, as a record has it."""
+    return {"demos": demonstrations.fingerprint[:12], "num_episodes": demonstrations.num_episodes}

@@ -1,0 +1,22 @@
+import pytest
+import toy_run
+
+
+@pytest.fixture
+def on_toy():
+    """Lets `run_ipi` find the toy where it looks for PushCube."""
+    with pytest.MonkeyPatch.context() as patch:
+        toy_run.replace_simulator(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The directory of a run that has come to its end; not to be changed."""
+    from stare_jax.runs.ipi import run_ipi
+
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        toy_run.replace_simulator(patch)
+        run_ipi(toy_run.make_config(), directory)
+    return directory
