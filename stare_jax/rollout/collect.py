@@ -28,9 +28,10 @@ class Rollout(NamedTuple):
     instructions: tuple[str, ...]
     """`[E]`; empty strings for episodes that were never started."""
     num_steps: int
-    """actions executed, those of dropped episodes included."""
+    """Number of actions executed, those of dropped episodes included."""
     num_dropped: int
-    """episodes lost to a dead simulator; their rows, like those cut before their first action, have no valid state."""
+    """Number of episodes lost to a dead simulator; their rows, like those cut before their first action, have no valid
+    state."""
     is_complete: bool
     """False where `should_stop` ended the collection early; rows of unfinished episodes have no valid state."""
     images: dict[int, dict[str, np.ndarray]] | None = None
