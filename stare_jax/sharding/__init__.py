@@ -1,1 +1,1 @@
-"""The places of arrays: meshes, rules and the shardings they give."""
+"""Places of arrays: meshes, rules and the shardings they give."""

@@ -1,1 +1,1 @@
-"""Training's state: parameters and optimiser, and the checkpoints that keep them."""
+"""The state of training: the train state, the optimiser, checkpoints."""
