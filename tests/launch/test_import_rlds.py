@@ -205,7 +205,7 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path):
         (["--split=test"], r"split: got 'test', expected one of \['broken', 'train'\]"),
         (
             ["--name=mine", "--image-key=observation/rgb", "--action-key=action,gripper"],
-            r"got steps of .*observation/image_0 \(uint8 \[80, 96, 3\]\).*; expected observation/rgb, gripper, too",
+            r"got steps of .*observation/image_0 \(uint8 \[80, 96, 3\]\).*; expected observation/rgb, gripper as well",
         ),
         (["--name=mine", "--image-key=action", "--action-key=action"], r"action: got float32 \[7\], expected images"),
         (["--image-key=observation/image_1", "--action-key=action"], "got one for bridge_dataset, whose fields are kn"),
