@@ -132,7 +132,8 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
             write_statistics(directory, stats)
         policy = make_policy(config.model, stats)
         if demonstrations is not None:
-            check_instructions(demonstrations, policy, config.model.state_dim)
+            instructions = sorted({episode.instruction for episode in demonstrations.episodes})
+            check_instructions(instructions, policy, config.model.state_dim)
         model = json.loads(json.dumps(to_dict(config.model)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
 
