@@ -47,6 +47,7 @@ from stare_jax.runs.start import (
     check_inputs,
     check_instructions,
     describe_demonstrations,
+    initial_model,
     initial_statistics,
     read_statistics,
     start_name,
@@ -62,7 +63,7 @@ from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
 from stare_jax.types import PyTree
-from stare_jax.weights.load import starting_params
+from stare_jax.weights.load import initial_params
 
 Simulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
@@ -130,11 +131,12 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
             folder = Path(config.demos_from) if config.demos_from else None
             stats = initial_statistics(config, folder if demonstrations is None else demonstrations.directory)
             write_statistics(directory, stats)
-        policy = make_policy(config.model, stats)
+        network = initial_model(config)
+        policy = make_policy(network, stats)
         if demonstrations is not None:
             instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-            check_instructions(instructions, policy, config.model.state_dim)
-        model = json.loads(json.dumps(to_dict(config.model)))
+            check_instructions(instructions, policy, network.state_dim)
+        model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
 
         # ---- Phases -------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
                 begin_phase(directory / phase, record_phase(config, phase, start=start, data=data))
                 evaluation_file(directory, phase).unlink(missing_ok=True)
                 # A phase uses the memory of what it starts from: nothing here may keep it.
-                held = [starting_params(source, policy, config.model, mesh, jax.random.key(config.seed))]
+                held = [initial_params(source, policy, network, mesh, jax.random.key(config.seed))]
                 if phase == "sft":
                     batches = functools.partial(_imitation_batches, config, policy, demonstrations)
                     params = train_sft(policy, held.pop(), batches, config.sft, run)
