@@ -1,0 +1,1 @@
+"""Episodes, as a policy and a simulator make them, and the decisions in them."""

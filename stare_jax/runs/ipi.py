@@ -24,7 +24,7 @@ from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
 from stare_jax.evaluate.record import evaluation_file, partial_folder
-from stare_jax.logging import Clock, Interruption, Writer, make_writer, say, write_config
+from stare_jax.logging import Clock, Interruption, Profiler, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
@@ -68,7 +68,7 @@ Simulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
 
 
-def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path:
+def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile: int = 0) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
     In a directory that holds a run of the same configuration it goes on with that run.
@@ -77,6 +77,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         config: see `RunConfig`.
         directory: the run directory, made if it does not exist.
         redo: a phase to do again, with all that follow it; what is there of them moves to `set_aside/`.
+        profile: optimiser steps of every phase to trace into `profile/`, after the first; 0 traces none.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; all that is finished is safe, and the next call goes on from there.
@@ -113,6 +114,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
                 config=to_dict(config),
             )
         )
+        profiler = stack.enter_context(Profiler(directory, profile))
         spec = dataclasses.replace(config.env.spec, params=config.stages)
 
         @functools.cache
@@ -134,7 +136,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         if demonstrations is not None:
             check_instructions(demonstrations, policy, config.model.state_dim)
         model = json.loads(json.dumps(to_dict(config.model)))
-        run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
+        run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 
         # ---- Phases -------------------------------------------------------------------------------------------------
         for phase in config.phases:

@@ -1,1 +1,1 @@
-"""Where arrays live: meshes, rules and the shardings they give."""
+"""Meshes, rules, and the shardings that they give to arrays."""

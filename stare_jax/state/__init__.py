@@ -1,1 +1,1 @@
-"""What is trained and kept: the train state, the optimiser, checkpoints."""
+"""The train state, its optimiser and its checkpoints."""

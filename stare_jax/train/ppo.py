@@ -342,7 +342,8 @@ def _update(
     rng = np.random.default_rng((config.seed, iteration))
     epochs = (ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
     for minibatch in itertools.chain.from_iterable(epochs):
-        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
+        with run.profiler.step(PHASE, iteration):
+            state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
         window.add(metrics)
         if config.target_kl is not None and metrics["ppo/stopped"]:
             break
