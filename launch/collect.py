@@ -31,7 +31,10 @@ from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, make_expert, make_vec_env
 from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.logging import Clock, Interruption, print_table, say
+from stare_jax.models import Policy
+from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TASKS, TaskSpec
+from stare_jax.types import PyTree
 
 DEMOS, PAIRS, ENV = DemosConfig(), PairsConfig(), EnvConfig()
 ALL_TASKS = "all"
@@ -52,11 +55,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         f"(default: {ENV.env_id}, or that of the checkpoint)",
     )
     add("--seed", type=int, default=0, help="of the run, 0 to 99: picks the simulator's seeds (default: 0)")
-    add("--fast-resets", action="store_true", help="save 0.05 to 0.3 s an episode; not the same bit for bit next time")
+    add(
+        "--no-reproducible",
+        "--fast-resets",
+        action="store_true",
+        help="save 0.05 to 0.3 s an episode; the same command makes other bits next time",
+    )
     add("--skip-broken", action="store_true", help="leave out demonstrations in damaged shards, instead of an error")
     add_simulator_options(parser.add_argument_group("simulator"))
     add_expert_options(parser.add_argument_group("expert"))
     add_pairs_options(parser.add_argument_group("pairs"))
+    command.add_mesh(parser)
     arguments = parser.parse_args(argv)
     if arguments.demos is None and arguments.pairs is None:
         parser.error("nothing to collect: give --demos=N, or --pairs=N, or both")
@@ -71,12 +80,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def add_simulator_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--workers", type=int, metavar="N", help=f"processes (default: {ENV.num_workers})")
+    add("--num-workers", "--workers", type=int, metavar="N", help=f"processes (default: {ENV.num_workers})")
     add("--envs-per-worker", type=int, metavar="N", help=f"simulators of a process (default: {ENV.envs_per_worker})")
     add("--horizon", type=int, metavar="N", help="actions an episode may take (default: the task's own)")
     add("--image-size", type=int, metavar="PIXELS", help=f"height, 0 for no images (default: {ENV.image_size})")
     add("--image-width", type=int, metavar="PIXELS", help="(default: as the height; the WidowX camera has 480 x 640)")
-    add("--state", choices=tuple(STATE_DIMS), help=f"proprioception to store (default: {ENV.use_state})")
+    add("--use-state", "--state", choices=tuple(STATE_DIMS), help=f"proprioception to store (default: {ENV.use_state})")
     add(
         "--jitter",
         choices=tuple(JITTERS),
@@ -151,12 +160,12 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     """Returns the simulator's configuration: `base` with what the command line changes."""
     given = {
         "task": arguments.task,
-        "num_workers": arguments.workers,
+        "num_workers": arguments.num_workers,
         "envs_per_worker": arguments.envs_per_worker,
         "horizon": arguments.horizon,
         "image_size": arguments.image_size,
         "image_width": arguments.image_width,
-        "use_state": arguments.state,
+        "use_state": arguments.use_state,
         "jitter": arguments.jitter,
     }
     changes = {name: value for name, value in given.items() if value is not None}
@@ -182,7 +191,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
             noise_scales=arguments.noise,
             linger=arguments.linger,
             seed=arguments.seed,
-            reproducible=not arguments.fast_resets,
+            reproducible=not arguments.no_reproducible,
         )
         env = env_config(arguments, ENV)
         expert = make_expert(env.task_name, limit=arguments.limit)
@@ -217,9 +226,18 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     if changed := [name for name in seen if getattr(env, name) != getattr(run.env, name)]:
         raise ConfigError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
     if config.reproducible and not env.has_reproducible_resets:
-        raise ConfigError(f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --fast-resets")
+        raise ConfigError(
+            f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --no-reproducible"
+        )
     spec = dataclasses.replace(env.spec, params=run.stages)
-    return env, spec, policy_actor(lambda: load_policy(arguments.checkpoint, step=step)[1:], config, source=name)
+    sizes = dataclasses.replace(run.mesh, **command.given_mesh(arguments))
+    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+
+    def restore() -> tuple[Policy, PyTree]:
+        _, policy, params = load_policy(arguments.checkpoint, step=step, mesh=mesh)
+        return policy, params
+
+    return env, spec, policy_actor(restore, config, source=name)
 
 
 def expert_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
@@ -240,7 +258,7 @@ def make_pairs(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
             max_rollouts=arguments.max_rollouts,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            reproducible=not arguments.fast_resets,
+            reproducible=not arguments.no_reproducible,
         )
     env, spec, actor = (policy_source if arguments.checkpoint else expert_source)(arguments, config)
     directory, clock = arguments.out / "pairs", Clock()

@@ -24,9 +24,6 @@ class EnvConfig:
     env_id: str = "PushCube-v1"
     """the simulator's name of the task: one of the eight in `stages.TASKS`. With `task` it is that of the task's
     `TaskSpec`, whatever is given here."""
-    task: str = ""
-    """a task of one's own: the path of a Python file (`path/to/task.py`), or a module (`package.module`), that defines
-    `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
     backend: Backend = "cpu"
     """device of the physics. "cpu": processes that have some environments each. "cuda": this process's GPU, with all
     environments at once, see `BatchedSimulator`. "auto": the second if this machine and the task allow it, else the
@@ -65,6 +62,9 @@ class EnvConfig:
     max_restarts: int = 100
     """losses that the simulators survive together: processes that died or hung, and environments that raised an error.
     One more ends the run."""
+    task: str = ""
+    """a task of one's own: the path of a Python file (`path/to/task.py`), or a module (`package.module`), that defines
+    `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
 
     def __post_init__(self):
         if self.task in TASKS:

@@ -112,7 +112,7 @@ def test_missing_assets_name_the_command_that_downloads_them(monkeypatch, tmp_pa
     ("field", "value", "message"),
     [
         ("jitter", "2m", "jitter: got '2m', expected one of .*15mm-15deg"),
-        ("image_width", 0, "image_width: got 0, expected at least 1 pixel"),
+        ("image_width", 0, "image_width: got 0, expected >= 1 or None"),
         ("control_mode", "pd_ee_delta_pose", "control_mode: got 'pd_ee_delta_pose', expected one of .*align2"),
     ],
 )
