@@ -46,9 +46,10 @@ from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
     check_instructions,
+    demonstration_statistics,
     describe_demonstrations,
-    initial_statistics,
     read_statistics,
+    source_statistics,
     start_name,
     start_source,
     write_statistics,
@@ -91,6 +92,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         raise ConfigError(f"redo: got {redo!r}, expected one of the phases {config.phases}")
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
+    source_stats = source_statistics(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     plan_run(config)
 
@@ -129,8 +131,8 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         if "sft" in config.phases and not is_finished(directory, "sft", config):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if stats is None:
-            folder = Path(config.demos_from) if config.demos_from else None
-            stats = initial_statistics(config, folder if demonstrations is None else demonstrations.directory)
+            folder = Path(config.demos_from or directory / "data" / "demos")
+            stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
             write_statistics(directory, stats)
         policy = make_policy(config.model, stats)
         if demonstrations is not None:
