@@ -31,8 +31,8 @@ from stare_jax.train.ppo import PPOConfig, make_ppo_step
 from stare_jax.train.ppo_batch import DecisionBatch
 from stare_jax.train.update import jit_step
 from stare_jax.types import Observation, PyTree
-from stare_jax.weights.openvla.table import leaf_shapes, tensor_table
-from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, to_ours
+from stare_jax.weights.openvla.table import tensor_table
+from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, leaf_shapes, to_ours
 
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 

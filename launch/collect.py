@@ -1,7 +1,7 @@
 """Collects demonstrations of an expert, and preference pairs from rollouts of a policy or of a disturbed expert.
 
     python launch/collect.py --task=PushCube-v1 --demos=100 --pairs=50 --out=data/pushcube
-    python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --out=data/pushcube
+    python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --linger=8 --out=data/pushcube
     python launch/collect.py --pairs=50 --checkpoint=runs/quickstart/sft --out=data/pushcube
     python launch/collect.py --task=all --demos=100 --pairs=50 --image-size=224 --out=data
 
@@ -46,8 +46,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
     add("--pairs", type=int, metavar="N", help="preference pairs to make")
-    linger = "further actions of the expert that a demonstration keeps after success (default: 0)"
-    add("--linger", type=int, default=DEMOS.linger, metavar="N", help=linger)
     add(
         "--task",
         metavar="TASK",
@@ -103,6 +101,8 @@ def add_expert_options(group: argparse._ArgumentGroup) -> None:
         help="standard deviations of the noise on what demonstrations execute, as fractions of the action's range, and "
         "the share of the demonstrations that gets each (default: 0)",
     )
+    linger = "further actions of the expert that a demonstration keeps after success (default: 0)"
+    add("--linger", type=int, default=DEMOS.linger, metavar="N", help=linger)
     add(
         "--limit",
         type=float,

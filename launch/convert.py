@@ -4,7 +4,8 @@
     python launch/convert.py --from=/data/openvla-7b --adapter=/data/lora --to=runs/warm
     python launch/convert.py --from=runs/ipi/ppo --to=/data/trained              # adapters alone, if there are any
     python launch/convert.py --from=runs/ipi/ppo --merge --to=/data/trained      # the whole model
-    python launch/convert.py --from=/data/pi05_base --unnorm-key=droid --to=runs/pi05     # openpi's, lerobot's, an npz
+    python launch/convert.py --from=/data/pi05_base --unnorm-key=droid --to=runs/pi05     # openpi's checkpoint
+    python launch/convert.py --from=/data/lerobot_pi05 --model=pi05_libero --to=runs/pi05 # or an npz of PaliGemma
     python launch/convert.py --from=runs/pi05_ppo/ppo --to-format=safetensors --to=/data/trained
 
 The direction follows from what --from holds. A folder that was converted keeps all that its checkpoint had besides the
@@ -13,29 +14,36 @@ Pickles are never read. What is written is there when it is complete, or not at 
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import command
+import jax
 
 from stare_jax.config import ConfigError
 from stare_jax.logging import PeakMemory, say
-from stare_jax.models import LoRAConfig
-from stare_jax.weights.folders import OPENVLA, PI05, find_kind
-from stare_jax.weights.import_openvla import Imported, import_openvla
-from stare_jax.weights.import_pi05 import ImportedPi05, import_pi05
-from stare_jax.weights.openvla.side_files import KEPT
+from stare_jax.models import LoRAConfig, OpenVLAConfig
+from stare_jax.runs.load import load_config
+from stare_jax.state.train_state import CHECKPOINTS
+from stare_jax.weights.convert import Imported, export_weights, import_weights
+from stare_jax.weights.formats import OPENVLA, find_format
+from stare_jax.weights.load import is_converted, model_from_dict, stored_model
+from stare_jax.weights.openvla.config import CONFIG
+from stare_jax.weights.pi05.formats import named_model
 
 OPTIONS = {
     "an OpenVLA checkpoint": ("adapter", "unnorm_key", "fsdp", "tensor", "seed"),
     "our own checkpoint of OpenVLA": ("base", "step", "merge", "stats_name", "max_shard_gb"),
-    "a checkpoint of pi0.5": ("unnorm_key", "action_dim", "state_dim", "fsdp", "tensor", "seed"),
+    "a checkpoint of pi0.5": ("model", "unnorm_key", "action_dim", "state_dim", "fsdp", "tensor", "seed"),
     "our own checkpoint of pi0.5": ("to_format", "step", "merge", "stats_name", "max_shard_gb"),
 }
-"""what goes with each direction, by what --from holds."""
+"""options of each direction, by what --from holds"""
+MAX_CHAIN = 100
+NUM_PARTS = 8
+"""devices that the processor counts as, over which leaves are cut: a part is the least that is written at once"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +57,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--unnorm-key",
         metavar="NAME",
         help="data set, or asset, whose statistics the policy has (default: the only one)",
+    )
+    add(
+        "--model",
+        metavar="NAME",
+        help="pi0.5: pi05_base, pi05_droid, pi05_libero or pi05_maniskill, or a JSON file of it",
     )
     add("--action-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's actions (default: the statistics')")
     add("--state-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's state (default: the statistics')")
@@ -70,18 +83,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def options_of(arguments: argparse.Namespace, what: str) -> dict[str, Any]:
-    """Returns the options that are given, given what there is to convert.
+def check_options(arguments: argparse.Namespace, what: str) -> None:
+    """Makes sure that the options that are given go with what there is to convert.
 
     Raises:
-        ConfigError: some of them do not go with it.
+        ConfigError: some of them do not.
     """
     every = dict.fromkeys(name for names in OPTIONS.values() for name in names)
-    given = {name: getattr(arguments, name) for name in every if getattr(arguments, name) is not None}
-    if wrong := given.keys() - set(OPTIONS[what]):
+    given = {name for name in every if getattr(arguments, name) is not None}
+    if wrong := given - set(OPTIONS[what]):
         flags, allowed = (", ".join(map(flag, names)) for names in (sorted(wrong), OPTIONS[what]))
         raise ConfigError(f"{flags}: got {what} in {arguments.source}, expected no others than {allowed}")
-    return given
 
 
 def flag(name: str) -> str:
@@ -89,67 +101,97 @@ def flag(name: str) -> str:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Converts in whichever direction the source asks for."""
-    source, to, dtype = arguments.source, arguments.to, arguments.dtype
-    kind = find_kind(source)
-    if kind == OPENVLA:
-        report_openvla(import_openvla(source, to, dtype=dtype, **options_of(arguments, "an OpenVLA checkpoint")), to)
-    elif kind == PI05:
-        report_pi05(import_pi05(source, to, dtype=dtype, **options_of(arguments, "a checkpoint of pi0.5")), to)
-    else:
+    """Converts in the direction that the source asks for."""
+    found = find_format(arguments.source)
+    if found is None:
         export(arguments)
+        return
+    is_openvla = found[0] is OPENVLA
+    check_options(arguments, "an OpenVLA checkpoint" if is_openvla else "a checkpoint of pi0.5")
+    imported = import_weights(
+        arguments.source,
+        arguments.to,
+        config=None if arguments.model is None else named_model(arguments.model),
+        adapter=arguments.adapter,
+        unnorm_key=arguments.unnorm_key,
+        action_dim=arguments.action_dim,
+        state_dim=arguments.state_dim,
+        dtype=arguments.dtype,
+        fsdp=arguments.fsdp or 1,
+        tensor=arguments.tensor or 1,
+        seed=arguments.seed or 0,
+    )
+    report(imported, arguments.to)
 
 
 def export(arguments: argparse.Namespace) -> None:
     """Converts a checkpoint of ours."""
-    # Know runs, and so all that they are made of.
-    from stare_jax.weights.export_openvla import export_openvla
-    from stare_jax.weights.export_pi05 import export_pi05, is_pi05_checkpoint
-
-    source, to, is_pi05 = arguments.source, arguments.to, is_pi05_checkpoint(arguments.source)
-    options = options_of(arguments, f"our own checkpoint of {'pi0.5' if is_pi05 else 'OpenVLA'}")
-    if (max_gb := options.pop("max_shard_gb", None)) is not None:
-        if not max_gb > 0:
-            raise ConfigError(f"max_shard_gb: got {max_gb}, expected > 0")
-        options["max_bytes"] = int(max_gb * 1e9)
-    if is_pi05:
-        form = export_pi05(source, to, form=options.pop("to_format", None), dtype=arguments.dtype, **options)
-        kind = f"a model for {form}"
+    source, run = arguments.source, None
+    if is_converted(source):
+        model = model_from_dict(stored_model(source, step=arguments.step))
     else:
-        kind = {"adapter": "an adapter", "model": "a model"}[
-            export_openvla(source, to, dtype=arguments.dtype, **options)
-        ]
-    size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
-    say(f"written: {to}, {kind} of {size / 1e9:.2f} GB")
+        run = load_config(source.parent)
+        model = run.model
+    is_openvla = isinstance(model, OpenVLAConfig)
+    check_options(arguments, f"our own checkpoint of {'OpenVLA' if is_openvla else 'pi0.5'}")
+    if arguments.max_shard_gb is not None and not arguments.max_shard_gb > 0:
+        raise ConfigError(f"max_shard_gb: got {arguments.max_shard_gb}, expected > 0")
+    written = export_weights(
+        source,
+        arguments.to,
+        model=model,
+        base=find_base(source) if is_openvla and run and arguments.base is None else arguments.base,
+        form=arguments.to_format,
+        step=arguments.step,
+        merge=bool(arguments.merge),
+        dtype=arguments.dtype,
+        stats_name=arguments.stats_name or (run and run.env.env_id),
+        max_bytes=arguments.max_shard_gb and int(arguments.max_shard_gb * 1e9),
+    )
+    kind = {"adapter": "an adapter", OPENVLA.name: "a model"}.get(written, f"a model for {written}")
+    size = sum(path.stat().st_size for path in arguments.to.rglob("*") if path.is_file())
+    say(f"written: {arguments.to}, {kind} of {size / 1e9:.2f} GB")
 
 
-def report_openvla(imported: Imported, to: Path) -> None:
+def find_base(folder: Path) -> Path:
+    """Returns the checkpoint, in Hugging Face's form or converted, that a phase of a run began as.
+
+    Args:
+        folder: the phase's, or that checkpoint itself.
+
+    Raises:
+        ConfigError: a run began from random weights, or from a folder that is not there.
+    """
+    given, advice = folder, "--base names the OpenVLA checkpoint that it began as"
+    for _ in range(MAX_CHAIN):
+        if is_converted(folder) or ((folder / CONFIG).exists() and not (folder / CHECKPOINTS).is_dir()):
+            return folder
+        if not folder.is_dir():
+            raise ConfigError(f"{given}: began as {folder}, which is not there; {advice}")
+        init_from = load_config(folder.parent).init_from
+        if not init_from:
+            raise ConfigError(f"{given}: began from random weights, expected an OpenVLA checkpoint; {advice}")
+        folder = Path(init_from)
+    raise ConfigError(f"{given}: began as itself, expected an OpenVLA checkpoint; {advice}")
+
+
+def report(imported: Imported, to: Path) -> None:
     """Says what was converted and how to train from it."""
     config, lora = imported.config, imported.config.lora
     say(f"{imported.num_params:,} parameters of {config.execution.param_dtype}, {imported.num_bytes / 1e9:.2f} GB")
-    say(f"kept aside: {imported.num_unused} tensors that are never run, and all JSON files")
-    if imported.left:
-        say(f"not taken along: {', '.join(imported.left)}")
-    flags = [f"--config.init_from={to}", f"--config.model.tokenizer={to / KEPT}"]
-    if lora is not None:
-        flags += [f"--config.model.lora.rank={lora.rank}", f"--config.model.lora.alpha={lora.alpha}"]
-        flags += [f"--config.model.lora.targets={lora.targets!r}"] if lora.targets != LoRAConfig().targets else []
-    say(f"written: {to}; train with {shlex.join(flags)}")
-
-
-def report_pi05(imported: ImportedPi05, to: Path) -> None:
-    """Says what was converted and how to train from it."""
-    config = imported.config
-    say(f"{imported.num_params:,} parameters of {config.execution.param_dtype}, {imported.num_bytes / 1e9:.2f} GB")
     say(f"from {imported.form}; {imported.num_fresh:,} of them are not there and begin with random values")
-    stats = f"statistics of {imported.asset_id}" if imported.asset_id else "no statistics: nothing is scaled"
+    if imported.num_unused:
+        say(f"kept aside: {imported.num_unused} tensors that are never run, and all JSON files")
+    stats = f"statistics of {imported.stats_name}" if imported.stats_name else "no statistics: nothing is scaled"
     say(f"{stats}; actions of {config.action_dim} numbers, states of {config.state_dim}")
     if imported.left:
         say(f"not taken along: {', '.join(imported.left)}")
     flags = [f"--config.init_from={to}"]
-    if config.lora is not None:
-        flags += [f"--config.model.lora.rank={config.lora.rank}", f"--config.model.lora.alpha={config.lora.alpha}"]
-        flags += [f"--config.model.lora.targets={config.lora.targets!r}"]
+    if (to / config.tokenizer).is_dir():
+        flags.append(f"--config.model.tokenizer={to / config.tokenizer}")
+    if lora is not None:
+        flags += [f"--config.model.lora.rank={lora.rank}", f"--config.model.lora.alpha={lora.alpha}"]
+        flags += [f"--config.model.lora.targets={lora.targets!r}"] if lora.targets != LoRAConfig().targets else []
     say(f"written: {to}; train with {shlex.join(flags)}")
 
 
@@ -166,4 +208,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", NUM_PARTS)
     sys.exit(main())

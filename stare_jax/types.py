@@ -1,8 +1,8 @@
-"""The records everyone shares. Every shape is written here, once.
+"""The records that more than one room uses. Every shape is written here, once.
 
 Axes: `B` environments or samples, `T = N + 1` states, `N` actions, `A` action dimensions, `S` state dimensions,
 `L` prompt tokens, `H, W` pixels. Functions of the library are written for one trajectory; batches carry leading axes
-in front of the shapes below. Arrays are NumPy on the host and JAX on devices: the records do not care.
+in front of the shapes below. The arrays of a record are NumPy on the host or JAX on devices.
 
 Units: metres, radians, seconds. Quaternions are unit, `wxyz`. Frames are the simulator's world frame.
 """
@@ -14,10 +14,10 @@ PyTree = Any
 
 
 class Observation(NamedTuple):
-    """What a policy sees, in raw units; policies normalise inside."""
+    """The input of a policy, in raw units; policies normalise inside."""
 
     images: dict[str, Array]
-    """camera name -> uint8 `[H, W, 3]` RGB. Empty for policies that read the state alone."""
+    """Camera name -> uint8 `[H, W, 3]` RGB. Empty for policies that read the state alone."""
     state: Array
     """float32 `[S]` proprioception (and object poses for state-only tasks); `S` may be 0."""
     tokens: Array
@@ -44,11 +44,11 @@ class Signals(NamedTuple):
     goal_quat: Array
     """float32 `[4]`, R_goal; the object's own orientation at reset where the task asks for none."""
     is_grasped: Array
-    """bool: both fingers hold the object."""
+    """bool, whether both fingers hold the object."""
     is_contact: Array
-    """bool: the robot touched the object during the control step that led here."""
+    """bool, whether the robot touched the object during the control step that led to this state."""
     success: Array
-    """bool: the environment's own success flag."""
+    """bool, the environment's own success flag."""
     support_z: Array
     """float32: height of the object's centre at rest at the start of the episode."""
 
@@ -86,19 +86,19 @@ class Decisions(NamedTuple):
     """float32 `[D + 1]` that policy's value of states: entry d of the state in which decision d was made; the entry
     after the last valid decision is of the state that the decision led to, 0 where a success ended it halfway."""
     valid: Array
-    """bool `[D]`, a prefix: which decisions exist."""
+    """bool `[D]`, a prefix: decisions that exist."""
 
 
 class Trajectory(NamedTuple):
     """One episode of up to `N` actions, padded; the action `a_t` is taken in state `s_t`, t = 0 .. N-1."""
 
     observation: Observation
-    """leaves `[N + 1, ...]`; prompts are filled in where a decision begins, and are zeros elsewhere."""
+    """Leaves `[N + 1, ...]`; prompts are filled in where a decision begins, and are zeros elsewhere."""
     signals: Signals | None
-    """leaves `[N + 1, ...]`; None where nothing measured them: then an episode can be imitated, and has no stages."""
+    """Leaves `[N + 1, ...]`; None where they were not measured: the episode can be imitated, and has no stages."""
     valid: Array
-    """bool `[N + 1]`, a prefix: which states exist. Action t exists iff state t + 1 does: `valid[1:]`.
-    An episode lost to a dead simulator has no valid state at all."""
+    """bool `[N + 1]`, a prefix: states that exist. Action t exists if and only if state t + 1 does: `valid[1:]`.
+    An episode lost to a dead simulator has no valid state."""
     action: Array
     """float32 `[N, A]` in the simulator's units."""
     decisions: Decisions | None

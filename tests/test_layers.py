@@ -31,7 +31,7 @@ ALLOWED = {
     "rollout": (*GROUND, "logging", "stages", "envs.base", "models.policy"),
     "data": (*GROUND, "logging", "stages", "envs.base", "envs.experts.base", "envs.seeds", "models", "rollout"),
     "state": (*GROUND, "logging", "models.policy"),
-    "weights": (*GROUND, "logging", "models", "state", "runs.load"),
+    "weights": (*GROUND, "logging", "models", "state"),
     "train": (*MATHS, "models", "envs.base", "envs.seeds", "rollout", "data", "state"),
     "evaluate": (*MATHS, "envs.base", "envs.seeds", "models.policy", "rollout", "data"),
     "report": (*MATHS, "rollout", "evaluate"),

@@ -1,4 +1,4 @@
-"""Batches for imitation: at step s always the same frames, so that a resumed run needs to know s and nothing else."""
+"""Batches for imitation: at step s always the same frames, so that a run is resumed by s alone."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +20,12 @@ _IMAGE = "image/"
 
 
 class ImitationBatch(NamedTuple):
-    """States and what the expert did in them."""
+    """States and the expert's actions in them."""
 
     observation: Observation
     """`[B, ...]`, raw, with the prompt."""
     action: Array
-    """float32 `[B, A]`, the clean action, raw; `[B, H, A]`, it and those that follow, where a window is asked for."""
+    """float32 `[B, A]`, the clean action, raw; with a window `[B, H, A]`, the action and those after it."""
     valid: Array
     """bool `[B]` or `[B, H]`: False beyond an episode's end, where its last action is repeated."""
 
@@ -80,19 +80,19 @@ def imitation_batches(
 ) -> Iterator[ImitationBatch]:
     """Yields batches without end; every epoch goes once through all frames, in an order of its own.
 
-    A background thread prepares the next batches while the caller computes. Where the decoded frames fit into the
-    cache they are decoded once, before the first batch.
+    A background thread prepares the next batches while the caller computes. If all decoded frames fit into the cache,
+    they are decoded once, before the first batch.
 
     Args:
-        dataset: the demonstrations; `imitation_frames` says which frames count.
+        dataset: the demonstrations; their frames are those of `imitation_frames`.
         tokenize: `Policy.tokenize`, which fills in the prompts.
         batch_size: B.
-        seed: of the order, in [0, 2**32).
-        start_step: number of batches to pass over, in no time: the step a resumed run is at.
-        with_state: False gives `[B, 0]` for the states that are stored, to policies that see none.
+        seed: seed of the order, in [0, 2**32).
+        start_step: number of batches to pass over, which takes no time: the step of a resumed run.
+        with_state: False gives states `[B, 0]`, for policies that see none.
         window: H, actions to imitate at a time; None imitates one.
-        cache_mib: mebibytes that decoded frames may take.
-        num_prefetched: batches that are kept ready.
+        cache_mib: memory for decoded frames, in mebibytes.
+        num_prefetched: number of batches that are kept ready.
     """
     indices = imitation_frames(dataset)
     windows = None if window is None else ActionWindows(dataset, window)

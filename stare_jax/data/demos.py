@@ -1,9 +1,9 @@
-"""Demonstrations: successful episodes of an expert, some of them disturbed, so that a policy sees recoveries, too.
+"""Demonstrations: successful episodes of an expert, some of them disturbed, so that a policy sees recoveries as well.
 
-The noise is added to what is executed; what is stored, and imitated, is what the expert would have done (C.2).
+The noise is added to the executed action; the stored action, which is imitated, is the expert's without noise (C.2).
 
 Equal configs collect the same seeds in the same rounds, with the same noise, interrupted or not, in however many
-environments, whether or not some of these die; with `reproducible` their episodes are the same bit for bit.
+environments, also if some of these die; with `reproducible` their episodes are the same bit for bit.
 """
 
 import dataclasses
@@ -37,28 +37,29 @@ EXPERT_SOURCE = "expert"
 
 @dataclasses.dataclass(frozen=True)
 class DemosConfig:
-    """How many demonstrations, and how they are made."""
+    """Number of demonstrations, and the way they are made."""
 
     num_demos: int = 100
-    """successful episodes to collect."""
+    """Number of successful episodes to collect."""
     noise_scales: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
-    """(standard deviation of the noise as a fraction of the action's range, share of the demonstrations that gets it);
-    shares need not sum to 1."""
+    """Pairs of (standard deviation of the noise as a fraction of the action's range, share of the demonstrations with
+    this noise); shares need not sum to 1."""
     seed: int = 0
-    """of the run: picks the simulator seeds (`envs.seeds`) and the noise."""
+    """Seed of the run, from which the simulator seeds (`envs.seeds`) and the noise follow."""
     idle_translation: float = 0.01
-    """largest norm of an idle action's translation, as a fraction of the largest command; negative keeps idle ones."""
+    """Largest norm of an idle action's translation, as a fraction of the largest command; negative keeps idle ones."""
     idle_rotation: float = 0.06
-    """largest norm of an idle action's rotation, as a fraction of the largest command."""
+    """Largest norm of an idle action's rotation, as a fraction of the largest command."""
     reproducible: bool = False
-    """pay for resets after which a data set can be collected again bit for bit, however many environments do it."""
+    """True takes slower resets, after which a data set can be collected again bit for bit, in any number of
+    environments."""
     linger: int = 0
     """Number of further actions of the expert that are kept after the first success, so that a policy learns to let go
     and to stay; the horizon may cut them."""
     write_every: int = 32
     """Number of episodes of a round, which are collected between two writes; an interruption loses no more."""
     max_attempts: int = 10
-    """episodes tried per demonstration wanted, before giving up on the expert."""
+    """Number of episodes tried per demonstration wanted before the collection fails."""
 
     def __post_init__(self):
         check_at_least(self, 1, "num_demos", "write_every", "max_attempts")
@@ -72,7 +73,7 @@ class DemosConfig:
 
 
 def demo_quotas(config: DemosConfig) -> dict[float, int]:
-    """Returns how many demonstrations each noise scale gets: the shares of `num_demos`, by largest remainder."""
+    """Returns noise scale -> number of demonstrations: the shares of `num_demos`, by largest remainder."""
     shares = np.array([share for _, share in config.noise_scales])
     exact = config.num_demos * shares / shares.sum()
     quotas = np.floor(exact).astype(int)
@@ -82,7 +83,7 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
 
 
 def expert_act(expert: Expert) -> Act:
-    """Returns an expert as `collect_episodes` wants it: one memory an environment, actions alone."""
+    """Returns an `Act` of an expert, with one memory an environment; its decisions are actions alone."""
     memories: list[Any] = []
 
     def act(observation, signals, instructions, is_first):
@@ -118,13 +119,13 @@ def collect_demos(
     Args:
         simulator: starts the simulators; called only if a demonstration is missing.
         info: properties of these simulators.
-        expert: of the task; see `envs.tasks.make_expert`.
-        config: how many.
-        directory: of the data set.
+        expert: the task's expert; see `envs.tasks.make_expert`.
+        config: number and kind of the demonstrations.
+        directory: folder of the data set.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
         skip_broken: leave out damaged shards instead of raising before anything is collected. The episodes they held
             are not collected again.
-        should_stop: polled; where it answers True the round in progress is dropped.
+        should_stop: polled; when it answers True, the round in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:
@@ -214,7 +215,7 @@ def _kind(expert: Expert, config: DemosConfig, info: SimulatorInfo) -> Kind:
 
 
 def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:
-    """Returns how many demonstrations are still wanted, by noise scale, where any are."""
+    """Returns noise scale -> number of demonstrations still missing, for the scales that miss some."""
     num_done = Counter(episode.noise_scale for episode in manifest.episodes)
     missing = {scale: quota - num_done[scale] for scale, quota in demo_quotas(config).items()}
     return {scale: number for scale, number in missing.items() if number > 0}

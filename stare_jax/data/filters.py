@@ -1,4 +1,4 @@
-"""Which actions of a demonstration are worth imitating."""
+"""Filters of the actions that are imitated."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ from stare_jax.data.schema import DatasetError
 
 
 def idle_mask(action: np.ndarray, *, translation: float, rotation: float) -> np.ndarray:
-    """Says which actions move nothing: small translation, small rotation, gripper command as before.
+    """Returns the actions that move nothing: small translation, small rotation, gripper command as in the step before.
 
     A policy that has learnt to wait gets stuck where the demonstrator waited. The first action has no command before
-    it and is idle by its size alone; "before" is the step before, whether that was idle or not.
+    it and is idle by its size alone; the step before counts even if it was idle itself.
 
     Args:
         action: `[N, A]`: x, y, z, then rotations (none or several), then the gripper command.
@@ -18,7 +18,7 @@ def idle_mask(action: np.ndarray, *, translation: float, rotation: float) -> np.
         rotation: largest norm of the rotations that counts as idle, in the action's own unit.
 
     Returns:
-        bool `[N]`.
+        bool `[N]`, True where the action is idle.
 
     Raises:
         ValueError: the action is not laid out like that.
@@ -33,7 +33,8 @@ def idle_mask(action: np.ndarray, *, translation: float, rotation: float) -> np.
 
 
 def imitation_frames(dataset: Dataset) -> np.ndarray:
-    """Returns int64 `[F]`, the frames to imitate: all that have an action, but those the manifest's filters leave out.
+    """Returns int64 `[F]`, the frames to imitate: all that have an action, except those that the manifest's
+    filters leave out.
 
     Raises:
         DatasetError: nothing is left.
@@ -42,7 +43,11 @@ def imitation_frames(dataset: Dataset) -> np.ndarray:
     kept = []
     for i, first in enumerate(dataset.first_frame):
         action = dataset.episode_record(i)["action"]
-        is_kept = np.ones(len(action), bool) if idle is None else ~idle_mask(action, **idle)
+        is_kept = (
+            np.ones(len(action), bool)
+            if idle is None
+            else ~idle_mask(action, translation=idle["translation"], rotation=idle["rotation"])
+        )
         kept.append(first + np.flatnonzero(is_kept))
     frames = np.concatenate(kept) if kept else np.zeros(0, np.int64)
     if not len(frames):

@@ -34,8 +34,8 @@ def compute_statistics(
     Args:
         action: float32 `[F, A]`, raw.
         state: float32 `[F, S]`, raw.
-        num_trajectories: how many episodes the transitions are of.
-        action_mask: bool `[A]`, which dimensions are to be normalised; all but the last, the gripper, if None.
+        num_trajectories: number of episodes that the transitions are from.
+        action_mask: bool `[A]`, True in dimensions to normalise; all but the last, the gripper, if None.
 
     Raises:
         ValueError: there are no transitions, a value is not finite, or lengths differ.
@@ -84,12 +84,12 @@ def _describe(values: np.ndarray, name: str) -> dict[str, list[float]]:
 
 
 def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: int) -> NormStats:
-    """Returns what policies need of a data set's statistics.
+    """Returns the part of a data set's statistics that policies need.
 
     Args:
-        statistics: of one data set, in the file's format. A missing mask means that all dimensions are normalised.
+        statistics: statistics of one data set, in the file's format. Without a mask all dimensions are normalised.
         action_dim: A.
-        state_dim: S; with 0, for policies that see no state, "proprio" is not looked at.
+        state_dim: S; with 0, for policies that see no state, "proprio" is not read.
 
     Raises:
         ValueError: an entry is missing or has another length; the message names it, got and expected.
@@ -124,13 +124,13 @@ def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapp
 
 
 def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = None) -> None:
-    """Writes the statistics of a data set, unless those that are there are of the same shards.
+    """Writes the statistics of a data set, unless the statistics on disk are of the same shards.
 
-    They are of others where the data set has grown, where a shard was replaced, and where shards were left out, now or
-    when they were written.
+    They are of other shards if the data set has grown, if a shard was replaced, and if shards were left out, now or
+    when the statistics were written.
 
     Args:
-        dataset: named after its environment in the file.
+        dataset: the data set; its name in the file is that of its environment.
         action_mask: as for `compute_statistics`.
 
     Raises:

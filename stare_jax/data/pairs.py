@@ -1,7 +1,7 @@
 """Preference pairs from rollouts of a policy: success beats failure, a further stage beats one less far.
 
 Both trajectories of a pair have the same instruction and, as long as there are such pairs, the same initial state,
-which is the same seed of the simulator. Equal outcomes make no pair.
+given by the seed of the simulator. Equal outcomes make no pair.
 """
 
 import dataclasses
@@ -28,32 +28,32 @@ from stare_jax.types import PreferencePair, Signals, Trajectory
 
 PAIRS_FILE = "pairs.json"
 KINDS = ("success, same start", "stage, same start", "success, other start", "stage, other start")
-"""What decides, and whether both began in the same initial state; in the order in which pairs are taken."""
+"""Kinds of pairs: the outcome that decides, and same or other initial states; in the order in which pairs are taken."""
 SAME_START_KINDS = KINDS[:2]
 
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig:
-    """How many preference pairs, and from which rollouts."""
+    """Number of preference pairs, and the rollouts that they are made of."""
 
     num_pairs: int = 50
-    """pairs wanted; fewer are reported, none is an error."""
+    """Number of pairs wanted; fewer are reported, none is an error."""
     rollouts_per_seed: int = 4
-    """episodes from each initial state."""
+    """Number of episodes from each initial state."""
     max_rollouts: int = 400
-    """episodes at most; rollouts end earlier once there are enough pairs that start alike."""
+    """Largest number of episodes; rollouts end earlier once there are enough pairs that start alike."""
     temperature: float = 1.0
-    """of the policy that acts; a higher one tells more trajectories apart."""
+    """Temperature of the acting policy; a higher one makes trajectories differ more."""
     max_reuse: int = 2
-    """pairs that one trajectory may be in."""
+    """Largest number of pairs with the same trajectory."""
     seed: int = 0
-    """of the run: picks the simulator seeds (`envs.seeds`)."""
+    """Seed of the run, from which the simulator seeds (`envs.seeds`) follow."""
     stop_at_success: bool = True
-    """Whether success ends a rollout; False plays every one to the horizon."""
+    """True ends a rollout at success; False plays every one to the horizon."""
     write_every: int = 8
     """Number of initial states of a round, which are tried between two writes; an interruption loses no more."""
     reproducible: bool = False
-    """pay for resets after which rollouts can be collected again bit for bit."""
+    """True takes slower resets, after which rollouts can be collected again bit for bit."""
 
     def __post_init__(self):
         check_at_least(self, 1, "num_pairs", "max_rollouts", "max_reuse", "write_every")
@@ -65,13 +65,13 @@ class PairsConfig:
 
 
 class Outcome(NamedTuple):
-    """How an episode began and what it came to."""
+    """Beginning and outcome of an episode."""
 
     instruction: str
     seed: int
     success: bool
     num_completed: int
-    """stages completed, 0 .. K."""
+    """Number of stages completed, 0 .. K."""
 
 
 class Pair(NamedTuple):
@@ -80,7 +80,7 @@ class Pair(NamedTuple):
     chosen: int
     rejected: int
     kind: str
-    """one of `KINDS`."""
+    """One of `KINDS`."""
 
 
 def make_pairs(
@@ -92,10 +92,10 @@ def make_pairs(
     first in `outcomes`.
 
     Args:
-        outcomes: of all episodes.
-        num_pairs: pairs wanted.
-        max_reuse: pairs that an episode may be in.
-        kinds: those of `KINDS` that are wanted.
+        outcomes: outcomes of all episodes.
+        num_pairs: number of pairs wanted.
+        max_reuse: largest number of pairs with the same episode.
+        kinds: the kinds of `KINDS` that are wanted.
 
     Returns:
         At most `num_pairs` pairs, no two alike.
@@ -119,7 +119,8 @@ def make_pairs(
 
 
 def _kind(better: Outcome, worse: Outcome) -> str | None:
-    """Returns the kind of pair that two outcomes of one instruction make, None if they make none in this order."""
+    """Returns the kind of pair that two outcomes of one instruction make, None if they make none
+    in this order."""
     by_success = better.success and not worse.success
     by_stage = better.success == worse.success and better.num_completed > worse.num_completed
     if not (by_success or by_stage):
@@ -131,7 +132,7 @@ def _kind(better: Outcome, worse: Outcome) -> str | None:
 def measure_outcomes(
     spec: TaskSpec, signals: Signals, valid: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
 ) -> list[Outcome]:
-    """Returns what episodes came to.
+    """Returns the outcomes of episodes.
 
     Args:
         spec: the task.
@@ -206,8 +207,8 @@ def load_pairs(
         dataset: the rollouts.
         pairs: P pairs, all of them or those of a minibatch.
         horizon: number of actions N to pad to.
-        tokenize: `Policy.tokenize`, of a policy that reads other prompts than the one that acted; None keeps the
-            prompts that were stored.
+        tokenize: `Policy.tokenize`, for a policy that reads other prompts than the acting policy; None keeps the
+            stored prompts.
 
     Returns:
         NumPy leaves `[P, ...]`.

@@ -33,7 +33,7 @@ class Dataset:
 
         Args:
             directory: the data set's folder.
-            skip_broken: leave out, and say so, what would be an error otherwise.
+            skip_broken: leave broken shards out, with a warning, instead of raising an error.
             verify: compare checksums (half a second a gigabyte) and not only sizes.
 
         Raises:
@@ -56,7 +56,7 @@ class Dataset:
         self._shards = [shard for shard, _ in shards]
         self.episodes: tuple[Episode, ...] = tuple(row for _, rows in shards for row in rows)
         self.num_skipped = len(self.manifest.episodes) - len(self.episodes)
-        """episodes of the shards that were left out."""
+        """Number of episodes in the shards that were left out."""
         self._episode_ends = np.cumsum([shard.episodes.num_records for shard in self._shards], dtype=np.int64)
         self._frame_ends = np.cumsum([shard.frames.num_records for shard in self._shards], dtype=np.int64)
         num_states = np.array([row.length + 1 for row in self.episodes], np.int64)
@@ -104,7 +104,7 @@ class Dataset:
         return records.pad_trajectory(record, observation, num_actions=horizon), self.episodes[index]._asdict()
 
     def require_signals(self) -> None:
-        """Makes sure that there is something to compute stages from.
+        """Makes sure that there are signals, from which stages are computed.
 
         Raises:
             DatasetError: the episodes are not from a simulator.
@@ -116,7 +116,7 @@ class Dataset:
             )
 
     def signals(self, horizon: int | None = None) -> tuple[Signals, np.ndarray]:
-        """Reads what the stages are computed from, without decoding an image.
+        """Reads the signals, from which stages are computed, without decoding an image.
 
         Args:
             horizon: number of actions N to pad to; that of the longest episode if None.

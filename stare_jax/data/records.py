@@ -1,6 +1,6 @@
-"""What one record of a shard holds, as bytes: msgpack maps with NumPy arrays inside, images as PNG.
+"""Records of a shard as bytes: msgpack maps with NumPy arrays inside, images as PNG.
 
-A frame is one state with the action taken in it; an episode is everything of a trajectory but its observations.
+A frame is one state with the action taken in it; an episode is everything of a trajectory except its observations.
 """
 
 import io
@@ -25,12 +25,12 @@ def pack(record: Mapping[str, Any]) -> bytes:
 
 
 def unpack(data: bytes, *, with_images: bool = True) -> dict[str, Any]:
-    """Returns what `pack` was given, arrays read-only; images as the PNG files they are unless `with_images`."""
+    """Returns the map that `pack` was given, arrays read-only; images stay PNG files unless `with_images`."""
     return msgpack.unpackb(data, ext_hook=_decode if with_images else _decode_arrays)
 
 
 def encode_image(image: np.ndarray) -> msgpack.ExtType:
-    """Returns a uint8 `[H, W, 3]` image as PNG, which loses nothing."""
+    """Returns a uint8 `[H, W, 3]` image as PNG, without loss."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "png", compress_level=_PNG_LEVEL)
     return msgpack.ExtType(_PNG, buffer.getvalue())
@@ -57,7 +57,7 @@ def _decode_arrays(code: int, data: bytes) -> Any:
 
 
 def frame_record(trajectory: Trajectory, t: int, *, episode: int, length: int) -> dict[str, Any]:
-    """Returns the record of state `t`: observation, the action taken in it, and whether there is one.
+    """Returns the record of state `t`: observation, the action taken in it, and a flag that is False where none was.
 
     Args:
         trajectory: one episode, unbatched.
@@ -98,7 +98,7 @@ def episode_record(trajectory: Trajectory, meta: Mapping[str, Any], *, length: i
 
 
 def _decisions_record(trajectory: Trajectory) -> dict[str, Any] | None:
-    """Returns the valid decisions, and to how many actions N and decisions D they were padded."""
+    """Returns the valid decisions, and the numbers N of actions and D of decisions that they were padded to."""
     decisions = trajectory.decisions
     if decisions is None:
         return None

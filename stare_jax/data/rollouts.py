@@ -36,29 +36,29 @@ from stare_jax.types import PyTree
 
 
 class Actor(NamedTuple):
-    """Who acts in the rollouts of a collection, which are counted from 0."""
+    """The actor of a collection of rollouts, which are numbered from 0."""
 
     act: Callable[[Sequence[int]], Act]
-    """(which rollouts come next, ascending) -> who acts in them. The same rollouts get the same actor, so that a
+    """(numbers of the next rollouts, ascending) -> their actor. The same rollouts get the same actor, so that a
     collection goes on after an interruption as if there had been none."""
     noise_scale: Callable[[int], float]
-    """rollout -> standard deviation of the noise in its actions, as a fraction of their range."""
+    """Number of a rollout -> standard deviation of the noise in its actions, as a fraction of their range."""
     source: str
-    """the expert, or which checkpoint; rollouts of two sources are not mixed."""
+    """Name of the expert or of the checkpoint; rollouts of two sources are not mixed."""
     settings: Mapping[str, Any]
-    """what it is made from, for the manifest."""
+    """Settings of the actor, for the manifest."""
     depends_on_batch: bool
-    """whether what it does in a rollout depends on what else is under way."""
+    """True if actions in a rollout depend on the other rollouts under way."""
 
 
 def policy_actor(restore: Callable[[], tuple[Policy, PyTree]], config: PairsConfig, *, source: str) -> Actor:
     """Returns an actor that samples from a policy at `config.temperature`.
 
     Args:
-        restore: () -> policy and parameters; called when it is to act for the first time, and never if all rollouts
-            are there already.
+        restore: () -> policy and parameters; called before the first action, and never if all rollouts are there
+            already.
         config: temperature and seed.
-        source: which policy that is, for the manifest.
+        source: name of the policy's checkpoint, for the manifest.
     """
     key, restored = phase_key(config.seed, "pairs"), functools.cache(restore)
 
@@ -71,15 +71,15 @@ def policy_actor(restore: Callable[[], tuple[Policy, PyTree]], config: PairsConf
 
 
 def expert_actor(expert: Expert, config: PairsConfig, *, noise_scale: float) -> Actor:
-    """Returns an actor that does what an expert would, disturbed, and stores what it does.
+    """Returns an actor that executes an expert's actions with noise, and stores them with the noise.
 
     Of the rollouts from one initial state the first is undisturbed, the last has noise of the scale given, and the
-    others lie evenly between, because no one scale suits all tasks: 0.33 made StackCube's expert fail in 10 episodes of
-    10, and PullCube's in none.
+    others lie evenly between, because no single scale suits all tasks: 0.33 made StackCube's expert fail in 10
+    episodes of 10, and PullCube's in none.
 
     Args:
-        expert: of the task.
-        config: how many rollouts there are from each initial state.
+        expert: the task's expert.
+        config: the number of rollouts from each initial state.
         noise_scale: standard deviation of the largest noise, as a fraction of the action's range.
 
     Raises:
@@ -127,9 +127,9 @@ def collect_pairs(
         info: properties of these simulators.
         actor: the actor; see `policy_actor` and `expert_actor`.
         spec: the task, whose stages decide between failures.
-        config: how many.
-        directory: of the data set of rollouts.
-        should_stop: polled; where it answers True the round in progress is dropped.
+        config: number and kind of the pairs.
+        directory: folder of the data set of rollouts.
+        should_stop: polled; when it answers True, the round in progress is dropped.
         clock: `clock("env")`, `clock("policy")` and `clock("data")` are held during the work of these.
 
     Raises:

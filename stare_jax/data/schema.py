@@ -1,13 +1,13 @@
-"""The folder that a data set is.
+"""The folder of a data set.
 
-    manifest.json                what is inside; the only file that says which shards exist
+    manifest.json                the content; the only file that says which shards exist
     norm_stats.json              quantiles for normalisation (`data.norm_stats`), once collection is complete
     frames-00000.array_record    one record a state: observation, action (`records.frame_record`)
     episodes-00000.array_record  one record an episode: signals, actions, outcome (`records.episode_record`)
 
 Shards come in pairs that hold the same episodes. A shard is written under a temporary name, closed, renamed, and only
-then named in a new manifest that replaces the old one in one step. So whatever is not in the manifest is not data: it
-is what an interrupted writer left behind.
+then named in a new manifest that replaces the old one in one step. A shard that is not in the manifest is not data: an
+interrupted writer left it behind.
 """
 
 import hashlib
@@ -53,39 +53,39 @@ class Shard(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """What the manifest says of an episode."""
+    """The row of an episode in the manifest."""
 
     seed: int | None
-    """of the simulator, which gives the initial state; None where none was at work."""
+    """Seed of the simulator, which gives the initial state; None for episodes of real robots."""
     instruction: str
     source: str
-    """who acted: "expert", or the checkpoint; or the data set that the episode is from."""
+    """Name of the actor, "expert" or a checkpoint; or the data set that the episode is from."""
     noise_scale: float
-    """standard deviation of the noise in the executed actions, a fraction of their range. Demonstrations store what was
-    decided without it (`data.demos`), rollouts what was executed (`data.rollouts`)."""
+    """Standard deviation of the noise in the executed actions, a fraction of their range. Demonstrations store the
+    actions without it (`data.demos`), rollouts those with it (`data.rollouts`)."""
     success: bool | None
-    """None where nobody judged."""
+    """None where success was not measured."""
     length: int
-    """number of actions; an episode has `length` + 1 frames."""
+    """Number of actions; an episode has `length` + 1 frames."""
     attempt: int | None = None
-    """number of the episode among all that were tried, from 0, kept or not: what noise it had, and what a policy
-    sampled in it, follows from this number. None where nobody counted."""
+    """Number of the episode among all that were tried, from 0, kept or not: its noise, and the actions that a policy
+    samples in it, follow from this number. None where attempts were not counted."""
 
 
 class Manifest(NamedTuple):
     """The content of `manifest.json`."""
 
     env_id: str
-    """the task, or the name of the data set that was imported."""
+    """Task, or name of the data set that was imported."""
     control_mode: str
-    """what an action means: the simulator's control mode, or a data set's own words."""
+    """Meaning of an action: the simulator's control mode, or a data set's own words."""
     settings: dict[str, Any]
-    """how the data were made; a writer that continues has to have the same."""
+    """Settings with which the data were made; a writer that continues has to have the same."""
     filters: dict[str, Any]
-    """what readers leave out, with thresholds: the shards hold everything."""
+    """Filters by which readers leave frames out, with thresholds: the shards hold all frames."""
     packages: dict[str, str | None]
     progress: dict[str, Any]
-    """how far the collection is, for whoever continues it."""
+    """Progress of the collection, from which it is continued."""
     shapes: dict[str, list[int]]
     """Shapes of an observation's and an action's leaves, `image/<camera>`, `state`, `tokens`, `action`, and, where a
     policy acted, those of a decision's trace, `decision/<field>`."""

@@ -6,10 +6,10 @@ from stare_jax.data.reader import Dataset
 
 
 def window_indices(t: np.ndarray, length: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which actions follow a state, the last one of an episode repeated beyond its end.
+    """Returns the indices of the actions that follow a state; beyond an episode's end its last action is repeated.
 
     Args:
-        t: int `[...]`, of the state in its episode.
+        t: int `[...]`, number of the state in its episode.
         length: int `[...]`, number of the episode's actions.
         window: H.
 

@@ -28,9 +28,9 @@ class Kind(NamedTuple):
     env_id: str
     control_mode: str
     settings: Mapping[str, Any]
-    """how the data are made."""
+    """Settings with which the data are made."""
     filters: Mapping[str, Any]
-    """frames that readers leave out."""
+    """Filters by which readers leave frames out."""
 
 
 class DatasetWriter:
@@ -53,12 +53,13 @@ class DatasetWriter:
         """Opens a data set to append to.
 
         Args:
-            directory: made if it does not exist. What an interrupted writer left there is removed, and said.
-            env_id: of the environment.
-            control_mode: of the environment; says what an action means.
-            settings: how the data are made, JSON-able; to continue, they have to be the same.
-            filters: what readers are to leave out, with thresholds, JSON-able; likewise.
-            episodes_per_shard: episodes after which a shard is closed; None closes one at `flush` only.
+            directory: folder, made if it does not exist. Files that an interrupted writer left there are removed, with
+                a warning.
+            env_id: environment.
+            control_mode: meaning of an action.
+            settings: settings with which the data are made, JSON-able; to continue, they have to be the same.
+            filters: filters by which readers leave frames out, with thresholds, JSON-able; likewise.
+            episodes_per_shard: number of episodes after which a shard is closed; None closes one at `flush` only.
 
         Raises:
             DatasetError: the folder holds a data set of another kind, or another process is writing to it.
@@ -85,7 +86,7 @@ class DatasetWriter:
 
     @property
     def manifest(self) -> Manifest:
-        """What is safely on disk; the episodes of the open shard are not in it."""
+        """The manifest on disk; the episodes of the open shard are not in it."""
         return self._manifest
 
     def append(
@@ -103,9 +104,9 @@ class DatasetWriter:
         Args:
             trajectory: one episode, unbatched, NumPy leaves, padded or not; padding is not stored.
             instruction: the task in words.
-            seed: the simulator's, from which the initial state follows; None where none was at work.
-            source: who acted.
-            noise_scale: of the noise in the executed actions, a fraction of their range.
+            seed: the simulator's seed, from which the initial state follows; None without a simulator.
+            source: name of the actor.
+            noise_scale: standard deviation of the noise in the executed actions, a fraction of their range.
             attempt: number of the episode among all that were tried.
 
         Raises:
@@ -120,7 +121,7 @@ class DatasetWriter:
         signals, seed = trajectory.signals, None if seed is None else int(seed)
         success = None if signals is None else bool(np.asarray(signals.success)[: length + 1].any())
         row = Episode(seed, instruction, source, float(noise_scale), success, length, attempt)
-        # All is encoded before anything is written, so that an error leaves no part of an episode in the shard.
+        # Everything is encoded before anything is written: an error leaves no part of an episode in the shard.
         frames = [
             records.pack(records.frame_record(trajectory, t, episode=episode, length=length)) for t in range(length + 1)
         ]
@@ -246,9 +247,9 @@ def require_same_kind(directory: str | os.PathLike, manifest: Manifest, kind: Ki
     """Makes sure that the episodes to be added to a data set are of the kind that is in it.
 
     Args:
-        directory: of the data set, for the message.
-        manifest: of the data set.
-        kind: of the episodes to be added.
+        directory: folder of the data set, for the message.
+        manifest: manifest of the data set.
+        kind: kind of the episodes to be added.
 
     Raises:
         DatasetError: names every field, and entry of a field, that differs.

@@ -1,1 +1,4 @@
-"""Episodes, as a policy and a simulator make them, and the decisions in them."""
+"""Episodes as they happen: `collect` runs them, `decisions` is the interface of actors, `rounds` runs lost ones again.
+
+`places` decides which episode an environment is in, `records` stores the episodes as they grow.
+"""

@@ -28,9 +28,10 @@ class Rollout(NamedTuple):
     instructions: tuple[str, ...]
     """`[E]`; empty strings for episodes that were never started."""
     num_steps: int
-    """actions executed, those of dropped episodes included."""
+    """Number of actions executed, those of dropped episodes included."""
     num_dropped: int
-    """episodes lost to a dead simulator; their rows, like those cut before their first action, have no valid state."""
+    """Number of episodes lost to a dead simulator; their rows, like those cut before their first action, have no valid
+    state."""
     is_complete: bool
     """False where `should_stop` ended the collection early; rows of unfinished episodes have no valid state."""
     images: dict[int, dict[str, np.ndarray]] | None = None
@@ -164,7 +165,7 @@ def policy_act(
         policy: its `sample` is compiled once per batch size, however many actors are made.
         params: on the devices where they are to be used.
         key: consumed; tick n of the actor uses `fold_in(key, n)`.
-        temperature: of the action distribution; 0 is greedy.
+        temperature: temperature of the action distribution; 0 is greedy.
         mesh: the devices that act; None takes those of `params`.
     """
     sample = _jitted_sample(policy.sample)
@@ -195,7 +196,7 @@ def place_rows(batch: PyTree, sharding: Sharding | None) -> PyTree:
 
     Args:
         batch: leaves `[B, ...]`, NumPy or JAX arrays on any device.
-        sharding: of `acting_sharding`; None leaves the batch as it is.
+        sharding: the sharding that `acting_sharding` returns; None leaves the batch as it is.
     """
     if sharding is None:
         return batch

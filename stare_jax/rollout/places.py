@@ -1,4 +1,4 @@
-"""The episode that each environment is in: which one begins next, which one is over."""
+"""The episodes that environments are in: begun one after another, each over at success or at the horizon."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,16 +9,16 @@ from stare_jax.envs.base import EnvStep
 
 
 class Tick(NamedTuple):
-    """What becomes of the episode in each environment, bool `[B]` each."""
+    """Judgement of the episode in each environment, bool `[B]` each."""
 
     is_live: np.ndarray
-    """the state is to be recorded"""
+    """The state is to be recorded."""
     is_lost: np.ndarray
-    """the simulator died"""
+    """The simulator died."""
     is_acting: np.ndarray
-    """the action is to be recorded and executed"""
+    """The action is to be recorded and executed."""
     is_ending: np.ndarray
-    """over, cut short or lost"""
+    """The episode is over, cut short or lost."""
 
 
 class Places:
@@ -50,7 +50,7 @@ class Places:
         Args:
             state: the states that the environments are in.
             horizon: actions after which an episode is over.
-            stop_at_success: whether success ends an episode; it takes at least one action.
+            stop_at_success: end an episode at success, after at least one action.
             linger: further actions after the first success, where success ends an episode.
             budget: rows that may act.
         """
@@ -69,10 +69,10 @@ class Places:
         """Moves on by the actions of a tick, and returns the seeds of the environments to be reset.
 
         Args:
-            tick: what became of the episodes.
+            tick: judgement of the episodes.
             alive: bool `[B]` of the environments.
             seeds: seeds of all episodes.
-            is_open: whether episodes may begin in the next tick.
+            is_open: True if episodes may begin in the next tick.
         """
         reset_seeds = {}
         self.t = np.where(tick.is_acting, self.t + 1, 0)
@@ -83,8 +83,9 @@ class Places:
             if is_open and self.num_started < len(seeds):
                 self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
                 self.num_started += 1
-        # A simulator that was lost takes an episode when it has been reset, which may be many calls from now: an
-        # episode handed to it before would be lost, too. No seed is tried twice in a row: it may be what it fails at.
+        # A simulator that was lost takes an episode only after it has been reset, which may be many calls from now: an
+        # episode handed to it before would be lost as well. No seed is tried twice in a row, since the seed may be the
+        # reason of the loss.
         for i in np.flatnonzero((self.episode < 0) & ~alive):
             reset_seeds[int(i)] = seeds[self._num_revivals % len(seeds)]
             self._num_revivals += 1

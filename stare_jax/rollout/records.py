@@ -12,7 +12,7 @@ from stare_jax.rollout.places import Places, Tick
 from stare_jax.types import Array, Decisions, Observation, Signals, Trajectory
 
 KeepImages = bool | Callable[[int, Trajectory], bool]
-"""True or False for all episodes, or (e, episode that is over) -> whether its images are kept."""
+"""True or False for all episodes, or (e, episode that is over) -> True if its images are to be kept."""
 
 
 class Moment(NamedTuple):
@@ -20,14 +20,14 @@ class Moment(NamedTuple):
 
     instructions: Sequence[str]
     observation: Observation
-    """with the prompt, where decisions are made in this tick; otherwise the prompt is not read."""
+    """Observations, with the prompt where decisions are made in this tick; otherwise the prompt is not read."""
     signals: Signals
     action: np.ndarray
     """float32 `[B, A]`."""
     decision: Decision | None
-    """of the states of this tick, where the actor was called; only its value counts unless `is_new`."""
+    """Decisions in the states of this tick, None if the actor was not called; only values count unless `is_new`."""
     is_new: bool
-    """whether the decision begins in this tick."""
+    """True if the decision begins in this tick."""
     chunk: int
     """C, actions of a decision."""
 
@@ -41,9 +41,9 @@ class Records:
         Args:
             num_episodes: E.
             horizon: N.
-            grows: whether rows are added as episodes start; otherwise all E are there from the beginning.
-            keep_images: whose images are stored. With a function every episode has arrays of its own, which are freed
-                where it answers False.
+            grows: add rows as episodes start; otherwise all E are there from the beginning.
+            keep_images: episodes of which images are stored. With a function every episode has arrays of its own, which
+                are freed where it answers False.
         """
         self.num_episodes, self.horizon, self.grows = num_episodes, horizon, grows
         self.instructions = [""] * num_episodes

@@ -48,6 +48,7 @@ from stare_jax.runs.start import (
     check_instructions,
     demonstration_statistics,
     describe_demonstrations,
+    initial_model,
     read_statistics,
     source_statistics,
     start_name,
@@ -63,7 +64,7 @@ from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
 from stare_jax.types import PyTree
-from stare_jax.weights.load import starting_params
+from stare_jax.weights.load import initial_params
 
 Simulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
@@ -134,10 +135,11 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
             folder = Path(config.demos_from or directory / "data" / "demos")
             stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
             write_statistics(directory, stats)
-        policy = make_policy(config.model, stats)
+        network = initial_model(config)
+        policy = make_policy(network, stats)
         if demonstrations is not None:
             check_instructions(demonstrations, policy, config.model.state_dim)
-        model = json.loads(json.dumps(to_dict(config.model)))
+        model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 
         # ---- Phases -------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
                 begin_phase(directory / phase, record_phase(config, phase, start=start, data=data))
                 evaluation_file(directory, phase).unlink(missing_ok=True)
                 # A phase uses the memory of what it starts from: nothing here may keep it.
-                held = [starting_params(source, policy, config.model, mesh, jax.random.key(config.seed))]
+                held = [initial_params(source, policy, network, mesh, jax.random.key(config.seed))]
                 if phase == "sft":
                     batches = functools.partial(_imitation_batches, config, policy, demonstrations)
                     params = train_sft(policy, held.pop(), batches, config.sft, run)

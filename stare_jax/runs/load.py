@@ -13,9 +13,10 @@ from stare_jax.config import ConfigError, from_dict
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state.checkpoint import fingerprint, load_model, load_norm_stats, load_params, resolve_step
+from stare_jax.state.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.types import PyTree
+from stare_jax.weights.load import is_converted, stored_model
 
 CONFIG_FILE = "config.json"
 """Name of the file that makes a folder a run directory."""
@@ -92,8 +93,9 @@ def load_policy(folder: str | Path, *, step: int | None = None, mesh: Mesh | Non
     """
     folder = Path(folder)
     checkpoints = folder / CHECKPOINTS
-    config = load_config(folder.parent) if (folder.parent / CONFIG_FILE).exists() else None
-    model = _stored_model(checkpoints, step) if config is None else config.model
+    is_phase = not is_converted(folder) and (folder.parent / CONFIG_FILE).exists()
+    config = load_config(folder.parent) if is_phase else None
+    model = _stored_model(folder, step, config)
     policy = make_policy(model, load_norm_stats(checkpoints, step=step))
     like = abstract_params(policy, mesh or make_mesh(data=1))
     return LoadedPolicy(config, policy, load_params(checkpoints, like, step=step))
@@ -104,12 +106,15 @@ class _Stored:
     model: ModelConfig
 
 
-def _stored_model(checkpoints: Path, step: int | None) -> ModelConfig:
-    """Returns the configuration of the model in a checkpoint's metadata."""
-    values = load_model(checkpoints, step=step)
-    if not values:
+def _stored_model(folder: Path, step: int | None, config: RunConfig | None) -> ModelConfig:
+    """Returns the configuration of the model in a checkpoint's metadata, or the run's where it is not there."""
+    resolve_step(folder / CHECKPOINTS, step)
+    values = stored_model(folder, step=step)
+    if values:
+        return of_this_version(_Stored, {"model": values}, folder).model
+    if config is None:
         raise ConfigError(
-            f"{checkpoints.parent}: expected a phase of a run or a converted folder; its checkpoint does not say of "
-            f"which model it is, and {checkpoints.parent.parent / CONFIG_FILE} does not exist"
+            f"{folder}: expected a phase of a run or a converted folder; its checkpoint does not say of which model it "
+            f"is, and {folder.parent / CONFIG_FILE} does not exist"
         )
-    return of_this_version(_Stored, {"model": values}, checkpoints).model
+    return config.model

@@ -11,14 +11,14 @@ from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import read_manifest
 from stare_jax.logging import replace_text
-from stare_jax.models import OpenVLAConfig, Policy
+from stare_jax.models import ModelConfig, Policy
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import identify_checkpoint, identify_folder
 from stare_jax.state.checkpoint import load_norm_stats
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats
-from stare_jax.weights.openvla.config import read_norm_stats as read_openvla_stats
-from stare_jax.weights.pi05.statistics import find_stats, read_openpi_stats
+from stare_jax.weights.formats import read_norm_stats as read_checkpoint_stats
+from stare_jax.weights.load import check_same_model, stored_model, with_colours
 
 NORM_STATS_FILE = "norm_stats.json"
 
@@ -32,6 +32,9 @@ def check_inputs(config: RunConfig) -> None:
     """
     if config.init_from and not Path(config.init_from).is_dir():
         raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
+    if config.init_from:
+        source = Path(config.init_from)
+        check_same_model(stored_model(source), config.model, source=f"config.init_from: {source}")
     if config.demos_of and not config.demos_from:
         raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
     if config.demos_from:
@@ -65,6 +68,14 @@ def previous_phase(config: RunConfig, phase: str) -> str | None:
     return config.phases[number - 1] if number else None
 
 
+def initial_model(config: RunConfig) -> ModelConfig:
+    """Returns the run's model with the statistics of the images' colours of the weights that it starts from.
+
+    A preset has them as they were published, a checkpoint often rounded; both are taken to be the same model.
+    """
+    return with_colours(stored_model(Path(config.init_from)), config.model) if config.init_from else config.model
+
+
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
@@ -85,7 +96,9 @@ def source_statistics(config: RunConfig) -> NormStats | None:
     if is_ours:
         return _fitting(load_norm_stats(source / CHECKPOINTS), config, source)
     if config.init_from and (config.unnorm_key or "sft" not in config.phases):
-        return _fitting(_checkpoint_statistics(source, config), config, source)
+        key, model = config.unnorm_key or None, config.model
+        stats = read_checkpoint_stats(source, key, action_dim=model.action_dim, state_dim=model.state_dim)
+        return _fitting(stats, config, source)
     if "sft" not in config.phases and not config.demos_from:
         raise ConfigError(
             f"config.init_from: got '', expected weights with statistics, or demos_from, for the phases "
@@ -115,22 +128,6 @@ def _fitting(stats: NormStats, config: RunConfig, source: Path) -> NormStats:
     if wrong:
         raise ConfigError(f"{'; '.join(wrong)}, as the statistics of {source}")
     return stats
-
-
-def _checkpoint_statistics(source: Path, config: RunConfig) -> NormStats:
-    """Returns statistics of a checkpoint of Hugging Face or openpi."""
-    model, key = config.model, config.unnorm_key or None
-    if isinstance(model, OpenVLAConfig):
-        return read_openvla_stats(source, unnorm_key=key, state_dim=model.state_dim)
-    found = find_stats(source, key)
-    if found is None:
-        raise ConfigError(
-            f"config.init_from: {source} has no statistics (assets/<name>/norm_stats.json), by which actions and "
-            "states are scaled; expected a checkpoint that has, or 'sft' among the phases"
-        )
-    return read_openpi_stats(
-        found[1], max_dim=model.model_action_dim, action_dim=model.action_dim, state_dim=model.state_dim
-    )
 
 
 def write_statistics(directory: Path, stats: NormStats) -> None:

@@ -1,107 +1,176 @@
-"""What a phase starts from: weights of ours or in the formats of others, with adapters of their own or fresh ones."""
+"""Parameters that a phase starts from, once the model that they are of is known to be the run's."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax.config import ConfigError
-from stare_jax.logging import progress_bytes
-from stare_jax.models import OpenVLAConfig, Policy
+from stare_jax.config import ConfigError, from_dict, to_dict
+from stare_jax.logging import progress_bytes, say
+from stare_jax.models import MLPConfig, ModelConfig, OpenVLAConfig, Pi05Config, Policy
 from stare_jax.models.nn.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
-from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.state.checkpoint import load_model, load_params, param_shapes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
-from stare_jax.weights.import_pi05 import open_weights
-from stare_jax.weights.openvla.config import read_config
-from stare_jax.weights.openvla.read import load_openvla_params
-from stare_jax.weights.openvla.side_files import KEPT
-from stare_jax.weights.pi05.read import load_weights
+from stare_jax.weights.format import open_format, read_params
+from stare_jax.weights.formats import FORMATS, find_format, is_ours
+from stare_jax.weights.side_files import TOKENIZER_FILES
+from stare_jax.weights.tensor_table import is_adapter
+
+EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_layers")
+"""fields of a model that say how it is computed, kept in memory and trained, and not what it computes"""
+_COLOURS = ("mean", "std")
+_ROUNDING = 2e-3
+"""largest difference of colours' statistics that comes of rounding: published files have them in bfloat16"""
 
 
-def starting_params(
-    source: Path | None, policy: Policy, model: OpenVLAConfig | Pi05Config, mesh: Mesh, key: jax.Array
-) -> PyTree:
-    """Returns parameters on the mesh.
+def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh: Mesh, key: jax.Array) -> PyTree:
+    """Returns parameters on the mesh, once the source's model is known to be the run's.
 
     Args:
-        source: a folder with `checkpoints`, an OpenVLA checkpoint in Hugging Face's format, or one of pi0.5 in openpi's
-            or lerobot's; None takes random weights.
-        policy: whose parameters they are to be.
-        model: what the policy was made of. Where it has adapters and the source has none, they are fresh.
-        mesh: where the parameters are to be.
+        source: a phase of a run, a converted folder, or a checkpoint of others; None takes random weights.
+        policy: the run's.
+        model: configuration that the policy was made of. Where it has adapters and the source has none, they are fresh.
+        mesh: devices that the parameters are to be on.
         key: of all that is random; consumed.
 
     Raises:
-        ConfigError: the model computes something else than the source's, or its adapters count more or less.
-        CheckpointError, WeightsError: the source does not fit.
+        ConfigError: the model computes something else than the source's; names all fields that differ.
+        CheckpointError, WeightsError: the source is damaged, or its parameters are not the model's.
     """
     like = abstract_params(policy, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     if source is None:
         return jax.jit(policy.init, out_shardings=shardings)(key)
+    check_same_model(stored_model(source), model, source=source)
     adapters_key, key = jax.random.split(key)
-    base = drop_adapters(like)
-    if not (source / CHECKPOINTS).is_dir() and isinstance(model, Pi05Config):
-        weights = open_weights(source, config=model)
-        has_adapters = any(path.endswith("lora_a") for path in weights.dtypes)
-        if has_adapters and model.lora.alpha != model.lora.rank:
-            raise ConfigError(
-                f"model.lora.alpha: got {model.lora.alpha}, expected the rank {model.lora.rank}, as openpi's"
-            )
-        with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
-            loaded = load_weights(weights, key, config=model, like=like, on_bytes=on_bytes)
-        if has_adapters:
-            return loaded
-    elif not (source / CHECKPOINTS).is_dir():
-        check_model(source, model)
-        with progress_bytes(num_bytes(base), f"read {source.name}") as on_bytes:
-            loaded = load_openvla_params(source, key, config=model, like=base, on_bytes=on_bytes)
+    found = find_format(source)
+    if found is None:
+        has_adapters = any(map(is_adapter, param_shapes(source / CHECKPOINTS)))
+        loaded = load_params(source / CHECKPOINTS, like if has_adapters else drop_adapters(like), cast=True)
     else:
-        if (source / KEPT).is_dir():
-            check_model(source / KEPT, model)
-        has_adapters = any(name.endswith("lora_a") for name in param_shapes(source / CHECKPOINTS))
-        if has_adapters and model.lora is not None:
-            _check_alpha(source, model)
-        loaded = load_params(source / CHECKPOINTS, like if has_adapters else base, cast=True)
-        if has_adapters:
-            return loaded
-    if model.lora is None:
+        opened = open_format(found[0], source, found[1], model)
+        has_adapters = any(map(is_adapter, opened.table))
+        with progress_bytes(num_bytes(drop_adapters(like)), f"read {source.name}") as on_bytes:
+            loaded = read_params(opened, key, like=like, on_bytes=on_bytes)
+    if model.lora is None or has_adapters:
         return loaded
     adapters = init_adapters(policy.init, adapters_key, out_shardings=keep_adapters(shardings))
     return add_adapters(loaded, adapters)
 
 
-def check_model(folder: Path, model: OpenVLAConfig) -> None:
-    """Makes sure that a run's model is that of a checkpoint folder, also in what no tensor's shape tells.
+def is_converted(folder: Path) -> bool:
+    """Returns whether a folder holds a converted checkpoint, which stands alone, and not a phase of a run."""
+    return is_ours(folder) and any((folder / form.kept).is_dir() for form in FORMATS)
 
-    Means and deviations of the images' colours may differ by rounding: those of published files are in bfloat16.
+
+def stored_model(source: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Returns the fields of the model's configuration that a checkpoint tells, all or some; {} where it tells none.
+
+    Args:
+        source: a phase of a run, a converted folder, or a checkpoint in the format of others.
+        step: of a phase; None takes the latest.
+    """
+    if not is_ours(source):
+        form, _ = find_format(source)
+        return form.known(source)
+    fields = dict(load_model(source / CHECKPOINTS, step=step))
+    if (tokenizer := fields.get("tokenizer")) and is_converted(source) and (source / tokenizer).is_dir():
+        fields["tokenizer"] = str(source / tokenizer)
+    return fields
+
+
+def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+    """Builds a model's configuration from its fields, which tell its kind.
 
     Raises:
-        ConfigError: names all fields that differ, got and expected.
+        ConfigError: a field is unknown or has a wrong value.
     """
-    if not isinstance(model, OpenVLAConfig):
-        raise ConfigError(f"init_from: got weights of OpenVLA in {folder}, expected those of {type(model).__name__}")
-    origin, problems = read_config(folder), []
-    for name in ("llm", "action_vocab_end", "image_size"):
-        if (got := getattr(model, name)) != (expected := getattr(origin, name)):
-            problems.append(f"model.{name}: got {got}, expected {expected}")
-    for name in ("dino", "siglip"):
-        got, expected = getattr(model, name), getattr(origin, name)
-        colours = [(*tower.mean, *tower.std) for tower in (got, expected) if tower is not None]
-        is_same = len(colours) == 2 and np.allclose(*colours, atol=2e-3)
-        if not is_same or dataclasses.replace(got, mean=expected.mean, std=expected.std) != expected:
-            problems.append(f"model.{name}: got {got}, expected {expected}")
+    kind = Pi05Config if "paligemma" in fields else OpenVLAConfig if "llm" in fields else MLPConfig
+    return from_dict(kind, fields, path="model")
+
+
+def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: Path | str = "the checkpoint") -> None:
+    """Makes sure that a model computes the same as a stored one, apart from parameters.
+
+    All fields are compared but those of `EXECUTION_FIELDS`; statistics of the images' colours may differ by rounding,
+    tokenizers by the folder that they lie in, and a model may have adapters that the stored one does not have.
+
+    Args:
+        stored: fields of the stored model. Fields that are missing are not compared; {} is said to be unknown.
+        wanted: the model.
+        source: begins the message.
+
+    Raises:
+        ConfigError: names all fields that differ, one per line, got and expected.
+    """
+    if not stored:
+        say(f"{source}: its configuration is not in it, so that only names and shapes of its parameters are compared")
+        return
+    problems = _differences(json.loads(json.dumps(stored)), json.loads(json.dumps(to_dict(wanted))))
     if problems:
-        raise ConfigError(f"init_from: {folder} is of another model:\n  " + "\n  ".join(problems))
+        raise ConfigError(f"{source} is of another model:\n  " + "\n  ".join(problems))
 
 
-def _check_alpha(source: Path, model: OpenVLAConfig) -> None:
-    """Makes sure that adapters count as much as where they come from, which their shapes do not tell."""
-    origin = load_model(source / CHECKPOINTS)
-    expected = (origin.get("lora") or {}).get("alpha")
-    if expected is not None and expected != model.lora.alpha:
-        raise ConfigError(f"model.lora.alpha: got {model.lora.alpha}, expected {expected}, as the adapters of {source}")
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    kinds = [("paligemma" in fields, "dino" in fields or "llm" in fields) for fields in (stored, wanted)]
+    if kinds[0] != kinds[1]:
+        names = [
+            type(model_from_dict(fields)).__name__ if "tokenizer" in fields else "another"
+            for fields in (wanted, stored)
+        ]
+        return [f"model: got a {names[0]}, expected {names[1]}"]
+    problems = []
+    for name, expected in stored.items():
+        if name in EXECUTION_FIELDS or name not in wanted:
+            continue
+        got = wanted[name]
+        if name == "lora" and expected is None or name == "tokenizer" and _is_same_tokenizer(got, expected):
+            continue
+        if name == "lora" and got is not None:  # the parameters tell which products have adapters
+            got, expected = ({k: v for k, v in lora.items() if k != "targets"} for lora in (got, expected))
+        problems += _compare(f"model.{name}", got, expected)
+    return problems
+
+
+def _compare(name: str, got: Any, expected: Any) -> list[str]:
+    if isinstance(got, dict) and isinstance(expected, dict):
+        fields = [field for field in expected if field in got]
+        return [line for field in fields for line in _compare(f"{name}.{field}", got[field], expected[field])]
+    if name.endswith(_COLOURS) and got and np.shape(got) == np.shape(expected):
+        is_same = np.allclose(got, expected, atol=_ROUNDING)
+    else:
+        is_same = got == expected
+    return [] if is_same else [f"{name}: got {got!r}, expected {expected!r}"]
+
+
+def _is_same_tokenizer(got: str, expected: str) -> bool:
+    """Returns whether two tokenizers are the same, as far as can be told: a name says nothing of a folder's files."""
+    if got == expected or "words" in (got, expected):
+        return got == expected
+    folders = [Path(got), Path(expected)]
+    if not all(folder.is_dir() for folder in folders):
+        return True
+    common = [name for name in TOKENIZER_FILES if all((folder / name).is_file() for folder in folders)]
+    return all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in common)
+
+
+def with_colours(stored: Mapping[str, Any], model: ModelConfig) -> ModelConfig:
+    """Returns a model with the statistics of the images' colours of a stored one, which is the same but for rounding.
+
+    Args:
+        stored: fields of the stored model, see `stored_model`.
+        model: the run's.
+    """
+    towers = {}
+    for name in ("dino", "siglip"):
+        tower, theirs = getattr(model, name, None), stored.get(name) or {}
+        colours = {field: tuple(theirs[field]) for field in _COLOURS if tower is not None and field in theirs}
+        if colours:
+            towers[name] = dataclasses.replace(tower, **colours)
+    return dataclasses.replace(model, **towers) if towers else model

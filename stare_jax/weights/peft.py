@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
+"""LoRA adapters of OpenVLA in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors.
 
-Adapters of modules that are never run are kept aside and come back as they were. PEFT saves a copy of the output layer
-along when that is adapted; it has to be that of the base model, and comes back, too.
+Adapters of modules that are never run, and the copy of an adapted output layer that PEFT saves along, are kept aside
+and come back as they were.
 """
 
 import dataclasses
@@ -9,17 +9,16 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
-from stare_jax.weights.openvla.config import write_json
-from stare_jax.weights.openvla.export import merge_tensor
-from stare_jax.weights.openvla.side_files import ADAPTER, ADAPTER_MODEL, UNUSED, Base, copy_side_files, keep_aside
-from stare_jax.weights.openvla.table import adapter_table, leaf_shapes, tensor_table
+from stare_jax.weights.format import Opened
+from stare_jax.weights.merge import merge_tensor
+from stare_jax.weights.openvla.table import adapter_table, tensor_table
 from stare_jax.weights.safetensors_folder import (
     Spec,
     Stored,
@@ -30,36 +29,20 @@ from stare_jax.weights.safetensors_folder import (
     read_json,
     write_file,
 )
-from stare_jax.weights.tensor_table import Entry, Leaves, table_specs, table_values, to_checkpoint
+from stare_jax.weights.side_files import ADAPTER, ADAPTER_MODEL, RECORD, UNUSED, copy_side_files, keep_aside, write_json
+from stare_jax.weights.tensor_table import Leaves, adapted_module, leaf_shapes, table_specs, table_values
 
-ADAPTER_CONFIG, KEPT_RECORD = "adapter_config.json", "kept.json"
+ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _COPY, _SUFFIX_A = ".base_layer.weight", ".lora_A.weight"
-
 _ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-"""what these fields may say; an initialisation that changes the base weights is not undone here."""
+"""values that these fields may have; an initialisation that changes the base weights is not undone here"""
 _WITHOUT_EFFECT = {
     *("r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "base_model_name_or_path", "revision"),
     *("auto_mapping", "task_type", "inference_mode", "loftq_config", "megatron_core", "peft_version", "runtime_config"),
     *("qalora_group_size", "ensure_weight_tying"),
 }
-"""fields that say nothing about what the adapters compute, besides those read here; any other has to be empty."""
-
-
-class Adapter(NamedTuple):
-    """An adapter folder, checked and not read."""
-
-    folder: Path
-    lora: LoRAConfig
-    table: dict[str, Entry]
-    """where the adapters that our parameters hold are."""
-    tensors: dict[str, Stored]
-    unused: dict[str, Stored]
-    """of modules that are never run."""
-    copies: dict[str, str]
-    """tensors of the base model that the file has as well: name in the file -> dtype there."""
-    dtype: str
-    """of the adapters."""
+"""fields that do not change what adapters compute, besides those read here; any other has to be empty"""
 
 
 def read_lora(folder: Path) -> LoRAConfig:
@@ -89,55 +72,47 @@ def read_lora(folder: Path) -> LoRAConfig:
         raise WeightsError(f"{file}: {error}") from error
 
 
-def open_adapter(folder: Path, base: Base) -> Adapter:
+def open_adapter(folder: Path, base: Opened) -> Opened:
     """Finds an adapter's tensors and compares them with what its configuration and the base model ask for.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-        base: the model that it adapts, in Hugging Face's format.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        base: the model that it adapts, in Hugging Face's form.
+
+    Returns:
+        Weights with the base's configuration and these adapters, whose table and tensors are those of adapters alone.
 
     Raises:
         WeightsError: it does what is not supported, is damaged, is of another model, or adapts some of the layers that
             we keep as one array; tensors that do not fit are all listed.
     """
-    lora = read_lora(folder)
-    if not (folder / ADAPTER_MODEL).exists():
+    lora, file = read_lora(folder), folder / ADAPTER_MODEL
+    if not file.exists():
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {ADAPTER_MODEL}; pickles are never read")
-    listed = list_file(folder / ADAPTER_MODEL)
+    listed = list_file(file)
     if foreign := [name for name in listed if not name.startswith(PREFIX)]:
-        raise WeightsError(f"{folder / ADAPTER_MODEL}: got {foreign[0]}, expected names that begin with {PREFIX}")
+        raise WeightsError(f"{file}: got {foreign[0]}, expected names that begin with {PREFIX}")
     tensors = {name.removeprefix(PREFIX): stored for name, stored in listed.items()}
-    copies = {name for name in tensors if name.endswith(_COPY)}
+    full, whole = adapter_table(tensor_table(base.config)), base.tensors | base.unused
+    copies = {name: f"{name.removesuffix(_COPY)}.weight" for name in tensors if name.endswith(_COPY)}
     dtypes = {stored.spec.dtype for name, stored in tensors.items() if name not in copies}
     if len(dtypes) != 1 or not jnp.issubdtype(jnp.dtype(next(iter(dtypes))), jnp.floating):
-        raise WeightsError(f"{folder / ADAPTER_MODEL}: got adapters of {sorted(dtypes)}, expected one floating type")
+        raise WeightsError(f"{file}: got adapters of {sorted(dtypes)}, expected one floating type")
     (dtype,) = dtypes
-    full = adapter_table(tensor_table(base.config))
-    adapted = {module_of(path) for path, entry in full.items() if tensors.keys() & set(entry.names)}
+    adapted = {adapted_module(path) for path, entry in full.items() if tensors.keys() & set(entry.names)}
     if not adapted:
-        raise WeightsError(
-            f"{folder / ADAPTER_MODEL}: got {', '.join(sorted(tensors)[:3])} ..., expected adapters of OpenVLA"
-        )
-    lora = dataclasses.replace(lora, targets=_targets(adapted, {module_of(path) for path in full}))
-    table = {path: entry for path, entry in full.items() if module_of(path) in adapted}
-    used = table_specs(table, leaf_shapes(dataclasses.replace(base.config, lora=lora)), dtype)
-    unused = _unused_specs(base, tensors, lora.rank, dtype)
-    whole = base.tensors | base.unused
-    expected = used | unused
-    for name in copies:
-        if (original := name.removesuffix(_COPY) + ".weight") in whole:
-            expected[name] = Spec(tensors[name].spec.dtype, whole[original].spec.shape)
-    check_tensors(folder / ADAPTER_MODEL, tensors, expected)
-    for name in copies:
-        _check_copy(folder / ADAPTER_MODEL, name, tensors[name], whole[name.removesuffix(_COPY) + ".weight"])
+        raise WeightsError(f"{file}: got {', '.join(sorted(tensors)[:3])} ..., expected adapters of OpenVLA")
+    lora = dataclasses.replace(lora, targets=_targets(adapted, set(map(adapted_module, full))))
+    config = dataclasses.replace(base.config, lora=lora)
+    table = {path: entry for path, entry in full.items() if adapted_module(path) in adapted}
+    used, unused = table_specs(table, leaf_shapes(config), dtype), _unused_specs(base, tensors, lora.rank, dtype)
+    unused |= {n: whole[o].spec._replace(dtype=tensors[n].spec.dtype) for n, o in copies.items() if o in whole}
+    check_tensors(file, tensors, used | unused)
+    for name, original in copies.items():
+        _check_copy(file, name, tensors[name], whole[original])
     parts = ({name: tensors[name] for name in specs} for specs in (used, unused))
-    return Adapter(folder, lora, table, *parts, {name: tensors[name].spec.dtype for name in copies}, dtype)
-
-
-def module_of(path: str) -> str:
-    """Returns the path of the module that a parameter belongs to."""
-    return path.rpartition("/")[0]
+    return Opened(base.form, folder, config, table, *parts, dict.fromkeys(used, dtype))
 
 
 def _targets(adapted: Collection[str], everything: Collection[str]) -> tuple[str, ...]:
@@ -148,7 +123,7 @@ def _targets(adapted: Collection[str], everything: Collection[str]) -> tuple[str
     return tuple(f"^{module}$" for module in sorted(adapted))
 
 
-def _unused_specs(base: Base, tensors: Collection[str], rank: int, dtype: str) -> dict[str, Spec]:
+def _unused_specs(base: Opened, tensors: Collection[str], rank: int, dtype: str) -> dict[str, Spec]:
     """Returns the adapters of modules that are never run, for those that have any."""
     specs = {}
     for name, stored in base.unused.items():
@@ -170,7 +145,7 @@ def _check_copy(file: Path, name: str, copy: Stored, original: Stored, num_rows:
             raise WeightsError(f"{file}: {name}: got other values than the base model's, expected an adapter of it")
 
 
-def keep_adapter(adapter: Adapter, kept: Path) -> list[str]:
+def keep_adapter(adapter: Opened, kept: Path) -> list[str]:
     """Keeps aside what an adapter folder has beside the adapters that our parameters hold.
 
     Args:
@@ -180,31 +155,29 @@ def keep_adapter(adapter: Adapter, kept: Path) -> list[str]:
     Returns:
         The names of what is left behind.
     """
-    left = keep_aside(adapter.folder, adapter.unused, kept / ADAPTER)
-    record = {"modules": sorted(set(map(module_of, adapter.table))), "dtype": adapter.dtype, "copies": adapter.copies}
-    write_json(kept / ADAPTER / KEPT_RECORD, record)
-    return left
+    record = {"modules": sorted(set(map(adapted_module, adapter.table))), "dtype": adapter.dtype}
+    return keep_aside(adapter.folder, adapter.unused, record, kept / ADAPTER)
 
 
-def kept_adapter(base: Base, config: OpenVLAConfig, adapted: Collection[str]) -> Path | None:
-    """Returns where an adapter is kept, if it is of the same modules, rank and alpha as the one that is exported.
+def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) -> Path | None:
+    """Returns the folder in which an adapter is kept that has the modules, rank and alpha of the one that is exported.
 
     Args:
-        base: where the policy came from.
+        base: the checkpoint that the policy began as.
         config: of the policy.
-        adapted: the paths of its adapters.
+        adapted: paths of its adapters.
     """
     kept = base.folder / ADAPTER
-    if not (kept / KEPT_RECORD).exists():
+    if not (kept / RECORD).exists():
         return None
     lora = read_lora(kept)
     is_same = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_same &= read_json(kept / KEPT_RECORD)["modules"] == sorted(set(map(module_of, adapted)))
+    is_same &= read_json(kept / RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
     return kept if is_same else None
 
 
 def write_adapter(
-    to: Path, base: Base, config: OpenVLAConfig, leaves: Leaves, *, adapted: Collection[str], dtype: str | None = None
+    to: Path, base: Opened, config: OpenVLAConfig, leaves: Leaves, *, adapted: Collection[str], dtype: str | None = None
 ) -> None:
     """Writes an adapter folder, one leaf in memory at a time.
 
@@ -213,39 +186,23 @@ def write_adapter(
         base: gives what is kept of an imported adapter, where this is that adapter, trained further or not.
         config: of the policy.
         leaves: its parameters.
-        adapted: the paths of the adapters among them.
+        adapted: paths of the adapters among them.
         dtype: of the file's adapters; None takes that of the imported file, float32 where there is none.
     """
     kept, everything = kept_adapter(base, config, adapted), adapter_table(tensor_table(config))
     table = {path: entry for path, entry in everything.items() if path in set(adapted)}
-    record: dict[str, Any] = {"dtype": "float32", "copies": {}}
-    unused: dict[str, Stored] = {}
     if kept is None:
         names = [name for entry in table.values() for name in entry.names]
         modules = [name.removesuffix(_SUFFIX_A) for name in names if name.endswith(_SUFFIX_A)]
         write_json(to / ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
-        record, unused = read_json(kept / KEPT_RECORD), list_file(kept / UNUSED)
-        copy_side_files(kept, to, skip=(KEPT_RECORD,))
-    dtype = dtype or record["dtype"]
+        copy_side_files(kept, to)
+    dtype, unused = dtype or (read_json(kept / RECORD)["dtype"] if kept else "float32"), _kept_unused(kept)
     specs = table_specs(table, leaf_shapes(config), dtype)
-    specs |= {name: Spec(dtype, stored.spec.shape) for name, stored in unused.items()}
-    rest = ((name, read(stored).astype(jnp.dtype(dtype))) for name, stored in unused.items())
-    values = [table_values(table, leaves, dtype), rest]
-    for name, copy_dtype in record["copies"].items():
-        value = _base_tensor(name.removesuffix(_COPY) + ".weight", base, config, leaves).astype(jnp.dtype(copy_dtype))
-        specs[name] = Spec(copy_dtype, value.shape)
-        values.append(iter([(name, value)]))
-    named = ((PREFIX + name, value) for name, value in itertools.chain(*values))
+    specs |= {n: s.spec if n.endswith(_COPY) else s.spec._replace(dtype=dtype) for n, s in unused.items()}
+    rest = ((name, read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
+    named = ((PREFIX + name, value) for name, value in itertools.chain(table_values(table, leaves, dtype), rest))
     write_file(to / ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
-
-
-def _base_tensor(name: str, base: Base, config: OpenVLAConfig, leaves: Leaves) -> np.ndarray:
-    if name in base.unused:
-        return read(base.unused[name])
-    (path, entry), *_ = (item for item in tensor_table(config).items() if name in item[1].names)
-    leaf = leaves(path)
-    return to_checkpoint(leaf[entry.names.index(name)] if entry.num_stacked else leaf, entry.kind)
 
 
 def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
@@ -270,9 +227,13 @@ def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def merge_kept(kept: Path | None, lora: LoRAConfig) -> Callable[[str, np.ndarray], np.ndarray]:
+def _kept_unused(kept: Path | None) -> Mapping[str, Stored]:
+    return list_file(kept / UNUSED) if kept is not None and (kept / UNUSED).exists() else {}
+
+
+def merge_kept(kept: Path | None, lora: LoRAConfig | None) -> Callable[[str, np.ndarray], np.ndarray]:
     """Returns a function that puts the kept adapters of tensors that are never run into them, as PEFT's merge does."""
-    adapters: Mapping[str, Stored] = {} if kept is None else list_file(kept / UNUSED)
+    adapters = _kept_unused(kept)
 
     def merge(name: str, tensor: np.ndarray) -> np.ndarray:
         module = name.removesuffix(".weight")

@@ -49,19 +49,23 @@ class Spec(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Where a tensor is."""
+    """Place of a tensor."""
 
     spec: Spec
     file: Path
-    offset: int
-    """of its first byte in the file."""
+    offset: int = 0
+    """position of its first byte in a file of safetensors"""
+    load: Callable[[], np.ndarray] | None = None
+    """reads it, where it is in a file of another kind"""
 
 
 Tensors = Mapping[str, Stored]
 
 
 def read(stored: Stored) -> np.ndarray:
-    """Returns a tensor as a read-only view of its file, whose pages are the system's to take back."""
+    """Returns a tensor; one of safetensors as a read-only view of its file, whose pages take no memory for long."""
+    if stored.load is not None:
+        return stored.load()
     dtype, shape = jnp.dtype(stored.spec.dtype), stored.spec.shape
     if not math.prod(shape):  # nothing can be mapped
         return np.zeros(shape, dtype)
@@ -217,6 +221,7 @@ def write_file(
             if (name, value.dtype.name, value.shape) != (expected, *spec):
                 raise ValueError(f"{file}: got {name} {value.dtype.name}{value.shape}, expected {expected} {spec}")
             stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            del value  # before the next one is loaded
             on_bytes(spec.num_bytes)
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,37 +1,42 @@
-"""Tables of where the leaves of our trees are in the tensors of other formats, read and written along them.
+"""Tables from the leaves of our trees to the tensors of other formats, and reading and writing along them.
 
 An entry's tensors are rearranged, never computed with: both directions are views, and the numbers keep their bits.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stare_jax.models import ModelConfig, make_policy
+from stare_jax.models.normalize import identity_stats
+from stare_jax.sharding.mesh import path_name
 from stare_jax.types import Array, PyTree
 from stare_jax.weights.safetensors_folder import Spec, Tensors, read
 
 FLOATS = ("float32", "bfloat16", "float16")
-"""of the tensors of a model."""
+"""types that the tensors of a model may have"""
 Leaves = Callable[[str], np.ndarray]
-"""path of a parameter -> its value, read when it is asked for."""
+"""path of a parameter -> its value, read when it is asked for"""
 Named = Iterator[tuple[str, np.ndarray]]
 _NUM_IN = {"linear": 1, "heads": 2, "pointwise": 1}
 
 
 class Entry(NamedTuple):
-    """Where one leaf of our tree comes from."""
+    """Place of one leaf of our tree in a checkpoint."""
 
     names: tuple[str, ...]
-    """its tensors: one, or those that are stacked, the last of the stacked axes fastest."""
+    """tensors: one, or those that are stacked, the last of the stacked axes fastest"""
     kind: str
     """"same"; "vector", flat; "leading", without our first axis, of one; "linear", transposed, with one input axis;
-    "heads", with two; "per_head", each head's matrix transposed; "conv"; "pointwise", a convolution of 1x1."""
+    "heads", with two; "per_head", each head's matrix transposed; "conv"; "pointwise", a convolution of 1x1"""
     num_stacked: int = 0
-    """leading axes of ours over which tensors are stacked: none, the layers, or layers and one more."""
+    """leading axes of ours over which tensors are stacked: none, the layers, or layers and one more"""
 
 
 def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
@@ -105,13 +110,20 @@ def dtype_of(name: str, dtype: str | Mapping[str, str]) -> str:
     return dtype if isinstance(dtype, str) else dtype[name]
 
 
-def table_values(table: Mapping[str, Entry], leaves: Leaves, dtype: str | Mapping[str, str]) -> Named:
-    """Yields the tensors of a table, one after the other, as the checkpoint has them."""
+def table_values(
+    table: Mapping[str, Entry], leaves: Leaves, dtype: str | Mapping[str, str], *, prefix: str = ""
+) -> Named:
+    """Yields the tensors of a table as the checkpoint has them; no leaf is kept while the next one is loaded."""
     for path, entry in table.items():
         leaf = leaves(path)
         layers = leaf.reshape(-1, *layer_shape(leaf.shape, entry))
-        for layer, name in zip(layers, entry.names, strict=True):
-            yield name, to_checkpoint(layer, entry.kind).astype(jnp.dtype(dtype_of(name, dtype)), copy=False)
+        del leaf
+        for i, name in enumerate(entry.names):
+            yield (
+                prefix + name,
+                to_checkpoint(layers[i], entry.kind).astype(jnp.dtype(dtype_of(name, dtype)), copy=False),
+            )
+        del layers
 
 
 def read_tree(
@@ -122,18 +134,27 @@ def read_tree(
 ) -> PyTree:
     """Reads all leaves of a table, one after the other.
 
+    Large leaves come first: reading a leaf takes memory besides the leaf itself, and the rest of the model leaves room
+    for it as long as that has not been read.
+
     Args:
-        table: where the leaves are.
+        table: places of the leaves.
         tensors: checked.
         wanted: shape, dtype and, where the leaf is not to be a NumPy array, sharding of each.
         on_bytes: called with the size of every leaf that is read.
     """
     tree: PyTree = {}
-    for path, entry in table.items():
-        leaf = wanted[path]
-        insert(tree, path, place(leaf, lambda index, part=(entry, leaf): read_leaf(*part, tensors, index)))
-        on_bytes(leaf.size * jnp.dtype(leaf.dtype).itemsize)
+    for path in sorted(table, key=lambda path: -num_bytes(wanted[path])):
+        insert(tree, path, _read_whole(table[path], wanted[path], tensors))
+        on_bytes(num_bytes(wanted[path]))
     return tree
+
+
+def _read_whole(entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> Array:
+    if leaf.sharding is None or all(tensors[name].load is None for name in entry.names):
+        return place(leaf, lambda index: read_leaf(entry, leaf, tensors, index))
+    whole = read_leaf(entry, leaf, tensors)  # once, and not for every device
+    return place(leaf, lambda index: whole[index])
 
 
 def read_leaf(
@@ -142,7 +163,7 @@ def read_leaf(
     """Reads a part of one leaf, from as little of the files as it takes.
 
     Args:
-        entry: where it is.
+        entry: its place.
         leaf: its whole shape, and the type to have it in.
         tensors: checked.
         index: the part.
@@ -153,7 +174,9 @@ def read_leaf(
         return to_ours(read(tensors[name]), inner, entry.kind)[index]
 
     if not num_stacked:
-        return np.array(layer(entry.names[0], index), leaf.dtype, order="C")
+        # A view of a file is copied, an array that was loaded is not.
+        copy = True if tensors[entry.names[0]].load is None else None
+        return np.array(layer(entry.names[0], index), leaf.dtype, order="C", copy=copy)
     index = index if index != (...,) else (slice(None),) * len(leaf.shape)
     names = np.array(entry.names, object).reshape(leaf.shape[:num_stacked])[index[:num_stacked]]
     part = np.empty((*names.shape, *layer(names.flat[0], index[num_stacked:]).shape), leaf.dtype)
@@ -168,6 +191,47 @@ def place(leaf: jax.ShapeDtypeStruct, part: Callable[[tuple[slice, ...]], np.nda
         return part((...,))
     array = jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)
     return array.block_until_ready()
+
+
+def num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns the size of a leaf in bytes."""
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def flat_leaves(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves of a nested dict by path."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def is_adapter(path: str) -> bool:
+    """Returns whether a parameter is one of an adapter's."""
+    return path.endswith(("lora_a", "lora_b"))
+
+
+def adapter_names(path: str) -> tuple[str, str]:
+    """Returns the paths that the adapters of a weight have, if there are any."""
+    module, _, name = path.rpartition("/")
+    prefix = f"{module}/" if name in ("kernel", "w") else f"{path}_"
+    return f"{prefix}lora_a", f"{prefix}lora_b"
+
+
+def adapted_module(path: str) -> str:
+    """Returns the module, as `LoRAConfig` names it, of a weight or of an adapter."""
+    for suffix in ("lora_a", "lora_b"):
+        if path.endswith(suffix):
+            return path.removesuffix(suffix).rstrip("_/")
+    return path.removesuffix("/kernel").removesuffix("/w")
+
+
+def leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of every leaf of a model's parameters, by path, without allocating it."""
+    return dict(_leaf_shapes(dataclasses.replace(config, tokenizer="")))
+
+
+@functools.lru_cache(maxsize=16)
+def _leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    return flat_leaves(jax.eval_shape(policy.init, jax.random.key(0)))
 
 
 def insert(tree: dict, path: str, leaf: object) -> None:

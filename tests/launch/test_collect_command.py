@@ -313,6 +313,11 @@ def test_a_checkpoint_from_the_gpu_has_no_reproducible_resets(collect, run, caps
     assert "was trained with env.backend 'cuda': give --no-reproducible" in capsys.readouterr().err
 
 
+def test_a_policy_acts_on_the_mesh_that_is_asked_for(collect, run, capsys):
+    assert collect("--pairs=9", f"--checkpoint={run / 'sft'}", "--mesh.fsdp=64") == 1
+    assert "mesh: got data x fsdp x tensor" in capsys.readouterr().err
+
+
 def test_pairs_from_the_expert(collect, tmp_path, capsys):
     assert collect("--pairs=3", "--rollouts-per-seed=3") == 0
     assert "success, same start" in capsys.readouterr().out

@@ -1,17 +1,17 @@
 """Statistics that a run begins with: those of the weights it starts from, or of its demonstrations."""
 
 import dataclasses
-import json
-import shutil
 
 import numpy as np
+import openvla_files
+import pi05_files
 import pytest
 from toy_run import DressedToy, make_config
 
 from stare_jax.config import ConfigError
-from stare_jax.models import openvla_tiny, pi05_tiny
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.start import demonstration_statistics, read_statistics, source_statistics, write_statistics
+from stare_jax.weights.openvla.config import read_config
 from stare_jax.weights.safetensors_folder import WeightsError
 
 CONFIG = make_config()
@@ -19,31 +19,31 @@ PPO_ALONE = dataclasses.replace(CONFIG, phases=("ppo",))
 LOW, HIGH = [-0.5] * 7, [0.25 * i for i in range(1, 8)]
 
 
-@pytest.fixture
-def hugging_face(tmp_path):
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
     """A checkpoint of OpenVLA's with the statistics of two data sets."""
-    folder = tmp_path / "hf"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("source") / "hf"
     statistics = {
         name: {"action": {"q01": LOW, "q99": [scale * x for x in HIGH], "mask": [True] * 6 + [False]}}
         for name, scale in (("bridge_orig", 1.0), ("fractal", 2.0))
     }
-    (folder / "config.json").write_text(json.dumps({"model_type": "openvla", "norm_stats": statistics}))
+    sizes = openvla_files.SMALL
+    tensors = openvla_files.random_normal(openvla_files.checkpoint_shapes(sizes), "float32")
+    openvla_files.write(folder, tensors, openvla_files.config_json(sizes, "float32", norm_stats=statistics))
     return folder
 
 
-@pytest.fixture
-def openpi(tmp_path):
-    """A checkpoint of openpi's with the statistics of one data set, padded to its width."""
-    file = tmp_path / "openpi" / "assets" / "droid" / "norm_stats.json"
-    file.parent.mkdir(parents=True)
-    numbers = {"q01": [-1.0] * 32, "q99": [float(i) for i in range(1, 33)]}
-    file.write_text(json.dumps({"norm_stats": {"state": numbers, "actions": numbers}}))
-    return tmp_path / "openpi"
+@pytest.fixture(scope="module")
+def openpi(tmp_path_factory):
+    """A checkpoint of openpi's with the statistics of one data set, longer than the robot's."""
+    folder = tmp_path_factory.mktemp("source") / "openpi"
+    pi05_files.write_openpi(folder, openvla_files.random_normal(pi05_files.tree_shapes(pi05_files.SMALL)))
+    pi05_files.write_stats(folder, dim=9, state_dim=9)
+    return folder
 
 
 def test_interaction_from_hugging_face_takes_the_data_set_that_is_named(hugging_face):
-    model = openvla_tiny()
+    model = read_config(hugging_face)
     config = dataclasses.replace(PPO_ALONE, model=model, init_from=str(hugging_face), unnorm_key="fractal")
     stats = source_statistics(config)
     np.testing.assert_array_equal(stats.action_q99, np.float32([2 * x for x in HIGH]))
@@ -56,24 +56,29 @@ def test_interaction_from_hugging_face_takes_the_data_set_that_is_named(hugging_
 
 @pytest.mark.parametrize("key", ["", "bridge"])
 def test_a_data_set_that_is_not_named_is_refused_with_the_choices(on_toy, hugging_face, tmp_path, key):
-    config = dataclasses.replace(PPO_ALONE, model=openvla_tiny(), init_from=str(hugging_face), unnorm_key=key)
+    config = dataclasses.replace(
+        PPO_ALONE, model=read_config(hugging_face), init_from=str(hugging_face), unnorm_key=key
+    )
     with pytest.raises(WeightsError, match=r"unnorm_key: got .*, expected one of \['bridge_orig', 'fractal'\]"):
         run_ipi(config, tmp_path / "run")
     assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()
 
 
 def test_interaction_from_openpi_takes_its_statistics(openpi):
-    config = dataclasses.replace(PPO_ALONE, model=pi05_tiny(6), init_from=str(openpi))
+    model = pi05_files.model_config(action_dim=7, state_dim=5)
+    config = dataclasses.replace(PPO_ALONE, model=model, init_from=str(openpi))
     stats = source_statistics(config)
-    np.testing.assert_array_equal(stats.action_q99, np.arange(1, 8, dtype=np.float32))
-    np.testing.assert_array_equal(stats.state_q99, np.arange(1, 7, dtype=np.float32))
-    shutil.rmtree(openpi / "assets")
-    with pytest.raises(ValueError, match="statistics"):
+    np.testing.assert_array_equal(stats.action_q99, np.float32(np.arange(7) / 7 + 2))
+    np.testing.assert_array_equal(stats.state_q99, np.float32(np.arange(5) / 7 + 2))
+    with pytest.raises(WeightsError, match=r"unnorm_key: got 'libero', expected one of \['droid'\]"):
+        source_statistics(dataclasses.replace(config, unnorm_key="libero"))
+    (openpi / "assets").rename(openpi / "gone")
+    with pytest.raises(WeightsError, match="unnorm_key: got None, expected statistics of a data set"):
         source_statistics(config)
 
 
 def test_statistics_of_other_dimensions_are_refused(hugging_face):
-    model = dataclasses.replace(openvla_tiny(), action_dim=4)
+    model = dataclasses.replace(read_config(hugging_face), action_dim=4)
     config = dataclasses.replace(PPO_ALONE, model=model, init_from=str(hugging_face), unnorm_key="fractal")
     with pytest.raises(ValueError, match="action_dim: got 4, expected 7"):
         source_statistics(config)
@@ -95,3 +100,11 @@ def test_statistics_are_the_same_after_writing(finished_run, tmp_path):
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype
     assert read_statistics(tmp_path / "nowhere") is None
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_collected(on_toy, hugging_face, tmp_path):
+    model = dataclasses.replace(read_config(hugging_face), image_size=56)
+    config = dataclasses.replace(CONFIG, model=model, init_from=str(hugging_face))
+    with pytest.raises(ConfigError, match="model.image_size: got 56, expected 28"):
+        run_ipi(config, tmp_path / "run")
+    assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()

@@ -5,12 +5,21 @@ compared with something.
 """
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
+
+from stare_jax.models import OpenVLAConfig
+from stare_jax.types import NormStats
+from stare_jax.weights.format import read_params
+from stare_jax.weights.formats import open_weights
+from stare_jax.weights.openvla.config import read_norm_stats
+from stare_jax.weights.openvla.table import tensor_table, unused_specs
+from stare_jax.weights.safetensors_folder import read
+from stare_jax.weights.tensor_table import leaf_shapes, table_specs
 
 TIMM_IDS = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
 
@@ -135,6 +144,28 @@ def write(folder, tensors, description):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / "config.json").write_text(json.dumps(description))
     return folder
+
+
+class LoadedOpenVLA(NamedTuple):
+    """A checkpoint folder, read."""
+
+    config: OpenVLAConfig
+    params: Any
+    unused: dict[str, np.ndarray]
+    norm_stats: NormStats
+
+
+def load_openvla(folder, key, *, config=None, unnorm_key=None):
+    """Reads a checkpoint folder, NumPy leaves; the value head is fresh unless the folder has one."""
+    opened = open_weights(folder, config=config)
+    stats = read_norm_stats(folder, unnorm_key=unnorm_key, state_dim=opened.config.state_dim)
+    unused = {name: read(stored) for name, stored in opened.unused.items()}
+    return LoadedOpenVLA(opened.config, read_params(opened, key), unused, stats)
+
+
+def export_specs(config, dtype):
+    """Returns all tensors of the checkpoint of a model."""
+    return table_specs(tensor_table(config), leaf_shapes(config), dtype) | unused_specs(config, dtype)
 
 
 def read_folder(folder, pattern="model*.safetensors"):

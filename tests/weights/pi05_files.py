@@ -4,7 +4,9 @@ The names, shapes and rearrangements are put down once more here, so that the co
 something.
 """
 
+import dataclasses
 import json
+import math
 import warnings
 from typing import NamedTuple
 
@@ -13,6 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
+
+from stare_jax.config import to_dict
+from stare_jax.models import pi05_base
+from stare_jax.models.nn.gemma import GemmaConfig
+from stare_jax.models.nn.siglip import SigLIPConfig
 
 
 class Sizes(NamedTuple):
@@ -32,6 +39,33 @@ FULL = Sizes((1152, 27, 4304, 16), (2048, 1024), (16384, 4096), 18, 8, 256, 2571
 SMALL = Sizes((32, 2, 24, 16), (24, 16), (40, 20), 3, 2, 4, 96, 4, 9)
 NUM_LEAVES, NUM_TENSORS = 51, 811
 """of the published model, its expert's unused output layer apart."""
+
+
+def model_config(sizes=SMALL, **changes):
+    """The configuration of a model of these sizes, which weights do not tell."""
+    width, depth, mlp, heads = sizes.tower
+    experts = [
+        GemmaConfig(width, sizes.depth, mlp_dim, sizes.heads, 1, sizes.head_dim)
+        for width, mlp_dim in zip(sizes.widths, sizes.mlps, strict=True)
+    ]
+    config = pi05_base(
+        siglip=SigLIPConfig(width=width, depth=depth, num_heads=heads, mlp_dim=mlp),
+        paligemma=experts[0],
+        expert=experts[1],
+        vocab_size=sizes.vocab,
+        model_action_dim=sizes.actions,
+        image_size=14 * math.isqrt(sizes.patches),
+        prompt_template="{instruction}",
+        state_dim=0,
+        tokenizer="words",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def write_config(file, config=None):
+    """Writes a configuration beside weights, or wherever it is to be."""
+    file.write_text(json.dumps(to_dict(config or model_config())))
+    return file
 
 
 def tree_shapes(sizes):
@@ -137,7 +171,10 @@ UNUSED = "paligemma_with_expert.gemma_expert.lm_head.weight"
 
 
 def write_openpi(folder, tree, *, wrap=False, managed=False):
-    """Writes a folder as openpi does: on its own as when it exports, or as a step of a training run's manager."""
+    """Writes a folder as openpi does: on its own as when it exports, or as a step of a training run's manager.
+
+    Beside it is the configuration of the small model.
+    """
     nested = unflatten_dict(
         {tuple(f"{name}/value".split("/") if wrap else name.split("/")): x for name, x in tree.items()}
     )
@@ -148,6 +185,7 @@ def write_openpi(folder, tree, *, wrap=False, managed=False):
         if not managed:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 checkpointer.save(folder.absolute() / "params", {"params": nested})
+            write_config(folder / "config.json")
             return folder
         save = {name: ocp.args.PyTreeSave({"params": nested}) for name in ("params", "train_state")}
         handlers = {name: ocp.PyTreeCheckpointHandler() for name in save}
@@ -156,6 +194,7 @@ def write_openpi(folder, tree, *, wrap=False, managed=False):
             manager.save(7, args=ocp.args.Composite(**save))
             manager.wait_until_finished()
         (steps / "7").rename(folder)
+    write_config(folder / "config.json")
     return folder
 
 
@@ -189,6 +228,7 @@ def write_stats(folder, asset_id="droid", dim=9, state_dim=5, **changes):
 def write_port(folder, tensors, prefix="", name="model.safetensors"):
     folder.mkdir(parents=True, exist_ok=True)
     save_file({prefix + key: tensor for key, tensor in tensors.items()}, folder / name, metadata={"format": "pt"})
+    write_config(folder / "config.json")
     return folder
 
 

@@ -11,16 +11,16 @@ import jax
 import numpy as np
 import openvla_files
 import pytest
-from openvla_files import ACTION, OTHER, SMALL, read_folder
+from openvla_files import ACTION, OTHER, SMALL, load_openvla, read_folder
 from safetensors.numpy import save_file
 
 from stare_jax.models import make_policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.checkpoint import load_model, load_norm_stats, load_params, save_params
 from stare_jax.state.train_state import abstract_params
-from stare_jax.weights import folders as weight_folders
-from stare_jax.weights import import_openvla as import_weights
-from stare_jax.weights.openvla.read import VALUE_HEAD, load_openvla
+from stare_jax.weights import convert as conversion
+from stare_jax.weights import origin
+from stare_jax.weights.heads import HEADS
 
 SIDE_FILES = {
     "tokenizer.model": b"\x00\xff binary",
@@ -65,7 +65,7 @@ def test_back_and_forth_every_bit_is_the_same(original, converted, tmp_path, cap
         assert (back / name).read_bytes() == (original / name).read_bytes(), name
     assert {path.name for path in back.iterdir()} - {path.name for path in original.iterdir()} == {
         *(path.name for path in back.glob("model-*")),
-        VALUE_HEAD,
+        HEADS,
     }
     printed = capsys.readouterr().out
     assert re.search(r"written: .*back, a model of", printed) and "memory: " in printed
@@ -73,12 +73,12 @@ def test_back_and_forth_every_bit_is_the_same(original, converted, tmp_path, cap
     again = tmp_path / "again"
     assert run(f"--from={back}", f"--to={again}", "--unnorm-key=robot") == 0
     assert run(f"--from={again}", f"--to={tmp_path / 'last'}") == 0
-    assert read_folder(tmp_path / "last", VALUE_HEAD) == read_folder(back, VALUE_HEAD)
+    assert read_folder(tmp_path / "last", HEADS) == read_folder(back, HEADS)
     assert load_norm_stats(again / "checkpoints").action_q99[0] == ACTION["action"]["q99"][0]
 
 
 def test_what_is_converted_is_what_the_loader_reads(original, converted):
-    config = import_weights.open_base(converted).config
+    config = origin.open_base(converted).config
     model = load_model(converted / "checkpoints")
     assert (model["execution"]["param_dtype"], model["lora"], model["llm"]["width"]) == ("bfloat16", None, 16)
     stats = load_norm_stats(converted / "checkpoints")
@@ -176,7 +176,7 @@ def test_what_is_stopped_leaves_nothing_that_looks_finished(original, tmp_path, 
         save_params(*arguments, **options)
         assert (tmp_path / "out.partial" / "checkpoints" / "0").exists() and not to.exists()
 
-    monkeypatch.setattr(weight_folders, "save_params", interrupted)
+    monkeypatch.setattr(conversion, "save_params", interrupted)
     assert run(f"--from={original}", f"--to={to}", "--unnorm-key=robot") == 130
     assert "stopped; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -195,7 +195,7 @@ def test_a_disk_that_is_too_small_is_found_out_before(original, tmp_path, monkey
 
 def test_a_value_head_of_another_size_is_refused(original, refuse, tmp_path):
     shutil.copytree(original, tmp_path / "hf")
-    save_file({"head_l1.weight": np.zeros((2, 2), np.float32)}, tmp_path / "hf" / VALUE_HEAD)
+    save_file({"head_l1.weight": np.zeros((2, 2), np.float32)}, tmp_path / "hf" / HEADS)
     message = refuse(f"--from={tmp_path / 'hf'}", "--unnorm-key=robot")
     assert "head_l1.weight: got float32[2, 2], expected float32[512, 16]" in message
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes
 from stare_jax.state.leaves import leaf_loader
-from stare_jax.weights.pi05.read import HEADS
+from stare_jax.weights.heads import HEADS
 
 SHAPES = pi05_files.tree_shapes(SMALL)
 EXPERT = [name for name in SHAPES if re.search(r"_1/|^(action|time)", name) and "/img/" not in name]
@@ -34,6 +34,12 @@ def loaded(folder, paths=SHAPES):
 def tree():
     """All bits random, in bfloat16."""
     return random_bits(SHAPES, "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The option that names the configuration, where it is not beside the weights."""
+    return f"--model={pi05_files.write_config(tmp_path_factory.mktemp('model') / 'small.json')}"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def test_what_is_said_of_an_import(original, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["safetensors", "lerobot"])
-def test_to_pytorch_and_back(tree, converted, tmp_path, form):
+def test_to_pytorch_and_back(tree, converted, tmp_path, model, form):
     there = tmp_path / "there"
     assert run(f"--from={converted}", f"--to={there}", f"--to-format={form}") == 0
     tensors = pi05_files.to_port(tree)
@@ -91,27 +97,27 @@ def test_to_pytorch_and_back(tree, converted, tmp_path, form):
     assert bits(got) == bits({prefix + name: tensor for name, tensor in expected.items()})
     assert (there / "assets" / "droid" / "norm_stats.json").exists() and not (there / "README.md").exists()
     ours, back = tmp_path / "ours", tmp_path / "back"
-    assert run(f"--from={there}", f"--to={ours}") == 0
+    assert run(f"--from={there}", f"--to={ours}", model) == 0
     assert bits(loaded(ours)) == bits(tree)
     assert run(f"--from={ours}", f"--to={back}", "--max-shard-gb=0.00001") == 0  # in the format it came in
     assert read_folder(back) == read_folder(there) and len(sorted(back.glob("model-*"))) > 2
-    assert run(f"--from={back}", f"--to={tmp_path / 'sharded'}") == 0
+    assert run(f"--from={back}", f"--to={tmp_path / 'sharded'}", model) == 0
     assert run(f"--from={tmp_path / 'sharded'}", f"--to={tmp_path / 'last'}", "--to-format=openpi") == 0
     assert bits(read_openpi(tmp_path / "last")) == bits(tree)
 
 
 @pytest.mark.parametrize("layout", [{"managed": True, "wrap": True}, {"managed": True}])
-def test_other_layouts_of_openpi(tree, tmp_path, layout):
+def test_other_layouts_of_openpi(tree, tmp_path, model, layout):
     """A step of its training's manager, and leaves under `value`, as the state of an NNX module has them."""
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     pi05_files.write_openpi(theirs, tree, **layout)
     assert run(f"--from={theirs}", f"--to={ours}") == 0
     assert bits(loaded(ours)) == bits(tree)
-    assert run(f"--from={theirs / 'params'}", f"--to={tmp_path / 'direct'}") == 0
+    assert run(f"--from={theirs / 'params'}", f"--to={tmp_path / 'direct'}", model) == 0
     assert bits(loaded(tmp_path / "direct")) == bits(tree)
 
 
-def test_names_of_trained_models_and_leftovers(tree, tmp_path, capsys):
+def test_names_of_trained_models_and_leftovers(tree, tmp_path, model, capsys):
     tensors = pi05_files.to_port(tree)
     odd = {}
     for name, tensor in tensors.items():
@@ -129,7 +135,7 @@ def test_names_of_trained_models_and_leftovers(tree, tmp_path, capsys):
     # The embedding under its other name alone, and one file in place of a folder.
     renamed = {second if "paligemma.lm_head" in name else name: tensor for name, tensor in tensors.items()}
     file = pi05_files.write_port(tmp_path / "one", renamed, name="weights") / "weights"
-    assert run(f"--from={file}", f"--to={tmp_path / 'from_file'}") == 0
+    assert run(f"--from={file}", f"--to={tmp_path / 'from_file'}", model) == 0
     assert bits(loaded(tmp_path / "from_file")) == bits(tree)
     pi05_files.write_port(tmp_path / "untied", tensors | {second: embedding[::-1].copy()})
     assert run(f"--from={tmp_path / 'untied'}", f"--to={tmp_path / 'x'}") == 1
@@ -157,20 +163,19 @@ def test_several_types_come_back_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_paligemma_alone_and_the_rest_is_fresh(tmp_path, capsys, dtype):
+def test_paligemma_alone_and_the_rest_is_fresh(tmp_path, capsys, model, dtype):
     tree = random_bits({name: shape for name, shape in SHAPES.items() if name not in EXPERT}, dtype)
     file = tmp_path / "pt_224"
     with file.open("wb") as stream:
         np.savez(stream, **{f"params/{name.removeprefix('PaliGemma/')}": leaf for name, leaf in tree.items()})
-    assert run(f"--from={file}", f"--to={tmp_path / 'ours'}") == 0
+    assert run(f"--from={file}", f"--to={tmp_path / 'ours'}", model) == 0
     assert bits(loaded(tmp_path / "ours", tree)) == bits(tree)
     printed = capsys.readouterr().out
     count = int(re.search(r"from paligemma; ([\d,]+) of them are not there", printed)[1].replace(",", ""))
     shapes = param_shapes(tmp_path / "ours" / "checkpoints")
     assert count == sum(leaf.size for path, leaf in shapes.items() if path not in tree)
     assert "no statistics: nothing is scaled" in printed
-    # The second expert has its own sizes, which PaliGemma does not tell.
-    assert shapes["PaliGemma/llm/layers/attn/q_einsum_1/w"].shape == (3, 2, 1024, 4)
+    assert shapes["PaliGemma/llm/layers/attn/q_einsum_1/w"].shape == (3, 2, 16, 4)
     norms = loaded(tmp_path / "ours", ["PaliGemma/llm/layers/pre_ffw_norm_1/Dense_0/kernel"])
     assert not any(leaf.any() for leaf in norms.values())
     assert loaded(tmp_path / "ours", ["action_in_proj/kernel"])["action_in_proj/kernel"].any()
@@ -203,7 +208,7 @@ def test_pi0_is_refused(refuse, tmp_path, tree):
     assert "got weights of pi0 (paligemma_with_expert.gemma_expert.model.norm.weight)" in message
 
 
-def test_all_that_does_not_fit_is_listed_at_once(refuse, tmp_path, tree):
+def test_all_that_does_not_fit_is_listed_at_once(refuse, tmp_path, model, tree):
     wrong = dict(tree)
     wrong["extra/kernel"] = wrong.pop("time_mlp_in/bias")
     wrong["time_mlp_out/bias"] = np.zeros(3, np.float32)
@@ -221,12 +226,12 @@ def test_all_that_does_not_fit_is_listed_at_once(refuse, tmp_path, tree):
     assert "4 tensor(s) do not fit" in message and "missing time_mlp_in.bias" in message
     arrays = {"params/img/head/bias": np.zeros(4, np.float32)}
     np.savez(tmp_path / "paligemma.npz", **arrays)
-    message = refuse(f"--from={tmp_path / 'paligemma.npz'}")
+    message = refuse(f"--from={tmp_path / 'paligemma.npz'}", model)
     assert "32 tensor(s) do not fit" in message and "missing PaliGemma/llm/final_norm/scale" in message
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    assert "got x, expected PaliGemma's arrays" in refuse(f"--from={tmp_path / 'other.npz'}")
+    assert "got x, expected PaliGemma's arrays" in refuse(f"--from={tmp_path / 'other.npz'}", model)
     np.savez(tmp_path / "objects.npz", **{"params/img/x": np.array([{}])})
-    assert "object" in refuse(f"--from={tmp_path / 'objects.npz'}")
+    assert "object" in refuse(f"--from={tmp_path / 'objects.npz'}", model)
 
 
 def test_mistakes_are_one_line(original, converted, refuse, tmp_path):

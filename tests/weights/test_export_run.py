@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import openvla_files
 import pytest
-from openvla_files import ACTION, SMALL, read_folder
+from openvla_files import ACTION, SMALL, load_openvla, read_folder
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig
@@ -22,7 +22,6 @@ from stare_jax.state.checkpoint import load_params, save_params
 from stare_jax.types import NormStats
 from stare_jax.weights import load as starting
 from stare_jax.weights.openvla.config import read_config, read_norm_stats
-from stare_jax.weights.openvla.read import load_openvla
 
 ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)
 LORA = LoRAConfig(rank=2, alpha=5.0, targets=ATTENTION)
@@ -58,7 +57,7 @@ def run_config(base, init_from, **model):
 
 def start_of(config):
     """What the first phase of a run begins with."""
-    return starting.starting_params(
+    return starting.initial_params(
         Path(config.init_from), make_policy(config.model, STATS), config.model, make_mesh(), jax.random.key(0)
     )
 
@@ -190,9 +189,10 @@ def test_adapters_of_a_run_come_out_alone_or_merged(base, tmp_path, capsys):
     assert read_folder(tmp_path / "float32", file) == read_folder(tmp_path / "peft", file)
     # A run that goes on from there has to count them alike.
     to = tmp_path / "next"
-    starting._check_alpha(to, config.model)
-    with pytest.raises(ConfigError, match=r"model.lora.alpha: got 1.0, expected 5.0, as the adapters of"):
-        starting._check_alpha(to, dataclasses.replace(config.model, lora=dataclasses.replace(LORA, alpha=1.0)))
+    starting.check_same_model(starting.stored_model(to), config.model, source=to)
+    other = dataclasses.replace(config.model, lora=dataclasses.replace(LORA, alpha=1.0))
+    with pytest.raises(ConfigError, match=r"is of another model:\n  model.lora.alpha: got 1.0, expected 5.0"):
+        starting.check_same_model(starting.stored_model(to), other, source=to)
 
     # Weights beside the adapters that are not the base's would be lost.
     other = save_run(tmp_path / "other_base", config, moved(start, only="projector/fc1/kernel"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from openvla_files import read_folder
+from openvla_files import load_openvla, read_folder
 
 from stare_jax.models import make_policy
 from stare_jax.models.bins import decode_bins
@@ -16,12 +16,11 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
+from stare_jax.weights.formats import open_weights
 from stare_jax.weights.openvla.config import read_config
-from stare_jax.weights.openvla.read import load_openvla
-from stare_jax.weights.openvla.side_files import ADAPTER_MODEL, keep_aside, open_base
-from stare_jax.weights.openvla.table import leaf_shapes
 from stare_jax.weights.peft import keep_adapter, open_adapter, write_adapter
-from stare_jax.weights.tensor_table import leaf_at, read_tree
+from stare_jax.weights.side_files import ADAPTER_MODEL, keep_aside
+from stare_jax.weights.tensor_table import leaf_at, leaf_shapes, read_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [path for path in (ROOT / "tests/golden/openvla_tiny", ROOT / "../shared/golden/openvla_tiny") if path.exists()]
@@ -172,9 +171,9 @@ def test_another_image_gives_other_logits(loaded, expected, end, normalised_imag
 @pytest.mark.parametrize("name", ["lora_all_linear", "lora_attention"])
 def test_adapters_of_peft(folder, loaded, expected, end, tmp_path, name):
     """Logits with the adapter on, and the file as it was."""
-    base = open_base(folder)
+    base = open_weights(folder)
     adapter = open_adapter(folder / name, base)
-    config = dataclasses.replace(loaded.config, lora=adapter.lora)
+    config = dataclasses.replace(loaded.config, lora=adapter.config.lora)
     params = add_adapters(loaded.params, read_tree(adapter.table, adapter.tensors, leaf_shapes(config)))
     network, tokens = OpenVLA(config), expected["input_ids"]
 
@@ -192,7 +191,7 @@ def test_adapters_of_peft(folder, loaded, expected, end, tmp_path, name):
         np.testing.assert_allclose(logp[..., 0], adapted["action_logp"], atol=1e-3, rtol=0)
         assert np.abs(adapted["action_logits"] - expected["action_logits"]).max() > 0.1
 
-    keep_aside(folder, base.unused, tmp_path / "kept")
+    keep_aside(folder, base.unused, {}, tmp_path / "kept")
     keep_adapter(adapter, tmp_path / "kept")
     (tmp_path / "back").mkdir()
     kept = base._replace(folder=tmp_path / "kept")

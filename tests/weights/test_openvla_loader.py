@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import openvla_files
 import pytest
-from openvla_files import SMALL
+from openvla_files import SMALL, load_openvla
 from safetensors.numpy import save_file
 
 from stare_jax.models import openvla_7b
+from stare_jax.weights.formats import open_weights
+from stare_jax.weights.heads import HEADS
 from stare_jax.weights.openvla.config import read_config, read_norm_stats, to_statistics
-from stare_jax.weights.openvla.read import VALUE_HEAD, load_openvla, open_checkpoint
 from stare_jax.weights.safetensors_folder import WeightsError
 
 PROPRIO = {"action": {"q01": [0.0], "q99": [3.0]}, "proprio": {"q01": [-1.0], "q99": [4.0]}}
@@ -65,12 +66,12 @@ def test_a_value_head_beside_the_checkpoint_is_read(tmp_path, tensors):
     shapes = {"head_l1.weight": (512, 16), "head_l1.bias": (512,), "head_l2.weight": (128, 512)}
     shapes |= {"head_l2.bias": (128,), "head_l3.weight": (1, 128)}
     head = openvla_files.random_normal(shapes)
-    save_file(head, tmp_path / VALUE_HEAD)
+    save_file(head, tmp_path / HEADS)
     params = load(tmp_path).params["value_head"]
     np.testing.assert_array_equal(params["layer_1"]["kernel"], head["head_l2.weight"].T)
     np.testing.assert_array_equal(params["layer_0"]["bias"], head["head_l1.bias"])
     np.testing.assert_array_equal(params["out"]["kernel"], head["head_l3.weight"].T)
-    save_file(head | {"head_l1.bias": np.zeros(4, np.float32)}, tmp_path / VALUE_HEAD)
+    save_file(head | {"head_l1.bias": np.zeros(4, np.float32)}, tmp_path / HEADS)
     with pytest.raises(WeightsError, match=re.escape("head_l1.bias: got float32[4], expected float32[512]")):
         load(tmp_path)
 
@@ -105,7 +106,7 @@ def test_tensors_of_one_type_are_that_type_whatever_the_configuration_says(tmp_p
     """Also where they are to be another one for training."""
     half = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
     config = read_config(write(tmp_path, half))
-    assert (config.execution.param_dtype, open_checkpoint(tmp_path, config).dtype) == ("float32", "bfloat16")
+    assert (config.execution.param_dtype, open_weights(tmp_path, config=config).dtype) == ("float32", "bfloat16")
     kernel = load(tmp_path).params["projector"]["fc1"]["kernel"]
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel, half["projector.fc1.weight"].astype(np.float32).T)

@@ -14,6 +14,7 @@ import openvla_torch_ppo
 import pytest
 import torch
 from flax import traverse_util
+from openvla_files import load_openvla
 from safetensors.numpy import save_file
 
 from stare_jax.losses import ppo_loss
@@ -25,10 +26,10 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
+from stare_jax.weights.heads import head_table
 from stare_jax.weights.openvla.config import OVERRIDES, TIMM_IDS, read_config
-from stare_jax.weights.openvla.read import load_openvla
-from stare_jax.weights.openvla.table import adapter_table, leaf_shapes, tensor_table, value_head_table
-from stare_jax.weights.tensor_table import layer_shape, to_ours
+from stare_jax.weights.openvla.table import adapter_table, tensor_table
+from stare_jax.weights.tensor_table import layer_shape, leaf_shapes, to_ours
 
 try:
     openvla_torch.import_peers()
@@ -277,7 +278,7 @@ def gather(config, model, head, read):
     theirs |= {
         f"head_l{i + 1}.{name}": p for i, linear in enumerate(list(head)[::2]) for name, p in linear.named_parameters()
     }
-    for path, entry in (adapter_table(tensor_table(config)) | value_head_table(config)).items():
+    for path, entry in (adapter_table(tensor_table(config)) | head_table(config)).items():
         shape = layer_shape(shapes[path].shape, entry)
         layers = [to_ours(read(theirs[name]).numpy(), shape, entry.kind) for name in entry.names]
         found[path] = np.stack(layers) if entry.num_stacked else layers[0]

@@ -14,11 +14,10 @@ from openvla_files import ALL_LINEAR, OTHER, SMALL, read_folder
 from stare_jax.models.nn.lora import ALL_LINEAR as ALL
 from stare_jax.models.nn.lora import ATTENTION, LoRAConfig
 from stare_jax.state.checkpoint import load_model, param_shapes
-from stare_jax.weights.openvla.side_files import open_base
-from stare_jax.weights.openvla.table import leaf_shapes
+from stare_jax.weights.formats import open_weights
 from stare_jax.weights.peft import open_adapter, read_lora
 from stare_jax.weights.safetensors_folder import WeightsError
-from stare_jax.weights.tensor_table import leaf_at, read_tree
+from stare_jax.weights.tensor_table import leaf_at, leaf_shapes, read_tree
 
 RANK, ALPHA = 3, 6
 COPY = "base_model.model.language_model.lm_head.base_layer.weight"
@@ -65,7 +64,7 @@ def converted(base, adapters, tmp_path_factory):
 def test_back_and_forth_every_bit_is_the_same(converted, tmp_path):
     """Those of modules that are never run among them, and the copy of the output layer."""
     lora = load_model(converted / "ours" / "checkpoints")["lora"]
-    assert lora == {"rank": RANK, "alpha": float(ALPHA), "targets": list(ALL)}
+    assert lora == {"rank": RANK, "alpha": float(ALPHA), "targets": list(ALL), "overrides": []}
     assert run(f"--from={converted / 'ours'}", f"--to={tmp_path / 'back'}") == 0
     file = "adapter_model.safetensors"
     assert read_folder(tmp_path / "back", file) == read_folder(converted / "peft", file)
@@ -100,10 +99,10 @@ def test_merged_weights_are_those_computed_by_hand(converted, tensors, adapters,
 )
 def test_adapters_of_some_modules(base, adapters, tmp_path, targets, expected):
     some = openvla_files.adapter_shapes(SMALL, RANK, targets)
-    adapter = open_adapter(write(tmp_path, {name: adapters[name] for name in some}, targets), open_base(base))
-    assert adapter.lora == LoRAConfig(RANK, ALPHA, expected)
+    adapter = open_adapter(write(tmp_path, {name: adapters[name] for name in some}, targets), open_weights(base))
+    assert adapter.config.lora == LoRAConfig(RANK, ALPHA, expected)
     assert len(adapter.tensors) + len(adapter.unused) == len(some)
-    config = dataclasses.replace(open_base(base).config, lora=adapter.lora)
+    config = dataclasses.replace(open_weights(base).config, lora=adapter.config.lora)
     wanted = {path: leaf for path, leaf in leaf_shapes(config).items() if path in adapter.table}
     assert set(adapter.table) == {path for path in leaf_shapes(config) if path.endswith(("/lora_a", "/lora_b"))}
     tree = read_tree(adapter.table, adapter.tensors, wanted)
@@ -143,7 +142,7 @@ def test_tensors_that_do_not_fit_are_listed(base, adapters, tmp_path):
     broken[f"{LAYER}1.mlp.down_proj.lora_A.weight"] = np.zeros((RANK, 25), np.float32)
     broken["base_model.model.language_model.model.embed_tokens.lora_embedding_A"] = np.zeros((2, 2), np.float32)
     with pytest.raises(WeightsError) as error:
-        open_adapter(write(tmp_path, broken), open_base(base))
+        open_adapter(write(tmp_path, broken), open_weights(base))
     for part in (
         "5 tensor(s) do not fit",
         "missing language_model.model.layers.1.mlp.up_proj.lora_B.weight float32[24, 3]",
@@ -158,17 +157,17 @@ def test_an_adapter_of_another_model_is_refused(base, adapters, tmp_path):
     other = adapters[COPY].copy()
     other[-1, -1] += 1
     with pytest.raises(WeightsError, match="lm_head.base_layer.weight: got other values than the base model's"):
-        open_adapter(write(tmp_path / "a", adapters | {COPY: other}), open_base(base))
+        open_adapter(write(tmp_path / "a", adapters | {COPY: other}), open_weights(base))
     with pytest.raises(WeightsError, match="attn_pool.kv.lora_A.weight, .* expected adapters of OpenVLA"):
         only = {name: value for name, value in adapters.items() if ".attn_pool.kv." in name}
-        open_adapter(write(tmp_path / "b", only), open_base(base))
+        open_adapter(write(tmp_path / "b", only), open_weights(base))
     with pytest.raises(WeightsError, match=r"got adapters of \['bfloat16', 'float32'\], expected one floating type"):
         name = f"{LAYER}1.mlp.up_proj.lora_B.weight"
         mixed = adapters | {name: adapters[name].astype(jnp.bfloat16)}
-        open_adapter(write(tmp_path / "c", mixed), open_base(base))
+        open_adapter(write(tmp_path / "c", mixed), open_weights(base))
     (tmp_path / "c" / "adapter_model.safetensors").rename(tmp_path / "c" / "adapter_model.bin")
     with pytest.raises(WeightsError, match=r"\['adapter_model.bin'\], expected adapter_model.safetensors; pickles"):
-        open_adapter(tmp_path / "c", open_base(base))
+        open_adapter(tmp_path / "c", open_weights(base))
 
 
 def test_a_converted_folder_with_adapters_keeps_types(converted):

@@ -1,6 +1,5 @@
 """Parity with openpi's own JAX implementation of pi0.5 on tiny random parameters."""
 
-import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
-from stare_jax.models import pi05_base
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.pi05.network import Pi05, Pi05Config
 from stare_jax.state.leaves import leaf_loader
-from stare_jax.weights.import_pi05 import import_pi05
-from stare_jax.weights.pi05.sizes import read_sizes
+from stare_jax.weights.convert import import_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "pi05_tiny"
 TOLERANCE = 1e-4
@@ -32,9 +29,9 @@ def description():
 
 
 @pytest.fixture(scope="module")
-def network(description):
+def config(description):
     tower = {name: value for name, value in description["siglip"].items() if name != "patch_size"}
-    config = Pi05Config(
+    return Pi05Config(
         siglip=SigLIPConfig(**tower, patch_size=description["siglip"]["patch_size"][0]),
         paligemma=GemmaConfig(**description["paligemma"]),
         expert=GemmaConfig(**description["action_expert"]),
@@ -47,6 +44,10 @@ def network(description):
         chunk=description["action_horizon"],
         image_size=28,
     )
+
+
+@pytest.fixture(scope="module")
+def network(config):
     return Pi05(config)
 
 
@@ -94,18 +95,15 @@ def test_parameters_have_the_reference_names_and_shapes(network, inputs, descrip
 
 
 @pytest.mark.parametrize("form", ["openpi", "safetensors", "lerobot"])
-def test_weights_in_every_format(tmp_path, form, description):
-    """openpi's tree, and the tensors of its port, whose files do not tell how many heads the tower has."""
+def test_weights_in_every_format(tmp_path, form, config):
+    """openpi's tree, and the tensors of its port."""
     flat = load_file(FOLDER / "params.safetensors")
     if form == "openpi":
         pi05_files.write_openpi(tmp_path / "theirs", flat)
     else:
         tensors = pi05_files.to_port(flat)
         pi05_files.write_port(tmp_path / "theirs", tensors, prefix="model." if form == "lerobot" else "")
-    tower = dataclasses.replace(pi05_base().siglip, num_heads=description["siglip"]["num_heads"])
-    sizes = {name: description["param_shapes"][name] for name in flat}
-    config = read_sizes("golden", sizes, dataclasses.replace(pi05_base(), siglip=tower))
-    imported = import_pi05(tmp_path / "theirs", tmp_path / "ours", config=None if form == "openpi" else config)
+    imported = import_weights(tmp_path / "theirs", tmp_path / "ours", config=config)
     assert (imported.form, imported.config.siglip, imported.config.paligemma) == (form, config.siglip, config.paligemma)
     load = leaf_loader(tmp_path / "ours" / "checkpoints", list(flat))
     assert pi05_files.bits({name: load(name) for name in flat}) == pi05_files.bits(flat)

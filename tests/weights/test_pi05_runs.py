@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import convert as command
@@ -17,17 +18,38 @@ from safetensors.numpy import load_file
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig
-from stare_jax.models import LoRAConfig, make_policy, merge_adapters, pi05_maniskill, pi05_state
+from stare_jax.models import (
+    PI05_LORA,
+    LoRAConfig,
+    LoRAOverride,
+    make_policy,
+    merge_adapters,
+    pi05_base,
+    pi05_droid,
+    pi05_libero,
+    pi05_maniskill,
+    pi05_state,
+)
 from stare_jax.models.nn.linear import Execution
+from stare_jax.models.pi05.presets import ACTION_EXPERT
 from stare_jax.runs.config import RunConfig
+from stare_jax.runs.load import load_policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, save_params
 from stare_jax.types import NormStats
-from stare_jax.weights.load import starting_params
-from stare_jax.weights.pi05.read import HEADS
-from stare_jax.weights.pi05.sizes import read_sizes
+from stare_jax.weights.formats import read_norm_stats
+from stare_jax.weights.heads import HEADS
+from stare_jax.weights.load import (
+    check_same_model,
+    initial_params,
+    is_converted,
+    model_from_dict,
+    stored_model,
+)
+from stare_jax.weights.pi05.formats import named_model, read_config
 from stare_jax.weights.safetensors_folder import WeightsError
+from stare_jax.weights.tensor_table import adapted_module, is_adapter, leaf_shapes
 
 ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)
 SHAPES = pi05_files.tree_shapes(SMALL)
@@ -46,7 +68,7 @@ def convert(*arguments):
 
 def model_config(**changes):
     small = {"value_dims": (8,), "prompt_length": 4, "window": 2, "chunk": 1, "execution": Execution()}
-    return dataclasses.replace(read_sizes("x", SHAPES, pi05_maniskill(noise="sde")), **small | changes)
+    return pi05_files.model_config(**small | changes)
 
 
 def flat(params):
@@ -55,7 +77,7 @@ def flat(params):
 
 def start(source, config):
     """What the first phase of a run begins with."""
-    return flat(starting_params(Path(source), make_policy(config, STATS), config, make_mesh(), jax.random.key(0)))
+    return flat(initial_params(Path(source), make_policy(config, STATS), config, make_mesh(), jax.random.key(0)))
 
 
 def save_run(directory, config, params):
@@ -79,6 +101,15 @@ def theirs(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     pi05_files.write_openpi(folder / "openpi", tree)
     pi05_files.write_port(folder / "lerobot", pi05_files.to_port(tree), prefix="model.")
+    for name in ("openpi", "lerobot"):
+        (folder / name / "config.json").unlink()  # a run says itself which model it is
+    return folder
+
+
+def write_adapted(folder, tree):
+    """openpi's tree with adapters, which does not say of which model."""
+    pi05_files.write_openpi(folder, tree)
+    (folder / "config.json").unlink()
     return folder
 
 
@@ -103,7 +134,8 @@ def test_a_run_starts_from_either_format_as_from_a_converted_folder(tree, theirs
     assert {path.split("/")[0] for path in started.keys() - tree.keys()} == {"value_head", "noise_head"}
     assert bits(start(theirs / "lerobot", config)) == bits(started)
     plain = model_config(value_dims=(1024, 512, 256))
-    assert convert(f"--from={theirs / 'lerobot'}", f"--to={tmp_path / 'ours'}") == 0
+    model = pi05_files.write_config(tmp_path / "model.json", plain)
+    assert convert(f"--from={theirs / 'lerobot'}", f"--to={tmp_path / 'ours'}", f"--model={model}") == 0
     again = start(tmp_path / "ours", plain)
     assert bits({path: again[path] for path in tree}) == bits(tree)
 
@@ -115,11 +147,11 @@ def test_what_does_not_fit_a_run_is_refused(theirs):
         start(theirs / "openpi", wide)
     with pytest.raises(WeightsError, match="model.stem = \\(4,\\), expected one that openpi's checkpoints have"):
         start(theirs / "openpi", model_config(stem=(4,), image_size=56))
-    blind = pi05_state(0 + 3)
+    blind = pi05_state(3)
     with pytest.raises(WeightsError, match="model.state_tokens = 4"):
         stats = STATS._replace(state_q01=np.zeros(3, np.float32), state_q99=np.ones(3, np.float32))
         policy = make_policy(blind, stats)
-        starting_params(theirs / "openpi", policy, blind, make_mesh(), jax.random.key(0))
+        initial_params(theirs / "openpi", policy, blind, make_mesh(), jax.random.key(0))
 
 
 def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
@@ -151,8 +183,9 @@ def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
 
 
 def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path, capsys):
-    theirs, ours = pi05_files.write_openpi(tmp_path / "theirs", adapted), tmp_path / "ours"
-    assert convert(f"--from={theirs}", f"--to={ours}") == 0
+    theirs, ours = write_adapted(tmp_path / "theirs", adapted), tmp_path / "ours"
+    model = pi05_files.write_config(tmp_path / "model.json", model_config(value_dims=(1024, 512, 256)))
+    assert convert(f"--from={theirs}", f"--to={ours}", f"--model={model}") == 0
     assert "--config.model.lora.rank=2 --config.model.lora.alpha=2.0" in capsys.readouterr().out
     assert adapted.keys() < param_shapes(ours / "checkpoints").keys()
     lora = load_model(ours / "checkpoints")["lora"]
@@ -165,8 +198,10 @@ def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path,
         start(theirs, dataclasses.replace(config, lora=dataclasses.replace(LORA, alpha=4.0)))
     with pytest.raises(WeightsError, match="unknown PaliGemma/llm/layers/attn/attn_vec_einsum/lora_a"):
         start(theirs, model_config())
-    # Back only as what they compute together.
-    assert convert(f"--from={ours}", f"--to={tmp_path / 'x'}") == 1
+    # Back as they were, or in formats without adapters as weights that compute the same.
+    assert convert(f"--from={ours}", f"--to={tmp_path / 'back'}") == 0
+    assert bits(read_openpi(tmp_path / "back")) == bits(adapted)
+    assert convert(f"--from={ours}", f"--to={tmp_path / 'x'}", "--to-format=safetensors") == 1
     assert "merge: got False, expected True for parameters with 10 adapters" in capsys.readouterr().err
     assert convert(f"--from={ours}", f"--to={tmp_path / 'merged'}", "--merge") == 0
     nested = unflatten_dict({tuple(path.split("/")): leaf for path, leaf in adapted.items()})
@@ -184,8 +219,103 @@ def test_fresh_adapters_beside_weights_of_others(tree, theirs):
     assert sum(path.endswith("lora_a") for path in started) == 10
 
 
-def test_adapters_of_several_ranks_are_refused(adapted, tmp_path, capsys):
-    path = "PaliGemma/llm/layers/attn/q_einsum_1/lora_a"
-    other = adapted | {path: np.concatenate([adapted[path]] * 2, axis=-1)}
-    assert convert(f"--from={pi05_files.write_openpi(tmp_path / 'two', other)}", f"--to={tmp_path / 'x'}") == 1
-    assert "got adapters of several ranks, expected one" in capsys.readouterr().err
+def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
+    """Rank 2 in PaliGemma beside rank 3 in the action expert, as openpi has 16 beside 32."""
+    lora = dataclasses.replace(PI05_LORA, rank=2, alpha=2.0, overrides=(LoRAOverride(ACTION_EXPERT, 3, 3.0),))
+    config = model_config(lora=lora, value_dims=(1024, 512, 256))
+    rng = np.random.default_rng(2)
+    adapters = {path: leaf for path, leaf in leaf_shapes(config).items() if is_adapter(path)}
+    assert {leaf.shape[-1] for path, leaf in adapters.items() if path.endswith("lora_a")} == {2, 3}
+    more = {path: rng.normal(0, 0.1, leaf.shape).astype(np.float32) for path, leaf in adapters.items()}
+    theirs = write_adapted(tmp_path / "theirs", tree | more)
+    model = pi05_files.write_config(tmp_path / "model.json", dataclasses.replace(config, lora=None))
+    # A run of that configuration reads it; so does the conversion, which finds the ranks by itself.
+    started = start(theirs, config)
+    assert bits({path: started[path] for path in more}) == bits(more)
+    assert convert(f"--from={theirs}", f"--to={tmp_path / 'ours'}", f"--model={model}") == 0
+    model = load_model_config(tmp_path / "ours")
+    assert {(model.lora.rank_of(adapted_module(p)), model.lora.scale_of(adapted_module(p))) for p in more} == {
+        (2, 1.0),
+        (3, 1.0),
+    }
+    assert all(model.lora.rank_of(adapted_module(p)) == lora.rank_of(adapted_module(p)) for p in more)
+    assert convert(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}") == 0
+    assert bits(read_openpi(tmp_path / "back")) == bits(tree | more)
+    run = save_run(tmp_path / "run", config, started)
+    assert convert(f"--from={run}", f"--to={tmp_path / 'merged'}", "--merge") == 0
+    nested = unflatten_dict({tuple(path.split("/")): leaf for path, leaf in (tree | more).items()})
+    expected, got = flat(merge_adapters(nested, lora)), read_openpi(tmp_path / "merged")
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(got[path], leaf, atol=1e-6, err_msg=path)
+
+
+def load_model_config(folder):
+    return model_from_dict(stored_model(folder))
+
+
+def test_a_converted_folder_stands_alone(tree, tmp_path, capsys):
+    """Its tokenizer lies in it, and its policy can be loaded wherever it lies, and whatever became of the source."""
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    config = model_config(value_dims=(1024, 512, 256), tokenizer=str(tokenizer))
+    theirs = pi05_files.write_openpi(tmp_path / "theirs", tree)
+    model = pi05_files.write_config(tmp_path / "model.json", config)
+    assert convert(f"--from={theirs}", f"--to={tmp_path / 'first'}", f"--model={model}") == 0
+    for folder in (theirs, tokenizer):
+        shutil.rmtree(folder)
+    ours = (tmp_path / "first").rename(tmp_path / "second")
+    assert is_converted(ours) and (ours / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((ours / "config.json").read_text())["model"]["tokenizer"] == "tokenizer"
+    loaded, model = load_policy(ours), load_model_config(ours)
+    assert loaded.config is None and model.paligemma == config.paligemma
+    assert model.tokenizer == str(ours / "tokenizer")
+    assert bits({path: leaf for path, leaf in flat(loaded.params).items() if path in tree}) == bits(tree)
+    assert loaded.policy.action_dim == 7
+    # A run that names the tokenizer from there has the same model.
+    check_same_model(stored_model(ours), dataclasses.replace(config, tokenizer=str(ours / "tokenizer")))
+
+
+def test_which_pi05_it_is_is_told_by_its_statistics_or_asked_for(tree, tmp_path, capsys):
+    theirs = pi05_files.write_openpi(tmp_path / "theirs", tree)
+    (theirs / "config.json").unlink()
+    assert convert(f"--from={theirs}", f"--to={tmp_path / 'ours'}") == 1
+    message = capsys.readouterr().err
+    assert "model: got weights of pi0.5 that do not say which model they are of, expected its name, one of" in message
+    assert "pi05_base, pi05_droid, pi05_libero, pi05_maniskill" in message
+    for assets, preset in ((["physical-intelligence/libero"], pi05_libero), (["droid"], pi05_droid)):
+        folder = tmp_path / preset.__name__
+        for asset_id in assets:
+            pi05_files.write_stats(folder, asset_id)
+        assert read_config(folder) == preset()
+    for asset_id in ("droid", "trossen"):
+        pi05_files.write_stats(tmp_path / "base", asset_id)
+    assert read_config(tmp_path / "base") == pi05_base()
+    assert (pi05_base().window, pi05_base().num_denoising_steps, len(pi05_base().cameras)) == (50, 10, 3)
+    assert named_model("pi05_maniskill") == pi05_maniskill()
+    # A run's config.json names its model as well.
+    config = model_config(noise="learned")
+    run = save_run(tmp_path / "run", config, {"x": np.zeros(2)})
+    assert named_model(str(run.parent / "config.json")) == config
+    for wrong, text in (
+        ("pi05_tiny", "got 'pi05_tiny', expected one of pi05_base"),
+        (str(theirs / "x"), "expected one"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            named_model(wrong)
+
+
+def test_statistics_are_read_without_the_weights(tree, theirs, tmp_path):
+    folder = tmp_path / "theirs"
+    shutil.copytree(theirs / "openpi", folder)
+    pi05_files.write_stats(folder, "droid")
+    pi05_files.write_stats(folder, "other", dim=7)
+    stats = read_norm_stats(folder, "droid", action_dim=7, state_dim=5)
+    assert (len(stats.action_q01), len(stats.state_q99)) == (7, 5)
+    np.testing.assert_array_equal(stats.action_q99, (np.arange(7) / 7 + 2).astype(np.float32))
+    with pytest.raises(WeightsError, match="unnorm_key: got None, expected one of"):
+        read_norm_stats(folder)
+    with pytest.raises(WeightsError, match="expected statistics of a data set in .*; there are none"):
+        read_norm_stats(theirs / "openpi")
+    run = save_run(tmp_path / "run", model_config(), {"x": np.zeros(2)})
+    jax.tree.map(np.testing.assert_array_equal, read_norm_stats(run), STATS)

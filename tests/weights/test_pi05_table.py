@@ -1,6 +1,5 @@
 """The table of pi0.5's tensors: at full size against the published names and shapes, and there and back, bit by bit."""
 
-import dataclasses
 import math
 
 import jax
@@ -12,11 +11,18 @@ from openvla_files import random_bits
 from pi05_files import FULL, SMALL, bits
 
 from stare_jax.models.pi05.presets import pi05_base
-from stare_jax.weights.pi05.export import port_specs
-from stare_jax.weights.pi05.sizes import port_shapes, read_sizes
-from stare_jax.weights.pi05.table import EMBEDDINGS, OUR_OWN, UNUSED, leaf_shapes, tensor_table
+from stare_jax.weights.pi05.formats import PORT, is_openpi
+from stare_jax.weights.pi05.table import EMBEDDINGS, UNUSED, tensor_table
 from stare_jax.weights.safetensors_folder import list_file
-from stare_jax.weights.tensor_table import checkpoint_shape, read_leaf, read_tree, table_values, to_ours
+from stare_jax.weights.tensor_table import (
+    checkpoint_shape,
+    leaf_shapes,
+    read_leaf,
+    read_tree,
+    table_specs,
+    table_values,
+    to_ours,
+)
 
 NUM_PARAMS = 3_353_433_872
 
@@ -27,14 +33,15 @@ def shapes_of(tensors):
 
 def test_full_size_has_the_published_names_shapes_and_count():
     config = pi05_base()
-    ours = {path: leaf.shape for path, leaf in leaf_shapes(config).items() if not path.startswith(OUR_OWN)}
+    specs = table_specs(tensor_table(config), leaf_shapes(config), "float32") | PORT.unused(config, "float32")
+    ours = {path: leaf.shape for path, leaf in leaf_shapes(config).items() if is_openpi(path)}
     assert ours == pi05_files.tree_shapes(FULL) and len(ours) == pi05_files.NUM_LEAVES
     assert sum(map(math.prod, ours.values())) == NUM_PARAMS
     # Arrays without memory, of which the converter of the tests makes tensors at small depths.
     shallow = FULL._replace(tower=(1152, 2, 4304, 16), depth=2, vocab=8)
     tree = {name: np.broadcast_to(np.float16(0), shape) for name, shape in pi05_files.tree_shapes(shallow).items()}
     expected = shapes_of(pi05_files.to_port(tree))
-    got = {name: spec.shape for name, spec in port_specs(config, "float32").items()}
+    got = {name: spec.shape for name, spec in specs.items()}
     assert len(got) == pi05_files.NUM_TENSORS + 1 and got.pop(UNUSED) == (257152, 1024)
     assert got.pop(EMBEDDINGS[0]) == (257152, 2048) and expected.pop(EMBEDDINGS[0]) == (8, 2048)
     assert expected.items() <= got.items()
@@ -42,19 +49,10 @@ def test_full_size_has_the_published_names_shapes_and_count():
     assert got.keys() - deeper == expected.keys() and len(deeper) == 25 * 16 + 16 * 9 + 16 * 11
 
 
-def test_sizes_follow_from_shapes():
-    base, shapes = pi05_base(), pi05_files.tree_shapes(SMALL)
-    assert read_sizes("x", pi05_files.tree_shapes(FULL), dataclasses.replace(base, image_size=448)) == base
-    small = read_sizes("x", shapes, base)
-    assert {path: leaf.shape for path, leaf in leaf_shapes(small).items() if not path.startswith(OUR_OWN)} == shapes
-    tree = {name: np.zeros(shape) for name, shape in shapes.items()}
-    assert read_sizes("x", port_shapes(shapes_of(pi05_files.to_port(tree)), base, EMBEDDINGS[0]), base) == small
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_there_and_back_every_bit_is_the_same(tmp_path, dtype):
     shapes = pi05_files.tree_shapes(SMALL)
-    config = read_sizes("x", shapes, pi05_base())
+    config = pi05_files.model_config()
     table, leaves = tensor_table(config), random_bits(shapes, dtype)
     tensors = dict(table_values(table, leaves.__getitem__, dtype))
     assert bits(tensors) == bits(pi05_files.to_port(leaves))

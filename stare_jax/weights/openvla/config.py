@@ -1,7 +1,6 @@
-"""The JSON files of an OpenVLA checkpoint: config.json as our configuration, statistics of data sets both ways."""
+"""JSON files of an OpenVLA checkpoint: configuration, processing of images, statistics of data sets in and out."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from stare_jax.models.normalize import action_range
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.presets import openvla_7b
 from stare_jax.types import NormStats
-from stare_jax.weights.openvla.preprocessor import read_preprocessor
 from stare_jax.weights.safetensors_folder import WeightsError, read_json
+from stare_jax.weights.side_files import write_json
 
 CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
 TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 OVERRIDES = "tiny_timm_overrides"
-"""field of config.json, found in small checkpoints for tests: what of the towers is not as their timm ids say."""
+"""field of config.json, found in small checkpoints for tests: sizes of the towers that their timm ids do not say"""
+BICUBIC = ("bicubic", 3)
+"""names under which timm and PIL know it"""
 _REQUIRED = ("timm_model_ids", "text_config", "image_sizes", "pad_to_multiple_of")
 
 
@@ -66,7 +67,7 @@ def _build(base: OpenVLAConfig, description: Mapping[str, Any]) -> OpenVLAConfig
 
 def _override(tower: ViTConfig, sizes: Mapping[str, Any]) -> ViTConfig:
     width = sizes.get("embed_dim", tower.width)
-    # Of a whole number that a ratio gives, nothing is to be lost in rounding.
+    # A ratio gives a whole number, which rounding must not lessen.
     mlp_dim = int(width * sizes.get("mlp_ratio", tower.mlp_dim / tower.width) + 1e-6)
     depth, num_heads = sizes.get("depth", tower.depth), sizes.get("num_heads", tower.num_heads)
     return dataclasses.replace(tower, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
@@ -84,6 +85,56 @@ def _read_llama(text: Mapping[str, Any], base: LlamaConfig) -> LlamaConfig:
         rope_theta=text.get("rope_theta", base.rope_theta),
         norm_eps=text.get("rms_norm_eps", base.norm_eps),
     )
+
+
+def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfig:
+    """Takes means and standard deviations from preprocessor_config.json, where there is one, and checks the resizing.
+
+    The published files carry the statistics twice, and those that Hugging Face's processor uses, in
+    `tvf_normalize_params`, are rounded to bfloat16.
+
+    Args:
+        folder: the checkpoint.
+        config: what its config.json says.
+
+    Raises:
+        WeightsError: images are to be resized in another way than bicubically to a square of `config.image_size`.
+    """
+    for file in (Path(folder) / "config.json", Path(folder) / "preprocessor_config.json"):
+        description = read_json(file) if file.exists() else {}
+        if not isinstance(description, dict):
+            raise WeightsError(f"{file}: got a {type(description).__name__}, expected an object of named fields")
+        _check_resizing(file, description, config.image_size)
+    if not description:
+        return config
+    fields = description.get("tvf_normalize_params")
+    if fields is None:
+        fields = [{"mean": m, "std": s} for m, s in zip(description["means"], description["stds"], strict=True)]
+    if len(fields) != 2:
+        raise WeightsError(f"{file}: tvf_normalize_params: got {len(fields)}, expected 2, of DINO's tower and SigLIP's")
+    towers = {
+        name: dataclasses.replace(getattr(config, name), mean=tuple(stats["mean"]), std=tuple(stats["std"]))
+        for name, stats in zip(("dino", "siglip"), fields, strict=True)
+    }
+    return dataclasses.replace(config, **towers)
+
+
+def _check_resizing(file: Path, description: dict[str, Any], size: int) -> None:
+    """Raises WeightsError where images would go through anything but a bicubic squash, as far as the file says."""
+    square = [size, size]
+    wanted = [
+        ("image_resize_strategy", description.get("image_resize_strategy"), ("resize-naive",)),
+        ("tvf_do_letterbox", description.get("tvf_do_letterbox"), (False,)),
+    ]
+    wanted += [("interpolations", name, BICUBIC) for name in description.get("interpolations", ())]
+    wanted += [("input_sizes", shape, ([3, *square],)) for shape in description.get("input_sizes", ())]
+    for resize in description.get("tvf_resize_params", ()):
+        wanted += [("tvf_resize_params.size", resize.get("size"), (square,))]
+        wanted += [("tvf_resize_params.interpolation", resize.get("interpolation"), BICUBIC)]
+    for name, got, allowed in wanted:
+        if got is not None and got not in allowed:
+            expected = " or ".join(repr(value) for value in allowed)
+            raise WeightsError(f"{file}: {name}: got {got!r}, expected {expected}")
 
 
 def read_statistics(folders: Sequence[Path]) -> dict[str, Any]:
@@ -146,6 +197,27 @@ def to_statistics(stats: NormStats) -> dict[str, Any]:
     return statistics
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file as transformers does."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
+def find_statistics(
+    folders: Sequence[Path], unnorm_key: str | None, action_dim: int | None, state_dim: int | None
+) -> tuple[str | None, NormStats | None]:
+    """Returns name and statistics of a data set, see `read_norm_stats`; those of actions are never cut."""
+    del action_dim
+    statistics = read_statistics(folders)
+    if unnorm_key is None and len(statistics) == 1:
+        (unnorm_key,) = statistics
+    return unnorm_key, read_norm_stats(*folders, unnorm_key=unnorm_key, state_dim=state_dim or 0)
+
+
+def add_statistics(to: Path, name: str, stats: NormStats) -> None:
+    """Puts statistics of a data set over those of a folder, in both places where they are looked for."""
+    merge_statistics(to, {name: to_statistics(stats)})
+
+
+def merge_statistics(to: Path, statistics: Mapping[str, Any]) -> None:
+    """Puts statistics of data sets, by name, over those of a folder, in both places where they are looked for."""
+    side = read_json(to / STATISTICS) if (to / STATISTICS).exists() else {}
+    write_json(to / STATISTICS, {**side, **statistics})
+    if (to / CONFIG).exists():
+        description = read_json(to / CONFIG)
+        description["norm_stats"] = {**(description.get("norm_stats") or {}), **statistics}
+        write_json(to / CONFIG, description)

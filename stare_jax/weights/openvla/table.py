@@ -1,17 +1,11 @@
-"""Where every tensor of an OpenVLA checkpoint goes in our parameters, as one table, and what we never run."""
+"""Table from our leaves to the tensors of an OpenVLA checkpoint, and the tensors that are never run."""
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 
-import jax
-
 from stare_jax.models.nn.vit import ViTConfig
-from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla.network import OpenVLAConfig
-from stare_jax.models.openvla.policy import make_openvla
 from stare_jax.weights.safetensors_folder import Spec
-from stare_jax.weights.tensor_table import Entry, table_specs
+from stare_jax.weights.tensor_table import Entry, leaf_shapes, table_specs
 
 _LINEAR = {"weight": ("kernel", "linear"), "bias": ("bias", "vector")}
 _HEADS_IN = {"weight": ("kernel", "heads"), "bias": ("bias", "vector")}
@@ -40,7 +34,6 @@ _LLAMA = {
     "model.norm.weight": ("norm/scale", "same"),
     "lm_head.weight": ("lm_head/kernel", "linear"),
 }
-_VALUE_HEAD = {"weight": ("kernel", "linear"), "bias": ("bias", "same")}
 _TOWERS = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}
 
 
@@ -85,17 +78,8 @@ def _tower_table(tower: str, prefix: str, config: ViTConfig) -> dict[str, Entry]
     return table
 
 
-def value_head_table(config: OpenVLAConfig) -> dict[str, Entry]:
-    """Returns where the value head's leaves are in its side file, under RL4VLA's names."""
-    table = {}
-    for i in range(len(config.value_dims)):
-        for suffix, (leaf, kind) in _VALUE_HEAD.items():
-            table[f"value_head/layer_{i}/{leaf}"] = Entry((f"head_l{i + 1}.{suffix}",), kind)
-    return table | {"value_head/out/kernel": Entry((f"head_l{len(config.value_dims) + 1}.weight",), "linear")}
-
-
 def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Returns where adapters of a table's kernels are in PEFT's files, less the beginning of their names."""
+    """Returns the places of adapters of a table's kernels in PEFT's files, less the beginning of their names."""
     adapters = {}
     for path, (names, kind, num_stacked) in table.items():
         module, _, leaf = path.rpartition("/")
@@ -108,26 +92,9 @@ def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
     return adapters
 
 
-def leaf_shapes(config: OpenVLAConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of every leaf of our tree, by path, without allocating it."""
-    return _leaf_shapes(dataclasses.replace(config, tokenizer=""))
-
-
-@functools.lru_cache(maxsize=8)
-def _leaf_shapes(config: OpenVLAConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    policy = make_openvla(config, identity_stats(config.action_dim, config.state_dim))
-    leaves = jax.tree.leaves_with_path(jax.eval_shape(policy.init, jax.random.key(0)))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def used_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
-    """Returns the checkpoint's tensors that our parameters hold, in the order of the table."""
-    return table_specs(tensor_table(config), leaf_shapes(config), dtype)
-
-
 def unused_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
     """Returns the checkpoint's tensors that are never run: last blocks, final norms, SigLIP's attention pool."""
-    used, unused = used_specs(config, dtype), {}
+    used, unused = table_specs(tensor_table(config), leaf_shapes(config), dtype), {}
     for tower, prefix in _TOWERS.items():
         sizes = getattr(config, tower)
         first, last = f"{prefix}blocks.0.", f"{prefix}blocks.{sizes.depth - 1}."

@@ -2,14 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from stare_jax.weights.format import Clean
 from stare_jax.weights.pi05.table import EMBEDDINGS, UNUSED
 from stare_jax.weights.safetensors_folder import Stored, Tensors, WeightsError, read
 
-LEROBOT, LEROBOT_PREFIX = "lerobot", "model."
+LEROBOT_PREFIX = "model."
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 """parts of names that come of training in parallel and of compilation."""
 _OURS = re.compile(r"^(paligemma_with_expert\.(paligemma|gemma_expert)\.|(action_in_proj|action_out_proj)\.)")
@@ -22,18 +22,14 @@ _LEFT = re.compile(r"^(state_proj|value_head|noise_head)\.")
 """parts that pi0.5 does not have: pi0's, and the heads of other reinforcement learning, which are other networks."""
 
 
-class CleanNames(NamedTuple):
-    """The tensors of a file under the port's own names."""
-
-    tensors: dict[str, Stored]
-    left: tuple[str, ...]
-    """names of those that pi0.5 does not have, as they are in the file."""
-    is_lerobot: bool
-
-
 def is_port(tensors: Tensors) -> bool:
     """Returns whether a file is the port's or lerobot's, by the names of its tensors."""
     return any(_OURS.match(clean_name(name)) for name in tensors)
+
+
+def is_lerobot(tensors: Tensors) -> bool:
+    """Returns whether the names of a file are lerobot's."""
+    return any(_unwrap(name).startswith(LEROBOT_PREFIX) for name in tensors)
 
 
 def clean_name(name: str) -> str:
@@ -45,7 +41,7 @@ def _unwrap(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def clean_names(source: Path, tensors: Tensors) -> CleanNames:
+def clean_names(source: Path, tensors: Tensors) -> Clean:
     """Gives tensors the port's own names, the embedding that of the output layer that it is tied to.
 
     Raises:
@@ -60,7 +56,7 @@ def clean_names(source: Path, tensors: Tensors) -> CleanNames:
     _refuse_pi0(source, clean)
     left = [name for name in clean if _LEFT.match(name) or name == UNUSED]
     for name in [name for name in clean if name.startswith("action_time_mlp_")]:
-        # Some files call the flow time's layers as pi0 does; whether they are shows in their shapes.
+        # Some files call the flow time's layers as pi0 does; their shapes show whether they are pi0's.
         if (renamed := name.removeprefix("action_")) in clean:
             left.append(name)
         else:
@@ -72,9 +68,8 @@ def clean_names(source: Path, tensors: Tensors) -> CleanNames:
             tied = f"those of {names[first][0]}, which it is tied to"
             raise WeightsError(f"{source}: {names[second][0]}: got other values, expected {tied}")
         clean.setdefault(first, clean.pop(second))
-    is_lerobot = any(_unwrap(name).startswith(LEROBOT_PREFIX) for name in tensors)
     kept = {name: stored for name, stored in clean.items() if name not in left}
-    return CleanNames(kept, tuple(sorted(names[name][0] for name in left)), is_lerobot)
+    return Clean(kept, tuple(sorted(names[name][0] for name in left)))
 
 
 def _refuse_pi0(source: Path, clean: Tensors) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 
 from stare_jax.types import NormStats
 from stare_jax.weights.safetensors_folder import WeightsError, read_json
+from stare_jax.weights.side_files import ASSETS, write_json
 
-ASSETS, STATS = "assets", "norm_stats.json"
+STATS = "norm_stats.json"
 _NORMAL_Q99 = 2.3263
 """standard deviations between the mean of a normal distribution and its 0.99 quantile."""
 
@@ -118,3 +119,10 @@ def _fields(low: Any, high: Any) -> dict[str, list[float]]:
     low, high = (np.asarray(values, np.float32) for values in (low, high))
     columns = {"mean": (low + high) / 2, "std": (high - low) / np.float32(2 * _NORMAL_Q99), "q01": low, "q99": high}
     return {name: [float(str(value)) for value in values] for name, values in columns.items()}
+
+
+def write_stats(to: Path, asset_id: str, stats: NormStats) -> None:
+    """Writes `assets/<asset id>/norm_stats.json` into a folder."""
+    file = to / ASSETS / asset_id / STATS
+    file.parent.mkdir(parents=True)
+    write_json(file, to_openpi_stats(stats))

@@ -1,0 +1,274 @@
+"""Formats of pi0.5: openpi's tree, the tensors of its PyTorch port and of lerobot, PaliGemma's arrays."""
+
+import dataclasses
+import functools
+import logging
+import re
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from stare_jax.config import ConfigError, from_dict, to_dict
+from stare_jax.models import pi05_base, pi05_droid, pi05_libero, pi05_maniskill
+from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride
+from stare_jax.models.pi05.network import Pi05Config
+from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE
+from stare_jax.state.storage import load_leaf, save_tree, tree_shapes
+from stare_jax.types import NormStats
+from stare_jax.weights.format import Clean, Format, OnBytes
+from stare_jax.weights.pi05.npz import is_npz, list_npz, read_npz
+from stare_jax.weights.pi05.port import LEROBOT_PREFIX, clean_names, is_lerobot, is_port
+from stare_jax.weights.pi05.statistics import find_stats, list_assets, read_openpi_stats, write_stats
+from stare_jax.weights.pi05.table import UNUSED, tensor_table
+from stare_jax.weights.safetensors_folder import (
+    INDEX,
+    Spec,
+    Stored,
+    Tensors,
+    WeightsError,
+    list_file,
+    list_model,
+    read_json,
+)
+from stare_jax.weights.side_files import write_json
+from stare_jax.weights.tensor_table import Entry, Leaves, adapted_module, insert, is_adapter, leaf_shapes
+
+PRESETS = {preset.__name__: preset for preset in (pi05_base, pi05_droid, pi05_libero, pi05_maniskill)}
+CONFIG = "config.json"
+_MAX_DIM = 32
+"""numbers of an action in published networks, to which statistics may be padded"""
+_TREE = "_METADATA"
+"""file of Orbax's that says what is in a tree"""
+_OUR_OWN = ("value_head/", "noise_head/", "stem/", "state_embed/")
+"""parts that openpi's models do not have"""
+_NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
+# Orbax says so of every leaf where a tree was copied without the file that was beside it.
+logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+
+
+def read_config(source: Path) -> Pi05Config:
+    """Returns the model of weights: that of config.json beside them, where it is ours, or that of their statistics.
+
+    openpi's pi05_base has statistics of several robots, pi05_droid and pi05_libero those of one.
+
+    Raises:
+        ConfigError: neither tells.
+    """
+    if description := _known(source):
+        return from_dict(Pi05Config, description, path=str(source / CONFIG))
+    assets = list_assets(source)
+    if len(assets) > 1:
+        return pi05_base()
+    for asset_id in assets:
+        for name, preset in (("libero", pi05_libero), ("droid", pi05_droid)):
+            if name in asset_id:
+                return preset()
+    raise ConfigError(
+        f"{source}: model: got weights of pi0.5 that do not say which model they are of, expected its name, one of "
+        f"{', '.join(PRESETS)}, or a JSON file of its configuration (--model)"
+    )
+
+
+def _known(source: Path) -> dict:
+    """Returns the fields of config.json beside weights, where it is ours."""
+    description = read_json(source / CONFIG) if (source / CONFIG).is_file() else {}
+    return description if isinstance(description, dict) and "paligemma" in description else {}
+
+
+def named_model(model: str) -> Pi05Config:
+    """Returns the configuration that a name of a preset, or a JSON file, stands for.
+
+    Args:
+        model: name, or path of a file with the fields of `Pi05Config`, or of a run's config.json.
+
+    Raises:
+        ConfigError: there is no such preset or file, or it describes another model.
+    """
+    if model in PRESETS:
+        return PRESETS[model]()
+    if not Path(model).is_file():
+        raise ConfigError(f"model: got {model!r}, expected one of {', '.join(PRESETS)}, or a JSON file")
+    description = read_json(Path(model))
+    fields = description.get("model", description) if isinstance(description, dict) else None
+    if not isinstance(fields, Mapping) or "paligemma" not in fields:
+        raise ConfigError(f"{model}: got another content, expected the fields of Pi05Config, or a run's config.json")
+    return from_dict(Pi05Config, fields, path=model)
+
+
+def _tree_folder(source: Path) -> Path | None:
+    """Returns the place of an Orbax tree in a folder; None where it has none."""
+    return next((folder for folder in (source / "params", source) if (folder / _TREE).is_file()), None)
+
+
+def _list_port(source: Path, *, of_lerobot: bool) -> Tensors | None:
+    if source.is_file():
+        tensors = None if is_npz(source) else list_file(source)
+    else:
+        has_model = (source / INDEX).exists() or any(source.glob("model*.safetensors"))
+        tensors = list_model(source) if has_model else None
+    return tensors if tensors is not None and is_port(tensors) and is_lerobot(tensors) == of_lerobot else None
+
+
+def _list_tree(source: Path) -> Tensors | None:
+    folder = _tree_folder(source)
+    if folder is None:
+        return None
+    return {
+        path: Stored(
+            Spec(leaf.dtype.name, tuple(leaf.shape)), source, load=functools.partial(load_leaf, folder, path, leaf)
+        )
+        for path, leaf in tree_shapes(folder).items()
+    }
+
+
+def _list_paligemma(source: Path) -> Tensors | None:
+    if not is_npz(source):
+        return None
+    return {
+        name: Stored(spec, source, load=functools.partial(read_npz, source, name))
+        for name, spec in list_npz(source).items()
+    }
+
+
+def _clean_tree(source: Path, tensors: Tensors) -> Clean:
+    """Gives leaves their paths in our tree; raises WeightsError where they are not under `params`, or pi0's."""
+    paths = {name: name.removeprefix("params/") for name in tensors}
+    if foreign := [name for name, path in paths.items() if path == name]:
+        raise WeightsError(f"{source}: got {', '.join(sorted(foreign)[:5])}, expected all leaves under params/")
+    if all(path.endswith("/value") for path in paths.values()):  # as the state of an NNX module has it
+        paths = {name: path.removesuffix("/value") for name, path in paths.items()}
+    old = [p for p in paths.values() if p.endswith("_norm_1/scale") or p.startswith(("state_proj/", "action_time_"))]
+    if old:
+        raise WeightsError(f"{source}: got weights of pi0 ({', '.join(sorted(old)[:5])}), expected pi0.5's")
+    return Clean({path: tensors[name] for name, path in paths.items()})
+
+
+def _clean_paligemma(source: Path, tensors: Tensors) -> Clean:
+    del source
+    return Clean({f"PaliGemma/{name.removeprefix('params/')}": stored for name, stored in tensors.items()})
+
+
+def _tree_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
+    """Returns the leaves of openpi's tree, which is ours; adapters are among them where it has any."""
+    has_adapters = any(map(is_adapter, names))
+    paths = filter(is_openpi, leaf_shapes(config))
+    return {path: Entry((path,), "same") for path in paths if has_adapters or not is_adapter(path)}
+
+
+def is_openpi(path: str) -> bool:
+    """Returns whether a leaf of ours is one that openpi's models have."""
+    return not path.startswith(_OUR_OWN)
+
+
+def is_paligemma(path: str) -> bool:
+    """Returns whether a leaf of ours is PaliGemma's, and not the action expert's."""
+    if path.startswith("PaliGemma/img/"):  # the tower numbers its norms, too
+        return True
+    return path.startswith("PaliGemma/") and not any(name.endswith("_1") for name in path.split("/"))
+
+
+def _paligemma_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
+    del names
+    return {path: entry for path, entry in _tree_table(config, ()).items() if is_paligemma(path)}
+
+
+def _port_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
+    del names
+    return tensor_table(config)
+
+
+def _port_unused(config: Pi05Config, dtype: str) -> dict[str, Spec]:
+    return {UNUSED: Spec(dtype, (config.vocab_size, config.expert.width))}
+
+
+def read_lora(specs: Mapping[str, Spec]) -> LoRAConfig | None:
+    """Returns the configuration of adapters in openpi's tree, whose alpha is their rank; None where there are none."""
+    ranks = {adapted_module(path): spec.shape[-1] for path, spec in specs.items() if path.endswith("lora_a")}
+    if not ranks:
+        return None
+    most = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {module: rank for module, rank in sorted(ranks.items()) if rank != most}
+    overrides = tuple(LoRAOverride(f"^{re.escape(module)}$", rank, float(rank)) for module, rank in others.items())
+    targets = tuple(f"^{module}$" for module in sorted(ranks))
+    return LoRAConfig(rank=most, alpha=float(most), targets=targets, overrides=overrides)
+
+
+def _find_statistics(
+    folders: Sequence[Path], unnorm_key: str | None, action_dim: int | None, state_dim: int | None
+) -> tuple[str | None, NormStats | None]:
+    found = [stats for folder in folders if (stats := find_stats(folder, unnorm_key))]
+    if not found:
+        return None, None
+    asset_id, file = found[-1]
+    return asset_id, read_openpi_stats(file, max_dim=_MAX_DIM, action_dim=action_dim, state_dim=state_dim)
+
+
+def _for_robot(config: Pi05Config, action_dim: int, state_dim: int) -> Pi05Config:
+    """Gives a model a robot's numbers; a robot without a state takes the state out of the prompt."""
+    is_shown = state_dim or "{state}" not in config.prompt_template
+    template = config.prompt_template if is_shown else STATELESS_TEMPLATE
+    return dataclasses.replace(config, action_dim=action_dim, state_dim=state_dim, prompt_template=template)
+
+
+def _write_config(folder: Path, config: Pi05Config, dtype: str | None) -> None:
+    del dtype
+    if not (folder / CONFIG).exists():
+        write_json(folder / CONFIG, to_dict(config))
+
+
+def _write_tree(to: Path, paths: Sequence[str], leaves: Leaves, on_bytes: OnBytes) -> None:
+    """Writes openpi's tree. Orbax wants it whole, so that it lies in files meanwhile, which take no memory."""
+    scratch, cpu, tree = to / "leaves.partial", jax.local_devices(backend="cpu")[0], {}
+    scratch.mkdir()
+    for number, path in enumerate(paths):
+        leaf, file = np.ascontiguousarray(leaves(path)), scratch / str(number)
+        leaf.reshape(-1).view(np.uint8).tofile(file)
+        mapped = np.memmap(file, leaf.dtype, "r", shape=leaf.shape)
+        insert(tree, path, jax.device_put(mapped, cpu))  # without a copy
+        on_bytes(leaf.nbytes)
+        del leaf  # before the next one is loaded
+    save_tree(to, "params", {"params": tree})
+    shutil.rmtree(scratch)
+
+
+OPENPI = Format(
+    name="openpi",
+    model=Pi05Config,
+    kept="openpi",
+    find=_list_tree,
+    clean=_clean_tree,
+    read_config=read_config,
+    table=_tree_table,
+    statistics=_find_statistics,
+    add_statistics=write_stats,
+    finish=_write_config,
+    write_tree=_write_tree,
+    for_robot=_for_robot,
+    read_lora=read_lora,
+    known=_known,
+)
+PORT = OPENPI._replace(
+    name="safetensors",
+    find=functools.partial(_list_port, of_lerobot=False),
+    clean=clean_names,
+    table=_port_table,
+    unused=_port_unused,
+    write_tree=None,
+    read_lora=lambda specs: None,
+)
+LEROBOT = PORT._replace(
+    name="lerobot",
+    find=functools.partial(_list_port, of_lerobot=True),
+    prefix=LEROBOT_PREFIX,
+    finish=lambda folder, config, dtype: None,  # its own config.json is not ours to write
+)
+PALIGEMMA = OPENPI._replace(
+    name="paligemma",
+    find=_list_paligemma,
+    clean=_clean_paligemma,
+    table=_paligemma_table,
+    read_lora=lambda specs: None,
+)

@@ -1,0 +1,85 @@
+"""Files of a checkpoint beside its weights, kept in a converted folder so that the way back loses nothing.
+
+<folder>/checkpoints/0                 our parameters, statistics and configuration
+<folder>/config.json                   the configuration once more, as in a run's config.json, under "model"
+<folder>/<kept>/                       all other files of the checkpoint; kept is "huggingface" or "openpi"
+<folder>/<kept>/record.json            the format, and the type of each tensor where they differ
+<folder>/<kept>/unused.safetensors     tensors that are never run
+<folder>/<kept>/adapter/               the same of a PEFT adapter
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stare_jax.weights.heads import HEADS
+from stare_jax.weights.safetensors_folder import INDEX, WEIGHT_SUFFIXES, Tensors, read, write_file
+
+RECORD, UNUSED, ADAPTER, ASSETS = "record.json", "unused.safetensors", "adapter", "assets"
+ADAPTER_MODEL = "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "spiece.model")
+_WEIGHTS = {INDEX, HEADS, RECORD, UNUSED, ADAPTER_MODEL, "params", "_CHECKPOINT_METADATA", "_METADATA", "_sharding"}
+_WEIGHTS |= {"manifest.ocdbt", "orbax.checkpoint", "d", "array_metadatas", "commit_success.txt"}
+"""names of files and folders of the weights themselves, which are read in other ways or not at all"""
+_MODEL = re.compile(r"model.*\.safetensors|ocdbt\.process_.*")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file as transformers does."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def keep_aside(source: Path, unused: Tensors, record: Mapping[str, Any], to: Path) -> list[str]:
+    """Copies all of a folder but its weights, and those of its tensors that are never run.
+
+    Args:
+        source: a checkpoint or an adapter; a file has nothing beside it.
+        unused: its tensors that are never run.
+        record: content of `record.json`.
+        to: a new folder.
+
+    Returns:
+        The names of what is left behind.
+    """
+    to.mkdir(parents=True)
+    if unused:
+        specs = {name: stored.spec for name, stored in unused.items()}
+        write_file(to / UNUSED, specs, ((name, read(stored)) for name, stored in unused.items()))
+    write_json(to / RECORD, record)
+    return copy_side_files(source, to) if source.is_dir() else []
+
+
+def copy_side_files(source: Path, to: Path) -> list[str]:
+    """Copies the files of a folder that are not the model's weights; returns the names of others, left behind.
+
+    Small safetensors files that are not the model's, such as the statistics of lerobot's processors, come along.
+    """
+    left = []
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if name in _WEIGHTS or _MODEL.fullmatch(name) or (path.is_dir() and name == ADAPTER):
+            continue
+        if name == ASSETS and path.is_dir():
+            shutil.copytree(path, to / ASSETS)
+        elif path.is_file() and (path.suffix not in WEIGHT_SUFFIXES or path.suffix == ".safetensors"):
+            shutil.copyfile(path, to / name)
+        elif not name.startswith("."):
+            left.append(name)
+    return left
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder has a tokenizer of its own."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES if name != "tokenizer_config.json")
+
+
+def copy_tokenizer(source: Path, to: Path) -> None:
+    """Copies a tokenizer's files into a new folder."""
+    to.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, to / name)
