@@ -1,1 +1,1 @@
-"""Meshes, rules, and the shardings that they give to arrays."""
+"""Places of arrays: meshes, rules and the shardings they give."""

@@ -1,1 +1,1 @@
-"""The train state, its optimiser and its checkpoints."""
+"""The state of training: the train state, the optimiser, checkpoints."""
