@@ -3,8 +3,8 @@
     python launch/compare.py --out=results/push "STA-PPO=runs/sta_0,runs/sta_1" "PPO=runs/ppo_0,runs/ppo_1"
     python launch/compare.py --out=results/kl --metrics=ppo/kl_last,ppo/epochs --target=0.9 "A=runs/a" "B=runs/b"
 
-Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables that it also prints. Runs need not be
-over. Text given with --command is put into the README, without the folders of absolute paths.
+Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables that it also prints. Runs may
+still be under way. Text given with --command is put into the README, without the folders of absolute paths.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("settings", nargs="+", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
-    add("--phase", default="ppo", help="whose metrics (default: ppo)")
-    add("--metrics", metavar="NAME[,NAME...]", help=f"of further panels (default: {','.join(DIAGNOSTICS)})")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder to write into")
+    add("--phase", default="ppo", help="phase of the metrics (default: ppo)")
+    add("--metrics", metavar="NAME[,NAME...]", help=f"metrics of further panels (default: {','.join(DIAGNOSTICS)})")
     add("--target", type=float, default=0.95, help="success rate to reach (default: 0.95)")
     add("--smooth", type=int, default=5, metavar="N", help="iterations of the moving average (default: 5)")
-    add("--command", action="append", default=[], help="text to record: what made the runs; may be repeated")
+    add("--command", action="append", default=[], help="command that made the runs, to record; may be repeated")
     return parser.parse_args(argv)
 
 

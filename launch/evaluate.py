@@ -3,6 +3,7 @@
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --num-episodes=100
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --temperature=1 --name=ppo_sampled
     python launch/evaluate.py --run=runs/quickstart --phase=expert
+    python launch/evaluate.py --run=runs/widowx --weights=weights/openvla-7b
     python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --num-workers=8 --envs-per-worker=4
     python launch/evaluate.py --report=runs/quickstart
     python launch/evaluate.py --across runs/seed0 runs/seed1 runs/seed2
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,9 +65,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--across", type=Path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
     )
     add = parser.add_argument_group("--run: the policy").add_argument
-    add("--phase", help=f"sft, tpo, ppo, or {EXPERT} for the expert of the task; needed")
+    add("--phase", help=f"sft, tpo, ppo, or {EXPERT} for the expert of the task; this or --weights is needed")
+    weights = (
+        "folder of other weights, to evaluate in this run's simulators: a phase of another run or a converted folder"
+    )
+    add("--weights", type=Path, metavar="FOLDER", help=weights)
     add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
-    add("--name", help="name of the result, replaced if it exists (default: PHASE, or PHASE_again, PHASE_again2, ...)")
+    add(
+        "--name",
+        help="name of the result, replaced if it exists (default: the phase; then PHASE_again, PHASE_again2, ...)",
+    )
     add = parser.add_argument_group("--run: the episodes, as --config.evaluation of launch/train.py").add_argument
     add("--num-episodes", "--episodes", type=int, metavar="N", help="number of episodes, one a seed")
     add("--first-seed", type=int, metavar="SEED", help="seed of the first episode")
@@ -77,8 +86,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--envs-per-worker", type=int, metavar="N", help="simulators of a process")
     command.add_mesh(parser)
     arguments = parser.parse_args(argv)
-    if arguments.run and not arguments.phase:
-        parser.error("--run needs --phase")
+    if arguments.run and bool(arguments.phase) == bool(arguments.weights):
+        parser.error("--run needs --phase or --weights")
     return arguments
 
 
@@ -125,17 +134,23 @@ def load_subject(config: RunConfig, temperature: float, arguments: argparse.Name
         return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
     sizes = dataclasses.replace(config.mesh, **command.given_mesh(arguments))
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
-    step, name = identify_checkpoint(arguments.run / arguments.phase, step=arguments.step)
-    _, policy, params = load_policy(arguments.run / arguments.phase, step=step, mesh=mesh)
+    folder = arguments.weights or arguments.run / arguments.phase
+    step, name = identify_checkpoint(folder, step=arguments.step)
+    _, policy, params = load_policy(folder, step=step, mesh=mesh)
     act_of = policy_act_of(policy, params, jax.random.key(0), temperature=temperature, mesh=mesh)
     return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk)
+
+
+def default_name(weights: Path) -> str:
+    """Returns a name for the evaluation of a folder of weights: that of the folder, as a file may have it."""
+    return re.sub(r"[^\w-]+", "_", weights.resolve().name)
 
 
 def evaluate_run(arguments: argparse.Namespace) -> None:
     """Evaluates one phase of a run and adds the result to the run directory."""
     config = load_config(arguments.run)
     with user_input():
-        name = arguments.name or unused_name(arguments.run, arguments.phase)
+        name = arguments.name or unused_name(arguments.run, arguments.phase or default_name(arguments.weights))
         file = evaluation_file(arguments.run, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)

@@ -54,7 +54,7 @@ REMEDIES = {
     ),
     r"ResolutionImpossible|conflicting dependencies": "The pins contradict each other: was requirements.txt edited?",
 }
-"""What to do about a failure of pip, by what its log says."""
+"""Returns the remedy for a failure of pip, by the text of its log."""
 
 
 class Failed(Exception):
@@ -139,7 +139,7 @@ def installed(venv: Path) -> dict[str, str]:
 
 
 def differences(pins: dict[str, str], have: dict[str, str]) -> list[str]:
-    """What the environment lacks, as `name 1.0 (have 0.9)`."""
+    """Returns the packages that the environment lacks, as `name 1.0 (have 0.9)`."""
     return [f"{name} {want} (have {have.get(name, 'none')})" for name, want in pins.items() if have.get(name) != want]
 
 
@@ -273,7 +273,7 @@ def follow(stream, log, progress: Progress) -> list[str]:
 
 
 def venv_packages(venv: Path) -> list[str]:
-    """What making the environment needs: Debian and Ubuntu ship Python's `venv` without the pip it installs."""
+    """Returns system packages that a new environment needs: Debian and Ubuntu ship Python's `venv` without its pip."""
     if is_usable(venv):
         return []
     python = find_python()

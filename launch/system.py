@@ -1,4 +1,4 @@
-"""What the simulator needs from the operating system: a Vulkan driver and a few shared libraries.
+"""The simulator's needs from the operating system: a Vulkan driver and a few shared libraries.
 
 SAPIEN renders through Vulkan. Without a GPU that is Mesa's software driver (lavapipe), which has the extension SAPIEN
 asks for (VK_KHR_external_semaphore_fd) since Mesa 24.3. Debian 12 ships 22.3 and has a newer one in its backports
@@ -252,7 +252,7 @@ def as_text(steps: list[Step]) -> str:
 
 
 def root_prefix() -> list[str] | None:
-    """What to put before a command that needs root; None if there is no way to become root without an administrator."""
+    """Returns the words before a command that needs root; None if nobody but an administrator can become root."""
     if os.geteuid() == 0:
         return []
     if shutil.which("sudo") is None:

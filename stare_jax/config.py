@@ -83,7 +83,7 @@ def check_above(config: Any, bound: float, *names: str) -> None:
 
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
-    """Where a command line's values are checked: what is refused here is the user's to put right, not a bug.
+    """Turns the ValueErrors of values that a command line gives into errors that the user can put right.
 
     Raises:
         ConfigError: for every ValueError, with its message.

@@ -1,6 +1,7 @@
-"""Data sets on disk: `schema` says what they are, `writer` and `reader` do that; `demos` and `rollouts` collect them.
+"""Data sets on disk: `schema` is their format, `writer` and `reader` write and read them, `demos` and `rollouts`
+collect them.
 
-`filters`, `norm_stats` and `batches` turn demonstrations into what imitation trains on, `pairs` turns rollouts into
-preference pairs, and `summary` shows what is inside. `import_rlds` brings in what real robots recorded: `rlds_source`
-reads it, `rlds_layouts` knows what it means.
+`filters`, `norm_stats` and `batches` turn demonstrations into batches for imitation, `pairs` turns rollouts into
+preference pairs, and `summary` describes a data set. `import_rlds` imports the recordings of real robots: `rlds_source`
+reads them, `rlds_layouts` converts them.
 """

@@ -82,7 +82,7 @@ def check_source(source: RldsSource, layout: Layout, split: str) -> None:
     state = [layout.state] if layout.state else []
     wanted = (layout.image, *state, *layout.action, layout.instruction)
     if missing := ", ".join(path for path in wanted if path not in source.fields):
-        raise DatasetError(f"{source.directory}: got steps of {list_fields(source)}; expected {missing}, too")
+        raise DatasetError(f"{source.directory}: got steps of {list_fields(source)}; expected {missing} as well")
     if not source.fields[layout.image].startswith("uint8"):
         raise DatasetError(f"{source.directory}: {layout.image}: got {source.fields[layout.image]}, expected images")
 

@@ -247,9 +247,9 @@ def require_same_kind(directory: str | os.PathLike, manifest: Manifest, kind: Ki
     """Makes sure that the episodes to be added to a data set are of the kind that is in it.
 
     Args:
-        directory: of the data set, for the message.
-        manifest: of the data set.
-        kind: of the episodes to be added.
+        directory: folder of the data set, for the message.
+        manifest: manifest of the data set.
+        kind: kind of the episodes to be added.
 
     Raises:
         DatasetError: names every field, and entry of a field, that differs.

@@ -6,6 +6,7 @@ Imports nothing else of the library, so that every layer with a loop may use it.
 from stare_jax.logging.clock import Clock as Clock
 from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
+from stare_jax.logging.compilations import num_compilations as num_compilations
 from stare_jax.logging.files import new_directory as new_directory
 from stare_jax.logging.files import replace_bytes as replace_bytes
 from stare_jax.logging.files import replace_text as replace_text

@@ -3,11 +3,12 @@
 from stare_jax.losses.imitation import flow_matching_loss, soft_cross_entropy, soft_labels, token_cross_entropy
 from stare_jax.losses.ppo import clipped_surrogate, explained_variance, ppo_loss, reference_penalty, value_loss
 from stare_jax.losses.preference import Margin, StageNorm, sta_tpo_loss, tpo_loss
-from stare_jax.losses.returns import discounted_returns, gae, whiten
+from stare_jax.losses.returns import chunk_rewards, discounted_returns, gae, whiten
 
 __all__ = [
     "Margin",
     "StageNorm",
+    "chunk_rewards",
     "clipped_surrogate",
     "discounted_returns",
     "explained_variance",

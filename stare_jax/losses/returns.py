@@ -1,10 +1,49 @@
 """Advantages and returns of one trajectory of N decisions, t = 0 .. N-1."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from stare_jax.types import Array
+
+
+class ChunkRewards(NamedTuple):
+    """The rewards of D = ceil(N / C) decisions; each executes C of N actions, the last perhaps fewer."""
+
+    reward_d: Array
+    """float32 `[D]` rewards of the actions, discounted to the first of them."""
+    discount_d: Array
+    """float32 `[D]` product of the actions' discounts, 0 after a true termination and where there is no decision."""
+    valid_d: Array
+    """bool `[D]`: decisions that executed an action."""
+
+
+def chunk_rewards(reward_t: Array, discount_t: Array, valid_t: Array, *, chunk: int) -> ChunkRewards:
+    """Returns the rewards of decisions on several actions, R = sum_i (prod_{j < i} d_j) r_i, d = prod_i d_i.
+
+    Args:
+      reward_t: `[N]` of the actions.
+      discount_t: `[N]`, 0 after a true termination.
+      valid_t: bool `[N]`, a prefix: actions that were executed.
+      chunk: C, actions of a decision; the last one may have executed fewer.
+    """
+    chex.assert_rank((reward_t, discount_t, valid_t), 1)
+    chex.assert_equal_shape((reward_t, discount_t, valid_t))
+    chex.assert_type((reward_t, discount_t, valid_t), (float, float, bool))
+    num_decisions = -(-len(valid_t) // chunk)
+    padding = (0, num_decisions * chunk - len(valid_t))
+
+    def cut(x):
+        return jnp.pad(x, padding).reshape(num_decisions, chunk)
+
+    executed = cut(valid_t)
+    discount = jnp.where(executed, cut(jnp.asarray(discount_t, jnp.float32)), 1.0)
+    so_far = jnp.cumprod(jnp.pad(discount, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
+    reward = jnp.where(executed, so_far[:, :-1] * cut(jnp.asarray(reward_t, jnp.float32)), 0.0)
+    is_valid = executed[:, 0]
+    return ChunkRewards(jnp.sum(reward, axis=1), jnp.where(is_valid, so_far[:, -1], 0.0), is_valid)
 
 
 def gae(

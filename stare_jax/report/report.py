@@ -127,8 +127,8 @@ def _episode_section(run_directory: Path, results: Sequence[PhaseResult]) -> Htm
         if "timeline" not in result.media:
             continue
         caption = (
-            f"{result.phase}, seed {result.media['timeline_seed']}: label, potential, and the shaped reward of "
-            "training, which stops at the first success."
+            f"{result.phase}, seed {result.media['timeline_seed']}: label, potential, and the shaped reward "
+            "until training ends the episode."
         )
         pictures = [_picture(run_directory, result.media["timeline"], caption)]
         if "filmstrip" in result.media:

@@ -165,7 +165,7 @@ def policy_act(
         policy: its `sample` is compiled once per batch size, however many actors are made.
         params: on the devices where they are to be used.
         key: consumed; tick n of the actor uses `fold_in(key, n)`.
-        temperature: of the action distribution; 0 is greedy.
+        temperature: temperature of the action distribution; 0 is greedy.
         mesh: the devices that act; None takes those of `params`.
     """
     sample = _jitted_sample(policy.sample)
@@ -196,7 +196,7 @@ def place_rows(batch: PyTree, sharding: Sharding | None) -> PyTree:
 
     Args:
         batch: leaves `[B, ...]`, NumPy or JAX arrays on any device.
-        sharding: of `acting_sharding`; None leaves the batch as it is.
+        sharding: the sharding that `acting_sharding` returns; None leaves the batch as it is.
     """
     if sharding is None:
         return batch

@@ -83,8 +83,9 @@ class Places:
             if is_open and self.num_started < len(seeds):
                 self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
                 self.num_started += 1
-        # A simulator that was lost takes an episode when it has been reset, which may be many calls from now: an
-        # episode handed to it before would be lost, too. No seed is tried twice in a row: it may be what it fails at.
+        # A simulator that was lost takes an episode only after it has been reset, which may be many calls from now: an
+        # episode handed to it before would be lost as well. No seed is tried twice in a row, since the seed may be the
+        # reason of the loss.
         for i in np.flatnonzero((self.episode < 0) & ~alive):
             reset_seeds[int(i)] = seeds[self._num_revivals % len(seeds)]
             self._num_revivals += 1

@@ -134,7 +134,8 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         network = initial_model(config)
         policy = make_policy(network, stats)
         if demonstrations is not None:
-            check_instructions(demonstrations, policy, config.model.state_dim)
+            instructions = sorted({episode.instruction for episode in demonstrations.episodes})
+            check_instructions(instructions, policy, network.state_dim)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
 

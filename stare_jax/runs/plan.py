@@ -4,20 +4,36 @@ The devices need not be there: the plan of a run on eight accelerators can be ma
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh
 
 from stare_jax.config import user_input
 from stare_jax.logging import print_table
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
+from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
-from stare_jax.sharding.mesh import make_abstract_mesh
-from stare_jax.train.ppo import plan_ppo
-from stare_jax.train.sft import plan_sft
-from stare_jax.train.tpo import plan_tpo
-from stare_jax.train.update import StepPlan
+from stare_jax.sharding.mesh import batch_sharding, make_abstract_mesh
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
+from stare_jax.train import ppo, sft, tpo
+from stare_jax.train.ppo_batch import batch_shapes as decision_shapes
+from stare_jax.train.tpo_reference import check_reference
 from stare_jax.types import PyTree
+
+
+class StepPlan(NamedTuple):
+    """One optimiser step of a phase, as trees of `jax.ShapeDtypeStruct` with the shardings of the run's mesh."""
+
+    state: TrainState
+    batch: PyTree
+    metrics: dict[str, jax.ShapeDtypeStruct]
+    """metrics that the step returns, without shardings."""
 
 
 def plan_run(config: RunConfig) -> dict[str, StepPlan]:
@@ -31,14 +47,67 @@ def plan_run(config: RunConfig) -> dict[str, StepPlan]:
     stats = identity_stats(config.model.action_dim, config.model.state_dim)
     policy = make_policy(config.model, stats)
     mesh = make_abstract_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    horizon, num_stages = config.env.horizon, config.env.spec.num_stages
-    plans = {
-        "sft": lambda: plan_sft(policy, config.sft, mesh),
-        "tpo": lambda: plan_tpo(policy, config.tpo, mesh, horizon=horizon, num_stages=num_stages),
-        "ppo": lambda: plan_ppo(policy, config.ppo, mesh),
-    }
+    plans = {"sft": _plan_sft, "tpo": _plan_tpo, "ppo": _plan_ppo}
     with user_input():  # such as a pattern of `freeze` that matches nothing
-        return {phase: plans[phase]() for phase in config.phases}
+        return {phase: plans[phase](config, policy, mesh) for phase in config.phases}
+
+
+def _plan_sft(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan:
+    phase = config.sft
+    sft.check_mesh(phase, mesh)
+    tx = make_optimizer(phase.optimizer, num_steps=phase.num_steps)
+    step, batch = sft.make_sft_step(policy, tx, phase), sft.batch_shapes(phase, policy)
+    has_average = phase.ema_decay is not None
+    return _trace_step(policy, mesh, tx, phase.optimizer, step, batch, has_average=has_average)
+
+
+def _plan_tpo(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan:
+    phase = config.tpo
+    tpo.check_mesh(phase, mesh)
+    check_reference(phase.reference, jax.eval_shape(policy.init, jax.random.key(0)))
+    tx = make_optimizer(phase.optimizer, num_steps=1)
+    horizon, num_stages = config.env.horizon, config.env.spec.num_stages
+    batch = tpo.batch_shapes(phase, policy, horizon=horizon, num_stages=num_stages)
+    return _trace_step(policy, mesh, tx, phase.optimizer, tpo.make_tpo_step(policy, tx, phase), batch)
+
+
+def _plan_ppo(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan:
+    phase = config.ppo
+    ppo.check_mesh(phase, mesh)
+    tx = make_optimizer(phase.optimizer, num_steps=None)
+    step, batch = ppo.make_ppo_step(policy, tx, phase), decision_shapes(policy, phase.minibatch_size)
+
+    def more_inputs(state):
+        return np.bool_(True), np.float32(0.0), None if phase.kl_coef is None else state.trainable
+
+    return _trace_step(policy, mesh, tx, phase.optimizer, step, batch, more_inputs=more_inputs)
+
+
+def _trace_step(
+    policy: Policy,
+    mesh: AbstractMesh,
+    tx: optax.GradientTransformation,
+    optimizer: OptimizerConfig,
+    step: Callable,
+    batch: PyTree,
+    *,
+    has_average: bool = False,
+    more_inputs: Callable[[TrainState], tuple] = lambda state: (),
+) -> StepPlan:
+    """Traces (state, batch, *more inputs) -> (state, metrics) on shapes, with the checks that training begins with."""
+    state = abstract_state(
+        abstract_params(policy, mesh),
+        tx,
+        mesh=mesh,
+        rules=policy.sharding_rules,
+        freeze=frozen_params(policy, optimizer),
+        has_average=has_average,
+    )
+    check_precision(state.trainable)
+    sharding = batch_sharding(mesh)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+    _, metrics = jax.eval_shape(step, state, batch, *more_inputs(state))
+    return StepPlan(state, batch, metrics)
 
 
 def print_plan(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """The things that a run begins with: weights, normalisation statistics, demonstrations; all are checked before use."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import read_manifest
 from stare_jax.logging import replace_text
-from stare_jax.models import ModelConfig, Policy
+from stare_jax.models import ModelConfig, Policy, make_policy
+from stare_jax.models.normalize import identity_stats
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import identify_checkpoint, identify_folder
 from stare_jax.state.checkpoint import load_norm_stats
@@ -24,7 +26,7 @@ NORM_STATS_FILE = "norm_stats.json"
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Makes sure that the folders a configuration names are there, and for this run.
+    """Makes sure that the folders a configuration names are there, and for this run, and that its words fit.
 
     Raises:
         ConfigError: names the field, got and expected.
@@ -39,6 +41,10 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
     if config.demos_from:
         check_demonstrations(config)
+    if not config.demos_of:
+        model = config.model
+        policy = make_policy(model, identity_stats(model.action_dim, model.state_dim))
+        check_instructions([config.env.spec.instruction], policy, model.state_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -160,13 +166,12 @@ def check_demonstrations(config: RunConfig) -> None:
         raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
 
 
-def check_instructions(demonstrations: Dataset, policy: Policy, state_dim: int) -> None:
+def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: int) -> None:
     """Makes sure that every instruction fits into the policy's prompt, before anything is trained.
 
     Raises:
         ConfigError: one does not.
     """
-    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
     with user_input():
         # Far below the data's range, where numbers are written the longest.
         policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))

@@ -1,1 +1,1 @@
-"""Where arrays live: meshes, rules and the shardings they give."""
+"""Places of arrays: meshes, rules and the shardings they give."""

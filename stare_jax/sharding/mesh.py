@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh, one table of (regex, PartitionSpec) for the whole train state, one layout of batches."""
+"""Places of arrays: one mesh, one table of (regex, PartitionSpec) for the whole train state, one layout of batches."""
 
 import re
 from collections.abc import Sequence

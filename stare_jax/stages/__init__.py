@@ -1,5 +1,6 @@
 """STARE: stage labels, costs, potentials and shaped rewards of one trajectory. Callers `jax.vmap` and `jax.jit`."""
 
+from stare_jax.stages.actions import ActionStages, action_stages
 from stare_jax.stages.costs import stage_costs
 from stare_jax.stages.potentials import potentials
 from stare_jax.stages.rewards import (
@@ -16,6 +17,7 @@ from stare_jax.stages.spec import StageParams, TaskSpec
 from stare_jax.stages.tasks import TASKS, get_task
 
 __all__ = [
+    "ActionStages",
     "Reward",
     "Separation",
     "StageCarry",
@@ -24,6 +26,7 @@ __all__ = [
     "TaskSpec",
     "TerminalPotential",
     "TimeLimit",
+    "action_stages",
     "check_ends",
     "check_reward",
     "dense_rewards",

@@ -22,13 +22,13 @@ def as_signals(signals: Signals, leading: tuple[int, ...]) -> Signals:
     Raises:
       AssertionError: a field has another shape or type; the message names it.
     """
-    fields = {}
-    for name, value in signals._asdict().items():
-        is_boolean = name in SIGNAL_FLAGS
-        chex.assert_shape(value, leading + getattr(SIGNAL_SHAPES, name), custom_message=f"signals.{name}")
-        chex.assert_type(value, bool if is_boolean else float, custom_message=f"signals.{name}")
-        fields[name] = jnp.asarray(value, bool if is_boolean else jnp.float32)
-    return Signals(**fields)
+    arrays = []
+    for name, value, shape in zip(Signals._fields, signals, SIGNAL_SHAPES, strict=True):
+        is_flag = name in SIGNAL_FLAGS
+        chex.assert_shape(value, leading + shape, custom_message=f"signals.{name}")
+        chex.assert_type(value, bool if is_flag else float, custom_message=f"signals.{name}")
+        arrays.append(jnp.asarray(value, bool if is_flag else jnp.float32))
+    return Signals(*arrays)
 
 
 def num_states(signals: Signals) -> int:

@@ -29,7 +29,7 @@ class StageParams:
     """
 
     delta_reach: float = 0.05
-    """Reach ends closer than this to the object."""
+    """Reach ends closer than this to the object; with 0 only contact ends it."""
     delta_lift: float = 0.02
     """Grasp (pick-place) ends with the object held higher than this above its support."""
     delta_goal: float = 0.05

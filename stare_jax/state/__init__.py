@@ -1,1 +1,1 @@
-"""What is trained and kept: the train state, the optimiser, checkpoints."""
+"""The state of training: the train state, the optimiser, checkpoints."""

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from stare_jax.logging import Clock
+from stare_jax.logging import Clock, num_compilations
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint
@@ -19,9 +19,6 @@ from stare_jax.state.checkpoint import CheckpointError, Checkpoints
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, split_params
 from stare_jax.state.train_state import CHECKPOINTS, TrainState, abstract_state, check_precision, create_state
 from stare_jax.types import Array, NormStats, PyTree
-
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_num_compilations = 0
 
 
 def _write_nothing(step: int, metrics: Mapping[str, Any], *, phase: str) -> None:
@@ -104,23 +101,6 @@ def _check_norm_stats(directory: Path, norm_stats: NormStats) -> None:
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------
-def num_compilations() -> int:
-    """Returns the number of XLA programs that this process has compiled, or read from the compilation cache.
-
-    A loop whose shapes are static compiles nothing after its first turn.
-    """
-    return _num_compilations
-
-
-def _count(event: str, duration: float, **details: object) -> None:
-    global _num_compilations
-    del duration, details
-    _num_compilations += event == _COMPILE_EVENT
-
-
-jax.monitoring.register_event_duration_secs_listener(_count)
-
-
 class Window:
     """Metrics, time and compilations between two reports. Steps that are under way are not waited for until `read`."""
 
@@ -203,7 +183,7 @@ def reduce_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 # ---- Save and stop --------------------------------------------------------------------------------------------------
 class Turn(NamedTuple):
-    """What a loop does after a step."""
+    """The duties of a loop after a step."""
 
     is_saving: bool
     is_reporting: bool
@@ -213,7 +193,7 @@ class Turn(NamedTuple):
 
 
 def next_turn(run: Run, step: int, num_steps: int, *, log_every: int, checkpoint_every: int) -> Turn:
-    """Decides what to do after step number `step` of `num_steps`."""
+    """Returns the duties of a loop after step number `step` of `num_steps`."""
     is_last = step == num_steps
     is_stopping = run.should_stop() and not is_last
     is_saving = step % checkpoint_every == 0 or is_last or is_stopping

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -185,21 +184,9 @@ def make_ppo_step(
 
         state = jax.lax.cond(is_far, lambda state: state, move, state)
         more = {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
-        return state, metrics | update.grad_norm(grads) | more
+        return state, metrics | more
 
     return step
-
-
-def plan_ppo(policy: Policy, config: PPOConfig, mesh: AbstractMesh) -> update.StepPlan:
-    """Traces one optimiser step on shapes alone; see `update.plan_step`."""
-    check_mesh(config, mesh)
-    tx = make_optimizer(config.optimizer, num_steps=None)
-
-    def extra(state):
-        return np.bool_(True), np.float32(0.0), None if config.kl_coef is None else state.trainable
-
-    step, batch = make_ppo_step(policy, tx, config), ppo_batch.batch_shapes(policy, config.minibatch_size)
-    return update.plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer), extra=extra)
 
 
 def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
@@ -236,6 +223,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare = make_prepare(spec, config, chunk=policy.chunk)
     counters, window = _Counters(**saved), Window(PHASE, run, num_steps=int(state.step))
+    stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
@@ -246,12 +234,20 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
             rollout = _collect(policy, state.params, env, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
-                raise Interrupted(_stopped(counters, config))
+                raise Interrupted(stopped.format(counters.iteration))
 
             # ---- Targets and updates; a stop waits for them ---------------------------------------------------------
+            train_policy = np.bool_(counters.iteration >= config.value_warmup_iterations)
+            fraction_done = np.float32(counters.iteration / config.num_iterations)
+            rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
                 batch = prepare(rollout)
-                state = _update(state, batch, step_fn, reference, config, run, counters.iteration, window)
+                epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
+                for minibatch in epochs:
+                    state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
+                    window.add(metrics)
+                    if config.target_kl is not None and metrics["ppo/stopped"]:
+                        break
             updates = window.read()
             counters = counters.after(rollout)
             turn = next_turn(
@@ -272,7 +268,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
             del rollout, batch  # Images of one iteration are enough to hold.
             if turn.is_stopping:
-                raise Interrupted(_stopped(counters, config))
+                raise Interrupted(stopped.format(counters.iteration))
     return state.result
 
 
@@ -288,10 +284,6 @@ class _Counters(NamedTuple):
         return _Counters(
             self.iteration + 1, self.env_steps + rollout.num_steps, self.seeds + len(rollout.trajectory.valid)
         )
-
-
-def _stopped(counters: _Counters, config: PPOConfig) -> str:
-    return f"{PHASE}: stopped and saved after {counters.iteration} of {config.num_iterations} iterations"
 
 
 def _collect(
@@ -324,26 +316,3 @@ def reference_params(policy: Policy, params: PyTree, config: PPOConfig, run: Run
     freeze = frozen_params(policy, config.optimizer)
     to = jax.tree.map(lambda x: x.sharding, split_params(abstract_params(policy, run.mesh), freeze)[0])
     return jax.tree.map(jnp.copy, jax.device_put(split_params(params, freeze)[0], to))
-
-
-def _update(
-    state: TrainState,
-    batch: ppo_batch.PPOBatch,
-    step_fn: Callable,
-    reference: PyTree,
-    config: PPOConfig,
-    run: Run,
-    iteration: int,
-    window: Window,
-) -> TrainState:
-    """Returns the state after the epochs of an iteration."""
-    train_policy = np.bool_(iteration >= config.value_warmup_iterations)
-    fraction_done = np.float32(iteration / config.num_iterations)
-    rng = np.random.default_rng((config.seed, iteration))
-    epochs = (ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng) for _ in range(config.num_epochs))
-    for minibatch in itertools.chain.from_iterable(epochs):
-        state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
-        window.add(metrics)
-        if config.target_kl is not None and metrics["ppo/stopped"]:
-            break
-    return state

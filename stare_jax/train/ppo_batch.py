@@ -1,8 +1,9 @@
-"""From the episodes of an iteration to minibatches of decisions: stages, rewards (5), advantages (2), shuffling.
+"""The way from the episodes of an iteration to minibatches: stages, rewards (5), advantages (2), shuffling.
 
 Functions that say so are for one episode, from its first state on; `compile_targets` vmaps and compiles them once.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -11,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.losses import explained_variance, whiten
-from stare_jax.losses.returns import gae
+from stare_jax.losses import chunk_rewards, explained_variance, gae, whiten
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages.potentials import potentials
@@ -50,17 +50,6 @@ class Targets(NamedTuple):
     """bool: the episode reached its end, and was not cut short."""
 
 
-class DecisionRewards(NamedTuple):
-    """The rewards of D = ceil(N / C) decisions; each executes C of N actions, the last perhaps fewer."""
-
-    reward: Array
-    """float32 `[D]` rewards of the actions, discounted to the first of them."""
-    discount: Array
-    """float32 `[D]` product of their discounts, 0 after a true termination and where there is no decision."""
-    valid: Array
-    """bool `[D]`."""
-
-
 class DecisionBatch(NamedTuple):
     """Decisions of rollouts, in any order."""
 
@@ -91,7 +80,7 @@ def batch_shapes(policy: Policy, size: int) -> DecisionBatch:
 
 
 class PPOBatch(NamedTuple):
-    """Episodes and what is to be learned from them."""
+    """Decisions of episodes, and the targets of learning from them."""
 
     observation: Observation
     """NumPy leaves `[E, D, ...]`, views of the states in which decisions were made."""
@@ -157,7 +146,7 @@ def episode_targets(
             reward_t, phi_t[:-1], phi_t[1:], discount_t, gamma=gamma_t, terminal_potential=terminal_potential
         )
     shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
-    reward_d, discount_d, valid_d = sum_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
+    reward_d, discount_d, valid_d = chunk_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
     is_last_decision = valid_d & ~jnp.append(valid_d[1:], False)
     value = jnp.where(jnp.append(True, valid_d), value, 0.0)
     advantage_d, return_d = gae(
@@ -189,32 +178,6 @@ def _discounts(
         is_last = valid_t & ~jnp.append(valid_t[1:], False)
         gamma_t = jnp.where(is_last | (jnp.arange(len(valid_t)) % chunk == chunk - 1), gamma_t, 1.0)
     return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
-
-
-def sum_rewards(reward_t: Array, discount_t: Array, valid_t: Array, *, chunk: int) -> DecisionRewards:
-    """Sums up the rewards of each decision's actions: `R = sum_i (prod_{j < i} d_j) r_i`, `d = prod_i d_i`.
-
-    Args:
-        reward_t: float32 `[N]` of the actions.
-        discount_t: float32 `[N]`, 0 after a true termination.
-        valid_t: bool `[N]`, a prefix: actions that were executed.
-        chunk: C, actions of a decision; the last one may have executed fewer.
-    """
-    num_decisions = -(-len(valid_t) // chunk)
-    padding = (0, num_decisions * chunk - len(valid_t))
-
-    def cut(x):
-        return jnp.pad(x, padding).reshape(num_decisions, chunk)
-
-    executed = cut(valid_t)
-    discount = jnp.where(executed, cut(discount_t), 1.0)
-    so_far = jnp.cumprod(jnp.pad(discount, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
-    is_valid = executed[:, 0]
-    return DecisionRewards(
-        reward=jnp.sum(jnp.where(executed, so_far[:, :-1] * cut(reward_t), 0.0), axis=1),
-        discount=jnp.where(is_valid, so_far[:, -1], 0.0),
-        valid=is_valid,
-    )
 
 
 def compile_targets(
@@ -252,16 +215,19 @@ def _pad(x: np.ndarray, num_rows: int) -> np.ndarray:
     return np.pad(x, [(0, num_rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
-def minibatches(batch: PPOBatch, *, size: int, rng: np.random.Generator) -> Iterator[DecisionBatch]:
-    """Yields the decisions of a batch once, shuffled, in as few minibatches as can be, of equal numbers of decisions to
-    within one and filled up to `size` with rows that are not valid.
+def minibatches(
+    batch: PPOBatch, *, size: int, rng: np.random.Generator, num_epochs: int = 1
+) -> Iterator[DecisionBatch]:
+    """Yields the decisions of a batch once an epoch, shuffled, in as few minibatches as can be.
 
-    A last minibatch of what is left over would move the policy as far as the others, on a few decisions, and measure
-    the KL divergence by them.
+    They have equal numbers of decisions, to within one, and are filled up to `size` with rows that are not valid. A
+    last, small minibatch would move the policy as far as the others, on a few decisions, and measure the
+    KL divergence by them.
     """
     episode, d = np.nonzero(batch.decisions.valid)
-    order = rng.permutation(len(episode))
-    for chosen in np.array_split(order, math.ceil(len(order) / size)):
+    num_parts = math.ceil(len(episode) / size)
+    epochs = (np.array_split(rng.permutation(len(episode)), num_parts) for _ in range(num_epochs))
+    for chosen in itertools.chain.from_iterable(epochs):
         rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
         at = (episode[rows], d[rows])
         yield DecisionBatch(

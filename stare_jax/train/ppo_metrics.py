@@ -1,4 +1,4 @@
-"""What the episodes of a PPO iteration, and the updates on them, say about the policy and its critic."""
+"""Metrics of the episodes of a PPO iteration and of the updates on them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
 
 
 def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
-    """Returns what shaping pays, r' - r, inside the stages, on the way into them, and at success.
+    """Returns the bonuses of shaping, r' - r, inside the stages, on the way into them, and at success.
 
     `shaping/within_<stage>` is the mean over episodes of the sum over actions that start and end in the stage,
     `shaping/into_<stage>` the mean over actions that enter it, `shaping/at_success` the mean over actions that succeed;

@@ -15,7 +15,7 @@ from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import TrainState
 from stare_jax.train import update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
@@ -37,8 +37,7 @@ class SFTConfig:
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
     ema_decay: float | None = None
-    """decay of an exponential moving average of the parameters, which is what later phases and evaluation take; None
-    keeps none."""
+    """decay of an exponential moving average of the parameters, which later phases and evaluation take; None: none."""
     seed: int = 0
     """seed of the loss's random numbers, such as the noise and the times of flow matching."""
     log_every: int = 20
@@ -96,18 +95,9 @@ def make_sft_step(
         inputs = (batch, jax.random.key_data(keys))
         grads, metrics = update.loss_gradients(loss_fn, state, inputs, jnp.ones(size), config.microbatch_size)
         state = update.apply_gradients(state, grads, tx, average_decay=config.ema_decay)
-        return state, metrics | update.grad_norm(grads)
+        return state, metrics
 
     return step
-
-
-def plan_sft(policy: Policy, config: SFTConfig, mesh: AbstractMesh) -> update.StepPlan:
-    """Traces one optimiser step on shapes alone; see `update.plan_step`."""
-    check_mesh(config, mesh)
-    tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
-    step, batch = make_sft_step(policy, tx, config), batch_shapes(config, policy)
-    freeze, has_average = frozen_params(policy, config.optimizer), config.ema_decay is not None
-    return update.plan_step(policy, mesh, tx, step, batch, freeze=freeze, has_average=has_average)
 
 
 def check_mesh(config: SFTConfig, mesh: AbstractMesh) -> None:

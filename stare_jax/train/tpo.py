@@ -19,7 +19,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.stages import TaskSpec
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer, merge_params
+from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer, merge_params
 from stare_jax.state.train_state import TrainState, abstract_params
 from stare_jax.train import update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
@@ -166,7 +166,7 @@ def make_tpo_step(
                 return jax.grad(lambda trainable: jnp.vdot(logp_fn(trainable, part), weight))(state.trainable), {}
 
             grads, _ = update.reduce_parts(weighted, (parts, update.split_rows(weight, config.microbatch_size)))
-        return update.apply_gradients(state, grads, tx), metrics | update.grad_norm(grads)
+        return update.apply_gradients(state, grads, tx), metrics | {"grad/norm": optax.tree.norm(grads)}
 
     return step
 
@@ -216,18 +216,6 @@ def _decisions(batch: PairBatch) -> tuple[Observation, PyTree, Array]:
 
     sides = [(side.observation, side.decision, side.seed) for side in batch]
     return jax.tree.map(flatten, *sides)
-
-
-def plan_tpo(
-    policy: Policy, config: TPOConfig, mesh: AbstractMesh, *, horizon: int, num_stages: int
-) -> update.StepPlan:
-    """Traces one optimiser step on shapes alone; see `update.plan_step`, `batch_shapes`."""
-    check_mesh(config, mesh)
-    check_reference(config.reference, jax.eval_shape(policy.init, jax.random.key(0)))
-    tx = make_optimizer(config.optimizer, num_steps=1)
-    step = make_tpo_step(policy, tx, config)
-    batch = batch_shapes(config, policy, horizon=horizon, num_stages=num_stages)
-    return update.plan_step(policy, mesh, tx, step, batch, freeze=frozen_params(policy, config.optimizer))
 
 
 def check_mesh(config: TPOConfig, mesh: AbstractMesh) -> None:

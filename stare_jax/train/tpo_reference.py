@@ -15,10 +15,8 @@ from stare_jax.logging import Interrupted
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import acting_sharding, place_rows
-from stare_jax.stages.costs import stage_costs
-from stare_jax.stages.separate import separate, stage_mask
-from stare_jax.stages.spec import TaskSpec
-from stare_jax.types import Array, Observation, PreferencePair, PyTree, Signals, Trajectory
+from stare_jax.stages import TaskSpec, action_stages
+from stare_jax.types import Array, Observation, PreferencePair, PyTree, Trajectory
 
 
 class ScoredTrajectory(NamedTuple):
@@ -123,33 +121,6 @@ def score_pairs(
 @functools.lru_cache(maxsize=16)
 def _jitted_stages(spec: TaskSpec) -> Callable:
     return jax.jit(jax.vmap(functools.partial(action_stages, spec=spec)))
-
-
-class ActionStages(NamedTuple):
-    """The stages of one episode as its actions see them."""
-
-    mask: Array
-    """bool `[K, N]`: the action was taken in a state of the stage, and exists."""
-    cost: Array
-    """float32 `[K]`."""
-    completed: Array
-    """bool `[K]`."""
-
-
-def action_stages(signals: Signals, valid: Array, *, spec: TaskSpec) -> ActionStages:
-    """Returns masks over actions and stage costs over states (3) of one episode.
-
-    Args:
-        signals: leaves `[N + 1, ...]`.
-        valid: bool `[N + 1]`.
-        spec: the task.
-    """
-    separation = separate(spec, signals, valid)
-    return ActionStages(
-        mask=stage_mask(separation, spec.num_stages, valid)[:, :-1] & valid[1:],
-        cost=stage_costs(spec, signals, separation, valid),
-        completed=separation.completed,
-    )
 
 
 def flatten_scores(score: Array, num_scores: int) -> Array:

@@ -7,17 +7,14 @@ up. The gradient is that of the whole batch; metrics are means over its parts, m
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh
 
-from stare_jax.models.policy import Policy
-from stare_jax.sharding.mesh import batch_sharding
 from stare_jax.state.optimizer import merge_params
-from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
+from stare_jax.state.train_state import TrainState
 from stare_jax.types import Array, PyTree
 
 Metrics = dict[str, Array]
@@ -38,7 +35,7 @@ def loss_gradients(
     weight: Array,
     microbatch_size: int | None,
 ) -> tuple[PyTree, Metrics]:
-    """Returns the gradient of a loss by the trainable parameters, and the loss's metrics.
+    """Returns the gradient of a loss by the trainable parameters, and the loss's metrics with the gradient's norm.
 
     Args:
         loss_fn: (all parameters, rows of the batch) -> (the mean over these rows, metrics).
@@ -49,12 +46,12 @@ def loss_gradients(
     """
 
     def grad_fn(part):
-        return jax.grad(lambda trainable: loss_fn(merge_params(trainable, state.frozen), part), has_aux=True)(
-            state.trainable
-        )
+        by_trainable = jax.grad(lambda x: loss_fn(merge_params(x, state.frozen), part), has_aux=True)
+        return by_trainable(state.trainable)
 
     if microbatch_size is None:
-        return grad_fn(batch)
+        grads, metrics = grad_fn(batch)
+        return grads, metrics | {"grad/norm": optax.tree.norm(grads)}
     total = jnp.maximum(weight.sum(), 1e-8)
 
     def share(part, weight):
@@ -68,7 +65,7 @@ def loss_gradients(
 
     parts = (split_rows(batch, microbatch_size), split_rows(weight, microbatch_size))
     (grads, means), extremes = reduce_parts(share, parts)
-    return grads, means | extremes
+    return grads, means | extremes | {"grad/norm": optax.tree.norm(grads)}
 
 
 def split_rows(tree: PyTree, size: int) -> PyTree:
@@ -138,11 +135,6 @@ def apply_gradients(
     return TrainState(state.step + 1, trainable, state.frozen, opt_state, average)
 
 
-def grad_norm(grads: PyTree) -> Metrics:
-    """Returns the metric `grad/norm`, before clipping."""
-    return {"grad/norm": optax.tree.norm(grads)}
-
-
 def jit_step(step: Callable, state: TrainState) -> Callable:
     """Compiles a step (state, *inputs) -> (state, metrics) so that the memory of a state is reused for the next one.
 
@@ -164,7 +156,7 @@ def jit_step(step: Callable, state: TrainState) -> Callable:
 
 
 def lower_step(step: Callable, state: TrainState, *inputs: Any) -> jax.stages.Lowered:
-    """Lowers what `jit_step` compiles, for arrays or for `jax.ShapeDtypeStruct`s with shardings."""
+    """Lowers the program that `jit_step` compiles, for arrays or for `jax.ShapeDtypeStruct`s with shardings."""
     return _jit_move(step, state).lower(state.replace(frozen=None), state.frozen, *inputs)
 
 
@@ -179,48 +171,3 @@ def _jit_move(step: Callable, state: TrainState) -> Callable:
         return state.replace(frozen=None), metrics
 
     return move
-
-
-class StepPlan(NamedTuple):
-    """One optimiser step of a phase, as trees of `jax.ShapeDtypeStruct` with shardings."""
-
-    state: TrainState
-    batch: PyTree
-    metrics: Metrics
-    """metrics that the step returns, without shardings."""
-
-
-def plan_step(
-    policy: Policy,
-    mesh: AbstractMesh,
-    tx: optax.GradientTransformation,
-    step: Callable,
-    batch: PyTree,
-    *,
-    freeze: tuple[str, ...],
-    has_average: bool = False,
-    extra: Callable[[TrainState], tuple] = lambda state: (),
-) -> StepPlan:
-    """Traces one optimiser step on shapes alone, with the checks that training begins with.
-
-    Args:
-        policy: policy that is trained.
-        mesh: devices, which need not be there.
-        tx: the optimiser.
-        step: (state, batch, *extra) -> (state, metrics).
-        batch: shapes without shardings.
-        freeze: regexes of the parameters that are not trained.
-        has_average: whether an average is kept.
-        extra: the step's other inputs, given the state.
-
-    Raises:
-        ConfigError: parameters of less than float32 would be trained.
-        ShardingError, TypeError, ValueError: rules, mesh, model and batch do not fit.
-    """
-    params = abstract_params(policy, mesh)
-    state = abstract_state(params, tx, mesh=mesh, rules=policy.sharding_rules, freeze=freeze, has_average=has_average)
-    check_precision(state.trainable)
-    sharding = batch_sharding(mesh)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
-    _, metrics = jax.eval_shape(step, state, batch, *extra(state))
-    return StepPlan(state, batch, metrics)

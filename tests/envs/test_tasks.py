@@ -187,3 +187,15 @@ def test_every_phase_trains_on_a_task_of_ones_own(tmp_path):
 
 def test_the_documentation_shows_the_file():
     assert f"```python\n{EXAMPLE.read_text()}```" in (ROOT / "docs" / "tasks.md").read_text()
+
+
+def test_an_instruction_that_does_not_fit_the_prompt_is_refused_before_anything_is_collected(tmp_path):
+    from stare_jax.models import openvla_state
+    from stare_jax.runs.config import RunConfig
+    from stare_jax.runs.ipi import run_ipi
+
+    env = EnvConfig(task=str(EXAMPLE), image_size=0, use_state="low_dim")
+    config = RunConfig(env, openvla_state(env.state_dim), env.spec.params)
+    with pytest.raises(ConfigError, match="prompt_length: got 12, expected at least 15 for 'put the ball into the"):
+        run_ipi(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,15 @@ def test_evaluates_a_phase_of_a_run(command, trained_run, capsys):
     out = capsys.readouterr().out
     assert "success at any step" in out and f"report: {trained_run / 'report.html'}" in out
     assert (trained_run / "report.html").exists()
+
+
+def test_evaluates_other_weights_in_the_simulators_of_a_run(command, trained_run, tmp_path):
+    folder = tmp_path / "other run/ppo 2.0"
+    shutil.copytree(trained_run / "ppo", folder)
+    shutil.copy(trained_run / "config.json", folder.parent)
+    assert command.main([f"--run={trained_run}", f"--weights={folder}", "--num-episodes=2", "--step=1"]) == 0
+    evaluation = load_evaluation(trained_run / "eval/ppo_2_0.json")
+    assert evaluation.info.checkpoint.startswith("ppo 2.0/1/") and len(evaluation.episodes.seed) == 2
 
 
 def test_no_evaluation_takes_the_place_of_another(command, trained_run):
@@ -195,4 +205,4 @@ def test_says_what_is_wrong_before_it_evaluates(command, trained_run, capsys, ar
 def test_a_run_needs_a_phase(command, capsys):
     with pytest.raises(SystemExit):
         command.main(["--run=x"])
-    assert "--run needs --phase" in capsys.readouterr().err
+    assert "--run needs --phase or --weights" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_a_critic_may_see_a_state_that_the_policy_does_not():
     params, observation = random_params(policy), random_observation(policy, INSTRUCTIONS)
     other = with_prompt(policy, observation._replace(state=observation.state + 0.3), INSTRUCTIONS)
     bins = np.zeros((3, 3), np.int32)
-    first, second = (jit(policy.log_prob)(params, seen, bins) for seen in (observation, other))
+    first, second = (jit(policy.log_prob)(params, seen, {"bins": bins}) for seen in (observation, other))
     np.testing.assert_array_equal(first.logp, second.logp)
     assert (np.abs(first.value - second.value) > 1e-3).all()
     same = other._replace(images=jax.tree.map(np.zeros_like, other.images))

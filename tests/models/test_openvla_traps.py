@@ -31,7 +31,7 @@ TRAPS = {
     # The network.
     "the second-to-last block of the towers, without the final norm": [
         (HERE, "test_towers_end_before_the_last_block_and_have_no_final_norm"),
-        ("convert/test_openvla_golden.py", "test_features_and_logits"),
+        ("weights/test_openvla_golden.py", "test_features_and_logits"),
     ],
     "exact GELU in both towers, SigLIP's too": [("models/test_models_layers.py", "test_vit_block_in_numpy")],
     "eps 1e-6 in Llama, though Llama 2 has 1e-5": [
@@ -41,7 +41,7 @@ TRAPS = {
     "patches after BOS": [(HERE, "test_patches_come_right_after_bos")],
     "another image gives other logits": [
         (NETWORK, "test_image_prompt_and_state_change_the_distribution_and_capitals_do_not"),
-        ("convert/test_openvla_golden.py", "test_another_image_gives_other_logits"),
+        ("weights/test_openvla_golden.py", "test_another_image_gives_other_logits"),
     ],
     "lm_head and both patch convolutions have adapters": [
         ("models/test_lora.py", "test_as_many_adapters_as_the_published_recipe"),
@@ -54,7 +54,7 @@ TRAPS = {
     # Images and prompts.
     "four resizers in circulation": [("models/test_preprocess.py", "test_numbers_are_those_of_the_library")],
     "DINO's statistics are rounded in the published processor": [
-        ("convert/test_preprocessor.py", "test_the_statistics_are_those_that_the_processor_uses"),
+        ("weights/test_preprocessor.py", "test_the_statistics_are_those_that_the_processor_uses"),
     ],
     "id 29871 before the first action, once": [
         ("models/test_tokenizer.py", "test_openvlas_prompt_piece_by_piece"),
@@ -64,7 +64,7 @@ TRAPS = {
         (NETWORK, "test_a_batch_of_different_prompts_equals_one_by_one"),
         (NETWORK, "test_the_length_that_prompts_are_padded_to_does_not_matter"),
         ("models/test_models_layers.py", "test_padding_is_invisible"),
-        ("convert/test_openvla_golden.py", "test_prompts_of_different_lengths_in_one_batch"),
+        ("weights/test_openvla_golden.py", "test_prompts_of_different_lengths_in_one_batch"),
     ],
     # Actions.
     "255 centres for 256 ids": [
@@ -73,9 +73,9 @@ TRAPS = {
         ("models/test_models_heads.py", "test_bins_are_those_of_openvla"),
     ],
     "statistics in a side file, of several data sets": [
-        ("convert/test_openvla_statistics.py", "test_the_side_file_goes_over_the_configuration"),
-        ("convert/test_openvla_statistics.py", "test_the_data_set_is_named_where_there_are_several"),
-        ("convert/test_openvla_statistics.py", "test_tokens_are_millimetres_and_milliradians_of_bridge"),
+        ("weights/test_openvla_statistics.py", "test_the_side_file_goes_over_the_configuration"),
+        ("weights/test_openvla_statistics.py", "test_the_data_set_is_named_where_there_are_several"),
+        ("weights/test_openvla_statistics.py", "test_tokens_are_millimetres_and_milliradians_of_bridge"),
     ],
     "top-k off": [(GENERATION, "test_every_one_of_the_256_tokens_can_be_drawn")],
     "the same masks in rollout and update": [
@@ -90,10 +90,10 @@ TRAPS = {
         ("models/test_models_heads.py", "test_scores_are_float32_whatever_the_logits_are"),
     ],
     "the time limit bootstraps or does not": [
-        ("train/test_annotate.py", "test_the_time_limit_bootstraps_or_terminates"),
+        ("train/test_ppo_batch.py", "test_the_time_limit_bootstraps_or_terminates"),
     ],
     "the terminal potential goes with it": [
-        ("train/test_annotate.py", "test_shaping_telescopes"),
+        ("train/test_ppo_batch.py", "test_shaping_telescopes"),
         ("stages/test_stages_shaping.py", "test_shaping_leaves_the_optimal_policy_as_it_is"),
     ],
     "success at the end is not success at any step": [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.sharding.mesh import ShardingError, check_batch_size, make_mesh, place
 from stare_jax.state import checkpoint
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.state.train_state import abstract_state, create_state
-from stare_jax.train.ppo import PPOConfig, make_ppo_step
+from stare_jax.state.train_state import abstract_params, abstract_state, create_state
+from stare_jax.train.loop import Run
+from stare_jax.train.ppo import PPOConfig, make_ppo_step, train_ppo
 from stare_jax.train.ppo_batch import DecisionBatch
 from stare_jax.train.tpo import TPOConfig, make_tpo_step
 from stare_jax.train.tpo_reference import score_pairs
@@ -65,6 +67,37 @@ elsewhere = abstract_state(PARAMS, tx, mesh=make_mesh(data=4, fsdp=2), rules=POL
 restored = checkpoint.restore(sys.argv[1], elsewhere).state
 
 
+def seen_by(policy):
+    """The policy, and the shardings of the observations that it acts on and scores."""
+    shardings = {"sample": [], "log_prob": []}
+
+    def watched(name):
+        def call(params, observation, *rest, **options):
+            jax.debug.inspect_array_sharding(observation.state, callback=shardings[name].append)
+            return getattr(policy, name)(params, observation, *rest, **options)
+
+        return call
+
+    return policy._replace(sample=watched("sample"), log_prob=watched("log_prob")), shardings
+
+
+# 30 decisions at a time are no whole number of rows on any device.
+lying = jax.tree.map(lambda x: x.sharding, abstract_params(POLICY, eight))
+watched, seen = seen_by(POLICY)
+drawn = random_pairs(POLICY, PARAMS, NUM_ENVS // 2)
+scored = score_pairs(watched, jax.device_put(PARAMS, lying), drawn, toy.task_spec(), batch_size=30)
+score_difference = difference(scored.chosen.ref_logp, pairs.chosen.ref_logp)
+is_scoring_split = [not sharding.is_fully_replicated for sharding in seen["log_prob"]]
+
+few = PPOConfig(num_iterations=1, num_episodes=8, minibatch_size=64, optimizer=OPTIMIZER)
+watched, seen = seen_by(POLICY)
+run = Run(Path(sys.argv[1]) / "run", toy.norm_stats(), mesh=eight)
+trained = train_ppo(watched, jax.device_put(PARAMS, lying), toy.ToyPush(12), toy.task_spec(), few, run)
+is_acting_split = [not sharding.is_fully_replicated for sharding in seen["sample"]]
+run = Run(Path(sys.argv[1]) / "one", toy.norm_stats(), mesh=one)
+alone = train_ppo(POLICY, jax.device_put(PARAMS, jax.devices()[0]), toy.ToyPush(12), toy.task_spec(), few, run)
+
+
 def shard_shapes(tree, name):
     return [
         list(leaf.addressable_shards[0].data.shape)
@@ -89,6 +122,10 @@ print(
             "restored_elsewhere_equal": difference(restored, sharded) == 0,
             "restored_shard": shard_shapes(restored.params, "logits/kernel")[0],
             "batch_error": batch_error,
+            "score_difference": score_difference,
+            "is_scoring_split": is_scoring_split,
+            "is_acting_split": is_acting_split,
+            "trained_difference": difference(trained, alone),
         }
     )
 )

@@ -15,10 +15,12 @@ def run_on_eight_devices(script, *arguments, timeout):
     environment = os.environ | {
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tests / "models"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(tests / "models"), str(tests / "train"), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     result = subprocess.run(
-        [sys.executable, str(tests / "train" / script), *arguments],
+        [sys.executable, str(tests / "sharding" / script), *arguments],
         env=environment,
         capture_output=True,
         text=True,

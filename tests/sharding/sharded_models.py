@@ -1,7 +1,7 @@
 """Steps and actions of small models on eight fake devices and on one; run by the tests beside it in a process.
 
-    python tests/train/sharded_models.py openvla
-    python tests/train/sharded_models.py pi05 few
+    python tests/sharding/sharded_models.py openvla
+    python tests/sharding/sharded_models.py pi05 few
 
 compares everything, or a little of it, and prints what it found as one line of JSON.
 """

@@ -52,6 +52,10 @@ def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_pat
     assert report["kernel_shard"] == [4, 24] and report["moment_shards"] == [[4, 24], [4, 24]]
     assert report["restored_elsewhere_equal"] and report["restored_shard"] == [8, 24]
     assert report["batch_error"] == "minibatch_size: got 12, expected a multiple of data x fsdp = 8"
+    # Observations that the policy scores and acts on are cut over the devices, whatever their number is.
+    assert report["is_scoring_split"] and all(report["is_scoring_split"])
+    assert report["is_acting_split"] and all(report["is_acting_split"])
+    assert report["score_difference"] < 1e-5 and report["trained_difference"] < 1e-4
 
 
 def test_openvla_on_eight_devices_is_that_on_one():

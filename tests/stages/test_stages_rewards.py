@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from stage_signals import make_signals, pad, separation_of
 
-from stare_jax.stages import TASKS, dense_rewards, get_task, rl4vla_rewards, success_rewards
+from stare_jax.stages import (
+    TASKS,
+    check_reward,
+    dense_rewards,
+    episode_rewards,
+    get_task,
+    rl4vla_rewards,
+    success_rewards,
+)
 
 
 @pytest.mark.parametrize(
@@ -112,3 +120,25 @@ def test_every_task_has_a_distance_for_every_stage(env_id):
     signals = make_signals(5, tcp_pos=[0.3, 0, 0], obj_quat=[0.6, 0, 0.8, 0], goal_pos=[0, 0.2, 0])
     reward = jax.jit(dense_rewards, static_argnums=0)(spec, signals, separation_of([0, 0, 1, 2, 3]))
     assert (np.asarray(reward) < 0).all()
+
+
+def test_a_reward_is_chosen_by_its_name():
+    spec, separation = get_task("StackCube-v1"), separation_of([0, 0, 1, 2, 3])
+    signals = make_signals(5, tcp_pos=[0.3, 0, 0], is_grasped=flags("..xxx"), success=flags("....x"))
+    expected = {
+        "success": success_rewards(signals.success),
+        "rl4vla": rl4vla_rewards(signals.is_grasped, signals.success),
+        "dense": dense_rewards(spec, signals, separation),
+    }
+    for name, values in expected.items():
+        np.testing.assert_array_equal(episode_rewards(name, spec, signals, separation), values)
+    assert len({tuple(np.asarray(values).tolist()) for values in expected.values()}) == 3
+
+
+def test_a_reward_that_a_task_cannot_earn_is_refused():
+    with pytest.raises(ValueError, match=r"reward: got 'sparse', expected one of \('success', 'rl4vla', 'dense'\)"):
+        check_reward("sparse", get_task("PushCube-v1"))
+    with pytest.raises(ValueError, match="got 'rl4vla', .* PullCube-v1, whose stages are reach, contact, pull, goal"):
+        check_reward("rl4vla", get_task("PullCube-v1"))
+    for env_id in ("StackCube-v1", "LiftPegUpright-v1"):
+        check_reward("rl4vla", get_task(env_id))

@@ -1,14 +1,20 @@
 """What is saved comes back; what does not fit says where; what was half written is not there."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from stare_jax.envs import toy
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state import checkpoint
+from stare_jax.state import checkpoint, storage
 from stare_jax.state.checkpoint import CheckpointError, Checkpoints
+from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import abstract_state, create_state
 
@@ -109,3 +115,74 @@ def test_what_a_kill_left_behind_is_ignored_and_cleaned_up(state, tmp_path):
             checkpoints.save(step, state, norm_stats=toy.norm_stats(), model={}, counters={"iteration": step})
     assert checkpoint.complete_steps(tmp_path) == [5, 6]
     assert checkpoint.restore(tmp_path, state).counters == {"iteration": 6}
+
+
+def test_the_same_step_saved_again_while_its_save_is_in_flight_is_written_once(state, tmp_path):
+    large = state.replace(opt_state={"moment": jnp.ones((4000, 1000))}, trainable={"kernel": jnp.ones((4000, 1000))})
+    with Checkpoints(tmp_path) as checkpoints:
+        for _ in range(2):
+            checkpoints.save(1, large, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert checkpoint.complete_steps(tmp_path) == [1]
+
+
+def test_frozen_parameters_are_written_once(saved, state):
+    with Checkpoints(saved, keep=2) as checkpoints:  # as a phase that goes on
+        before = (saved / "frozen" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
+        checkpoints.save(4, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert (saved / "frozen" / "_CHECKPOINT_METADATA").stat().st_mtime_ns == before
+    frozen, trained = set(storage.flatten(state.frozen)), set(storage.flatten(state.trainable))
+    assert frozen and set(storage.item_shapes(saved / "4")["params"]) == trained
+    assert set(storage.item_shapes(saved / "frozen")["params"]) == frozen
+    assert set(checkpoint.param_shapes(saved, step=4)) == frozen | trained
+    assert_equal(checkpoint.load_params(saved, state.params, step=4), state.params)
+    load = leaf_loader(saved, sorted(frozen | trained), step=4)
+    for name, leaf in storage.flatten(state.params).items():
+        np.testing.assert_array_equal(load(name), leaf)
+
+
+def test_frozen_parameters_without_a_step_are_those_of_nobody(state, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()  # as if the first step's writing had been killed
+    other = state.replace(frozen=jax.tree.map(lambda x: x + 1, state.frozen))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, other, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert_equal(checkpoint.load_params(tmp_path, state.params), other.params)
+
+
+def test_an_average_is_what_others_take_and_the_state_goes_on_from_its_own(policy, params, tmp_path):
+    layout = {"mesh": make_mesh(), "rules": policy.sharding_rules, "freeze": FREEZE, "has_average": True}
+    state = create_state(jax.tree.map(jnp.copy, params), TX, **layout)
+    state = state.replace(average=jax.tree.map(lambda x: x + 5, state.trainable))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert_equal(checkpoint.load_params(tmp_path, state.params), state.result)
+    assert_equal(checkpoint.restore(tmp_path, abstract_state(params, TX, **layout)).state, state)
+
+
+def save_as_before(directory, state, extra):
+    """Writes a checkpoint in the layout of the first version, which has all parameters in every step."""
+    stats = {name: np.asarray(value).tolist() for name, value in toy.norm_stats()._asdict().items()}
+    items = {"params": state.params, "optimizer": {"step": state.step, "opt_state": state.opt_state}}
+    ocp.save_checkpointables(directory / "7", items, custom_metadata={"extra": extra, "norm_stats": stats})
+
+
+def test_parameters_of_the_first_versions_checkpoints_load_and_its_training_is_refused_with_advice(state, tmp_path):
+    save_as_before(tmp_path, state, {"model": MODEL})
+    assert checkpoint.complete_steps(tmp_path) == [7]
+    assert_equal(checkpoint.load_params(tmp_path, state.params), state.params)
+    assert_equal(checkpoint.load_norm_stats(tmp_path), toy.norm_stats())
+    assert checkpoint.load_model(tmp_path) == MODEL and checkpoint.load_counters(tmp_path) == {}
+    with pytest.raises(CheckpointError, match=r"got a checkpoint of an earlier version.*config.init_from"):
+        checkpoint.restore(tmp_path, state)
+
+
+def test_loading_and_saving_hold_the_model_and_less_than_a_gigabyte_more(tmp_path):
+    """In processes of their own, on a model of 1.5 GB whose largest leaf has 256 MiB."""
+    script = Path(__file__).with_name("measure_memory.py")
+    for task in ("write", "read", "resume"):
+        command = [sys.executable, str(script), task, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        more = float(done.stdout.splitlines()[-1])
+        assert more < 0.6e9, f"{task}: {more / 1e9:.2f} GB more than the model"

@@ -44,6 +44,19 @@ def test_gradients_are_clipped_together():
     np.testing.assert_allclose(first_step(config)["trunk"]["bias"], -clipped / (clipped + 1), rtol=1e-5)
 
 
+def test_where_the_value_head_moves_alone_the_gradients_of_the_rest_do_not_clip_it():
+    config = OptimizerConfig(max_grad_norm=2.0, eps=1.0, b1=0.0, b2=0.0, weight_decay=0.0, learning_rate=1.0)
+    large = jax.tree.map(lambda x: 1e6 * x, ONES)
+    grads = large | {"value_head": {"kernel": jnp.ones((2, 1))}}
+    # The norm of two ones is below 2: nothing is clipped, and a step without memory is g / (g + eps).
+    for train_policy in (False, np.bool_(False), jnp.bool_(False)):
+        updates = first_step(config, grads=grads, train_policy=train_policy)
+        np.testing.assert_allclose(updates["value_head"]["kernel"], -0.5, rtol=1e-5)
+        assert not updates["trunk"]["kernel"].any()
+    updates = first_step(config, grads=grads, train_policy=True)
+    assert (np.abs(updates["value_head"]["kernel"]) < 1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [

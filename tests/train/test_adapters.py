@@ -10,6 +10,7 @@ from toy_task import random_pairs
 
 from stare_jax.config import ConfigError
 from stare_jax.envs import toy
+from stare_jax.logging import num_compilations
 from stare_jax.models import LoRAConfig, make_policy, openvla_state
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.llama import LlamaConfig
@@ -17,7 +18,7 @@ from stare_jax.models.nn.lora import drop_adapters, keep_adapters
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, frozen_params, make_optimizer
 from stare_jax.state.train_state import check_precision, create_state
-from stare_jax.train.loop import num_compilations, start_phase
+from stare_jax.train.loop import start_phase
 from stare_jax.train.ppo import PPOConfig, make_ppo_step
 from stare_jax.train.ppo_batch import DecisionBatch
 from stare_jax.train.tpo import TPOConfig, make_tpo_step

@@ -38,6 +38,7 @@ STA_PPO = PPOConfig(
     num_epochs=4,
     minibatch_size=512,
     gamma=0.95,
+    time_limit="bootstrap",
     value_warmup_iterations=1,
     kl_coef=0.0,
     target_kl=0.2,

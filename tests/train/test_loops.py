@@ -11,14 +11,17 @@ from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, rand
 from stare_jax.config import ConfigError
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
+from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError
-from stare_jax.state.optimizer import OptimizerConfig
-from stare_jax.train.loop import checkpoint_directory
+from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
+from stare_jax.train import update
+from stare_jax.train.loop import check_finite, checkpoint_directory, start_phase
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
+from stare_jax.train.tpo_reference import score_pairs
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, schedule="linear")
 VALUE_FROZEN = dataclasses.replace(OPTIMIZER, freeze=("^value",))
@@ -110,6 +113,93 @@ def test_ppo_that_is_stopped_while_it_collects_collects_again(train, make_run):
         train("ppo", run, num_iterations=2)
     params = train("ppo", make_run("stopped", resume=True), num_iterations=2)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_ppo_that_is_stopped_inside_an_update_finishes_it(train, make_run, monkeypatch):
+    expected = train("ppo", make_run("whole"), num_iterations=3)
+    calls, jit_step = [], update.jit_step
+
+    def counted(step, state):
+        compiled = jit_step(step, state)
+        return lambda *inputs: calls.append(0) or compiled(*inputs)
+
+    monkeypatch.setattr(update, "jit_step", counted)
+    # The first minibatch of several asks the loop to stop.
+    stopped = make_run("stopped", should_stop=lambda: len(calls) > 0)
+    with pytest.raises(Interrupted, match="after 1 of 3 iterations"):
+        train("ppo", stopped, num_iterations=3)
+    assert len(calls) == stopped.writer.column("ppo/num_minibatches")[0] > 1
+    params = train("ppo", make_run("stopped", resume=True), num_iterations=3)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_imitation_with_an_average_that_is_made_longer_is_the_longer_one(train, make_run):
+    """What was saved last is the state, not its average; what others take is the average."""
+    config = {"ema_decay": 0.5, "optimizer": dataclasses.replace(VALUE_FROZEN, schedule="constant")}
+    expected = train("sft", make_run("whole"), num_steps=6, **config)
+    run = make_run("longer")
+    half = train("sft", run, num_steps=3, **config)
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_params(checkpoint_directory(run, "sft"), half), half)
+    longer = train("sft", make_run("longer", resume=True), num_steps=6, **config)
+    jax.tree.map(np.testing.assert_array_equal, longer, expected)
+    without = train("sft", make_run("without"), num_steps=6, **(config | {"ema_decay": None}))
+    assert (without["logits"]["kernel"] != expected["logits"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("phase", ["sft", "tpo", "ppo"])
+def test_a_phase_takes_the_memory_of_the_parameters_that_it_starts_from(phase, policy, params, spec, make_run):
+    start = fresh(params)
+    if phase == "sft":
+        batches = demo_batches(*demonstrations(2), size=32)
+        train_sft(policy, start, batches, dataclasses.replace(SFT, num_steps=1), make_run())
+    elif phase == "tpo":
+        pairs = random_pairs(policy, params, 4)
+        train_tpo(policy, start, pairs, spec, dataclasses.replace(TPO, num_epochs=1), make_run())
+    else:
+        train_ppo(policy, start, toy.ToyPush(NUM_ENVS), spec, dataclasses.replace(PPO, num_iterations=1), make_run())
+    trained = {name: start[name] for name in start if phase == "ppo" or not name.startswith("value")}
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trained))
+
+
+def test_a_phase_that_goes_on_frees_the_parameters_it_started_from_before_it_loads_its_own(
+    train, policy, params, make_run
+):
+    train("sft", make_run(), num_steps=1)
+    start = fresh(params)
+    run = make_run(resume=True)
+    state, _ = start_phase("sft", run, policy, start, make_optimizer(VALUE_FROZEN, num_steps=1), VALUE_FROZEN)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start)) and int(state.step) == 1
+
+
+def test_checkpoints_carry_the_models_configuration_and_refuse_other_statistics(train, make_run):
+    run = make_run(model={"kind": "mlp", "label_width": 0.5})
+    for phase in ("sft", "tpo", "ppo"):
+        train(phase, run, **({"num_iterations": 1} if phase == "ppo" else {}))
+        assert checkpoint.load_model(checkpoint_directory(run, phase)) == {"kind": "mlp", "label_width": 0.5}
+    wider = toy.norm_stats()._replace(action_q99=3 * toy.norm_stats().action_q99)
+    with pytest.raises(CheckpointError, match=r"norm_stats.action_q99: got \[3.0, 3.0\], expected \[1.0, 1.0\]"):
+        train("sft", make_run(norm_stats=wider, resume=True), num_steps=8)
+
+
+def test_a_reference_that_scores_can_be_stopped(policy, params, spec):
+    pairs, polls = random_pairs(policy, params, 3), []
+    with pytest.raises(Interrupted, match="stopped while the reference scored pairs"):
+        score_pairs(policy, params, pairs, spec, batch_size=16, should_stop=lambda: polls.append(0) or len(polls) == 3)
+    assert len(polls) == 3
+
+
+def test_the_step_of_a_loss_that_is_not_finite_leaves_out_minibatches_that_were_refused():
+    good = {"ppo/loss": 1.0, "grad/norm": 1.0, "ppo/stopped": 0.0}
+    updates = [good, good | {"ppo/stopped": 1.0}, good]
+    assert check_finite(updates, phase="ppo", num_steps=10) == 12
+    with pytest.raises(FloatingPointError, match="ppo: grad/norm of step 13 is nan"):
+        check_finite([*updates, good | {"grad/norm": float("nan")}], phase="ppo", num_steps=10)
+
+
+def test_phases_share_no_random_numbers():
+    keys = {tuple(jax.random.key_data(phase_key(0, name)).tolist()) for name in ("sft", "tpo", "ppo", "pairs", "init")}
+    first_keys = {tuple(jax.random.key_data(jax.random.key(n)).tolist()) for n in range(100)}
+    assert len(keys) == 5 and not keys & first_keys
 
 
 def test_ppo_on_batches_of_steps_uses_each_seed_once_and_goes_on_where_it_was_stopped(train, make_run):

@@ -123,10 +123,14 @@ def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_learns_the_same(spec
 
 
 def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing():
-    updates = [{"ppo/approx_kl": kl, "ppo/stopped": float(kl > 0.05)} for kl in (0.01, 0.02, 0.03, 0.04, 0.1)]
+    updates = [
+        {"ppo/approx_kl": kl, "ppo/stopped": float(kl > 0.05), "ppo/ratio_min": 1 - kl, "ppo/ratio_max": 1 + kl}
+        for kl in (0.01, 0.02, 0.03, 0.04, 0.1)
+    ]
     metrics = update_metrics([jax.tree.map(np.float32, update) for update in updates], num_decisions=90, size=40)
     # Of the 3 minibatches of an epoch, the last one of 10 actions, 4 moved parameters.
     expected = {"ppo/approx_kl": 0.04, "ppo/stopped": 0.2, "ppo/kl_last": 0.1, "ppo/epochs": 4 / 3}
+    expected |= {"ppo/ratio_min": 0.9, "ppo/ratio_max": 1.1}  # of all of them
     assert metrics == pytest.approx(expected, rel=1e-6)
 
 

@@ -113,6 +113,17 @@ def test_ppo_microbatches_give_the_step_of_the_whole_batch(policy, params, ppo_b
     assert all(np.isfinite(value) for value in cut_metrics.values())
 
 
+def test_the_extremes_of_the_ratio_are_those_of_all_decisions(policy, params, ppo_batch):
+    """One decision in 64 has become twice as likely, one half as likely: no average hides them."""
+    shift = np.zeros(64, np.float32)
+    shift[5], shift[40] = np.log(2), -np.log(2)
+    batch = ppo_batch._replace(old_logp=ppo_batch.old_logp - shift)
+    for size in (None, 16):
+        config = dataclasses.replace(PPO, microbatch_size=size)
+        _, metrics = take_step(make_ppo_step, policy, params, config, batch, True, 0.0)
+        np.testing.assert_allclose([metrics["ppo/ratio_min"], metrics["ppo/ratio_max"]], [0.5, 2], rtol=1e-4)
+
+
 def test_ppo_does_not_step_beyond_its_target_kl(policy, params, ppo_batch):
     # A ratio of e is a divergence of e - 1 - 1 = 0.72 by the estimator ratio - 1 - log(ratio).
     far = ppo_batch._replace(old_logp=ppo_batch.old_logp - 1.0)
