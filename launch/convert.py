@@ -192,6 +192,8 @@ def report(imported: Imported, to: Path) -> None:
     if lora is not None:
         flags += [f"--config.model.lora.rank={lora.rank}", f"--config.model.lora.alpha={lora.alpha}"]
         flags += [f"--config.model.lora.targets={lora.targets!r}"] if lora.targets != LoRAConfig().targets else []
+    if lora is not None and lora.overrides:
+        say(f"adapters of several ranks; in a configuration: model.lora.overrides = {lora.overrides}")
     say(f"written: {to}; train with {shlex.join(flags)}")
 
 

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Which run: a file of configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; runs/<name of the config> if not given.")
 _REDO = flags.DEFINE_string("redo", "", "Do this phase and what follows it again; what is there moves to set_aside/.")
+_PROFILE = flags.DEFINE_integer("profile", 0, "Trace this many optimiser steps of every phase, after its first.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
@@ -46,7 +47,7 @@ def train() -> None:
     if _PLAN.value:
         print_plan(config)
         return
-    say(f"report: {run_ipi(config, workdir, redo=_REDO.value)}")
+    say(f"report: {run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value)}")
 
 
 def go_on_command() -> str:

@@ -2,7 +2,7 @@
 
 Rooms are imported when they are first looked at, so that `import stare_jax` costs nothing and needs no simulator:
 
-    stages    what a task's stages are: labels, costs, potentials, shaped rewards
+    stages    stages of a task: labels, costs, potentials, shaped rewards
     losses    imitation, flow matching, TPO and STA-TPO, GAE, PPO
     models    policies as records of pure functions: OpenVLA, pi0.5, an MLP
     envs      simulators behind one interface, and a toy one in pure JAX

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -16,6 +17,7 @@ from stare_jax.logging import (
     METRICS_FILE,
     Clock,
     Interruption,
+    Profiler,
     Writer,
     make_writer,
     print_table,
@@ -385,3 +387,36 @@ def test_interruption_puts_the_handlers_back():
     with Interruption() as interruption:
         assert signal.getsignal(signal.SIGINT) != before and not interruption.requested
     assert signal.getsignal(signal.SIGINT) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ profile
+
+
+def test_a_profile_has_the_steps_after_the_first_and_no_others(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda path: calls.append(("start", path)))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
+    with Profiler(tmp_path, 2) as profiler:
+        for phase, num_steps in (("sft", 5), ("ppo", 2)):
+            for step in range(1, num_steps + 1):
+                with profiler.step(phase, step):
+                    calls.append(step)
+    sft = [1, ("start", tmp_path / "profile" / "sft"), 2, 3, "stop", 4, 5]
+    assert calls == [*sft, 1, ("start", tmp_path / "profile" / "ppo"), 2, "stop"]  # closed where a phase is too short
+
+
+def test_a_profile_is_written(tmp_path):
+    with Profiler(tmp_path, 1) as profiler:
+        for step in range(3):
+            with profiler.step("sft", step):
+                jax.numpy.arange(step + 2).sum().block_until_ready()
+    (trace,) = (tmp_path / "profile" / "sft").rglob("*.xplane.pb")
+    assert b"sft" in trace.read_bytes()
+
+
+def test_without_a_profile_nothing_is_written(tmp_path):
+    with Profiler(tmp_path) as profiler, profiler.step("sft", 1), profiler.step("sft", 2):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="num_steps: got -1, expected >= 0"):
+        Profiler(tmp_path, -1)

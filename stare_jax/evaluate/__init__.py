@@ -1,0 +1,1 @@
+"""Numbers about policies: success rates and intervals, stage by stage."""

@@ -1,4 +1,4 @@
-"""What a run tells its user and its files: metrics, metadata, progress, tables, where the time went, interruptions.
+"""Output of a run: metrics, metadata, progress, tables, time by area of work; interruptions.
 
 Imports nothing else of the library, so that every layer with a loop may use it.
 """

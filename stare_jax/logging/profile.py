@@ -12,7 +12,7 @@ class Profiler:
     being recorded when a phase stops is closed.
     """
 
-    def __init__(self, directory: str | Path, num_steps: int = 0):
+    def __init__(self, directory: str | Path = "", num_steps: int = 0):
         """Takes the run directory, and the number of steps to trace in every phase; 0 traces none."""
         if num_steps < 0:
             raise ValueError(f"num_steps: got {num_steps}, expected >= 0")

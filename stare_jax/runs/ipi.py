@@ -24,7 +24,7 @@ from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
 from stare_jax.evaluate.record import evaluation_file, partial_folder
-from stare_jax.logging import Clock, Interruption, Writer, make_writer, say, write_config
+from stare_jax.logging import Clock, Interruption, Profiler, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
@@ -46,10 +46,11 @@ from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
     check_instructions,
+    demonstration_statistics,
     describe_demonstrations,
     initial_model,
-    initial_statistics,
     read_statistics,
+    source_statistics,
     start_name,
     start_source,
     write_statistics,
@@ -69,7 +70,7 @@ Simulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
 
 
-def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path:
+def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile: int = 0) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
     In a directory that holds a run of the same configuration it goes on with that run.
@@ -78,6 +79,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         config: see `RunConfig`.
         directory: the run directory, made if it does not exist.
         redo: a phase to do again, with all that follow it; what is there of them moves to `set_aside/`.
+        profile: optimiser steps of every phase to trace into `profile/`, after the first; 0 traces none.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; all that is finished is safe, and the next call goes on from there.
@@ -91,6 +93,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         raise ConfigError(f"redo: got {redo!r}, expected one of the phases {config.phases}")
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
+    source_stats = source_statistics(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     plan_run(config)
 
@@ -114,6 +117,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
                 config=to_dict(config),
             )
         )
+        profiler = stack.enter_context(Profiler(directory, profile))
         spec = dataclasses.replace(config.env.spec, params=config.stages)
 
         @functools.cache
@@ -128,8 +132,8 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
         if "sft" in config.phases and not is_finished(directory, "sft", config):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if stats is None:
-            folder = Path(config.demos_from) if config.demos_from else None
-            stats = initial_statistics(config, folder if demonstrations is None else demonstrations.directory)
+            folder = Path(config.demos_from or directory / "data" / "demos")
+            stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
             write_statistics(directory, stats)
         network = initial_model(config)
         policy = make_policy(network, stats)
@@ -137,7 +141,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "") -> Path
             instructions = sorted({episode.instruction for episode in demonstrations.episodes})
             check_instructions(instructions, policy, network.state_dim)
         model = json.loads(json.dumps(to_dict(network)))
-        run = Run(directory, stats, model, writer, should_stop, mesh, resume=True)
+        run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 
         # ---- Phases -------------------------------------------------------------------------------------------------
         for phase in config.phases:

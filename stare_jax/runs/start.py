@@ -85,43 +85,54 @@ def initial_model(config: RunConfig) -> ModelConfig:
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
-def initial_statistics(config: RunConfig, demonstrations: Path | None) -> NormStats:
-    """Returns the statistics that a run begins with, and keeps.
+def source_statistics(config: RunConfig) -> NormStats | None:
+    """Returns the statistics of the weights that a run starts from; None where those of its demonstrations hold.
 
-    They are those of the weights that it starts from, so that these see and do what they have learnt. The
-    demonstrations' are taken where imitation makes the policy: from random weights, or from those of another robot.
-
-    Args:
-        config: configuration of the run.
-        demonstrations: folder of the data set; None where the run has none.
+    Weights see and do what they have learnt with their own statistics. Those of the demonstrations hold where imitation
+    makes the policy: from random weights, or from a checkpoint in another format, which may be of another robot.
 
     Raises:
-        ConfigError: nothing says what the statistics are.
-        WeightsError: `unnorm_key` is not among the checkpoint's.
-        DatasetError: the data set has none.
+        ConfigError: nothing says what the statistics are, or they have other dimensions than the model.
+        WeightsError: `unnorm_key` is not among the checkpoint's, or is empty and there are several.
     """
-    model, source = config.model, Path(config.init_from)
+    source = Path(config.init_from)
     is_ours = bool(config.init_from) and (source / CHECKPOINTS).is_dir()
     if is_ours and config.unnorm_key:
         raise ConfigError(f"config.unnorm_key: got {config.unnorm_key!r}, expected '': {source} has one data set's")
     if is_ours:
-        stats = load_norm_stats(source / CHECKPOINTS)
-    elif config.init_from and (config.unnorm_key or "sft" not in config.phases):
-        key = config.unnorm_key or None
+        return _fitting(load_norm_stats(source / CHECKPOINTS), config, source)
+    if config.init_from and (config.unnorm_key or "sft" not in config.phases):
+        key, model = config.unnorm_key or None, config.model
         stats = read_checkpoint_stats(source, key, action_dim=model.action_dim, state_dim=model.state_dim)
-    elif demonstrations is not None:
-        key = config.demos_of or config.env.env_id
-        stats = read_norm_stats(demonstrations, action_dim=model.action_dim, state_dim=model.state_dim, key=key)
-    else:
+        return _fitting(stats, config, source)
+    if "sft" not in config.phases and not config.demos_from:
         raise ConfigError(
             f"config.init_from: got '', expected weights with statistics, or demos_from, for the phases "
             f"{config.phases}: actions and states are scaled by the quantiles of a data set"
         )
+    return None
+
+
+def demonstration_statistics(config: RunConfig, directory: Path) -> NormStats:
+    """Returns the statistics of a data set of demonstrations.
+
+    Raises:
+        DatasetError: it has none.
+    """
+    key = config.demos_of or config.env.env_id
+    return read_norm_stats(directory, action_dim=config.model.action_dim, state_dim=config.model.state_dim, key=key)
+
+
+def _fitting(stats: NormStats, config: RunConfig, source: Path) -> NormStats:
+    """Returns statistics of the model's dimensions; raises ConfigError for others."""
     sizes = {"action_dim": len(stats.action_q01), "state_dim": len(stats.state_q01)}
-    wrong = [name for name, size in sizes.items() if size != getattr(model, name)]
+    wrong = [
+        f"config.model.{name}: got {getattr(config.model, name)}, expected {size}"
+        for name, size in sizes.items()
+        if size != getattr(config.model, name)
+    ]
     if wrong:
-        fields = "; ".join(f"config.model.{name}: got {getattr(model, name)}, expected {sizes[name]}" for name in wrong)
-        raise ConfigError(f"{fields}, as the statistics of {config.init_from or demonstrations}")
+        raise ConfigError(f"{'; '.join(wrong)}, as the statistics of {source}")
     return stats
 
 

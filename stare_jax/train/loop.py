@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from stare_jax.logging import Clock, num_compilations
+from stare_jax.logging import Clock, Profiler, num_compilations
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint
@@ -43,6 +43,8 @@ class Run:
     """devices of the parameters and of all batches."""
     resume: bool = False
     """go on from the phase's latest checkpoint, if there is one."""
+    profiler: Profiler = dataclasses.field(default_factory=Profiler)
+    """marks optimiser steps, and records some of them if it was asked to."""
 
 
 def checkpoint_directory(run: Run, phase: str) -> Path:

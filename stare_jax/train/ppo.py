@@ -244,7 +244,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
                 batch = prepare(rollout)
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:
-                    state, metrics = step_fn(state, place(minibatch, run.mesh), train_policy, fraction_done, reference)
+                    placed = place(minibatch, run.mesh)
+                    with run.profiler.step(PHASE, counters.iteration):
+                        state, metrics = step_fn(state, placed, train_policy, fraction_done, reference)
                     window.add(metrics)
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break

@@ -145,7 +145,7 @@ def train_sft(
             # ---- Update ---------------------------------------------------------------------------------------------
             with window.clock("data"):
                 batch = SFTBatch(*next(batch_iterator))
-            with window.clock("update"):
+            with window.clock("update"), run.profiler.step(PHASE, step):
                 state, metrics = step_fn(state, place(batch, run.mesh))
             window.add(metrics)
             turn = next_turn(

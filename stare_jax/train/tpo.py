@@ -279,7 +279,7 @@ def train_tpo(
             with window.clock("data"):
                 rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
                 batch = jax.tree.map(lambda x, rows=rows: x[rows], scored)
-            with window.clock("update"):
+            with window.clock("update"), run.profiler.step(PHASE, step):
                 state, metrics = step_fn(state, place(batch, run.mesh))
             window.add(metrics)
             turn = next_turn(run, step, num_steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every)

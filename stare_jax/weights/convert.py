@@ -23,6 +23,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.checkpoint import load_norm_stats, save_params
 from stare_jax.state.leaves import leaf_loader
+from stare_jax.state.storage import flatten
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import NormStats, PyTree
 from stare_jax.weights import heads, peft, side_files
@@ -36,7 +37,6 @@ from stare_jax.weights.tensor_table import (
     FLOATS,
     adapted_module,
     dtype_of,
-    flat_leaves,
     is_adapter,
     table_specs,
     table_values,
@@ -129,7 +129,7 @@ def import_weights(
             params = read_params(opened, jax.random.key(seed), like=like, on_bytes=on_bytes)
         config = _keep_tokenizer(config, source, partial, kept)
         _save(partial, params, config, norm_stats)
-    sizes = {path: leaf.size for path, leaf in flat_leaves(params).items()}
+    sizes = {path: leaf.size for path, leaf in flatten(params).items()}
     counts = sum(sizes.values()), num_bytes(params), sum(sizes[path] for path in opened.fresh), len(opened.unused)
     return Imported(form.name, config, stats_name, *counts, tuple(left))
 

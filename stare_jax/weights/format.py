@@ -10,6 +10,7 @@ import jax
 from stare_jax.config import ConfigError
 from stare_jax.models import ModelConfig
 from stare_jax.models.nn.lora import LoRAConfig
+from stare_jax.state.storage import flatten
 from stare_jax.types import NormStats, PyTree
 from stare_jax.weights.heads import fresh_params, open_heads
 from stare_jax.weights.safetensors_folder import Spec, Stored, Tensors, WeightsError, check_tensors
@@ -18,7 +19,6 @@ from stare_jax.weights.tensor_table import (
     Entry,
     Leaves,
     adapted_module,
-    flat_leaves,
     insert,
     is_adapter,
     leaf_shapes,
@@ -68,11 +68,11 @@ class Format(NamedTuple):
     prefix: str = ""
     """beginning of all tensors' names in a file that is written"""
     max_bytes: int | None = None
-    """of one file that is written; None writes one file"""
+    """size of one file that is written; None writes one file"""
     keeps_unused: bool = False
-    """whether tensors that are never run are kept and given back, instead of left out and written as zeros"""
+    """tensors that are never run are kept and given back, instead of left out and written as zeros"""
     one_dtype: bool = False
-    """whether all tensors have the same type"""
+    """all tensors have the same type"""
     for_robot: Callable[[ModelConfig, int, int], ModelConfig] | None = None
     """gives a model the robot's numbers of actions and states, where the statistics say these and no weight does"""
     read_lora: Callable[[Mapping[str, Spec]], LoRAConfig | None] = lambda specs: None
@@ -214,8 +214,8 @@ def read_params(
             arrays in the types of the configuration.
         on_bytes: called with the size of every leaf that is read.
     """
-    wanted = leaf_shapes(opened.config) if like is None else flat_leaves(like)
+    wanted = leaf_shapes(opened.config) if like is None else flatten(like)
     params = read_tree(opened.table, opened.tensors, wanted, on_bytes)
-    for path, leaf in flat_leaves(fresh_params(opened.config, key, wanted, opened.fresh)).items():
+    for path, leaf in flatten(fresh_params(opened.config, key, wanted, opened.fresh)).items():
         insert(params, path, leaf)
     return params

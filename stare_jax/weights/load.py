@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from stare_jax.config import ConfigError, from_dict, to_dict
 from stare_jax.logging import progress_bytes, say
 from stare_jax.models import MLPConfig, ModelConfig, OpenVLAConfig, Pi05Config, Policy
-from stare_jax.models.nn.lora import add_adapters, drop_adapters, init_adapters, keep_adapters
+from stare_jax.models.nn.lora import LoRAConfig, add_adapters, drop_adapters, init_adapters, keep_adapters
 from stare_jax.state.checkpoint import load_model, load_params, param_shapes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
 from stare_jax.weights.format import open_format, read_params
 from stare_jax.weights.formats import FORMATS, find_format, is_ours
 from stare_jax.weights.side_files import TOKENIZER_FILES
-from stare_jax.weights.tensor_table import is_adapter
+from stare_jax.weights.tensor_table import adapted_module, is_adapter, leaf_shapes
 
 EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_layers")
 """fields of a model that say how it is computed, kept in memory and trained, and not what it computes"""
@@ -91,8 +91,11 @@ def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: a field is unknown or has a wrong value.
     """
-    kind = Pi05Config if "paligemma" in fields else OpenVLAConfig if "llm" in fields else MLPConfig
-    return from_dict(kind, fields, path="model")
+    return from_dict(_kind(fields), fields, path="model")
+
+
+def _kind(fields: Mapping[str, Any]) -> type:
+    return Pi05Config if "paligemma" in fields else OpenVLAConfig if "llm" in fields else MLPConfig
 
 
 def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: Path | str = "the checkpoint") -> None:
@@ -112,30 +115,35 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
     if not stored:
         say(f"{source}: its configuration is not in it, so that only names and shapes of its parameters are compared")
         return
-    problems = _differences(json.loads(json.dumps(stored)), json.loads(json.dumps(to_dict(wanted))))
+    stored, fields = (json.loads(json.dumps(tree)) for tree in (stored, to_dict(wanted)))
+    if _kind(stored) is not type(wanted):
+        raise ConfigError(f"{source}: got a {type(wanted).__name__} for a model, expected {_kind(stored).__name__}")
+    problems = []
+    for name, expected in stored.items():
+        got = fields.get(name)
+        if name in EXECUTION_FIELDS or name not in fields or (name == "lora" and expected is None):
+            continue
+        if name == "lora" and got is not None:
+            problems += _compare_adapters(from_dict(LoRAConfig, expected, path="lora"), wanted)
+        elif name != "tokenizer" or not _is_same_tokenizer(got, expected):
+            problems += _compare(f"model.{name}", got, expected)
     if problems:
         raise ConfigError(f"{source} is of another model:\n  " + "\n  ".join(problems))
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    kinds = [("paligemma" in fields, "dino" in fields or "llm" in fields) for fields in (stored, wanted)]
-    if kinds[0] != kinds[1]:
-        names = [
-            type(model_from_dict(fields)).__name__ if "tokenizer" in fields else "another"
-            for fields in (wanted, stored)
-        ]
-        return [f"model: got a {names[0]}, expected {names[1]}"]
-    problems = []
-    for name, expected in stored.items():
-        if name in EXECUTION_FIELDS or name not in wanted:
-            continue
-        got = wanted[name]
-        if name == "lora" and expected is None or name == "tokenizer" and _is_same_tokenizer(got, expected):
-            continue
-        if name == "lora" and got is not None:  # the parameters tell which products have adapters
-            got, expected = ({k: v for k, v in lora.items() if k != "targets"} for lora in (got, expected))
-        problems += _compare(f"model.{name}", got, expected)
-    return problems
+def _compare_adapters(expected: LoRAConfig, model: ModelConfig) -> list[str]:
+    """Compares ranks and alphas; the parameters themselves tell which products have adapters."""
+    got = model.lora
+    if not (got.overrides or expected.overrides):
+        sizes = ({"rank": lora.rank, "alpha": lora.alpha} for lora in (got, expected))
+        return _compare("model.lora", *sizes)
+    modules = sorted({adapted_module(path) for path in leaf_shapes(model) if is_adapter(path)})
+    sizes = {m: [(lora.rank_of(m), lora.rank_of(m) * lora.scale_of(m)) for lora in (got, expected)] for m in modules}
+    return [
+        f"model.lora: {module}: got rank and alpha {ours}, expected {theirs}"
+        for module, (ours, theirs) in sizes.items()
+        if ours != theirs
+    ]
 
 
 def _compare(name: str, got: Any, expected: Any) -> list[str]:

@@ -32,7 +32,7 @@ class Origin(NamedTuple):
     config: ModelConfig
     is_run: bool
     base: Opened | None
-    """what is kept of the checkpoint that they began as"""
+    """files and tensors that are kept of the checkpoint that they began as"""
     base_folder: Path
 
     @property

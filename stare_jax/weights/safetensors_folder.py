@@ -19,7 +19,7 @@ from stare_jax.config import UserError
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
-"""of files that hold weights, whoever can read them."""
+"""endings of files that hold weights, in any format"""
 _FAMILIES = (("F", "float", (64, 32, 16)), ("I", "int", (64, 32, 16, 8)), ("U", "uint", (64, 32, 16, 8)))
 DTYPES = {f"{code}{bits}": f"{name}{bits}" for code, name, sizes in _FAMILIES for bits in sizes}
 DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -27,6 +27,7 @@ DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E
 CODES = {name: code for code, name in DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
 _ALIGNMENT = 8
+_BLOCK_BYTES = 2**26
 
 
 class WeightsError(UserError, ValueError):
@@ -34,10 +35,10 @@ class WeightsError(UserError, ValueError):
 
 
 class Spec(NamedTuple):
-    """What a tensor is."""
+    """Type and shape of a tensor."""
 
     dtype: str
-    """NumPy's name."""
+    """name of the type in NumPy"""
     shape: tuple[int, ...]
 
     @property
@@ -220,7 +221,10 @@ def write_file(
             name, value = next(values)
             if (name, value.dtype.name, value.shape) != (expected, *spec):
                 raise ValueError(f"{file}: got {name} {value.dtype.name}{value.shape}, expected {expected} {spec}")
-            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            value = np.atleast_1d(value)
+            num_rows = max(_BLOCK_BYTES // max(value[:1].nbytes, 1), 1)
+            for start in range(0, len(value), num_rows):  # a transposed tensor is never copied as a whole
+                stream.write(np.ascontiguousarray(value[start : start + num_rows]).reshape(-1).view(np.uint8).data)
             del value  # before the next one is loaded
             on_bytes(spec.num_bytes)
         stream.flush()

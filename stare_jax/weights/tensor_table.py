@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from stare_jax.models import ModelConfig, make_policy
 from stare_jax.models.normalize import identity_stats
-from stare_jax.sharding.mesh import path_name
+from stare_jax.state.storage import flatten
 from stare_jax.types import Array, PyTree
 from stare_jax.weights.safetensors_folder import Spec, Tensors, read
 
@@ -198,11 +198,6 @@ def num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
 
 
-def flat_leaves(tree: PyTree) -> dict[str, Any]:
-    """Returns the leaves of a nested dict by path."""
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
 def is_adapter(path: str) -> bool:
     """Returns whether a parameter is one of an adapter's."""
     return path.endswith(("lora_a", "lora_b"))
@@ -231,7 +226,7 @@ def leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 @functools.lru_cache(maxsize=16)
 def _leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
-    return flat_leaves(jax.eval_shape(policy.init, jax.random.key(0)))
+    return flatten(jax.eval_shape(policy.init, jax.random.key(0)))
 
 
 def insert(tree: dict, path: str, leaf: object) -> None:

@@ -56,7 +56,7 @@ def run_config(base, init_from, **model):
 
 
 def start_of(config):
-    """What the first phase of a run begins with."""
+    """Returns the parameters that the first phase of a run begins with."""
     return starting.initial_params(
         Path(config.init_from), make_policy(config.model, STATS), config.model, make_mesh(), jax.random.key(0)
     )

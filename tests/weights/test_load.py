@@ -1,4 +1,4 @@
-"""What a phase starts from: that the run's model is the checkpoint's."""
+"""The model of a run and of the checkpoint that it starts from: every field that matters is compared."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_what_no_shape_tells_is_compared_and_all_of_it_named(folder):
     ]
     with pytest.raises(ConfigError, match="model.siglip: got None"):
         check_same_model(OPENVLA.known(folder), openvla_state())
-    with pytest.raises(ConfigError, match="model: got a Pi05Config, expected OpenVLAConfig"):
+    with pytest.raises(ConfigError, match="got a Pi05Config for a model, expected OpenVLAConfig"):
         check_same_model(to_dict(openvla_tiny()), pi05_tiny())
 
 

@@ -59,7 +59,7 @@ def test_pi05(tmp_path):
 
 
 def grow(folder, *arguments):
-    """By how much the memory of a process grew that ran the command, in bytes."""
+    """Returns the growth, in bytes, of the memory of a process that ran the command."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"  # as the command counts it
     script = Path(__file__).with_name("memory_process.py")
     small, out = folder / "small", tempfile.mkdtemp(dir=folder) + "/small"

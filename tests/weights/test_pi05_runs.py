@@ -76,7 +76,7 @@ def flat(params):
 
 
 def start(source, config):
-    """What the first phase of a run begins with."""
+    """Returns the parameters that the first phase of a run begins with."""
     return flat(initial_params(Path(source), make_policy(config, STATS), config, make_mesh(), jax.random.key(0)))
 
 
@@ -239,6 +239,12 @@ def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
         (3, 1.0),
     }
     assert all(model.lora.rank_of(adapted_module(p)) == lora.rank_of(adapted_module(p)) for p in more)
+    # Patterns or modules: the same adapters are the same model, and others are not.
+    again = start(tmp_path / "ours", config)
+    assert bits({path: again[path] for path in more}) == bits(more)
+    other = dataclasses.replace(lora, overrides=(LoRAOverride(ACTION_EXPERT, 3, 6.0),))
+    with pytest.raises(ConfigError, match=r"model.lora: .*_1: got rank and alpha \(3, 6.0\), expected \(3, 3.0\)"):
+        start(tmp_path / "ours", dataclasses.replace(config, lora=other))
     assert convert(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}") == 0
     assert bits(read_openpi(tmp_path / "back")) == bits(tree | more)
     run = save_run(tmp_path / "run", config, started)

@@ -11,7 +11,7 @@ from openvla_files import random_bits
 from pi05_files import FULL, SMALL, bits
 
 from stare_jax.models.pi05.presets import pi05_base
-from stare_jax.weights.pi05.formats import PORT, is_openpi
+from stare_jax.weights.pi05.formats import OUR_OWN, PORT
 from stare_jax.weights.pi05.table import EMBEDDINGS, UNUSED, tensor_table
 from stare_jax.weights.safetensors_folder import list_file
 from stare_jax.weights.tensor_table import (
@@ -34,7 +34,7 @@ def shapes_of(tensors):
 def test_full_size_has_the_published_names_shapes_and_count():
     config = pi05_base()
     specs = table_specs(tensor_table(config), leaf_shapes(config), "float32") | PORT.unused(config, "float32")
-    ours = {path: leaf.shape for path, leaf in leaf_shapes(config).items() if is_openpi(path)}
+    ours = {path: leaf.shape for path, leaf in leaf_shapes(config).items() if not path.startswith(OUR_OWN)}
     assert ours == pi05_files.tree_shapes(FULL) and len(ours) == pi05_files.NUM_LEAVES
     assert sum(map(math.prod, ours.values())) == NUM_PARAMS
     # Arrays without memory, of which the converter of the tests makes tensors at small depths.

@@ -1,6 +1,5 @@
 """OpenVLA's checkpoints in Hugging Face's form: config.json, model*.safetensors, tokenizer, statistics."""
 
-from collections.abc import Collection
 from pathlib import Path
 
 from stare_jax.config import to_dict
@@ -10,7 +9,6 @@ from stare_jax.weights.openvla.config import CONFIG, add_statistics, find_statis
 from stare_jax.weights.openvla.table import tensor_table, unused_specs
 from stare_jax.weights.safetensors_folder import Tensors, list_model, read_json
 from stare_jax.weights.side_files import write_json
-from stare_jax.weights.tensor_table import Entry
 
 
 def describe(folder: Path) -> dict:
@@ -24,11 +22,6 @@ def _find(source: Path) -> Tensors | None:
     if description.get("model_type") == "openvla" or "timm_model_ids" in description:
         return list_model(source)
     return None
-
-
-def _table(config: OpenVLAConfig, names: Collection[str]) -> dict[str, Entry]:
-    del names
-    return tensor_table(config)
 
 
 def _finish(folder: Path, config: OpenVLAConfig, dtype: str | None) -> None:
@@ -49,7 +42,7 @@ OPENVLA = Format(
     find=_find,
     clean=lambda source, tensors: Clean(dict(tensors)),
     read_config=read_config,
-    table=_table,
+    table=lambda config, names: tensor_table(config),
     statistics=find_statistics,
     add_statistics=add_statistics,
     unused=unused_specs,

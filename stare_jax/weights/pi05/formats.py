@@ -19,7 +19,7 @@ from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE
 from stare_jax.state.storage import load_leaf, save_tree, tree_shapes
 from stare_jax.types import NormStats
 from stare_jax.weights.format import Clean, Format, OnBytes
-from stare_jax.weights.pi05.npz import is_npz, list_npz, read_npz
+from stare_jax.weights.pi05.npz import is_npz, list_npz
 from stare_jax.weights.pi05.port import LEROBOT_PREFIX, clean_names, is_lerobot, is_port
 from stare_jax.weights.pi05.statistics import find_stats, list_assets, read_openpi_stats, write_stats
 from stare_jax.weights.pi05.table import UNUSED, tensor_table
@@ -42,7 +42,7 @@ _MAX_DIM = 32
 """numbers of an action in published networks, to which statistics may be padded"""
 _TREE = "_METADATA"
 """file of Orbax's that says what is in a tree"""
-_OUR_OWN = ("value_head/", "noise_head/", "stem/", "state_embed/")
+OUR_OWN = ("value_head/", "noise_head/", "stem/", "state_embed/")
 """parts that openpi's models do not have"""
 _NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
 # Orbax says so of every leaf where a tree was copied without the file that was beside it.
@@ -124,15 +124,6 @@ def _list_tree(source: Path) -> Tensors | None:
     }
 
 
-def _list_paligemma(source: Path) -> Tensors | None:
-    if not is_npz(source):
-        return None
-    return {
-        name: Stored(spec, source, load=functools.partial(read_npz, source, name))
-        for name, spec in list_npz(source).items()
-    }
-
-
 def _clean_tree(source: Path, tensors: Tensors) -> Clean:
     """Gives leaves their paths in our tree; raises WeightsError where they are not under `params`, or pi0's."""
     paths = {name: name.removeprefix("params/") for name in tensors}
@@ -146,21 +137,11 @@ def _clean_tree(source: Path, tensors: Tensors) -> Clean:
     return Clean({path: tensors[name] for name, path in paths.items()})
 
 
-def _clean_paligemma(source: Path, tensors: Tensors) -> Clean:
-    del source
-    return Clean({f"PaliGemma/{name.removeprefix('params/')}": stored for name, stored in tensors.items()})
-
-
 def _tree_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
-    """Returns the leaves of openpi's tree, which is ours; adapters are among them where it has any."""
+    """Returns the leaves of openpi's tree, which is ours; adapters are among them where any are among the names."""
     has_adapters = any(map(is_adapter, names))
-    paths = filter(is_openpi, leaf_shapes(config))
+    paths = (path for path in leaf_shapes(config) if not path.startswith(OUR_OWN))
     return {path: Entry((path,), "same") for path in paths if has_adapters or not is_adapter(path)}
-
-
-def is_openpi(path: str) -> bool:
-    """Returns whether a leaf of ours is one that openpi's models have."""
-    return not path.startswith(_OUR_OWN)
 
 
 def is_paligemma(path: str) -> bool:
@@ -173,15 +154,6 @@ def is_paligemma(path: str) -> bool:
 def _paligemma_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
     del names
     return {path: entry for path, entry in _tree_table(config, ()).items() if is_paligemma(path)}
-
-
-def _port_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
-    del names
-    return tensor_table(config)
-
-
-def _port_unused(config: Pi05Config, dtype: str) -> dict[str, Spec]:
-    return {UNUSED: Spec(dtype, (config.vocab_size, config.expert.width))}
 
 
 def read_lora(specs: Mapping[str, Spec]) -> LoRAConfig | None:
@@ -254,8 +226,8 @@ PORT = OPENPI._replace(
     name="safetensors",
     find=functools.partial(_list_port, of_lerobot=False),
     clean=clean_names,
-    table=_port_table,
-    unused=_port_unused,
+    table=lambda config, names: tensor_table(config),
+    unused=lambda config, dtype: {UNUSED: Spec(dtype, (config.vocab_size, config.expert.width))},
     write_tree=None,
     read_lora=lambda specs: None,
 )
@@ -267,8 +239,8 @@ LEROBOT = PORT._replace(
 )
 PALIGEMMA = OPENPI._replace(
     name="paligemma",
-    find=_list_paligemma,
-    clean=_clean_paligemma,
+    find=list_npz,
+    clean=lambda source, tensors: Clean({f"PaliGemma/{n.removeprefix('params/')}": s for n, s in tensors.items()}),
     table=_paligemma_table,
     read_lora=lambda specs: None,
 )

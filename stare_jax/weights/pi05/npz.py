@@ -1,12 +1,13 @@
 """PaliGemma's arrays as Google publishes them: an npz file, `params/img/...` and `params/llm/...`."""
 
+import functools
 import zipfile
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.weights.safetensors_folder import Spec, WeightsError
+from stare_jax.weights.safetensors_folder import Spec, Stored, Tensors, WeightsError
 
 _ROOTS = ("params/img/", "params/llm/")
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -21,22 +22,23 @@ def is_npz(file: Path) -> bool:
         return bool(names) and all(name.endswith(".npy") for name in names)
 
 
-def list_npz(file: Path) -> dict[str, Spec]:
-    """Returns the arrays of a file without reading them.
+def list_npz(file: Path) -> Tensors | None:
+    """Returns the arrays of a file without reading them; None where it is no npz file.
 
     Raises:
         WeightsError: it is damaged, or not PaliGemma's.
     """
+    if not is_npz(file):
+        return None
     try:
         with zipfile.ZipFile(file) as archive:
             specs = {name.removesuffix(".npy"): _header(archive, name) for name in archive.namelist()}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{file}: got {error}, expected a whole npz file") from error
-    foreign = [name for name in specs if not name.startswith(_ROOTS)]
-    if foreign or not specs:
-        got = ", ".join(sorted(foreign)[:5]) or "nothing"
+    if foreign := [name for name in specs if not name.startswith(_ROOTS)]:
+        got = ", ".join(sorted(foreign)[:5])
         raise WeightsError(f"{file}: got {got}, expected PaliGemma's arrays, all under {' and '.join(_ROOTS)}")
-    return specs
+    return {name: Stored(spec, file, load=functools.partial(_read, file, name)) for name, spec in specs.items()}
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> Spec:
@@ -50,8 +52,7 @@ def _named(dtype: np.dtype) -> np.dtype:
     return jnp.dtype(jnp.bfloat16) if dtype == np.dtype("V2") else dtype
 
 
-def read_npz(file: Path, name: str) -> np.ndarray:
-    """Returns one array; pickles are never read."""
-    with np.load(file, allow_pickle=False) as arrays:
+def _read(file: Path, name: str) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as arrays:  # pickles are never read
         array = arrays[name]
     return array.view(_named(array.dtype))

@@ -41,7 +41,7 @@ _LAYER = {
     "mlp{}/gating_einsum": (("mlp.gate_proj", "mlp.up_proj"), "linear"),
     "mlp{}/linear": (("mlp.down_proj",), "linear"),
 }
-"""of each expert, whose number, but for the first, is part of our names."""
+"""leaves of each expert; the number of the second one is part of our names"""
 _NORMS = {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
 _OUTER = ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")
 OUR_OWN = ("value_head/", "noise_head/", "stem/", "state_embed/")

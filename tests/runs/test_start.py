@@ -1,0 +1,110 @@
+"""Statistics that a run begins with: those of the weights it starts from, or of its demonstrations."""
+
+import dataclasses
+
+import numpy as np
+import openvla_files
+import pi05_files
+import pytest
+from toy_run import DressedToy, make_config
+
+from stare_jax.config import ConfigError
+from stare_jax.runs.ipi import run_ipi
+from stare_jax.runs.start import demonstration_statistics, read_statistics, source_statistics, write_statistics
+from stare_jax.weights.openvla.config import read_config
+from stare_jax.weights.safetensors_folder import WeightsError
+
+CONFIG = make_config()
+PPO_ALONE = dataclasses.replace(CONFIG, phases=("ppo",))
+LOW, HIGH = [-0.5] * 7, [0.25 * i for i in range(1, 8)]
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A checkpoint of OpenVLA's with the statistics of two data sets."""
+    folder = tmp_path_factory.mktemp("source") / "hf"
+    statistics = {
+        name: {"action": {"q01": LOW, "q99": [scale * x for x in HIGH], "mask": [True] * 6 + [False]}}
+        for name, scale in (("bridge_orig", 1.0), ("fractal", 2.0))
+    }
+    sizes = openvla_files.SMALL
+    tensors = openvla_files.random_normal(openvla_files.checkpoint_shapes(sizes), "float32")
+    openvla_files.write(folder, tensors, openvla_files.config_json(sizes, "float32", norm_stats=statistics))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def openpi(tmp_path_factory):
+    """A checkpoint of openpi's with the statistics of one data set, longer than the robot's."""
+    folder = tmp_path_factory.mktemp("source") / "openpi"
+    pi05_files.write_openpi(folder, openvla_files.random_normal(pi05_files.tree_shapes(pi05_files.SMALL)))
+    pi05_files.write_stats(folder, dim=9, state_dim=9)
+    return folder
+
+
+def test_interaction_from_hugging_face_takes_the_data_set_that_is_named(hugging_face):
+    model = read_config(hugging_face)
+    config = dataclasses.replace(PPO_ALONE, model=model, init_from=str(hugging_face), unnorm_key="fractal")
+    stats = source_statistics(config)
+    np.testing.assert_array_equal(stats.action_q99, np.float32([2 * x for x in HIGH]))
+    assert stats.action_mask.tolist() == [True] * 6 + [False] and stats.state_q01.shape == (0,)
+    # With imitation the demonstrations' hold, unless a data set is named.
+    imitation = dataclasses.replace(config, phases=("sft",))
+    np.testing.assert_array_equal(source_statistics(imitation).action_q99, stats.action_q99)
+    assert source_statistics(dataclasses.replace(imitation, unnorm_key="")) is None
+
+
+@pytest.mark.parametrize("key", ["", "bridge"])
+def test_a_data_set_that_is_not_named_is_refused_with_the_choices(on_toy, hugging_face, tmp_path, key):
+    config = dataclasses.replace(
+        PPO_ALONE, model=read_config(hugging_face), init_from=str(hugging_face), unnorm_key=key
+    )
+    with pytest.raises(WeightsError, match=r"unnorm_key: got .*, expected one of \['bridge_orig', 'fractal'\]"):
+        run_ipi(config, tmp_path / "run")
+    assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()
+
+
+def test_interaction_from_openpi_takes_its_statistics(openpi):
+    model = pi05_files.model_config(action_dim=7, state_dim=5)
+    config = dataclasses.replace(PPO_ALONE, model=model, init_from=str(openpi))
+    stats = source_statistics(config)
+    np.testing.assert_array_equal(stats.action_q99, np.float32(np.arange(7) / 7 + 2))
+    np.testing.assert_array_equal(stats.state_q99, np.float32(np.arange(5) / 7 + 2))
+    with pytest.raises(WeightsError, match=r"unnorm_key: got 'libero', expected one of \['droid'\]"):
+        source_statistics(dataclasses.replace(config, unnorm_key="libero"))
+    (openpi / "assets").rename(openpi / "gone")
+    with pytest.raises(WeightsError, match="unnorm_key: got None, expected statistics of a data set"):
+        source_statistics(config)
+
+
+def test_statistics_of_other_dimensions_are_refused(hugging_face):
+    model = dataclasses.replace(read_config(hugging_face), action_dim=4)
+    config = dataclasses.replace(PPO_ALONE, model=model, init_from=str(hugging_face), unnorm_key="fractal")
+    with pytest.raises(ValueError, match="action_dim: got 4, expected 7"):
+        source_statistics(config)
+
+
+def test_a_run_from_another_takes_its_statistics_and_no_others(finished_run):
+    config = dataclasses.replace(CONFIG, init_from=str(finished_run / "sft"))
+    for a, b in zip(source_statistics(config), read_statistics(finished_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match="unnorm_key: got 'x', expected '': .* has one data set's"):
+        source_statistics(dataclasses.replace(config, unnorm_key="x"))
+    assert source_statistics(CONFIG) is None
+
+
+def test_statistics_are_the_same_after_writing(finished_run, tmp_path):
+    stats = demonstration_statistics(CONFIG, finished_run / "data" / "demos")
+    write_statistics(tmp_path, stats)
+    for a, b in zip(read_statistics(tmp_path), stats, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    assert read_statistics(tmp_path / "nowhere") is None
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_collected(on_toy, hugging_face, tmp_path):
+    model = dataclasses.replace(read_config(hugging_face), image_size=56)
+    config = dataclasses.replace(CONFIG, model=model, init_from=str(hugging_face))
+    with pytest.raises(ConfigError, match="model.image_size: got 56, expected 28"):
+        run_ipi(config, tmp_path / "run")
+    assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()
