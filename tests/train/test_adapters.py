@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_task import random_pairs
+from toy_task import fresh, random_pairs
 
 from stare_jax.config import ConfigError
 from stare_jax.envs import toy
@@ -69,32 +69,35 @@ def start(policy, params, config):
 
 def take_step(policy, params, config, batch):
     """A preference step from fresh optimiser state."""
-    tx, state = start(policy, params, config)
+    tx, state = start(policy, fresh(params), config)
     return jit_step(make_tpo_step(policy, tx, config), state)(state, batch)
 
 
 def test_adapters_and_value_head_move_and_the_base_is_in_memory_once(policy, params, pairs):
     config = PPOConfig(optimizer=OPTIMIZER, minibatch_size=16, target_kl=None)
-    tx, state = start(policy, params, config)
+    own = fresh(params)
+    start_leaves = leaves_of(own)
+    pointers = {name: leaf.unsafe_buffer_pointer() for name, leaf in start_leaves.items()}
+    tx, state = start(policy, own, config)
     step = jit_step(make_ppo_step(policy, tx, config), state)
     trajectory = jax.tree.map(lambda x: np.asarray(x)[0, :16], pairs.chosen)
     ones = np.ones(16, np.float32)
     batch = DecisionBatch(
         trajectory.observation, trajectory.decisions.trace, trajectory.decisions.logp, *[0 * ones, ones, ones], ones > 0
     )
-    before = jax.device_get(params)
+    before = jax.tree.map(np.array, params)
     state, _ = step(state, batch, np.bool_(True), np.float32(0))
     compiled = num_compilations()
     state, _ = step(state, batch, np.bool_(True), np.float32(0))
     assert num_compilations() == compiled
 
-    start_leaves, end_leaves = leaves_of(params), leaves_of(state.params)
+    end_leaves = leaves_of(state.params)
     assert set(end_leaves) == set(start_leaves)
     for name, leaf in end_leaves.items():
         is_trained = "lora_" in name or name.startswith("value_head")
-        # What is frozen is still the caller's own buffer; what is trained was copied from it.
-        is_shared = leaf.unsafe_buffer_pointer() == start_leaves[name].unsafe_buffer_pointer()
-        assert is_shared != is_trained, name
+        # Frozen parameters are still the caller's own buffers; the memory of trained ones has been taken.
+        assert start_leaves[name].is_deleted() == is_trained, name
+        assert is_trained or leaf.unsafe_buffer_pointer() == pointers[name], name
         assert np.any(np.asarray(leaf) != leaves_of(before)[name]) == is_trained, name
         assert leaf.dtype == (jnp.float32 if is_trained else jnp.bfloat16), name
     num_trained = sum(x.size for name, x in end_leaves.items() if "lora_" in name or name.startswith("value_head"))
@@ -112,9 +115,10 @@ def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
     # Compared with itself a policy has no preference.
     assert losses["start"] == pytest.approx(np.log(2), abs=1e-5)
     assert abs(losses["base"] - np.log(2)) > 1e-4
-    np.testing.assert_allclose(
-        scored["start"].chosen.ref_logp[..., 0], pairs.chosen.decisions.logp, atol=0.1
-    )  # bfloat16
+    # Acting and scoring round differently in bfloat16: by 0.1 at most in about a hundred decisions, and by far less on
+    # average.
+    gap = np.abs(scored["start"].chosen.ref_logp[..., 0] - pairs.chosen.decisions.logp)[pairs.chosen.decisions.valid]
+    assert gap.max() < 0.15 and gap.mean() < 0.05
 
 
 def test_two_passes_are_one_with_adapters(params, pairs):
