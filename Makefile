@@ -21,7 +21,7 @@ help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 quickstart: setup-vulkan  ## set up everything, then clone -> trained, evaluated, filmed policy; starts or continues
-	$(PYTHON) launch/train.py --config=configs/quickstart.py --resume $(ARGS)
+	$(PYTHON) launch/train.py --config=configs/quickstart.py $(ARGS)
 
 test: setup  ## set up everything, then the tests
 	$(PYTHON) -m pytest $(IN_PARALLEL) $(ARGS)

@@ -90,6 +90,8 @@ def user_input() -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -5,7 +5,16 @@ from typing import Literal
 
 import pytest
 
-from stare_jax.config import ConfigError, check_at_least, check_choices, from_dict, list_choices, to_dict
+from stare_jax.config import (
+    ConfigError,
+    UserError,
+    check_at_least,
+    check_choices,
+    from_dict,
+    list_choices,
+    to_dict,
+    user_input,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,3 +122,26 @@ def test_choices_are_listed_for_help_by_path():
         "config.back.colour": colours,
         "config.back.lining": colours,
     }
+
+
+def test_words_of_a_few_need_neither_quotes_nor_brackets():
+    @dataclasses.dataclass(frozen=True)
+    class Words:
+        phases: tuple[Literal["sft", "ppo"], ...] = ()
+        patterns: tuple[str, ...] = ()
+
+    # As ml_collections reads --config.phases=sft,ppo and --config.patterns=a,b.
+    assert from_dict(Words, {"phases": ("sft,ppo",), "patterns": ("a,b",)}) == Words(("sft", "ppo"), ("a,b",))
+    assert from_dict(Words, {"phases": ("ppo",)}) == from_dict(Words, {"phases": ["ppo"]}) == Words(("ppo",))
+    with pytest.raises(ConfigError, match=r"config.phases\[1\]: got 'pp', expected one of"):
+        from_dict(Words, {"phases": ("sft,pp",)})
+
+
+def test_user_input_keeps_the_kind_of_a_users_mistake():
+    class OtherError(UserError, ValueError):
+        pass
+
+    with pytest.raises(OtherError), user_input():
+        raise OtherError("x")
+    with pytest.raises(ConfigError, match="^y$"), user_input():
+        raise ValueError("y")

@@ -1,4 +1,4 @@
-"""Where the time of a loop goes, and how it is asked to stop."""
+"""Time of a loop by area of work, and requests to stop."""
 
 import contextlib
 import os
@@ -86,7 +86,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While open, SIGINT and SIGTERM set `requested` instead of ending the process; a second signal ends it.
+    """Makes SIGINT and SIGTERM set `requested` instead of ending the process, while open; a second signal ends it.
 
     Loops poll `requested`, save, and raise `Interrupted`. Outside the main thread, where Python allows no handlers,
     it does nothing.

@@ -1,4 +1,4 @@
-"""How much memory a piece of work took at most."""
+"""Largest memory that a piece of work took."""
 
 import threading
 from pathlib import Path
@@ -7,7 +7,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """While open, watches the process's anonymous memory, which pages of mapped files are no part of.
+    """Watches the process's anonymous memory while open; pages of mapped files do not count.
 
     `with PeakMemory() as memory: ...; memory.peak` in bytes; None where the system does not say (not Linux).
 

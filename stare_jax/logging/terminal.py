@@ -1,4 +1,4 @@
-"""What a loop shows while it runs: progress, lines that do not tear it, tables."""
+"""Output of a loop while it runs: progress, lines that do not tear it, tables."""
 
 import contextlib
 import sys

@@ -114,7 +114,7 @@ class RunConfig:
 
     @property
     def has_evaluation(self) -> bool:
-        """Whether phases are evaluated."""
+        """True if phases are evaluated."""
         return bool(episode_seeds(self.evaluation))
 
     def _check_foreign(self) -> None:

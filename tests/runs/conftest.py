@@ -18,5 +18,5 @@ def finished_run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         toy_run.replace_simulator(patch)
-        run_ipi(toy_run.make_config(), directory)
+        run_ipi(toy_run.make_config(), directory, profile=1)
     return directory

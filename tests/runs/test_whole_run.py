@@ -62,6 +62,8 @@ def test_a_run_leaves_what_its_record_says(finished_run):
     for phase in (sft, tpo, ppo):
         assert json.loads((phase / "versions.json").read_text())["packages"]["jax"]
         assert (phase / "finished.json").exists() and (finished_run / "eval" / f"{phase.name}.json").exists()
+    # One step after the first was traced, in phases of more than one.
+    assert list((finished_run / "profile" / "sft").rglob("*.xplane.pb"))
     # Pairs are the work of the policy whose name they carry, and lie where deleting the phase deletes them.
     pairs = Dataset(tpo / "pairs")
     assert pairs.manifest.settings["source"] == identify_checkpoint(sft)[1]

@@ -21,7 +21,7 @@ from stare_jax.types import PreferencePair
 
 NUM_ENVS = 128
 SFT = SFTConfig(
-    num_steps=300, batch_size=128, checkpoint_every=1000, optimizer=OptimizerConfig(1e-3, freeze=("^value",))
+    num_steps=240, batch_size=128, checkpoint_every=1000, optimizer=OptimizerConfig(1e-3, freeze=("^value",))
 )
 STA_TPO = TPOConfig(
     num_epochs=4,

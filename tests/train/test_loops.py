@@ -178,7 +178,7 @@ def test_checkpoints_carry_the_models_configuration_and_refuse_other_statistics(
         assert checkpoint.load_model(checkpoint_directory(run, phase)) == {"kind": "mlp", "label_width": 0.5}
     wider = toy.norm_stats()._replace(action_q99=3 * toy.norm_stats().action_q99)
     with pytest.raises(CheckpointError, match=r"norm_stats.action_q99: got \[3.0, 3.0\], expected \[1.0, 1.0\]"):
-        train("sft", make_run(norm_stats=wider, resume=True), num_steps=8)
+        train("sft", dataclasses.replace(make_run(resume=True), norm_stats=wider), num_steps=8)
 
 
 def test_a_reference_that_scores_can_be_stopped(policy, params, spec):
