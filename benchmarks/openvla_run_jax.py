@@ -26,13 +26,14 @@ from stare_jax.models import OpenVLAConfig, Policy, make_policy
 from stare_jax.models.nn.lora import add_adapters, init_adapters
 from stare_jax.models.normalize import identity_stats
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
+from stare_jax.state.storage import nest
 from stare_jax.state.train_state import TrainState
 from stare_jax.train.ppo import PPOConfig, make_ppo_step
 from stare_jax.train.ppo_batch import DecisionBatch
 from stare_jax.train.update import jit_step
 from stare_jax.types import Observation, PyTree
-from stare_jax.weights.openvla.table import tensor_table
-from stare_jax.weights.tensor_table import checkpoint_shape, insert, layer_shape, leaf_shapes, to_ours
+from stare_jax.weights.openvla import tensor_table
+from stare_jax.weights.tensor_table import checkpoint_shape, layer_shape, leaf_shapes, to_ours
 
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 
@@ -57,9 +58,9 @@ def make_params(policy: Policy, config: OpenVLAConfig, seed: int) -> PyTree:
         recipes = [weight_recipe(name, checkpoint_shape(shape, entry.kind)) for name in entry.names]
         offsets = np.array([offset for offset, _, _ in recipes], np.int32)
         options = {"shape": shape, "kind": entry.kind, "is_stacked": bool(entry.num_stacked)}
-        insert(params, path, _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options))
+        params[path] = _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options)
     head = jax.jit(lambda key: policy.init(key)["value_head"])(jax.random.key(seed))  # nothing else is computed
-    return params | {"value_head": head}
+    return nest(params) | {"value_head": head}
 
 
 def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:

@@ -14,7 +14,7 @@ from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.pi05.network import Pi05
-from stare_jax.weights.tensor_table import insert
+from stare_jax.state.storage import nest
 
 
 def make_sampler(sizes: dict[str, Any], params: dict[str, jax.Array]) -> Callable:
@@ -35,9 +35,7 @@ def make_sampler(sizes: dict[str, Any], params: dict[str, jax.Array]) -> Callabl
         execution=Execution(dtype=sizes["dtype"], param_dtype=sizes["dtype"]),
     )
     network = Pi05(config)
-    tree = {}
-    for name, leaf in params.items():
-        insert(tree, name, leaf)
+    tree = nest(params)
 
     @jax.jit
     def step(params, scene, x, time, delta):

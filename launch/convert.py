@@ -28,11 +28,12 @@ from stare_jax.logging import PeakMemory, say
 from stare_jax.models import LoRAConfig, OpenVLAConfig
 from stare_jax.runs.load import load_config
 from stare_jax.state.train_state import CHECKPOINTS
-from stare_jax.weights.convert import Imported, export_weights, import_weights
+from stare_jax.weights.exporting import export_weights
 from stare_jax.weights.formats import OPENVLA, find_format
+from stare_jax.weights.importing import Imported, import_weights
 from stare_jax.weights.load import is_converted, model_from_dict, stored_model
-from stare_jax.weights.openvla.config import CONFIG
-from stare_jax.weights.pi05.formats import named_model
+from stare_jax.weights.pi05_formats import named_model
+from stare_jax.weights.side_files import CONFIG
 
 OPTIONS = {
     "an OpenVLA checkpoint": ("adapter", "unnorm_key", "fsdp", "tensor", "seed"),

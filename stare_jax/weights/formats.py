@@ -1,17 +1,31 @@
-"""All formats, and the choice among them by what a folder or file holds."""
+"""All formats: which one a folder or file is in, and weights compared with a configuration, then read."""
 
+import dataclasses
 from pathlib import Path
+
+import jax
 
 from stare_jax.config import ConfigError
 from stare_jax.models import ModelConfig
 from stare_jax.state.checkpoint import load_norm_stats, resolve_step
+from stare_jax.state.storage import flatten, nest
 from stare_jax.state.train_state import CHECKPOINTS
-from stare_jax.types import NormStats
-from stare_jax.weights.format import Format, Opened, open_format
-from stare_jax.weights.openvla.format import OPENVLA, describe
-from stare_jax.weights.peft import ADAPTER_CONFIG
-from stare_jax.weights.pi05.formats import LEROBOT, OPENPI, PALIGEMMA, PORT
-from stare_jax.weights.safetensors_folder import Tensors, WeightsError
+from stare_jax.types import NormStats, PyTree
+from stare_jax.weights.format import Format, Opened
+from stare_jax.weights.heads import fresh_leaves, open_heads
+from stare_jax.weights.openvla import OPENVLA, describe
+from stare_jax.weights.pi05_formats import LEROBOT, OPENPI, PALIGEMMA, PORT
+from stare_jax.weights.safetensors_folder import Tensors, WeightsError, check_tensors
+from stare_jax.weights.side_files import ADAPTER_CONFIG
+from stare_jax.weights.tensor_table import (
+    FLOATS,
+    OnBytes,
+    adapted_module,
+    is_adapter,
+    leaf_shapes,
+    read_tree,
+    table_specs,
+)
 
 FORMATS = (OPENVLA, PALIGEMMA, LEROBOT, PORT, OPENPI)
 _EXPECTED = (
@@ -62,15 +76,92 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
     Args:
         source: an OpenVLA checkpoint in Hugging Face's form; openpi's, its PyTorch port's, lerobot's; PaliGemma's npz.
         config: of the model; None takes what the folder says.
-        adopt_adapters: see `open_format`.
+        adopt_adapters: add adapters that are among the tensors to a configuration without any, instead of refusing.
 
     Raises:
-        ConfigError, WeightsError: see `find_format` and `open_format`.
+        WeightsError: see `find_format`; also where tensors are missing, unknown, of another shape or type (all are
+            listed), or the model has parts that others do not have.
+        ConfigError: see `find_format`; also where the configuration is of another kind of model, or the folder does
+            not say which model it is.
     """
     found = find_format(source)
     if found is None:
         raise WeightsError(f"{source}: got a checkpoint of ours, expected one in the format of others")
-    return open_format(found[0], source, found[1], config, adopt_adapters=adopt_adapters)
+    form, listed = found
+    config = config or form.read_config(source)
+    if not isinstance(config, form.model):
+        got = f"got weights for {form.model.__name__} in {source}"
+        raise ConfigError(f"{got}, expected those of a {type(config).__name__}")
+    check_counterpart(config, form)
+    tensors, left = form.clean(source, listed)
+    config = _with_adapters(form, source, tensors, config, adopt=adopt_adapters)
+    table, types = form.table(config, tensors), {name: stored.spec.dtype for name, stored in tensors.items()}
+    if form.one_dtype:
+        several = set(types.values())
+        # Where the types differ among each other, the configuration says which are right.
+        dtypes = several.pop() if len(several) == 1 else config.execution.param_dtype
+        if dtypes not in FLOATS:
+            raise WeightsError(f"{source}: got tensors of {dtypes}, expected one of {FLOATS}")
+    else:
+        names = (name for entry in table.values() for name in entry.names)
+        dtypes = {name: types[name] if types.get(name) in FLOATS else FLOATS[0] for name in names}
+    used = table_specs(table, leaf_shapes(config), dtypes)
+    unused = form.unused(config, dtypes) if form.keeps_unused else {}
+    check_tensors(source, tensors, used | unused)
+    head_table, heads = open_heads(source, config)
+    return Opened(
+        form,
+        source,
+        config,
+        table | head_table,
+        {name: tensors[name] for name in used} | heads,
+        {name: tensors[name] for name in unused},
+        {name: spec.dtype for name, spec in used.items()},
+        left,
+    )
+
+
+def _with_adapters(form: Format, source: Path, tensors: Tensors, config: ModelConfig, *, adopt: bool) -> ModelConfig:
+    """Returns the configuration with adapters that are among the tensors, having compared those that it has."""
+    lora = form.read_lora({name: stored.spec for name, stored in tensors.items()})
+    if lora is None:
+        return config
+    if config.lora is None and adopt:
+        return dataclasses.replace(config, lora=lora)
+    if config.lora is None:
+        unknown = [f"unknown {name} {stored.spec}" for name, stored in tensors.items() if is_adapter(name)]
+        raise WeightsError(f"{source}: got adapters, expected none without model.lora:\n  " + "\n  ".join(unknown))
+    for module in map(adapted_module, filter(is_adapter, tensors)):
+        rank, scale = config.lora.rank_of(module), config.lora.scale_of(module)
+        if scale != 1.0:
+            got = f"model.lora.alpha: got {scale * rank}"
+            raise ConfigError(f"{got}, expected the rank {rank} of {module}, as openpi's")
+    return config
+
+
+def check_counterpart(config: ModelConfig, form: Format) -> None:
+    """Raises WeightsError, with all of them, where a model has parts, heads apart, that a format's do not have."""
+    parts = {name: getattr(config, name) for name in ("stem", "state_tokens")}
+    if foreign := [f"model.{name} = {value!r}" for name, value in parts.items() if value]:
+        whose = "OpenVLA" if form is OPENVLA else "openpi"
+        raise WeightsError(f"got a model with {', '.join(foreign)}, expected one that {whose}'s checkpoints have")
+
+
+def read_params(
+    opened: Opened, key: jax.Array, *, like: PyTree | None = None, on_bytes: OnBytes = lambda num_bytes: None
+) -> PyTree:
+    """Reads weights, each leaf onto its devices, and makes the leaves that are not there, adapters apart.
+
+    Args:
+        opened: the weights.
+        key: random key of the leaves that are not there; consumed.
+        like: `jax.ShapeDtypeStruct`s of the parameters, with the shardings that they are to have; None gives NumPy
+            arrays in the types of the configuration.
+        on_bytes: called with the size of every leaf that is read.
+    """
+    wanted = leaf_shapes(opened.config) if like is None else flatten(like)
+    leaves = flatten(read_tree(opened.table, opened.tensors, wanted, on_bytes))
+    return nest(leaves | fresh_leaves(opened.config, key, wanted, opened.fresh))
 
 
 def read_norm_stats(

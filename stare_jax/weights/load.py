@@ -17,8 +17,7 @@ from stare_jax.models.nn.lora import LoRAConfig, add_adapters, drop_adapters, in
 from stare_jax.state.checkpoint import load_model, load_params, param_shapes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import PyTree
-from stare_jax.weights.format import open_format, read_params
-from stare_jax.weights.formats import FORMATS, find_format, is_ours
+from stare_jax.weights.formats import FORMATS, find_format, is_ours, open_weights, read_params
 from stare_jax.weights.side_files import TOKENIZER_FILES
 from stare_jax.weights.tensor_table import adapted_module, is_adapter, leaf_shapes
 
@@ -49,12 +48,11 @@ def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh
         return jax.jit(policy.init, out_shardings=shardings)(key)
     check_same_model(stored_model(source), model, source=source)
     adapters_key, key = jax.random.split(key)
-    found = find_format(source)
-    if found is None:
+    if is_ours(source):
         has_adapters = any(map(is_adapter, param_shapes(source / CHECKPOINTS)))
         loaded = load_params(source / CHECKPOINTS, like if has_adapters else drop_adapters(like), cast=True)
     else:
-        opened = open_format(found[0], source, found[1], model)
+        opened = open_weights(source, config=model)
         has_adapters = any(map(is_adapter, opened.table))
         with progress_bytes(num_bytes(drop_adapters(like)), f"read {source.name}") as on_bytes:
             loaded = read_params(opened, key, like=like, on_bytes=on_bytes)

@@ -10,13 +10,7 @@ from stare_jax.weights.tensor_table import Leaves, adapted_module, adapter_names
 
 
 def merged_leaves(leaves: Leaves, adapted: Collection[str], lora: LoRAConfig) -> Leaves:
-    """Returns the parameters of the base model that compute the same as those with adapters.
-
-    Args:
-        leaves: parameters, adapters among them.
-        adapted: paths of all adapters.
-        lora: their configuration.
-    """
+    """Returns parameters of the base model that compute the same as `leaves` with adapters at the paths `adapted`."""
 
     def merged(path: str) -> np.ndarray:
         names = adapter_names(path)

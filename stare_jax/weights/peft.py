@@ -7,7 +7,7 @@ and come back as they were.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,31 @@ import numpy as np
 from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights.format import Opened
+from stare_jax.weights.heads import open_heads
 from stare_jax.weights.merge import merge_tensor
-from stare_jax.weights.openvla.table import adapter_table, tensor_table
+from stare_jax.weights.openvla import adapter_table, tensor_table
 from stare_jax.weights.safetensors_folder import (
     Spec,
-    Stored,
     WeightsError,
     check_tensors,
+    is_same,
     list_file,
     read,
     read_json,
     write_file,
 )
-from stare_jax.weights.side_files import ADAPTER, ADAPTER_MODEL, RECORD, UNUSED, copy_side_files, keep_aside, write_json
+from stare_jax.weights.side_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_MODEL,
+    RECORD,
+    copy_side_files,
+    keep_aside,
+    kept_unused,
+    write_json,
+)
 from stare_jax.weights.tensor_table import Leaves, adapted_module, leaf_shapes, table_specs, table_values
 
-ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _COPY, _SUFFIX_A = ".base_layer.weight", ".lora_A.weight"
 _ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
@@ -75,10 +84,6 @@ def read_lora(folder: Path) -> LoRAConfig:
 def open_adapter(folder: Path, base: Opened) -> Opened:
     """Finds an adapter's tensors and compares them with what its configuration and the base model ask for.
 
-    Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        base: the model that it adapts, in Hugging Face's form.
-
     Returns:
         Weights with the base's configuration and these adapters, whose table and tensors are those of adapters alone.
 
@@ -94,7 +99,7 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     if foreign := [name for name in listed if not name.startswith(PREFIX)]:
         raise WeightsError(f"{file}: got {foreign[0]}, expected names that begin with {PREFIX}")
     tensors = {name.removeprefix(PREFIX): stored for name, stored in listed.items()}
-    full, whole = adapter_table(tensor_table(base.config)), base.tensors | base.unused
+    full, whole = adapter_table(tensor_table(base.config)), {**base.tensors, **base.unused}
     copies = {name: f"{name.removesuffix(_COPY)}.weight" for name in tensors if name.endswith(_COPY)}
     dtypes = {stored.spec.dtype for name, stored in tensors.items() if name not in copies}
     if len(dtypes) != 1 or not jnp.issubdtype(jnp.dtype(next(iter(dtypes))), jnp.floating):
@@ -109,10 +114,17 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     used, unused = table_specs(table, leaf_shapes(config), dtype), _unused_specs(base, tensors, lora.rank, dtype)
     unused |= {n: whole[o].spec._replace(dtype=tensors[n].spec.dtype) for n, o in copies.items() if o in whole}
     check_tensors(file, tensors, used | unused)
-    for name, original in copies.items():
-        _check_copy(file, name, tensors[name], whole[original])
+    if changed := [name for name, original in copies.items() if not is_same(tensors[name], whole[original])]:
+        raise WeightsError(f"{file}: {changed[0]}: got other values than the base model's, expected an adapter of it")
     parts = ({name: tensors[name] for name in specs} for specs in (used, unused))
     return Opened(base.form, folder, config, table, *parts, dict.fromkeys(used, dtype))
+
+
+def join(base: Opened, adapter: Opened) -> Opened:
+    """Returns weights together with an adapter of them, whose heads, if it has any, replace theirs."""
+    table, heads = open_heads(adapter.folder, base.config)
+    tensors = {**base.tensors, **adapter.tensors, **heads}
+    return base._replace(config=adapter.config, table={**base.table, **adapter.table, **table}, tensors=tensors)
 
 
 def _targets(adapted: Collection[str], everything: Collection[str]) -> tuple[str, ...]:
@@ -136,58 +148,41 @@ def _unused_specs(base: Opened, tensors: Collection[str], rank: int, dtype: str)
     return specs
 
 
-def _check_copy(file: Path, name: str, copy: Stored, original: Stored, num_rows: int = 1024) -> None:
-    """Compares a tensor with the base model's, some rows at a time."""
-    got, expected = read(copy), read(original)
-    for start in range(0, len(got), num_rows):
-        rows = slice(start, start + num_rows)
-        if not np.array_equal(got[rows].view(np.uint8), expected[rows].astype(got.dtype).view(np.uint8)):
-            raise WeightsError(f"{file}: {name}: got other values than the base model's, expected an adapter of it")
-
-
 def keep_adapter(adapter: Opened, kept: Path) -> list[str]:
-    """Keeps aside what an adapter folder has beside the adapters that our parameters hold.
-
-    Args:
-        adapter: see `open_adapter`.
-        kept: the folder of what is kept of its base.
-
-    Returns:
-        The names of what is left behind.
-    """
+    """Keeps what an adapter has beside its used tensors in its base's kept folder; returns names left behind."""
     record = {"modules": sorted(set(map(adapted_module, adapter.table))), "dtype": adapter.dtype}
     return keep_aside(adapter.folder, adapter.unused, record, kept / ADAPTER)
 
 
 def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) -> Path | None:
-    """Returns the folder in which an adapter is kept that has the modules, rank and alpha of the one that is exported.
+    """Returns the folder in which an adapter is kept that has the modules, rank and alpha of a policy's.
 
     Args:
         base: the checkpoint that the policy began as.
-        config: of the policy.
+        config: configuration of the policy.
         adapted: paths of its adapters.
     """
     kept = base.folder / ADAPTER
-    if not (kept / RECORD).exists():
+    if not kept.is_dir():
         return None
     lora = read_lora(kept)
-    is_same = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_same &= read_json(kept / RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
-    return kept if is_same else None
+    is_policys = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
+    is_policys &= read_json(kept / RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
+    return kept if is_policys else None
 
 
 def write_adapter(
     to: Path, base: Opened, config: OpenVLAConfig, leaves: Leaves, *, adapted: Collection[str], dtype: str | None = None
 ) -> None:
-    """Writes an adapter folder, one leaf in memory at a time.
+    """Writes an adapter into an empty folder, one leaf in memory at a time.
 
     Args:
-        to: an empty folder.
+        to: the folder.
         base: gives what is kept of an imported adapter, where this is that adapter, trained further or not.
-        config: of the policy.
+        config: configuration of the policy.
         leaves: its parameters.
         adapted: paths of the adapters among them.
-        dtype: of the file's adapters; None takes that of the imported file, float32 where there is none.
+        dtype: type of the file's adapters; None takes that of the imported file, float32 where there is none.
     """
     kept, everything = kept_adapter(base, config, adapted), adapter_table(tensor_table(config))
     table = {path: entry for path, entry in everything.items() if path in set(adapted)}
@@ -197,11 +192,11 @@ def write_adapter(
         write_json(to / ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
         copy_side_files(kept, to)
-    dtype, unused = dtype or (read_json(kept / RECORD)["dtype"] if kept else "float32"), _kept_unused(kept)
+    dtype, unused = dtype or (read_json(kept / RECORD)["dtype"] if kept else "float32"), kept_unused(kept)
     specs = table_specs(table, leaf_shapes(config), dtype)
     specs |= {n: s.spec if n.endswith(_COPY) else s.spec._replace(dtype=dtype) for n, s in unused.items()}
-    rest = ((name, read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
-    named = ((PREFIX + name, value) for name, value in itertools.chain(table_values(table, leaves, dtype), rest))
+    rest = ((PREFIX + name, read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
+    named = itertools.chain(table_values(table, leaves, specs, prefix=PREFIX), rest)
     write_file(to / ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
 
 
@@ -209,7 +204,6 @@ def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
     """Returns adapter_config.json of adapters that were made here; modules are named in full, so no others match."""
     return {
         "peft_type": "LORA",
-        "task_type": None,
         "base_model_name_or_path": "",
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -219,21 +213,12 @@ def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": "gaussian",
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_rslora": False,
-        "use_dora": False,
     }
-
-
-def _kept_unused(kept: Path | None) -> Mapping[str, Stored]:
-    return list_file(kept / UNUSED) if kept is not None and (kept / UNUSED).exists() else {}
 
 
 def merge_kept(kept: Path | None, lora: LoRAConfig | None) -> Callable[[str, np.ndarray], np.ndarray]:
     """Returns a function that puts the kept adapters of tensors that are never run into them, as PEFT's merge does."""
-    adapters = _kept_unused(kept)
+    adapters = kept_unused(kept)
 
     def merge(name: str, tensor: np.ndarray) -> np.ndarray:
         module = name.removesuffix(".weight")

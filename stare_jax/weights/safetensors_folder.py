@@ -35,10 +35,9 @@ class WeightsError(UserError, ValueError):
 
 
 class Spec(NamedTuple):
-    """Type and shape of a tensor."""
+    """Type, as NumPy names it, and shape of a tensor."""
 
     dtype: str
-    """name of the type in NumPy"""
     shape: tuple[int, ...]
 
     @property
@@ -73,12 +72,17 @@ def read(stored: Stored) -> np.ndarray:
     return np.memmap(stored.file, dtype=dtype, mode="r", offset=stored.offset, shape=shape)
 
 
-def read_json(file: Path) -> Any:
-    """Reads a JSON file.
+def is_same(one: Stored, other: Stored, num_rows: int = 1024) -> bool:
+    """Returns whether two tensors have the same bits in the type of the first; some rows are compared at a time."""
+    first, second = read(one), read(other)
+    rows = (slice(start, start + num_rows) for start in range(0, len(first), num_rows))
+    return first.shape == second.shape and all(
+        np.array_equal(first[part].view(np.uint8), second[part].astype(first.dtype).view(np.uint8)) for part in rows
+    )
 
-    Raises:
-        WeightsError: it is not there, or not JSON.
-    """
+
+def read_json(file: Path) -> Any:
+    """Reads a JSON file; raises WeightsError where it is not there, or not JSON."""
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
@@ -88,11 +92,7 @@ def read_json(file: Path) -> Any:
 
 
 def list_file(file: Path) -> dict[str, Stored]:
-    """Returns the tensors of a file, having checked that it is all there.
-
-    Raises:
-        WeightsError: it is not there, truncated, or damaged.
-    """
+    """Returns the tensors of a file; raises WeightsError where it is not there, truncated, or damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -161,27 +161,17 @@ def _list_indexed(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
     problems = [f"{name} is not there" for name in named if not (folder / name).exists()]
     problems += [f"{file.name} is not in the index" for file in files if file.name not in named]
     listed = {name: list_file(folder / name) for name in named if (folder / name).exists()}
-    for name, file in where.items():
-        if file in listed and name not in listed[file]:
-            problems.append(f"{name}: not in {file}, where the index has it")
-    for file, tensors in listed.items():
-        problems += [f"{name}: in {file}, not so in the index" for name in tensors if where.get(name) != file]
+    held = {(name, file) for file, tensors in listed.items() for name in tensors}
+    indexed = {(name, file) for name, file in where.items() if file in listed}
+    problems += [f"{name}: not in {file}, where the index has it" for name, file in sorted(indexed - held)]
+    problems += [f"{name}: in {file}, not so in the index" for name, file in sorted(held - indexed)]
     if problems:
         raise WeightsError(f"{folder / INDEX} and the files disagree:\n  " + "\n  ".join(problems))
     return {name: listed[file][name] for name, file in where.items()}
 
 
 def check_tensors(what: Any, tensors: Tensors, expected: Mapping[str, Spec]) -> None:
-    """Compares names, dtypes and shapes.
-
-    Args:
-        what: begins the message, such as the folder.
-        tensors: what is there.
-        expected: what should be.
-
-    Raises:
-        WeightsError: lists all that differ.
-    """
+    """Compares names, dtypes and shapes; raises WeightsError, beginning with `what`, that lists all that differ."""
     problems = [f"missing {name} {spec}" for name, spec in expected.items() if name not in tensors]
     problems += [f"unknown {name} {stored.spec}" for name, stored in tensors.items() if name not in expected]
     problems += [
@@ -199,11 +189,10 @@ def write_file(
     values: Iterable[tuple[str, np.ndarray]],
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Writes a file, of which no more than one tensor is in memory.
+    """Writes a new file, of which no more than one tensor is in memory.
 
     Args:
-        file: a new one.
-        specs: of the tensors, in the order of their values.
+        specs: type and shape of the tensors, in the order of their values.
         values: name and value of each; taken one at a time.
         on_bytes: called with the size of every tensor that is written.
     """
@@ -239,14 +228,10 @@ def write_model(
     max_bytes: int,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Writes `model-0000i-of-0000n.safetensors` and their index.
+    """Writes `model-0000i-of-0000n.safetensors` and their index, see `write_file`.
 
     Args:
-        folder: where there are none yet.
-        specs: of the tensors, in the order of their values.
-        values: name and value of each; taken one at a time.
-        max_bytes: of the tensors of one file; a tensor that is larger has a file of its own.
-        on_bytes: called with the size of every tensor that is written.
+        max_bytes: size of the tensors of one file; a tensor that is larger has a file of its own.
     """
     shards: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():

@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_jax.weights.heads import HEADS
-from stare_jax.weights.safetensors_folder import INDEX, WEIGHT_SUFFIXES, Tensors, read, write_file
+from stare_jax.weights.safetensors_folder import INDEX, WEIGHT_SUFFIXES, Stored, Tensors, list_file, read, write_file
 
-RECORD, UNUSED, ADAPTER, ASSETS = "record.json", "unused.safetensors", "adapter", "assets"
-ADAPTER_MODEL = "adapter_model.safetensors"
+CONFIG, RECORD, UNUSED = "config.json", "record.json", "unused.safetensors"
+ADAPTER, ASSETS = "adapter", "assets"
+ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
+HEADS = "value_head.safetensors"
+"""file of the heads, which the other programs pass over"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "spiece.model")
 _WEIGHTS = {INDEX, HEADS, RECORD, UNUSED, ADAPTER_MODEL, "params", "_CHECKPOINT_METADATA", "_METADATA", "_sharding"}
@@ -34,13 +36,7 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def keep_aside(source: Path, unused: Tensors, record: Mapping[str, Any], to: Path) -> list[str]:
-    """Copies all of a folder but its weights, and those of its tensors that are never run.
-
-    Args:
-        source: a checkpoint or an adapter; a file has nothing beside it.
-        unused: its tensors that are never run.
-        record: content of `record.json`.
-        to: a new folder.
+    """Copies all of a checkpoint or adapter but its weights into a new folder, and its tensors that are never run.
 
     Returns:
         The names of what is left behind.
@@ -80,6 +76,10 @@ def holds_tokenizer(folder: Path) -> bool:
 def copy_tokenizer(source: Path, to: Path) -> None:
     """Copies a tokenizer's files into a new folder."""
     to.mkdir()
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, to / name)
+    for file in filter(Path.is_file, (source / name for name in TOKENIZER_FILES)):
+        shutil.copy(file, to)
+
+
+def kept_unused(kept: Path | None) -> dict[str, Stored]:
+    """Returns the tensors that are kept in a folder although they are never run."""
+    return list_file(kept / UNUSED) if kept is not None and (kept / UNUSED).exists() else {}

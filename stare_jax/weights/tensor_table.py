@@ -6,6 +6,7 @@ An entry's tensors are rearranged, never computed with: both directions are view
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from stare_jax.models import ModelConfig, make_policy
 from stare_jax.models.normalize import identity_stats
-from stare_jax.state.storage import flatten
+from stare_jax.state.storage import flatten, nest
+from stare_jax.state.train_state import num_bytes
 from stare_jax.types import Array, PyTree
 from stare_jax.weights.safetensors_folder import Spec, Tensors, read
 
@@ -23,8 +25,16 @@ FLOATS = ("float32", "bfloat16", "float16")
 """types that the tensors of a model may have"""
 Leaves = Callable[[str], np.ndarray]
 """path of a parameter -> its value, read when it is asked for"""
-Named = Iterator[tuple[str, np.ndarray]]
-_NUM_IN = {"linear": 1, "heads": 2, "pointwise": 1}
+OnBytes = Callable[[int], None]
+"""progress: called with numbers of bytes that have been read or written"""
+
+LINEAR = {"kernel": ("weight", "linear"), "bias": ("bias", "vector")}
+HEADS_IN = {"kernel": ("weight", "heads"), "bias": ("bias", "vector")}
+CONV = {"kernel": ("weight", "conv"), "bias": ("bias", "same")}
+NORM = {"scale": ("weight", "same"), "bias": ("bias", "same")}
+"""leaves of a module -> their names in PyTorch and kinds"""
+Rows = Mapping[str, tuple[str, str | Mapping[str, tuple[str, str]]]]
+"""leaf of ours -> its tensor and kind, or module of ours -> its name and leaves; {} is the number of a stacked layer"""
 
 
 class Entry(NamedTuple):
@@ -39,6 +49,30 @@ class Entry(NamedTuple):
     """leading axes of ours over which tensors are stacked: none, the layers, or layers and one more"""
 
 
+def make_entries(rows: Rows, num_layers: int = 0) -> dict[str, Entry]:
+    """Returns the table that rows describe, given the number of stacked layers."""
+    leaves: dict[str, tuple[str, str]] = {}
+    for ours, (theirs, what) in rows.items():
+        if isinstance(what, str):
+            leaves[ours] = (theirs, what)
+        else:
+            leaves |= {f"{ours}/{leaf}": (f"{theirs}.{name}", kind) for leaf, (name, kind) in what.items()}
+    return {
+        path: Entry(tuple(map(name.format, range(num_layers))), kind, 1) if "{}" in name else Entry((name,), kind)
+        for path, (name, kind) in leaves.items()
+    }
+
+
+_NUM_IN = {"linear": 1, "heads": 2, "pointwise": 1}
+_ORDER = {"conv": (3, 2, 0, 1), "per_head": (0, 2, 1)}
+
+
+def _order(kind: str, num_axes: int) -> tuple[int, ...]:
+    """Returns our axes in the order in which the checkpoint has them, before it joins some of them."""
+    num_in = _NUM_IN.get(kind, 0)
+    return _ORDER.get(kind, (*range(num_in, num_axes), *range(num_in)))
+
+
 def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
     """Returns the shape of one of an entry's tensors in our arrangement, given that of the leaf."""
     return shape[entry.num_stacked :]
@@ -46,52 +80,29 @@ def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
 
 def checkpoint_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
     """Returns the shape that a leaf of ours, without its stacked axes, has in the checkpoint."""
-    if kind == "same":
-        return shape
+    ordered = tuple(shape[axis] for axis in _order(kind, len(shape)))
     if kind == "vector":
         return (math.prod(shape),)
     if kind == "leading":
         return shape[1:]
-    if kind == "conv":
-        height, width, channels, features = shape
-        return (features, channels, height, width)
     if kind == "pointwise":
-        channels, features = shape
-        return (features, channels, 1, 1)
-    if kind == "per_head":
-        num_heads, num_in, head_dim = shape
-        return (num_heads * head_dim, num_in)
-    num_in = _NUM_IN[kind]
-    return (math.prod(shape[num_in:]), math.prod(shape[:num_in]))
+        return (*ordered, 1, 1)
+    if kind in ("linear", "heads", "per_head"):
+        num_out = 2 if kind == "per_head" else len(shape) - _NUM_IN[kind]
+        return (math.prod(ordered[:num_out]), math.prod(ordered[num_out:]))
+    return ordered
 
 
 def to_ours(tensor: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
     """Returns one tensor of the checkpoint as a view in our arrangement, of the given shape."""
-    if kind == "conv":
-        return tensor.transpose(2, 3, 1, 0)
-    if kind in ("same", "vector", "leading"):
-        return tensor.reshape(shape)
-    if kind == "per_head":
-        num_heads, num_in, head_dim = shape
-        return tensor.reshape(num_heads, head_dim, num_in).transpose(0, 2, 1)
-    num_in = _NUM_IN[kind]
+    order = _order(kind, len(shape))
     # Axes are taken apart before they change places: a reshape after the transposition would copy.
-    apart = tensor.reshape(*shape[num_in:], *shape[:num_in])
-    num_out = len(shape) - num_in
-    return apart.transpose(*range(num_out, len(shape)), *range(num_out))
+    return tensor.reshape(tuple(shape[axis] for axis in order)).transpose(tuple(np.argsort(order)))
 
 
 def to_checkpoint(leaf: np.ndarray, kind: str) -> np.ndarray:
     """Returns a leaf of ours, without its stacked axes, as the checkpoint arranges it."""
-    shape = checkpoint_shape(leaf.shape, kind)
-    if kind == "conv":
-        return leaf.transpose(3, 2, 0, 1)
-    if kind in ("same", "vector", "leading"):
-        return leaf.reshape(shape)
-    if kind == "per_head":
-        return leaf.transpose(0, 2, 1).reshape(shape)
-    num_in = _NUM_IN[kind]
-    return leaf.transpose(*range(num_in, leaf.ndim), *range(num_in)).reshape(shape)
+    return leaf.transpose(_order(kind, leaf.ndim)).reshape(checkpoint_shape(leaf.shape, kind))
 
 
 def table_specs(
@@ -99,30 +110,26 @@ def table_specs(
 ) -> dict[str, Spec]:
     """Returns the tensors of a table, in its order, given the shapes of our leaves, and the type or each tensor's."""
     return {
-        name: Spec(dtype_of(name, dtype), checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind))
+        name: Spec(
+            dtype if isinstance(dtype, str) else dtype[name],
+            checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind),
+        )
         for path, entry in table.items()
         for name in entry.names
     }
 
 
-def dtype_of(name: str, dtype: str | Mapping[str, str]) -> str:
-    """Returns the type of a tensor where all have the same, or each its own."""
-    return dtype if isinstance(dtype, str) else dtype[name]
-
-
 def table_values(
-    table: Mapping[str, Entry], leaves: Leaves, dtype: str | Mapping[str, str], *, prefix: str = ""
-) -> Named:
+    table: Mapping[str, Entry], leaves: Leaves, specs: Mapping[str, Spec], *, prefix: str = ""
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a table as the checkpoint has them; no leaf is kept while the next one is loaded."""
     for path, entry in table.items():
         leaf = leaves(path)
         layers = leaf.reshape(-1, *layer_shape(leaf.shape, entry))
         del leaf
         for i, name in enumerate(entry.names):
-            yield (
-                prefix + name,
-                to_checkpoint(layers[i], entry.kind).astype(jnp.dtype(dtype_of(name, dtype)), copy=False),
-            )
+            dtype = jnp.dtype(specs[name].dtype)
+            yield prefix + name, to_checkpoint(layers[i], entry.kind).astype(dtype, copy=False)
         del layers
 
 
@@ -130,7 +137,7 @@ def read_tree(
     table: Mapping[str, Entry],
     tensors: Tensors,
     wanted: Mapping[str, jax.ShapeDtypeStruct],
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    on_bytes: OnBytes = lambda num_bytes: None,
 ) -> PyTree:
     """Reads all leaves of a table, one after the other.
 
@@ -143,11 +150,11 @@ def read_tree(
         wanted: shape, dtype and, where the leaf is not to be a NumPy array, sharding of each.
         on_bytes: called with the size of every leaf that is read.
     """
-    tree: PyTree = {}
+    leaves = {}
     for path in sorted(table, key=lambda path: -num_bytes(wanted[path])):
-        insert(tree, path, _read_whole(table[path], wanted[path], tensors))
+        leaves[path] = _read_whole(table[path], wanted[path], tensors)
         on_bytes(num_bytes(wanted[path]))
-    return tree
+    return nest(leaves)
 
 
 def _read_whole(entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> Array:
@@ -160,14 +167,7 @@ def _read_whole(entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> A
 def read_leaf(
     entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors, index: tuple[slice, ...] = (...,)
 ) -> np.ndarray:
-    """Reads a part of one leaf, from as little of the files as it takes.
-
-    Args:
-        entry: its place.
-        leaf: its whole shape, and the type to have it in.
-        tensors: checked.
-        index: the part.
-    """
+    """Reads a part of one leaf, given its whole shape and wanted type, from as little of the files as it takes."""
     inner, num_stacked = layer_shape(leaf.shape, entry), entry.num_stacked
 
     def layer(name: str, index: tuple) -> np.ndarray:
@@ -193,9 +193,15 @@ def place(leaf: jax.ShapeDtypeStruct, part: Callable[[tuple[slice, ...]], np.nda
     return array.block_until_ready()
 
 
-def num_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Returns the size of a leaf in bytes."""
-    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+def leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of every leaf of a model's parameters, by path, without allocating it."""
+    return dict(_leaf_shapes(dataclasses.replace(config, tokenizer="")))
+
+
+@functools.lru_cache(maxsize=16)
+def _leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    return flatten(jax.eval_shape(policy.init, jax.random.key(0)))
 
 
 def is_adapter(path: str) -> bool:
@@ -212,33 +218,4 @@ def adapter_names(path: str) -> tuple[str, str]:
 
 def adapted_module(path: str) -> str:
     """Returns the module, as `LoRAConfig` names it, of a weight or of an adapter."""
-    for suffix in ("lora_a", "lora_b"):
-        if path.endswith(suffix):
-            return path.removesuffix(suffix).rstrip("_/")
-    return path.removesuffix("/kernel").removesuffix("/w")
-
-
-def leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of every leaf of a model's parameters, by path, without allocating it."""
-    return dict(_leaf_shapes(dataclasses.replace(config, tokenizer="")))
-
-
-@functools.lru_cache(maxsize=16)
-def _leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
-    return flatten(jax.eval_shape(policy.init, jax.random.key(0)))
-
-
-def insert(tree: dict, path: str, leaf: object) -> None:
-    """Puts a leaf into a nested dict at a path of names with slashes between."""
-    *parents, last = path.split("/")
-    for name in parents:
-        tree = tree.setdefault(name, {})
-    tree[last] = leaf
-
-
-def leaf_at(tree: Mapping, path: str) -> object:
-    """Returns the leaf of a nested dict at a path of names with slashes between."""
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
+    return re.sub(r"(/kernel|/w|[/_]lora_[ab])$", "", path)

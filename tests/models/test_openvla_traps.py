@@ -22,7 +22,7 @@ from stare_jax.models.nn.llama import Llama, LlamaConfig
 from stare_jax.models.nn.lora import merge_adapters
 from stare_jax.models.nn.vit import ViT, ViTBlock, ViTConfig, patchify
 from stare_jax.models.openvla.network import OpenVLA, preprocess
-from stare_jax.weights.openvla.config import TIMM_IDS, read_config
+from stare_jax.weights.openvla import TIMM_IDS, read_config
 
 TESTS = Path(__file__).resolve().parents[1]
 HERE = "models/test_openvla_traps.py"

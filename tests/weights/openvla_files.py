@@ -14,11 +14,10 @@ from safetensors.numpy import save_file
 
 from stare_jax.models import OpenVLAConfig
 from stare_jax.types import NormStats
-from stare_jax.weights.format import read_params
-from stare_jax.weights.formats import open_weights
-from stare_jax.weights.openvla.config import read_norm_stats
-from stare_jax.weights.openvla.table import tensor_table, unused_specs
+from stare_jax.weights.formats import open_weights, read_params
+from stare_jax.weights.openvla import tensor_table, unused_specs
 from stare_jax.weights.safetensors_folder import read
+from stare_jax.weights.statistics import read_openvla_stats
 from stare_jax.weights.tensor_table import leaf_shapes, table_specs
 
 TIMM_IDS = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
@@ -153,6 +152,11 @@ class LoadedOpenVLA(NamedTuple):
     params: Any
     unused: dict[str, np.ndarray]
     norm_stats: NormStats
+
+
+def read_norm_stats(folder, **names):
+    """Reads the statistics of one data set of a folder, which need not hold weights."""
+    return read_openvla_stats([folder], **names)[1]
 
 
 def load_openvla(folder, key, *, config=None, unnorm_key=None):

@@ -18,8 +18,8 @@ from stare_jax.models import make_policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.checkpoint import load_model, load_norm_stats, load_params, save_params
 from stare_jax.state.train_state import abstract_params
-from stare_jax.weights import convert as conversion
-from stare_jax.weights import origin
+from stare_jax.weights import importing
+from stare_jax.weights.exporting import open_base
 from stare_jax.weights.heads import HEADS
 
 SIDE_FILES = {
@@ -78,7 +78,7 @@ def test_back_and_forth_every_bit_is_the_same(original, converted, tmp_path, cap
 
 
 def test_what_is_converted_is_what_the_loader_reads(original, converted):
-    config = origin.open_base(converted).config
+    config = open_base(converted).config
     model = load_model(converted / "checkpoints")
     assert (model["execution"]["param_dtype"], model["lora"], model["llm"]["width"]) == ("bfloat16", None, 16)
     stats = load_norm_stats(converted / "checkpoints")
@@ -176,7 +176,7 @@ def test_what_is_stopped_leaves_nothing_that_looks_finished(original, tmp_path, 
         save_params(*arguments, **options)
         assert (tmp_path / "out.partial" / "checkpoints" / "0").exists() and not to.exists()
 
-    monkeypatch.setattr(conversion, "save_params", interrupted)
+    monkeypatch.setattr(importing, "save_params", interrupted)
     assert run(f"--from={original}", f"--to={to}", "--unnorm-key=robot") == 130
     assert "stopped; nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import openvla_files
 import pytest
-from openvla_files import ACTION, SMALL, load_openvla, read_folder
+from openvla_files import ACTION, SMALL, load_openvla, read_folder, read_norm_stats
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig
@@ -21,7 +21,7 @@ from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import load_params, save_params
 from stare_jax.types import NormStats
 from stare_jax.weights import load as starting
-from stare_jax.weights.openvla.config import read_config, read_norm_stats
+from stare_jax.weights.openvla import read_config
 
 ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)
 LORA = LoRAConfig(rank=2, alpha=5.0, targets=ATTENTION)

@@ -9,7 +9,7 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.models import LoRAConfig, MLPConfig, openvla_7b, openvla_state, openvla_tiny, pi05_tiny
 from stare_jax.models.nn.linear import Execution
 from stare_jax.weights.load import check_same_model, with_colours
-from stare_jax.weights.openvla.format import OPENVLA
+from stare_jax.weights.openvla import OPENVLA
 
 DESCRIPTION = {
     "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"],

@@ -8,8 +8,8 @@ import pytest
 
 from stare_jax.models.normalize import to_quantiles
 from stare_jax.types import NormStats
-from stare_jax.weights.pi05.statistics import find_stats, list_assets, read_openpi_stats, to_openpi_stats
 from stare_jax.weights.safetensors_folder import WeightsError
+from stare_jax.weights.statistics import find_stats, list_assets, read_openpi_stats, to_openpi_stats
 
 
 def write(tmp_path, stats):

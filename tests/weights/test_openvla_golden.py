@@ -15,12 +15,13 @@ from stare_jax.models.nn.lora import add_adapters
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
+from stare_jax.state.storage import flatten
 from stare_jax.types import Observation
 from stare_jax.weights.formats import open_weights
-from stare_jax.weights.openvla.config import read_config
+from stare_jax.weights.openvla import read_config
 from stare_jax.weights.peft import keep_adapter, open_adapter, write_adapter
 from stare_jax.weights.side_files import ADAPTER_MODEL, keep_aside
-from stare_jax.weights.tensor_table import leaf_at, leaf_shapes, read_tree
+from stare_jax.weights.tensor_table import leaf_shapes, read_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [path for path in (ROOT / "tests/golden/openvla_tiny", ROOT / "../shared/golden/openvla_tiny") if path.exists()]
@@ -195,5 +196,5 @@ def test_adapters_of_peft(folder, loaded, expected, end, tmp_path, name):
     keep_adapter(adapter, tmp_path / "kept")
     (tmp_path / "back").mkdir()
     kept = base._replace(folder=tmp_path / "kept")
-    write_adapter(tmp_path / "back", kept, config, partial(leaf_at, params), adapted=adapter.table)
+    write_adapter(tmp_path / "back", kept, config, flatten(params).__getitem__, adapted=adapter.table)
     assert read_folder(tmp_path / "back", ADAPTER_MODEL) == read_folder(folder / name, ADAPTER_MODEL)

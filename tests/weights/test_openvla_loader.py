@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import openvla_files
 import pytest
-from openvla_files import SMALL, load_openvla
+from openvla_files import SMALL, load_openvla, read_norm_stats
 from safetensors.numpy import save_file
 
 from stare_jax.models import openvla_7b
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.heads import HEADS
-from stare_jax.weights.openvla.config import read_config, read_norm_stats, to_statistics
+from stare_jax.weights.openvla import read_config
 from stare_jax.weights.safetensors_folder import WeightsError
+from stare_jax.weights.statistics import to_openvla_table
 
 PROPRIO = {"action": {"q01": [0.0], "q99": [3.0]}, "proprio": {"q01": [-1.0], "q99": [4.0]}}
 TWO = {"action": {"q01": [-1.0, 0.0], "q99": [1.0, 2.0], "mask": [True, False]}}
@@ -162,5 +163,5 @@ def test_statistics_written_are_the_ones_read(tmp_path):
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"a": {**PROPRIO, "action": gripper}}))
     stats = read_norm_stats(tmp_path, state_dim=1)
     np.testing.assert_array_equal(stats.action_q99, [1.0, 2.5])
-    (tmp_path / "dataset_statistics.json").write_text(json.dumps({"a": to_statistics(stats)}))
+    (tmp_path / "dataset_statistics.json").write_text(json.dumps({"a": to_openvla_table(stats)}))
     jax.tree.map(np.testing.assert_array_equal, read_norm_stats(tmp_path, state_dim=1), stats)

@@ -8,7 +8,7 @@ import pytest
 from openvla_files import export_specs
 
 from stare_jax.models import LoRAConfig, openvla_7b
-from stare_jax.weights.openvla.table import adapter_table, tensor_table, unused_specs
+from stare_jax.weights.openvla import adapter_table, tensor_table, unused_specs
 from stare_jax.weights.tensor_table import leaf_shapes, table_specs
 
 NUM_PARAMS = 7_541_237_184

@@ -27,8 +27,7 @@ from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
 from stare_jax.weights.heads import head_table
-from stare_jax.weights.openvla.config import OVERRIDES, TIMM_IDS, read_config
-from stare_jax.weights.openvla.table import adapter_table, tensor_table
+from stare_jax.weights.openvla import OVERRIDES, TIMM_IDS, adapter_table, read_config, tensor_table
 from stare_jax.weights.tensor_table import layer_shape, leaf_shapes, to_ours
 
 try:

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from openvla_files import read_norm_stats
 
 from stare_jax.models.bins import decode_bins, encode_bins
 from stare_jax.models.normalize import is_constant_action, normalize_action, unnormalize_action
-from stare_jax.weights.openvla.config import read_norm_stats
 
 BRIDGE = {
     "q01": [

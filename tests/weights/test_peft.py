@@ -14,10 +14,11 @@ from openvla_files import ALL_LINEAR, OTHER, SMALL, read_folder
 from stare_jax.models.nn.lora import ALL_LINEAR as ALL
 from stare_jax.models.nn.lora import ATTENTION, LoRAConfig
 from stare_jax.state.checkpoint import load_model, param_shapes
+from stare_jax.state.storage import flatten
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.peft import open_adapter, read_lora
 from stare_jax.weights.safetensors_folder import WeightsError
-from stare_jax.weights.tensor_table import leaf_at, leaf_shapes, read_tree
+from stare_jax.weights.tensor_table import leaf_shapes, read_tree
 
 RANK, ALPHA = 3, 6
 COPY = "base_model.model.language_model.lm_head.base_layer.weight"
@@ -105,12 +106,12 @@ def test_adapters_of_some_modules(base, adapters, tmp_path, targets, expected):
     config = dataclasses.replace(open_weights(base).config, lora=adapter.config.lora)
     wanted = {path: leaf for path, leaf in leaf_shapes(config).items() if path in adapter.table}
     assert set(adapter.table) == {path for path in leaf_shapes(config) if path.endswith(("/lora_a", "/lora_b"))}
-    tree = read_tree(adapter.table, adapter.tensors, wanted)
+    leaves = flatten(read_tree(adapter.table, adapter.tensors, wanted))
     if "q_proj" in targets:
         a, b = (adapters[f"{LAYER}1.self_attn.q_proj.lora_{x}.weight"] for x in "AB")
-        np.testing.assert_array_equal(leaf_at(tree, "llm/layers/q_proj/lora_a")[1], a.T)
+        np.testing.assert_array_equal(leaves["llm/layers/q_proj/lora_a"][1], a.T)
         # Head 1 of two: outputs [8, 16).
-        np.testing.assert_array_equal(leaf_at(tree, "llm/layers/q_proj/lora_b")[1, :, 1], b[8:].T)
+        np.testing.assert_array_equal(leaves["llm/layers/q_proj/lora_b"][1, :, 1], b[8:].T)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.pi05.network import Pi05, Pi05Config
 from stare_jax.state.leaves import leaf_loader
-from stare_jax.weights.convert import import_weights
+from stare_jax.weights.importing import import_weights
 
 FOLDER = Path(__file__).resolve().parents[1] / "golden" / "pi05_tiny"
 TOLERANCE = 1e-4

@@ -47,7 +47,7 @@ from stare_jax.weights.load import (
     model_from_dict,
     stored_model,
 )
-from stare_jax.weights.pi05.formats import named_model, read_config
+from stare_jax.weights.pi05_formats import named_model, read_config
 from stare_jax.weights.safetensors_folder import WeightsError
 from stare_jax.weights.tensor_table import adapted_module, is_adapter, leaf_shapes
 

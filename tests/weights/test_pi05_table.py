@@ -11,8 +11,8 @@ from openvla_files import random_bits
 from pi05_files import FULL, SMALL, bits
 
 from stare_jax.models.pi05.presets import pi05_base
-from stare_jax.weights.pi05.formats import OUR_OWN, PORT
-from stare_jax.weights.pi05.table import EMBEDDINGS, UNUSED, tensor_table
+from stare_jax.weights.pi05_formats import OUR_OWN, PORT
+from stare_jax.weights.pi05_port import EMBEDDINGS, UNUSED, tensor_table
 from stare_jax.weights.safetensors_folder import list_file
 from stare_jax.weights.tensor_table import (
     checkpoint_shape,
@@ -54,14 +54,15 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, dtype):
     shapes = pi05_files.tree_shapes(SMALL)
     config = pi05_files.model_config()
     table, leaves = tensor_table(config), random_bits(shapes, dtype)
-    tensors = dict(table_values(table, leaves.__getitem__, dtype))
+    specs = table_specs(table, leaf_shapes(config), dtype)
+    tensors = dict(table_values(table, leaves.__getitem__, specs))
     assert bits(tensors) == bits(pi05_files.to_port(leaves))
     pi05_files.write_port(tmp_path, {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
     stored = list_file(tmp_path / "model.safetensors")
     wanted = {path: jax.ShapeDtypeStruct(shape, leaves[path].dtype) for path, shape in shapes.items()}
     back = {"/".join(path): leaf for path, leaf in flatten_dict(read_tree(table, stored, wanted)).items()}
     assert bits(back) == bits(leaves)
-    assert bits(dict(table_values(table, back.__getitem__, dtype))) == bits(tensors)
+    assert bits(dict(table_values(table, back.__getitem__, specs))) == bits(tensors)
     # Parts of a leaf, as devices hold them.
     path = "PaliGemma/llm/layers/attn/kv_einsum/w"
     part = (slice(1, 3), slice(0, 1), slice(None), slice(3, 9), slice(None))

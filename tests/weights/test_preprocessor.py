@@ -7,7 +7,7 @@ import re
 import pytest
 
 from stare_jax.models import openvla_7b
-from stare_jax.weights.openvla.config import read_preprocessor
+from stare_jax.weights.openvla import read_preprocessor
 
 ROUNDED = {"mean": [0.484375, 0.455078125, 0.40625], "std": [0.228515625, 0.2236328125, 0.224609375]}
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}

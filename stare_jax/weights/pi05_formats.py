@@ -5,10 +5,12 @@ import functools
 import logging
 import re
 import shutil
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.config import ConfigError, from_dict, to_dict
@@ -16,13 +18,9 @@ from stare_jax.models import pi05_base, pi05_droid, pi05_libero, pi05_maniskill
 from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE
-from stare_jax.state.storage import load_leaf, save_tree, tree_shapes
-from stare_jax.types import NormStats
-from stare_jax.weights.format import Clean, Format, OnBytes
-from stare_jax.weights.pi05.npz import is_npz, list_npz
-from stare_jax.weights.pi05.port import LEROBOT_PREFIX, clean_names, is_lerobot, is_port
-from stare_jax.weights.pi05.statistics import find_stats, list_assets, read_openpi_stats, write_stats
-from stare_jax.weights.pi05.table import UNUSED, tensor_table
+from stare_jax.state.storage import load_leaf, nest, save_tree, tree_shapes
+from stare_jax.weights.format import Format
+from stare_jax.weights.pi05_port import LEROBOT_PREFIX, UNUSED, clean_names, is_lerobot, is_port, tensor_table
 from stare_jax.weights.safetensors_folder import (
     INDEX,
     Spec,
@@ -33,17 +31,18 @@ from stare_jax.weights.safetensors_folder import (
     list_model,
     read_json,
 )
-from stare_jax.weights.side_files import write_json
-from stare_jax.weights.tensor_table import Entry, Leaves, adapted_module, insert, is_adapter, leaf_shapes
+from stare_jax.weights.side_files import CONFIG, write_json
+from stare_jax.weights.statistics import list_assets, read_asset, write_openpi_stats
+from stare_jax.weights.tensor_table import Entry, Leaves, OnBytes, adapted_module, is_adapter, leaf_shapes
 
 PRESETS = {preset.__name__: preset for preset in (pi05_base, pi05_droid, pi05_libero, pi05_maniskill)}
-CONFIG = "config.json"
-_MAX_DIM = 32
-"""numbers of an action in published networks, to which statistics may be padded"""
 _TREE = "_METADATA"
 """file of Orbax's that says what is in a tree"""
 OUR_OWN = ("value_head/", "noise_head/", "stem/", "state_embed/")
 """parts that openpi's models do not have"""
+_ROOTS = ("params/img/", "params/llm/")
+"""beginnings of the names of PaliGemma's arrays, as Google publishes them in an npz file"""
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
 # Orbax says so of every leaf where a tree was copied without the file that was beside it.
 logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
@@ -98,14 +97,9 @@ def named_model(model: str) -> Pi05Config:
     return from_dict(Pi05Config, fields, path=model)
 
 
-def _tree_folder(source: Path) -> Path | None:
-    """Returns the place of an Orbax tree in a folder; None where it has none."""
-    return next((folder for folder in (source / "params", source) if (folder / _TREE).is_file()), None)
-
-
 def _list_port(source: Path, *, of_lerobot: bool) -> Tensors | None:
     if source.is_file():
-        tensors = None if is_npz(source) else list_file(source)
+        tensors = None if _is_npz(source) else list_file(source)
     else:
         has_model = (source / INDEX).exists() or any(source.glob("model*.safetensors"))
         tensors = list_model(source) if has_model else None
@@ -113,18 +107,61 @@ def _list_port(source: Path, *, of_lerobot: bool) -> Tensors | None:
 
 
 def _list_tree(source: Path) -> Tensors | None:
-    folder = _tree_folder(source)
+    folder = next((folder for folder in (source / "params", source) if (folder / _TREE).is_file()), None)
     if folder is None:
         return None
     return {
-        path: Stored(
-            Spec(leaf.dtype.name, tuple(leaf.shape)), source, load=functools.partial(load_leaf, folder, path, leaf)
-        )
+        path: Stored(Spec(leaf.dtype.name, leaf.shape), source, load=functools.partial(load_leaf, folder, path, leaf))
         for path, leaf in tree_shapes(folder).items()
     }
 
 
-def _clean_tree(source: Path, tensors: Tensors) -> Clean:
+def _is_npz(file: Path) -> bool:
+    """Returns whether a file is an npz file, whatever its name."""
+    if not file.is_file() or not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _list_npz(file: Path) -> Tensors | None:
+    """Returns the arrays of a file without reading them; None where it is no npz file.
+
+    Raises:
+        WeightsError: it is damaged, or not PaliGemma's.
+    """
+    if not _is_npz(file):
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            specs = {name.removesuffix(".npy"): _read_header(archive, name) for name in archive.namelist()}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise WeightsError(f"{file}: got {error}, expected a whole npz file") from error
+    if foreign := [name for name in specs if not name.startswith(_ROOTS)]:
+        got = ", ".join(sorted(foreign)[:5])
+        raise WeightsError(f"{file}: got {got}, expected PaliGemma's arrays, all under {' and '.join(_ROOTS)}")
+    return {name: Stored(spec, file, load=functools.partial(_read_array, file, name)) for name, spec in specs.items()}
+
+
+def _read_header(archive: zipfile.ZipFile, name: str) -> Spec:
+    with archive.open(name) as stream:
+        shape, _, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+    return Spec(_name_type(dtype).name, shape)
+
+
+def _name_type(dtype: np.dtype) -> np.dtype:
+    """Returns the type that is meant: NumPy's format has no name for bfloat16, and calls it two bytes of anything."""
+    return jnp.dtype(jnp.bfloat16) if dtype == np.dtype("V2") else dtype
+
+
+def _read_array(file: Path, name: str) -> np.ndarray:
+    with np.load(file, allow_pickle=False) as arrays:  # pickles are never read
+        array = arrays[name]
+    return array.view(_name_type(array.dtype))
+
+
+def _clean_tree(source: Path, tensors: Tensors) -> tuple[Tensors, Sequence[str]]:
     """Gives leaves their paths in our tree; raises WeightsError where they are not under `params`, or pi0's."""
     paths = {name: name.removeprefix("params/") for name in tensors}
     if foreign := [name for name, path in paths.items() if path == name]:
@@ -134,7 +171,7 @@ def _clean_tree(source: Path, tensors: Tensors) -> Clean:
     old = [p for p in paths.values() if p.endswith("_norm_1/scale") or p.startswith(("state_proj/", "action_time_"))]
     if old:
         raise WeightsError(f"{source}: got weights of pi0 ({', '.join(sorted(old)[:5])}), expected pi0.5's")
-    return Clean({path: tensors[name] for name, path in paths.items()})
+    return {path: tensors[name] for name, path in paths.items()}, ()
 
 
 def _tree_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
@@ -152,7 +189,6 @@ def is_paligemma(path: str) -> bool:
 
 
 def _paligemma_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
-    del names
     return {path: entry for path, entry in _tree_table(config, ()).items() if is_paligemma(path)}
 
 
@@ -168,16 +204,6 @@ def read_lora(specs: Mapping[str, Spec]) -> LoRAConfig | None:
     return LoRAConfig(rank=most, alpha=float(most), targets=targets, overrides=overrides)
 
 
-def _find_statistics(
-    folders: Sequence[Path], unnorm_key: str | None, action_dim: int | None, state_dim: int | None
-) -> tuple[str | None, NormStats | None]:
-    found = [stats for folder in folders if (stats := find_stats(folder, unnorm_key))]
-    if not found:
-        return None, None
-    asset_id, file = found[-1]
-    return asset_id, read_openpi_stats(file, max_dim=_MAX_DIM, action_dim=action_dim, state_dim=state_dim)
-
-
 def _for_robot(config: Pi05Config, action_dim: int, state_dim: int) -> Pi05Config:
     """Gives a model a robot's numbers; a robot without a state takes the state out of the prompt."""
     is_shown = state_dim or "{state}" not in config.prompt_template
@@ -186,23 +212,22 @@ def _for_robot(config: Pi05Config, action_dim: int, state_dim: int) -> Pi05Confi
 
 
 def _write_config(folder: Path, config: Pi05Config, dtype: str | None) -> None:
-    del dtype
     if not (folder / CONFIG).exists():
         write_json(folder / CONFIG, to_dict(config))
 
 
 def _write_tree(to: Path, paths: Sequence[str], leaves: Leaves, on_bytes: OnBytes) -> None:
     """Writes openpi's tree. Orbax wants it whole, so that it lies in files meanwhile, which take no memory."""
-    scratch, cpu, tree = to / "leaves.partial", jax.local_devices(backend="cpu")[0], {}
+    scratch, cpu, written = to / "leaves.partial", jax.local_devices(backend="cpu")[0], {}
     scratch.mkdir()
     for number, path in enumerate(paths):
         leaf, file = np.ascontiguousarray(leaves(path)), scratch / str(number)
         leaf.reshape(-1).view(np.uint8).tofile(file)
         mapped = np.memmap(file, leaf.dtype, "r", shape=leaf.shape)
-        insert(tree, path, jax.device_put(mapped, cpu))  # without a copy
+        written[path] = jax.device_put(mapped, cpu)  # without a copy
         on_bytes(leaf.nbytes)
         del leaf  # before the next one is loaded
-    save_tree(to, "params", {"params": tree})
+    save_tree(to, "params", {"params": nest(written)})
     shutil.rmtree(scratch)
 
 
@@ -214,8 +239,8 @@ OPENPI = Format(
     clean=_clean_tree,
     read_config=read_config,
     table=_tree_table,
-    statistics=_find_statistics,
-    add_statistics=write_stats,
+    statistics=read_asset,
+    add_statistics=write_openpi_stats,
     finish=_write_config,
     write_tree=_write_tree,
     for_robot=_for_robot,
@@ -239,8 +264,8 @@ LEROBOT = PORT._replace(
 )
 PALIGEMMA = OPENPI._replace(
     name="paligemma",
-    find=list_npz,
-    clean=lambda source, tensors: Clean({f"PaliGemma/{n.removeprefix('params/')}": s for n, s in tensors.items()}),
+    find=_list_npz,
+    clean=lambda source, tensors: ({f"PaliGemma/{n.removeprefix('params/')}": s for n, s in tensors.items()}, ()),
     table=_paligemma_table,
     read_lora=lambda specs: None,
 )

@@ -1,0 +1,164 @@
+"""Import: weights of others become a folder that a run starts from, and that stands alone; see `side_files`."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from stare_jax.config import ConfigError, to_dict, user_input
+from stare_jax.logging import Interruption, new_directory, progress_bytes, say
+from stare_jax.models import ModelConfig, Policy, make_policy
+from stare_jax.models.normalize import identity_stats
+from stare_jax.sharding.mesh import make_mesh
+from stare_jax.state.checkpoint import save_params
+from stare_jax.state.storage import flatten
+from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
+from stare_jax.types import NormStats, PyTree
+from stare_jax.weights import peft, side_files
+from stare_jax.weights.formats import OPENVLA, open_weights, read_params
+from stare_jax.weights.tensor_table import FLOATS
+
+
+class Imported(NamedTuple):
+    """Report of an import."""
+
+    form: str
+    """name of the format"""
+    config: ModelConfig
+    stats_name: str | None
+    """data set whose statistics the policy has; None where there were none"""
+    num_params: int
+    num_bytes: int
+    num_fresh: int
+    """parameters that the source does not have, and that begin with random values"""
+    num_unused: int
+    """tensors that are never run and are kept aside"""
+    left: tuple[str, ...]
+    """names of files, and of tensors, that were not taken along"""
+
+
+def import_weights(
+    source: Path,
+    to: Path,
+    *,
+    config: ModelConfig | None = None,
+    adapter: Path | None = None,
+    unnorm_key: str | None = None,
+    action_dim: int | None = None,
+    state_dim: int | None = None,
+    dtype: str | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    seed: int = 0,
+) -> Imported:
+    """Converts weights of others to a new folder, which is there when it is complete, or not at all.
+
+    Args:
+        source: see `open_weights`.
+        to: the folder.
+        config: of the model; None takes what the source says.
+        adapter: a PEFT folder of OpenVLA's, whose adapters become part of the parameters.
+        unnorm_key: data set, or asset, whose statistics the policy has; may be left out where there is only one.
+        action_dim: A of the robot, to which longer statistics of openpi's are cut; None takes them all.
+        state_dim: S, likewise; 0 takes the state out of pi0.5's prompt.
+        dtype: type of the parameters, adapters and heads apart; None takes the source's.
+        fsdp: devices over which weights are cut meanwhile, see `sharding.make_mesh`; with 1 of these and of `tensor`
+            they are cut over the devices that the host's processor counts as: a part is the least that is written.
+        tensor: devices over which single matrices are cut.
+        seed: random seed of the parameters that the source does not have.
+
+    Raises:
+        WeightsError: weights, adapter or statistics are damaged or do not fit.
+        ConfigError: the source does not say which model it is of, or the policy refuses it; the disk is too small.
+        ShardingError: there are not so many devices, or the model cannot be cut over them.
+        FileExistsError: there is something at `to`.
+        KeyboardInterrupt: also where SIGINT or SIGTERM came while it saved.
+    """
+    check_dtype(dtype)
+    opened = open_weights(source, config=config, adopt_adapters=True)
+    form, left, folders, own = opened.form, list(opened.left), [source], None
+    if adapter is not None:
+        if form is not OPENVLA:
+            raise ConfigError(f"adapter: got {adapter}, expected none: {source} is no OpenVLA checkpoint")
+        own, folders = peft.open_adapter(adapter, opened), [source, adapter]
+        opened = peft.join(opened, own)
+    config, dtype = opened.config, dtype or opened.dtype
+    execution = dataclasses.replace(config.execution, dtype=dtype, param_dtype=dtype)
+    config = dataclasses.replace(config, execution=execution)
+    known_dim = state_dim if form.for_robot else config.state_dim
+    stats_name, norm_stats = form.statistics(folders, unnorm_key, action_dim, known_dim)
+    if norm_stats is None:
+        dims = [(action_dim, config.action_dim), (state_dim, config.state_dim)]
+        norm_stats = identity_stats(*(default if given is None else given for given, default in dims))
+    with user_input():
+        if form.for_robot is not None:
+            config = form.for_robot(config, len(norm_stats.action_q01), len(norm_stats.state_q01))
+        policy = make_policy(config, norm_stats)
+    opened = opened._replace(config=config)
+    like = _layout(policy, fsdp, tensor)
+    check_space(to, num_bytes(like))
+    with new_directory(to) as partial:
+        kept = partial / form.kept
+        dtypes = opened.dtypes if not form.one_dtype and len(set(opened.dtypes.values())) > 1 else {}
+        left += side_files.keep_aside(source, opened.unused, {"form": form.name, "dtypes": dtypes}, kept)
+        left += [] if own is None else peft.keep_adapter(own, kept)
+        with progress_bytes(num_bytes(like), f"read {source.name}") as on_bytes:
+            params = read_params(opened, jax.random.key(seed), like=like, on_bytes=on_bytes)
+        config = _keep_tokenizer(config, source, partial, kept)
+        _save(partial, params, config, norm_stats)
+    sizes = {path: leaf.size for path, leaf in flatten(params).items()}
+    counts = sum(sizes.values()), num_bytes(params), sum(sizes[path] for path in opened.fresh), len(opened.unused)
+    return Imported(form.name, config, stats_name, *counts, tuple(left))
+
+
+def _layout(policy: Policy, fsdp: int, tensor: int) -> PyTree:
+    """Returns shapes and shardings of the parameters while they are converted."""
+    if fsdp * tensor > 1:
+        return abstract_params(policy, make_mesh(fsdp=fsdp, tensor=tensor))
+    devices = jax.local_devices(backend="cpu")
+    mesh, whole = Mesh(np.array(devices), ("part",)), SingleDeviceSharding(devices[0])
+
+    def cut(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % len(devices) == 0]
+        sharding = NamedSharding(mesh, P(*[None] * axes[0], "part")) if axes else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(cut, jax.eval_shape(policy.init, jax.random.key(0)))
+
+
+def _keep_tokenizer(config: ModelConfig, source: Path, partial: Path, kept: Path) -> ModelConfig:
+    """Returns a configuration whose tokenizer, if it is a folder, lies in the converted one and is named from there."""
+    if side_files.holds_tokenizer(kept) or config.tokenizer == str(source):
+        return dataclasses.replace(config, tokenizer=kept.name)
+    if Path(config.tokenizer).is_dir():
+        side_files.copy_tokenizer(Path(config.tokenizer), partial / "tokenizer")
+        return dataclasses.replace(config, tokenizer="tokenizer")
+    return config
+
+
+def _save(folder: Path, params: PyTree, config: ModelConfig, norm_stats: NormStats) -> None:
+    say(f"saving {num_bytes(params) / 1e9:.2f} GB")
+    with Interruption() as interruption:  # Orbax writes from many threads, which go on when one is interrupted
+        save_params(folder / CHECKPOINTS, 0, params, model=to_dict(config), norm_stats=norm_stats)
+    if interruption.requested:
+        raise KeyboardInterrupt
+    side_files.write_json(folder / side_files.CONFIG, {"model": to_dict(config)})
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ConfigError unless a type that is asked for is one that weights may have."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ConfigError(f"dtype: got {dtype!r}, expected one of {FLOATS}")
+
+
+def check_space(to: Path, size: int) -> None:
+    """Raises ConfigError unless the disk of a path that is to be written has room for a number of bytes."""
+    parent = next(path for path in to.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise ConfigError(f"{parent}: got {free / 1e9:.1f} GB free on its disk, expected at least {size / 1e9:.1f} GB")

@@ -1,0 +1,256 @@
+"""OpenVLA's checkpoints in Hugging Face's form: config.json, model*.safetensors, tokenizer, statistics."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stare_jax.config import to_dict
+from stare_jax.models.nn.llama import LlamaConfig
+from stare_jax.models.nn.vit import ViTConfig
+from stare_jax.models.openvla.network import OpenVLAConfig
+from stare_jax.models.openvla.presets import openvla_7b
+from stare_jax.weights.format import Format
+from stare_jax.weights.safetensors_folder import Spec, Tensors, WeightsError, list_model, read_json
+from stare_jax.weights.side_files import CONFIG, write_json
+from stare_jax.weights.statistics import read_openvla_stats, to_openvla_table, write_openvla_tables
+from stare_jax.weights.tensor_table import (
+    CONV,
+    HEADS_IN,
+    LINEAR,
+    NORM,
+    Entry,
+    leaf_shapes,
+    make_entries,
+    table_specs,
+)
+
+TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
+OVERRIDES = "tiny_timm_overrides"
+"""field of config.json, found in small checkpoints for tests: sizes of the towers that their timm ids do not say"""
+_REQUIRED = ("timm_model_ids", "text_config", "image_sizes", "pad_to_multiple_of")
+_LLAMA_FIELDS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+}
+"""our fields -> transformers'"""
+_BICUBIC = ("bicubic", 3)
+"""names under which timm and PIL know it"""
+_KERNEL = {"kernel": LINEAR["kernel"]}
+_SCALE = {"scale": NORM["scale"]}
+_TOWER = {
+    "pos_embed": ("pos_embed", "same"),
+    "patch_embed": ("patch_embed.proj", CONV),
+    "blocks/norm1": ("blocks.{}.norm1", NORM),
+    "blocks/qkv": ("blocks.{}.attn.qkv", LINEAR),
+    "blocks/proj": ("blocks.{}.attn.proj", HEADS_IN),
+    "blocks/norm2": ("blocks.{}.norm2", NORM),
+    "blocks/fc1": ("blocks.{}.mlp.fc1", LINEAR),
+    "blocks/fc2": ("blocks.{}.mlp.fc2", LINEAR),
+}
+_LLAMA = {
+    "llm/embed_tokens": ("language_model.model.embed_tokens.weight", "same"),
+    "llm/norm": ("language_model.model.norm", _SCALE),
+    "llm/lm_head": ("language_model.lm_head", _KERNEL),
+    "llm/layers/input_norm": ("language_model.model.layers.{}.input_layernorm", _SCALE),
+    "llm/layers/q_proj": ("language_model.model.layers.{}.self_attn.q_proj", _KERNEL),
+    "llm/layers/k_proj": ("language_model.model.layers.{}.self_attn.k_proj", _KERNEL),
+    "llm/layers/v_proj": ("language_model.model.layers.{}.self_attn.v_proj", _KERNEL),
+    "llm/layers/o_proj": ("language_model.model.layers.{}.self_attn.o_proj", {"kernel": HEADS_IN["kernel"]}),
+    "llm/layers/post_norm": ("language_model.model.layers.{}.post_attention_layernorm", _SCALE),
+    "llm/layers/gate_proj": ("language_model.model.layers.{}.mlp.gate_proj", _KERNEL),
+    "llm/layers/up_proj": ("language_model.model.layers.{}.mlp.up_proj", _KERNEL),
+    "llm/layers/down_proj": ("language_model.model.layers.{}.mlp.down_proj", _KERNEL),
+}
+_PREFIXES = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}
+
+
+def describe(folder: Path) -> dict:
+    """Returns the fields of a folder's config.json, none where there is no such object."""
+    description = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    return description if isinstance(description, dict) else {}
+
+
+def read_config(folder: str | Path) -> OpenVLAConfig:
+    """Builds our configuration from a checkpoint's config.json; what it leaves out is as in OpenVLA-7B.
+
+    Raises:
+        WeightsError: a field is missing, its vision towers are not the two of OpenVLA-7B, or its images are not resized
+            as theirs.
+    """
+    file = Path(folder) / CONFIG
+    description = read_json(file)
+    if missing := [name for name in _REQUIRED if name not in description]:
+        raise WeightsError(f"{file}: got no {', '.join(missing)}, expected the configuration of an OpenVLA checkpoint")
+    if tuple(description["timm_model_ids"]) != TIMM_IDS:
+        raise WeightsError(f"{file}: timm_model_ids: got {description['timm_model_ids']}, expected {TIMM_IDS}")
+    try:
+        config = _build(openvla_7b(tokenizer=str(folder)), description)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file}: {error}") from error
+    return read_preprocessor(folder, config)
+
+
+def _build(base: OpenVLAConfig, description: Mapping[str, Any]) -> OpenVLAConfig:
+    overrides = description.get(OVERRIDES, {})
+    dino, siglip = (
+        _override(tower, overrides.get(name, {}))
+        for name, tower in zip(TIMM_IDS, (base.dino, base.siglip), strict=True)
+    )
+    llm = _read_llama(description["text_config"], base.llm)
+    dtype = description.get("torch_dtype") or "float32"
+    return dataclasses.replace(
+        base,
+        dino=dino,
+        siglip=siglip,
+        projector_dim=4 * (dino.width + siglip.width),
+        llm=llm,
+        action_vocab_end=llm.vocab_size - description["pad_to_multiple_of"],
+        image_size=description["image_sizes"][0],
+        execution=dataclasses.replace(base.execution, dtype=dtype, param_dtype=dtype),
+    )
+
+
+def _override(tower: ViTConfig, sizes: Mapping[str, Any]) -> ViTConfig:
+    width = sizes.get("embed_dim", tower.width)
+    # A ratio gives a whole number, which rounding must not lessen.
+    mlp_dim = int(width * sizes.get("mlp_ratio", tower.mlp_dim / tower.width) + 1e-6)
+    depth, num_heads = sizes.get("depth", tower.depth), sizes.get("num_heads", tower.num_heads)
+    return dataclasses.replace(tower, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
+
+
+def _read_llama(text: Mapping[str, Any], base: LlamaConfig) -> LlamaConfig:
+    fields = {ours: text[theirs] for ours, theirs in _LLAMA_FIELDS.items() if theirs in text}
+    num_heads = fields.get("num_heads", base.num_heads)
+    return dataclasses.replace(base, num_kv_heads=text.get("num_key_value_heads", num_heads), **fields)
+
+
+def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfig:
+    """Takes means and standard deviations from preprocessor_config.json, where there is one, and checks the resizing.
+
+    The published files carry the statistics twice, and those that Hugging Face's processor uses, in
+    `tvf_normalize_params`, are rounded to bfloat16.
+
+    Raises:
+        WeightsError: images are to be resized in another way than bicubically to a square of `config.image_size`.
+    """
+    for file in (Path(folder) / CONFIG, Path(folder) / "preprocessor_config.json"):
+        description = read_json(file) if file.exists() else {}
+        if not isinstance(description, dict):
+            raise WeightsError(f"{file}: got a {type(description).__name__}, expected an object of named fields")
+        _check_resizing(file, description, config.image_size)
+    if not description:
+        return config
+    fields = description.get("tvf_normalize_params")
+    if fields is None:
+        fields = [{"mean": m, "std": s} for m, s in zip(description["means"], description["stds"], strict=True)]
+    if len(fields) != 2:
+        raise WeightsError(f"{file}: tvf_normalize_params: got {len(fields)}, expected 2, of DINO's tower and SigLIP's")
+    dino, siglip = (
+        dataclasses.replace(tower, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
+        for tower, stats in zip((config.dino, config.siglip), fields, strict=True)
+    )
+    return dataclasses.replace(config, dino=dino, siglip=siglip)
+
+
+def _check_resizing(file: Path, description: dict[str, Any], size: int) -> None:
+    """Raises WeightsError where images would go through anything but a bicubic squash, as far as the file says."""
+    square = [size, size]
+    wanted = [
+        ("image_resize_strategy", description.get("image_resize_strategy"), ("resize-naive",)),
+        ("tvf_do_letterbox", description.get("tvf_do_letterbox"), (False,)),
+    ]
+    wanted += [("interpolations", name, _BICUBIC) for name in description.get("interpolations", ())]
+    wanted += [("input_sizes", shape, ([3, *square],)) for shape in description.get("input_sizes", ())]
+    for resize in description.get("tvf_resize_params", ()):
+        wanted += [("tvf_resize_params.size", resize.get("size"), (square,))]
+        wanted += [("tvf_resize_params.interpolation", resize.get("interpolation"), _BICUBIC)]
+    for name, got, allowed in wanted:
+        if got is not None and got not in allowed:
+            expected = " or ".join(repr(value) for value in allowed)
+            raise WeightsError(f"{file}: {name}: got {got!r}, expected {expected}")
+
+
+def tensor_table(config: OpenVLAConfig) -> dict[str, Entry]:
+    """Returns the checkpoint's tensors for every leaf of our tree but adapters and value head, by the leaf's path."""
+    table = {}
+    for tower, prefix in _PREFIXES.items():
+        sizes, rows = getattr(config, tower), dict(_TOWER)
+        tokens = ("cls_token", "reg_token")[: sizes.num_prefix]
+        rows |= {token: (token, "same") for token in tokens}
+        if sizes.layer_scale is not None:
+            rows |= {f"blocks/{name}": (f"blocks.{{}}.{name}.scale_factor", "same") for name in ("ls1", "ls2")}
+        named = {f"{tower}/{ours}": (prefix + theirs, kind) for ours, (theirs, kind) in rows.items()}
+        table |= make_entries(named, sizes.depth - 1)
+    table |= make_entries({f"projector/{layer}": (f"projector.{layer}", LINEAR) for layer in ("fc1", "fc2", "fc3")})
+    return table | make_entries(_LLAMA, config.llm.depth)
+
+
+def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Returns the places of adapters of a table's kernels in PEFT's files, less the beginning of their names."""
+    adapters = {}
+    for path, (names, kind, num_stacked) in table.items():
+        module, _, leaf = path.rpartition("/")
+        if leaf == "kernel":
+            kind_b = "pointwise" if kind == "conv" else "linear"
+            for ours, theirs, which in (("lora_a", "lora_A", kind), ("lora_b", "lora_B", kind_b)):
+                files = tuple(f"{name.removesuffix('.weight')}.{theirs}.weight" for name in names)
+                adapters[f"{module}/{ours}"] = Entry(files, which, num_stacked)
+    return adapters
+
+
+def unused_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
+    """Returns the checkpoint's tensors that are never run: last blocks, final norms, SigLIP's attention pool."""
+    used, unused = table_specs(tensor_table(config), leaf_shapes(config), dtype), {}
+    for tower, prefix in _PREFIXES.items():
+        sizes = getattr(config, tower)
+        first, last = f"{prefix}blocks.0.", f"{prefix}blocks.{sizes.depth - 1}."
+        unused |= {last + name.removeprefix(first): spec for name, spec in used.items() if name.startswith(first)}
+        unused |= {f"{prefix}norm.{suffix}": Spec(dtype, (sizes.width,)) for suffix in ("weight", "bias")}
+    width, hidden, pool = config.siglip.width, config.siglip.mlp_dim, f"{_PREFIXES['siglip']}attn_pool."
+    unused[f"{pool}latent"] = Spec(dtype, (1, 1, width))
+    linear = {"q": (width, width), "kv": (2 * width, width), "proj": (width, width)}
+    linear |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    for name, shape in linear.items():
+        unused |= {f"{pool}{name}.weight": Spec(dtype, shape), f"{pool}{name}.bias": Spec(dtype, shape[:1])}
+    return unused | {f"{pool}norm.{suffix}": Spec(dtype, (width,)) for suffix in ("weight", "bias")}
+
+
+def _find(source: Path) -> Tensors | None:
+    description = describe(source)
+    is_openvla = description.get("model_type") == "openvla" or "timm_model_ids" in description
+    return list_model(source) if is_openvla else None
+
+
+def _finish(folder: Path, config: OpenVLAConfig, dtype: str | None) -> None:
+    if dtype is not None:
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | {"torch_dtype": dtype})
+
+
+def _known(folder: Path) -> dict:
+    fields = to_dict(read_config(folder))
+    return {name: fields[name] for name in ("dino", "siglip", "projector_dim", "llm", "action_vocab_end", "image_size")}
+
+
+OPENVLA = Format(
+    name="openvla",
+    model=OpenVLAConfig,
+    kept="huggingface",
+    find=_find,
+    clean=lambda source, tensors: (tensors, ()),
+    read_config=read_config,
+    table=lambda config, names: tensor_table(config),
+    statistics=read_openvla_stats,
+    add_statistics=lambda folder, name, stats: write_openvla_tables(folder, {name: to_openvla_table(stats)}),
+    unused=unused_specs,
+    finish=_finish,
+    max_bytes=5 * 10**9,
+    keeps_unused=True,
+    one_dtype=True,
+    known=_known,
+)

@@ -1,1 +1,0 @@
-"""OpenVLA's checkpoints in Hugging Face's form."""

@@ -1,0 +1,146 @@
+"""Tensors of openpi's PyTorch port and of lerobot: their names made the same, and a table from the leaves of pi0.5.
+
+openpi's own tree is ours. lerobot's names are the port's with `model.` in front. The token embedding is tied to an
+output layer, and has its name in the port's files. The expert has an output layer that is never run.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from stare_jax.models.pi05.network import Pi05Config
+from stare_jax.weights.safetensors_folder import Tensors, WeightsError, is_same
+from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, Entry, make_entries
+
+LEROBOT_PREFIX = "model."
+_PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
+EMBEDDINGS = (f"{_PALIGEMMA}lm_head.weight", f"{_PALIGEMMA}model.language_model.embed_tokens.weight")
+"""names of the token embedding, tied: what PyTorch saves has the first alone"""
+UNUSED = f"{_EXPERT}lm_head.weight"
+"""an output layer of the expert, random and never run; the port's strict loading wants it nevertheless"""
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
+"""parts of names that come of training in parallel and of compilation"""
+_OURS = re.compile(r"^(paligemma_with_expert\.(paligemma|gemma_expert)\.|(action_in_proj|action_out_proj)\.)")
+_ADAPTIVE = re.compile(r"gemma_expert\.model\.(layers\.\d+\.\w+_layernorm|norm)\.dense\.")
+_PLAIN = re.compile(r"gemma_expert\.model\.(layers\.\d+\.\w+_layernorm|norm)\.weight$")
+_PI0 = re.compile(r"^(state_proj|action_time_mlp_in|action_time_mlp_out)\.")
+_TOWER = re.compile(r"\.vision_tower\.(?!vision_model\.)")
+"""the tower as newer versions of transformers name it"""
+_LEFT = re.compile(r"^(state_proj|value_head|noise_head)\.")
+"""parts that pi0.5 does not have: pi0's, and the heads of other reinforcement learning, which are other networks"""
+
+_SIGLIP = {
+    "embedding": ("embeddings.patch_embedding", CONV),
+    "pos_embedding": ("embeddings.position_embedding.weight", "leading"),
+    "Transformer/encoder_norm": ("post_layernorm", NORM),
+    "Transformer/encoderblock/LayerNorm_0": ("encoder.layers.{}.layer_norm1", NORM),
+    "Transformer/encoderblock/LayerNorm_1": ("encoder.layers.{}.layer_norm2", NORM),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_0/query": ("encoder.layers.{}.self_attn.q_proj", LINEAR),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_0/key": ("encoder.layers.{}.self_attn.k_proj", LINEAR),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_0/value": ("encoder.layers.{}.self_attn.v_proj", LINEAR),
+    "Transformer/encoderblock/MultiHeadDotProductAttention_0/out": ("encoder.layers.{}.self_attn.out_proj", HEADS_IN),
+    "Transformer/encoderblock/MlpBlock_0/Dense_0": ("encoder.layers.{}.mlp.fc1", LINEAR),
+    "Transformer/encoderblock/MlpBlock_0/Dense_1": ("encoder.layers.{}.mlp.fc2", LINEAR),
+}
+_OUTER = {name: (name, LINEAR) for name in ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")}
+_OUTER |= {
+    "PaliGemma/llm/embedder/input_embedding": (EMBEDDINGS[0], "same"),
+    "PaliGemma/img/head": (f"{_PALIGEMMA}model.multi_modal_projector.linear", LINEAR),
+}
+_LAYER = {
+    "layers/attn/q_einsum{}/w": ("layers.{}.self_attn.q_proj.weight", "per_head"),
+    "layers/attn/attn_vec_einsum{}/w": ("layers.{}.self_attn.o_proj.weight", "heads"),
+    "layers/mlp{}/linear": ("layers.{}.mlp.down_proj.weight", "linear"),
+    "layers/pre_attention_norm{}": ("layers.{}.input_layernorm", {"scale": NORM["scale"]}),
+    "layers/pre_ffw_norm{}": ("layers.{}.post_attention_layernorm", {"scale": NORM["scale"]}),
+    "final_norm{}": ("norm", {"scale": NORM["scale"]}),
+}
+"""leaves of each expert; the number of the second one is part of our names"""
+_PAIRS = {
+    "layers/attn/kv_einsum{}/w": (("self_attn.k_proj", "self_attn.v_proj"), "per_head"),
+    "layers/mlp{}/gating_einsum": (("mlp.gate_proj", "mlp.up_proj"), "linear"),
+}
+"""leaves in which two tensors of each layer are stacked"""
+_FLOW_NORM = {f"Dense_0/{leaf}": (f"dense.{name}", kind) for leaf, (name, kind) in LINEAR.items()}
+"""leaves of a norm that follows from the flow time, as all of the second expert's do"""
+
+
+def tensor_table(config: Pi05Config) -> dict[str, Entry]:
+    """Returns the port's tensors for every leaf that openpi's tree has, adapters apart, by the leaf's path."""
+    tower = f"{_PALIGEMMA}model.vision_tower.vision_model."
+    table = make_entries(_OUTER | _under("PaliGemma/img/", tower, _SIGLIP), config.siglip.depth)
+    prefixes, depth = (f"{_PALIGEMMA}model.language_model.", f"{_EXPERT}model."), config.paligemma.depth
+    for prefix, suffix in zip(prefixes, ("", "_1"), strict=True):
+        rows = {ours.format(suffix): row for ours, row in _LAYER.items()}
+        if suffix:
+            rows = {o: (theirs, what if isinstance(what, str) else _FLOW_NORM) for o, (theirs, what) in rows.items()}
+        table |= make_entries(_under("PaliGemma/llm/", prefix, rows), depth)
+        for ours, (names, kind) in _PAIRS.items():
+            tensors = tuple(f"{prefix}layers.{i}.{name}.weight" for i in range(depth) for name in names)
+            table[f"PaliGemma/llm/{ours.format(suffix)}"] = Entry(tensors, kind, 2)
+    return table
+
+
+def _under(ours: str, theirs: str, rows: Mapping[str, tuple]) -> dict[str, tuple]:
+    return {ours + path: (theirs + name, what) for path, (name, what) in rows.items()}
+
+
+def is_port(tensors: Tensors) -> bool:
+    """Returns whether a file is the port's or lerobot's, by the names of its tensors."""
+    return any(_OURS.match(clean_name(name)) for name in tensors)
+
+
+def is_lerobot(tensors: Tensors) -> bool:
+    """Returns whether the names of a file are lerobot's."""
+    return any(_unwrap(name).startswith(LEROBOT_PREFIX) for name in tensors)
+
+
+def clean_name(name: str) -> str:
+    """Returns a name without what lerobot and training in parallel add to it."""
+    return re.sub(_TOWER, ".vision_tower.vision_model.", _unwrap(name).removeprefix(LEROBOT_PREFIX))
+
+
+def _unwrap(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def clean_names(source: Path, tensors: Tensors) -> tuple[Tensors, Sequence[str]]:
+    """Gives tensors the port's own names, the embedding that of the output layer that it is tied to.
+
+    Raises:
+        WeightsError: they are pi0's, two have the same name, or what should be tied is not the same.
+    """
+    names: dict[str, list[str]] = {}
+    for name in tensors:
+        names.setdefault(clean_name(name), []).append(name)
+    if twice := [", ".join(same) for same in names.values() if len(same) > 1]:
+        raise WeightsError(f"{source}: got the same tensor under several names: {'; '.join(twice)}")
+    clean = {name: tensors[original] for name, (original,) in names.items()}
+    _refuse_pi0(source, clean)
+    left = [name for name in clean if _LEFT.match(name) or name == UNUSED]
+    for name in [name for name in clean if name.startswith("action_time_mlp_")]:
+        # Some files call the flow time's layers as pi0 does; their shapes show whether they are pi0's.
+        if (renamed := name.removeprefix("action_")) in clean:
+            left.append(name)
+        else:
+            clean[renamed] = clean.pop(name)
+            names[renamed] = names.pop(name)
+    first, second = EMBEDDINGS
+    if second in clean:
+        one, other = clean.get(first), clean.pop(second)
+        if one is not None and not (one.spec == other.spec and is_same(one, other)):
+            tied = f"those of {names[first][0]}, which it is tied to"
+            raise WeightsError(f"{source}: {names[second][0]}: got other values, expected {tied}")
+        clean.setdefault(first, other)
+    kept = {name: stored for name, stored in clean.items() if name not in left}
+    return kept, sorted(names[name][0] for name in left)
+
+
+def _refuse_pi0(source: Path, clean: Tensors) -> None:
+    """Makes sure that the expert's norms follow from the flow time, which is what makes a pi0.5."""
+    plain = [name for name in clean if _PLAIN.search(name)]
+    if not any(_ADAPTIVE.search(name) for name in clean):
+        plain += [name for name in clean if _PI0.match(name)]
+    if plain:
+        raise WeightsError(f"{source}: got weights of pi0 ({', '.join(sorted(plain)[:5])}), expected pi0.5's")
