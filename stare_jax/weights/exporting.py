@@ -2,7 +2,7 @@
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from stare_jax.config import ConfigError
 from stare_jax.logging import new_directory, progress, progress_bytes
 from stare_jax.models import ModelConfig
+from stare_jax.models.nn.lora import LoRAConfig, merge_adapters
 from stare_jax.state.checkpoint import load_norm_stats, param_shapes, resolve_step
 from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.train_state import CHECKPOINTS
@@ -22,7 +23,6 @@ from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
 from stare_jax.weights.importing import check_dtype, check_space
 from stare_jax.weights.load import check_same_model, is_converted, model_from_dict, stored_model
-from stare_jax.weights.merge import merged_leaves
 from stare_jax.weights.safetensors_folder import Spec, WeightsError, read, read_json, write_file, write_model
 from stare_jax.weights.statistics import read_openvla_stats, read_openvla_tables, write_openvla_tables
 from stare_jax.weights.tensor_table import (
@@ -46,7 +46,7 @@ class Origin(NamedTuple):
     config: ModelConfig
     is_run: bool
     base: Opened | None
-    """files and tensors that are kept of the checkpoint that they began as"""
+    """the checkpoint that they began as, or what is kept of it"""
     base_folder: Path
 
     @property
@@ -140,11 +140,7 @@ def _find_origin(source: Path, base: Path | None, step: int | None, model: Model
 
 
 def open_base(folder: Path) -> Opened:
-    """Opens a checkpoint of others, or what a converted folder keeps of one, which has no tensors of the parameters.
-
-    Raises:
-        ConfigError, WeightsError: see `open_weights`.
-    """
+    """Opens a checkpoint of others, or what a converted folder keeps of one, which has no tensors of the parameters."""
     if not is_converted(folder):
         return open_weights(folder)
     kept = next(folder / form.kept for form in FORMATS if (folder / form.kept).is_dir())
@@ -207,9 +203,8 @@ def _write_adapter(partial: Path, origin: Origin, dtype: str | None) -> None:
 def _check_unchanged(origin: Origin) -> None:
     """Raises WeightsError, with the parameters' paths, unless the weights beside the adapters are the base's."""
     base, table, changed = origin.base, OPENVLA.table(origin.config, ()), []
-    leaves, stored = leaf_loader(origin.checkpoints, list(table), step=origin.step), None
-    if not base.tensors:
-        stored = leaf_loader(origin.base_folder / CHECKPOINTS, list(table))
+    leaves = leaf_loader(origin.checkpoints, list(table), step=origin.step)
+    stored = None if base.tensors else leaf_loader(origin.base_folder / CHECKPOINTS, list(table))
     with progress(len(table), "check base", "parameter") as bar:
         for path, entry in table.items():
             ours = leaves(path)
@@ -222,10 +217,8 @@ def _check_unchanged(origin: Origin) -> None:
             del ours, theirs  # before the next ones are loaded
             bar.update(1)
     if changed:
-        raise WeightsError(
-            f"{origin.base_folder}: got other weights than those beside the adapters in {', '.join(changed)}, expected "
-            "the same; --merge writes the whole model"
-        )
+        got = f"got other weights than those beside the adapters in {', '.join(changed)}"
+        raise WeightsError(f"{origin.base_folder}: {got}, expected the same; --merge writes the whole model")
 
 
 def _write_model(
@@ -236,15 +229,15 @@ def _write_model(
     table = form.table(config, () if merge else adapted)
     dtypes = dtype or _widest(origin.shapes)
     has_same_names = base is not None and (base.form.write_tree is None) == (form.write_tree is None)
-    if dtype is None and has_same_names and not form.one_dtype and base.dtypes:
-        dtypes = base.dtypes
+    if dtype is None and has_same_names and not form.one_dtype:
+        dtypes = base.dtypes or dtypes
     specs = table_specs(table, origin.shapes, dtypes)
     unused = form.unused(config, next(iter(specs.values())).dtype)
     size = sum(spec.num_bytes for spec in (specs | unused).values())
     check_space(partial, size if form.write_tree is None else 2 * size)
     leaves, kept = origin.leaves(list(table)), None
     if merge:
-        leaves = merged_leaves(leaves, set(adapted), config.lora)
+        leaves = _merged(leaves, set(adapted), config.lora)
         kept = peft.kept_adapter(base, config, adapted) if form is OPENVLA else None
     if form is OPENVLA or (base is not None and base.form.name == form.name):
         side_files.copy_side_files(base.folder, partial)
@@ -260,10 +253,10 @@ def _write_model(
             values = table_values(table, leaves, specs, prefix=form.prefix)
             values = itertools.chain(values, _unused_values(form, base, unused, kept, config))
             named = {form.prefix + name: spec for name, spec in (specs | unused).items()}
-            if (max_bytes or form.max_bytes) is None:
-                write_file(partial / "model.safetensors", named, values, on_bytes)
+            if max_bytes := max_bytes or form.max_bytes:
+                write_model(partial, named, values, max_bytes=max_bytes, on_bytes=on_bytes)
             else:
-                write_model(partial, named, values, max_bytes=max_bytes or form.max_bytes, on_bytes=on_bytes)
+                write_file(partial / "model.safetensors", named, values, on_bytes)
     if kept is not None and (tables := read_openvla_tables([kept])):
         write_openvla_tables(partial, tables)
 
@@ -279,10 +272,38 @@ def _unused_values(
     form: Format, base: Opened | None, unused: dict[str, Spec], kept: Path | None, config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors that are never run: those that are kept, with a kept adapter merged, or zeros."""
-    merge = peft.merge_kept(kept, config.lora)
+    adapters = side_files.kept_unused(kept)
     for name, spec in unused.items():
-        dtype = jnp.dtype(spec.dtype)
-        if form.keeps_unused:
-            yield name, merge(name, read(base.unused[name])).astype(dtype)
-        else:
-            yield form.prefix + name, np.broadcast_to(np.zeros((), dtype), spec.shape)
+        dtype, module = jnp.dtype(spec.dtype), name.removesuffix(".weight")
+        tensor = read(base.unused[name]) if form.keeps_unused else np.broadcast_to(np.zeros((), dtype), spec.shape)
+        if f"{module}.lora_A.weight" in adapters:
+            a, b = (read(adapters[f"{module}.{which}.weight"]) for which in ("lora_A", "lora_B"))
+            tensor = _merge(tensor.T, a.T, b.T, config.lora).T
+        yield form.prefix + name, tensor.astype(dtype, copy=False)
+
+
+def _merged(leaves: Leaves, adapted: Collection[str], lora: LoRAConfig) -> Leaves:
+    """Returns parameters of the base model that compute the same as `leaves` with adapters at the paths `adapted`."""
+
+    def merged(path: str) -> np.ndarray:
+        names, kernel = adapter_names(path), leaves(path)
+        if names[0] not in adapted:
+            return kernel
+        a, b = map(leaves, names)
+        own = LoRAConfig(rank=a.shape[-1], alpha=lora.scale_of(adapted_module(path)) * a.shape[-1])
+        if path.endswith("/kernel") and a.ndim + b.ndim == kernel.ndim + 2:
+            return _merge(kernel, a, b, own)
+        kernel = np.require(kernel, requirements="W")
+        for i in range(len(kernel)):  # layer by layer, because the sum is taken in float32
+            kernel[i] = _merge(kernel[i], a[i], b[i], own, name="kernel" if path.endswith("/kernel") else "w")
+        return kernel
+
+    return merged
+
+
+def _merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig, *, name: str = "kernel") -> np.ndarray:
+    params = {"module": {name: kernel, "lora_a": a, "lora_b": b}}
+    return jax.device_get(_merge_adapters(params, config=lora)["module"][name])
+
+
+_merge_adapters = jax.jit(merge_adapters, static_argnames="config")

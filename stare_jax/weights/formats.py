@@ -75,14 +75,13 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
 
     Args:
         source: an OpenVLA checkpoint in Hugging Face's form; openpi's, its PyTorch port's, lerobot's; PaliGemma's npz.
-        config: of the model; None takes what the folder says.
+        config: configuration of the model; None takes what the folder says.
         adopt_adapters: add adapters that are among the tensors to a configuration without any, instead of refusing.
 
     Raises:
-        WeightsError: see `find_format`; also where tensors are missing, unknown, of another shape or type (all are
-            listed), or the model has parts that others do not have.
-        ConfigError: see `find_format`; also where the configuration is of another kind of model, or the folder does
-            not say which model it is.
+        WeightsError: tensors are missing, unknown, of another shape or type (all are listed), or the model has parts
+            that others do not have; see also `find_format`.
+        ConfigError: the configuration is of another kind of model, or neither says which model it is.
     """
     found = find_format(source)
     if found is None:
@@ -94,7 +93,7 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
         raise ConfigError(f"{got}, expected those of a {type(config).__name__}")
     check_counterpart(config, form)
     tensors, left = form.clean(source, listed)
-    config = _with_adapters(form, source, tensors, config, adopt=adopt_adapters)
+    config = _with_adapters(form, tensors, config, adopt=adopt_adapters)
     table, types = form.table(config, tensors), {name: stored.spec.dtype for name, stored in tensors.items()}
     if form.one_dtype:
         several = set(types.values())
@@ -109,28 +108,16 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
     unused = form.unused(config, dtypes) if form.keeps_unused else {}
     check_tensors(source, tensors, used | unused)
     head_table, heads = open_heads(source, config)
-    return Opened(
-        form,
-        source,
-        config,
-        table | head_table,
-        {name: tensors[name] for name in used} | heads,
-        {name: tensors[name] for name in unused},
-        {name: spec.dtype for name, spec in used.items()},
-        left,
-    )
+    table, dtypes = table | head_table, {name: spec.dtype for name, spec in used.items()}
+    run, kept = ({name: tensors[name] for name in specs} for specs in (used, unused))
+    return Opened(form, source, config, table, run | heads, kept, dtypes, left)
 
 
-def _with_adapters(form: Format, source: Path, tensors: Tensors, config: ModelConfig, *, adopt: bool) -> ModelConfig:
+def _with_adapters(form: Format, tensors: Tensors, config: ModelConfig, *, adopt: bool) -> ModelConfig:
     """Returns the configuration with adapters that are among the tensors, having compared those that it has."""
     lora = form.read_lora({name: stored.spec for name, stored in tensors.items()})
-    if lora is None:
-        return config
-    if config.lora is None and adopt:
-        return dataclasses.replace(config, lora=lora)
-    if config.lora is None:
-        unknown = [f"unknown {name} {stored.spec}" for name, stored in tensors.items() if is_adapter(name)]
-        raise WeightsError(f"{source}: got adapters, expected none without model.lora:\n  " + "\n  ".join(unknown))
+    if lora is None or config.lora is None:  # adapters that nobody wants are unknown tensors
+        return dataclasses.replace(config, lora=lora) if adopt and config.lora is None else config
     for module in map(adapted_module, filter(is_adapter, tensors)):
         rank, scale = config.lora.rank_of(module), config.lora.scale_of(module)
         if scale != 1.0:
@@ -152,12 +139,8 @@ def read_params(
 ) -> PyTree:
     """Reads weights, each leaf onto its devices, and makes the leaves that are not there, adapters apart.
 
-    Args:
-        opened: the weights.
-        key: random key of the leaves that are not there; consumed.
-        like: `jax.ShapeDtypeStruct`s of the parameters, with the shardings that they are to have; None gives NumPy
-            arrays in the types of the configuration.
-        on_bytes: called with the size of every leaf that is read.
+    The leaves have the types and shardings of `like`; without it they are NumPy arrays, in the types of the
+    configuration. The key is consumed.
     """
     wanted = leaf_shapes(opened.config) if like is None else flatten(like)
     leaves = flatten(read_tree(opened.table, opened.tensors, wanted, on_bytes))
@@ -176,8 +159,7 @@ def read_norm_stats(
         state_dim: S, likewise; OpenVLA's have none of the state where it is None.
 
     Raises:
-        ConfigError, CheckpointError: there are no such weights.
-        WeightsError: there are no statistics, or the name is missing or unknown.
+        WeightsError: there are no statistics, or the name is missing or unknown; see also `find_format`.
     """
     found = find_format(source)
     if found is None:

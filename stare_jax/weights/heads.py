@@ -1,6 +1,6 @@
 """Parameters that others' checkpoints do not have: value head and noise head, their side file, and initial values."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from stare_jax.weights.tensor_table import (
     LINEAR,
     Entry,
     Leaves,
+    Shapes,
     leaf_shapes,
     make_entries,
     place,
@@ -37,7 +38,7 @@ def head_table(config: ModelConfig) -> dict[str, Entry]:
 
 
 def open_heads(folder: Path, config: ModelConfig) -> tuple[dict[str, Entry], dict[str, Stored]]:
-    """Finds the heads in the side file of a folder; returns their table and tensors, both empty where it has none.
+    """Returns table and tensors of the heads in a folder's side file, both empty where it has none.
 
     Raises:
         WeightsError: the file is damaged, or of other heads.
@@ -57,16 +58,10 @@ def write_heads(to: Path, config: ModelConfig, leaves: Leaves) -> None:
     write_file(to / HEADS, specs, table_values(table, leaves, specs))
 
 
-def fresh_leaves(
-    config: ModelConfig, key: jax.Array, wanted: Mapping[str, jax.ShapeDtypeStruct], paths: Collection[str]
-) -> dict[str, Array]:
-    """Returns initial values of some leaves by path, without allocating the rest of the model.
+def fresh_leaves(config: ModelConfig, key: jax.Array, wanted: Shapes, paths: Collection[str]) -> dict[str, Array]:
+    """Returns initial values of the leaves at some paths, without allocating the rest of the model; consumes the key.
 
-    Args:
-        config: of the model.
-        key: consumed.
-        wanted: shape, dtype and, where the leaf is not to be a NumPy array, sharding of each.
-        paths: the leaves to make.
+    Leaves have the types and shardings that are wanted; those without a sharding are NumPy arrays.
     """
     if not paths:
         return {}

@@ -21,6 +21,7 @@ from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import NormStats, PyTree
 from stare_jax.weights import peft, side_files
 from stare_jax.weights.formats import OPENVLA, open_weights, read_params
+from stare_jax.weights.safetensors_folder import write_json
 from stare_jax.weights.tensor_table import FLOATS
 
 
@@ -61,7 +62,7 @@ def import_weights(
     Args:
         source: see `open_weights`.
         to: the folder.
-        config: of the model; None takes what the source says.
+        config: configuration of the model; None takes what the source says.
         adapter: a PEFT folder of OpenVLA's, whose adapters become part of the parameters.
         unnorm_key: data set, or asset, whose statistics the policy has; may be left out where there is only one.
         action_dim: A of the robot, to which longer statistics of openpi's are cut; None takes them all.
@@ -74,7 +75,7 @@ def import_weights(
 
     Raises:
         WeightsError: weights, adapter or statistics are damaged or do not fit.
-        ConfigError: the source does not say which model it is of, or the policy refuses it; the disk is too small.
+        ConfigError: the source does not say which model it is, or the policy refuses it; the disk is too small.
         ShardingError: there are not so many devices, or the model cannot be cut over them.
         FileExistsError: there is something at `to`.
         KeyboardInterrupt: also where SIGINT or SIGTERM came while it saved.
@@ -147,7 +148,7 @@ def _save(folder: Path, params: PyTree, config: ModelConfig, norm_stats: NormSta
         save_params(folder / CHECKPOINTS, 0, params, model=to_dict(config), norm_stats=norm_stats)
     if interruption.requested:
         raise KeyboardInterrupt
-    side_files.write_json(folder / side_files.CONFIG, {"model": to_dict(config)})
+    write_json(folder / side_files.CONFIG, {"model": to_dict(config)})
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -33,10 +33,10 @@ def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh
 
     Args:
         source: a phase of a run, a converted folder, or a checkpoint of others; None takes random weights.
-        policy: the run's.
-        model: configuration that the policy was made of. Where it has adapters and the source has none, they are fresh.
+        policy: the run's policy.
+        model: configuration that the policy was made of; adapters that the source does not have are fresh.
         mesh: devices that the parameters are to be on.
-        key: of all that is random; consumed.
+        key: consumed.
 
     Raises:
         ConfigError: the model computes something else than the source's; names all fields that differ.
@@ -63,16 +63,16 @@ def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh
 
 
 def is_converted(folder: Path) -> bool:
-    """Returns whether a folder holds a converted checkpoint, which stands alone, and not a phase of a run."""
+    """Returns whether a folder holds a converted checkpoint, and not a phase of a run."""
     return is_ours(folder) and any((folder / form.kept).is_dir() for form in FORMATS)
 
 
 def stored_model(source: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Returns the fields of the model's configuration that a checkpoint tells, all or some; {} where it tells none.
+    """Returns the fields of the model's configuration that a checkpoint tells, all, some or none.
 
     Args:
         source: a phase of a run, a converted folder, or a checkpoint in the format of others.
-        step: of a phase; None takes the latest.
+        step: step of a phase; None takes the latest.
     """
     if not is_ours(source):
         form, _ = find_format(source)
@@ -84,11 +84,7 @@ def stored_model(source: Path, *, step: int | None = None) -> dict[str, Any]:
 
 
 def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
-    """Builds a model's configuration from its fields, which tell its kind.
-
-    Raises:
-        ConfigError: a field is unknown or has a wrong value.
-    """
+    """Builds a model's configuration from its fields, which tell its kind; raises ConfigError where one is wrong."""
     return from_dict(_kind(fields), fields, path="model")
 
 
@@ -103,9 +99,9 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
     tokenizers by the folder that they lie in, and a model may have adapters that the stored one does not have.
 
     Args:
-        stored: fields of the stored model. Fields that are missing are not compared; {} is said to be unknown.
+        stored: fields of the stored model; those that are missing are not compared, and {} is said to be unknown.
         wanted: the model.
-        source: begins the message.
+        source: the message's beginning.
 
     Raises:
         ConfigError: names all fields that differ, one per line, got and expected.
@@ -135,13 +131,14 @@ def _compare_adapters(expected: LoRAConfig, model: ModelConfig) -> list[str]:
     if not (got.overrides or expected.overrides):
         sizes = ({"rank": lora.rank, "alpha": lora.alpha} for lora in (got, expected))
         return _compare("model.lora", *sizes)
-    modules = sorted({adapted_module(path) for path in leaf_shapes(model) if is_adapter(path)})
-    sizes = {m: [(lora.rank_of(m), lora.rank_of(m) * lora.scale_of(m)) for lora in (got, expected)] for m in modules}
-    return [
-        f"model.lora: {module}: got rank and alpha {ours}, expected {theirs}"
-        for module, (ours, theirs) in sizes.items()
-        if ours != theirs
-    ]
+    problems = []
+    for module in sorted({adapted_module(path) for path in leaf_shapes(model) if is_adapter(path)}):
+        ours, theirs = (
+            (lora.rank_of(module), lora.rank_of(module) * lora.scale_of(module)) for lora in (got, expected)
+        )
+        if ours != theirs:
+            problems.append(f"model.lora: {module}: got rank and alpha {ours}, expected {theirs}")
+    return problems
 
 
 def _compare(name: str, got: Any, expected: Any) -> list[str]:
@@ -171,12 +168,11 @@ def with_colours(stored: Mapping[str, Any], model: ModelConfig) -> ModelConfig:
 
     Args:
         stored: fields of the stored model, see `stored_model`.
-        model: the run's.
+        model: the run's model.
     """
-    towers = {}
     for name in ("dino", "siglip"):
         tower, theirs = getattr(model, name, None), stored.get(name) or {}
-        colours = {field: tuple(theirs[field]) for field in _COLOURS if tower is not None and field in theirs}
-        if colours:
-            towers[name] = dataclasses.replace(tower, **colours)
-    return dataclasses.replace(model, **towers) if towers else model
+        if tower is not None:
+            colours = {field: tuple(theirs[field]) for field in _COLOURS if field in theirs}
+            model = dataclasses.replace(model, **{name: dataclasses.replace(tower, **colours)})
+    return model

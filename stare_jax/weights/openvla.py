@@ -6,24 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from stare_jax.config import to_dict
-from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.presets import openvla_7b
 from stare_jax.weights.format import Format
-from stare_jax.weights.safetensors_folder import Spec, Tensors, WeightsError, list_model, read_json
-from stare_jax.weights.side_files import CONFIG, write_json
+from stare_jax.weights.safetensors_folder import Spec, Tensors, WeightsError, list_model, read_json, write_json
+from stare_jax.weights.side_files import CONFIG
 from stare_jax.weights.statistics import read_openvla_stats, to_openvla_table, write_openvla_tables
-from stare_jax.weights.tensor_table import (
-    CONV,
-    HEADS_IN,
-    LINEAR,
-    NORM,
-    Entry,
-    leaf_shapes,
-    make_entries,
-    table_specs,
-)
+from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, Entry, leaf_shapes, make_entries, table_specs
 
 TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 OVERRIDES = "tiny_timm_overrides"
@@ -80,8 +70,7 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
     """Builds our configuration from a checkpoint's config.json; what it leaves out is as in OpenVLA-7B.
 
     Raises:
-        WeightsError: a field is missing, its vision towers are not the two of OpenVLA-7B, or its images are not resized
-            as theirs.
+        WeightsError: a field is missing, or vision towers or the resizing of images are not those of OpenVLA-7B.
     """
     file = Path(folder) / CONFIG
     description = read_json(file)
@@ -97,12 +86,12 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
 
 
 def _build(base: OpenVLAConfig, description: Mapping[str, Any]) -> OpenVLAConfig:
-    overrides = description.get(OVERRIDES, {})
-    dino, siglip = (
-        _override(tower, overrides.get(name, {}))
-        for name, tower in zip(TIMM_IDS, (base.dino, base.siglip), strict=True)
-    )
-    llm = _read_llama(description["text_config"], base.llm)
+    overrides, text = description.get(OVERRIDES, {}), description["text_config"]
+    towers = zip(TIMM_IDS, (base.dino, base.siglip), strict=True)
+    dino, siglip = (_override(tower, overrides.get(name, {})) for name, tower in towers)
+    fields = {ours: text[theirs] for ours, theirs in _LLAMA_FIELDS.items() if theirs in text}
+    num_kv_heads = text.get("num_key_value_heads", fields.get("num_heads", base.llm.num_heads))
+    llm = dataclasses.replace(base.llm, num_kv_heads=num_kv_heads, **fields)
     dtype = description.get("torch_dtype") or "float32"
     return dataclasses.replace(
         base,
@@ -124,17 +113,11 @@ def _override(tower: ViTConfig, sizes: Mapping[str, Any]) -> ViTConfig:
     return dataclasses.replace(tower, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
 
 
-def _read_llama(text: Mapping[str, Any], base: LlamaConfig) -> LlamaConfig:
-    fields = {ours: text[theirs] for ours, theirs in _LLAMA_FIELDS.items() if theirs in text}
-    num_heads = fields.get("num_heads", base.num_heads)
-    return dataclasses.replace(base, num_kv_heads=text.get("num_key_value_heads", num_heads), **fields)
-
-
 def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfig:
-    """Takes means and standard deviations from preprocessor_config.json, where there is one, and checks the resizing.
+    """Takes means and standard deviations from preprocessor_config.json, where there is one.
 
-    The published files carry the statistics twice, and those that Hugging Face's processor uses, in
-    `tvf_normalize_params`, are rounded to bfloat16.
+    The published files carry them twice, and those that Hugging Face's processor uses, in `tvf_normalize_params`, are
+    rounded to bfloat16.
 
     Raises:
         WeightsError: images are to be resized in another way than bicubically to a square of `config.image_size`.
@@ -214,11 +197,11 @@ def unused_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
         unused |= {f"{prefix}norm.{suffix}": Spec(dtype, (sizes.width,)) for suffix in ("weight", "bias")}
     width, hidden, pool = config.siglip.width, config.siglip.mlp_dim, f"{_PREFIXES['siglip']}attn_pool."
     unused[f"{pool}latent"] = Spec(dtype, (1, 1, width))
-    linear = {"q": (width, width), "kv": (2 * width, width), "proj": (width, width)}
-    linear |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
-    for name, shape in linear.items():
+    weights = {"q": (width, width), "kv": (2 * width, width), "proj": (width, width), "norm": (width,)}
+    weights |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    for name, shape in weights.items():
         unused |= {f"{pool}{name}.weight": Spec(dtype, shape), f"{pool}{name}.bias": Spec(dtype, shape[:1])}
-    return unused | {f"{pool}norm.{suffix}": Spec(dtype, (width,)) for suffix in ("weight", "bias")}
+    return unused
 
 
 def _find(source: Path) -> Tensors | None:

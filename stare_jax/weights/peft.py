@@ -7,18 +7,17 @@ and come back as they were.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
+from stare_jax.weights import side_files
 from stare_jax.weights.format import Opened
 from stare_jax.weights.heads import open_heads
-from stare_jax.weights.merge import merge_tensor
 from stare_jax.weights.openvla import adapter_table, tensor_table
 from stare_jax.weights.safetensors_folder import (
     Spec,
@@ -29,15 +28,6 @@ from stare_jax.weights.safetensors_folder import (
     read,
     read_json,
     write_file,
-)
-from stare_jax.weights.side_files import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    ADAPTER_MODEL,
-    RECORD,
-    copy_side_files,
-    keep_aside,
-    kept_unused,
     write_json,
 )
 from stare_jax.weights.tensor_table import Leaves, adapted_module, leaf_shapes, table_specs, table_values
@@ -55,12 +45,8 @@ _WITHOUT_EFFECT = {
 
 
 def read_lora(folder: Path) -> LoRAConfig:
-    """Reads rank and alpha of an adapter; the targets are all, whatever it adapts.
-
-    Raises:
-        WeightsError: it does what is not supported; names all such fields.
-    """
-    file = folder / ADAPTER_CONFIG
+    """Reads rank and alpha of an adapter; raises WeightsError, with all such fields, where it is not supported."""
+    file = folder / side_files.ADAPTER_CONFIG
     description = read_json(file)
     problems = [
         f"{name}: got {description[name]!r}, expected one of {allowed}"
@@ -88,13 +74,13 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
         Weights with the base's configuration and these adapters, whose table and tensors are those of adapters alone.
 
     Raises:
-        WeightsError: it does what is not supported, is damaged, is of another model, or adapts some of the layers that
-            we keep as one array; tensors that do not fit are all listed.
+        WeightsError: it is not supported, damaged, of another model, or adapts some of the layers that we keep as one
+            array; tensors that do not fit are all listed.
     """
-    lora, file = read_lora(folder), folder / ADAPTER_MODEL
+    lora, file = read_lora(folder), folder / side_files.ADAPTER_MODEL
     if not file.exists():
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {ADAPTER_MODEL}; pickles are never read")
+        raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {file.name}; pickles are never read")
     listed = list_file(file)
     if foreign := [name for name in listed if not name.startswith(PREFIX)]:
         raise WeightsError(f"{file}: got {foreign[0]}, expected names that begin with {PREFIX}")
@@ -151,53 +137,43 @@ def _unused_specs(base: Opened, tensors: Collection[str], rank: int, dtype: str)
 def keep_adapter(adapter: Opened, kept: Path) -> list[str]:
     """Keeps what an adapter has beside its used tensors in its base's kept folder; returns names left behind."""
     record = {"modules": sorted(set(map(adapted_module, adapter.table))), "dtype": adapter.dtype}
-    return keep_aside(adapter.folder, adapter.unused, record, kept / ADAPTER)
+    return side_files.keep_aside(adapter.folder, adapter.unused, record, kept / side_files.ADAPTER)
 
 
 def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) -> Path | None:
-    """Returns the folder in which an adapter is kept that has the modules, rank and alpha of a policy's.
-
-    Args:
-        base: the checkpoint that the policy began as.
-        config: configuration of the policy.
-        adapted: paths of its adapters.
-    """
-    kept = base.folder / ADAPTER
+    """Returns the folder of the adapter that is kept of a base, if it has modules, rank and alpha of the policy's."""
+    kept = base.folder / side_files.ADAPTER
     if not kept.is_dir():
         return None
     lora = read_lora(kept)
     is_policys = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_policys &= read_json(kept / RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
+    is_policys &= read_json(kept / side_files.RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
     return kept if is_policys else None
 
 
 def write_adapter(
     to: Path, base: Opened, config: OpenVLAConfig, leaves: Leaves, *, adapted: Collection[str], dtype: str | None = None
 ) -> None:
-    """Writes an adapter into an empty folder, one leaf in memory at a time.
+    """Writes a policy's adapters, at the paths `adapted`, into an empty folder, one leaf in memory at a time.
 
-    Args:
-        to: the folder.
-        base: gives what is kept of an imported adapter, where this is that adapter, trained further or not.
-        config: configuration of the policy.
-        leaves: its parameters.
-        adapted: paths of the adapters among them.
-        dtype: type of the file's adapters; None takes that of the imported file, float32 where there is none.
+    What is kept of the base's adapter comes back, where this is that adapter, trained further or not. Without a type
+    adapters are written in that adapter's, or else in float32.
     """
     kept, everything = kept_adapter(base, config, adapted), adapter_table(tensor_table(config))
     table = {path: entry for path, entry in everything.items() if path in set(adapted)}
     if kept is None:
         names = [name for entry in table.values() for name in entry.names]
         modules = [name.removesuffix(_SUFFIX_A) for name in names if name.endswith(_SUFFIX_A)]
-        write_json(to / ADAPTER_CONFIG, _describe(config.lora, modules))
+        write_json(to / side_files.ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
-        copy_side_files(kept, to)
-    dtype, unused = dtype or (read_json(kept / RECORD)["dtype"] if kept else "float32"), kept_unused(kept)
+        side_files.copy_side_files(kept, to)
+        dtype = dtype or read_json(kept / side_files.RECORD)["dtype"]
+    dtype, unused = dtype or "float32", side_files.kept_unused(kept)
     specs = table_specs(table, leaf_shapes(config), dtype)
     specs |= {n: s.spec if n.endswith(_COPY) else s.spec._replace(dtype=dtype) for n, s in unused.items()}
     rest = ((PREFIX + name, read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
     named = itertools.chain(table_values(table, leaves, specs, prefix=PREFIX), rest)
-    write_file(to / ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
+    write_file(to / side_files.ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
 
 
 def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
@@ -213,18 +189,6 @@ def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": "gaussian",
+        "use_rslora": False,
+        "use_dora": False,
     }
-
-
-def merge_kept(kept: Path | None, lora: LoRAConfig | None) -> Callable[[str, np.ndarray], np.ndarray]:
-    """Returns a function that puts the kept adapters of tensors that are never run into them, as PEFT's merge does."""
-    adapters = kept_unused(kept)
-
-    def merge(name: str, tensor: np.ndarray) -> np.ndarray:
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" not in adapters:
-            return tensor
-        a, b = (read(adapters[f"{module}.{which}.weight"]) for which in ("lora_A", "lora_B"))
-        return merge_tensor(tensor, a, b, lora)
-
-    return merge

@@ -22,7 +22,6 @@ from stare_jax.state.storage import load_leaf, nest, save_tree, tree_shapes
 from stare_jax.weights.format import Format
 from stare_jax.weights.pi05_port import LEROBOT_PREFIX, UNUSED, clean_names, is_lerobot, is_port, tensor_table
 from stare_jax.weights.safetensors_folder import (
-    INDEX,
     Spec,
     Stored,
     Tensors,
@@ -30,8 +29,9 @@ from stare_jax.weights.safetensors_folder import (
     list_file,
     list_model,
     read_json,
+    write_json,
 )
-from stare_jax.weights.side_files import CONFIG, write_json
+from stare_jax.weights.side_files import CONFIG
 from stare_jax.weights.statistics import list_assets, read_asset, write_openpi_stats
 from stare_jax.weights.tensor_table import Entry, Leaves, OnBytes, adapted_module, is_adapter, leaf_shapes
 
@@ -51,10 +51,8 @@ logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswit
 def read_config(source: Path) -> Pi05Config:
     """Returns the model of weights: that of config.json beside them, where it is ours, or that of their statistics.
 
-    openpi's pi05_base has statistics of several robots, pi05_droid and pi05_libero those of one.
-
-    Raises:
-        ConfigError: neither tells.
+    openpi's pi05_base has statistics of several robots, pi05_droid and pi05_libero those of one. Raises ConfigError
+    where neither tells.
     """
     if description := _known(source):
         return from_dict(Pi05Config, description, path=str(source / CONFIG))
@@ -65,10 +63,8 @@ def read_config(source: Path) -> Pi05Config:
         for name, preset in (("libero", pi05_libero), ("droid", pi05_droid)):
             if name in asset_id:
                 return preset()
-    raise ConfigError(
-        f"{source}: model: got weights of pi0.5 that do not say which model they are of, expected its name, one of "
-        f"{', '.join(PRESETS)}, or a JSON file of its configuration (--model)"
-    )
+    expected = f"expected its name, one of {', '.join(PRESETS)}, or a JSON file of its configuration (--model)"
+    raise ConfigError(f"{source}: model: got weights of pi0.5 that do not say which model they are of, {expected}")
 
 
 def _known(source: Path) -> dict:
@@ -78,10 +74,7 @@ def _known(source: Path) -> dict:
 
 
 def named_model(model: str) -> Pi05Config:
-    """Returns the configuration that a name of a preset, or a JSON file, stands for.
-
-    Args:
-        model: name, or path of a file with the fields of `Pi05Config`, or of a run's config.json.
+    """Returns the configuration that a name of a preset, or a JSON file, or a run's config.json, stands for.
 
     Raises:
         ConfigError: there is no such preset or file, or it describes another model.
@@ -98,12 +91,10 @@ def named_model(model: str) -> Pi05Config:
 
 
 def _list_port(source: Path, *, of_lerobot: bool) -> Tensors | None:
-    if source.is_file():
-        tensors = None if _is_npz(source) else list_file(source)
-    else:
-        has_model = (source / INDEX).exists() or any(source.glob("model*.safetensors"))
-        tensors = list_model(source) if has_model else None
-    return tensors if tensors is not None and is_port(tensors) and is_lerobot(tensors) == of_lerobot else None
+    if source.is_dir() and not any(source.glob("model*.safetensors*")):  # files, or an index of them
+        return None
+    tensors = list_model(source) if source.is_dir() else list_file(source)
+    return tensors if is_port(tensors) and is_lerobot(tensors) == of_lerobot else None
 
 
 def _list_tree(source: Path) -> Tensors | None:
@@ -116,26 +107,20 @@ def _list_tree(source: Path) -> Tensors | None:
     }
 
 
-def _is_npz(file: Path) -> bool:
-    """Returns whether a file is an npz file, whatever its name."""
-    if not file.is_file() or not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
-        return bool(names) and all(name.endswith(".npy") for name in names)
-
-
 def _list_npz(file: Path) -> Tensors | None:
-    """Returns the arrays of a file without reading them; None where it is no npz file.
+    """Returns the arrays of a file without reading them; None where it is no npz file, whatever its name.
 
     Raises:
         WeightsError: it is damaged, or not PaliGemma's.
     """
-    if not _is_npz(file):
+    if not zipfile.is_zipfile(file):
         return None
     try:
         with zipfile.ZipFile(file) as archive:
-            specs = {name.removesuffix(".npy"): _read_header(archive, name) for name in archive.namelist()}
+            names = archive.namelist()
+            if not names or not all(name.endswith(".npy") for name in names):
+                return None
+            specs = {name.removesuffix(".npy"): _read_header(archive, name) for name in names}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{file}: got {error}, expected a whole npz file") from error
     if foreign := [name for name in specs if not name.startswith(_ROOTS)]:
@@ -181,15 +166,14 @@ def _tree_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
     return {path: Entry((path,), "same") for path in paths if has_adapters or not is_adapter(path)}
 
 
-def is_paligemma(path: str) -> bool:
-    """Returns whether a leaf of ours is PaliGemma's, and not the action expert's."""
-    if path.startswith("PaliGemma/img/"):  # the tower numbers its norms, too
-        return True
-    return path.startswith("PaliGemma/") and not any(name.endswith("_1") for name in path.split("/"))
-
-
 def _paligemma_table(config: Pi05Config, names: Collection[str]) -> dict[str, Entry]:
-    return {path: entry for path, entry in _tree_table(config, ()).items() if is_paligemma(path)}
+    """Returns the leaves that are PaliGemma's, and not the action expert's; the tower numbers its norms, too."""
+    tower, expert = re.compile("PaliGemma/img/"), re.compile(r"_1(/|$)")
+    return {
+        path: entry
+        for path, entry in _tree_table(config, ()).items()
+        if tower.match(path) or (path.startswith("PaliGemma/") and not expert.search(path))
+    }
 
 
 def read_lora(specs: Mapping[str, Spec]) -> LoRAConfig | None:
@@ -254,7 +238,6 @@ PORT = OPENPI._replace(
     table=lambda config, names: tensor_table(config),
     unused=lambda config, dtype: {UNUSED: Spec(dtype, (config.vocab_size, config.expert.width))},
     write_tree=None,
-    read_lora=lambda specs: None,
 )
 LEROBOT = PORT._replace(
     name="lerobot",
@@ -267,5 +250,4 @@ PALIGEMMA = OPENPI._replace(
     find=_list_npz,
     clean=lambda source, tensors: ({f"PaliGemma/{n.removeprefix('params/')}": s for n, s in tensors.items()}, ()),
     table=_paligemma_table,
-    read_lora=lambda specs: None,
 )

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", "
 _FAMILIES = (("F", "float", (64, 32, 16)), ("I", "int", (64, 32, 16, 8)), ("U", "uint", (64, 32, 16, 8)))
 DTYPES = {f"{code}{bits}": f"{name}{bits}" for code, name, sizes in _FAMILIES for bits in sizes}
 DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-"""the format's names and NumPy's."""
+"""the format's names and NumPy's"""
 CODES = {name: code for code, name in DTYPES.items()}
+OnBytes = Callable[[int], None]
+"""progress: called with numbers of bytes that have been read or written"""
+Named = Iterable[tuple[str, np.ndarray]]
+"""names and values of tensors; taken one at a time"""
 _MAX_HEADER = 100 * 2**20
 _ALIGNMENT = 8
 _BLOCK_BYTES = 2**26
@@ -59,6 +63,7 @@ class Stored(NamedTuple):
     """reads it, where it is in a file of another kind"""
 
 
+Specs = Mapping[str, Spec]
 Tensors = Mapping[str, Stored]
 
 
@@ -89,6 +94,11 @@ def read_json(file: Path) -> Any:
         raise WeightsError(f"{file}: expected a JSON file; there is none") from None
     except ValueError as error:
         raise WeightsError(f"{file}: got a file that is not JSON ({error}), expected one that is") from error
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file as transformers does."""
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def list_file(file: Path) -> dict[str, Stored]:
@@ -134,9 +144,9 @@ def list_model(folder: Path) -> dict[str, Stored]:
     Raises:
         WeightsError: there are none, they are damaged, or index and files disagree, all of which is listed.
     """
-    files = sorted(folder.glob("model*.safetensors"))
     if (folder / INDEX).exists():
-        return _list_indexed(folder, files)
+        return _list_indexed(folder)
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
         advice = "; pickles are never read: save the model with safe_serialization=True" if others else ""
@@ -150,7 +160,7 @@ def list_model(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _list_indexed(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
+def _list_indexed(folder: Path) -> dict[str, Stored]:
     index = read_json(folder / INDEX)
     where = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -158,9 +168,11 @@ def _list_indexed(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
     named = sorted(set(where.values()))
     if outside := [name for name in named if Path(name).name != name]:
         raise WeightsError(f"{folder / INDEX}: got files {outside}, expected names of files beside it")
-    problems = [f"{name} is not there" for name in named if not (folder / name).exists()]
-    problems += [f"{file.name} is not in the index" for file in files if file.name not in named]
-    listed = {name: list_file(folder / name) for name in named if (folder / name).exists()}
+    there = {file.name for file in folder.glob("model*.safetensors")}
+    there |= {name for name in named if (folder / name).exists()}
+    problems = [f"{name} is not there" for name in named if name not in there]
+    problems += [f"{name} is not in the index" for name in sorted(there) if name not in named]
+    listed = {name: list_file(folder / name) for name in named if name in there}
     held = {(name, file) for file, tensors in listed.items() for name in tensors}
     indexed = {(name, file) for name, file in where.items() if file in listed}
     problems += [f"{name}: not in {file}, where the index has it" for name, file in sorted(indexed - held)]
@@ -170,32 +182,18 @@ def _list_indexed(folder: Path, files: Sequence[Path]) -> dict[str, Stored]:
     return {name: listed[file][name] for name, file in where.items()}
 
 
-def check_tensors(what: Any, tensors: Tensors, expected: Mapping[str, Spec]) -> None:
+def check_tensors(what: Any, tensors: Tensors, expected: Specs) -> None:
     """Compares names, dtypes and shapes; raises WeightsError, beginning with `what`, that lists all that differ."""
     problems = [f"missing {name} {spec}" for name, spec in expected.items() if name not in tensors]
     problems += [f"unknown {name} {stored.spec}" for name, stored in tensors.items() if name not in expected]
-    problems += [
-        f"{name}: got {tensors[name].spec}, expected {spec}"
-        for name, spec in expected.items()
-        if name in tensors and tensors[name].spec != spec
-    ]
+    both = [(name, tensors[name].spec, spec) for name, spec in expected.items() if name in tensors]
+    problems += [f"{name}: got {got}, expected {spec}" for name, got, spec in both if got != spec]
     if problems:
         raise WeightsError(f"{what}: {len(problems)} tensor(s) do not fit:\n  " + "\n  ".join(problems))
 
 
-def write_file(
-    file: Path,
-    specs: Mapping[str, Spec],
-    values: Iterable[tuple[str, np.ndarray]],
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
-) -> None:
-    """Writes a new file, of which no more than one tensor is in memory.
-
-    Args:
-        specs: type and shape of the tensors, in the order of their values.
-        values: name and value of each; taken one at a time.
-        on_bytes: called with the size of every tensor that is written.
-    """
+def write_file(file: Path, specs: Specs, values: Named, on_bytes: OnBytes = lambda num_bytes: None) -> None:
+    """Writes a new file, given specs in the order of the values, of which no more than one is in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
@@ -221,17 +219,11 @@ def write_file(
 
 
 def write_model(
-    folder: Path,
-    specs: Mapping[str, Spec],
-    values: Iterable[tuple[str, np.ndarray]],
-    *,
-    max_bytes: int,
-    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    folder: Path, specs: Specs, values: Named, *, max_bytes: int, on_bytes: OnBytes = lambda num_bytes: None
 ) -> None:
     """Writes `model-0000i-of-0000n.safetensors` and their index, see `write_file`.
 
-    Args:
-        max_bytes: size of the tensors of one file; a tensor that is larger has a file of its own.
+    The tensors of one file have `max_bytes` at most; a tensor that is larger has a file of its own.
     """
     shards: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
@@ -243,6 +235,5 @@ def write_model(
         file = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(file, shard, values, on_bytes)
         where |= dict.fromkeys(shard, file.name)
-    total = sum(spec.num_bytes for spec in specs.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    index = {"metadata": {"total_size": sum(spec.num_bytes for spec in specs.values())}, "weight_map": where}
+    write_json(folder / INDEX, index)

@@ -8,14 +8,22 @@
 <folder>/<kept>/adapter/               the same of a PEFT adapter
 """
 
-import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_jax.weights.safetensors_folder import INDEX, WEIGHT_SUFFIXES, Stored, Tensors, list_file, read, write_file
+from stare_jax.weights.safetensors_folder import (
+    INDEX,
+    WEIGHT_SUFFIXES,
+    Stored,
+    Tensors,
+    list_file,
+    read,
+    write_file,
+    write_json,
+)
 
 CONFIG, RECORD, UNUSED = "config.json", "record.json", "unused.safetensors"
 ADAPTER, ASSETS = "adapter", "assets"
@@ -30,17 +38,8 @@ _WEIGHTS |= {"manifest.ocdbt", "orbax.checkpoint", "d", "array_metadatas", "comm
 _MODEL = re.compile(r"model.*\.safetensors|ocdbt\.process_.*")
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file as transformers does."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
 def keep_aside(source: Path, unused: Tensors, record: Mapping[str, Any], to: Path) -> list[str]:
-    """Copies all of a checkpoint or adapter but its weights into a new folder, and its tensors that are never run.
-
-    Returns:
-        The names of what is left behind.
-    """
+    """Copies all of a source but its used weights into a new folder, with a record; returns names left behind."""
     to.mkdir(parents=True)
     if unused:
         specs = {name: stored.spec for name, stored in unused.items()}

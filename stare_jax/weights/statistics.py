@@ -15,8 +15,8 @@ import numpy as np
 
 from stare_jax.models.normalize import action_range
 from stare_jax.types import NormStats
-from stare_jax.weights.safetensors_folder import WeightsError, read_json
-from stare_jax.weights.side_files import ASSETS, CONFIG, write_json
+from stare_jax.weights.safetensors_folder import WeightsError, read_json, write_json
+from stare_jax.weights.side_files import ASSETS, CONFIG
 
 _OPENVLA_FILE, _OPENPI_FILE = "dataset_statistics.json", "norm_stats.json"
 _MAX_DIM = 32
@@ -27,13 +27,9 @@ _NO_NUMBERS = (np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 def choose_name(names: Sequence[str], name: str | None, folder: Path) -> str:
-    """Returns the name of the data set to take, which may be left out where there is only one.
-
-    Raises:
-        WeightsError: it is not there, or not named although there are several.
-    """
+    """Returns the name of the data set to take; raises WeightsError unless it is there, or is the only one."""
     if name is None and len(names) == 1:
-        return next(iter(names))
+        (name,) = names
     if name not in names:
         raise WeightsError(f"unnorm_key: got {name!r}, expected one of {sorted(names)} for {folder}")
     return name
@@ -81,18 +77,11 @@ def read_openvla_tables(folders: Sequence[Path]) -> dict[str, Any]:
 def read_openvla_stats(
     folders: Sequence[Path], unnorm_key: str | None = None, action_dim: int | None = None, state_dim: int | None = None
 ) -> tuple[str, NormStats]:
-    """Reads name and statistics of one of OpenVLA's data sets, those of the state where `state_dim` is above 0.
-
-    Args:
-        folders: see `read_openvla_tables`.
-        unnorm_key: see `choose_name`.
-        action_dim: of no effect: actions of OpenVLA are never cut.
-        state_dim: S.
+    """Reads name and statistics of one of OpenVLA's data sets, see `Format.statistics`; nothing is ever cut.
 
     Raises:
         WeightsError: see `choose_name`; also where quantiles are missing or are no numbers.
     """
-    del action_dim
     tables = read_openvla_tables(folders)
     name = choose_name(tables, unnorm_key, folders[0])
     where, why = f"{folders[0]}: statistics of {name!r}", "OpenVLA is normalised by quantiles"

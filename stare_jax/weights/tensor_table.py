@@ -19,14 +19,12 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.state.storage import flatten, nest
 from stare_jax.state.train_state import num_bytes
 from stare_jax.types import Array, PyTree
-from stare_jax.weights.safetensors_folder import Spec, Tensors, read
+from stare_jax.weights.safetensors_folder import OnBytes, Spec, Specs, Tensors, read
 
 FLOATS = ("float32", "bfloat16", "float16")
 """types that the tensors of a model may have"""
 Leaves = Callable[[str], np.ndarray]
 """path of a parameter -> its value, read when it is asked for"""
-OnBytes = Callable[[int], None]
-"""progress: called with numbers of bytes that have been read or written"""
 
 LINEAR = {"kernel": ("weight", "linear"), "bias": ("bias", "vector")}
 HEADS_IN = {"kernel": ("weight", "heads"), "bias": ("bias", "vector")}
@@ -47,6 +45,11 @@ class Entry(NamedTuple):
     "heads", with two; "per_head", each head's matrix transposed; "conv"; "pointwise", a convolution of 1x1"""
     num_stacked: int = 0
     """leading axes of ours over which tensors are stacked: none, the layers, or layers and one more"""
+
+
+Table = Mapping[str, Entry]
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+"""both by the path of a leaf"""
 
 
 def make_entries(rows: Rows, num_layers: int = 0) -> dict[str, Entry]:
@@ -105,23 +108,16 @@ def to_checkpoint(leaf: np.ndarray, kind: str) -> np.ndarray:
     return leaf.transpose(_order(kind, leaf.ndim)).reshape(checkpoint_shape(leaf.shape, kind))
 
 
-def table_specs(
-    table: Mapping[str, Entry], shapes: Mapping[str, jax.ShapeDtypeStruct], dtype: str | Mapping[str, str]
-) -> dict[str, Spec]:
+def table_specs(table: Table, shapes: Shapes, dtype: str | Mapping[str, str]) -> dict[str, Spec]:
     """Returns the tensors of a table, in its order, given the shapes of our leaves, and the type or each tensor's."""
-    return {
-        name: Spec(
-            dtype if isinstance(dtype, str) else dtype[name],
-            checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind),
-        )
-        for path, entry in table.items()
-        for name in entry.names
-    }
+    specs = {}
+    for path, entry in table.items():
+        shape = checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind)
+        specs |= {name: Spec(dtype if isinstance(dtype, str) else dtype[name], shape) for name in entry.names}
+    return specs
 
 
-def table_values(
-    table: Mapping[str, Entry], leaves: Leaves, specs: Mapping[str, Spec], *, prefix: str = ""
-) -> Iterator[tuple[str, np.ndarray]]:
+def table_values(table: Table, leaves: Leaves, specs: Specs, *, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Yields the tensors of a table as the checkpoint has them; no leaf is kept while the next one is loaded."""
     for path, entry in table.items():
         leaf = leaves(path)
@@ -133,22 +129,11 @@ def table_values(
         del layers
 
 
-def read_tree(
-    table: Mapping[str, Entry],
-    tensors: Tensors,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    on_bytes: OnBytes = lambda num_bytes: None,
-) -> PyTree:
-    """Reads all leaves of a table, one after the other.
+def read_tree(table: Table, tensors: Tensors, wanted: Shapes, on_bytes: OnBytes = lambda num_bytes: None) -> PyTree:
+    """Reads all leaves of a table, one after the other; those without a sharding become NumPy arrays.
 
     Large leaves come first: reading a leaf takes memory besides the leaf itself, and the rest of the model leaves room
     for it as long as that has not been read.
-
-    Args:
-        table: places of the leaves.
-        tensors: checked.
-        wanted: shape, dtype and, where the leaf is not to be a NumPy array, sharding of each.
-        on_bytes: called with the size of every leaf that is read.
     """
     leaves = {}
     for path in sorted(table, key=lambda path: -num_bytes(wanted[path])):
