@@ -85,7 +85,7 @@ def test_statistics_are_frozen_when_a_run_begins(run):
 
 
 def test_a_finished_run_loads_nothing_and_starts_nothing(run, monkeypatch, capsys):
-    for name in ("make_vec_env", "make_expert", "load_params", "starting_params", "train_sft", "train_tpo"):
+    for name in ("make_vec_env", "make_expert", "load_params", "initial_params", "train_sft", "train_tpo"):
         monkeypatch.setattr(ipi, name, None)
     shutil.rmtree(run / "data")  # nor is what it was trained on asked for
     files = content(run)
