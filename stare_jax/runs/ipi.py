@@ -34,6 +34,7 @@ from stare_jax.runs.directory import (
     begin_phase,
     check_directory,
     finish_phase,
+    has_begun,
     in_words,
     is_finished,
     locked,
@@ -128,7 +129,9 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
             return interruption.requested
 
         # ---- Demonstrations and statistics --------------------------------------------------------------------------
-        demonstrations, stats = None, read_statistics(directory)
+        # Statistics with which no phase has begun may be those of other demonstrations.
+        has_any = any(has_begun(directory / phase) for phase in PHASES)
+        demonstrations, stats = None, read_statistics(directory) if has_any else None
         if "sft" in config.phases and not is_finished(directory, "sft", config):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if stats is None:

@@ -233,16 +233,16 @@ class Pi05(nn.Module):
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
         """Returns hidden states `[B, G, H, width]` of noisy chunks `[B, G, H, A]` at times `[B, G]` after a prefix."""
-        batch, groups, horizon = noisy.shape[:3]
+        batch, groups, window = noisy.shape[:3]
         embeds = self.action_in_proj(noisy).astype(self.config.execution.dtype)
-        embeds = embeds.reshape(batch, groups * horizon, -1)
-        positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + jnp.tile(jnp.arange(horizon), groups)
-        to_prefix = jnp.broadcast_to(valid[:, None, :], (batch, groups * horizon, valid.shape[1]))
-        group = jnp.repeat(jnp.arange(groups), horizon)
-        to_group = jnp.broadcast_to(group[:, None] == group, (batch, groups * horizon, groups * horizon))
+        embeds = embeds.reshape(batch, groups * window, -1)
+        positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + jnp.tile(jnp.arange(window), groups)
+        to_prefix = jnp.broadcast_to(valid[:, None, :], (batch, groups * window, valid.shape[1]))
+        group = jnp.repeat(jnp.arange(groups), window)
+        to_group = jnp.broadcast_to(group[:, None] == group, (batch, groups * window, groups * window))
         masks, cond = [to_prefix, to_group], self.condition(time)
         (_, hidden), _ = self.PaliGemma.llm((None, embeds), positions, masks, cond=cond, cache=cache)
-        return hidden.reshape(batch, groups, horizon, -1)
+        return hidden.reshape(batch, groups, window, -1)
 
     def velocity(self, hidden: jax.Array) -> jax.Array:
         """Returns the velocity float32 `[..., H, A]` of hidden states `[..., H, width]`."""
@@ -280,9 +280,9 @@ class Pi05(nn.Module):
         The same numbers as `prefix` and `suffix` one after the other, for chunks `[B, H, A]` at times `[B]`.
         """
         embeds, valid = self.embed_prefix(scene, scene_mask, tokens, token_mask)
-        batch, horizon = noisy.shape[:2]
-        is_action = jnp.arange(valid.shape[1] + horizon) >= valid.shape[1]
-        all_valid = jnp.concatenate([valid, jnp.ones((batch, horizon), bool)], axis=1)
+        batch, window = noisy.shape[:2]
+        is_action = jnp.arange(valid.shape[1] + window) >= valid.shape[1]
+        all_valid = jnp.concatenate([valid, jnp.ones((batch, window), bool)], axis=1)
         mask = all_valid[:, :, None] & all_valid[:, None, :] & (is_action[:, None] | ~is_action[None, :])
         chunk = self.action_in_proj(noisy).astype(self.config.execution.dtype)
         xs, cond = (embeds, chunk), self.condition(time)[:, None]
