@@ -176,8 +176,14 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
                     if "env" in clock.seconds():  # something was missing
                         _report_collection("pairs", rollouts, clock, writer)
                     _report_pairs(pairs, rollouts, config, writer)
-                    loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
-                    params = train_tpo(policy, held.pop(), loaded, spec, config.tpo, run)
+                    params = train_tpo(
+                        policy,
+                        held.pop(),
+                        load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize),
+                        spec,
+                        config.tpo,
+                        run,
+                    )
                 else:
                     params = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run)
                 finish_phase(directory / phase)
