@@ -47,6 +47,7 @@ from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
     check_instructions,
+    check_prompt,
     demonstration_statistics,
     describe_demonstrations,
     initial_model,
@@ -67,7 +68,7 @@ from stare_jax.train.tpo import train_tpo
 from stare_jax.types import PyTree
 from stare_jax.weights.load import initial_params
 
-Simulator = Callable[[], VecEnv]
+StartSimulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
 
 
@@ -95,6 +96,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
+    check_prompt(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     plan_run(config)
 
@@ -197,7 +199,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
 
 
 def _demonstrations(
-    config: RunConfig, directory: Path, simulator: Simulator, writer: Writer, should_stop: Callable[[], bool]
+    config: RunConfig, directory: Path, simulator: StartSimulator, writer: Writer, should_stop: Callable[[], bool]
 ) -> Dataset:
     """Returns the demonstrations to imitate: given, on disk from before, or collected now."""
     if config.demos_from:
@@ -264,7 +266,7 @@ def _evaluate_phase(
     policy: Policy,
     params: PyTree,
     spec: TaskSpec,
-    simulator: Simulator,
+    simulator: StartSimulator,
     should_stop: Callable[[], bool],
 ) -> None:
     """Evaluates a phase, and shows some of its episodes."""

@@ -23,7 +23,7 @@ from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
 
-Scene = tuple[jax.Array, ...] | jax.Array
+SceneInput = tuple[jax.Array, ...] | jax.Array
 """Input of the network besides text: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -184,7 +184,7 @@ class Pi05(nn.Module):
         if cfg.noise == "learned":
             self.noise_head = NoiseHead(cfg.model_action_dim)
 
-    def embed_scene(self, scene: Scene) -> jax.Array:
+    def embed_scene(self, scene: SceneInput) -> jax.Array:
         """Returns embeddings `[B, cameras * patches, width]`, or `[B, state_tokens, width]`."""
         if self.config.state_tokens:
             return self.state_embed(scene)
@@ -195,7 +195,7 @@ class Pi05(nn.Module):
         return patches.reshape(scene[0].shape[0], -1, patches.shape[-1])
 
     def embed_prefix(
-        self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
+        self, scene: SceneInput, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns embeddings `[B, P, width]` of scene and text, in this order, and which are valid, bool `[B, P]`.
 
@@ -213,7 +213,7 @@ class Pi05(nn.Module):
         return embeds, jnp.concatenate([is_seen, token_mask], axis=1)
 
     def prefix(
-        self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
+        self, scene: SceneInput, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
     ) -> tuple[jax.Array, KeyValue, jax.Array]:
         """Runs scene and text, which do not see the actions: once for every observation.
 
@@ -268,7 +268,7 @@ class Pi05(nn.Module):
 
     def __call__(
         self,
-        scene: Scene,
+        scene: SceneInput,
         scene_mask: jax.Array | None,
         tokens: jax.Array,
         token_mask: jax.Array,
@@ -290,7 +290,7 @@ class Pi05(nn.Module):
         return self.velocity(hidden), prefix, hidden
 
     def init_pass(
-        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
+        self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
     ) -> None:
         """Uses every parameter; `init` makes the parameters by this method."""
         _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))
