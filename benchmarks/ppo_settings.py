@@ -94,7 +94,7 @@ def changes(name: str) -> dict:
 
 def train(directory: Path, overrides: dict) -> None:
     """Runs `launch/train.py` in a directory, or goes on with what is there; its output is kept beside the directory."""
-    command = [sys.executable, TRAIN, f"--workdir={directory}", "--resume", *config_flags(overrides)]
+    command = [sys.executable, TRAIN, f"--workdir={directory}", *config_flags(overrides)]
     log = directory.with_name(f"{directory.name}.log")  # A dot in the name is no suffix.
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:

@@ -35,10 +35,12 @@ from stare_jax.weights.load import is_converted, model_from_dict, stored_model
 from stare_jax.weights.pi05_formats import named_model
 from stare_jax.weights.side_files import CONFIG
 
+MESH = ("mesh.fsdp", "mesh.tensor")
+"""axes over which weights are cut while they are converted"""
 OPTIONS = {
-    "an OpenVLA checkpoint": ("adapter", "unnorm_key", "fsdp", "tensor", "seed"),
+    "an OpenVLA checkpoint": ("adapter", "unnorm_key", *MESH, "seed"),
     "our own checkpoint of OpenVLA": ("base", "step", "merge", "stats_name", "max_shard_gb"),
-    "a checkpoint of pi0.5": ("model", "unnorm_key", "action_dim", "state_dim", "fsdp", "tensor", "seed"),
+    "a checkpoint of pi0.5": ("model", "unnorm_key", "action_dim", "state_dim", *MESH, "seed"),
     "our own checkpoint of pi0.5": ("to_format", "step", "merge", "stats_name", "max_shard_gb"),
 }
 """options of each direction, by what --from holds"""
@@ -66,8 +68,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--action-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's actions (default: the statistics')")
     add("--state-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's state (default: the statistics')")
-    add("--fsdp", type=int, metavar="N", help="devices over which weights are cut meanwhile (default: 1)")
-    add("--tensor", type=int, metavar="N", help="devices over which single matrices are cut (default: 1)")
     add("--seed", type=int, help="of what the checkpoint does not have (default: 0)")
     add = parser.add_argument_group("to a checkpoint of others").add_argument
     add("--base", type=Path, metavar="FOLDER", help="OpenVLA: what the run began as (default: follows init_from)")
@@ -81,6 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--stats-name", metavar="NAME", help="of the run's statistics among the data sets' (default: its environment)")
     add("--max-shard-gb", type=float, metavar="GB", help="of one file (default: 5, and one file for pi0.5)")
+    command.add_mesh(parser, ("fsdp", "tensor"))
     return parser.parse_args(argv)
 
 
@@ -109,6 +110,7 @@ def convert(arguments: argparse.Namespace) -> None:
         return
     is_openvla = found[0] is OPENVLA
     check_options(arguments, "an OpenVLA checkpoint" if is_openvla else "a checkpoint of pi0.5")
+    mesh = command.given_mesh(arguments)
     imported = import_weights(
         arguments.source,
         arguments.to,
@@ -118,8 +120,8 @@ def convert(arguments: argparse.Namespace) -> None:
         action_dim=arguments.action_dim,
         state_dim=arguments.state_dim,
         dtype=arguments.dtype,
-        fsdp=arguments.fsdp or 1,
-        tensor=arguments.tensor or 1,
+        fsdp=mesh.get("fsdp", 1),
+        tensor=mesh.get("tensor", 1),
         seed=arguments.seed or 0,
     )
     report(imported, arguments.to)

@@ -104,7 +104,9 @@ def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig
         changes["seeds"] = ()
     config = dataclasses.replace(config, **changes)
     if not episode_seeds(config):
-        raise ValueError(f"num_episodes: got {config.num_episodes}, expected at least 1; --episodes=N says how many")
+        raise ValueError(
+            f"num_episodes: got {config.num_episodes}, expected at least 1; --num-episodes=N says how many"
+        )
     return config
 
 

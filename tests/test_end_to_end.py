@@ -44,9 +44,7 @@ def start(run_directory: Path, *, log) -> subprocess.Popen:
         *SMALL,
     ]
     # A session of its own, whose processes all get the signal, as from Ctrl-C in a terminal.
-    return subprocess.Popen(
-        [*command, "--resume"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def read_metrics(run_directory: Path) -> dict[str, list[dict]]:
@@ -80,7 +78,7 @@ def run(tmp_path_factory):
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(run):
     assert run["code"] == 130, run["log"][-5000:]
-    assert "go on with: " in run["log"] and "--resume" in run["log"]
+    assert "go on with: " in run["log"] and f"--workdir={run['directory']}" in run["log"]
     assert "Traceback" not in run["log"]
     steps = [line["step"] for line in read_metrics(run["directory"])["sft"]]
     assert steps == sorted(set(steps)), "a step was done twice"

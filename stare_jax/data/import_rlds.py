@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
-from stare_jax.config import check_at_least
+from stare_jax.config import check_at_least, check_choices
 from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout
@@ -36,6 +37,7 @@ IDLE_FILTERS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType
 )
 """name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" leaves out actions
 that move the arm by less than 0.1 mm and 0.1 mrad and do not move the gripper, as OpenVLA does with its LIBERO data."""
+IdleFilter = Literal[*IDLE_FILTERS]
 NO_INSTRUCTION, TOO_SHORT = "without instruction", "too short"
 """Reasons for which an episode is dropped."""
 
@@ -49,17 +51,16 @@ class ImportConfig:
     """Pixels of an image's side; images of any shape become squares."""
     camera: str = "3rd_view_camera"
     """Name under which the images are stored, and policies find them: that of the simulated WidowX's camera."""
-    idle_filter: str = "none"
-    """One of `IDLE_FILTERS`; the shards hold all actions, readers leave some out."""
+    idle_filter: IdleFilter = "none"
+    """Name in `IDLE_FILTERS`; the shards hold all actions, readers leave some out."""
     limit: int | None = None
     """Number of episodes of the split to read at most; None reads all."""
     write_every: int = 256
     """Number of episodes read between two writes; a killed process loses no more."""
 
     def __post_init__(self):
+        check_choices(self)
         check_at_least(self, 1, "image_size", "limit", "write_every")
-        if self.idle_filter not in IDLE_FILTERS:
-            raise ValueError(f"idle_filter: got {self.idle_filter!r}, expected one of {sorted(IDLE_FILTERS)}")
 
 
 def known_layout(source: RldsSource, name: str) -> Layout:

@@ -10,7 +10,7 @@ from stare_jax.evaluate.episodes import Episodes, take
 from stare_jax.evaluate.intervals import Estimate, mean_interval, paired_difference, wilson_interval
 from stare_jax.evaluate.protocol import Evaluation
 
-Outcome = Literal["success_once", "success_end"]
+SuccessName = Literal["success_once", "success_end"]
 """Names of the two rates of success."""
 
 
@@ -81,7 +81,7 @@ def summarize(evaluation: Evaluation) -> Summary:
     )
 
 
-def compare(first: Evaluation, second: Evaluation, outcome: Outcome = "success_once") -> Comparison:
+def compare(first: Evaluation, second: Evaluation, outcome: SuccessName = "success_once") -> Comparison:
     """Returns the rate of the first minus that of the second, over pairs of episodes that began in the same state.
 
     Of several episodes from one state, the n-th of one evaluation is paired with the n-th of the other. Evaluations
@@ -167,7 +167,7 @@ class RateOverRuns(NamedTuple):
     num_runs: int
 
 
-def rate_over_runs(evaluations: Sequence[Evaluation], outcome: Outcome = "success_once") -> RateOverRuns:
+def rate_over_runs(evaluations: Sequence[Evaluation], outcome: SuccessName = "success_once") -> RateOverRuns:
     """Returns mean, interval and deviation of a rate over evaluations of several training seeds."""
     rates = [getattr(summarize(evaluation), outcome).value for evaluation in evaluations]
     mean = mean_interval(rates)

@@ -46,7 +46,7 @@ def trace_episode(spec: TaskSpec, signals: Signals, valid: Array, rewards_fn: Re
         spec: the task.
         signals: leaves `[T, ...]`.
         valid: bool `[T]`, a prefix with at least one state.
-        rewards_fn: rewards of training, as `runs.rewards.training_rewards` makes them from a PPO configuration.
+        rewards_fn: rewards of training, as `runs.evaluation.training_rewards` makes them from a PPO configuration.
 
     Raises:
         ValueError: the episode has no valid state, as when it was lost with its simulator.

@@ -27,7 +27,7 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.logging import replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
-from stare_jax.runs.start import NORM_STATS_FILE, previous_phase, start_name
+from stare_jax.runs.start import STATISTICS_FILE, previous_phase, start_name
 
 SHARED_FIELDS = (
     *("env", "model", "stages", "demos", "seed"),
@@ -150,7 +150,7 @@ def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
     found += [file for phase in phases for file in sorted((directory / "eval").glob(f"{phase}.*"))]
     found += [directory / "tb" / phase for phase in phases if (directory / "tb" / phase).exists()]
     if not any(has_begun(directory / phase) for phase in PHASES if phase not in phases):
-        found += [file for file in [directory / NORM_STATS_FILE] if file.exists()]
+        found += [file for file in [directory / STATISTICS_FILE] if file.exists()]
     if not found:
         return None
     numbers = [int(path.name) for path in (directory / _SET_ASIDE).glob("*") if path.name.isdigit()]

@@ -34,6 +34,7 @@ from stare_jax.runs.directory import (
     begin_phase,
     check_directory,
     finish_phase,
+    has_begun,
     in_words,
     is_finished,
     locked,
@@ -46,6 +47,7 @@ from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
     check_instructions,
+    check_prompt,
     demonstration_statistics,
     describe_demonstrations,
     initial_model,
@@ -66,7 +68,7 @@ from stare_jax.train.tpo import train_tpo
 from stare_jax.types import PyTree
 from stare_jax.weights.load import initial_params
 
-Simulator = Callable[[], VecEnv]
+StartSimulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
 
 
@@ -94,6 +96,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
+    check_prompt(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     plan_run(config)
 
@@ -128,7 +131,9 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
             return interruption.requested
 
         # ---- Demonstrations and statistics --------------------------------------------------------------------------
-        demonstrations, stats = None, read_statistics(directory)
+        # Statistics with which no phase has begun may be those of other demonstrations.
+        has_any = any(has_begun(directory / phase) for phase in PHASES)
+        demonstrations, stats = None, read_statistics(directory) if has_any else None
         if "sft" in config.phases and not is_finished(directory, "sft", config):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if stats is None:
@@ -173,8 +178,14 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
                     if "env" in clock.seconds():  # something was missing
                         _report_collection("pairs", rollouts, clock, writer)
                     _report_pairs(pairs, rollouts, config, writer)
-                    loaded = load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
-                    params = train_tpo(policy, held.pop(), loaded, spec, config.tpo, run)
+                    params = train_tpo(
+                        policy,
+                        held.pop(),
+                        load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize),
+                        spec,
+                        config.tpo,
+                        run,
+                    )
                 else:
                     params = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run)
                 finish_phase(directory / phase)
@@ -188,7 +199,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
 
 
 def _demonstrations(
-    config: RunConfig, directory: Path, simulator: Simulator, writer: Writer, should_stop: Callable[[], bool]
+    config: RunConfig, directory: Path, simulator: StartSimulator, writer: Writer, should_stop: Callable[[], bool]
 ) -> Dataset:
     """Returns the demonstrations to imitate: given, on disk from before, or collected now."""
     if config.demos_from:
@@ -255,7 +266,7 @@ def _evaluate_phase(
     policy: Policy,
     params: PyTree,
     spec: TaskSpec,
-    simulator: Simulator,
+    simulator: StartSimulator,
     should_stop: Callable[[], bool],
 ) -> None:
     """Evaluates a phase, and shows some of its episodes."""

@@ -52,7 +52,10 @@ def of_this_version(cls: type, values: Mapping[str, Any], file: Path) -> Any:
     try:
         return from_dict(cls, values)
     except ConfigError as error:
-        raise ConfigError(f"{file}: was written by another version of stare_jax: {error}") from error
+        raise ConfigError(
+            f"{file}: was written by another version of stare_jax: {error}; a new run can start from its weights "
+            "(config.init_from, the folder of a phase), and converted weights can be converted again"
+        ) from error
 
 
 def identify_checkpoint(folder: str | Path, *, step: int | None = None) -> tuple[int, str]:

@@ -22,11 +22,11 @@ from stare_jax.types import NormStats
 from stare_jax.weights.formats import read_norm_stats as read_checkpoint_stats
 from stare_jax.weights.load import check_same_model, stored_model, with_colours
 
-NORM_STATS_FILE = "norm_stats.json"
+STATISTICS_FILE = "norm_stats.json"
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Makes sure that the folders a configuration names are there, and for this run, and that its words fit.
+    """Makes sure that the folders a configuration names are there, and for this run.
 
     Raises:
         ConfigError: names the field, got and expected.
@@ -41,10 +41,6 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
     if config.demos_from:
         check_demonstrations(config)
-    if not config.demos_of:
-        model = config.model
-        policy = make_policy(model, identity_stats(model.action_dim, model.state_dim))
-        check_instructions([config.env.spec.instruction], policy, model.state_dim)
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -139,12 +135,12 @@ def _fitting(stats: NormStats, config: RunConfig, source: Path) -> NormStats:
 def write_statistics(directory: Path, stats: NormStats) -> None:
     """Freezes statistics into a run directory, as `norm_stats.json`."""
     values = {name: np.asarray(value).tolist() for name, value in stats._asdict().items()}
-    replace_text(directory / NORM_STATS_FILE, json.dumps(values, indent=1) + "\n")
+    replace_text(directory / STATISTICS_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def read_statistics(directory: Path) -> NormStats | None:
     """Returns the statistics in a run directory, None where the run has not begun."""
-    file = directory / NORM_STATS_FILE
+    file = directory / STATISTICS_FILE
     if not file.exists():
         return None
     values = json.loads(file.read_text())
@@ -175,6 +171,18 @@ def check_demonstrations(config: RunConfig) -> None:
     if wrong:
         fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
         raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
+
+
+def check_prompt(config: RunConfig) -> None:
+    """Makes sure that the instruction of the simulator's task fits into the policy's prompt.
+
+    Raises:
+        ConfigError: it does not, or the tokenizer is not there.
+    """
+    if not config.demos_of:
+        model = config.model
+        policy = make_policy(model, identity_stats(model.action_dim, model.state_dim))
+        check_instructions([config.env.spec.instruction], policy, model.state_dim)
 
 
 def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: int) -> None:

@@ -16,7 +16,9 @@ BATCH_AXES = ("data", "fsdp")
 AXES = (*BATCH_AXES, "tensor")
 # Auto, because under the default (Explicit) an embedding's gather raises.
 AXIS_TYPES = (AxisType.Auto,) * len(AXES)
-Rules = Sequence[tuple[str, P]]
+Rule = tuple[str, P]
+"""regex over a parameter's path, and the PartitionSpec of the parameters in whose paths it is found."""
+Rules = Sequence[Rule]
 
 
 class ShardingError(UserError, ValueError):

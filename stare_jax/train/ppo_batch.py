@@ -15,11 +15,9 @@ import numpy as np
 from stare_jax.losses import chunk_rewards, explained_variance, gae, whiten
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
-from stare_jax.stages.potentials import potentials
-from stare_jax.stages.rewards import Reward, episode_rewards, success_rewards
-from stare_jax.stages.separate import separate
-from stare_jax.stages.shaping import TerminalPotential, TimeLimit, shape_rewards
-from stare_jax.stages.spec import TaskSpec
+from stare_jax.stages import TaskSpec, potentials, separate, shape_rewards, success_rewards
+from stare_jax.stages.rewards import Reward, episode_rewards
+from stare_jax.stages.shaping import TerminalPotential, TimeLimit
 from stare_jax.types import Array, Decisions, Observation, Signals
 
 ChunkDiscount = Literal["step", "decision"]

@@ -103,10 +103,8 @@ def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
 def update_metrics(updates: Sequence[Mapping[str, float]], *, num_decisions: int, size: int) -> dict[str, float]:
     """Returns the means over an iteration's minibatches, the one that stopped it included, and their number.
 
-    Of the ratio the extremes are taken.
-
-    `ppo/kl_last` is the approximate KL divergence of the last minibatch; `ppo/epochs` counts the minibatches that moved
-    parameters, in passes over the batch.
+    Of the ratio the extremes are taken. `ppo/kl_last` is the approximate KL divergence of the last minibatch;
+    `ppo/epochs` counts the minibatches that moved parameters, in passes over the batch.
 
     Args:
         updates: metrics of each minibatch, see `ppo.make_ppo_step`.

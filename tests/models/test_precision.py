@@ -69,12 +69,13 @@ def test_every_float32_product_of_a_policy_asks_for_float32(name):
     assert set(found) <= {EXACT} and (found or name == "openvla")
 
 
-def test_an_exact_layer_is_one_of_float32_in_a_bfloat16_model():
-    layer = Linear((4,), BFLOAT16, is_exact=True)
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, targets=("",))])
+def test_an_exact_layer_is_one_of_float32_in_a_bfloat16_model(lora):
+    layer = Linear((4,), BFLOAT16, is_exact=True, lora=lora)
     x = np.ones((2, 3), np.float32)
     out, params = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
     assert out.dtype == jnp.float32 and params["params"]["kernel"].dtype == jnp.bfloat16
-    assert float32_precisions(layer.apply, params, x) == [EXACT]
+    assert float32_precisions(layer.apply, params, x) == [EXACT] * (1 if lora is None else 3)
 
 
 def test_a_product_without_a_precision_is_found():

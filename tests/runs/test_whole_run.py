@@ -21,7 +21,7 @@ from stare_jax.runs import ipi
 from stare_jax.runs.directory import read_record
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.load import identify_checkpoint, load_policy
-from stare_jax.runs.start import read_statistics
+from stare_jax.runs.start import read_statistics, write_statistics
 from stare_jax.state.checkpoint import load_norm_stats
 from stare_jax.state.optimizer import OptimizerConfig
 from stare_jax.types import NormStats
@@ -84,8 +84,23 @@ def test_statistics_are_frozen_when_a_run_begins(run):
     assert [line["step"] for line in read_metrics(run) if line["phase"] == "ppo"] == [1, 2, 3]
 
 
+def test_statistics_with_which_no_phase_has_begun_are_made_anew(on_toy, finished_run, tmp_path, monkeypatch):
+    """They are left where a run was refused after its demonstrations had been read, and others may follow."""
+    demos, directory = finished_run / "data" / "demos", tmp_path / "run"
+    of_demos = read_statistics(finished_run)
+    directory.mkdir()
+    write_statistics(directory, of_demos._replace(action_q99=3 * of_demos.action_q99))
+    monkeypatch.setattr(ipi, "train_sft", lambda policy, params, batches, config, run: seen.append(run.norm_stats))
+    seen = []
+    with pytest.raises(Exception, match="checkpoints"):  # which the stand-in has not made
+        run_ipi(dataclasses.replace(CONFIG, phases=("sft",), demos_from=str(demos)), directory)
+    for stats in (*seen, read_statistics(directory)):
+        assert_same_stats(stats, of_demos)
+    assert len(seen) == 1
+
+
 def test_a_finished_run_loads_nothing_and_starts_nothing(run, monkeypatch, capsys):
-    for name in ("make_vec_env", "make_expert", "load_params", "starting_params", "train_sft", "train_tpo"):
+    for name in ("make_vec_env", "make_expert", "load_params", "initial_params", "train_sft", "train_tpo"):
         monkeypatch.setattr(ipi, name, None)
     shutil.rmtree(run / "data")  # nor is what it was trained on asked for
     files = content(run)

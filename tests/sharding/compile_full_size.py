@@ -1,10 +1,10 @@
 """Compiles a model of full size for eight fake devices without allocating it; run by the tests beside it.
 
-    python tests/train/compile_full_size.py ppo 8 1             # phase, fsdp, tensor: OpenVLA-7B's adapters
-    python tests/train/compile_full_size.py sample 8 1
-    python tests/train/compile_full_size.py ppo 8 1 full        # all weights, not adapters
-    python tests/train/compile_full_size.py ppo 8 1 pi05        # the words of `configs.presets`: the action expert
-    python tests/train/compile_full_size.py sft 8 1 pi05 full
+    python tests/sharding/compile_full_size.py ppo 8 1             # phase, fsdp, tensor: OpenVLA-7B's adapters
+    python tests/sharding/compile_full_size.py sample 8 1
+    python tests/sharding/compile_full_size.py ppo 8 1 full        # all weights, not adapters
+    python tests/sharding/compile_full_size.py ppo 8 1 pi05        # the words of `configs.presets`: the action expert
+    python tests/sharding/compile_full_size.py sft 8 1 pi05 full
 
 prints what it found as one line of JSON.
 """

@@ -133,7 +133,7 @@ def test_mistakes_are_one_line(original, converted, refuse, tmp_path):
     assert "--unnorm-key: got our own checkpoint of OpenVLA in" in refuse(f"--from={converted}", key)
     assert "dtype: got 'int8', expected one of" in refuse(f"--from={original}", key, "--dtype=int8")
     assert "dtype: got 'int8', expected one of" in refuse(f"--from={converted}", "--dtype=int8")
-    assert "mesh: got data x fsdp x tensor = (1, 64, 1)" in refuse(f"--from={original}", key, "--fsdp=64")
+    assert "mesh: got data x fsdp x tensor = (1, 64, 1)" in refuse(f"--from={original}", key, "--mesh.fsdp=64")
     assert "max_shard_gb: got 0.0, expected > 0" in refuse(f"--from={converted}", "--max-shard-gb=0")
     assert "merge: got True, expected False" in refuse(f"--from={converted}", "--merge")
     assert "got complete checkpoints of the steps [0], expected step 7" in refuse(f"--from={converted}", "--step=7")

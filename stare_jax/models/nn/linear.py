@@ -108,7 +108,8 @@ class Linear(nn.Module):
         if adapters is not None:
             a, b = adapters.a.astype(x.dtype), adapters.b.astype(x.dtype)
             # Scaled where there are `rank` numbers a row, and added by the product itself where the compiler can.
-            y = y + (adapters.scale * (x @ a.reshape(fan_in, -1))) @ b.reshape(-1, fan_out)
+            narrow = adapters.scale * jnp.matmul(x, a.reshape(fan_in, -1), precision=precision)
+            y = y + jnp.matmul(narrow, b.reshape(-1, fan_out), precision=precision)
         y = checkpoint_name(y, PRODUCT)
         if bias is not None:
             y = y + bias.reshape(-1)

@@ -28,7 +28,7 @@ from stare_jax.types import PyTree
 
 Pixels = tuple[jax.Array, jax.Array]
 """float32 `[B, H, W, 3]`, normalised for DINO and for SigLIP."""
-Scene = Pixels | jax.Array
+SceneInput = Pixels | jax.Array
 """Input of the network besides text: images, or the normalised state float32 `[B, S]`."""
 
 
@@ -179,7 +179,7 @@ class OpenVLA(nn.Module):
             pixels = (self.stem(pixels[0]),) * 2
         return jnp.concatenate([self.dino(pixels[0]), self.siglip(pixels[1])], axis=-1)
 
-    def embed_prompt(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def embed_prompt(self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns embeddings `[B, P, width]` of BOS, patches and text, and their mask bool `[B, P]`, P = patches + L.
 
         Args:
@@ -194,7 +194,7 @@ class OpenVLA(nn.Module):
         return embeds, jnp.concatenate([token_mask[:, :1], is_patch, token_mask[:, 1:]], axis=1)
 
     def prefill(
-        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, layers: Sequence[PyTree] | None = None
+        self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, layers: Sequence[PyTree] | None = None
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """Runs the prompt; `layers` are the decoder's parameters from `unstack`, for this and all calls of `decode`.
 
@@ -234,7 +234,7 @@ class OpenVLA(nn.Module):
         hidden, cache = self.llm.decode(embeds, cache, mask, index, layers)
         return hidden[:, 0], cache
 
-    def score(self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
+    def score(self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array) -> jax.Array:
         """Returns the hidden states `[B, A, width]` that predict each action token, given the ones before it.
 
         The first of them is that of the last prompt token.
@@ -259,7 +259,7 @@ class OpenVLA(nn.Module):
         """Returns float32 logits `[..., vocab_size]` of all tokens."""
         return self.llm.logits(hidden, 0, self.config.llm.vocab_size)
 
-    def value(self, hidden: jax.Array, scene: Scene, state: jax.Array) -> jax.Array:
+    def value(self, hidden: jax.Array, scene: SceneInput, state: jax.Array) -> jax.Array:
         """Returns float32 `[B]` from the input that `config.critic` selects.
 
         Args:
@@ -276,7 +276,7 @@ class OpenVLA(nn.Module):
         return self.value_head(jax.lax.stop_gradient(hidden) if cfg.critic == "detached" else hidden)
 
     def __call__(
-        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array, state: jax.Array
+        self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, bins: jax.Array, state: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns action logits `[B, A, 256]` and values `[B]`; `init` makes all parameters by this method."""
         hidden = self.score(scene, tokens, token_mask, bins)

@@ -33,7 +33,7 @@ from stare_jax.models.normalize import (
     scale_state,
     unnormalize_action,
 )
-from stare_jax.models.openvla.network import OpenVLA, OpenVLAConfig, Scene
+from stare_jax.models.openvla.network import OpenVLA, OpenVLAConfig, SceneInput
 from stare_jax.models.openvla.presets import all_frozen_patterns
 from stare_jax.models.openvla.prompt import make_tokenize, observation_shape, read_observation
 from stare_jax.models.openvla.sharding import adaptable_modules, sharding_rules
@@ -80,7 +80,9 @@ def _is_decided(norm_stats: NormStats) -> np.ndarray:
     return is_decided[: np.flatnonzero(is_decided)[-1] + 1]
 
 
-def _prompt(network: OpenVLA, norm_stats: NormStats, observation: Observation) -> tuple[Scene, jax.Array, jax.Array]:
+def _prompt(
+    network: OpenVLA, norm_stats: NormStats, observation: Observation
+) -> tuple[SceneInput, jax.Array, jax.Array]:
     return read_observation(network.config, norm_stats, observation)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from stare_jax.models.bins import NUM_BINS, bin_state
 from stare_jax.models.normalize import normalize_state, scale_state
-from stare_jax.models.openvla.network import OpenVLAConfig, Scene, preprocess
+from stare_jax.models.openvla.network import OpenVLAConfig, SceneInput, preprocess
 from stare_jax.models.tokenizer import Tokenizer, make_tokenizer
 from stare_jax.types import NormStats, Observation
 
@@ -19,7 +19,7 @@ OPENVLA_STATE_TEMPLATE = "In: What action should the robot take to {instruction}
 
 def read_observation(
     config: OpenVLAConfig, norm_stats: NormStats, observation: Observation
-) -> tuple[Scene, jax.Array, jax.Array]:
+) -> tuple[SceneInput, jax.Array, jax.Array]:
     """Returns the network's scene, token ids int32 `[B, L]` and their mask.
 
     Raises:

@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
-
-Rule = tuple[str, P]
+from stare_jax.sharding.mesh import Rule
 
 
 class Kernel(NamedTuple):

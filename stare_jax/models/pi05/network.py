@@ -23,7 +23,7 @@ from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
 
-Scene = tuple[jax.Array, ...] | jax.Array
+SceneInput = tuple[jax.Array, ...] | jax.Array
 """Input of the network besides text: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -184,7 +184,7 @@ class Pi05(nn.Module):
         if cfg.noise == "learned":
             self.noise_head = NoiseHead(cfg.model_action_dim)
 
-    def embed_scene(self, scene: Scene) -> jax.Array:
+    def embed_scene(self, scene: SceneInput) -> jax.Array:
         """Returns embeddings `[B, cameras * patches, width]`, or `[B, state_tokens, width]`."""
         if self.config.state_tokens:
             return self.state_embed(scene)
@@ -195,7 +195,7 @@ class Pi05(nn.Module):
         return patches.reshape(scene[0].shape[0], -1, patches.shape[-1])
 
     def embed_prefix(
-        self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
+        self, scene: SceneInput, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Returns embeddings `[B, P, width]` of scene and text, in this order, and which are valid, bool `[B, P]`.
 
@@ -213,7 +213,7 @@ class Pi05(nn.Module):
         return embeds, jnp.concatenate([is_seen, token_mask], axis=1)
 
     def prefix(
-        self, scene: Scene, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
+        self, scene: SceneInput, scene_mask: jax.Array | None, tokens: jax.Array, token_mask: jax.Array
     ) -> tuple[jax.Array, KeyValue, jax.Array]:
         """Runs scene and text, which do not see the actions: once for every observation.
 
@@ -233,16 +233,16 @@ class Pi05(nn.Module):
 
     def suffix(self, cache: KeyValue, valid: jax.Array, noisy: jax.Array, time: jax.Array) -> jax.Array:
         """Returns hidden states `[B, G, H, width]` of noisy chunks `[B, G, H, A]` at times `[B, G]` after a prefix."""
-        batch, groups, horizon = noisy.shape[:3]
+        batch, groups, window = noisy.shape[:3]
         embeds = self.action_in_proj(noisy).astype(self.config.execution.dtype)
-        embeds = embeds.reshape(batch, groups * horizon, -1)
-        positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + jnp.tile(jnp.arange(horizon), groups)
-        to_prefix = jnp.broadcast_to(valid[:, None, :], (batch, groups * horizon, valid.shape[1]))
-        group = jnp.repeat(jnp.arange(groups), horizon)
-        to_group = jnp.broadcast_to(group[:, None] == group, (batch, groups * horizon, groups * horizon))
+        embeds = embeds.reshape(batch, groups * window, -1)
+        positions = valid.sum(axis=1, keepdims=True, dtype=jnp.int32) + jnp.tile(jnp.arange(window), groups)
+        to_prefix = jnp.broadcast_to(valid[:, None, :], (batch, groups * window, valid.shape[1]))
+        group = jnp.repeat(jnp.arange(groups), window)
+        to_group = jnp.broadcast_to(group[:, None] == group, (batch, groups * window, groups * window))
         masks, cond = [to_prefix, to_group], self.condition(time)
         (_, hidden), _ = self.PaliGemma.llm((None, embeds), positions, masks, cond=cond, cache=cache)
-        return hidden.reshape(batch, groups, horizon, -1)
+        return hidden.reshape(batch, groups, window, -1)
 
     def velocity(self, hidden: jax.Array) -> jax.Array:
         """Returns the velocity float32 `[..., H, A]` of hidden states `[..., H, width]`."""
@@ -268,7 +268,7 @@ class Pi05(nn.Module):
 
     def __call__(
         self,
-        scene: Scene,
+        scene: SceneInput,
         scene_mask: jax.Array | None,
         tokens: jax.Array,
         token_mask: jax.Array,
@@ -280,9 +280,9 @@ class Pi05(nn.Module):
         The same numbers as `prefix` and `suffix` one after the other, for chunks `[B, H, A]` at times `[B]`.
         """
         embeds, valid = self.embed_prefix(scene, scene_mask, tokens, token_mask)
-        batch, horizon = noisy.shape[:2]
-        is_action = jnp.arange(valid.shape[1] + horizon) >= valid.shape[1]
-        all_valid = jnp.concatenate([valid, jnp.ones((batch, horizon), bool)], axis=1)
+        batch, window = noisy.shape[:2]
+        is_action = jnp.arange(valid.shape[1] + window) >= valid.shape[1]
+        all_valid = jnp.concatenate([valid, jnp.ones((batch, window), bool)], axis=1)
         mask = all_valid[:, :, None] & all_valid[:, None, :] & (is_action[:, None] | ~is_action[None, :])
         chunk = self.action_in_proj(noisy).astype(self.config.execution.dtype)
         xs, cond = (embeds, chunk), self.condition(time)[:, None]
@@ -290,7 +290,7 @@ class Pi05(nn.Module):
         return self.velocity(hidden), prefix, hidden
 
     def init_pass(
-        self, scene: Scene, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
+        self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
     ) -> None:
         """Uses every parameter; `init` makes the parameters by this method."""
         _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from stare_jax.models.bins import bin_state
 from stare_jax.models.normalize import scale_state, to_quantiles
-from stare_jax.models.pi05.network import Pi05Config, Scene
+from stare_jax.models.pi05.network import Pi05Config, SceneInput
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import Tokenizer, make_tokenizer
 from stare_jax.types import NormStats, Observation
@@ -21,7 +21,7 @@ STATELESS_TEMPLATE = "{instruction}\n"
 
 def read_observation(
     config: Pi05Config, norm_stats: NormStats, observation: Observation
-) -> tuple[Scene, jax.Array, jax.Array]:
+) -> tuple[SceneInput, jax.Array, jax.Array]:
     """Returns the network's scene, token ids int32 `[B, L]` and their mask.
 
     Raises:

@@ -8,8 +8,7 @@ over `tensor`, the other side of each product over `fsdp`. PaliGemma has one key
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.models.pi05.network import Pi05Config
-
-Rule = tuple[str, P]
+from stare_jax.sharding.mesh import Rule
 
 
 def sharding_rules(config: Pi05Config) -> tuple[Rule, ...]:
