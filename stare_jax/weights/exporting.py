@@ -19,11 +19,11 @@ from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats
 from stare_jax.weights import heads, peft, side_files
+from stare_jax.weights.files import Spec, WeightsError, read, read_json, write_file, write_model
 from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
 from stare_jax.weights.importing import check_dtype, check_space
 from stare_jax.weights.load import check_same_model, is_converted, model_from_dict, stored_model
-from stare_jax.weights.safetensors_folder import Spec, WeightsError, read, read_json, write_file, write_model
 from stare_jax.weights.statistics import read_openvla_stats, read_openvla_tables, write_openvla_tables
 from stare_jax.weights.tensor_table import (
     Leaves,
@@ -88,7 +88,7 @@ def export_weights(
             parameters do not have; None takes the source, if it is converted.
         form: for pi0.5 "openpi", "safetensors" (of its PyTorch port) or "lerobot"; None takes the format that a
             converted folder came in, and openpi's for a run.
-        step: of the checkpoints; None takes the latest.
+        step: step of the checkpoint; None takes the latest.
         merge: put adapters into the weights.
         dtype: type of the tensors; None rounds nothing.
         stats_name: name of a run's statistics among those of data sets; None takes that of the run's folder.
@@ -246,11 +246,10 @@ def _write_model(
     form.finish(partial, config, dtypes if form.one_dtype and dtypes != base.dtype else None)
     heads.write_heads(partial, config, leaves)
     with progress_bytes(size, "write") as on_bytes:
+        values = table_values(table, leaves, specs, prefix=form.prefix)
         if form.write_tree is not None:
-            typed = lambda path: leaves(path).astype(jnp.dtype(specs[path].dtype), copy=False)  # noqa: E731
-            form.write_tree(partial, list(table), typed, on_bytes)
+            form.write_tree(partial, values, on_bytes)
         else:
-            values = table_values(table, leaves, specs, prefix=form.prefix)
             values = itertools.chain(values, _unused_values(form, base, unused, kept, config))
             named = {form.prefix + name: spec for name, spec in (specs | unused).items()}
             if max_bytes := max_bytes or form.max_bytes:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from stare_jax.models import ModelConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.types import NormStats
-from stare_jax.weights.safetensors_folder import Spec, Stored, Tensors
-from stare_jax.weights.tensor_table import Entry, Leaves, OnBytes, is_adapter, leaf_shapes
+from stare_jax.weights.files import Named, OnBytes, Spec, Stored, Tensors
+from stare_jax.weights.tensor_table import Entry, is_adapter, leaf_shapes
 
 
 class Format(NamedTuple):
@@ -37,8 +37,8 @@ class Format(NamedTuple):
     """tensors of the format that are never run, given the type of all others"""
     finish: Callable[[Path, ModelConfig, str | None], None] = lambda folder, config, dtype: None
     """writes what else a folder of this format needs, given the type of its tensors, None where they have several"""
-    write_tree: Callable[[Path, Sequence[str], Leaves, OnBytes], None] | None = None
-    """writes leaves, given their paths, where the format is no safetensors"""
+    write_tree: Callable[[Path, Named, OnBytes], None] | None = None
+    """writes leaves where the format is no safetensors"""
     prefix: str = ""
     """beginning of all tensors' names in a file that is written"""
     max_bytes: int | None = None

@@ -11,12 +11,12 @@ from stare_jax.state.checkpoint import load_norm_stats, resolve_step
 from stare_jax.state.storage import flatten, nest
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats, PyTree
+from stare_jax.weights.files import Tensors, WeightsError, check_tensors
 from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.heads import fresh_leaves, open_heads
-from stare_jax.weights.openvla import OPENVLA, describe
+from stare_jax.weights.openvla import OPENVLA
 from stare_jax.weights.pi05_formats import LEROBOT, OPENPI, PALIGEMMA, PORT
-from stare_jax.weights.safetensors_folder import Tensors, WeightsError, check_tensors
-from stare_jax.weights.side_files import ADAPTER_CONFIG
+from stare_jax.weights.side_files import ADAPTER_CONFIG, describe
 from stare_jax.weights.tensor_table import (
     FLOATS,
     OnBytes,

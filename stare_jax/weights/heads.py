@@ -11,7 +11,7 @@ from stare_jax.models.nn.heads import NoiseHead
 from stare_jax.models.normalize import identity_stats
 from stare_jax.state.storage import flatten
 from stare_jax.types import Array
-from stare_jax.weights.safetensors_folder import Stored, check_tensors, list_file, write_file
+from stare_jax.weights.files import Stored, check_tensors, list_file, write_file
 from stare_jax.weights.side_files import HEADS
 from stare_jax.weights.tensor_table import (
     LINEAR,

@@ -20,8 +20,8 @@ from stare_jax.state.storage import flatten
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
 from stare_jax.types import NormStats, PyTree
 from stare_jax.weights import peft, side_files
+from stare_jax.weights.files import write_json
 from stare_jax.weights.formats import OPENVLA, open_weights, read_params
-from stare_jax.weights.safetensors_folder import write_json
 from stare_jax.weights.tensor_table import FLOATS
 
 

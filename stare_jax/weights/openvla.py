@@ -9,9 +9,9 @@ from stare_jax.config import to_dict
 from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.presets import openvla_7b
+from stare_jax.weights.files import Spec, Tensors, WeightsError, list_model, read_json, write_json
 from stare_jax.weights.format import Format
-from stare_jax.weights.safetensors_folder import Spec, Tensors, WeightsError, list_model, read_json, write_json
-from stare_jax.weights.side_files import CONFIG
+from stare_jax.weights.side_files import CONFIG, describe
 from stare_jax.weights.statistics import read_openvla_stats, to_openvla_table, write_openvla_tables
 from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, Entry, leaf_shapes, make_entries, table_specs
 
@@ -58,12 +58,6 @@ _LLAMA = {
     "llm/layers/down_proj": ("language_model.model.layers.{}.mlp.down_proj", _KERNEL),
 }
 _PREFIXES = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}
-
-
-def describe(folder: Path) -> dict:
-    """Returns the fields of a folder's config.json, none where there is no such object."""
-    description = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    return description if isinstance(description, dict) else {}
 
 
 def read_config(folder: str | Path) -> OpenVLAConfig:

@@ -15,21 +15,11 @@ import jax.numpy as jnp
 
 from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
-from stare_jax.weights import side_files
+from stare_jax.weights import files, side_files
+from stare_jax.weights.files import Spec, WeightsError
 from stare_jax.weights.format import Opened
 from stare_jax.weights.heads import open_heads
 from stare_jax.weights.openvla import adapter_table, tensor_table
-from stare_jax.weights.safetensors_folder import (
-    Spec,
-    WeightsError,
-    check_tensors,
-    is_same,
-    list_file,
-    read,
-    read_json,
-    write_file,
-    write_json,
-)
 from stare_jax.weights.tensor_table import Leaves, adapted_module, leaf_shapes, table_specs, table_values
 
 PREFIX = "base_model.model."
@@ -47,7 +37,7 @@ _WITHOUT_EFFECT = {
 def read_lora(folder: Path) -> LoRAConfig:
     """Reads rank and alpha of an adapter; raises WeightsError, with all such fields, where it is not supported."""
     file = folder / side_files.ADAPTER_CONFIG
-    description = read_json(file)
+    description = files.read_json(file)
     problems = [
         f"{name}: got {description[name]!r}, expected one of {allowed}"
         for name, allowed in _ALLOWED.items()
@@ -81,7 +71,7 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     if not file.exists():
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {file.name}; pickles are never read")
-    listed = list_file(file)
+    listed = files.list_file(file)
     if foreign := [name for name in listed if not name.startswith(PREFIX)]:
         raise WeightsError(f"{file}: got {foreign[0]}, expected names that begin with {PREFIX}")
     tensors = {name.removeprefix(PREFIX): stored for name, stored in listed.items()}
@@ -99,8 +89,8 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     table = {path: entry for path, entry in full.items() if adapted_module(path) in adapted}
     used, unused = table_specs(table, leaf_shapes(config), dtype), _unused_specs(base, tensors, lora.rank, dtype)
     unused |= {n: whole[o].spec._replace(dtype=tensors[n].spec.dtype) for n, o in copies.items() if o in whole}
-    check_tensors(file, tensors, used | unused)
-    if changed := [name for name, original in copies.items() if not is_same(tensors[name], whole[original])]:
+    files.check_tensors(file, tensors, used | unused)
+    if changed := [name for name, original in copies.items() if not files.is_same(tensors[name], whole[original])]:
         raise WeightsError(f"{file}: {changed[0]}: got other values than the base model's, expected an adapter of it")
     parts = ({name: tensors[name] for name in specs} for specs in (used, unused))
     return Opened(base.form, folder, config, table, *parts, dict.fromkeys(used, dtype))
@@ -147,7 +137,7 @@ def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) 
         return None
     lora = read_lora(kept)
     is_policys = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_policys &= read_json(kept / side_files.RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
+    is_policys &= files.read_json(kept / side_files.RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
     return kept if is_policys else None
 
 
@@ -164,16 +154,16 @@ def write_adapter(
     if kept is None:
         names = [name for entry in table.values() for name in entry.names]
         modules = [name.removesuffix(_SUFFIX_A) for name in names if name.endswith(_SUFFIX_A)]
-        write_json(to / side_files.ADAPTER_CONFIG, _describe(config.lora, modules))
+        files.write_json(to / side_files.ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
         side_files.copy_side_files(kept, to)
-        dtype = dtype or read_json(kept / side_files.RECORD)["dtype"]
+        dtype = dtype or files.read_json(kept / side_files.RECORD)["dtype"]
     dtype, unused = dtype or "float32", side_files.kept_unused(kept)
     specs = table_specs(table, leaf_shapes(config), dtype)
     specs |= {n: s.spec if n.endswith(_COPY) else s.spec._replace(dtype=dtype) for n, s in unused.items()}
-    rest = ((PREFIX + name, read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
+    rest = ((PREFIX + name, files.read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
     named = itertools.chain(table_values(table, leaves, specs, prefix=PREFIX), rest)
-    write_file(to / side_files.ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
+    files.write_file(to / side_files.ADAPTER_MODEL, {PREFIX + name: spec for name, spec in specs.items()}, named)
 
 
 def _describe(lora: LoRAConfig, modules: Sequence[str]) -> dict[str, Any]:

@@ -19,21 +19,13 @@ from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.prompt import STATELESS_TEMPLATE
 from stare_jax.state.storage import load_leaf, nest, save_tree, tree_shapes
+from stare_jax.weights import files
+from stare_jax.weights.files import Spec, Stored, Tensors, WeightsError
 from stare_jax.weights.format import Format
-from stare_jax.weights.pi05_port import LEROBOT_PREFIX, UNUSED, clean_names, is_lerobot, is_port, tensor_table
-from stare_jax.weights.safetensors_folder import (
-    Spec,
-    Stored,
-    Tensors,
-    WeightsError,
-    list_file,
-    list_model,
-    read_json,
-    write_json,
-)
-from stare_jax.weights.side_files import CONFIG
+from stare_jax.weights.pi05_port import LEROBOT_PREFIX, UNUSED, clean_names, find_prefix, tensor_table
+from stare_jax.weights.side_files import CONFIG, describe
 from stare_jax.weights.statistics import list_assets, read_asset, write_openpi_stats
-from stare_jax.weights.tensor_table import Entry, Leaves, OnBytes, adapted_module, is_adapter, leaf_shapes
+from stare_jax.weights.tensor_table import Entry, adapted_module, is_adapter, leaf_shapes
 
 PRESETS = {preset.__name__: preset for preset in (pi05_base, pi05_droid, pi05_libero, pi05_maniskill)}
 _TREE = "_METADATA"
@@ -69,8 +61,8 @@ def read_config(source: Path) -> Pi05Config:
 
 def _known(source: Path) -> dict:
     """Returns the fields of config.json beside weights, where it is ours."""
-    description = read_json(source / CONFIG) if (source / CONFIG).is_file() else {}
-    return description if isinstance(description, dict) and "paligemma" in description else {}
+    description = describe(source)
+    return description if "paligemma" in description else {}
 
 
 def named_model(model: str) -> Pi05Config:
@@ -83,18 +75,18 @@ def named_model(model: str) -> Pi05Config:
         return PRESETS[model]()
     if not Path(model).is_file():
         raise ConfigError(f"model: got {model!r}, expected one of {', '.join(PRESETS)}, or a JSON file")
-    description = read_json(Path(model))
+    description = files.read_json(Path(model))
     fields = description.get("model", description) if isinstance(description, dict) else None
     if not isinstance(fields, Mapping) or "paligemma" not in fields:
         raise ConfigError(f"{model}: got another content, expected the fields of Pi05Config, or a run's config.json")
     return from_dict(Pi05Config, fields, path=model)
 
 
-def _list_port(source: Path, *, of_lerobot: bool) -> Tensors | None:
+def _list_port(source: Path, *, prefix: str) -> Tensors | None:
     if source.is_dir() and not any(source.glob("model*.safetensors*")):  # files, or an index of them
         return None
-    tensors = list_model(source) if source.is_dir() else list_file(source)
-    return tensors if is_port(tensors) and is_lerobot(tensors) == of_lerobot else None
+    tensors = files.list_model(source)
+    return tensors if find_prefix(tensors) == prefix else None
 
 
 def _list_tree(source: Path) -> Tensors | None:
@@ -197,20 +189,20 @@ def _for_robot(config: Pi05Config, action_dim: int, state_dim: int) -> Pi05Confi
 
 def _write_config(folder: Path, config: Pi05Config, dtype: str | None) -> None:
     if not (folder / CONFIG).exists():
-        write_json(folder / CONFIG, to_dict(config))
+        files.write_json(folder / CONFIG, to_dict(config))
 
 
-def _write_tree(to: Path, paths: Sequence[str], leaves: Leaves, on_bytes: OnBytes) -> None:
+def _write_tree(to: Path, values: files.Named, on_bytes: files.OnBytes) -> None:
     """Writes openpi's tree. Orbax wants it whole, so that it lies in files meanwhile, which take no memory."""
     scratch, cpu, written = to / "leaves.partial", jax.local_devices(backend="cpu")[0], {}
     scratch.mkdir()
-    for number, path in enumerate(paths):
-        leaf, file = np.ascontiguousarray(leaves(path)), scratch / str(number)
+    for path, value in values:  # not enumerated: that would keep a value while the next one is loaded
+        leaf, file = np.ascontiguousarray(value), scratch / str(len(written))
         leaf.reshape(-1).view(np.uint8).tofile(file)
         mapped = np.memmap(file, leaf.dtype, "r", shape=leaf.shape)
         written[path] = jax.device_put(mapped, cpu)  # without a copy
         on_bytes(leaf.nbytes)
-        del leaf  # before the next one is loaded
+        del value, leaf  # before the next one is loaded
     save_tree(to, "params", {"params": nest(written)})
     shutil.rmtree(scratch)
 
@@ -233,7 +225,7 @@ OPENPI = Format(
 )
 PORT = OPENPI._replace(
     name="safetensors",
-    find=functools.partial(_list_port, of_lerobot=False),
+    find=functools.partial(_list_port, prefix=""),
     clean=clean_names,
     table=lambda config, names: tensor_table(config),
     unused=lambda config, dtype: {UNUSED: Spec(dtype, (config.vocab_size, config.expert.width))},
@@ -241,7 +233,7 @@ PORT = OPENPI._replace(
 )
 LEROBOT = PORT._replace(
     name="lerobot",
-    find=functools.partial(_list_port, of_lerobot=True),
+    find=functools.partial(_list_port, prefix=LEROBOT_PREFIX),
     prefix=LEROBOT_PREFIX,
     finish=lambda folder, config, dtype: None,  # its own config.json is not ours to write
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stare_jax.models.pi05.network import Pi05Config
-from stare_jax.weights.safetensors_folder import Tensors, WeightsError, is_same
+from stare_jax.weights.files import Tensors, WeightsError, is_same
 from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, Entry, make_entries
 
 LEROBOT_PREFIX = "model."
@@ -86,17 +86,14 @@ def _under(ours: str, theirs: str, rows: Mapping[str, tuple]) -> dict[str, tuple
     return {ours + path: (theirs + name, what) for path, (name, what) in rows.items()}
 
 
-def is_port(tensors: Tensors) -> bool:
-    """Returns whether a file is the port's or lerobot's, by the names of its tensors."""
-    return any(_OURS.match(clean_name(name)) for name in tensors)
+def find_prefix(tensors: Tensors) -> str | None:
+    """Returns the beginning that a file's names have beside the port's: lerobot's, none, or None for another file."""
+    if not any(_OURS.match(_clean_name(name)) for name in tensors):
+        return None
+    return LEROBOT_PREFIX if any(_unwrap(name).startswith(LEROBOT_PREFIX) for name in tensors) else ""
 
 
-def is_lerobot(tensors: Tensors) -> bool:
-    """Returns whether the names of a file are lerobot's."""
-    return any(_unwrap(name).startswith(LEROBOT_PREFIX) for name in tensors)
-
-
-def clean_name(name: str) -> str:
+def _clean_name(name: str) -> str:
     """Returns a name without what lerobot and training in parallel add to it."""
     return re.sub(_TOWER, ".vision_tower.vision_model.", _unwrap(name).removeprefix(LEROBOT_PREFIX))
 
@@ -113,7 +110,7 @@ def clean_names(source: Path, tensors: Tensors) -> tuple[Tensors, Sequence[str]]
     """
     names: dict[str, list[str]] = {}
     for name in tensors:
-        names.setdefault(clean_name(name), []).append(name)
+        names.setdefault(_clean_name(name), []).append(name)
     if twice := [", ".join(same) for same in names.values() if len(same) > 1]:
         raise WeightsError(f"{source}: got the same tensor under several names: {'; '.join(twice)}")
     clean = {name: tensors[original] for name, (original,) in names.items()}

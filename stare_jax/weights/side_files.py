@@ -14,16 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_jax.weights.safetensors_folder import (
-    INDEX,
-    WEIGHT_SUFFIXES,
-    Stored,
-    Tensors,
-    list_file,
-    read,
-    write_file,
-    write_json,
-)
+from stare_jax.weights import files
 
 CONFIG, RECORD, UNUSED = "config.json", "record.json", "unused.safetensors"
 ADAPTER, ASSETS = "adapter", "assets"
@@ -32,19 +23,26 @@ HEADS = "value_head.safetensors"
 """file of the heads, which the other programs pass over"""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "spiece.model")
-_WEIGHTS = {INDEX, HEADS, RECORD, UNUSED, ADAPTER_MODEL, "params", "_CHECKPOINT_METADATA", "_METADATA", "_sharding"}
-_WEIGHTS |= {"manifest.ocdbt", "orbax.checkpoint", "d", "array_metadatas", "commit_success.txt"}
+_WEIGHTS = {files.INDEX, HEADS, RECORD, UNUSED, ADAPTER_MODEL}
+_WEIGHTS |= {"params", "_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt", "orbax.checkpoint", "d"}
+_WEIGHTS |= {"array_metadatas", "commit_success.txt"}
 """names of files and folders of the weights themselves, which are read in other ways or not at all"""
 _MODEL = re.compile(r"model.*\.safetensors|ocdbt\.process_.*")
 
 
-def keep_aside(source: Path, unused: Tensors, record: Mapping[str, Any], to: Path) -> list[str]:
+def describe(folder: Path) -> dict[str, Any]:
+    """Returns the fields of a folder's config.json, none where there is no such object."""
+    description = files.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    return description if isinstance(description, dict) else {}
+
+
+def keep_aside(source: Path, unused: files.Tensors, record: Mapping[str, Any], to: Path) -> list[str]:
     """Copies all of a source but its used weights into a new folder, with a record; returns names left behind."""
     to.mkdir(parents=True)
     if unused:
         specs = {name: stored.spec for name, stored in unused.items()}
-        write_file(to / UNUSED, specs, ((name, read(stored)) for name, stored in unused.items()))
-    write_json(to / RECORD, record)
+        files.write_file(to / UNUSED, specs, ((name, files.read(stored)) for name, stored in unused.items()))
+    files.write_json(to / RECORD, record)
     return copy_side_files(source, to) if source.is_dir() else []
 
 
@@ -60,7 +58,7 @@ def copy_side_files(source: Path, to: Path) -> list[str]:
             continue
         if name == ASSETS and path.is_dir():
             shutil.copytree(path, to / ASSETS)
-        elif path.is_file() and (path.suffix not in WEIGHT_SUFFIXES or path.suffix == ".safetensors"):
+        elif path.is_file() and (path.suffix not in files.WEIGHT_SUFFIXES or path.suffix == ".safetensors"):
             shutil.copyfile(path, to / name)
         elif not name.startswith("."):
             left.append(name)
@@ -79,6 +77,6 @@ def copy_tokenizer(source: Path, to: Path) -> None:
         shutil.copy(file, to)
 
 
-def kept_unused(kept: Path | None) -> dict[str, Stored]:
+def kept_unused(kept: Path | None) -> dict[str, files.Stored]:
     """Returns the tensors that are kept in a folder although they are never run."""
-    return list_file(kept / UNUSED) if kept is not None and (kept / UNUSED).exists() else {}
+    return files.list_file(kept / UNUSED) if kept is not None and (kept / UNUSED).exists() else {}

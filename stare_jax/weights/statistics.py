@@ -15,7 +15,7 @@ import numpy as np
 
 from stare_jax.models.normalize import action_range
 from stare_jax.types import NormStats
-from stare_jax.weights.safetensors_folder import WeightsError, read_json, write_json
+from stare_jax.weights.files import WeightsError, read_json, write_json
 from stare_jax.weights.side_files import ASSETS, CONFIG
 
 _OPENVLA_FILE, _OPENPI_FILE = "dataset_statistics.json", "norm_stats.json"

@@ -19,7 +19,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.state.storage import flatten, nest
 from stare_jax.state.train_state import num_bytes
 from stare_jax.types import Array, PyTree
-from stare_jax.weights.safetensors_folder import OnBytes, Spec, Specs, Tensors, read
+from stare_jax.weights.files import OnBytes, Spec, Specs, Tensors, read
 
 FLOATS = ("float32", "bfloat16", "float16")
 """types that the tensors of a model may have"""

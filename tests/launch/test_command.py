@@ -15,7 +15,7 @@ from stare_jax.envs import SimulatorError
 from stare_jax.logging import Interrupted
 from stare_jax.sharding.mesh import ShardingError
 from stare_jax.state.checkpoint import CheckpointError
-from stare_jax.weights.safetensors_folder import WeightsError
+from stare_jax.weights.files import WeightsError
 
 LAUNCH = Path(command.__file__).parent
 COMMANDS = ("collect", "compare", "convert", "evaluate", "import_rlds", "show_stages", "train")

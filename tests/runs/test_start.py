@@ -11,8 +11,8 @@ from toy_run import DressedToy, make_config
 from stare_jax.config import ConfigError
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.start import demonstration_statistics, read_statistics, source_statistics, write_statistics
+from stare_jax.weights.files import WeightsError
 from stare_jax.weights.openvla import read_config
-from stare_jax.weights.safetensors_folder import WeightsError
 
 CONFIG = make_config()
 PPO_ALONE = dataclasses.replace(CONFIG, phases=("ppo",))

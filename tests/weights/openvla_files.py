@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from stare_jax.models import OpenVLAConfig
 from stare_jax.types import NormStats
+from stare_jax.weights.files import read
 from stare_jax.weights.formats import open_weights, read_params
 from stare_jax.weights.openvla import tensor_table, unused_specs
-from stare_jax.weights.safetensors_folder import read
 from stare_jax.weights.statistics import read_openvla_stats
 from stare_jax.weights.tensor_table import leaf_shapes, table_specs
 

@@ -8,7 +8,7 @@ import pytest
 
 from stare_jax.models.normalize import to_quantiles
 from stare_jax.types import NormStats
-from stare_jax.weights.safetensors_folder import WeightsError
+from stare_jax.weights.files import WeightsError
 from stare_jax.weights.statistics import find_stats, list_assets, read_openpi_stats, to_openpi_stats
 
 

@@ -13,10 +13,10 @@ from openvla_files import SMALL, load_openvla, read_norm_stats
 from safetensors.numpy import save_file
 
 from stare_jax.models import openvla_7b
+from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.heads import HEADS
 from stare_jax.weights.openvla import read_config
-from stare_jax.weights.safetensors_folder import WeightsError
 from stare_jax.weights.statistics import to_openvla_table
 
 PROPRIO = {"action": {"q01": [0.0], "q99": [3.0]}, "proprio": {"q01": [-1.0], "q99": [4.0]}}

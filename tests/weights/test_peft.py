@@ -15,9 +15,9 @@ from stare_jax.models.nn.lora import ALL_LINEAR as ALL
 from stare_jax.models.nn.lora import ATTENTION, LoRAConfig
 from stare_jax.state.checkpoint import load_model, param_shapes
 from stare_jax.state.storage import flatten
+from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.peft import open_adapter, read_lora
-from stare_jax.weights.safetensors_folder import WeightsError
 from stare_jax.weights.tensor_table import leaf_shapes, read_tree
 
 RANK, ALPHA = 3, 6

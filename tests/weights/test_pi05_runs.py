@@ -38,6 +38,7 @@ from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
 from stare_jax.state.checkpoint import load_model, load_norm_stats, param_shapes, save_params
 from stare_jax.types import NormStats
+from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import read_norm_stats
 from stare_jax.weights.heads import HEADS
 from stare_jax.weights.load import (
@@ -48,7 +49,6 @@ from stare_jax.weights.load import (
     stored_model,
 )
 from stare_jax.weights.pi05_formats import named_model, read_config
-from stare_jax.weights.safetensors_folder import WeightsError
 from stare_jax.weights.tensor_table import adapted_module, is_adapter, leaf_shapes
 
 ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)

@@ -11,9 +11,9 @@ from openvla_files import random_bits
 from pi05_files import FULL, SMALL, bits
 
 from stare_jax.models.pi05.presets import pi05_base
+from stare_jax.weights.files import list_file
 from stare_jax.weights.pi05_formats import OUR_OWN, PORT
 from stare_jax.weights.pi05_port import EMBEDDINGS, UNUSED, tensor_table
-from stare_jax.weights.safetensors_folder import list_file
 from stare_jax.weights.tensor_table import (
     checkpoint_shape,
     leaf_shapes,

@@ -11,7 +11,7 @@ from openvla_files import read_folder
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from stare_jax.weights.safetensors_folder import (
+from stare_jax.weights.files import (
     INDEX,
     Spec,
     WeightsError,

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: what is in them, read through memory maps, written one tensor at a time.
+"""Files of safetensors: what is in them, read through memory maps, written one tensor at a time; and of JSON.
 
 A file is an eight-byte length, that many bytes of JSON (name -> dtype, shape, first and last byte) and the numbers. No
 other format of weights is read: a pickle can run code.
@@ -141,9 +141,13 @@ def _locate(file: Path, start: int, fields: Mapping[str, Any]) -> Stored:
 def list_model(folder: Path) -> dict[str, Stored]:
     """Returns the tensors of a model's files: those of the index, where there is one, else all `model*.safetensors`.
 
+    Instead of a folder there may be a single file.
+
     Raises:
         WeightsError: there are none, they are damaged, or index and files disagree, all of which is listed.
     """
+    if folder.is_file():
+        return list_file(folder)
     if (folder / INDEX).exists():
         return _list_indexed(folder)
     files = sorted(folder.glob("model*.safetensors"))
