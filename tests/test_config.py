@@ -91,6 +91,8 @@ class Painted:
 class House:
     front: Painted = Painted()
     back: Painted | Other = Other()
+    fences: tuple[Colour, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @pytest.mark.parametrize("build", [lambda values: Painted(**values), lambda values: from_dict(Painted, values)])
@@ -121,6 +123,7 @@ def test_choices_are_listed_for_help_by_path():
         "config.front.lining": colours,
         "config.back.colour": colours,
         "config.back.lining": colours,
+        "config.fences": colours,
     }
 
 

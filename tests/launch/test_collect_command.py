@@ -3,8 +3,12 @@ simulator without images."""
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import collect as command
 import jax
@@ -315,6 +319,21 @@ def test_a_checkpoint_from_the_gpu_has_no_reproducible_resets(collect, run, caps
 def test_a_policy_acts_on_the_mesh_that_is_asked_for(collect, run, capsys):
     assert collect("--pairs=9", f"--checkpoint={run / 'sft'}", "--mesh.fsdp=64") == 1
     assert "mesh: got data x fsdp x tensor" in capsys.readouterr().err
+
+
+def test_eight_devices_share_the_rows_of_a_policy(tmp_path):
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(command.__file__).parent), str(here.parent / "runs"), *sys.path]),
+    }
+    script = [sys.executable, str(here / "collect_on_eight_devices.py"), str(tmp_path)]
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # 4 environments are filled up to 8 rows where the mesh is the run's own, which takes all devices.
+    expected = {"all": {"status": 0, "rows": [1, 8]}, "one": {"status": 0, "rows": [4, 4]}}
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
 def test_pairs_from_the_expert(collect, tmp_path, capsys):
