@@ -29,8 +29,8 @@ class Format(NamedTuple):
     table: Callable[[ModelConfig, Collection[str]], dict[str, Entry]]
     """places of our leaves, given the names of the tensors that there are"""
     statistics: Callable[[Sequence[Path], str | None, int | None, int | None], tuple[str | None, NormStats | None]]
-    """reads name and statistics of a data set, given folders, of which later ones go over earlier ones, its name where
-    there are several, and how many numbers of actions and states to take; None, None where there are none"""
+    """reads name and statistics of a data set, or None twice, given folders, of which later ones go over earlier ones,
+    its name where there are several, and how many numbers of actions and states to take"""
     add_statistics: Callable[[Path, str, NormStats], None]
     """puts statistics into a folder under a name"""
     unused: Callable[[ModelConfig, str], dict[str, Spec]] = lambda config, dtype: {}

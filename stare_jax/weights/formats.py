@@ -45,7 +45,7 @@ def find_format(source: Path) -> tuple[Format, Tensors] | None:
     Raises:
         ConfigError: it is none of these; says what it is, where that can be told.
         CheckpointError: it is one of ours without a complete checkpoint.
-        WeightsError: it is one of the others' without safetensors or with damaged ones, or config.json is not JSON.
+        WeightsError: it has no safetensors, or damaged ones, or config.json is not JSON.
     """
     if not source.exists():
         raise ConfigError(f"{source}: got no such folder, {_EXPECTED}")

@@ -38,11 +38,7 @@ def head_table(config: ModelConfig) -> dict[str, Entry]:
 
 
 def open_heads(folder: Path, config: ModelConfig) -> tuple[dict[str, Entry], dict[str, Stored]]:
-    """Returns table and tensors of the heads in a folder's side file, both empty where it has none.
-
-    Raises:
-        WeightsError: the file is damaged, or of other heads.
-    """
+    """Returns table and tensors of a folder's heads, empty without a side file; raises WeightsError for other heads."""
     file = folder / HEADS
     if not file.is_file():
         return {}, {}

@@ -68,11 +68,9 @@ def is_converted(folder: Path) -> bool:
 
 
 def stored_model(source: Path, *, step: int | None = None) -> dict[str, Any]:
-    """Returns the fields of the model's configuration that a checkpoint tells, all, some or none.
+    """Returns the fields of the model's configuration that a checkpoint of any kind tells, all, some or none.
 
-    Args:
-        source: a phase of a run, a converted folder, or a checkpoint in the format of others.
-        step: step of a phase; None takes the latest.
+    The step is a phase's; None takes the latest.
     """
     if not is_ours(source):
         form, _ = find_format(source)
@@ -98,13 +96,10 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
     All fields are compared but those of `EXECUTION_FIELDS`; statistics of the images' colours may differ by rounding,
     tokenizers by the folder that they lie in, and a model may have adapters that the stored one does not have.
 
-    Args:
-        stored: fields of the stored model; those that are missing are not compared, and {} is said to be unknown.
-        wanted: the model.
-        source: the message's beginning.
+    Fields that are missing in the stored model are not compared, and {} is said to be unknown.
 
     Raises:
-        ConfigError: names all fields that differ, one per line, got and expected.
+        ConfigError: names the source, and all fields that differ, one per line, got and expected.
     """
     if not stored:
         say(f"{source}: its configuration is not in it, so that only names and shapes of its parameters are compared")
@@ -164,12 +159,7 @@ def _is_same_tokenizer(got: str, expected: str) -> bool:
 
 
 def with_colours(stored: Mapping[str, Any], model: ModelConfig) -> ModelConfig:
-    """Returns a model with the statistics of the images' colours of a stored one, which is the same but for rounding.
-
-    Args:
-        stored: fields of the stored model, see `stored_model`.
-        model: the run's model.
-    """
+    """Returns the run's model with a stored one's statistics of colours, which are the same but for rounding."""
     for name in ("dino", "siglip"):
         tower, theirs = getattr(model, name, None), stored.get(name) or {}
         if tower is not None:

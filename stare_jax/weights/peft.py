@@ -58,10 +58,7 @@ def read_lora(folder: Path) -> LoRAConfig:
 
 
 def open_adapter(folder: Path, base: Opened) -> Opened:
-    """Finds an adapter's tensors and compares them with what its configuration and the base model ask for.
-
-    Returns:
-        Weights with the base's configuration and these adapters, whose table and tensors are those of adapters alone.
+    """Opens an adapter, compared with its base: the base's configuration with it, and tensors of adapters alone.
 
     Raises:
         WeightsError: it is not supported, damaged, of another model, or adapts some of the layers that we keep as one

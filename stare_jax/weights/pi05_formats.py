@@ -66,11 +66,7 @@ def _known(source: Path) -> dict:
 
 
 def named_model(model: str) -> Pi05Config:
-    """Returns the configuration that a name of a preset, or a JSON file, or a run's config.json, stands for.
-
-    Raises:
-        ConfigError: there is no such preset or file, or it describes another model.
-    """
+    """Returns the model of a preset's name, a JSON file or a run's config.json; raises ConfigError for another."""
     if model in PRESETS:
         return PRESETS[model]()
     if not Path(model).is_file():
@@ -100,11 +96,7 @@ def _list_tree(source: Path) -> Tensors | None:
 
 
 def _list_npz(file: Path) -> Tensors | None:
-    """Returns the arrays of a file without reading them; None where it is no npz file, whatever its name.
-
-    Raises:
-        WeightsError: it is damaged, or not PaliGemma's.
-    """
+    """Lists the arrays of an npz file, whatever its name; raises WeightsError where they are not PaliGemma's."""
     if not zipfile.is_zipfile(file):
         return None
     try:

@@ -62,8 +62,8 @@ def _read_quantiles(where: str, fields: Mapping[str, Any], dim: int | None, why:
 def read_openvla_tables(folders: Sequence[Path]) -> dict[str, Any]:
     """Returns what OpenVLA's files say of all data sets, by name.
 
-    dataset_statistics.json, which fine-tuned checkpoints carry, goes over the statistics in config.json, and a later
-    folder, such as that of an adapter, over an earlier one.
+    dataset_statistics.json, which fine-tuned checkpoints carry, goes over config.json, and a later folder, such as that
+    of an adapter, over an earlier one.
     """
     tables: dict[str, Any] = {}
     for folder in folders:
@@ -145,11 +145,8 @@ def read_openpi_stats(
 ) -> NormStats:
     """Reads the quantiles of actions and states from norm_stats.json.
 
-    Args:
-        file: norm_stats.json.
-        max_dim: numbers of an action in the network, to which statistics may be padded.
-        action_dim: A, to which longer statistics are cut, as openpi does; None takes them all.
-        state_dim: S, likewise; None takes none where there are none.
+    Statistics may be padded to `max_dim` numbers; longer ones are cut to A and S, `action_dim` and `state_dim`, as
+    openpi does. None takes all that there are.
 
     Raises:
         WeightsError: quantiles are missing or null, or there are fewer than asked for.
