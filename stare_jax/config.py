@@ -31,10 +31,14 @@ def choices(hint: Any) -> tuple[Any, ...]:
 
 
 def list_choices(cls: type, *, path: str = "config") -> dict[str, tuple[Any, ...]]:
-    """Returns path -> choices of every `Literal` field of a dataclass and of those inside it, for a command's help."""
+    """Returns path -> choices of every `Literal` field of a dataclass and of those inside it, for a command's help.
+
+    A field that is a tuple of such words has their choices.
+    """
     found: dict[str, tuple[Any, ...]] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        if allowed := choices(hint):
+        items = typing.get_args(hint)[:1] if typing.get_origin(hint) is tuple else ()
+        if allowed := choices(hint) or sum(map(choices, items), ()):
             found[f"{path}.{name}"] = allowed
         for inner in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(inner):  # of a union, a field may have the choices of either

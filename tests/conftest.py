@@ -1,4 +1,4 @@
-"""What the tests of several rooms share."""
+"""Parts that the tests of several rooms share."""
 
 import importlib
 import os

@@ -96,6 +96,8 @@ class Papered:
 class House:
     front: Painted = Painted()
     back: Painted | Papered = Papered()
+    fences: tuple[Colour, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @pytest.mark.parametrize("build", [lambda values: Painted(**values), lambda values: from_dict(Painted, values)])
@@ -126,6 +128,7 @@ def test_choices_are_listed_for_help_by_path():
         "config.front.lining": colours,
         "config.back.colour": ("red", "blue", "striped"),
         "config.back.lining": colours,
+        "config.fences": colours,
     }
 
 

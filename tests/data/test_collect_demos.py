@@ -45,7 +45,7 @@ def _collect(directory, config=CONFIG, *, expert=EXPERT, env=None, **arguments):
 
 
 def _collected(directory, config=CONFIG, *, skip_broken=False, **changes):
-    """What there is already; None where a simulator is needed."""
+    """The data set that is there already; None where a simulator is needed."""
     info = info_of(toy.ToyPush(3), **changes)
     with contextlib.suppress(SimulatorNeeded):
         return collect_demos(no_simulator, info, EXPERT, config, directory, action_mask=MASK, skip_broken=skip_broken)

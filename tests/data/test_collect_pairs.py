@@ -29,7 +29,7 @@ def _collect(directory, actor, config=PAIRS, *, env=None, **arguments):
 
 
 def _collected(directory, actor, config=PAIRS):
-    """What there is already; None where a simulator is needed."""
+    """The data set that is there already; None where a simulator is needed."""
     with contextlib.suppress(SimulatorNeeded):
         return collect_pairs(no_simulator, info_of(toy.ToyPush(3)), actor, toy.task_spec(), config, directory)
 

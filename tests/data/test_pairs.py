@@ -104,7 +104,7 @@ def test_properties_of_many_pairs(seed):
 
 @pytest.fixture
 def rollouts(tmp_path, make_trajectory):
-    """From one start: never touches, touches, succeeds. The push family: reach, contact, push, goal."""
+    """Three episodes from one start: never touches, touches, succeeds. The push family: reach, contact, push, goal."""
     with DatasetWriter(tmp_path, env_id="PushCube-v1") as writer:
         for arguments in ({"success": False}, {"success": False, "contact_at": 2}, {"length": 4, "contact_at": 2}):
             trajectory = make_trajectory(len(arguments), **arguments)

@@ -1,4 +1,4 @@
-"""What collection is tested on: the toy environment's expert, and the toy environment with simulators that die."""
+"""Material for tests of collection: the toy environment's expert, and the toy environment with simulators that die."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What the simulator's tests share: scenes built once a session, and the reason to skip what renders."""
+"""Parts that the simulator's tests share: scenes built once a session, and the reason to skip what renders."""
 
 import gc
 

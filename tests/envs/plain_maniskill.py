@@ -1,4 +1,4 @@
-"""What ManiSkill itself says of an environment that it made and stepped, to compare with."""
+"""ManiSkill's own account of an environment that it made and stepped, to compare with."""
 
 import numpy as np
 import torch

@@ -25,7 +25,7 @@ PICK_PLACE_TASKS = tuple(env_id for env_id in TASKS if get_task(env_id).family =
 OFFICIAL, OTHER = 0, DEMO_SEEDS + 99_000_000
 MAX_STATES = 80
 MAX_COST = 0.5
-"""of a stage whose cost is a distance: all that happens, happens within decimetres"""
+"""bound of the cost of a stage whose cost is a distance: all that happens, happens within decimetres"""
 AFTERWARDS = 12
 """actions after success, in which an expert that still holds the object lets go of it and retreats"""
 

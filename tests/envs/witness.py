@@ -16,21 +16,21 @@ class Testimony(NamedTuple):
     base_pos: np.ndarray
     """`[3]` of what the goal hangs on."""
     reach_distance: float
-    """from the tool to the object's centre; for the peg, to its axis."""
+    """distance from the tool to the object's centre; for the peg, to its axis."""
     goal_distance: float
     """horizontal, from the object to what the goal hangs on."""
     height: float
-    """of the object above where it started."""
+    """height of the object above its start."""
     tilt: float
     """angle between the object's x axis and the vertical line."""
     is_grasping: bool
     end_force: float
-    """of the object on either finger, at the end of the control step."""
+    """force of the object on either finger, at the end of the control step."""
     num_touching: int
     """longest run of sub-steps of the control step, one after the other, in which the object presses on any link of the
     robot: at its end most pushes are over."""
     moved: float
-    """how far the object has moved in the control step."""
+    """distance that the object has moved in the control step."""
     success: bool
 
     @property

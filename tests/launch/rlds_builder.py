@@ -7,7 +7,7 @@ import numpy as np
 
 NAME, VERSION, NUM_SHARDS = "bridge_dataset", "1.0.0", 3
 SHAPE = (80, 96, 3)
-"""of the images that policies look at; those of the second camera are 32 x 32."""
+"""shape of the images that policies look at; those of the second camera are 32 x 32."""
 SMALL = (32, 32, 3)
 
 

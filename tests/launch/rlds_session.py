@@ -7,7 +7,7 @@ from unittest import mock
 
 
 class Done(NamedTuple):
-    """How a call of the command ended."""
+    """End of a call of the command."""
 
     status: int
     output: str

@@ -3,8 +3,12 @@ simulator without images."""
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import collect as command
 import jax
@@ -152,9 +156,9 @@ def test_mistakes_are_explained_without_a_traceback(collect, capsys, arguments, 
     [
         ([], "nothing to collect"),
         (["--demos=4", "--pairs=4", "--skip-broken"], "--skip-broken is for --demos alone: pairs name rollouts"),
-        (["--pairs=4", "--step=3"], "--step is of a --checkpoint"),
-        (["--demos=4", "--checkpoint=runs/x/sft"], "--checkpoint is whose rollouts --pairs=N pairs, in one task"),
-        (["--task=all", "--pairs=4", "--checkpoint=runs/x/sft"], "--checkpoint is whose rollouts --pairs=N pairs"),
+        (["--pairs=4", "--step=3"], "--step goes with --weights"),
+        (["--demos=4", "--weights=runs/x/sft"], "--weights goes with --pairs=N, whose rollouts the policy makes"),
+        (["--task=all", "--pairs=4", "--checkpoint=runs/x/sft"], "--weights goes with --pairs=N"),
         (["--demos=4", "--jitter=1m"], "argument --jitter: invalid choice: '1m'"),
         (["--demos=4", "--noise=a"], "got 'a', expected SCALE:SHARE"),
         (["--demos=4", "--episodes=3"], "unrecognized arguments: --episodes=3"),
@@ -315,6 +319,21 @@ def test_a_checkpoint_from_the_gpu_has_no_reproducible_resets(collect, run, caps
 def test_a_policy_acts_on_the_mesh_that_is_asked_for(collect, run, capsys):
     assert collect("--pairs=9", f"--checkpoint={run / 'sft'}", "--mesh.fsdp=64") == 1
     assert "mesh: got data x fsdp x tensor" in capsys.readouterr().err
+
+
+def test_eight_devices_share_the_rows_of_a_policy(tmp_path):
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(Path(command.__file__).parent), str(here.parent / "runs"), *sys.path]),
+    }
+    script = [sys.executable, str(here / "collect_on_eight_devices.py"), str(tmp_path)]
+    result = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # 4 environments are filled up to 8 rows where the mesh is the run's own, which takes all devices.
+    expected = {"all": {"status": 0, "rows": [1, 8]}, "one": {"status": 0, "rows": [4, 4]}}
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
 def test_pairs_from_the_expert(collect, tmp_path, capsys):

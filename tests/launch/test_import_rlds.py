@@ -131,7 +131,7 @@ def test_the_manifest_says_what_was_done(bridge):
 
 
 def same(directory, other):
-    """Whether two data sets hold the same, however many shards they are in."""
+    """Returns whether two data sets hold the same, however many shards they are in."""
     a, b = Dataset(directory), Dataset(other)
     assert (a.episodes, a.manifest.settings, a.manifest.progress) == (
         b.episodes,

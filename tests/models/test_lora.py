@@ -141,7 +141,7 @@ def test_the_first_override_that_matches_gives_rank_and_scale():
 
 @pytest.mark.parametrize("unstack_layers", [False, True])
 def test_adapters_of_several_ranks_compute_what_their_merged_weights_do(nano, unstack_layers):
-    """By sampling, too, where layers that are taken out of their stack have to know their path."""
+    """Sampling does so, too, where layers that are taken out of their stack have to know their path."""
     config = nano_config(lora=OVERRIDDEN, unstack_layers=unstack_layers)
     case = make_case(config, INSTRUCTIONS)
     adapters = names(keep_adapters(case.params))

@@ -1,4 +1,4 @@
-"""What ports of OpenVLA get wrong, and the test that each has here; those of no other file are in this one.
+"""Mistakes of ports of OpenVLA, and the test that each has here; those of no other file are in this one.
 
 `TRAPS` says where; a name in it that is no test's fails.
 """

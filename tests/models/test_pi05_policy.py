@@ -226,7 +226,7 @@ def test_a_camera_that_is_left_out_is_one_that_is_masked():
 
 
 def test_what_is_computed_again_is_the_same():
-    """In the vision tower and in both experts."""
+    """Layers are computed again in the vision tower and in both experts."""
     _, params, observation = case("sde")
     action = np.random.default_rng(0).uniform(-0.3, 0.3, (2, 4, 3)).astype(np.float32)
     keys = jax.random.split(jax.random.key(5), 2)

@@ -49,7 +49,7 @@ def decide(policy, params, observation, **options):
 
 
 def is_same(size, **options):
-    """Whether eight devices decide as one does, from NumPy arrays and from arrays committed to one of them."""
+    """Returns whether eight devices decide as one does, from NumPy arrays and from arrays committed to one of them."""
     expected = jax.device_get(decide(POLICY, PARAMS, observe(size)))
     found = [decide(WATCHED, SHARDED, observe(size, device), **options) for device in (None, jax.devices()[3])]
     for decision in jax.device_get(found):

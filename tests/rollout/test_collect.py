@@ -1,4 +1,4 @@
-"""What the collector promises, against a simulator whose every state says which episode and step it belongs to."""
+"""Promises of the collector, against a simulator whose every state says which episode and step it belongs to."""
 
 import tracemalloc
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from stare_jax.types import Observation, Signals
 
 
 class Script(NamedTuple):
-    """What happens in the episode of a seed."""
+    """Events in the episode of a seed."""
 
     success_at: int | None = None
     dies_at: int | None = None

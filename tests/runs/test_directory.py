@@ -1,4 +1,4 @@
-"""What a run directory refuses, what it lets change, and that it takes one process at a time."""
+"""Refusals of a run directory, changes that it allows, and its lock for one process at a time."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a whole run refuses before it begins."""
+"""Refusals of a whole run before it begins."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices, and where: read from XLA's text."""
+"""Exchanges between devices in a compiled program, and their places: read from XLA's text."""
 
 import collections
 import math
@@ -10,9 +10,9 @@ from stare_jax.models.bins import NUM_BINS
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
-"""what weights and their gradients take; the others move activations from one layout to another."""
+"""exchanges that weights and their gradients take; the others move activations from one layout to another."""
 IN_LAYERS = re.compile(r"\b(layers|blocks|encoderblock)/")
-"""in the paths of what is in a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
+"""part of paths inside a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
 
 
 class Collective(NamedTuple):
@@ -126,7 +126,7 @@ def moved_out(found: Sequence[Collective]) -> list[str]:
 
 
 STACKS = ("dino", "siglip", "img", "llm", "expert")
-"""of layers, in the paths of both models; `expert` is the second one in pi0.5's language model."""
+"""names of stacks of layers in the paths of both models; `expert` is the second one in pi0.5's language model."""
 
 
 def num_passes(

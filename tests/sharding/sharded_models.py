@@ -45,7 +45,7 @@ SIZE = 16
 # With SGD-like moments (large eps) a difference in rounding stays one.
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, eps=1.0)
 TRAINING = (True, 0.0)
-"""whether the policy is trained, and how much of the training is done."""
+"""True if the policy is trained, and how much of the training is done."""
 
 
 def all_cases(model):
@@ -89,7 +89,7 @@ def raw_actions(policy, shape):
 
 @functools.cache
 def decided(model, trained):
-    """What the policy decided in as many states as a batch has, and these states."""
+    """Decisions of the policy in as many states as a batch has, and these states."""
     policy, params = policy_and_params(model, trained)
     observation = random_observation(policy, prompts(SIZE))
     return jax.device_get(jax.jit(policy.sample)(params, observation, jax.random.key(0))), observation

@@ -1,4 +1,4 @@
-"""What holds for every task: gradients are finite, jit, vmap and padding change nothing."""
+"""Properties of every task: gradients are finite, jit, vmap and padding change nothing."""
 
 import functools
 

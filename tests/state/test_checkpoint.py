@@ -1,4 +1,4 @@
-"""What is saved comes back; what does not fit says where; what was half written is not there."""
+"""Saved states come back; a misfit says where it is; a half-written checkpoint is not there."""
 
 import subprocess
 import sys
@@ -178,7 +178,7 @@ def test_parameters_of_the_first_versions_checkpoints_load_and_its_training_is_r
 
 
 def test_loading_and_saving_hold_the_model_and_less_than_a_gigabyte_more(tmp_path):
-    """In processes of their own, on a model of 1.5 GB whose largest leaf has 256 MiB."""
+    """Each task has a process of its own, on a model of 1.5 GB whose largest leaf has 256 MiB."""
     script = Path(__file__).with_name("measure_memory.py")
     for task in ("write", "read", "resume"):
         command = [sys.executable, str(script), task, str(tmp_path)]

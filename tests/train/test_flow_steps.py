@@ -1,4 +1,4 @@
-"""What the phases make of a policy that decides on chunks by a flow: losses at the start, microbatches, averages."""
+"""The phases with a policy that decides on chunks by a flow: losses at the start, microbatches, averages."""
 
 import dataclasses
 import functools

@@ -134,7 +134,7 @@ def test_ppo_that_is_stopped_inside_an_update_finishes_it(train, make_run, monke
 
 
 def test_imitation_with_an_average_that_is_made_longer_is_the_longer_one(train, make_run):
-    """What was saved last is the state, not its average; what others take is the average."""
+    """The state is saved as it is; others take the average."""
     config = {"ema_decay": 0.5, "optimizer": dataclasses.replace(VALUE_FROZEN, schedule="constant")}
     expected = train("sft", make_run("whole"), num_steps=6, **config)
     run = make_run("longer")

@@ -17,7 +17,7 @@ from stare_jax.types import Decisions, Trajectory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ppo.md"
 LENGTHS = np.array([2, 4, 3, 0])
-"""of a success, a failure, an episode cut short and a lost one; the horizon is 4."""
+"""actions of a success, a failure, an episode cut short and a lost one; the horizon is 4."""
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def anonymous():
 
 
 def growth(*arguments):
-    """By how much memory grew at most while the command ran, in bytes."""
+    """Largest growth of memory while the command ran, in bytes."""
     gc.collect()
     start = peak = anonymous()
     done = threading.Event()

@@ -93,7 +93,7 @@ def checkpoint_shapes(sizes):
 
 
 def config_json(sizes, dtype, **fields):
-    """What is not as in the 7B model is stated, as checkpoints for tests do."""
+    """Fields that differ from the 7B model are stated, as checkpoints for tests do."""
     towers = {
         name: {"embed_dim": tower.width, "depth": tower.depth, "num_heads": 2, "mlp_ratio": tower.mlp / tower.width}
         for name, tower in zip(TIMM_IDS, (sizes.dino, sizes.siglip), strict=True)

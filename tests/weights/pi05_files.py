@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 FULL = Sizes((1152, 27, 4304, 16), (2048, 1024), (16384, 4096), 18, 8, 256, 257152, 256, 32)
 SMALL = Sizes((32, 2, 24, 16), (24, 16), (40, 20), 3, 2, 4, 96, 4, 9)
 NUM_LEAVES, NUM_TENSORS = 51, 811
-"""of the published model, its expert's unused output layer apart."""
+"""numbers of leaves and of the port's tensors in the published model, its expert's unused output layer apart."""
 
 
 def model_config(sizes=SMALL, **changes):
@@ -109,7 +109,7 @@ def tree_shapes(sizes):
 
 
 def to_port(tree):
-    """What openpi's own converter makes of its leaves, tensor by tensor."""
+    """Tensors that openpi's own converter makes of its leaves, tensor by tensor."""
     tower, tensors = "paligemma_with_expert.paligemma.model.vision_tower.vision_model.", {}
     img = {name.removeprefix("PaliGemma/img/"): leaf for name, leaf in tree.items() if "/img/" in name}
     tensors[f"{tower}embeddings.patch_embedding.weight"] = img["embedding/kernel"].transpose(3, 2, 0, 1)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_openvla(tmp_path):
-    """In: the model, and no leaf twice. Out: two leaves, one as it is stored and one as it is."""
+    """Reading holds the model, and no leaf twice; writing two leaves, one as it is stored and one as it is."""
     for name, sizes in {"large": LARGE, "small": SMALL._replace(key_width=16)}.items():
         tensors = random_bits(openvla_files.checkpoint_shapes(sizes), "bfloat16")  # which cannot be compressed
         openvla_files.write(tmp_path / name, tensors, openvla_files.config_json(sizes, "bfloat16"))

@@ -29,7 +29,7 @@ def test_quantiles_come_back_to_the_last_bit(tmp_path):
 
 
 def test_what_openpi_requires_is_there(tmp_path):
-    """Of a normal distribution, 98 % lie between the quantiles 0.01 and 0.99, 2.3263 deviations from the mean."""
+    """98 % of a normal distribution lie between the quantiles 0.01 and 0.99, 2.3263 deviations from the mean."""
     stats = NormStats(np.full(2, -2.3263), np.full(2, 2.3263), np.array([True, False]), np.zeros(0), np.zeros(0))
     fields = json.loads(write(tmp_path, stats).read_text())["norm_stats"]
     assert fields.keys() == {"actions"}  # a state of no numbers has no statistics

@@ -74,7 +74,7 @@ def make_config(folder, dino, siglip, llm, image_size):
 
 
 def describe(config):
-    """What a checkpoint's config.json says of the model."""
+    """The model's fields in a checkpoint's config.json."""
     llm, towers = config.llm, (config.dino, config.siglip)
     text = {
         "vocab_size": llm.vocab_size,
@@ -272,7 +272,7 @@ RANK, ALPHA = 3, 5.0
 
 
 def gather(config, model, head, read):
-    """What `read` makes of every trained parameter of the PyTorch model, in our arrangement, by path."""
+    """Value that `read` makes of every trained parameter of the PyTorch model, in our arrangement, by path."""
     shapes, found = leaf_shapes(config), {}
     theirs = {re.sub(r"lora_(.)$", lambda m: f"lora_{m[1].upper()}.weight", n): p for n, p in model.named_parameters()}
     theirs |= {
@@ -286,7 +286,7 @@ def gather(config, model, head, read):
 
 
 def test_the_gradient_of_a_ppo_update_of_adapters(narrow):
-    """Of every adapter and of the value head, through both towers, projector, decoder and output layer."""
+    """Gradients of every adapter and of the value head, through both towers, projector, decoder and output layer."""
     torch.manual_seed(0)
     model = copy.deepcopy(narrow.model)
     openvla_torch_ppo.add_lora(model, rank=RANK, alpha=ALPHA)
