@@ -2,7 +2,7 @@
 
     python launch/collect.py --task=PushCube-v1 --demos=100 --pairs=50 --out=data/pushcube
     python launch/collect.py --demos=760 --noise=0:100,0.15:594,0.3:66 --linger=8 --out=data/pushcube
-    python launch/collect.py --pairs=50 --checkpoint=runs/quickstart/sft --out=data/pushcube
+    python launch/collect.py --pairs=50 --weights=runs/quickstart/sft --out=data/pushcube
     python launch/collect.py --task=all --demos=100 --pairs=50 --image-size=224 --out=data
 
 Demonstrations go to OUT/demos, rollouts and their pairs to OUT/pairs, those of all tasks to OUT/TASK/demos and so on.
@@ -68,9 +68,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.demos is None and arguments.pairs is None:
         parser.error("nothing to collect: give --demos=N, or --pairs=N, or both")
     if arguments.checkpoint and (arguments.pairs is None or arguments.task == ALL_TASKS):
-        parser.error("--checkpoint is whose rollouts --pairs=N pairs, in one task")
+        parser.error("--weights goes with --pairs=N, whose rollouts the policy makes, and with one task")
     if arguments.step is not None and not arguments.checkpoint:
-        parser.error("--step is of a --checkpoint")
+        parser.error("--step goes with --weights")
     if arguments.skip_broken and arguments.pairs is not None:
         parser.error("--skip-broken is for --demos alone: pairs name rollouts by their number, none can be left out")
     return arguments
@@ -115,7 +115,9 @@ def add_expert_options(group: argparse._ArgumentGroup) -> None:
 def add_pairs_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
+        "--weights",
         "--checkpoint",
+        dest="checkpoint",
         type=Path,
         metavar="RUN/PHASE",
         help="the policy to roll out, e.g. runs/quickstart/sft (default: the expert, with noise)",

@@ -41,8 +41,9 @@ def list_choices(cls: type, *, path: str = "config") -> dict[str, tuple[Any, ...
         if allowed := choices(hint) or sum(map(choices, items), ()):
             found[f"{path}.{name}"] = allowed
         for inner in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(inner):
-                found |= list_choices(inner, path=f"{path}.{name}")
+            if dataclasses.is_dataclass(inner):  # of a union, a field may have the choices of either
+                for field, allowed in list_choices(inner, path=f"{path}.{name}").items():
+                    found[field] = tuple(dict.fromkeys((*found.get(field, ()), *allowed)))
     return found
 
 

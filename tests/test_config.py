@@ -88,9 +88,14 @@ class Painted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Papered:
+    colour: Literal["blue", "striped"] = "striped"
+
+
+@dataclasses.dataclass(frozen=True)
 class House:
     front: Painted = Painted()
-    back: Painted | Other = Other()
+    back: Painted | Papered = Papered()
     fences: tuple[Colour, ...] = ()
     sizes: tuple[int, ...] = ()
 
@@ -121,7 +126,7 @@ def test_choices_are_listed_for_help_by_path():
     assert list_choices(House) == {
         "config.front.colour": colours,
         "config.front.lining": colours,
-        "config.back.colour": colours,
+        "config.back.colour": ("red", "blue", "striped"),
         "config.back.lining": colours,
         "config.fences": colours,
     }
