@@ -32,7 +32,6 @@ from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, make_expert, m
 from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.logging import Clock, Interruption, print_table, say
 from stare_jax.models import Policy
-from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TASKS, TaskSpec
 from stare_jax.types import PyTree
 
@@ -232,8 +231,7 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
             f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --no-reproducible"
         )
     spec = dataclasses.replace(env.spec, params=run.stages)
-    sizes = dataclasses.replace(run.mesh, **command.given_mesh(arguments))
-    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    mesh = command.make_run_mesh(run.mesh, arguments)
 
     def restore() -> tuple[Policy, PyTree]:
         _, policy, params = load_policy(arguments.checkpoint, step=step, mesh=mesh)

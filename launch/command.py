@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 
 """
 
 import argparse
+import dataclasses
 import os
 import shlex
 import signal
@@ -15,17 +16,22 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
+from jax.sharding import Mesh
 
 from stare_jax.config import UserError
 from stare_jax.logging import Interrupted, say
+from stare_jax.sharding.mesh import ShardingError, make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
+if TYPE_CHECKING:  # importing all of a run would slow every command down
+    from stare_jax.runs.config import MeshConfig
+
 DONE, FAILED, STOPPED = 0, 1, 130
 MESH_AXES = {
     "data": "devices over which the rows of a batch are split; -1 takes all that are left",
@@ -56,6 +62,20 @@ def given_mesh(arguments: argparse.Namespace) -> dict[str, int]:
     """Returns the sizes of the axes that the command line gives, by name."""
     sizes = {axis: getattr(arguments, f"mesh.{axis}", None) for axis in MESH_AXES}
     return {axis: size for axis, size in sizes.items() if size is not None}
+
+
+def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> Mesh:
+    """Returns the mesh of a run's configuration with the sizes that the command line gives.
+
+    Raises:
+        ShardingError: this machine has not so many devices; names the options that change the sizes.
+    """
+    sizes = dataclasses.replace(sizes, **given_mesh(arguments))
+    try:
+        return make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    except ShardingError as error:
+        options = ", ".join(f"--mesh.{axis}" for axis in MESH_AXES)
+        raise ShardingError(f"{error}; {options} give other sizes than the run's") from error
 
 
 def repeat_command(argv: Sequence[str] | None = None) -> str:

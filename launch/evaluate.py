@@ -39,7 +39,6 @@ from stare_jax.report.tables import MISSING
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
 from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
-from stare_jax.sharding.mesh import make_mesh
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
@@ -134,8 +133,7 @@ def load_subject(config: RunConfig, temperature: float, arguments: argparse.Name
         with user_input():
             expert = make_expert(config.env.task_name)
         return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
-    sizes = dataclasses.replace(config.mesh, **command.given_mesh(arguments))
-    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
+    mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
     _, policy, params = load_policy(folder, step=step, mesh=mesh)

@@ -14,6 +14,7 @@ from stare_jax.config import ConfigError
 from stare_jax.data.schema import DatasetError
 from stare_jax.envs import SimulatorError
 from stare_jax.logging import Interrupted
+from stare_jax.runs.config import MeshConfig
 from stare_jax.sharding.mesh import ShardingError
 from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.weights.files import WeightsError
@@ -66,6 +67,15 @@ def test_a_mesh_is_said_in_the_words_of_the_configuration():
     command.add_mesh(parser)
     assert command.given_mesh(parser.parse_args(["--mesh.fsdp=4", "--mesh.tensor=2"])) == {"fsdp": 4, "tensor": 2}
     assert command.given_mesh(parser.parse_args([])) == {}
+
+
+def test_a_mesh_of_a_run_that_this_machine_has_not_is_refused_with_the_options_that_change_it():
+    parser = command.make_parser("Does something.")
+    command.add_mesh(parser)
+    sizes = MeshConfig(data=1, fsdp=64)
+    with pytest.raises(ShardingError, match=r"expected at most .* device.*--mesh\.fsdp.* other sizes than the run's"):
+        command.make_run_mesh(sizes, parser.parse_args([]))
+    assert command.make_run_mesh(sizes, parser.parse_args(["--mesh.fsdp=1"])).size == 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)
