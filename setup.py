@@ -31,6 +31,7 @@ setup(
         "rich>=14,<16",
         "safetensors>=0.6,<0.9",
         "sapien>=3.0.3,<3.1",
+        "scipy>=1.15,<2",
         "tensorboardX>=2.6.4,<3",
         "tensorflow-datasets>=4.9.9,<5",
         "torch>=2.7,<3",

@@ -218,7 +218,10 @@ def shapes_of(params):
 
 
 def difference(a, b):
-    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(np.abs(x - y).max()), *jax.device_get((a, b)))))
+    def largest(x, y):
+        return float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())  # of flags, too
+
+    return max(jax.tree.leaves(jax.tree.map(largest, *jax.device_get((a, b)))))
 
 
 def compare(model, step_cases, action_cases):
