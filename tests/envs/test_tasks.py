@@ -152,6 +152,7 @@ def test_simulator_processes_find_a_module_on_the_path_of_this_one(tmp_path, mon
         np.testing.assert_allclose(state.signals.support_z, [0.02], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_phase_trains_on_a_task_of_ones_own(tmp_path):
     """The command line, in a folder of the user's, runs demonstrations, SFT, STA-TPO, STA-PPO, evaluation."""
     shutil.copy(EXAMPLE, tmp_path / "place_sphere.py")
