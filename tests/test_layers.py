@@ -6,6 +6,7 @@ that break them. Messages read `file:line: what is wrong`.
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -214,3 +215,9 @@ LAWFUL = [
 @pytest.mark.parametrize(("path", "source"), LAWFUL)
 def test_checker_lets_pass(path: str, source: str):
     assert [violation for check in CHECKS for violation in check(path, source)] == []
+
+
+def test_no_two_modules_of_the_tests_share_a_name():
+    """`tests/conftest.py` puts every room's folder on one path: of two modules with one name, the first is imported."""
+    names = Counter(path.stem for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []

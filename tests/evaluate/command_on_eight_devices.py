@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from toy_run import load_command, use_toy, write_run
+from toy_evaluation import load_command, use_toy, write_run
 
 from stare_jax.evaluate.record import load_evaluation
 
