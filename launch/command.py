@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import logging
+from absl import flags, logging
 from jax.sharding import Mesh
 
 from stare_jax.config import UserError
@@ -83,6 +83,20 @@ def repeat_command(argv: Sequence[str] | None = None) -> str:
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     return shlex.join([str(python), sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+
+
+FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
+"""Errors of a configuration on a command line, as absl and ml_collections raise them."""
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the reason of one of `FLAG_ERRORS` as one line."""
+    # ml_collections wraps one error into another, and puts the traceback of a file that fails into the message.
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    if isinstance(error, KeyError):
+        return f"no field {' '.join(str(error.args[0]).split())}"
+    return [line.strip() for line in str(error).splitlines() if line.strip() and "--help" not in line][-1]
 
 
 def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "nothing was written") -> int:

@@ -4,6 +4,7 @@
     python launch/train.py --config=configs/quickstart.py --config.ppo.gamma=0.98 --workdir=runs/gamma98
     python launch/train.py --config=configs/quickstart.py --config.phases=sft,ppo --workdir=runs/without_tpo
     python launch/train.py --config=configs/quickstart.py --redo=tpo
+    python launch/train.py --config=configs/quickstart.py --demos_only --workdir=runs/demos
     python launch/train.py --config=configs/ipi_widowx.py --plan
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
@@ -22,6 +23,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; runs/<name o
 _REDO = flags.DEFINE_string("redo", "", "Do this phase and what follows it again; what is there moves to set_aside/.")
 _PROFILE = flags.DEFINE_integer("profile", 0, "Trace this many optimiser steps of every phase, after its first.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
+_DEMOS_ONLY = flags.DEFINE_bool("demos_only", False, "Collect the demonstrations into data/demos, and stop.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
 
@@ -47,7 +49,9 @@ def train() -> None:
     if _PLAN.value:
         print_plan(config)
         return
-    say(f"report: {run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value)}")
+    demos_only = _DEMOS_ONLY.value
+    made = run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value, demos_only=demos_only)
+    say(f"{'demonstrations' if demos_only else 'report'}: {made}")
 
 
 def go_on_command() -> str:
@@ -83,15 +87,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _ = _CONFIG.value.name  # a file that is not there is found out here
         return rest
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        # ml_collections wraps one error into another, and puts the traceback of a file that fails into the message.
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        if isinstance(error, KeyError):
-            reason = f"no field {' '.join(str(error.args[0]).split())}"
-        else:
-            reason = [line.strip() for line in str(error).splitlines() if line.strip() and "--help" not in line][-1]
-        print(f"error: {reason} (python launch/train.py --help)", file=sys.stderr)
+    except command.FLAG_ERRORS as error:
+        print(f"error: {command.reason_of(error)} (python launch/train.py --help)", file=sys.stderr)
         sys.exit(2)
 
 
