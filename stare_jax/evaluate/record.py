@@ -14,7 +14,8 @@ from stare_jax.evaluate.protocol import EvalInfo, Evaluation
 from stare_jax.evaluate.summary import Summary, summarize
 from stare_jax.logging import replace_text
 
-_PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
+PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
+"""Names of evaluations in the order in which they are shown; others follow."""
 
 
 class PhaseResult(NamedTuple):
@@ -100,7 +101,7 @@ def load_results(run_directory: str | Path) -> list[PhaseResult]:
             continue
         evaluation = _evaluation_of(document)
         results.append(PhaseResult(file.stem, evaluation, summarize(evaluation), document))
-    ranks = {phase: rank for rank, phase in enumerate(_PHASE_ORDER)}
+    ranks = {phase: rank for rank, phase in enumerate(PHASE_ORDER)}
     return sorted(results, key=lambda result: (ranks.get(result.phase, len(ranks)), result.phase))
 
 
