@@ -37,7 +37,7 @@ class StudyRun(NamedTuple):
 
 
 def find_runs(folder: str | Path, order: Sequence[str] = ()) -> list[StudyRun]:
-    """Returns the runs of a study's folder: tasks by name, methods in an order that is given, the rest by name.
+    """Returns the runs of a study's folder by method, task and seed; methods in an order that is given, others follow.
 
     Raises:
         CurveError: there is none.
@@ -55,7 +55,11 @@ def find_runs(folder: str | Path, order: Sequence[str] = ()) -> list[StudyRun]:
             f"study: got {folder}, expected a folder with runs in <task>/<method>/seed_<n>; there are none"
         )
     ranks = {method: rank for rank, method in enumerate(order)}
-    return sorted(found, key=lambda run: (run.task, ranks.get(run.method, len(ranks)), run.method, _number(run.seed)))
+    return sorted(found, key=lambda run: (ranks.get(run.method, len(ranks)), run.method, run.task, _number(run.seed)))
+
+
+def _tasks(runs: Sequence[StudyRun]) -> list[str]:
+    return sorted({run.task for run in runs})
 
 
 def _number(seed: str) -> int:
@@ -74,7 +78,7 @@ def success_table(runs: Sequence[StudyRun], outcome: str) -> Table:
         runs: of a study.
         outcome: "success_once" or "success_end"; the paper's is the first.
     """
-    tasks = list(dict.fromkeys(run.task for run in runs))
+    tasks = _tasks(runs)
     backbone = PI05 if "num_denoising_steps" in runs[0].config.get("model", {}) else OPENVLA
     header, rows = (f"{OUTCOMES[outcome]}, %", *tasks, "average"), []
     for method in dict.fromkeys(run.method for run in runs):
@@ -153,7 +157,8 @@ def csv_text(runs: Sequence[StudyRun]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     rates = ("success_once", "success_end", "grasped", "contacted")
-    writer.writerow(("task", "method", "seed", "phase", "checkpoint", "episodes", "temperature", *rates, "stages"))
+    header = ("task", "method", "seed", "phase", "checkpoint", "episodes", "temperature", *rates, "stages")
+    writer.writerow(header)
     for run in runs:
         row: list[object] = [run.task, run.method, run.seed, run.config["phases"][-1]]
         if run.result is not None:
@@ -161,7 +166,7 @@ def csv_text(runs: Sequence[StudyRun]) -> str:
             row += [info.checkpoint, summary.num_episodes, f"{info.temperature:g}"]
             row += [f"{getattr(summary, name).value:.6g}" for name in rates]
             row.append(" ".join(f"{stage.name}={stage.num_completed}/{stage.num_given}" for stage in summary.stages))
-        writer.writerow(row)
+        writer.writerow(row + [""] * (len(header) - len(row)))
     return file.getvalue()
 
 
@@ -186,7 +191,7 @@ def write_study(
     for table in tables:
         print_table(*table)
         print()
-    for task in dict.fromkeys(run.task for run in runs):
+    for task in _tasks(runs):
         settings: dict[str, list[Path]] = {}
         for run in runs:
             if run.task == task and has_curve(run.directory, PPO):

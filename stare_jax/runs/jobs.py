@@ -185,18 +185,15 @@ class Queue:
         done = self._done_of(job)
         record = Record(job.arguments, slot, 0, time.time(), 0.0 if math.isnan(done) else done)
         self._write(job.name, record)  # Before the process: whatever ends the study now, its place is known.
-        with locked_log(log) as output:
+        with locked_log(log) as output, on_cores(cores):
             process = subprocess.Popen(
-                [*self.command, *job.arguments],
+                ["nice", "-n", str(self._nice), *self.command, *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,  # The lock is the open file's, so it lasts as long as the process.
                 stderr=subprocess.STDOUT,
                 env=os.environ | more,
                 start_new_session=True,  # Ctrl-C in the terminal is the study's affair.
             )
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(process.pid, cores)
-            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + self._nice)
         record = record._replace(pid=process.pid)
         self.attempts[job.name], self.states[job.name] = Attempt(process, record), "running"
         self._write(job.name, record)
@@ -257,6 +254,17 @@ def locked_log(file: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield log
+
+
+@contextlib.contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Keeps this thread, and so the processes that it starts, on some cores while open."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def is_locked(file: Path) -> bool:

@@ -85,6 +85,8 @@ def job_seconds_left(
     method = job.kind.split("/")[1]
     of_method = [seconds for kind, seconds in known.items() if kind.split("/")[1] == method]
     whole = known.get(job.kind, sum(of_method) / len(of_method) if of_method else math.nan)
+    if math.isnan(whole):
+        return math.nan
     left = 1.0 if math.isnan(done_before) else 1.0 - done_before
     return max(0.0, whole * left - elapsed)
 

@@ -56,8 +56,9 @@ def test_a_study_that_loses_its_power_goes_on_and_does_nothing_twice(folder):
         process.kill()
         process.wait()
     finally:
+        process.kill()
         running = {name: record["pid"] for name, record in records(folder).items() if record["exit_code"] is None}
-        for pid in running.values():  # they are not the study's any more, and would go on
+        for pid in filter(None, running.values()):  # they are not the study's any more, and would go on
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     assert "ppo/seed_0" in running

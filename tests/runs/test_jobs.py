@@ -32,8 +32,9 @@ print("working on", what)
 if what == "fail":
     print("something", "is wrong", sep="\\n", file=sys.stderr)
     sys.exit(3)
-if what.startswith("sleep"):
-    time.sleep(float(what.split()[1]))
+if what.startswith("wait"):
+    while not os.path.exists(what.split()[1]):
+        time.sleep(0.01)
 """
 
 
@@ -79,11 +80,15 @@ def test_jobs_run_after_those_that_they_begin_with(make_queue, tmp_path):
 
 
 def test_a_place_has_one_process_on_its_own_cores_at_a_lower_priority(make_queue, tmp_path):
-    rows = [(f"t/m/{number}", f"sleep {0.3}") for number in range(4)]
+    rows = [(f"t/m/{number}", f"wait {tmp_path / 'go'}") for number in range(4)]
     places = [(core,) for core in CORES[:2]]
-    states = run(make_queue(*rows, places=places, nice=3))
-    running = [sum(state == "running" for state in each.values()) for each in states]
-    assert max(running) == len(places)
+    queue = make_queue(*rows, places=places, nice=3)
+    for _ in range(5):
+        queue.step()
+        assert list(queue.states.values()).count("running") == len(places)
+    wait_for(lambda: (tmp_path / "told").exists() and len(told(tmp_path)) == len(places))
+    (tmp_path / "go").touch()
+    run(queue)
     assert {tuple(cores) for _, cores, *_ in told(tmp_path)} == set(places)
     assert {(threads, nice) for *_, threads, nice in told(tmp_path)} == {("1", min(19, os.nice(0) + 3))}
 
@@ -107,7 +112,7 @@ def test_a_failure_stops_what_depends_on_it_and_nothing_else(make_queue, tmp_pat
 
 
 def test_a_stop_lets_processes_save_and_the_next_study_goes_on(make_queue, tmp_path):
-    rows = ("t/a/0", "sleep 100"), ("t/b/0", "b", "t/a/0")
+    rows = ("t/a/0", f"wait {tmp_path / 'never'}"), ("t/b/0", "b", "t/a/0")
     queue = make_queue(*rows)
     with pytest.raises(Interrupted, match="stopped after 0 of 2 runs"):
         run(queue, should_stop=lambda: (tmp_path / "told").exists())
@@ -117,14 +122,14 @@ def test_a_stop_lets_processes_save_and_the_next_study_goes_on(make_queue, tmp_p
 
 
 def test_an_error_of_the_study_leaves_no_process(make_queue, tmp_path):
-    queue = make_queue(("t/a/0", "sleep 100"))
+    queue = make_queue(("t/a/0", f"wait {tmp_path / 'never'}"))
     with pytest.raises(RuntimeError, match="broken"):
         run_queue(queue, on_change=lambda: (_ for _ in ()).throw(RuntimeError("broken")), should_stop=lambda: False)
     assert not is_locked(log_file(queue.folder, queue.jobs[0]))
 
 
 def test_processes_that_a_killed_study_has_left_keep_their_place_until_they_end(make_queue, tmp_path):
-    rows = ("t/a/0", "sleep 1.5"), ("t/b/0", "b")
+    rows = ("t/a/0", f"wait {tmp_path / 'go'}"), ("t/b/0", "b")
     first = make_queue(*rows)
     first.step()
     (attempt,) = first.attempts.values()
@@ -133,10 +138,11 @@ def test_processes_that_a_killed_study_has_left_keep_their_place_until_they_end(
     second = make_queue(*rows)  # of a study that has begun after the first was killed
     second.step()
     assert second.states == {"t/a/0": "elsewhere", "t/b/0": "waiting"} and not second.attempts
+    (tmp_path / "go").touch()
     assert attempt.process.wait() == 0
     run(second)
     assert set(second.states.values()) == {"finished"}
-    assert [what for what, *_ in told(tmp_path)] == ["sleep 1.5", "sleep 1.5", "b"]
+    assert [what for what, *_ in told(tmp_path)] == [rows[0][1], rows[0][1], "b"]
 
 
 def test_a_study_that_is_killed_while_it_starts_a_process_leaves_a_job_that_waits(make_queue):
