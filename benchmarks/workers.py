@@ -1,7 +1,8 @@
 """Measures environment steps per second of whole PPO iterations with different numbers of simulators.
 
-The policy sees the low-dimensional state, and nothing is rendered. Each row starts its own processes and runs a few
-iterations of PPO: whole episodes, annotation, epochs of updates. The first iteration compiles and does not count.
+The policy sees the low-dimensional state, and in all rows but one the instruction; nothing is rendered. Each row starts
+its own processes and runs a few iterations of PPO: whole episodes, annotation, epochs of updates. The first iteration
+compiles and does not count.
 
 A second table compares the simulators' time for the same episodes of the expert, which end at success, when idle
 environments rest and when they are stepped and drawn on; the two take turns.
@@ -50,11 +51,12 @@ def action_statistics(env_id: str, state_dim: int) -> NormStats:
     return stats
 
 
-def measure(env_id: str, workers: int, envs: int, iterations: int) -> dict[str, float]:
+def measure(env_id: str, workers: int, envs: int, iterations: int, *, prompt: bool = True) -> dict[str, float]:
     """Returns the median rate of the iterations, and where their time went, as fractions."""
     config = EnvConfig(env_id, num_workers=workers, envs_per_worker=envs, image_size=0, use_state="low_dim")
     stats = action_statistics(env_id, config.state_dim)
-    policy = make_policy(openvla_state(config.state_dim), stats)
+    changes = {} if prompt else {"prompt_template": "", "prompt_length": 3}
+    policy = make_policy(openvla_state(config.state_dim, **changes), stats)
     params = jax.jit(policy.init)(jax.random.key(0))
     lines = []
     with contextlib.closing(make_vec_env(config)) as env, tempfile.TemporaryDirectory() as directory:
@@ -67,6 +69,7 @@ def measure(env_id: str, workers: int, envs: int, iterations: int) -> dict[str, 
         "env_id": env_id,
         "processes": workers,
         "envs_per_process": envs,
+        "prompt": prompt,
         "env_steps_per_s": statistics.median(line["perf/env_steps_per_s"] for line in lines[1:]),
         "env_steps_per_iteration": float(np.mean(np.diff([line["env/steps"] for line in lines]))),
         "epochs": float(np.mean([line["ppo/epochs"] for line in lines[1:]])),
@@ -127,11 +130,12 @@ def print_idle_table(rows: list[dict]) -> None:
 
 
 def print_table(rows: list[dict]) -> None:
-    header = f"{'task':<20}{'processes':>10}{'x envs':>8}{'steps/s':>10}{'ratio':>8}"
+    header = f"{'task':<20}{'processes':>10}{'x envs':>8}{'prompt':>8}{'steps/s':>10}{'ratio':>8}"
     print(f"\n{header}" + "".join(f"{name:>11}" for name in AREAS.values()))
     for row in rows:
         shares = "".join(f"{100 * row[f'{area}_fraction']:>9.0f} %" for area in AREAS)
         layout = f"{row['env_id']:<20}{row['processes']:>10}{row['envs_per_process']:>8}"
+        layout += f"{'yes' if row['prompt'] else 'no':>8}"
         print(f"{layout}{row['env_steps_per_s']:>10.0f}{row['ratio_to_first']:>8.2f}{shares}")
 
 
@@ -147,6 +151,7 @@ def main() -> None:
     for workers, envs in layouts:
         rows.append(measure("PushCube-v1", workers, envs, args.iterations))
         best = max(best, (rows[-1]["env_steps_per_s"], (workers, envs)))
+    rows.append(measure("PushCube-v1", *best[1], args.iterations, prompt=False))
     rows += [measure(task, *best[1], args.iterations) for task in TASKS]
     for row in rows:
         row["ratio_to_first"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"]

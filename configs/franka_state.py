@@ -30,7 +30,10 @@ def get_config(variant: str = ""):
     env_id, words = split_variant(variant, tasks=TASKS, words=("pi05", *METHODS))
     method = named_method(words, default="sta_ppo")
     env = EnvConfig(env_id, num_workers=1, envs_per_worker=16, horizon=30, image_size=0, use_state="low_dim")
-    model = pi05_state(env.state_dim) if "pi05" in words else openvla_state(env.state_dim, label_width=4.0)
+    if "pi05" in words:
+        model = pi05_state(env.state_dim)
+    else:  # Of one task: the instruction is the same in every row, and took half of the tokens.
+        model = openvla_state(env.state_dim, label_width=4.0, prompt_template="", prompt_length=3)
     name = "_".join(["franka_state", env_id, method, *(["pi05"] if "pi05" in words else [])])
     config = base_config(env, model, name=name)
     set_method(config, method)
