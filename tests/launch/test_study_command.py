@@ -16,6 +16,7 @@ import toy_study
 from stare_jax.logging import last_lines, read_metrics
 from stare_jax.runs.directory import read_record
 
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 ROOT = Path(__file__).resolve().parents[2]
 FRANKA = ROOT / "configs" / "studies" / "franka_state.py"
 RUNS = ["demos", *(f"{method}/seed_{seed}" for seed in (0, 1) for method in ("sft", "ppo", "sta_ppo"))]
@@ -48,10 +49,10 @@ def iterations(folder, name):
 
 def test_a_study_that_loses_its_power_goes_on_and_does_nothing_twice(folder):
     """Two methods, two seeds: demonstrations once, imitation once a seed, every run to its end."""
-    process, deadline = start(folder), time.monotonic() + 200
+    process, deadline = start(folder), time.monotonic() + 600
     try:
         while not len(iterations(folder, "ppo/seed_0")) >= 3:
-            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.kill()
         process.wait()
@@ -67,7 +68,7 @@ def test_a_study_that_loses_its_power_goes_on_and_does_nothing_twice(folder):
     done = iterations(folder, "ppo/seed_0")[-1]
 
     process = start(folder)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "7 of 7 runs finished" in output
     after = records(folder)

@@ -184,10 +184,10 @@ class RestartingEnv(ScriptedEnv):
         super().__init__(num_envs, scripts)
         self._calls_left = np.zeros(num_envs, int)
 
-    def _advance(self, action, reset_seeds, reproducible):
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         is_starting = self._calls_left > 0
         self._calls_left = np.maximum(self._calls_left - 1, 0)
-        state = super()._advance(action, reset_seeds, reproducible)
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         self._calls_left[self._is_dead & ~is_starting] = 3
         self._is_dead |= is_starting
         self._state[self._is_dead] = np.nan
@@ -402,8 +402,8 @@ def test_an_episode_lingers_after_its_success():
 class Flickers(ScriptedEnv):
     """Succeeds in its second state and in no other."""
 
-    def _advance(self, action, reset_seeds, reproducible):
-        state = super()._advance(action, reset_seeds, reproducible)
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         return state._replace(signals=state.signals._replace(success=self._t == 1))
 
 
