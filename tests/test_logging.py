@@ -207,7 +207,7 @@ def test_progress_that_goes_on_does_not_count_what_was_done_before():
     with progress(100, "collect", "episode", initial=60, stream=stream, now=now) as bar:
         now.seconds = 10.0
         bar.update(20)
-    assert stream.getvalue().splitlines()[0] == "collect: 80/100 episode, 2 episode/s, ETA 00:10"
+    assert stream.getvalue().splitlines()[1] == "collect: 80/100 episode, 2 episode/s, ETA 00:10"
 
 
 def test_progress_without_a_total():

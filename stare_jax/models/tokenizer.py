@@ -82,17 +82,19 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
 def _load_files(name: str) -> Any:
     """Returns a tokenizer of transformers, from a folder, from the copy of an earlier download, or from the network."""
     # Not AutoTokenizer, which goes by config.json and asks on the terminal whether to run the code that comes with it.
+    from huggingface_hub import try_to_load_from_cache
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise ConfigError(f"tokenizer: got {name!r}, expected a checkpoint's folder: {_in_short(error)}") from error
-    _require_network(name)
-    try:
+    if Path(name).is_dir():
         return PreTrainedTokenizerFast.from_pretrained(name)
-    except OSError as error:
+    try:
+        if all(try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json")):
+            return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+        _require_network(name)
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # no such name, no such files, or files that are no tokenizer
         raise _not_downloaded(name, error) from error
 
 

@@ -98,4 +98,4 @@ def test_help_of_training_lists_the_fields_that_take_one_of_a_few_words():
     assert "of the model pi0.5, which --config=FILE:pi05 chooses" in shown.stdout
     assert "--config.model." not in of_run
     assert "--config.model.resize: " in openvla and "--config.model.noise: " not in openvla
-    assert "--config.model.noise: sde" in pi05 and "--config.model.resize: " not in pi05
+    assert "--config.model.noise: ode, sde, learned" in pi05 and "--config.model.resize: " not in pi05
