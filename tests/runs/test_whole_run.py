@@ -162,7 +162,9 @@ def test_phases_that_are_left_out_are_not_started_from(run, monkeypatch):
     started = []
     monkeypatch.setattr(ipi, "train_ppo", lambda *arguments: started.append(read_record(run / "ppo").start))
     shutil.rmtree(run / "ppo")
-    with pytest.raises(Exception, match="ppo: got no complete checkpoint, expected a phase"):  # which the stand-in has not made
+    with pytest.raises(
+        Exception, match="ppo: got no complete checkpoint, expected a phase"
+    ):  # which the stand-in has not made
         run_ipi(dataclasses.replace(CONFIG, phases=("sft", "ppo")), run)
     assert started == [identify_checkpoint(run / "sft")[1]]
 
