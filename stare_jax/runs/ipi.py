@@ -45,12 +45,10 @@ from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
-    check_cameras,
     check_inputs,
     check_instructions,
     check_prompt,
     demonstration_statistics,
-    demonstrations_folder,
     describe_demonstrations,
     initial_model,
     read_statistics,
@@ -98,10 +96,9 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
+    check_prompt(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    check_cameras(config)
     plan_run(config)
-    check_prompt(config)  # the last: its tokenizer may have to be downloaded
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -140,7 +137,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         if "sft" in config.phases and not is_finished(directory, "sft", config):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if stats is None:
-            folder = demonstrations_folder(directory, config)
+            folder = Path(config.demos_from or directory / "data" / "demos")
             stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
             write_statistics(directory, stats)
         network = initial_model(config)
@@ -213,7 +210,7 @@ def _demonstrations(
         config.env.info,
         make_expert(config.env.task_name),
         config.demos,
-        demonstrations_folder(directory, config),
+        directory / "data" / "demos",
         should_stop=should_stop,
         clock=clock,
     )
