@@ -22,14 +22,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
-from jax.sharding import Mesh
 
 from stare_jax.config import UserError
 from stare_jax.logging import Interrupted, say
-from stare_jax.sharding.mesh import ShardingError, make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
-if TYPE_CHECKING:  # importing all of a run would slow every command down
+if TYPE_CHECKING:  # importing JAX and all of a run would slow every command down, also one that cannot be read
+    from jax.sharding import Mesh
+
     from stare_jax.runs.config import MeshConfig
 
 DONE, FAILED, STOPPED = 0, 1, 130
@@ -64,12 +64,14 @@ def given_mesh(arguments: argparse.Namespace) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if size is not None}
 
 
-def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> Mesh:
+def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> "Mesh":
     """Returns the mesh of a run's configuration with the sizes that the command line gives.
 
     Raises:
         ShardingError: this machine has not so many devices; names the options that change the sizes.
     """
+    from stare_jax.sharding.mesh import ShardingError, make_mesh
+
     sizes = dataclasses.replace(sizes, **given_mesh(arguments))
     try:
         return make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)

@@ -45,10 +45,10 @@ def plan_run(config: RunConfig) -> dict[str, StepPlan]:
         ShardingError: the rules, the mesh, the model and the batches do not fit.
     """
     stats = identity_stats(config.model.action_dim, config.model.state_dim)
-    policy = make_policy(config.model, stats)
     mesh = make_abstract_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     plans = {"sft": _plan_sft, "tpo": _plan_tpo, "ppo": _plan_ppo}
-    with user_input():  # such as a pattern of `freeze` that matches nothing
+    with user_input():  # such as a pattern of `freeze` or of `lora.targets` that matches nothing
+        policy = make_policy(config.model, stats)
         return {phase: plans[phase](config, policy, mesh) for phase in config.phases}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from stare_jax.logging import Clock, Profiler, num_compilations
+from stare_jax.logging import COMPILING, Clock, Profiler, announce, num_compilations
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint
@@ -100,6 +100,20 @@ def _check_norm_stats(directory: Path, norm_stats: NormStats) -> None:
                 f"{directory}: norm_stats.{name}: got {np.asarray(got).tolist()}, expected {expected.tolist()}, with "
                 "which the checkpoint was trained"
             )
+
+
+def announced(phase: str, step_fn: Callable) -> Callable:
+    """Returns the compiled step of a phase as one that says, before its first call, that this call takes long."""
+    is_told = False
+
+    def step(*arguments):
+        nonlocal is_told
+        if not is_told:
+            announce(f"{phase}: {COMPILING.format('the training step')}")
+            is_told = True
+        return step_fn(*arguments)
+
+    return step
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------

@@ -77,9 +77,13 @@ def what_happened(lines):
 
 
 @pytest.mark.parametrize(("phase", "stop_after"), [("sft", 3), ("tpo", 4), ("ppo", 2)])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, phase, stop_after):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, capsys, phase, stop_after):
     whole = make_run("whole")
     expected = train(phase, whole)
+    unit, total = ("iteration", 4) if phase == "ppo" else ("step", 6)
+    said = capsys.readouterr().err
+    assert said.count(f"{phase}: compiling the training step (done once") == 1 and "going on" not in said
+    assert said.index("compiling the training step") < said.index(f"{phase}: {total}/{total} {unit}")
     assert sum(whole.writer.column("perf/compilations")[1:]) == 0
     assert {line["phase"] for line in whole.writer.lines} == {phase}
 
@@ -93,6 +97,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, p
 
     resumed = make_run("stopped", resume=True)
     params = train(phase, resumed)
+    said = capsys.readouterr().err
+    assert f"{phase}: going on at {unit} {stop_after + 1} of {total}\n" in said
+    assert f"{phase}: {total}/{total} {unit}" in said
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     lines = stopped.writer.lines + resumed.writer.lines
     assert what_happened(lines) == what_happened(whole.writer.lines)
@@ -101,6 +108,8 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, p
     again = make_run("stopped", resume=True)
     jax.tree.map(np.testing.assert_array_equal, train(phase, again), expected)
     assert again.writer.lines == []
+    said = capsys.readouterr().err
+    assert "going on" not in said and "compiling the training step" not in said
     with pytest.raises(CheckpointError, match="expected none; resume them or choose another directory"):
         train(phase, make_run("stopped"))
 
