@@ -29,6 +29,7 @@ NAMED_MODELS = f"one of {', '.join(_PRESETS)}, or a JSON file of its configurati
 """models that `named_model` knows, for a message"""
 EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_layers")
 """fields of a model that say how it is computed, kept in memory and trained, and not what it computes"""
+_NAMES = {OpenVLAConfig: "OpenVLA", Pi05Config: "pi0.5", MLPConfig: "an MLP"}
 _COLOURS = ("mean", "std")
 _ROUNDING = 2e-3
 """largest difference of colours' statistics that comes of rounding: published files have them in bfloat16"""
@@ -68,43 +69,43 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
     does not have.
 
     Raises:
-        ConfigError: names the source, and all fields that differ, one per line, got and expected.
+        ConfigError: names the source, and all fields that differ, one per line: got is stored, expected is wanted.
     """
     stored, fields = (json.loads(json.dumps(tree)) for tree in (stored, to_dict(wanted)))
     if _kind(stored) is not type(wanted):
-        raise ConfigError(f"{source}: got a {type(wanted).__name__} for a model, expected {_kind(stored).__name__}")
+        raise ConfigError(f"{source}: got weights of {_NAMES[_kind(stored)]}, expected those of {_NAMES[type(wanted)]}")
     problems = []
-    for name, expected in stored.items():
-        got = fields.get(name)
-        if name in EXECUTION_FIELDS or name not in fields or (name == "lora" and expected is None):
+    for name, got in stored.items():
+        expected = fields.get(name)
+        if name in EXECUTION_FIELDS or name not in fields or (name == "lora" and got is None):
             continue
-        if name == "lora" and got is not None:
-            problems += _compare_adapters(from_dict(LoRAConfig, expected, path="lora"), wanted)
+        if name == "lora" and expected is not None:
+            problems += _compare_adapters(from_dict(LoRAConfig, got, path="lora"), wanted)
         elif name != "tokenizer" or not _is_same_tokenizer(got, expected):
             problems += _compare(f"model.{name}", got, expected)
     if problems:
         raise ConfigError(f"{source} is of another model:\n  " + "\n  ".join(problems))
 
 
-def _compare_adapters(expected: LoRAConfig, model: OpenVLAConfig | Pi05Config) -> list[str]:
+def _compare_adapters(got: LoRAConfig, model: OpenVLAConfig | Pi05Config) -> list[str]:
     """Compares ranks and alphas; the parameters themselves tell which products have adapters."""
-    got = model.lora
+    expected = model.lora
     if not (got.overrides or expected.overrides):
         return _compare("model.lora", *({"rank": lora.rank, "alpha": lora.alpha} for lora in (got, expected)))
     problems = []
     modules = openvla_modules(model) if isinstance(model, OpenVLAConfig) else pi05_modules()
-    for module in filter(got.adapts, modules):
-        ours, theirs = (
+    for module in filter(expected.adapts, modules):
+        theirs, ours = (
             (lora.rank_of(module), lora.rank_of(module) * lora.scale_of(module)) for lora in (got, expected)
         )
         if ours != theirs:
-            problems.append(f"model.lora: {module}: got rank and alpha {ours}, expected {theirs}")
+            problems.append(f"model.lora: {module}: got rank and alpha {theirs}, expected {ours}")
     return problems
 
 
 def _compare(name: str, got: Any, expected: Any) -> list[str]:
     if isinstance(got, dict) and isinstance(expected, dict):
-        fields = [field for field in expected if field in got]
+        fields = [field for field in got if field in expected]
         return [line for field in fields for line in _compare(f"{name}.{field}", got[field], expected[field])]
     if name.endswith(_COLOURS) and got and np.shape(got) == np.shape(expected):
         is_same = np.allclose(got, expected, atol=_ROUNDING)

@@ -106,7 +106,7 @@ def test_statistics_are_the_same_after_writing(finished_run, tmp_path):
 def test_weights_of_another_model_are_refused_before_anything_is_collected(on_toy, hugging_face, tmp_path):
     model = dataclasses.replace(read_config(hugging_face), image_size=56)
     config = dataclasses.replace(CONFIG, model=model, init_from=str(hugging_face))
-    with pytest.raises(ConfigError, match="model.image_size: got 56, expected 28"):
+    with pytest.raises(ConfigError, match="model.image_size: got 28, expected 56"):
         run_ipi(config, tmp_path / "run")
     assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()
 

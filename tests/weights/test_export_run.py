@@ -146,7 +146,7 @@ def test_the_base_is_found_through_runs_that_began_as_runs(base, tuned, tmp_path
     [
         (openvla_tiny(), "got a model with model.stem = (32, 64), expected one that OpenVLA's checkpoints have"),
         (openvla_state(), "got a model with model.state_tokens = 4, expected one that OpenVLA's checkpoints have"),
-        (None, "model.image_size: got 56, expected 28"),
+        (None, "model.image_size: got 28, expected 56"),
     ],
 )
 def test_a_run_of_another_model_is_refused(base, tmp_path, capsys, model, message):
@@ -202,7 +202,7 @@ def test_adapters_of_a_run_come_out_alone_or_merged(base, tmp_path, capsys):
     to = tmp_path / "next"
     starting.check_source(to, config.model)
     other = dataclasses.replace(config.model, lora=dataclasses.replace(LORA, alpha=1.0))
-    with pytest.raises(ConfigError, match=r"is of another model:\n  model.lora.alpha: got 1.0, expected 5.0"):
+    with pytest.raises(ConfigError, match=r"is of another model:\n  model.lora.alpha: got 5.0, expected 1.0"):
         starting.check_source(to, other)
 
     # Weights beside the adapters that are not the base's would be lost.

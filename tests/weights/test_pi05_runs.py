@@ -239,7 +239,7 @@ def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
     again = start(tmp_path / "ours", config)
     assert bits({path: again[path] for path in more}) == bits(more)
     other = dataclasses.replace(lora, overrides=(LoRAOverride(ACTION_EXPERT, 3, 6.0),))
-    with pytest.raises(ConfigError, match=r"model.lora: .*_1: got rank and alpha \(3, 6.0\), expected \(3, 3.0\)"):
+    with pytest.raises(ConfigError, match=r"model.lora: .*_1: got rank and alpha \(3, 3.0\), expected \(3, 6.0\)"):
         start(tmp_path / "ours", dataclasses.replace(config, lora=other))
     assert convert(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}") == 0
     assert bits(read_openpi(tmp_path / "back")) == bits(tree | more)
