@@ -8,13 +8,14 @@ Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,16 @@ def repeat_command(argv: Sequence[str] | None = None) -> str:
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     return shlex.join([str(python), sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+
+
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Prints inside to a reader that may leave early, as `head` does, without an error here or at the exit."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "nothing was written") -> int:

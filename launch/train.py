@@ -97,7 +97,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     Flags come first, because a configuration takes seconds to import what it configures.
     """
     if {"--help", "-h", "-help", "--helpfull"} & set(argv):
-        print_help()
+        with command.quiet_pipe():
+            print_help()
         sys.exit(0)
     fields, others = split_fields(argv[1:])
     try:
