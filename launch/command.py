@@ -8,28 +8,29 @@ Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from absl import flags, logging
-from jax.sharding import Mesh
+from absl import logging
 
 from stare_jax.config import UserError
 from stare_jax.logging import Interrupted, say
-from stare_jax.sharding.mesh import ShardingError, make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
-if TYPE_CHECKING:  # importing all of a run would slow every command down
+if TYPE_CHECKING:  # importing JAX and all of a run would slow every command down, also one that cannot be read
+    from jax.sharding import Mesh
+
     from stare_jax.runs.config import MeshConfig
 
 DONE, FAILED, STOPPED = 0, 1, 130
@@ -64,12 +65,14 @@ def given_mesh(arguments: argparse.Namespace) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if size is not None}
 
 
-def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> Mesh:
+def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> "Mesh":
     """Returns the mesh of a run's configuration with the sizes that the command line gives.
 
     Raises:
         ShardingError: this machine has not so many devices; names the options that change the sizes.
     """
+    from stare_jax.sharding.mesh import ShardingError, make_mesh
+
     sizes = dataclasses.replace(sizes, **given_mesh(arguments))
     try:
         return make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
@@ -85,18 +88,14 @@ def repeat_command(argv: Sequence[str] | None = None) -> str:
     return shlex.join([str(python), sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
 
 
-FLAG_ERRORS = (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError)
-"""Errors of a configuration on a command line, as absl and ml_collections raise them."""
-
-
-def reason_of(error: Exception) -> str:
-    """Returns the reason of one of `FLAG_ERRORS` as one line."""
-    # ml_collections wraps one error into another, and puts the traceback of a file that fails into the message.
-    while error.args and isinstance(error.args[0], Exception):
-        error = error.args[0]
-    if isinstance(error, KeyError):
-        return f"no field {' '.join(str(error.args[0]).split())}"
-    return [line.strip() for line in str(error).splitlines() if line.strip() and "--help" not in line][-1]
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Prints inside to a reader that may leave early, as `head` does, without an error here or at the exit."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "nothing was written") -> int:

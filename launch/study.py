@@ -25,10 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import command
-from absl import flags
-from ml_collections import config_flags
+from configuration import load_configuration, split_fields
 
-from stare_jax.config import ConfigError, from_dict, user_input
+from stare_jax.config import ConfigError, UserError, from_dict, user_input
 from stare_jax.logging import Interruption, print_table, say
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.directory import locked
@@ -83,16 +82,13 @@ def read_config(job: Job) -> RunConfig:
     Raises:
         ConfigError: names the job, and the field with got and expected.
     """
-    values = flags.FlagValues()
-    arguments = ["train", *(word for word in job.arguments if word.startswith("--config"))]
-    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=arguments)
+    fields, others = split_fields(job.arguments)
+    (choice,) = [word.removeprefix("--config=") for word in others if word.startswith("--config=")]
     try:
-        values(arguments)
-        fields = holder.value.to_dict()
-        fields.pop("name", None)
-        return from_dict(RunConfig, fields)
-    except command.FLAG_ERRORS as error:
-        raise ConfigError(f"{job.name}: {command.reason_of(error)}") from error
+        values = load_configuration(choice, fields)
+        return from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+    except UserError as error:
+        raise ConfigError(f"{job.name}: {error}") from error
 
 
 def print_commands(queue: Queue) -> None:

@@ -10,7 +10,6 @@ from stare_jax.config import to_dict
 from stare_jax.runs.directory import differences
 from stare_jax.runs.study import plan_study
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "studies").glob("*.py"))
 PLACES = {"config.phases", "config.init_from", "config.demos_from"}

@@ -16,7 +16,6 @@ import toy_study
 from stare_jax.logging import last_lines, read_metrics
 from stare_jax.runs.directory import read_record
 
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of ml_collections
 ROOT = Path(__file__).resolve().parents[2]
 FRANKA = ROOT / "configs" / "studies" / "franka_state.py"
 RUNS = ["demos", *(f"{method}/seed_{seed}" for seed in (0, 1) for method in ("sft", "ppo", "sta_ppo"))]
@@ -121,7 +120,10 @@ def test_the_state_of_every_run_is_printed(tmp_path, capsys):
     [
         (["--study=nowhere.py"], "expected a Python file that defines get_study(); there is none"),
         ([f"--study={ROOT / 'configs' / 'methods.py'}"], "got NoneType, expected get_study() that returns a Study"),
-        ([f"--study={FRANKA}", "--config.ppo.gama=0.9"], "StackCube-v1/demos: no field 'gama'"),
+        (
+            [f"--study={FRANKA}", "--config.ppo.gama=0.9"],
+            "StackCube-v1/demos: --config.ppo.gama: there is no field 'gama' in config.ppo",
+        ),
         ([f"--study={FRANKA}", "--config.ppo.gamma=2.0"], "StackCube-v1/demos: config.ppo: gamma: got 2.0"),
         ([f"--study={FRANKA}", "--only=Lift*/grpo/*"], "only: got Lift*/grpo/*, expected some of StackCube-v1/demos"),
         ([f"--study={FRANKA}", "--jobs=9999"], "jobs: got 9999 of 1 cores, expected 1 to"),
