@@ -133,7 +133,8 @@ def run_study(arguments: argparse.Namespace, more: tuple[str, ...], file: Path, 
 
     queue = Queue(jobs, folder, [sys.executable, str(TRAIN)], places, nice=arguments.nice, done_of=done_of)
     if arguments.print:
-        print_commands(queue)
+        with command.quiet_pipe():
+            print_commands(queue)
         return command.DONE
     if arguments.status:
         queue.look()

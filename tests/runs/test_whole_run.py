@@ -105,7 +105,7 @@ def test_demonstrations_alone_are_those_that_the_run_would_imitate(on_toy, finis
     directory = tmp_path / "demos"
     folder = run_ipi(CONFIG, directory, demos_only=True)
     assert folder == directory / "data" / "demos"
-    assert fingerprint(folder) == fingerprint(finished_run / "data" / "demos")
+    assert Dataset(folder).fingerprint == Dataset(finished_run / "data" / "demos").fingerprint
     assert not [phase for phase in CONFIG.phases if (directory / phase).exists()]
     assert not (directory / "report.html").exists()
     # Another run imitates them.
