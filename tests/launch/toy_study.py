@@ -28,7 +28,7 @@ def get_config(method: str = "ppo"):
     return config
 
 
-NUM_ITERATIONS = 40
+NUM_ITERATIONS = 12
 STUDY = f'''
 from stare_jax.runs.study import Study
 
