@@ -40,6 +40,10 @@ class MLPConfig:
     greedy: Greedy = "mean"
     """decision at temperature 0, see `models.bins.Greedy`."""
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return ()
+
     def __post_init__(self):
         check_choices(self)
         check_at_least(self, 1, "state_dim", "action_dim")
