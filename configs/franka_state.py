@@ -27,7 +27,7 @@ TASKS = ("StackCube-v1", "LiftPegUpright-v1", "PushCube-v1", "PullCube-v1")
 
 def get_config(variant: str = ""):
     """Returns the configuration; `variant` is a task, StackCube if none, a method, STA-PPO if none, and "pi05"."""
-    env_id, words = split_variant(variant, tasks=TASKS, words=("pi05", *METHODS))
+    (env_id, *_), words = split_variant(variant, tasks=TASKS, words=("pi05", *METHODS))
     method = named_method(words, default="sta_ppo")
     env = EnvConfig(env_id, num_workers=1, envs_per_worker=16, horizon=30, image_size=0, use_state="low_dim")
     if "pi05" in words:

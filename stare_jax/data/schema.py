@@ -70,13 +70,15 @@ class Episode(NamedTuple):
     attempt: int | None = None
     """Number of the episode among all that were tried, from 0, kept or not: its noise, and the actions that a policy
     samples in it, follow from this number. None where attempts were not counted."""
+    task: int = 0
+    """Index of the task among those of `Manifest.env_id`."""
 
 
 class Manifest(NamedTuple):
     """The content of `manifest.json`."""
 
     env_id: str
-    """Task, or name of the data set that was imported."""
+    """Task, several joined by "+", or name of the data set that was imported."""
     control_mode: str
     """Meaning of an action: the simulator's control mode, or a data set's own words."""
     settings: dict[str, Any]

@@ -10,7 +10,7 @@ import numpy as np
 
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.parts import delete_parts
-from stare_jax.evaluate.protocol import EvalInfo, Evaluation
+from stare_jax.evaluate.protocol import EvalInfo, Evaluation, TaskStages
 from stare_jax.evaluate.summary import Summary, summarize
 from stare_jax.logging import replace_text
 
@@ -132,13 +132,17 @@ def _evaluation_of(document: Mapping[str, Any]) -> Evaluation:
     info = EvalInfo(**document["info"])
     fields = {name: np.asarray(values) for name, values in document["episodes"].items()}
     fields.setdefault("start_hash", np.full(len(fields["seed"]), ""))
-    return Evaluation(info._replace(stage_names=tuple(info.stage_names)), Episodes(**fields))
+    fields.setdefault("task", np.zeros(len(fields["seed"]), np.int32))
+    tasks = tuple(TaskStages(env_id, tuple(names)) for env_id, names in info.tasks)
+    return Evaluation(info._replace(stage_names=tuple(info.stage_names), tasks=tasks), Episodes(**fields))
 
 
 def _plain(value: Any) -> Any:
     """Returns nested records as dicts and NaN as None, because JSON knows neither."""
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and value != value else value

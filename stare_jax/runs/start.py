@@ -194,14 +194,14 @@ def check_demonstrations(config: RunConfig) -> None:
 
 
 def check_prompt(config: RunConfig) -> None:
-    """Makes sure that the instruction of the simulator's task fits into the policy's prompt.
+    """Makes sure that the instructions of the simulator's tasks fit into the policy's prompt.
 
     Raises:
         ConfigError: it does not, or the tokenizer is not there.
     """
     if not config.demos_of:
         policy = blank_policy(config.model)
-        check_instructions([config.env.spec.instruction], policy, config.model.state_dim)
+        check_instructions([spec.instruction for spec in config.env.specs], policy, config.model.state_dim)
 
 
 def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: int) -> None:

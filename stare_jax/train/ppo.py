@@ -19,7 +19,7 @@ from stare_jax.losses import ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.sharding.mesh import check_batch_size, place
-from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
+from stare_jax.stages import Reward, TaskSpec, TaskSpecs, TerminalPotential, TimeLimit, as_specs, by_task, check_ends
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
@@ -82,6 +82,9 @@ class PPOConfig:
     """end of an episode at the horizon: "terminate", or "bootstrap" from the value of the last state."""
     terminal_potential: TerminalPotential = "keep"
     """potential after which nothing follows: "keep" its own, or "zero"."""
+    whiten_over: ppo_batch.WhitenOver = "all"
+    """decisions among which advantages are whitened: "all" of a batch, or those of each "task", which gives a task that
+    always succeeds or always fails as much weight as one that is being learnt."""
     temperature: float = 1.0
     """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
@@ -107,10 +110,11 @@ class PPOConfig:
 
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
-def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
+def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
     """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
-    targets_fn = make_targets_fn(spec, config, chunk=chunk)
-    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
+    targets_fn = by_task(spec, lambda one, *episode: make_targets_fn(one, config, chunk=chunk)(*episode))
+    num_tasks = len(as_specs(spec)) if config.whiten_over == "task" else 1
+    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps, num_tasks=num_tasks)
 
 
 def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:
@@ -196,14 +200,15 @@ def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
-def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, config: PPOConfig, run: Run) -> PyTree:
+def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, config: PPOConfig, run: Run) -> PyTree:
     """Alternates between episodes and updates on them, and returns the parameters.
 
     Args:
         policy: policy that acts and is trained.
         params: parameters to start from; consumed.
         env: simulators; the number of environments is independent of the size of a batch.
-        spec: the task's stages.
+        spec: the task's stages; of several tasks all, in the order of the environments' tasks. Every iteration has the
+            same number of episodes of each, to within one.
         config: see `PPOConfig`.
         run: see `Run`.
 
@@ -231,7 +236,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     ):
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
-            rollout = _collect(policy, state.params, env, counters, config, run, window)
+            rollout = _collect(policy, state.params, env, spec, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
@@ -289,17 +294,27 @@ class _Counters(NamedTuple):
 
 
 def _collect(
-    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, window: Window
+    policy: Policy,
+    params: PyTree,
+    env: VecEnv,
+    spec: TaskSpecs,
+    counters: _Counters,
+    config: PPOConfig,
+    run: Run,
+    window: Window,
 ) -> Rollout:
     """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
     key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
+    num_tasks = len(as_specs(spec))
+    tasks = (counters.seeds + np.arange(batch_size)) % num_tasks
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
             policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
             take_seeds(PPO_SEEDS, config.seed, counters.seeds, batch_size),
             stop_at_success=config.stop_at_success,
+            tasks=tasks if num_tasks > 1 else None,
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,

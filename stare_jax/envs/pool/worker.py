@@ -90,7 +90,10 @@ def write_frame(slots: Slots, index: int, frame: Frame) -> None:
 
 
 def main() -> None:
-    """Serves some environments; socket, shared file and the row of the first of them are the three arguments."""
+    """Serves some environments; socket, shared file and the row of the first of them are the three arguments.
+
+    All of them are of one task.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
     faulthandler.enable()
@@ -101,7 +104,7 @@ def main() -> None:
             sys.path.extend(folder for folder in path if folder not in sys.path)  # A task of one's own may lie there.
             memory = mmap.mmap(file, shared_size(config))
             os.close(file)
-            simulators = _start(config)
+            simulators = _start(config.of_task(config.task_index[first]))
         except EOFError:
             return
         except UserError as error:  # The message says what to do: a traceback adds nothing.
