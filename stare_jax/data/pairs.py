@@ -41,8 +41,8 @@ class PairsConfig:
     rollouts_per_seed: int = 4
     """Number of episodes from each initial state."""
     max_rollouts: int = 400
-    """Largest number of episodes, of each task where there are several; rollouts end earlier once there are enough pairs
-    that start alike."""
+    """Largest number of episodes, of each task where there are several; rollouts end earlier once there are enough
+    pairs that start alike."""
     temperature: float = 1.0
     """Temperature of the acting policy; a higher one makes trajectories differ more."""
     max_reuse: int = 2

@@ -112,8 +112,8 @@ def _success_section(run_directory: Path, results: Sequence[PhaseResult]) -> Htm
         for outcome in OUTCOMES:
             parts.append(table(*tasks_table(results, outcome)))
         averages = (
-            "The average is the mean over the tasks, with an interval from theirs. It is what the numbers below and the "
-            "figure mean by a rate."
+            "The average is the mean over the tasks, with an interval from theirs. Rates below and in the figure are "
+            "such averages."
         )
         parts.append(element("p", averages, class_="muted"))
     parts += [table(*rates_table(results)), element("p", note, class_="muted")]

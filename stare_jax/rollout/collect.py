@@ -63,9 +63,10 @@ def collect_episodes(
     """Runs one episode per seed and returns all of them, short or long, so that no statistic is biased.
 
     Environment i takes the next seed of the list, or the next of its own task, when its episode ends: at success (if
-    `stop_at_success`, and after at least one action) or at the horizon. In the tick in which it is reset, `act` has been called for the final state,
-    which records its value for bootstrapping. Records are copied to the host before the next step, for which a
-    simulator on a device waits; the action goes from a policy there to such a simulator without leaving it.
+    `stop_at_success`, and after at least one action) or at the horizon. In the tick in which it is reset, `act` has
+    been called for the final state, which records its value for bootstrapping. Records are copied to the host before
+    the next step, for which a simulator on a device waits; the action goes from a policy there to such a simulator
+    without leaving it.
 
     An environment without an episode, because no seed is left or the next decision is not due, is idle until it is
     reset (see `VecEnv`).
