@@ -94,7 +94,7 @@ def test_the_method_is_the_one_that_is_asked_for(name):
         assert (config.ppo.shaping, config.stages.progressive, config.ppo.terminal_potential) == expected
         assert config.ppo.time_limit == "terminate"
         if method == "sta_ppo":
-            assert config.stages == get_task(config.env.env_id).params
+            assert config.stages == config.env.specs[0].params == get_task(config.env.task_name).params
 
 
 def test_rl4vla_is_its_own_reward_without_shaping_in_episodes_of_full_length():

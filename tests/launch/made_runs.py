@@ -27,6 +27,7 @@ def save_rate(path, phase, num_successes, num_episodes=10):
         completed=is_success[:, None],
         entered_at=np.zeros((num_episodes, 1), int),
         stage_len=np.ones((num_episodes, 1), int),
+        task=numbers * 0,
     )
     info = EvalInfo("PushCube-v1", ("goal",), horizon=5, temperature=0.0, num_steps=50, wall_s=1.0)
     save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase)
