@@ -25,6 +25,7 @@ TASKS = ("PushCube-v1", "PullCube-v1")
 JOINED = "+".join(TASKS)
 ENV = EnvConfig(tasks=TASKS, num_workers=2, envs_per_worker=2, horizon=toy.HORIZON, image_size=0)
 CONFIG = make_config(env=ENV)
+CONFIG = dataclasses.replace(CONFIG, pairs=dataclasses.replace(CONFIG.pairs, write_every=1))  # a stop loses less
 
 
 class TwoToys(DressedToy):
@@ -68,19 +69,19 @@ def runs(tmp_path_factory):
         patch.setattr(ipi, "make_vec_env", TwoToys)
         run_ipi(CONFIG, folder / "whole")
         while True:
-            patch.setattr(TwoToys, "stop_after", 120)
+            patch.setattr(TwoToys, "stop_after", 250)
             try:
                 run_ipi(CONFIG, folder / "stopped")
                 break
             except Interrupted:
                 num_stops += 1
-                assert num_stops < 30, "the run does not get on"
+                assert num_stops < 9, "the run does not get on"
     return folder / "whole", folder / "stopped", num_stops
 
 
 def test_a_run_that_was_stopped_comes_to_the_same_end(runs):
     whole, stopped, num_stops = runs
-    assert num_stops >= 3
+    assert num_stops >= 2
     for phase in ("sft", "tpo", "ppo"):
         first, second = (json.loads((run / "eval" / f"{phase}.json").read_text()) for run in (whole, stopped))
         assert first["episodes"] == second["episodes"]
