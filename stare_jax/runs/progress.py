@@ -136,8 +136,8 @@ def summary_line(name: str, rows: Sequence[Row], num_places: int) -> str:
     parts += [f"{count} {state}" for state, count in counts.items() if count]
     unknown = sum(math.isnan(row.left) for row in rows)
     left = sum(row.left for row in rows if not math.isnan(row.left)) / num_places
-    if left or unknown:
-        parts.append(f"about {in_hours(left)} left" + (f" without {unknown} of unknown length" if unknown else ""))
+    if left:
+        parts.append(f"about {in_hours(left)} left" + (f" without {unknown} runs of unknown length" if unknown else ""))
     return f"{name}: {', '.join(parts)}"
 
 

@@ -28,10 +28,11 @@ def folder(tmp_path):
 
 
 def start(folder, *arguments):
-    """Starts the study of the toy, in a session of its own."""
+    """Starts the study of the toy, whose output goes to a file."""
     command = [sys.executable, toy_study.__file__, "study", f"--study={folder.parent / 'toys.py'}"]
     command += [f"--workdir={folder}", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with (folder.parent / "output").open("a") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
 def records(folder):
@@ -67,8 +68,8 @@ def test_a_study_that_loses_its_power_goes_on_and_does_nothing_twice(folder):
     done = iterations(folder, "ppo/seed_0")[-1]
 
     process = start(folder)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    status, output = process.wait(timeout=600), (folder.parent / "output").read_text()
+    assert status == 0, output
     assert "7 of 7 runs finished" in output
     after = records(folder)
     assert set(after) == set(RUNS) and all(record["exit_code"] == 0 for record in after.values())
