@@ -1,6 +1,7 @@
 """PlaceSphere-v1, a task of ManiSkill that is not one of the eight: a sphere is put into a shallow bin."""
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,23 +25,38 @@ SCENE = panda_scene(
 )
 
 
-def place_sphere(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
-    """Grasps the ball from above, carries it over the bin, and lets go within 4 mm of its centre."""
+class Memory(NamedTuple):
+    phase: str = "reach"
+    steps: int = 0
+
+
+def place_sphere(signals: Signals, memory: Memory) -> tuple[np.ndarray, Memory]:
+    """Grasps the ball from above, carries it over the bin, and lets go within 5 mm of its centre."""
     tcp, ball, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
+    phase, steps = memory
     aside, off_goal = np.hypot(*(ball - tcp)[:2]), np.hypot(*(ball - goal)[:2])
-    # A ball that was let go of a little beside the goal is not taken up again.
-    if ball[2] - goal[2] < 0.004 and off_goal < (0.004 if signals.is_grasped else 0.02):
-        return command(signals, tcp, TOOL_DOWN, gripper=OPEN), memory
-    if signals.is_grasped:
+    if phase == "reach" and aside < 0.008 and abs(tcp[2] - ball[2]) < 0.008:
+        phase, steps = "grasp", 0
+    elif phase == "grasp" and signals.is_grasped and steps > 0:
+        phase, steps = "carry", 0
+    elif phase == "grasp" and steps > 6 or phase == "carry" and np.linalg.norm(ball - tcp) > 0.04:
+        phase, steps = "reach", 0
+    elif phase == "carry" and off_goal < 0.003 and ball[2] - goal[2] < 0.004:
+        phase, steps = "release", 0
+    if phase == "reach":
+        above = 0.0 if aside < 0.015 else 0.05
+        action = command(signals, ball + (0, 0, above), TOOL_DOWN, gripper=OPEN, gain=14.0)
+    elif phase == "grasp":
+        action = command(signals, ball, TOOL_DOWN, gripper=CLOSED, gain=14.0)
+    elif phase == "carry":
         target = goal + (tcp - ball)  # where the tool is when the ball is at its goal
-        target[2] += np.clip(2.0 * (off_goal - 0.003), -0.002, 0.03)
+        target[2] += 0.03 if off_goal > 0.01 else 0.0
         if off_goal > 0.03 and ball[2] < goal[2] + 0.015:
             target[:2] = tcp[:2]  # first up, over the edge of the bin
-        return command(signals, target, TOOL_DOWN, gripper=CLOSED, gain=14.0), memory
-    if aside < 0.01 and abs(ball[2] - tcp[2]) < 0.01:
-        return command(signals, ball, TOOL_DOWN, gripper=CLOSED, gain=14.0), memory
-    above = np.clip(2.5 * (aside - 0.005), 0.0, 0.05)
-    return command(signals, ball + (0, 0, above), TOOL_DOWN, gripper=OPEN, gain=14.0), memory
+        action = command(signals, target, TOOL_DOWN, gripper=CLOSED, gain=14.0)
+    else:
+        action = command(signals, tcp, TOOL_DOWN, gripper=OPEN)
+    return action, Memory(phase, steps + 1)
 
 
-TASK = Task(SPEC, SCENE, place_sphere)
+TASK = Task(SPEC, SCENE, place_sphere, Memory)

@@ -37,7 +37,7 @@ class MLPConfig:
     value_dims: tuple[int, ...] = (64, 64)
     label_width: float = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
-    greedy: Greedy = "mean"
+    greedy: Greedy = "mode"
     """decision at temperature 0, see `models.bins.Greedy`."""
 
     @property
