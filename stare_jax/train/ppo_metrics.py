@@ -42,8 +42,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
     """
     specs = as_specs(spec)
     names = shared_stage_names(specs)
-    valid_t, valid_d = targets.valid_t, targets.valid_d
-    is_over = targets.is_over
+    valid_t, valid_d, is_over = targets.valid_t, targets.valid_d, targets.is_over
     num_over = int(is_over.sum())
     over = Targets(*(x[is_over] for x in targets))
     is_success = over.success_t.any(axis=1)
