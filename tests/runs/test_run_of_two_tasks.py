@@ -69,7 +69,7 @@ def runs(tmp_path_factory):
         patch.setattr(ipi, "make_vec_env", TwoToys)
         run_ipi(CONFIG, folder / "whole")
         while True:
-            patch.setattr(TwoToys, "stop_after", 250)
+            patch.setattr(TwoToys, "stop_after", 120)
             try:
                 run_ipi(CONFIG, folder / "stopped")
                 break
