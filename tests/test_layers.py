@@ -56,7 +56,13 @@ MATHEMATICS = ("jax", "chex", "numpy", "stare_jax")
 """All that stages and losses import besides the standard library."""
 
 NO_ROOMS = {"utils", "util", "common", "misc", "helpers"}
-FILE_CAPS = (("stare_jax/models/", 450), ("configs/presets.py", 260), ("configs/", 90), ("", 350))
+FILE_CAPS = (
+    ("stare_jax/models/", 450),
+    ("configs/presets.py", 260),
+    ("configs/methods.py", 120),
+    ("configs/", 90),
+    ("", 350),
+)
 """Lines of a file, by the beginning of its path; the first that fits counts."""
 FUNCTION_CAP, LOOP_CAP = 50, 120
 LOOPS = ("train_sft", "train_tpo", "train_ppo", "run_ipi", "collect_episodes")

@@ -169,9 +169,14 @@ class ToyPush:
         return self._observe(measured)
 
     def step(
-        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+        self,
+        action: np.ndarray,
+        reset_seeds: Mapping[int, int] | None = None,
+        *,
+        reproducible: bool = False,
+        is_idle: np.ndarray | None = None,
     ) -> EnvStep:
-        del reproducible
+        del reproducible, is_idle  # All step together.
         seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
         for i, seed in (reset_seeds or {}).items():
             seeds[i], is_reset[i] = seed, True

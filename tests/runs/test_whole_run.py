@@ -101,6 +101,22 @@ def test_statistics_with_which_no_phase_has_begun_are_made_anew(on_toy, finished
     assert len(seen) == 1
 
 
+def test_demonstrations_alone_are_those_that_the_run_would_imitate(on_toy, finished_run, tmp_path):
+    directory = tmp_path / "demos"
+    folder = run_ipi(CONFIG, directory, demos_only=True)
+    assert folder == directory / "data" / "demos"
+    assert Dataset(folder).fingerprint == Dataset(finished_run / "data" / "demos").fingerprint
+    assert not [phase for phase in CONFIG.phases if (directory / phase).exists()]
+    assert not (directory / "report.html").exists()
+    # Another run imitates them.
+    other = dataclasses.replace(CONFIG, phases=("sft",), demos_from=str(folder))
+    run_ipi(other, tmp_path / "run")
+    assert read_record(tmp_path / "run" / "sft").data == read_record(finished_run / "sft").data
+    for config in (other, dataclasses.replace(CONFIG, phases=("ppo",), init_from=str(tmp_path / "run" / "sft"))):
+        with pytest.raises(ConfigError, match="demos_only: got phases .*, expected a run that imitates demonstrations"):
+            run_ipi(config, directory, demos_only=True)
+
+
 def test_a_finished_run_loads_nothing_and_starts_nothing(run, monkeypatch, capsys):
     for name in ("make_vec_env", "make_expert", "load_params", "initial_params", "train_sft", "train_tpo"):
         monkeypatch.setattr(ipi, name, None)
