@@ -1,0 +1,84 @@
+"""Tasks on the toys: which toy, how long its steps are, and how good the imitation is that training starts from."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from toy_learning import make_start
+
+from stare_jax.envs.toys import TOYS
+from stare_jax.logging import say
+
+SIZES, STARTS = (15, 8), (0, 10, 30, 60)
+"""Millimetres of a step; success of the start in per cent, about."""
+IMITATION_STEPS = {
+    ("push", 15): (0, 150, 400, 800),
+}
+"""Steps of imitation after which each of `STARTS` is reached, see `calibrate`."""
+START_ROWS = 3
+"""Seeds of one call of the program that makes starts."""
+
+
+class Task(NamedTuple):
+    """A toy, the length of its steps, and the imitation that training starts from."""
+
+    toy: str
+    millimetres: int
+    start: int
+    """success of the imitation in per cent, about."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.toy}-{self.millimetres}mm-{self.start}"
+
+    @property
+    def max_step(self) -> np.float32:
+        return np.float32(self.millimetres / 1000)
+
+    @property
+    def num_imitation_steps(self) -> int:
+        return IMITATION_STEPS[self.toy, self.millimetres][STARTS.index(self.start)]
+
+
+TASKS = {task.name: task for task in itertools.starmap(Task, itertools.product(TOYS, SIZES, STARTS))}
+
+
+@functools.cache
+def _start(toy: str):
+    return make_start(TOYS[toy])
+
+
+@functools.lru_cache(maxsize=4)
+def start_params(task: Task, seeds: tuple[int, ...], num_steps: int | None = None) -> tuple[Any, np.ndarray]:
+    """Returns the parameters that training starts from, leaves `[S, ...]`, and the success of each, `[S]`.
+
+    Args:
+        task: the task.
+        seeds: of weights, demonstrations and their order.
+        num_steps: of imitation; None for the task's own number.
+    """
+    num_steps = task.num_imitation_steps if num_steps is None else num_steps
+    parts = []
+    for first in range(0, len(seeds), START_ROWS):
+        rows = np.resize(np.array(seeds[first : first + START_ROWS]), START_ROWS)
+        parts.append(jax.device_get(_start(task.toy)(rows, np.int32(num_steps), task.max_step)))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(seeds)], *parts)
+
+
+def rows_of(task: Task, seeds: Sequence[int], num_draws: int) -> tuple[Any, jax.Array]:
+    """Returns parameters and keys of all draws and seeds, draws first; a seed has the same ones with every draw."""
+    params, _ = start_params(task, tuple(seeds))
+    params = jax.tree.map(lambda x: np.concatenate([x] * num_draws), params)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(np.tile(seeds, num_draws))
+    return params, keys
+
+
+def calibrate(tasks: Sequence[Task]) -> None:
+    """Prints the success of imitations by the number of their steps, mean and range of six seeds."""
+    for task in dict.fromkeys(task._replace(start=0) for task in tasks):
+        for num_steps in (0, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600):
+            _, success = start_params(task, tuple(range(6)), num_steps)
+            say(f"{task.name} {num_steps:5d} steps: {success.mean():.3f} [{success.min():.3f}, {success.max():.3f}]")
