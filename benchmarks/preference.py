@@ -38,7 +38,7 @@ import numpy as np
 from cells import Cell, Result, Row, Settings, read_results, read_rows, run_task
 from cells_report import compare, difference, estimate, markdown, show
 from toy_preference import Arm, Hyper, make_preference
-from toy_tasks import TASKS, Task, rows_of
+from toy_tasks import TASKS, Task, run_rows
 
 from stare_jax.envs.toys import TOYS
 from stare_jax.evaluate.bootstrap import interquartile_mean
@@ -99,12 +99,9 @@ def measure(cell: Cell, *, per_block: int = SETTINGS.draws_per_block) -> Row:
     """Trains an arm with each draw and each seed of a cell; rows of the result are draws, then seeds."""
     task, draws, seeds = TASKS[cell["task"]], cell["draws"], cell["seeds"]
     chosen = [draw_settings(max(draws) + 1, per_block=per_block)[draw] for draw in draws]
-    params, keys = rows_of(task, seeds, len(draws))
-    hyper = Hyper(*(np.repeat(np.float32(x), len(seeds)) for x in zip(*chosen, strict=True)))
-    hyper = hyper._replace(num_epochs=np.int32(chosen[0].num_epochs))
     phase = _phase(task.toy, Size(cell["starts"], cell["batch"], cell["evaluated"]))
     arm = np.int32(list(ARMS).index(cell["arm"]))
-    outcome = jax.device_get(phase(params, keys, arm, hyper, task.max_step))
+    outcome = run_rows(lambda params, keys, hyper: phase(params, keys, arm, hyper, task.max_step), task, seeds, chosen)
     return {
         "before": np.round(outcome.before.astype(float), 4).tolist(),
         "success": np.round(outcome.success.astype(float), 4).tolist(),

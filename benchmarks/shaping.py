@@ -11,8 +11,8 @@ ended with "zero" or "keep", terminated or bootstrapped; and controls: `critic_p
 V + Phi, which must coincide with progressive, zero, terminate; `larger_reward`, PPO whose reward is 1 + gamma; `dense`,
 the distance that remains, not differenced; `rl4vla`, its reward (tasks with a grasp).
 
-**Metrics.** Success of an iteration is the share of successes among its 128 sampled episodes. The *area* is the mean of
-it over all 40 iterations. *Steps to 90 %* are environment steps until the mean of three iterations in a row is at least
+**Metrics.** Success of an iteration is the share of successes among its 64 sampled episodes. The *area* is the mean of
+it over all 50 iterations. *Steps to 90 %* are environment steps until the mean of three iterations in a row is at least
 0.9, those three included; infinity where that never happens.
 
 **Tuning.** 32 random draws of settings, the same for every arm and task, each with tuning seeds 0 to 2. An arm's best
@@ -48,7 +48,7 @@ import numpy as np
 from cells import Cell, Row, Settings, read_rows, run_task
 from shaping_report import write_report
 from toy_learning import Arm, Hyper, make_training
-from toy_tasks import TASKS, Task, calibrate, rows_of
+from toy_tasks import TASKS, Task, calibrate, run_rows
 
 from stare_jax.envs.toys import TOYS
 
@@ -75,8 +75,8 @@ ARMS = {
 class Size(NamedTuple):
     """Length of a run."""
 
-    iterations: int = 40
-    episodes: int = 128
+    iterations: int = 50
+    episodes: int = 64
 
 
 def arms_of(task: Task) -> list[str]:
@@ -114,12 +114,9 @@ def measure(cell: Cell, *, per_block: int = SETTINGS.draws_per_block) -> Row:
     """Trains an arm with each draw and each seed of a cell; rows of the result are draws, then seeds."""
     task, draws, seeds = TASKS[cell["task"]], cell["draws"], cell["seeds"]
     chosen = [draw_settings(max(draws) + 1, per_block=per_block)[draw] for draw in draws]
-    params, keys = rows_of(task, seeds, len(draws))
-    hyper = Hyper(*(np.repeat(np.float32(x), len(seeds)) for x in zip(*chosen, strict=True)))
-    hyper = hyper._replace(num_epochs=np.int32(chosen[0].num_epochs))
     train = _training(task.toy, Size(cell["iterations"], cell["episodes"]))
     arm = np.int32(arms_of(task).index(cell["arm"]))
-    curve = jax.device_get(train(params, keys, arm, hyper, task.max_step))
+    curve = run_rows(lambda params, keys, hyper: train(params, keys, arm, hyper, task.max_step), task, seeds, chosen)
     return {
         "success": np.round(curve.success.astype(float), 4).tolist(),
         "steps": curve.steps.tolist(),
@@ -131,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that a task has", metavar="ARM")
     parser.add_argument("--blocks", type=int, default=SETTINGS.num_blocks, help="blocks of four draws to tune with")
     parser.add_argument("--minutes", type=float, help="begin no cell after this time")
     parser.add_argument("--print", action="store_true", help="print the cells that are left, and run none")
@@ -141,14 +139,14 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     if args.calibrate:
         return calibrate(tasks)
+    arms = {task: [arm for arm in arms_of(task) if args.arms is None or arm in args.arms] for task in tasks}
     if args.report:
-        arms = {task: arms_of(task) for task in tasks}
         return write_report(read_rows(args.out / FILE), args.report, arms, settings, size._asdict())
     deadline = None if args.minutes is None else time.time() + 60 * args.minutes
     for task in tasks:
         run_task(
             task.name,
-            arms_of(task),
+            arms[task],
             measure,
             args.out / FILE,
             settings,

@@ -107,22 +107,22 @@ def play(toy: Toy, choose: Callable, seeds: Array, key: Array, *, max_step: Arra
         key: consumed.
         max_step: see `Toy`.
     """
-    move = jax.vmap(functools.partial(toy.step, max_step=max_step))
+    move, observe = jax.vmap(functools.partial(toy.step, max_step=max_step)), jax.vmap(toy.observe)
 
     def step(carry, key):
-        state, is_running = carry
-        seen, signals = jax.vmap(toy.observe)(state)
+        state, (seen, signals), is_running = carry
         action, record = choose(seen, signals, key)
         moved = jax.tree.map(functools.partial(_where, is_running), move(state, action), state)
-        goes_on = is_running & ~jax.vmap(toy.observe)(moved)[1].success
-        return (moved, goes_on), (seen, signals, is_running, record)
+        measured = observe(moved)
+        return (moved, measured, is_running & ~measured[1].success), (*measured, is_running, record)
 
-    start = (jax.vmap(toy.reset)(seeds), jnp.ones(seeds.shape, bool))
-    (last, _), (*measured, is_action, record) = jax.lax.scan(step, start, jax.random.split(key, toy.horizon))
-    state, signals = jax.tree.map(
-        lambda x, y: jnp.concatenate([x, y[None]]), tuple(measured), jax.vmap(toy.observe)(last)
+    state = jax.vmap(toy.reset)(seeds)
+    start = (state, observe(state), jnp.ones(seeds.shape, bool))
+    _, (*measured, is_action, record) = jax.lax.scan(step, start, jax.random.split(key, toy.horizon))
+    exists = (*start[1], start[2])
+    state, signals, valid = jax.tree.map(
+        lambda first, others: jnp.concatenate([first[None], others]), exists, (*measured, is_action)
     )
-    valid = jnp.concatenate([jnp.ones((1, *seeds.shape), bool), is_action])
     return jax.tree.map(lambda x: x.swapaxes(0, 1), Episodes(state, signals, valid, record))
 
 

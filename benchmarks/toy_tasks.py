@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,8 @@ IMITATION_STEPS = {
 """Steps of imitation after which each of `STARTS` is reached, see `calibrate`."""
 START_ROWS = 3
 """Seeds of one call of the program that makes starts."""
+ROWS = 12
+"""Draws times seeds of one call of a program that trains."""
 
 
 class Task(NamedTuple):
@@ -68,12 +70,31 @@ def start_params(task: Task, seeds: tuple[int, ...], num_steps: int | None = Non
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(seeds)], *parts)
 
 
-def rows_of(task: Task, seeds: Sequence[int], num_draws: int) -> tuple[Any, jax.Array]:
-    """Returns parameters and keys of all draws and seeds, draws first; a seed has the same ones with every draw."""
+def run_rows(fn: Callable, task: Task, seeds: Sequence[int], hyper: Sequence[NamedTuple]) -> Any:
+    """Runs a compiled program for every draw of settings and every seed, `ROWS` of them at a time.
+
+    A seed has the same parameters and the same key with every draw. Whatever the number of rows, one program serves.
+
+    Args:
+        fn: (params, keys, settings), leaves `[ROWS, ...]` -> leaves `[ROWS, ...]`.
+        task: the task.
+        seeds: S of them.
+        hyper: D draws of settings, whose `num_epochs` are equal and stay a scalar.
+
+    Returns:
+        NumPy leaves `[D * S, ...]`, draws first.
+    """
     params, _ = start_params(task, tuple(seeds))
-    params = jax.tree.map(lambda x: np.concatenate([x] * num_draws), params)
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(np.tile(seeds, num_draws))
-    return params, keys
+    params = jax.tree.map(lambda x: np.concatenate([x] * len(hyper)), params)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(np.tile(seeds, len(hyper)))
+    settings = jax.tree.map(lambda *x: np.repeat(np.float32(x), len(seeds)), *hyper)
+    parts = []
+    for first in range(0, len(keys), ROWS):
+        rows = np.arange(first, first + ROWS) % len(keys)
+        *inputs, drawn = jax.tree.map(lambda x, rows=rows: x[rows], (params, keys, settings))
+        drawn = drawn._replace(num_epochs=np.int32(hyper[0].num_epochs))
+        parts.append(jax.device_get(fn(*inputs, drawn)))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(keys)], *parts)
 
 
 def calibrate(tasks: Sequence[Task]) -> None:

@@ -30,7 +30,8 @@ from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes
 
 SMALL = Settings(num_blocks=1, draws_per_block=2, num_tuning_seeds=1, num_fresh_seeds=2)
-PLAIN, ZERO, SHIFTED = "ppo_terminate", "progressive_zero_terminate", "critic_plus_potential"
+PREFERENCES = ["tpo", "sta_tpo_offset_valid"]
+PLAIN, ZERO = "ppo_terminate", "progressive_zero_terminate"
 
 
 def refuse(cell):
@@ -113,8 +114,8 @@ def test_a_larger_reward_is_paid_one_plus_gamma(played):
 
 def test_arms_that_must_coincide_train_alike_and_others_do_not():
     toy = TOYS["push"]
-    names = [PLAIN, ZERO, SHIFTED]
-    train = make_training(toy, [shaping.ARMS[name] for name in names], num_iterations=2, num_episodes=8)
+    arms = [Arm(shaping=False), Arm(terminal_potential="zero"), Arm(shaping=False, has_potential_in_critic=True)]
+    train = make_training(toy, arms, num_iterations=2, num_episodes=8)
     params = jax.vmap(make_policy(toy).init)(jax.random.split(jax.random.key(0), 2))
     draw = shaping.draw_settings(2, per_block=1)[0]
     hyper = draw._replace(**{k: np.full(2, v, np.float32) for k, v in draw._asdict().items() if k != "num_epochs"})
@@ -128,6 +129,17 @@ def test_arms_that_must_coincide_train_alike_and_others_do_not():
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 SIZE = shaping.Size(iterations=2, episodes=8)._asdict()
 NAMES = [PLAIN, ZERO]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_programs():
+    """Programs know two arms alone, and take two rows at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_tasks, "ROWS", 2)
+        patch.setattr(shaping, "ARMS", {name: shaping.ARMS[name] for name in (*NAMES, "rl4vla")})
+        patch.setattr(preference, "ARMS", {name: preference.ARMS[name] for name in PREFERENCES})
+        patch.setitem(toy_tasks.IMITATION_STEPS, ("push", 15), (0, 5, 10, 20))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +245,8 @@ def test_pairs_are_the_best_and_the_worst_of_a_start(played):
     assert (chosen.ref_logp[is_pair][:, 0] < 0).all()
 
 
-def test_the_preference_study_runs_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(toy_tasks.IMITATION_STEPS, ("push", 15), (0, 5, 10, 20))
-    names, size = ["tpo", "sta_tpo_offset_valid"], preference.Size(starts=8, batch=4, evaluated=16)._asdict()
+def test_the_preference_study_runs_and_goes_on(tmp_path):
+    names, size = PREFERENCES, preference.Size(starts=8, batch=4, evaluated=16)._asdict()
     measure = functools.partial(preference.measure, per_block=2)
     path = tmp_path / "rows.jsonl"
     run_task("push-15mm-10", names, measure, path, SMALL, size=size)
