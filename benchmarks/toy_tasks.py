@@ -15,9 +15,9 @@ from stare_jax.logging import say
 SIZES, STARTS = (15, 8), (0, 10, 30, 60)
 """Millimetres of a step; success of the start in per cent, about."""
 IMITATION_STEPS = {
-    ("push", 15): (0, 150, 400, 800),
+    ("push", 15): (230, 430, 800),
 }
-"""Steps of imitation after which each of `STARTS` is reached, see `calibrate`."""
+"""Steps of imitation after which each of `STARTS` but the first is reached, see `calibrate`."""
 START_ROWS = 3
 """Seeds of one call of the program that makes starts."""
 ROWS = 12
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
     @property
     def num_imitation_steps(self) -> int:
-        return IMITATION_STEPS[self.toy, self.millimetres][STARTS.index(self.start)]
+        return IMITATION_STEPS[self.toy, self.millimetres][STARTS.index(self.start) - 1] if self.start else 0
 
 
 TASKS = {task.name: task for task in itertools.starmap(Task, itertools.product(TOYS, SIZES, STARTS))}
