@@ -15,7 +15,12 @@ from stare_jax.logging import say
 SIZES, STARTS = (15, 8), (0, 10, 30, 60)
 """Millimetres of a step; success of the start in per cent, about."""
 IMITATION_STEPS = {
-    ("push", 15): (230, 430, 800),
+    ("push", 15): (240, 420, 620),
+    ("push", 8): (240, 400, 600),
+    ("place", 15): (580, 1130, 1800),
+    ("place", 8): (590, 1200, 1900),
+    ("lift", 15): (200, 700, 2200),
+    ("lift", 8): (260, 820, 2250),
 }
 """Steps of imitation after which each of `STARTS` but the first is reached, see `calibrate`."""
 START_ROWS = 3
@@ -98,8 +103,8 @@ def run_rows(fn: Callable, task: Task, seeds: Sequence[int], hyper: Sequence[Nam
 
 
 def calibrate(tasks: Sequence[Task]) -> None:
-    """Prints the success of imitations by the number of their steps, mean and range of six seeds."""
+    """Prints the success of imitations by the number of their steps, mean and range of three seeds."""
     for task in dict.fromkeys(task._replace(start=0) for task in tasks):
-        for num_steps in (0, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600):
-            _, success = start_params(task, tuple(range(6)), num_steps)
+        for num_steps in (0, 200, 400, 600, 800, 1100, 1400, 2000):
+            _, success = start_params(task, tuple(range(3)), num_steps)
             say(f"{task.name} {num_steps:5d} steps: {success.mean():.3f} [{success.min():.3f}, {success.max():.3f}]")
