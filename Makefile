@@ -7,11 +7,17 @@ PYTHON := $(VENV)/bin/python
 # Files side by side, so that what a file sets up is set up once; -n 0 turns it off.
 IN_PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
+# A command that Ctrl-C stops ends with 130 and has said how to go on: make, which the signal ends as well, is not to
+# add an error to that. Without the signal every status but 0 is an error.
+define until_stopped
+@trap 'stopped=1' INT; $(1); status=$$?; if [ "$$stopped:$$status" = 1:130 ]; then exit 0; fi; exit $$status
+endef
+
 # Any Python 3 starts the installer, which then picks the right one (a pyenv shim may exist and not run).
 define bootstrap
-@for python in python3.11 python3 python3.12 python3.13; do \
+$(call until_stopped,(for python in python3.11 python3 python3.12 python3.13; do \
 	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null; then exec "$$python" $(1); fi; \
-done; echo "No Python 3 found. On Debian 12: sudo apt-get install python3.11-venv"; exit 1
+done; echo "No Python 3 found. On Debian 12: sudo apt-get install python3.11-venv"; exit 1))
 endef
 
 .DEFAULT_GOAL := help
@@ -21,7 +27,8 @@ help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 quickstart: setup-vulkan  ## set up everything, then clone -> trained, evaluated, filmed policy; starts or continues
-	$(PYTHON) launch/train.py --config=configs/quickstart.py $(ARGS)
+	$(info $(PYTHON) launch/train.py --config=configs/quickstart.py $(ARGS))
+	$(call until_stopped,$(PYTHON) launch/train.py --config=configs/quickstart.py $(ARGS))
 
 test: setup  ## set up everything, then the tests
 	$(PYTHON) -m pytest $(IN_PARALLEL) $(ARGS)

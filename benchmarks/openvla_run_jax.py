@@ -22,9 +22,9 @@ import numpy as np
 from device import jax_peak, measure, reported
 from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, weight_recipe
 
-from stare_jax.models import OpenVLAConfig, Policy, make_policy
+from stare_jax.models import OpenVLAConfig, Policy
+from stare_jax.models.blank import blank_policy, leaf_shapes
 from stare_jax.models.nn.lora import add_adapters, init_adapters
-from stare_jax.models.normalize import identity_stats
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.state.storage import nest
 from stare_jax.state.train_state import TrainState
@@ -33,7 +33,7 @@ from stare_jax.train.ppo_batch import DecisionBatch
 from stare_jax.train.update import jit_step
 from stare_jax.types import Observation, PyTree
 from stare_jax.weights.openvla import tensor_table
-from stare_jax.weights.tensor_table import checkpoint_shape, layer_shape, leaf_shapes, to_ours
+from stare_jax.weights.tensor_table import checkpoint_shape, layer_shape, to_ours
 
 # ---- Weights and inputs ----------------------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:
 
 def run_generate(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
     config = make_config(spec)
-    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    policy = blank_policy(config)
     params = make_params(policy, config, spec.seed)
     for batch in spec.batches:
         with reported(errors, f"stare_jax, generate {batch}"):
@@ -108,7 +108,7 @@ def _update(spec: Spec) -> dict[str, Any]:
     # RL4VLA's numbers where they are not the defaults.
     sizes = {"minibatch_size": spec.update_batch, "microbatch_size": spec.microbatch}
     settings = PPOConfig(value_clip_eps=0.2, huber_delta=10.0, **sizes)
-    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    policy = blank_policy(config)
     params = add_adapters(make_params(policy, config, spec.seed), init_adapters(policy.init, jax.random.key(1)))
     tx = make_optimizer(settings.optimizer, num_steps=None)
     trainable, frozen = split_params(params, frozen_params(policy, settings.optimizer))

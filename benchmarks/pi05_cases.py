@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.models import PI05_PALIGEMMA, Pi05Config, Policy, make_policy, pi05_base
+from stare_jax.models import PI05_PALIGEMMA, Pi05Config, Policy, pi05_base
+from stare_jax.models.blank import blank_policy
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
-from stare_jax.models.normalize import identity_stats
 from stare_jax.sharding.mesh import path_name
 from stare_jax.types import Observation, PyTree
 
@@ -97,7 +97,7 @@ def make_trained(config: Pi05Config, trained: str, remat: str) -> Pi05Config:
 
 
 def build(config: Pi05Config) -> Policy:
-    return make_policy(config, identity_stats(config.action_dim, config.state_dim))
+    return blank_policy(config)
 
 
 def make_params(policy: Policy, seed: int) -> PyTree:

@@ -4,7 +4,7 @@
     python launch/train.py --config=configs/quickstart.py:tcp    with the end-effector's position in the prompt
     python launch/train.py --config=configs/quickstart.py:pi05   the same with pi0.5, a flow over chunks of actions
 
-Expect 94 to 99 % success from images alone, and about 94 % with pi0.5, on 100 fresh episodes. Two CPU cores, ten to
+Expect 94 to 99 % success from images alone, and about 90 % with pi0.5, on 100 fresh episodes. Two CPU cores, ten to
 twelve minutes. The policy has a million parameters, images are 64 x 64, an episode has 30 actions. Ten minutes are too
 few for PPO to add much; configs/study_pushcube_images.py gives it an hour, from a weaker start.
 """

@@ -8,13 +8,14 @@ Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
-from jax.sharding import Mesh
 
 from stare_jax.config import UserError
 from stare_jax.logging import Interrupted, say
-from stare_jax.sharding.mesh import ShardingError, make_mesh
 
 ROOT = Path(__file__).resolve().parents[1]
-if TYPE_CHECKING:  # importing all of a run would slow every command down
+if TYPE_CHECKING:  # importing JAX and all of a run would slow every command down, also one that cannot be read
+    from jax.sharding import Mesh
+
     from stare_jax.runs.config import MeshConfig
 
 DONE, FAILED, STOPPED = 0, 1, 130
@@ -64,12 +65,14 @@ def given_mesh(arguments: argparse.Namespace) -> dict[str, int]:
     return {axis: size for axis, size in sizes.items() if size is not None}
 
 
-def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> Mesh:
+def make_run_mesh(sizes: "MeshConfig", arguments: argparse.Namespace) -> "Mesh":
     """Returns the mesh of a run's configuration with the sizes that the command line gives.
 
     Raises:
         ShardingError: this machine has not so many devices; names the options that change the sizes.
     """
+    from stare_jax.sharding.mesh import ShardingError, make_mesh
+
     sizes = dataclasses.replace(sizes, **given_mesh(arguments))
     try:
         return make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
@@ -83,6 +86,16 @@ def repeat_command(argv: Sequence[str] | None = None) -> str:
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
     return shlex.join([str(python), sys.argv[0], *(sys.argv[1:] if argv is None else argv)])
+
+
+@contextlib.contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Prints inside to a reader that may leave early, as `head` does, without an error here or at the exit."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "nothing was written") -> int:

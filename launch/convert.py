@@ -26,13 +26,13 @@ import jax
 from stare_jax.config import ConfigError
 from stare_jax.logging import PeakMemory, say
 from stare_jax.models import LoRAConfig, OpenVLAConfig
+from stare_jax.models.stored import model_from_dict, named_model
 from stare_jax.runs.load import load_config
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.weights.exporting import export_weights
 from stare_jax.weights.formats import OPENVLA, find_format
 from stare_jax.weights.importing import Imported, import_weights
-from stare_jax.weights.load import is_converted, model_from_dict, stored_model
-from stare_jax.weights.pi05_formats import named_model
+from stare_jax.weights.load import is_converted, stored_model
 from stare_jax.weights.side_files import CONFIG
 
 MESH = ("mesh.fsdp", "mesh.tensor")

@@ -4,11 +4,13 @@
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --temperature=1 --name=ppo_sampled
     python launch/evaluate.py --run=runs/quickstart --phase=expert
     python launch/evaluate.py --run=runs/widowx --weights=weights/openvla-7b
+    python launch/evaluate.py --weights=weights/openvla-7b --config=configs/ipi_widowx.py --mesh.fsdp=1
     python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --num-workers=8 --envs-per-worker=4
     python launch/evaluate.py --report=runs/quickstart
     python launch/evaluate.py --across runs/seed0 runs/seed1 runs/seed2
 
 Options that are not given are as in the run's own configuration, so the episodes are those of its other evaluations.
+Without a run a configuration says task, simulators and episodes, and the results go to --workdir.
 Ctrl-C or SIGTERM stops; the parts that are done are kept, and the same command goes on after them.
 """
 
@@ -24,8 +26,9 @@ from typing import NamedTuple
 
 import command
 import jax
+from configuration import load_configuration, split_fields
 
-from stare_jax.config import ConfigError, user_input
+from stare_jax.config import ConfigError, from_dict, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
 from stare_jax.envs.tasks import make_expert
@@ -59,35 +62,55 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     jobs = parser.add_argument_group("jobs: give one of these").add_mutually_exclusive_group(required=True)
     jobs.add_argument("--run", type=Path, metavar="RUN", help="evaluate a phase of this run directory; see below")
+    jobs.add_argument(
+        "--config",
+        metavar="FILE[:VARIANT]",
+        help="evaluate --weights without a run, as a file of configs/ says; --config.section.field=VALUE changes it",
+    )
     jobs.add_argument("--report", type=Path, metavar="RUN", help="write report.html again from the run's files")
     jobs.add_argument(
         "--across", type=Path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
     )
-    add = parser.add_argument_group("--run: the policy").add_argument
+    add_options(parser)
+    command.add_mesh(parser)
+    fields, others = split_fields(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
+    if arguments.run and bool(arguments.phase) == bool(arguments.weights):
+        parser.error("--run needs --phase or --weights")
+    if arguments.config and bool(arguments.phase == EXPERT) == bool(arguments.weights):
+        parser.error(f"--config needs --weights=FOLDER, or --phase={EXPERT}; phases are those of a --run")
+    if fields and not arguments.config:
+        parser.error(f"{fields[0]} goes with --config=FILE")
+    if arguments.workdir and not arguments.config:
+        parser.error("--workdir goes with --config; the results of a run go to its directory")
+    return arguments
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of an evaluation: policy, episodes, simulators."""
+    add = parser.add_argument_group("--run, --config: the policy").add_argument
     add("--phase", help=f"sft, tpo, ppo, or {EXPERT} for the expert of the task; this or --weights is needed")
     weights = (
         "folder of other weights, to evaluate in this run's simulators: a phase of another run or a converted folder"
     )
     add("--weights", type=Path, metavar="FOLDER", help=weights)
+    add("--workdir", type=Path, metavar="DIR", help="with --config: where the results go (default: runs/eval_FOLDER)")
     add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
     add(
         "--name",
         help="name of the result, replaced if it exists (default: the phase; then PHASE_again, PHASE_again2, ...)",
     )
-    add = parser.add_argument_group("--run: the episodes, as --config.evaluation of launch/train.py").add_argument
+    add = parser.add_argument_group(
+        "--run, --config: the episodes, as --config.evaluation of launch/train.py"
+    ).add_argument
     add("--num-episodes", "--episodes", type=int, metavar="N", help="number of episodes, one a seed")
     add("--first-seed", type=int, metavar="SEED", help="seed of the first episode")
     add("--temperature", type=float, metavar="X", help="0 is greedy; a flow still starts from noise")
     add("--num-videos", "--videos", type=int, metavar="N", help="number of episodes to film")
-    add = parser.add_argument_group("--run: the simulators, as --config.env of launch/train.py").add_argument
+    add = parser.add_argument_group("--run, --config: the simulators, as --config.env of launch/train.py").add_argument
     add("--backend", choices=BACKENDS, help="where physics runs; only with cpu are episodes reproducible")
     add("--num-workers", "--workers", type=int, metavar="N", help="simulator processes")
     add("--envs-per-worker", type=int, metavar="N", help="simulators of a process")
-    command.add_mesh(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.run and bool(arguments.phase) == bool(arguments.weights):
-        parser.error("--run needs --phase or --weights")
-    return arguments
 
 
 def eval_config(config: EvalConfig, arguments: argparse.Namespace) -> EvalConfig:
@@ -146,12 +169,26 @@ def default_name(weights: Path) -> str:
     return re.sub(r"[^\w-]+", "_", weights.resolve().name)
 
 
-def evaluate_run(arguments: argparse.Namespace) -> None:
-    """Evaluates one phase of a run and adds the result to the run directory."""
-    config = load_config(arguments.run)
+def results_directory(arguments: argparse.Namespace) -> Path:
+    """Returns the directory that the results go to: the run, or without one the working directory."""
+    weights = EXPERT if arguments.weights is None else default_name(arguments.weights)
+    return arguments.run or arguments.workdir or command.ROOT / "runs" / f"eval_{weights}"
+
+
+def choose_config(arguments: argparse.Namespace) -> RunConfig:
+    """Returns the configuration of the run, or the one that the command line names."""
+    if arguments.run:
+        return load_config(arguments.run)
+    values = load_configuration(arguments.config, arguments.fields)
+    return from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+
+
+def evaluate_subject(arguments: argparse.Namespace) -> None:
+    """Evaluates the policy or the expert that the command line names and adds the result to its directory."""
+    config, directory = choose_config(arguments), results_directory(arguments)
     with user_input():
-        name = arguments.name or unused_name(arguments.run, arguments.phase or default_name(arguments.weights))
-        file = evaluation_file(arguments.run, name)
+        name = arguments.name or unused_name(directory, arguments.phase or default_name(arguments.weights))
+        file = evaluation_file(directory, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
     spec = dataclasses.replace(simulators.spec, params=config.stages)
@@ -175,7 +212,7 @@ def evaluate_run(arguments: argparse.Namespace) -> None:
         say(f"evaluate {name}: {evaluation.info.num_steps} steps | {clock.line()}")
     rewards_fn = training_rewards(spec, config.ppo, chunk=subject.chunk)
     num_videos = evaluation_config.num_videos
-    record_evaluation(arguments.run, name, evaluation, films, spec, rewards_fn, num_videos=num_videos)
+    record_evaluation(directory, name, evaluation, films, spec, rewards_fn, num_videos=num_videos)
 
 
 def compare_runs(directories: Sequence[Path]) -> None:
@@ -211,9 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         if arguments.across:
             return compare_runs(arguments.across)
-        if arguments.run:
-            evaluate_run(arguments)
-        directory = arguments.run or arguments.report
+        if not arguments.report:
+            evaluate_subject(arguments)
+        directory = arguments.report or results_directory(arguments)
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected a run directory, but there is none")
         print_report(directory)

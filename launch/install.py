@@ -193,7 +193,9 @@ def pip(venv: Path, arguments: list[str], label: str, expected: int) -> None:
     Raises:
         Failed: with the end of the log and, where the log tells, the remedy.
     """
-    command = [str(venv / "bin/python"), "-m", "pip", "install", *arguments, "--progress-bar", "off", "--no-input"]
+    # Python compiles a module when it is first imported; pip would spend minutes on all of them.
+    quick = ["--no-compile", "--progress-bar", "off", "--no-input"]
+    command = [str(venv / "bin/python"), "-m", "pip", "install", *arguments, *quick]
     start = time.monotonic()
     with open(venv / LOG, "a") as log:
         log.write(f"\n$ {' '.join(command)}\n")

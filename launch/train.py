@@ -12,23 +12,30 @@ is named and refused, but for phases that have not begun and a larger number of 
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import command
 from absl import app, flags
-from ml_collections import config_flags
+from configuration import last_line, load_configuration, split_fields
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Which run: a file of configs/.", lock_config=True)
+from stare_jax.config import UserError
+
+_CONFIG = flags.DEFINE_string("config", None, "Which run: FILE or FILE:VARIANT, a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory; runs/<name of the config> if not given.")
 _REDO = flags.DEFINE_string("redo", "", "Do this phase and what follows it again; what is there moves to set_aside/.")
-_PROFILE = flags.DEFINE_integer("profile", 0, "Trace this many optimiser steps of every phase, after its first.")
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Trace this many optimiser steps of every phase, after its first.", lower_bound=0
+)
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
 
+_values: dict[str, Any] = {}
+"""The configuration, once the command line has been read."""
+
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"got arguments {argv[1:]}, expected flags only")
+    del argv
     return command.run(train, go_on=go_on_command())
 
 
@@ -37,16 +44,16 @@ def train() -> None:
     from stare_jax.config import from_dict
     from stare_jax.logging import say
     from stare_jax.runs.config import RunConfig
-    from stare_jax.runs.ipi import run_ipi
-    from stare_jax.runs.plan import print_plan
 
-    values = _CONFIG.value.to_dict()
-    workdir = Path(_WORKDIR.value or command.ROOT / "runs" / values.pop("name"))
-    values.pop("name", None)
-    config = from_dict(RunConfig, values)
+    workdir = Path(_WORKDIR.value or command.ROOT / "runs" / _values["name"])
+    config = from_dict(RunConfig, {name: value for name, value in _values.items() if name != "name"})
     if _PLAN.value:
+        from stare_jax.runs.plan import print_plan
+
         print_plan(config)
         return
+    from stare_jax.runs.ipi import run_ipi
+
     say(f"report: {run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value)}")
 
 
@@ -65,34 +72,44 @@ def go_on_command() -> str:
 def print_help() -> None:
     """Prints the examples, the flags, and every field of a configuration that takes one of a few words."""
     from stare_jax.config import list_choices
+    from stare_jax.models import OpenVLAConfig, Pi05Config
     from stare_jax.runs.config import RunConfig
 
     print(__doc__)
     print(flags.FLAGS.main_module_help())
     print("\nEvery field of the configuration is a flag, --config.section.field=VALUE. Some take one of a few words:")
-    for path, allowed in list_choices(RunConfig).items():
+    of_run = {path: words for path, words in list_choices(RunConfig).items() if not path.startswith("config.model.")}
+    _print_choices(of_run)
+    print("\nof the model OpenVLA, which a configuration has if its variant does not say pi05:")
+    _print_choices(list_choices(OpenVLAConfig, path="config.model"))
+    print("\nof the model pi0.5, which --config=FILE:pi05 chooses:")
+    _print_choices(list_choices(Pi05Config, path="config.model"))
+
+
+def _print_choices(found: dict[str, tuple[Any, ...]]) -> None:
+    for path, allowed in found.items():
         print(f"  --{path}: {', '.join(map(str, allowed))}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a field that does not exist, or a value that does not fit, is one line and not a traceback."""
+    """Parses flags and loads the configuration; what cannot be read is one line and not a traceback.
+
+    Flags come first, because a configuration takes seconds to import what it configures.
+    """
     if {"--help", "-h", "-help", "--helpfull"} & set(argv):
-        print_help()
+        with command.quiet_pipe():
+            print_help()
         sys.exit(0)
+    fields, others = split_fields(argv[1:])
     try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value.name  # a file that is not there is found out here
-        return rest
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        # ml_collections wraps one error into another, and puts the traceback of a file that fails into the message.
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        if isinstance(error, KeyError):
-            reason = f"no field {' '.join(str(error.args[0]).split())}"
-        else:
-            reason = [line.strip() for line in str(error).splitlines() if line.strip() and "--help" not in line][-1]
-        print(f"error: {reason} (python launch/train.py --help)", file=sys.stderr)
+        rest = flags.FLAGS([argv[0], *others])
+        if len(rest) > 1:
+            raise flags.Error(f"got arguments {rest[1:]}, expected flags only")
+        _values.update(load_configuration(_CONFIG.value, fields))
+    except (flags.Error, UserError) as error:
+        print(f"error: {last_line(error)} (python launch/train.py --help)", file=sys.stderr)
         sys.exit(2)
+    return rest
 
 
 if __name__ == "__main__":

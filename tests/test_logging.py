@@ -207,7 +207,7 @@ def test_progress_that_goes_on_does_not_count_what_was_done_before():
     with progress(100, "collect", "episode", initial=60, stream=stream, now=now) as bar:
         now.seconds = 10.0
         bar.update(20)
-    assert stream.getvalue().splitlines()[0] == "collect: 80/100 episode, 2 episode/s, ETA 00:10"
+    assert stream.getvalue().splitlines()[1] == "collect: 80/100 episode, 2 episode/s, ETA 00:10"
 
 
 def test_progress_without_a_total():
@@ -239,6 +239,30 @@ def test_progress_prints_where_it_was_when_an_error_ended_it():
         bar.update(3)
         raise RuntimeError
     assert stream.getvalue().startswith("sft: 3/10 it, 3 it/s")
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_loop_that_goes_on_says_where_and_counts_from_there(kind):
+    stream, now = kind(), FakeTime()
+    with progress(1200, "sft", "step", initial=300, stream=stream, now=now) as bar:
+        now.seconds = 10.0
+        bar.update(100)
+    text = stream.getvalue()
+    assert text.startswith("sft: going on at step 301 of 1200\n") and "400/1200" in text
+    if kind is io.StringIO:
+        # 100 steps in 10 seconds of this process, so that 800 more take 80.
+        assert text.splitlines()[1] == "sft: 400/1200 step, 10 step/s, ETA 01:20"
+
+
+def test_a_loop_that_begins_or_has_nothing_left_does_not_go_on():
+    stream, now = io.StringIO(), FakeTime()
+    for initial in (0, 3):
+        with progress(3, "sft", "step", initial=initial, stream=stream, now=now):
+            pass
+    assert "going on" not in stream.getvalue()
+    with progress(None, "wait", initial=3, stream=stream, now=now):
+        pass
+    assert "wait: going on at it 4\n" in stream.getvalue()
 
 
 def test_progress_on_a_terminal_is_a_bar():

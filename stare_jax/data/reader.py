@@ -66,7 +66,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of the shards that are read; `schema.fingerprint` where none was left out."""
+        """Checksum of the content of the shards that are read; the data set's where none was left out."""
         return schema.fingerprint_of(self._shards)
 
     @property

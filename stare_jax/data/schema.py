@@ -130,15 +130,6 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     replace_text(Path(directory) / MANIFEST_FILE, _format_json(content))
 
 
-def fingerprint(directory: str | os.PathLike) -> str:
-    """Returns a checksum of a data set's content, in hexadecimal: that of `fingerprint_of` its manifest's shards.
-
-    Raises:
-        DatasetError: there is no manifest.
-    """
-    return fingerprint_of(read_manifest(directory).shards)
-
-
 def fingerprint_of(shards: Sequence[Shard]) -> str:
     """Returns a checksum of the content of shards, in hexadecimal, whatever their names."""
     content = [[shard.episodes.num_records, shard.frames.sha256, shard.episodes.sha256] for shard in shards]

@@ -11,7 +11,8 @@ from stare_jax.types import Array, Observation, Signals
 
 
 class SimulatorError(UserError, RuntimeError):
-    """Simulators that do not start, are lost more often than `max_restarts` allows, or lose all of their episodes."""
+    """Simulators that do not start, are lost more often than `max_restarts` allows, never come back, or lose all
+    episodes."""
 
 
 class EnvStep(NamedTuple):
@@ -26,7 +27,8 @@ class EnvStep(NamedTuple):
     alive: np.ndarray
     """NumPy bool `[B]`: False where the simulator raised an error, died or hung in this call, or has not started again
     since. Its episode is lost, the row's other values mean nothing, and the environment has to be reset next: calls
-    that reset it before it has started leave it as it is."""
+    that reset it before it has started leave it as it is. Where none is alive, a call waits for one to start: a
+    collection gives up after `rollout.collect.MAX_DEAD_CALLS` such calls in a row."""
 
 
 class SimulatorInfo(NamedTuple):

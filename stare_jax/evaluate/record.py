@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from stare_jax.evaluate.protocol import EvalInfo, Evaluation
 from stare_jax.evaluate.summary import Summary, summarize
 from stare_jax.logging import replace_text
 
-_PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
+PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
 
 
 class PhaseResult(NamedTuple):
@@ -100,8 +100,31 @@ def load_results(run_directory: str | Path) -> list[PhaseResult]:
             continue
         evaluation = _evaluation_of(document)
         results.append(PhaseResult(file.stem, evaluation, summarize(evaluation), document))
-    ranks = {phase: rank for rank, phase in enumerate(_PHASE_ORDER)}
+    ranks = {phase: rank for rank, phase in enumerate(PHASE_ORDER)}
     return sorted(results, key=lambda result: (ranks.get(result.phase, len(ranks)), result.phase))
+
+
+def headline_results(results: Sequence[PhaseResult]) -> list[PhaseResult]:
+    """Returns one evaluation of each phase, in the order of the phases; the last one is what a run has come to.
+
+    The evaluations that the run itself has made count: they alone have settings, they follow the run's one protocol,
+    and each is of the weights that its phase ended with. Evaluations that were added by hand, with other seeds, weights
+    or numbers of episodes, do not replace them. Where the run has made none, one that was added stands for each phase
+    whose weights it is of: the one with the most episodes, and of equals the first by name. Where there is none of a
+    phase either, it is the last of all.
+
+    Args:
+        results: as `load_results` returns them.
+    """
+    if own := [result for result in results if result.media.get("settings") is not None]:
+        return own
+    of_phase: dict[str, PhaseResult] = {}
+    for result in results:
+        phase = result.evaluation.info.checkpoint.partition("/")[0] or result.phase
+        best = of_phase.get(phase)
+        if phase in PHASE_ORDER[1:] and (best is None or result.summary.num_episodes > best.summary.num_episodes):
+            of_phase[phase] = result
+    return [of_phase[phase] for phase in PHASE_ORDER if phase in of_phase] or list(results[-1:])
 
 
 def _evaluation_of(document: Mapping[str, Any]) -> Evaluation:

@@ -1,12 +1,13 @@
 """Output of a run: metrics, metadata, progress, tables, time by area of work; interruptions.
 
-Imports nothing else of the library, so that every layer with a loop may use it.
+Imports little else of the library, so that every layer with a loop may use it.
 """
 
 from stare_jax.logging.clock import Clock as Clock
 from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
 from stare_jax.logging.compilations import num_compilations as num_compilations
+from stare_jax.logging.files import check_space as check_space
 from stare_jax.logging.files import new_directory as new_directory
 from stare_jax.logging.files import replace_bytes as replace_bytes
 from stare_jax.logging.files import replace_text as replace_text
@@ -22,6 +23,8 @@ from stare_jax.logging.metrics import last_lines as last_lines
 from stare_jax.logging.metrics import make_writer as make_writer
 from stare_jax.logging.metrics import read_metrics as read_metrics
 from stare_jax.logging.profile import Profiler as Profiler
+from stare_jax.logging.terminal import COMPILING as COMPILING
+from stare_jax.logging.terminal import announce as announce
 from stare_jax.logging.terminal import print_table as print_table
 from stare_jax.logging.terminal import progress as progress
 from stare_jax.logging.terminal import progress_bytes as progress_bytes

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from stare_jax.config import ConfigError
+
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file so that whoever reads it, at any moment, sees all of the old text or all of the new."""
@@ -58,3 +60,11 @@ def new_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(directory.parent)
+
+
+def check_space(to: Path, size: int) -> None:
+    """Raises ConfigError unless the disk of a path that is to be written has room for a number of bytes."""
+    parent = next(path for path in to.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise ConfigError(f"{parent}: got {free / 1e9:.1f} GB free on its disk, expected at least {size / 1e9:.1f} GB")

@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 MEGABYTE = 10**6
+COMPILING = "compiling {} (done once; a minute for large models)"
+"""Text that is said before a loop falls silent to compile something."""
 
 _num_open_lines = 0
 
@@ -27,19 +29,23 @@ def progress(
     """Shows how far a loop is: `with progress(100, "sft", "step") as bar: bar.update(1, loss=0.3)`. May be nested.
 
     On a terminal a tqdm bar. Elsewhere a plain line with count, rate, remaining time and postfix at most every
-    `interval` seconds and one at the end; an inner loop that ends within `interval` seconds prints none.
+    `interval` seconds and one at the end; an inner loop that ends within `interval` seconds prints none. A loop that
+    goes on after some units that were done before begins with a line that says at which one.
 
     Args:
-        total: number of units, or None where it is not known.
+        total: number of units, those that were done before included, or None where it is not known.
         desc: what the loop does.
         unit: what is counted.
-        initial: number of units that were done before; they do not count in the rate.
+        initial: number of units that were done before; they count in the bar, and not in rate and remaining time.
         stream: where to print; standard error if None.
         interval: seconds between two plain lines.
         now: the clock of the plain lines.
     """
     global _num_open_lines
     stream = stream or sys.stderr
+    if initial and (total is None or initial < total):
+        of_all = "" if total is None else f" of {total}"
+        announce(f"{desc}: going on at {unit} {initial + 1}{of_all}", stream=stream)
     if stream.isatty():
         # leave=None keeps only the outermost bar on the screen.
         shown = tqdm(total=total, desc=desc, unit=unit, initial=initial, file=stream, dynamic_ncols=True, leave=None)
@@ -78,6 +84,18 @@ def say(text: str = "") -> None:
     """Prints a line to standard output without tearing the bars of `progress`."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def announce(text: str, *, stream: Any = None) -> None:
+    """Prints a line where progress is shown, without tearing the bars of `progress`.
+
+    Args:
+        text: the line.
+        stream: where to print; standard error if None.
+    """
+    stream = stream or sys.stderr
+    tqdm.write(text, file=stream)
+    stream.flush()
 
 
 class _Bar:

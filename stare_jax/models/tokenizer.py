@@ -4,10 +4,16 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from stare_jax.config import ConfigError
 from stare_jax.models.bins import NUM_STATE_BINS
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "spiece.model")
+"""files of a checkpoint's folder that its tokenizer may have."""
+NETWORK_TIMEOUT_S = 10.0
+"""seconds that a tokenizer's server may take to answer at all, before anything is downloaded from it"""
 _WORDS = """
 a an and apart arm at away back banana basket behind below beside block blue bottom bowl box brown can carrot center
 cloth close corner cube cup down drawer drop edge eggplant end first forward front from goal grasp gray green grip
@@ -53,17 +59,18 @@ def word_tokenizer() -> Tokenizer:
 
 
 def huggingface_tokenizer(folder: str) -> Tokenizer:
-    """Returns the tokenizer in a checkpoint folder's tokenizer.json and tokenizer_config.json.
+    """Returns the tokenizer in tokenizer.json and tokenizer_config.json of a checkpoint's folder.
+
+    Args:
+        folder: the folder, or the name of a repository on huggingface.co, whose files are downloaded once.
 
     Raises:
-        ValueError: the folder has no tokenizer, or its vocabulary has no lone space ("▁"), which precedes the actions.
+        ConfigError: the folder has no tokenizer, or the repository cannot be downloaded.
+        ValueError: the vocabulary has no lone space ("▁"), which precedes the actions.
     """
-    # Not AutoTokenizer, which goes by config.json and asks on the terminal whether to run the code that comes with it.
-    from transformers import PreTrainedTokenizerFast
-
     if Path(folder).is_dir() and not (Path(folder) / "tokenizer.json").exists():
-        raise ValueError(f"tokenizer: got {folder!r} without a tokenizer.json, expected a checkpoint's folder")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        raise ConfigError(f"tokenizer: got {folder!r} without a tokenizer.json, expected a checkpoint's folder")
+    tokenizer = _load_files(folder)
     answer_id = tokenizer.convert_tokens_to_ids("▁")
     if answer_id is None or answer_id == tokenizer.unk_token_id:
         raise ValueError(
@@ -73,6 +80,52 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
     pad_id = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     return Tokenizer(encode, tokenizer.bos_token_id, pad_id, answer_id, len(tokenizer))
+
+
+def _load_files(name: str) -> Any:
+    """Returns a tokenizer of transformers, from a folder, from the copy of an earlier download, or from the network."""
+    # Not AutoTokenizer, which goes by config.json and asks on the terminal whether to run the code that comes with it.
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import PreTrainedTokenizerFast
+
+    if Path(name).is_dir():
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    try:
+        if all(try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json")):
+            return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
+        _require_network(name)
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # no such name, no such files, or files that are no tokenizer
+        raise _not_downloaded(name, error) from error
+
+
+def _require_network(name: str) -> None:
+    """Raises ConfigError where the server of a repository does not answer at all.
+
+    A download by itself would try every file again and again, for minutes.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(hf_hub_url(name, "tokenizer.json"), timeout=NETWORK_TIMEOUT_S)
+    except Exception as error:  # of requests or of httpx, whichever the installed version uses; they share no class
+        raise _not_downloaded(name, error) from error
+
+
+def _not_downloaded(name: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"model.tokenizer: got {name!r}, which is no folder here, and its tokenizer.json cannot be downloaded from "
+        f"Hugging Face ({_in_short(error)}); expected the folder of a checkpoint that has one: "
+        "--config.model.tokenizer=FOLDER"
+    )
+
+
+def _in_short(error: Exception) -> str:
+    """Returns the first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def make_tokenizer(name: str) -> Tokenizer:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stare_jax.evaluate.intervals import Estimate
-from stare_jax.evaluate.record import PhaseResult, load_results
+from stare_jax.evaluate.record import PhaseResult, headline_results, load_results
 from stare_jax.evaluate.summary import compare, pairing_obstacle
 from stare_jax.logging import print_table, read_metrics, replace_text
 from stare_jax.report.figures import PALETTE, dark_path, draw_curves, draw_rates
@@ -70,11 +70,12 @@ def _header(run_directory: Path, env_id: str, results: Sequence[PhaseResult]) ->
     parts = [element("h1", env_id), element("p", f"Run {run_directory.resolve().name}", class_="muted")]
     if not results:
         return join([*parts, element("p", "No phase has been evaluated yet.")])
-    last = results[-1]
+    headline = headline_results(results)
+    last = headline[-1]
     rates = [(last.summary.success_once, f"success at any step after {last.phase}")]
     rates.append((last.summary.success_end, "success at the end of the episode"))
     cards = [_card(_percent_alone(rate), text, percent(rate)) for rate, text in rates]
-    pairs = [pair for pair in pairs_of_phases(results) if not pairing_obstacle(*(r.evaluation for r in pair))]
+    pairs = [pair for pair in pairs_of_phases(headline) if not pairing_obstacle(*(r.evaluation for r in pair))]
     if pairs:
         later, earlier = pairs[-1]
         comparison = compare(later.evaluation, earlier.evaluation)

@@ -10,14 +10,21 @@ from stare_jax.evaluate.summary import Comparison, compare, pairing_obstacle
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """(header, rows)."""
 OUTCOMES = {"success_once": "success at any step", "success_end": "success at the end"}
+HOLDING_STAGE = "grasp"
+"""Name of the stage of tasks in which the object is held."""
 MISSING = "–"
 """Text of a number that is not known."""
 
 
 def rates_table(results: Sequence[PhaseResult]) -> Table:
-    """Returns one column an evaluation: rates in % with their intervals, counts of episodes."""
+    """Returns one column an evaluation: rates in % with their intervals, counts of episodes.
+
+    Whether the object was held is told of tasks in which it is to be.
+    """
     summaries = [result.summary for result in results]
-    rates = {**OUTCOMES, "contacted": "touched the object", "grasped": "held the object"}
+    rates = {**OUTCOMES, "contacted": "touched the object"}
+    if any(HOLDING_STAGE in result.evaluation.info.stage_names for result in results):
+        rates["grasped"] = "held the object"
     rows = [(name, *(percent(getattr(s, field)) for s in summaries)) for field, name in rates.items()]
     rows.append(("median steps to success", *(_number(s.median_steps) for s in summaries)))
     rows.append(("episodes, distinct starts", *(f"{s.num_episodes}, {s.num_distinct}" for s in summaries)))

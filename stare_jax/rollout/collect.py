@@ -10,14 +10,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from stare_jax.envs.base import VecEnv
-from stare_jax.logging import Clock
+from stare_jax.envs.base import SimulatorError, VecEnv
+from stare_jax.logging import COMPILING, Clock, announce
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
 from stare_jax.rollout.places import Places
 from stare_jax.rollout.records import KeepImages, Moment, Records
 from stare_jax.sharding.mesh import BATCH_AXES, batch_sharding
 from stare_jax.types import Observation, PyTree, Trajectory
+
+MAX_DEAD_CALLS = 100
+"""Calls of simulators in a row that may leave no environment alive, before a collection gives up."""
 
 
 class Rollout(NamedTuple):
@@ -84,6 +87,7 @@ def collect_episodes(
 
     Raises:
         ValueError: no seeds, no steps, or `linger` without `stop_at_success`.
+        SimulatorError: no environment is alive after `MAX_DEAD_CALLS` calls in a row, and episodes are still to begin.
     """
     if not len(seeds):
         raise ValueError("seeds: got none, expected at least one episode to collect")
@@ -96,11 +100,19 @@ def collect_episodes(
     places = Places(env.num_envs, len(seeds))
     records = Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images)
     chunk: Chunk | None = None
-    num_left, num_dropped = math.inf if max_steps is None else max_steps, 0
+    num_left, num_dropped, num_dead = math.inf if max_steps is None else max_steps, 0, 0
     with clock("env"):
         state = env.reset([seeds[i % len(seeds)] for i in range(env.num_envs)], reproducible=reproducible)
 
     while True:
+        # Simulators that start again are waited for, but not without end.
+        num_dead = 0 if state.alive.any() else num_dead + 1
+        if num_dead > MAX_DEAD_CALLS:
+            raise SimulatorError(
+                f"{env.env_id}: none of {env.num_envs} environments came back alive in {num_dead} calls in a row; "
+                f"{len(seeds) - places.num_started} of {len(seeds)} episodes wait to begin"
+            )
+
         # ---- Decide -------------------------------------------------------------------------------------------------
         is_first, is_new = places.is_first, chunk is None or chunk.is_over
         decision, seen = None, state.observation
@@ -220,6 +232,9 @@ def _take_rows(decision: Decision, num_rows: int, observation: Observation) -> D
 
 @functools.lru_cache(maxsize=16)
 def _jitted_sample(sample: Callable) -> Callable:
+    """Returns the compiled sampling of a policy, and says that its first call, which is about to come, takes long."""
+    announce(COMPILING.format("the policy that acts"))
+
     @jax.jit
     def sample_at(params, observation, key, tick, temperature):
         return sample(params, observation, jax.random.fold_in(key, tick), temperature=temperature)

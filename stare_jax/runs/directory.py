@@ -27,7 +27,7 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.logging import replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
-from stare_jax.runs.start import STATISTICS_FILE, previous_phase, start_name
+from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
 
 SHARED_FIELDS = (
     *("env", "model", "stages", "demos", "seed"),
@@ -118,7 +118,9 @@ def check_directory(directory: Path, config: RunConfig, *, again: Sequence[str] 
         Differences that are allowed, and worth a line.
 
     Raises:
-        ConfigError: names every field that differs and must not, or the phase whose start is not there any more.
+        ConfigError: names every field that differs and must not, the demonstrations that have changed under an
+            imitation that is not finished, or the phase whose start is not there any more.
+        DatasetError: such demonstrations are damaged.
     """
     begun = [phase for phase in config.phases if phase not in again and has_begun(directory / phase)]
     changed = []
@@ -137,7 +139,9 @@ def check_directory(directory: Path, config: RunConfig, *, again: Sequence[str] 
                 f"{directory / phase}: began from {read_record(directory / phase).start}, and {before} is to be "
                 f"trained now; --redo={phase} does {phase} and what follows it again"
             )
-        _check_phase(directory / phase, config, start_name(directory, config, phase))
+        is_reading = phase == "sft" and not is_finished(directory, phase, config)
+        data = describe_present(directory, config) if is_reading else None
+        _check_phase(directory / phase, config, start_name(directory, config, phase), data)
     return changed
 
 
@@ -217,10 +221,12 @@ def read_record(phase_directory: Path) -> Record:
     return Record(**stored | {"config": sections})
 
 
-def _check_phase(phase_directory: Path, config: RunConfig, start: str) -> None:
-    """Makes sure that a phase has begun with the configuration's sections, or a shorter one, from these weights."""
+def _check_phase(phase_directory: Path, config: RunConfig, start: str, data: Mapping[str, Any] | None) -> None:
+    """Makes sure that a phase has begun with the configuration's sections, or a shorter one, from these weights, on
+    these data; None stands for those that it has begun with."""
     record = read_record(phase_directory)
-    _check_records(phase_directory, record, record_phase(config, phase_directory.name, start=start, data=record.data))
+    data = record.data if data is None else data
+    _check_records(phase_directory, record, record_phase(config, phase_directory.name, start=start, data=data))
 
 
 def _check_records(phase_directory: Path, old: Record, new: Record) -> None:

@@ -45,10 +45,12 @@ from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
+    check_cameras,
     check_inputs,
     check_instructions,
     check_prompt,
     demonstration_statistics,
+    demonstrations_folder,
     describe_demonstrations,
     initial_model,
     read_statistics,
@@ -96,9 +98,10 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
-    check_prompt(config)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    check_cameras(config)
     plan_run(config)
+    check_prompt(config)  # the last: its tokenizer may have to be downloaded
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -137,7 +140,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         if "sft" in config.phases and not is_finished(directory, "sft", config):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if stats is None:
-            folder = Path(config.demos_from or directory / "data" / "demos")
+            folder = demonstrations_folder(directory, config)
             stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
             write_statistics(directory, stats)
         network = initial_model(config)
@@ -210,7 +213,7 @@ def _demonstrations(
         config.env.info,
         make_expert(config.env.task_name),
         config.demos,
-        directory / "data" / "demos",
+        demonstrations_folder(directory, config),
         should_stop=should_stop,
         clock=clock,
     )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from stare_jax.config import ConfigError, from_dict
+from stare_jax.config import ConfigError, from_dict, read_json
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
@@ -40,7 +40,7 @@ def load_config(run_directory: str | Path) -> RunConfig:
     file = Path(run_directory) / CONFIG_FILE
     if not file.exists():
         raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
-    return of_this_version(RunConfig, json.loads(file.read_text()), file)
+    return of_this_version(RunConfig, read_json(file), file)
 
 
 def of_this_version(cls: type, values: Mapping[str, Any], file: Path) -> Any:

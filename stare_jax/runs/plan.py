@@ -3,7 +3,6 @@
 The devices need not be there: the plan of a run on eight accelerators can be made on a laptop.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, make_abstract_mesh
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
 from stare_jax.train import ppo, sft, tpo
 from stare_jax.train.ppo_batch import batch_shapes as decision_shapes
@@ -45,10 +45,10 @@ def plan_run(config: RunConfig) -> dict[str, StepPlan]:
         ShardingError: the rules, the mesh, the model and the batches do not fit.
     """
     stats = identity_stats(config.model.action_dim, config.model.state_dim)
-    policy = make_policy(config.model, stats)
     mesh = make_abstract_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     plans = {"sft": _plan_sft, "tpo": _plan_tpo, "ppo": _plan_ppo}
-    with user_input():  # such as a pattern of `freeze` that matches nothing
+    with user_input():  # such as a pattern of `freeze` or of `lora.targets` that matches nothing
+        policy = make_policy(config.model, stats)
         return {phase: plans[phase](config, policy, mesh) for phase in config.phases}
 
 
@@ -128,9 +128,5 @@ def print_plan(config: RunConfig) -> None:
 
 def _gib(tree: PyTree, *, on_device: bool = False) -> str:
     """Returns the size of a tree, or that of the part of it that lies on one device."""
-
-    def num_bytes(leaf):
-        return math.prod(leaf.sharding.shard_shape(leaf.shape) if on_device else leaf.shape) * leaf.dtype.itemsize
-
-    total = sum(map(num_bytes, jax.tree.leaves(tree)))
+    total = num_bytes(tree, on_device=on_device)
     return f"{total / 2**30:.2f} GiB" if total > 2**28 else f"{total / 2**20:.2f} MiB"

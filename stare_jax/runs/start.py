@@ -1,5 +1,6 @@
 """The things that a run begins with: weights, normalisation statistics, demonstrations; all are checked before use."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +11,18 @@ import numpy as np
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import read_manifest
+from stare_jax.data.schema import MANIFEST_FILE, read_manifest
 from stare_jax.logging import replace_text
-from stare_jax.models import ModelConfig, Policy, make_policy
-from stare_jax.models.normalize import identity_stats
+from stare_jax.models import ModelConfig, Policy
+from stare_jax.models.blank import blank_policy
+from stare_jax.models.stored import with_colours
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import identify_checkpoint, identify_folder
 from stare_jax.state.checkpoint import load_norm_stats
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats
 from stare_jax.weights.formats import read_norm_stats as read_checkpoint_stats
-from stare_jax.weights.load import check_same_model, stored_model, with_colours
+from stare_jax.weights.load import check_source, stored_model
 
 STATISTICS_FILE = "norm_stats.json"
 
@@ -35,12 +37,30 @@ def check_inputs(config: RunConfig) -> None:
     if config.init_from and not Path(config.init_from).is_dir():
         raise ConfigError(f"config.init_from: got {config.init_from!r}, expected a folder; there is none")
     if config.init_from:
-        source = Path(config.init_from)
-        check_same_model(stored_model(source), config.model, source=f"config.init_from: {source}")
+        check_source(Path(config.init_from), config.model, name=f"config.init_from: {config.init_from}")
     if config.demos_of and not config.demos_from:
         raise ConfigError(f"config.demos_from: got '', expected the folder that {config.demos_of} was imported into")
     if config.demos_from:
         check_demonstrations(config)
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"config.logging.wandb: got {config.logging.wandb!r}, expected '': wandb is not installed")
+
+
+def check_cameras(config: RunConfig) -> None:
+    """Makes sure that the simulator, where the policy acts in it or learns from it, has the cameras that it sees.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    env, is_acting = config.env, config.phases != ("sft",) or config.has_evaluation
+    if not is_acting and config.demos_from:
+        return
+    known = [env.scene.camera.name] if env.image_size else []
+    if missing := [name for name in config.model.cameras if name not in known]:
+        raise ConfigError(
+            f"config.model: sees the cameras {missing}, expected some of {known}, which the simulator of {env.env_id} "
+            f"has with config.env.image_size {env.image_size}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -180,9 +200,8 @@ def check_prompt(config: RunConfig) -> None:
         ConfigError: it does not, or the tokenizer is not there.
     """
     if not config.demos_of:
-        model = config.model
-        policy = make_policy(model, identity_stats(model.action_dim, model.state_dim))
-        check_instructions([config.env.spec.instruction], policy, model.state_dim)
+        policy = blank_policy(config.model)
+        check_instructions([config.env.spec.instruction], policy, config.model.state_dim)
 
 
 def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: int) -> None:
@@ -194,6 +213,24 @@ def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: i
     with user_input():
         # Far below the data's range, where numbers are written the longest.
         policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
+
+
+def demonstrations_folder(directory: Path, config: RunConfig) -> Path:
+    """Returns the folder of the demonstrations that a run imitates: the one given, or its own."""
+    return Path(config.demos_from or directory / "data" / "demos")
+
+
+def describe_present(directory: Path, config: RunConfig) -> dict[str, Any] | None:
+    """Returns the identity of the demonstrations as they are now, None where they have not been collected.
+
+    Raises:
+        DatasetError: they are damaged.
+    """
+    folder = demonstrations_folder(directory, config)
+    if not (folder / MANIFEST_FILE).exists():
+        return None
+    # Checksums are compared when the data are read, and here only where they decide which shards are left out.
+    return describe_demonstrations(Dataset(folder, skip_broken=config.skip_broken, verify=config.skip_broken))
 
 
 def describe_demonstrations(demonstrations: Dataset) -> dict[str, Any]:

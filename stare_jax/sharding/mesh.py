@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.config import UserError
@@ -38,17 +38,18 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """
     num_devices = jax.device_count()
     if data == -1:
-        data = num_devices // (fsdp * tensor)
+        data = num_devices // max(fsdp * tensor, 1)  # sizes that are too small are refused below
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or np.prod(sizes) > num_devices:
-        raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected at most {num_devices} device(s)")
+        expected = f"at most {num_devices} device(s), and at least 1 along each axis"
+        raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected {expected}")
     return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=jax.devices()[: int(np.prod(sizes))])
 
 
 def make_abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
     """Returns a mesh of devices that need not be there, for layouts; arguments as for `make_mesh`, -1 at least one."""
     if data == -1:
-        data = max(jax.device_count() // (fsdp * tensor), 1)
+        data = max(jax.device_count() // max(fsdp * tensor, 1), 1)
     if min(data, fsdp, tensor) < 1:
         raise ShardingError(f"mesh: got data x fsdp x tensor = {(data, fsdp, tensor)}, expected at least 1 of each")
     return AbstractMesh((data, fsdp, tensor), AXES, AXIS_TYPES)
@@ -57,6 +58,19 @@ def make_abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Abst
 def path_name(path: tuple) -> str:
     """Returns a key path of `jax.tree` as `params/trunk/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def cut_over_processor(shapes: PyTree) -> PyTree:
+    """Gives shapes shardings over the devices that the host's processor counts as: each leaf is cut, if it can be."""
+    devices = jax.local_devices(backend="cpu")
+    mesh, whole = Mesh(np.array(devices), ("part",)), SingleDeviceSharding(devices[0])
+
+    def cut(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % len(devices) == 0]
+        sharding = NamedSharding(mesh, P(*[None] * axes[0], "part")) if axes else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(cut, shapes)
 
 
 def tree_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, rules: Rules) -> PyTree:

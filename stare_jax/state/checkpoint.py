@@ -19,7 +19,7 @@ import numpy as np
 
 from stare_jax.config import UserError
 from stare_jax.state import storage
-from stare_jax.state.train_state import TrainState
+from stare_jax.state.train_state import CHECKPOINTS, TrainState
 from stare_jax.types import NormStats, PyTree
 
 FROZEN = "frozen"
@@ -134,10 +134,20 @@ def resolve_step(directory: str | Path, step: int | None = None) -> int:
         CheckpointError: there is no complete checkpoint of it.
     """
     steps = complete_steps(directory)
-    if not steps or (step is not None and step not in steps):
-        wanted = "any checkpoint" if step is None else f"step {step}"
-        raise CheckpointError(f"{directory}: got complete checkpoints of the steps {steps}, expected {wanted}")
+    if not steps:
+        raise CheckpointError(_nothing_there(Path(directory)))
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{directory}: got complete checkpoints of the steps {steps}, expected step {step}")
     return steps[-1] if step is None else step
+
+
+def _nothing_there(directory: Path) -> str:
+    """Returns the message about a folder without a checkpoint: it names the phases of its run that have some."""
+    phase, run = directory.parent, directory.parent.parent
+    names = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}") if complete_steps(path))
+    if directory.name != CHECKPOINTS or not names:
+        return f"{directory}: got complete checkpoints of the steps [], expected any checkpoint"
+    return f"{phase}: got no complete checkpoint, expected a phase of {run} that has one: {', '.join(names)}"
 
 
 def fingerprint(directory: str | Path, *, step: int | None = None) -> str:

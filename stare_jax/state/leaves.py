@@ -8,7 +8,6 @@ import numpy as np
 
 from stare_jax.state import storage
 from stare_jax.state.checkpoint import MAX_NAMES, CheckpointError, param_folders, step_path
-from stare_jax.state.train_state import num_bytes
 
 _GROUP_BYTES = 32 * 2**20
 
@@ -37,7 +36,7 @@ def leaf_loader(directory: str | Path, order: Sequence[str], *, step: int | None
             waiting.clear()
             folder, following = found[name][0], order[order.index(name) :]
             together = list(itertools.takewhile(lambda other: found[other][0] == folder, following))
-            sizes = itertools.accumulate(num_bytes(found[other][1]) for other in together)
+            sizes = itertools.accumulate(storage.num_bytes(found[other][1]) for other in together)
             group = together[: max(sum(size <= _GROUP_BYTES for size in sizes), 1)]
             # Nothing is allocated for arrays that are not written to.
             like = {other: np.empty(found[other][1].shape, found[other][1].dtype) for other in group}

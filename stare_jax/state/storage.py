@@ -5,6 +5,11 @@ besides the arrays themselves, where Orbax's own defaults hold a second copy of 
 """
 
 import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +25,15 @@ METADATA_FILE = "_CHECKPOINT_METADATA"
 """Name of the file that Orbax writes last into a folder."""
 PARTIAL = ".orbax-checkpoint-tmp"
 """End of the name under which Orbax writes a folder, until it is complete."""
+TREE_FILES = re.compile(
+    r"_CHECKPOINT_METADATA|_METADATA|_sharding|manifest\.ocdbt|orbax\.checkpoint|d|array_metadatas|commit_success\.txt"
+    r"|ocdbt\.process_.*"
+)
+"""Names of files and folders that a tree consists of."""
 _READ_BYTES = 2**28
+_NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
+# Orbax says so of every leaf where a tree was copied without the file that was beside it.
+logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
 
 
 def is_complete(folder: Path) -> bool:
@@ -87,8 +100,8 @@ def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dic
 
 def _reading(like: PyTree, partial: bool) -> ocp.Context:
     context = ocp.Context()
-    sizes = [leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(like)]
-    context.memory.read_concurrent_bytes = max([*sizes, _READ_BYTES]) + 1
+    sizes = map(num_bytes, jax.tree.leaves(like))
+    context.memory.read_concurrent_bytes = max([_READ_BYTES, *sizes]) + 1
     context.pytree.loading.partial_load = partial
     return context
 
@@ -102,6 +115,11 @@ def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Returns item -> path -> shape and dtype of all leaves of a folder, without reading their values."""
     items = ocp.checkpointables_metadata(folder).metadata
     return {name: _shapes(tree) for name, tree in items.items()}
+
+
+def is_tree(folder: Path) -> bool:
+    """Says whether a folder is a tree that was saved on its own."""
+    return (folder / "_METADATA").is_file()
 
 
 def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -119,16 +137,30 @@ def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) ->
     return jax.tree.leaves(tree)[0]
 
 
-def save_tree(directory: str | Path, name: str, tree: PyTree) -> None:
+def save_tree(
+    directory: Path, name: str, leaves: Iterable[tuple[str, np.ndarray]], on_bytes: Callable[[int], None]
+) -> None:
     """Saves a tree on its own, as other programs' checkpoints have it.
+
+    Orbax wants it whole, so that it lies in files meanwhile, which take no memory.
 
     Args:
         directory: a folder.
         name: name of a new folder in it.
-        tree: arrays of any sharding.
+        leaves: paths and values, taken one at a time.
+        on_bytes: called with the size of each.
     """
-    partial = Path(directory).absolute() / f"{name}.partial"
-    write(partial, {name: tree}, {})
+    partial, scratch = (Path(directory).absolute() / f"{name}.{end}" for end in ("partial", "leaves"))
+    cpu, mapped = jax.local_devices(backend="cpu")[0], {}
+    scratch.mkdir()
+    for path, value in leaves:  # not enumerated: that would keep a value while the next one is loaded
+        leaf, file = np.ascontiguousarray(value), scratch / str(len(mapped))
+        leaf.reshape(-1).view(np.uint8).tofile(file)
+        mapped[path] = jax.device_put(np.memmap(file, leaf.dtype, "r", shape=leaf.shape), cpu)  # without a copy
+        on_bytes(leaf.nbytes)
+        del value, leaf  # before the next one is loaded
+    write(partial, {name: nest(mapped)}, {})
+    shutil.rmtree(scratch)
     for path in partial.iterdir():
         path.rename(partial.parent / path.name)
     partial.rmdir()
@@ -142,6 +174,16 @@ def _tree_at(folder: str | Path) -> tuple[Path, str | None]:
 
 def _shapes(stored: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flatten(stored).items()}
+
+
+def num_bytes(tree: PyTree, *, on_device: bool = False) -> int:
+    """Returns the size of the arrays of a tree, or of `jax.ShapeDtypeStruct`s, in bytes; or that on each device."""
+
+    def size(leaf):
+        shape = leaf.sharding.shard_shape(leaf.shape) if on_device else leaf.shape
+        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

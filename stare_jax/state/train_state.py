@@ -49,11 +49,6 @@ def abstract_params(policy: Policy, mesh: Mesh | AbstractMesh) -> PyTree:
     return _with_shardings(jax.eval_shape(policy.init, jax.random.key(0)), mesh, policy.sharding_rules)
 
 
-def num_bytes(tree: PyTree) -> int:
-    """Returns the size of the arrays of a tree, or of `jax.ShapeDtypeStruct`s, in bytes."""
-    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-
-
 def abstract_state(
     params: PyTree,
     tx: optax.GradientTransformation,

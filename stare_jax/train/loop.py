@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from stare_jax.logging import Clock, Profiler, num_compilations
+from stare_jax.logging import COMPILING, Clock, Profiler, announce, num_compilations
 from stare_jax.models.policy import Policy
+from stare_jax.models.stored import check_same_model, model_from_dict
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError, Checkpoints
@@ -34,7 +35,8 @@ class Run:
     norm_stats: NormStats
     """normalisation statistics of the policy; saved with every checkpoint, and compared when a phase goes on."""
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """configuration of the policy's model as JSON takes it, {} if unknown; saved with every checkpoint."""
+    """configuration of the policy's model as JSON takes it, {} if unknown; saved with every checkpoint, and compared
+    when a phase goes on."""
     writer: Callable[..., None] = _write_nothing
     """writer(step, {"area/quantity": float}, phase="sft"); see `logging.make_writer`."""
     should_stop: Callable[[], bool] = lambda: False
@@ -71,7 +73,7 @@ def start_phase(
     Raises:
         CheckpointError: not resuming, but the phase has checkpoints here already; or they were made with other
             statistics.
-        ConfigError: parameters of less than float32 would be trained.
+        ConfigError: parameters of less than float32 would be trained, or the checkpoints are of another model.
     """
     freeze, rules = frozen_params(policy, config), policy.sharding_rules
     check_precision(split_params(params, freeze)[0])
@@ -85,6 +87,7 @@ def start_phase(
             f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
         )
     _check_norm_stats(directory, run.norm_stats)
+    _check_model(directory, run.model)
     layout = abstract_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array):
@@ -100,6 +103,27 @@ def _check_norm_stats(directory: Path, norm_stats: NormStats) -> None:
                 f"{directory}: norm_stats.{name}: got {np.asarray(got).tolist()}, expected {expected.tolist()}, with "
                 "which the checkpoint was trained"
             )
+
+
+def _check_model(directory: Path, model: Mapping[str, Any]) -> None:
+    """Makes sure that a run's model is that of the checkpoint, where both are known."""
+    saved = checkpoint.load_model(directory)
+    if saved and model:
+        check_same_model(saved, model_from_dict(model), source=directory)
+
+
+def announced(phase: str, step_fn: Callable) -> Callable:
+    """Returns the compiled step of a phase as one that says, before its first call, that this call takes long."""
+    is_told = False
+
+    def step(*arguments):
+        nonlocal is_told
+        if not is_told:
+            announce(f"{phase}: {COMPILING.format('the training step')}")
+            is_told = True
+        return step_fn(*arguments)
+
+    return step
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,16 @@ from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import TrainState
 from stare_jax.train import update
-from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
+from stare_jax.train.loop import (
+    Run,
+    Window,
+    announced,
+    checkpoint_directory,
+    next_turn,
+    reduce_metrics,
+    save,
+    start_phase,
+)
 from stare_jax.types import Array, Observation, PyTree
 
 PHASE = "sft"
@@ -133,13 +142,13 @@ def train_sft(
     tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer, has_average=config.ema_decay is not None)
     del params
-    step_fn = update.jit_step(make_sft_step(policy, tx, config), state)
+    step_fn = announced(PHASE, update.jit_step(make_sft_step(policy, tx, config), state))
     first = int(state.step)
     batch_iterator, window = batches(first), Window(PHASE, run, num_steps=first)
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
-        progress(config.num_steps - first, PHASE, "step") as bar,
+        progress(config.num_steps, PHASE, "step", initial=first) as bar,
     ):
         for step in range(first + 1, config.num_steps + 1):
             # ---- Update ---------------------------------------------------------------------------------------------

@@ -22,7 +22,16 @@ from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer, merge_params
 from stare_jax.state.train_state import TrainState, abstract_params
 from stare_jax.train import update
-from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
+from stare_jax.train.loop import (
+    Run,
+    Window,
+    announced,
+    checkpoint_directory,
+    next_turn,
+    reduce_metrics,
+    save,
+    start_phase,
+)
 from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, flatten_scores, score_pairs
 from stare_jax.types import Array, Observation, PreferencePair, PyTree
 
@@ -266,13 +275,13 @@ def train_tpo(
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
-    step_fn = update.jit_step(make_tpo_step(policy, tx, config), state)
+    step_fn = announced(PHASE, update.jit_step(make_tpo_step(policy, tx, config), state))
     first = int(state.step)
     window = Window(PHASE, run, num_steps=first)
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,
-        progress(num_steps - first, PHASE, "step") as bar,
+        progress(num_steps, PHASE, "step", initial=first) as bar,
     ):
         for step in range(first + 1, num_steps + 1):
             # ---- Update ---------------------------------------------------------------------------------------------

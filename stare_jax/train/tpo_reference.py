@@ -11,7 +11,7 @@ import numpy as np
 from stare_jax.config import ConfigError
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.windows import window_indices
-from stare_jax.logging import Interrupted
+from stare_jax.logging import COMPILING, Interrupted, announce, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import acting_sharding, place_rows
@@ -85,6 +85,7 @@ def score_pairs(
     Raises:
         Interrupted: `should_stop` asked for it; scores are made again when the phase goes on.
     """
+    announce(f"tpo: {COMPILING.format('the scores of the reference policy')}")
 
     @jax.jit
     def score_decisions(params, observation, decision, seed):
@@ -92,20 +93,22 @@ def score_pairs(
             return policy.log_prob(params, observation, decision).logp[:, None, None]
         return policy.preference_score(params, observation, decision, seed)
 
-    def score(trajectory: Trajectory) -> ScoredTrajectory:
+    def score(side: str, trajectory: Trajectory) -> ScoredTrajectory:
         observation, decision, is_decided = decisions_of(policy, trajectory)
         shape = (*is_decided.shape, 1 if policy.preference_score is None else num_draws)
         seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
         scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
         pair, d = np.nonzero(is_decided)
-        for start in range(0, len(pair), batch_size):
-            if should_stop():
-                raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
-            rows = np.arange(start, start + batch_size) % len(pair)
-            at = (pair[rows], d[rows])
-            inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
-            placed = place_rows(inputs, acting_sharding(params))
-            scores[at] = np.asarray(score_decisions(params, *placed))[:batch_size]
+        with progress(len(pair), f"tpo: reference, {side}", "decision") as bar:
+            for start in range(0, len(pair), batch_size):
+                if should_stop():
+                    raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
+                rows = np.arange(start, start + batch_size) % len(pair)
+                at = (pair[rows], d[rows])
+                inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
+                placed = place_rows(inputs, acting_sharding(params))
+                scores[at] = np.asarray(score_decisions(params, *placed))[:batch_size]
+                bar.update(min(batch_size, len(pair) - start))
         mask, cost, completed = jax.device_get(_jitted_stages(spec)(trajectory.signals, trajectory.valid))
         valid = np.asarray(trajectory.valid)[:, 1:]
         if policy.preference_score is None:
@@ -115,7 +118,7 @@ def score_pairs(
             observation, decision, seed, np.ascontiguousarray(ref_logp), valid, mask, cost, completed
         )
 
-    return PairBatch(score(pairs.chosen), score(pairs.rejected))
+    return PairBatch(score("chosen", pairs.chosen), score("rejected", pairs.rejected))
 
 
 @functools.lru_cache(maxsize=16)

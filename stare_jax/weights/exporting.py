@@ -10,30 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import ConfigError
-from stare_jax.logging import new_directory, progress, progress_bytes
+from stare_jax.config import ConfigError, read_json
+from stare_jax.logging import check_space, new_directory, progress, progress_bytes
 from stare_jax.models import ModelConfig
-from stare_jax.models.nn.lora import LoRAConfig, merge_adapters
+from stare_jax.models.nn.lora import LoRAConfig, adapted_module, adapter_names, is_adapter, merge_weight
+from stare_jax.models.stored import check_same_model, model_from_dict
 from stare_jax.state.checkpoint import load_norm_stats, param_shapes, resolve_step
 from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats
 from stare_jax.weights import heads, peft, side_files
-from stare_jax.weights.files import Spec, WeightsError, read, read_json, write_file, write_model
+from stare_jax.weights.files import Spec, WeightsError, read, write_model
 from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
-from stare_jax.weights.importing import check_dtype, check_space
-from stare_jax.weights.load import check_same_model, is_converted, model_from_dict, stored_model
+from stare_jax.weights.importing import check_dtype
+from stare_jax.weights.load import is_converted, stored_model
 from stare_jax.weights.statistics import read_openvla_stats, read_openvla_tables, write_openvla_tables
-from stare_jax.weights.tensor_table import (
-    Leaves,
-    adapted_module,
-    adapter_names,
-    is_adapter,
-    read_leaf,
-    table_specs,
-    table_values,
-)
+from stare_jax.weights.tensor_table import Leaves, read_leaf, table_specs, table_values, widest
 
 
 class Origin(NamedTuple):
@@ -77,9 +70,6 @@ def export_weights(
 ) -> str:
     """Converts parameters to a new folder, which is there when it is complete, or not at all.
 
-    A policy of OpenVLA with adapters gives the adapter alone, as PEFT has it, one of pi0.5 openpi's tree with adapters
-    in it; `merge` puts them into the weights.
-
     Args:
         source: `<run>/<phase>`, or a folder that `import_weights` made.
         to: the folder.
@@ -89,7 +79,8 @@ def export_weights(
         form: for pi0.5 "openpi", "safetensors" (of its PyTorch port) or "lerobot"; None takes the format that a
             converted folder came in, and openpi's for a run.
         step: step of the checkpoint; None takes the latest.
-        merge: put adapters into the weights.
+        merge: put adapters into the weights. Otherwise OpenVLA's are written alone, as PEFT has them, and pi0.5's with
+            the weights, in openpi's tree.
         dtype: type of the tensors; None rounds nothing.
         stats_name: name of a run's statistics among those of data sets; None takes that of the run's folder.
         max_bytes: size of one file of safetensors; None takes what the format's own programs write.
@@ -106,7 +97,7 @@ def export_weights(
     check_dtype(dtype)
     origin = _find_origin(source, base, step, model)
     written = _choose_form(origin, form)
-    check_counterpart(origin.config, written)
+    check_counterpart(origin.config, written, source)
     as_adapter = _check_adapters(origin, written, merge=merge)
     stats_name = stats_name or source.resolve().parent.name
     stats = load_norm_stats(origin.checkpoints, step=origin.step)
@@ -132,9 +123,10 @@ def _find_origin(source: Path, base: Path | None, step: int | None, model: Model
     config = model_from_dict(fields) if fields else model
     base = base or (source if converted else None)
     opened = None if base is None else open_base(base)
-    if opened is not None and opened.form is OPENVLA:
-        check_counterpart(config, OPENVLA)
-        check_same_model(OPENVLA.known(opened.folder), config, source=base)
+    if opened is not None:
+        check_counterpart(config, opened.form, base)
+        if opened.form is OPENVLA:
+            check_same_model(OPENVLA.known(opened.folder), config, source=base)
     shapes = param_shapes(checkpoints, step=step)
     return Origin(checkpoints, step, shapes, config, not converted, opened, base or source)
 
@@ -172,12 +164,15 @@ def _check_adapters(origin: Origin, form: Format, *, merge: bool) -> bool:
         raise ConfigError("merge: got True, expected False for parameters without adapters")
     if merge or not origin.adapted:
         return False
+    problem = None
     if form is OPENVLA and lora.overrides:
-        raise ConfigError("merge: got False, expected True for adapters of several ranks, which are not written alone")
-    if form is not OPENVLA and form.write_tree is None:
-        raise ConfigError(f"merge: got False, expected True for parameters with {len(origin.adapted) // 2} adapters")
-    if form is not OPENVLA and any(lora.scale_of(adapted_module(path)) != 1.0 for path in origin.adapted):
-        raise ConfigError(f"merge: got False, expected True: an alpha of {lora} is not the rank, as openpi's is")
+        problem = "adapters of several ranks, which are not written alone"
+    elif form is not OPENVLA and form.write_tree is None:
+        problem = f"parameters with {len(origin.adapted) // 2} adapters"
+    elif form is not OPENVLA and any(lora.scale_of(adapted_module(path)) != 1.0 for path in origin.adapted):
+        problem = f"an alpha that is not the rank, as openpi's is: {lora}"
+    if problem is not None:
+        raise ConfigError(f"merge: got False, expected True for {problem}")
     return form is OPENVLA
 
 
@@ -195,26 +190,23 @@ def _write_adapter(partial: Path, origin: Origin, dtype: str | None) -> None:
     if origin.is_run:
         _check_unchanged(origin)
         dtype = dtype or "float32"  # in which they are trained, whatever they came in
-    heads.write_heads(partial, origin.config, origin.leaves(()))
-    leaves = leaf_loader(origin.checkpoints, origin.adapted, step=origin.step)
+    leaves = origin.leaves(origin.adapted)
+    heads.write_heads(partial, origin.config, leaves)
     peft.write_adapter(partial, origin.base, origin.config, leaves, adapted=origin.adapted, dtype=dtype)
 
 
 def _check_unchanged(origin: Origin) -> None:
     """Raises WeightsError, with the parameters' paths, unless the weights beside the adapters are the base's."""
-    base, table, changed = origin.base, OPENVLA.table(origin.config, ()), []
-    leaves = leaf_loader(origin.checkpoints, list(table), step=origin.step)
-    stored = None if base.tensors else leaf_loader(origin.base_folder / CHECKPOINTS, list(table))
+    tensors, table, changed = origin.base.tensors, OPENVLA.table(origin.config, ()), []
+    ours = leaf_loader(origin.checkpoints, list(table), step=origin.step)
+    stored = None if tensors else leaf_loader(origin.base_folder / CHECKPOINTS, list(table))
     with progress(len(table), "check base", "parameter") as bar:
         for path, entry in table.items():
-            ours = leaves(path)
-            if stored is None:
-                theirs = read_leaf(entry, jax.ShapeDtypeStruct(ours.shape, ours.dtype), base.tensors)
-            else:
-                theirs = stored(path).astype(ours.dtype, copy=False)
-            if not np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)):  # bits, as NaN is not equal to itself
+            one, other = ours(path), stored(path) if stored else read_leaf(entry, origin.shapes[path], tensors)
+            other = other.astype(one.dtype, copy=False)
+            if not np.array_equal(one.view(np.uint8), other.view(np.uint8)):  # bits, as NaN is not equal to itself
                 changed.append(path)
-            del ours, theirs  # before the next ones are loaded
+            del one, other  # before the next ones are loaded
             bar.update(1)
     if changed:
         got = f"got other weights than those beside the adapters in {', '.join(changed)}"
@@ -227,11 +219,11 @@ def _write_model(
     """Writes the whole model, adapters merged where that is wanted, and what is beside it."""
     config, base, adapted = origin.config, origin.base, origin.adapted
     table = form.table(config, () if merge else adapted)
-    dtypes = dtype or _widest(origin.shapes)
     has_same_names = base is not None and (base.form.write_tree is None) == (form.write_tree is None)
-    if dtype is None and has_same_names and not form.one_dtype:
-        dtypes = base.dtypes or dtypes
-    specs = table_specs(table, origin.shapes, dtypes)
+    kept_dtypes = base.dtypes if has_same_names and not form.one_dtype else {}
+    theirs = (path for path in origin.shapes if not (is_adapter(path) or path.startswith(heads.OUR_OWN)))
+    dtypes = dtype or kept_dtypes or widest(origin.shapes[path].dtype.name for path in theirs)
+    specs = table_specs(table, config, dtypes)
     unused = form.unused(config, next(iter(specs.values())).dtype)
     size = sum(spec.num_bytes for spec in (specs | unused).values())
     check_space(partial, size if form.write_tree is None else 2 * size)
@@ -239,7 +231,7 @@ def _write_model(
     if merge:
         leaves = _merged(leaves, set(adapted), config.lora)
         kept = peft.kept_adapter(base, config, adapted) if form is OPENVLA else None
-    if form is OPENVLA or (base is not None and base.form.name == form.name):
+    if base is not None and base.form is form:
         side_files.copy_side_files(base.folder, partial)
     elif base is not None and (base.folder / side_files.ASSETS).is_dir():
         shutil.copytree(base.folder / side_files.ASSETS, partial / side_files.ASSETS)
@@ -252,19 +244,9 @@ def _write_model(
         else:
             values = itertools.chain(values, _unused_values(form, base, unused, kept, config))
             named = {form.prefix + name: spec for name, spec in (specs | unused).items()}
-            if max_bytes := max_bytes or form.max_bytes:
-                write_model(partial, named, values, max_bytes=max_bytes, on_bytes=on_bytes)
-            else:
-                write_file(partial / "model.safetensors", named, values, on_bytes)
+            write_model(partial, named, values, max_bytes=max_bytes or form.max_bytes, on_bytes=on_bytes)
     if kept is not None and (tables := read_openvla_tables([kept])):
         write_openvla_tables(partial, tables)
-
-
-def _widest(shapes: dict[str, jax.ShapeDtypeStruct]) -> str:
-    """Returns the type in which no parameter that a checkpoint of others holds is rounded."""
-    own = ("value_head/", "noise_head/")
-    dtypes = {leaf.dtype.name for path, leaf in shapes.items() if not (is_adapter(path) or path.startswith(own))}
-    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
 def _unused_values(
@@ -276,8 +258,8 @@ def _unused_values(
         dtype, module = jnp.dtype(spec.dtype), name.removesuffix(".weight")
         tensor = read(base.unused[name]) if form.keeps_unused else np.broadcast_to(np.zeros((), dtype), spec.shape)
         if f"{module}.lora_A.weight" in adapters:
-            a, b = (read(adapters[f"{module}.{which}.weight"]) for which in ("lora_A", "lora_B"))
-            tensor = _merge(tensor.T, a.T, b.T, config.lora).T
+            factors = (read(adapters[f"{module}.{which}.weight"]) for which in ("lora_B", "lora_A"))
+            tensor = np.asarray(_merge(tensor, *factors, config.lora.alpha / config.lora.rank))
         yield form.prefix + name, tensor.astype(dtype, copy=False)
 
 
@@ -285,24 +267,19 @@ def _merged(leaves: Leaves, adapted: Collection[str], lora: LoRAConfig) -> Leave
     """Returns parameters of the base model that compute the same as `leaves` with adapters at the paths `adapted`."""
 
     def merged(path: str) -> np.ndarray:
-        names, kernel = adapter_names(path), leaves(path)
+        names, weight = adapter_names(path), leaves(path)
         if names[0] not in adapted:
-            return kernel
+            return weight
         a, b = map(leaves, names)
-        own = LoRAConfig(rank=a.shape[-1], alpha=lora.scale_of(adapted_module(path)) * a.shape[-1])
-        if path.endswith("/kernel") and a.ndim + b.ndim == kernel.ndim + 2:
-            return _merge(kernel, a, b, own)
-        kernel = np.require(kernel, requirements="W")
-        for i in range(len(kernel)):  # layer by layer, because the sum is taken in float32
-            kernel[i] = _merge(kernel[i], a[i], b[i], own, name="kernel" if path.endswith("/kernel") else "w")
-        return kernel
+        scale = lora.scale_of(adapted_module(path))
+        if a.ndim + b.ndim == weight.ndim + 2:
+            return np.asarray(_merge(weight, a, b, scale))
+        weight = np.require(weight, requirements="W")
+        for i in range(len(weight)):  # layer by layer, because the sum is taken in float32
+            weight[i] = _merge(weight[i], a[i], b[i], scale)
+        return weight
 
     return merged
 
 
-def _merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, lora: LoRAConfig, *, name: str = "kernel") -> np.ndarray:
-    params = {"module": {name: kernel, "lora_a": a, "lora_b": b}}
-    return jax.device_get(_merge_adapters(params, config=lora)["module"][name])
-
-
-_merge_adapters = jax.jit(merge_adapters, static_argnames="config")
+_merge = jax.jit(merge_weight)

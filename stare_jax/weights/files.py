@@ -1,4 +1,4 @@
-"""Files of safetensors: what is in them, read through memory maps, written one tensor at a time; and of JSON.
+"""Files of safetensors: what is in them, read through memory maps, written one tensor at a time.
 
 A file is an eight-byte length, that many bytes of JSON (name -> dtype, shape, first and last byte) and the numbers. No
 other format of weights is read: a pickle can run code.
@@ -10,12 +10,12 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import UserError
+from stare_jax.config import UserError, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
@@ -86,19 +86,14 @@ def is_same(one: Stored, other: Stored, num_rows: int = 1024) -> bool:
     )
 
 
-def read_json(file: Path) -> Any:
-    """Reads a JSON file; raises WeightsError where it is not there, or not JSON."""
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise WeightsError(f"{file}: expected a JSON file; there is none") from None
-    except ValueError as error:
-        raise WeightsError(f"{file}: got a file that is not JSON ({error}), expected one that is") from error
-
-
-def write_json(file: Path, content: Any) -> None:
+def write_json(file: Path, fields: Mapping[str, Any]) -> None:
     """Writes a JSON file as transformers does."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def update_json(file: Path, fields: Mapping[str, Any]) -> None:
+    """Puts fields over those of a JSON file, which need not be there."""
+    write_json(file, read_json(file, optional=True) | fields)
 
 
 def list_file(file: Path) -> dict[str, Stored]:
@@ -152,9 +147,7 @@ def list_model(folder: Path) -> dict[str, Stored]:
         return _list_indexed(folder)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-        advice = "; pickles are never read: save the model with safe_serialization=True" if others else ""
-        raise WeightsError(f"{folder}: got {others or 'no weights'}, expected model*.safetensors{advice}")
+        refuse_missing(folder, "model*.safetensors")
     tensors: dict[str, Stored] = {}
     for file in files:
         listed = list_file(file)
@@ -164,9 +157,15 @@ def list_model(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
+def refuse_missing(folder: Path, expected: str) -> NoReturn:
+    """Raises WeightsError for a folder without the file of weights that is expected, and names those that it has."""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    advice = "; pickles are never read: save the model with safe_serialization=True" if others else ""
+    raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {expected}{advice}")
+
+
 def _list_indexed(folder: Path) -> dict[str, Stored]:
-    index = read_json(folder / INDEX)
-    where = index.get("weight_map") if isinstance(index, dict) else None
+    where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise WeightsError(f"{folder / INDEX}: got no weight_map, expected one from tensors to files")
     named = sorted(set(where.values()))
@@ -223,12 +222,15 @@ def write_file(file: Path, specs: Specs, values: Named, on_bytes: OnBytes = lamb
 
 
 def write_model(
-    folder: Path, specs: Specs, values: Named, *, max_bytes: int, on_bytes: OnBytes = lambda num_bytes: None
+    folder: Path, specs: Specs, values: Named, *, max_bytes: int | None, on_bytes: OnBytes = lambda num_bytes: None
 ) -> None:
-    """Writes `model-0000i-of-0000n.safetensors` and their index, see `write_file`.
+    """Writes `model.safetensors`, or `model-0000i-of-0000n.safetensors` and their index, see `write_file`.
 
-    The tensors of one file have `max_bytes` at most; a tensor that is larger has a file of its own.
+    The tensors of one file have `max_bytes` at most, if that is given; a tensor that is larger has a file of its own.
     """
+    if max_bytes is None:
+        write_file(folder / "model.safetensors", specs, values, on_bytes)
+        return
     shards: list[dict[str, Spec]] = [{}]
     for name, spec in specs.items():
         if shards[-1] and sum(other.num_bytes for other in shards[-1].values()) + spec.num_bytes > max_bytes:

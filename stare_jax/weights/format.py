@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.models import ModelConfig
-from stare_jax.models.nn.lora import LoRAConfig
+from stare_jax.models.blank import leaf_shapes
+from stare_jax.models.nn.lora import LoRAConfig, is_adapter
 from stare_jax.types import NormStats
 from stare_jax.weights.files import Named, OnBytes, Spec, Stored, Tensors
-from stare_jax.weights.tensor_table import Entry, is_adapter, leaf_shapes
+from stare_jax.weights.tensor_table import Entry, widest
 
 
 class Format(NamedTuple):
@@ -75,8 +76,7 @@ class Opened(NamedTuple):
     @property
     def dtype(self) -> str:
         """Type in which no tensor of the model is rounded, adapters apart."""
-        found = {dtype for name, dtype in self.dtypes.items() if not is_adapter(name)}
-        return found.pop() if len(found) == 1 else "float32"
+        return widest(dtype for name, dtype in self.dtypes.items() if not is_adapter(name))
 
     @property
     def fresh(self) -> list[str]:

@@ -4,28 +4,23 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, read_json
 from stare_jax.models import ModelConfig
+from stare_jax.models.blank import init_leaves, leaf_shapes
+from stare_jax.models.nn.lora import adapted_module, is_adapter
 from stare_jax.state.checkpoint import load_norm_stats, resolve_step
 from stare_jax.state.storage import flatten, nest
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats, PyTree
-from stare_jax.weights.files import Tensors, WeightsError, check_tensors
+from stare_jax.weights.files import OnBytes, Tensors, WeightsError, check_tensors
 from stare_jax.weights.format import Format, Opened
-from stare_jax.weights.heads import fresh_leaves, open_heads
+from stare_jax.weights.heads import open_heads
 from stare_jax.weights.openvla import OPENVLA
 from stare_jax.weights.pi05_formats import LEROBOT, OPENPI, PALIGEMMA, PORT
-from stare_jax.weights.side_files import ADAPTER_CONFIG, describe
-from stare_jax.weights.tensor_table import (
-    FLOATS,
-    OnBytes,
-    adapted_module,
-    is_adapter,
-    leaf_shapes,
-    read_tree,
-    table_specs,
-)
+from stare_jax.weights.side_files import ADAPTER_CONFIG, CONFIG
+from stare_jax.weights.tensor_table import FLOATS, place, read_tree, table_specs
 
 FORMATS = (OPENVLA, PALIGEMMA, LEROBOT, PORT, OPENPI)
 _EXPECTED = (
@@ -43,23 +38,22 @@ def find_format(source: Path) -> tuple[Format, Tensors] | None:
     """Finds the format of a folder or file by what is in it, and lists its tensors; None where it is one of ours.
 
     Raises:
-        ConfigError: it is none of these; says what it is, where that can be told.
+        ConfigError: it is none of these; says what it is, where that can be told. Or config.json is not JSON.
         CheckpointError: it is one of ours without a complete checkpoint.
-        WeightsError: it has no safetensors, or damaged ones, or config.json is not JSON.
+        WeightsError: it has no safetensors, or damaged ones.
     """
     if not source.exists():
         raise ConfigError(f"{source}: got no such folder, {_EXPECTED}")
     if is_ours(source):
         resolve_step(source / CHECKPOINTS)
         return None
-    description = describe(source)
+    description = read_json(source / CONFIG, optional=True)
     if "phases" in description:
         phases = ", ".join(sorted(path.parent.name for path in source.glob(f"*/{CHECKPOINTS}"))) or "none yet"
         raise ConfigError(f"{source}: got a run, expected one of its phases with checkpoints: {phases}")
     if (source / ADAPTER_CONFIG).exists():
-        raise ConfigError(
-            f"{source}: got a PEFT adapter, {_EXPECTED}; --from takes the model that it adapts, --adapter the adapter"
-        )
+        advice = "--from takes the model that it adapts, --adapter the adapter"
+        raise ConfigError(f"{source}: got a PEFT adapter, {_EXPECTED}; {advice}")
     for form in FORMATS:
         if (found := form.find(source)) is not None:
             return form, found
@@ -88,10 +82,7 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
         raise WeightsError(f"{source}: got a checkpoint of ours, expected one in the format of others")
     form, listed = found
     config = config or form.read_config(source)
-    if not isinstance(config, form.model):
-        got = f"got weights for {form.model.__name__} in {source}"
-        raise ConfigError(f"{got}, expected those of a {type(config).__name__}")
-    check_counterpart(config, form)
+    check_counterpart(config, form, source)
     tensors, left = form.clean(source, listed)
     config = _with_adapters(form, tensors, config, adopt=adopt_adapters)
     table, types = form.table(config, tensors), {name: stored.spec.dtype for name, stored in tensors.items()}
@@ -104,7 +95,7 @@ def open_weights(source: Path, *, config: ModelConfig | None = None, adopt_adapt
     else:
         names = (name for entry in table.values() for name in entry.names)
         dtypes = {name: types[name] if types.get(name) in FLOATS else FLOATS[0] for name in names}
-    used = table_specs(table, leaf_shapes(config), dtypes)
+    used = table_specs(table, config, dtypes)
     unused = form.unused(config, dtypes) if form.keeps_unused else {}
     check_tensors(source, tensors, used | unused)
     head_table, heads = open_heads(source, config)
@@ -126,8 +117,16 @@ def _with_adapters(form: Format, tensors: Tensors, config: ModelConfig, *, adopt
     return config
 
 
-def check_counterpart(config: ModelConfig, form: Format) -> None:
-    """Raises WeightsError, with all of them, where a model has parts, heads apart, that a format's do not have."""
+def check_counterpart(config: ModelConfig, form: Format, source: Path) -> None:
+    """Makes sure that weights in a format can be those of a model, heads apart.
+
+    Raises:
+        ConfigError: the model is of another kind.
+        WeightsError: the model has parts that the format's do not have; names them all.
+    """
+    if not isinstance(config, form.model):
+        got = f"got weights for {form.model.__name__} in {source}"
+        raise ConfigError(f"{got}, expected those of a {type(config).__name__}")
     parts = {name: getattr(config, name) for name in ("stem", "state_tokens")}
     if foreign := [f"model.{name} = {value!r}" for name, value in parts.items() if value]:
         whose = "OpenVLA" if form is OPENVLA else "openpi"
@@ -144,7 +143,9 @@ def read_params(
     """
     wanted = leaf_shapes(opened.config) if like is None else flatten(like)
     leaves = flatten(read_tree(opened.table, opened.tensors, wanted, on_bytes))
-    return nest(leaves | fresh_leaves(opened.config, key, wanted, opened.fresh))
+    for path, leaf in init_leaves(opened.config, key, opened.fresh).items():
+        leaves[path] = place(wanted[path], np.asarray(leaf, wanted[path].dtype).__getitem__)
+    return nest(leaves)
 
 
 def read_norm_stats(
@@ -166,7 +167,6 @@ def read_norm_stats(
         return load_norm_stats(source / CHECKPOINTS)
     _, stats = found[0].statistics([source], unnorm_key, action_dim, state_dim)
     if stats is None:
-        raise WeightsError(
-            f"unnorm_key: got {unnorm_key!r}, expected statistics of a data set in {source}; there are none"
-        )
+        expected = f"expected statistics of a data set in {source}; there are none"
+        raise WeightsError(f"unnorm_key: got {unnorm_key!r}, {expected}")
     return stats

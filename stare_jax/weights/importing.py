@@ -1,23 +1,19 @@
 """Import: weights of others become a folder that a run starts from, and that stands alone; see `side_files`."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 
 from stare_jax.config import ConfigError, to_dict, user_input
-from stare_jax.logging import Interruption, new_directory, progress_bytes, say
+from stare_jax.logging import Interruption, check_space, new_directory, progress_bytes, say
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.models.normalize import identity_stats
-from stare_jax.sharding.mesh import make_mesh
+from stare_jax.sharding.mesh import cut_over_processor, make_mesh
 from stare_jax.state.checkpoint import save_params
-from stare_jax.state.storage import flatten
-from stare_jax.state.train_state import CHECKPOINTS, abstract_params, num_bytes
+from stare_jax.state.storage import flatten, num_bytes
+from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.types import NormStats, PyTree
 from stare_jax.weights import peft, side_files
 from stare_jax.weights.files import write_json
@@ -64,9 +60,7 @@ def import_weights(
         to: the folder.
         config: configuration of the model; None takes what the source says.
         adapter: a PEFT folder of OpenVLA's, whose adapters become part of the parameters.
-        unnorm_key: data set, or asset, whose statistics the policy has; may be left out where there is only one.
-        action_dim: A of the robot, to which longer statistics of openpi's are cut; None takes them all.
-        state_dim: S, likewise; 0 takes the state out of pi0.5's prompt.
+        unnorm_key, action_dim, state_dim: see `read_norm_stats`; an S of 0 takes the state out of pi0.5's prompt.
         dtype: type of the parameters, adapters and heads apart; None takes the source's.
         fsdp: devices over which weights are cut meanwhile, see `sharding.make_mesh`; with 1 of these and of `tensor`
             they are cut over the devices that the host's processor counts as: a part is the least that is written.
@@ -110,10 +104,11 @@ def import_weights(
         left += [] if own is None else peft.keep_adapter(own, kept)
         with progress_bytes(num_bytes(like), f"read {source.name}") as on_bytes:
             params = read_params(opened, jax.random.key(seed), like=like, on_bytes=on_bytes)
-        config = _keep_tokenizer(config, source, partial, kept)
+        tokenizer = side_files.keep_tokenizer(config.tokenizer, source, partial, kept)
+        config = dataclasses.replace(config, tokenizer=tokenizer)
         _save(partial, params, config, norm_stats)
     sizes = {path: leaf.size for path, leaf in flatten(params).items()}
-    counts = sum(sizes.values()), num_bytes(params), sum(sizes[path] for path in opened.fresh), len(opened.unused)
+    counts = sum(sizes.values()), num_bytes(params), sum(map(sizes.get, opened.fresh)), len(opened.unused)
     return Imported(form.name, config, stats_name, *counts, tuple(left))
 
 
@@ -121,25 +116,7 @@ def _layout(policy: Policy, fsdp: int, tensor: int) -> PyTree:
     """Returns shapes and shardings of the parameters while they are converted."""
     if fsdp * tensor > 1:
         return abstract_params(policy, make_mesh(fsdp=fsdp, tensor=tensor))
-    devices = jax.local_devices(backend="cpu")
-    mesh, whole = Mesh(np.array(devices), ("part",)), SingleDeviceSharding(devices[0])
-
-    def cut(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = [axis for axis, size in enumerate(leaf.shape) if size % len(devices) == 0]
-        sharding = NamedSharding(mesh, P(*[None] * axes[0], "part")) if axes else whole
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(cut, jax.eval_shape(policy.init, jax.random.key(0)))
-
-
-def _keep_tokenizer(config: ModelConfig, source: Path, partial: Path, kept: Path) -> ModelConfig:
-    """Returns a configuration whose tokenizer, if it is a folder, lies in the converted one and is named from there."""
-    if side_files.holds_tokenizer(kept) or config.tokenizer == str(source):
-        return dataclasses.replace(config, tokenizer=kept.name)
-    if Path(config.tokenizer).is_dir():
-        side_files.copy_tokenizer(Path(config.tokenizer), partial / "tokenizer")
-        return dataclasses.replace(config, tokenizer="tokenizer")
-    return config
+    return cut_over_processor(jax.eval_shape(policy.init, jax.random.key(0)))
 
 
 def _save(folder: Path, params: PyTree, config: ModelConfig, norm_stats: NormStats) -> None:
@@ -155,11 +132,3 @@ def check_dtype(dtype: str | None) -> None:
     """Raises ConfigError unless a type that is asked for is one that weights may have."""
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"dtype: got {dtype!r}, expected one of {FLOATS}")
-
-
-def check_space(to: Path, size: int) -> None:
-    """Raises ConfigError unless the disk of a path that is to be written has room for a number of bytes."""
-    parent = next(path for path in to.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < size:
-        raise ConfigError(f"{parent}: got {free / 1e9:.1f} GB free on its disk, expected at least {size / 1e9:.1f} GB")

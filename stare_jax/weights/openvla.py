@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stare_jax.config import to_dict
+from stare_jax.config import read_json, to_dict
 from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.presets import openvla_7b
-from stare_jax.weights.files import Spec, Tensors, WeightsError, list_model, read_json, write_json
+from stare_jax.weights.files import Spec, Tensors, WeightsError, list_model, update_json
 from stare_jax.weights.format import Format
-from stare_jax.weights.side_files import CONFIG, describe
+from stare_jax.weights.side_files import CONFIG
 from stare_jax.weights.statistics import read_openvla_stats, to_openvla_table, write_openvla_tables
-from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, Entry, leaf_shapes, make_entries, table_specs
+from stare_jax.weights.tensor_table import CONV, HEADS_IN, KERNEL, LINEAR, NORM, SCALE, Entry, make_entries, table_specs
 
 TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
 OVERRIDES = "tiny_timm_overrides"
@@ -31,33 +31,25 @@ _LLAMA_FIELDS = {
 """our fields -> transformers'"""
 _BICUBIC = ("bicubic", 3)
 """names under which timm and PIL know it"""
-_KERNEL = {"kernel": LINEAR["kernel"]}
-_SCALE = {"scale": NORM["scale"]}
 _TOWER = {
     "pos_embed": ("pos_embed", "same"),
     "patch_embed": ("patch_embed.proj", CONV),
-    "blocks/norm1": ("blocks.{}.norm1", NORM),
     "blocks/qkv": ("blocks.{}.attn.qkv", LINEAR),
     "blocks/proj": ("blocks.{}.attn.proj", HEADS_IN),
-    "blocks/norm2": ("blocks.{}.norm2", NORM),
-    "blocks/fc1": ("blocks.{}.mlp.fc1", LINEAR),
-    "blocks/fc2": ("blocks.{}.mlp.fc2", LINEAR),
 }
-_LLAMA = {
-    "llm/embed_tokens": ("language_model.model.embed_tokens.weight", "same"),
-    "llm/norm": ("language_model.model.norm", _SCALE),
-    "llm/lm_head": ("language_model.lm_head", _KERNEL),
-    "llm/layers/input_norm": ("language_model.model.layers.{}.input_layernorm", _SCALE),
-    "llm/layers/q_proj": ("language_model.model.layers.{}.self_attn.q_proj", _KERNEL),
-    "llm/layers/k_proj": ("language_model.model.layers.{}.self_attn.k_proj", _KERNEL),
-    "llm/layers/v_proj": ("language_model.model.layers.{}.self_attn.v_proj", _KERNEL),
-    "llm/layers/o_proj": ("language_model.model.layers.{}.self_attn.o_proj", {"kernel": HEADS_IN["kernel"]}),
-    "llm/layers/post_norm": ("language_model.model.layers.{}.post_attention_layernorm", _SCALE),
-    "llm/layers/gate_proj": ("language_model.model.layers.{}.mlp.gate_proj", _KERNEL),
-    "llm/layers/up_proj": ("language_model.model.layers.{}.mlp.up_proj", _KERNEL),
-    "llm/layers/down_proj": ("language_model.model.layers.{}.mlp.down_proj", _KERNEL),
+_TOWER |= {f"blocks/{name}": (f"blocks.{{}}.mlp.{name}", LINEAR) for name in ("fc1", "fc2")}
+_TOWER |= {f"blocks/{name}": (f"blocks.{{}}.{name}", NORM) for name in ("norm1", "norm2")}
+_TOWERS = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}
+_LLM = {
+    "embed_tokens": ("model.embed_tokens.weight", "same"),
+    "norm": ("model.norm", SCALE),
+    "lm_head": ("lm_head", KERNEL),
+    "layers/input_norm": ("model.layers.{}.input_layernorm", SCALE),
+    "layers/post_norm": ("model.layers.{}.post_attention_layernorm", SCALE),
+    "layers/o_proj/kernel": ("model.layers.{}.self_attn.o_proj.weight", "heads"),
 }
-_PREFIXES = {"dino": "vision_backbone.featurizer.", "siglip": "vision_backbone.fused_featurizer."}
+_LLM |= {f"layers/{name}_proj": (f"model.layers.{{}}.self_attn.{name}_proj", KERNEL) for name in "qkv"}
+_LLM |= {f"layers/{name}_proj": (f"model.layers.{{}}.mlp.{name}_proj", KERNEL) for name in ("gate", "up", "down")}
 
 
 def read_config(folder: str | Path) -> OpenVLAConfig:
@@ -117,9 +109,7 @@ def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfi
         WeightsError: images are to be resized in another way than bicubically to a square of `config.image_size`.
     """
     for file in (Path(folder) / CONFIG, Path(folder) / "preprocessor_config.json"):
-        description = read_json(file) if file.exists() else {}
-        if not isinstance(description, dict):
-            raise WeightsError(f"{file}: got a {type(description).__name__}, expected an object of named fields")
+        description = read_json(file, optional=True)
         _check_resizing(file, description, config.image_size)
     if not description:
         return config
@@ -156,16 +146,15 @@ def _check_resizing(file: Path, description: dict[str, Any], size: int) -> None:
 def tensor_table(config: OpenVLAConfig) -> dict[str, Entry]:
     """Returns the checkpoint's tensors for every leaf of our tree but adapters and value head, by the leaf's path."""
     table = {}
-    for tower, prefix in _PREFIXES.items():
+    for tower, prefix in _TOWERS.items():
         sizes, rows = getattr(config, tower), dict(_TOWER)
-        tokens = ("cls_token", "reg_token")[: sizes.num_prefix]
-        rows |= {token: (token, "same") for token in tokens}
+        rows |= {token: (token, "same") for token in ("cls_token", "reg_token")[: sizes.num_prefix]}
         if sizes.layer_scale is not None:
             rows |= {f"blocks/{name}": (f"blocks.{{}}.{name}.scale_factor", "same") for name in ("ls1", "ls2")}
-        named = {f"{tower}/{ours}": (prefix + theirs, kind) for ours, (theirs, kind) in rows.items()}
-        table |= make_entries(named, sizes.depth - 1)
-    table |= make_entries({f"projector/{layer}": (f"projector.{layer}", LINEAR) for layer in ("fc1", "fc2", "fc3")})
-    return table | make_entries(_LLAMA, config.llm.depth)
+        table |= make_entries(rows, sizes.depth - 1, ours=f"{tower}/", theirs=prefix)
+    rows = {name: (name, LINEAR) for name in ("fc1", "fc2", "fc3")}
+    table |= make_entries(rows, ours="projector/", theirs="projector.")
+    return table | make_entries(_LLM, config.llm.depth, ours="llm/", theirs="language_model.")
 
 
 def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -183,13 +172,13 @@ def adapter_table(table: Mapping[str, Entry]) -> dict[str, Entry]:
 
 def unused_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
     """Returns the checkpoint's tensors that are never run: last blocks, final norms, SigLIP's attention pool."""
-    used, unused = table_specs(tensor_table(config), leaf_shapes(config), dtype), {}
-    for tower, prefix in _PREFIXES.items():
+    used, unused = table_specs(tensor_table(config), config, dtype), {}
+    for tower, prefix in _TOWERS.items():
         sizes = getattr(config, tower)
         first, last = f"{prefix}blocks.0.", f"{prefix}blocks.{sizes.depth - 1}."
         unused |= {last + name.removeprefix(first): spec for name, spec in used.items() if name.startswith(first)}
         unused |= {f"{prefix}norm.{suffix}": Spec(dtype, (sizes.width,)) for suffix in ("weight", "bias")}
-    width, hidden, pool = config.siglip.width, config.siglip.mlp_dim, f"{_PREFIXES['siglip']}attn_pool."
+    width, hidden, pool = config.siglip.width, config.siglip.mlp_dim, f"{_TOWERS['siglip']}attn_pool."
     unused[f"{pool}latent"] = Spec(dtype, (1, 1, width))
     weights = {"q": (width, width), "kv": (2 * width, width), "proj": (width, width), "norm": (width,)}
     weights |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
@@ -199,14 +188,14 @@ def unused_specs(config: OpenVLAConfig, dtype: str) -> dict[str, Spec]:
 
 
 def _find(source: Path) -> Tensors | None:
-    description = describe(source)
+    description = read_json(source / CONFIG, optional=True)
     is_openvla = description.get("model_type") == "openvla" or "timm_model_ids" in description
     return list_model(source) if is_openvla else None
 
 
 def _finish(folder: Path, config: OpenVLAConfig, dtype: str | None) -> None:
     if dtype is not None:
-        write_json(folder / CONFIG, read_json(folder / CONFIG) | {"torch_dtype": dtype})
+        update_json(folder / CONFIG, {"torch_dtype": dtype})
 
 
 def _known(folder: Path) -> dict:

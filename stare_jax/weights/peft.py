@@ -6,21 +6,21 @@ and come back as they were.
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from stare_jax.models.nn.lora import ALL_LINEAR, ATTENTION, LoRAConfig
+from stare_jax.config import read_json
+from stare_jax.models.nn.lora import LoRAConfig, adapted_module, name_targets
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights import files, side_files
 from stare_jax.weights.files import Spec, WeightsError
 from stare_jax.weights.format import Opened
 from stare_jax.weights.heads import open_heads
 from stare_jax.weights.openvla import adapter_table, tensor_table
-from stare_jax.weights.tensor_table import Leaves, adapted_module, leaf_shapes, table_specs, table_values
+from stare_jax.weights.tensor_table import FLOATS, Leaves, table_specs, table_values
 
 PREFIX = "base_model.model."
 _COPY, _SUFFIX_A = ".base_layer.weight", ".lora_A.weight"
@@ -37,22 +37,18 @@ _WITHOUT_EFFECT = {
 def read_lora(folder: Path) -> LoRAConfig:
     """Reads rank and alpha of an adapter; raises WeightsError, with all such fields, where it is not supported."""
     file = folder / side_files.ADAPTER_CONFIG
-    description = files.read_json(file)
-    problems = [
-        f"{name}: got {description[name]!r}, expected one of {allowed}"
-        for name, allowed in _ALLOWED.items()
-        if name in description and description[name] not in allowed
-    ]
-    problems += [
-        f"{name}: got {value!r}, which is not supported"
-        for name, value in sorted(description.items())
-        if value and name not in _ALLOWED and name not in _WITHOUT_EFFECT
-    ]
-    problems += [f"{name}: got nothing, expected a number" for name in ("r", "lora_alpha") if name not in description]
+    fields = read_json(file)
+    problems = [f"{name}: got nothing, expected a number" for name in ("r", "lora_alpha") if name not in fields]
+    for name, value in sorted(fields.items()):
+        allowed = _ALLOWED.get(name)
+        if allowed and value not in allowed:
+            problems.append(f"{name}: got {value!r}, expected one of {allowed}")
+        elif value and not allowed and name not in _WITHOUT_EFFECT:
+            problems.append(f"{name}: got {value!r}, which is not supported")
     if problems:
         raise WeightsError(f"{file}:\n  " + "\n  ".join(problems))
     try:
-        return LoRAConfig(rank=int(description["r"]), alpha=float(description["lora_alpha"]))
+        return LoRAConfig(rank=int(fields["r"]), alpha=float(fields["lora_alpha"]))
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{file}: {error}") from error
 
@@ -66,8 +62,7 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     """
     lora, file = read_lora(folder), folder / side_files.ADAPTER_MODEL
     if not file.exists():
-        others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {file.name}; pickles are never read")
+        files.refuse_missing(folder, file.name)
     listed = files.list_file(file)
     if foreign := [name for name in listed if not name.startswith(PREFIX)]:
         raise WeightsError(f"{file}: got {foreign[0]}, expected names that begin with {PREFIX}")
@@ -75,16 +70,16 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
     full, whole = adapter_table(tensor_table(base.config)), {**base.tensors, **base.unused}
     copies = {name: f"{name.removesuffix(_COPY)}.weight" for name in tensors if name.endswith(_COPY)}
     dtypes = {stored.spec.dtype for name, stored in tensors.items() if name not in copies}
-    if len(dtypes) != 1 or not jnp.issubdtype(jnp.dtype(next(iter(dtypes))), jnp.floating):
+    if len(dtypes) != 1 or not dtypes <= {*FLOATS}:
         raise WeightsError(f"{file}: got adapters of {sorted(dtypes)}, expected one floating type")
     (dtype,) = dtypes
     adapted = {adapted_module(path) for path, entry in full.items() if tensors.keys() & set(entry.names)}
     if not adapted:
         raise WeightsError(f"{file}: got {', '.join(sorted(tensors)[:3])} ..., expected adapters of OpenVLA")
-    lora = dataclasses.replace(lora, targets=_targets(adapted, set(map(adapted_module, full))))
+    lora = dataclasses.replace(lora, targets=name_targets(adapted, set(map(adapted_module, full))))
     config = dataclasses.replace(base.config, lora=lora)
     table = {path: entry for path, entry in full.items() if adapted_module(path) in adapted}
-    used, unused = table_specs(table, leaf_shapes(config), dtype), _unused_specs(base, tensors, lora.rank, dtype)
+    used, unused = table_specs(table, config, dtype), _unused_specs(base, tensors, lora.rank, dtype)
     unused |= {n: whole[o].spec._replace(dtype=tensors[n].spec.dtype) for n, o in copies.items() if o in whole}
     files.check_tensors(file, tensors, used | unused)
     if changed := [name for name, original in copies.items() if not files.is_same(tensors[name], whole[original])]:
@@ -98,14 +93,6 @@ def join(base: Opened, adapter: Opened) -> Opened:
     table, heads = open_heads(adapter.folder, base.config)
     tensors = {**base.tensors, **adapter.tensors, **heads}
     return base._replace(config=adapter.config, table={**base.table, **adapter.table, **table}, tensors=tensors)
-
-
-def _targets(adapted: Collection[str], everything: Collection[str]) -> tuple[str, ...]:
-    """Returns the shortest of the ways in which `LoRAConfig` can name the adapted modules."""
-    for targets in (ALL_LINEAR, ATTENTION):
-        if adapted == {module for module in everything if any(re.search(pattern, module) for pattern in targets)}:
-            return targets
-    return tuple(f"^{module}$" for module in sorted(adapted))
 
 
 def _unused_specs(base: Opened, tensors: Collection[str], rank: int, dtype: str) -> dict[str, Spec]:
@@ -134,7 +121,7 @@ def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) 
         return None
     lora = read_lora(kept)
     is_policys = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_policys &= files.read_json(kept / side_files.RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
+    is_policys &= read_json(kept / side_files.RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
     return kept if is_policys else None
 
 
@@ -154,9 +141,9 @@ def write_adapter(
         files.write_json(to / side_files.ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
         side_files.copy_side_files(kept, to)
-        dtype = dtype or files.read_json(kept / side_files.RECORD)["dtype"]
+        dtype = dtype or read_json(kept / side_files.RECORD)["dtype"]
     dtype, unused = dtype or "float32", side_files.kept_unused(kept)
-    specs = table_specs(table, leaf_shapes(config), dtype)
+    specs = table_specs(table, config, dtype)
     specs |= {n: s.spec if n.endswith(_COPY) else s.spec._replace(dtype=dtype) for n, s in unused.items()}
     rest = ((PREFIX + name, files.read(stored).astype(jnp.dtype(specs[name].dtype))) for name, stored in unused.items())
     named = itertools.chain(table_values(table, leaves, specs, prefix=PREFIX), rest)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.weights.files import Tensors, WeightsError, is_same
-from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, Entry, make_entries
+from stare_jax.weights.tensor_table import CONV, HEADS_IN, LINEAR, NORM, SCALE, Entry, Rows, make_entries
 
 LEROBOT_PREFIX = "model."
 _PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma.", "paligemma_with_expert.gemma_expert."
@@ -22,68 +22,58 @@ UNUSED = f"{_EXPERT}lm_head.weight"
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module"}
 """parts of names that come of training in parallel and of compilation"""
 _OURS = re.compile(r"^(paligemma_with_expert\.(paligemma|gemma_expert)\.|(action_in_proj|action_out_proj)\.)")
-_ADAPTIVE = re.compile(r"gemma_expert\.model\.(layers\.\d+\.\w+_layernorm|norm)\.dense\.")
-_PLAIN = re.compile(r"gemma_expert\.model\.(layers\.\d+\.\w+_layernorm|norm)\.weight$")
+_EXPERT_NORM = r"gemma_expert\.model\.(layers\.\d+\.\w+_layernorm|norm)\."
 _PI0 = re.compile(r"^(state_proj|action_time_mlp_in|action_time_mlp_out)\.")
-_TOWER = re.compile(r"\.vision_tower\.(?!vision_model\.)")
+_NEW_TOWER = re.compile(r"\.vision_tower\.(?!vision_model\.)")
 """the tower as newer versions of transformers name it"""
 _LEFT = re.compile(r"^(state_proj|value_head|noise_head)\.")
 """parts that pi0.5 does not have: pi0's, and the heads of other reinforcement learning, which are other networks"""
 
-_SIGLIP = {
-    "embedding": ("embeddings.patch_embedding", CONV),
-    "pos_embedding": ("embeddings.position_embedding.weight", "leading"),
-    "Transformer/encoder_norm": ("post_layernorm", NORM),
-    "Transformer/encoderblock/LayerNorm_0": ("encoder.layers.{}.layer_norm1", NORM),
-    "Transformer/encoderblock/LayerNorm_1": ("encoder.layers.{}.layer_norm2", NORM),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_0/query": ("encoder.layers.{}.self_attn.q_proj", LINEAR),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_0/key": ("encoder.layers.{}.self_attn.k_proj", LINEAR),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_0/value": ("encoder.layers.{}.self_attn.v_proj", LINEAR),
-    "Transformer/encoderblock/MultiHeadDotProductAttention_0/out": ("encoder.layers.{}.self_attn.out_proj", HEADS_IN),
-    "Transformer/encoderblock/MlpBlock_0/Dense_0": ("encoder.layers.{}.mlp.fc1", LINEAR),
-    "Transformer/encoderblock/MlpBlock_0/Dense_1": ("encoder.layers.{}.mlp.fc2", LINEAR),
-}
 _OUTER = {name: (name, LINEAR) for name in ("action_in_proj", "action_out_proj", "time_mlp_in", "time_mlp_out")}
 _OUTER |= {
     "PaliGemma/llm/embedder/input_embedding": (EMBEDDINGS[0], "same"),
     "PaliGemma/img/head": (f"{_PALIGEMMA}model.multi_modal_projector.linear", LINEAR),
 }
-_LAYER = {
-    "layers/attn/q_einsum{}/w": ("layers.{}.self_attn.q_proj.weight", "per_head"),
-    "layers/attn/attn_vec_einsum{}/w": ("layers.{}.self_attn.o_proj.weight", "heads"),
-    "layers/mlp{}/linear": ("layers.{}.mlp.down_proj.weight", "linear"),
-    "layers/pre_attention_norm{}": ("layers.{}.input_layernorm", {"scale": NORM["scale"]}),
-    "layers/pre_ffw_norm{}": ("layers.{}.post_attention_layernorm", {"scale": NORM["scale"]}),
-    "final_norm{}": ("norm", {"scale": NORM["scale"]}),
+_BLOCK, _ATTENTION = "Transformer/encoderblock/", "Transformer/encoderblock/MultiHeadDotProductAttention_0/"
+_TOWER = {
+    "embedding": ("embeddings.patch_embedding", CONV),
+    "pos_embedding": ("embeddings.position_embedding.weight", "leading"),
+    "Transformer/encoder_norm": ("post_layernorm", NORM),
+    f"{_ATTENTION}out": ("encoder.layers.{}.self_attn.out_proj", HEADS_IN),
 }
-"""leaves of each expert; the number of the second one is part of our names"""
-_PAIRS = {
-    "layers/attn/kv_einsum{}/w": (("self_attn.k_proj", "self_attn.v_proj"), "per_head"),
-    "layers/mlp{}/gating_einsum": (("mlp.gate_proj", "mlp.up_proj"), "linear"),
+_TOWER |= {
+    f"{_ATTENTION}{x}": (f"encoder.layers.{{}}.self_attn.{x[0]}_proj", LINEAR) for x in ("query", "key", "value")
 }
-"""leaves in which two tensors of each layer are stacked"""
+_TOWER |= {f"{_BLOCK}LayerNorm_{i}": (f"encoder.layers.{{}}.layer_norm{i + 1}", NORM) for i in (0, 1)}
+_TOWER |= {f"{_BLOCK}MlpBlock_0/Dense_{i}": (f"encoder.layers.{{}}.mlp.fc{i + 1}", LINEAR) for i in (0, 1)}
 _FLOW_NORM = {f"Dense_0/{leaf}": (f"dense.{name}", kind) for leaf, (name, kind) in LINEAR.items()}
 """leaves of a norm that follows from the flow time, as all of the second expert's do"""
 
 
 def tensor_table(config: Pi05Config) -> dict[str, Entry]:
     """Returns the port's tensors for every leaf that openpi's tree has, adapters apart, by the leaf's path."""
-    tower = f"{_PALIGEMMA}model.vision_tower.vision_model."
-    table = make_entries(_OUTER | _under("PaliGemma/img/", tower, _SIGLIP), config.siglip.depth)
-    prefixes, depth = (f"{_PALIGEMMA}model.language_model.", f"{_EXPERT}model."), config.paligemma.depth
-    for prefix, suffix in zip(prefixes, ("", "_1"), strict=True):
-        rows = {ours.format(suffix): row for ours, row in _LAYER.items()}
-        if suffix:
-            rows = {o: (theirs, what if isinstance(what, str) else _FLOW_NORM) for o, (theirs, what) in rows.items()}
-        table |= make_entries(_under("PaliGemma/llm/", prefix, rows), depth)
-        for ours, (names, kind) in _PAIRS.items():
-            tensors = tuple(f"{prefix}layers.{i}.{name}.weight" for i in range(depth) for name in names)
-            table[f"PaliGemma/llm/{ours.format(suffix)}"] = Entry(tensors, kind, 2)
-    return table
+    tower, depth = f"{_PALIGEMMA}model.vision_tower.vision_model.", config.paligemma.depth
+    table = make_entries(_OUTER) | make_entries(_TOWER, config.siglip.depth, ours="PaliGemma/img/", theirs=tower)
+    first, second = _expert_rows("", SCALE), _expert_rows("_1", _FLOW_NORM)
+    table |= make_entries(first, depth, ours="PaliGemma/llm/", theirs=f"{_PALIGEMMA}model.language_model.")
+    return table | make_entries(second, depth, ours="PaliGemma/llm/", theirs=f"{_EXPERT}model.")
 
 
-def _under(ours: str, theirs: str, rows: Mapping[str, tuple]) -> dict[str, tuple]:
-    return {ours + path: (theirs + name, what) for path, (name, what) in rows.items()}
+def _expert_rows(number: str, norm: Mapping[str, tuple[str, str]]) -> Rows:
+    """Returns the rows of one expert, given the number that is part of our names, and the leaves of its norms."""
+    key, value, gate, up = (
+        f"layers.{{}}.{name}_proj.weight" for name in ("self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    )
+    return {
+        f"layers/attn/q_einsum{number}/w": ("layers.{}.self_attn.q_proj.weight", "per_head"),
+        f"layers/attn/kv_einsum{number}/w": ((key, value), "per_head"),
+        f"layers/attn/attn_vec_einsum{number}/w": ("layers.{}.self_attn.o_proj.weight", "heads"),
+        f"layers/mlp{number}/gating_einsum": ((gate, up), "linear"),
+        f"layers/mlp{number}/linear": ("layers.{}.mlp.down_proj.weight", "linear"),
+        f"layers/pre_attention_norm{number}": ("layers.{}.input_layernorm", norm),
+        f"layers/pre_ffw_norm{number}": ("layers.{}.post_attention_layernorm", norm),
+        f"final_norm{number}": ("norm", norm),
+    }
 
 
 def find_prefix(tensors: Tensors) -> str | None:
@@ -95,7 +85,7 @@ def find_prefix(tensors: Tensors) -> str | None:
 
 def _clean_name(name: str) -> str:
     """Returns a name without what lerobot and training in parallel add to it."""
-    return re.sub(_TOWER, ".vision_tower.vision_model.", _unwrap(name).removeprefix(LEROBOT_PREFIX))
+    return re.sub(_NEW_TOWER, ".vision_tower.vision_model.", _unwrap(name).removeprefix(LEROBOT_PREFIX))
 
 
 def _unwrap(name: str) -> str:
@@ -114,7 +104,7 @@ def clean_names(source: Path, tensors: Tensors) -> tuple[Tensors, Sequence[str]]
     if twice := [", ".join(same) for same in names.values() if len(same) > 1]:
         raise WeightsError(f"{source}: got the same tensor under several names: {'; '.join(twice)}")
     clean = {name: tensors[original] for name, (original,) in names.items()}
-    _refuse_pi0(source, clean)
+    refuse_pi0(source, _list_pi0(clean))
     left = [name for name in clean if _LEFT.match(name) or name == UNUSED]
     for name in [name for name in clean if name.startswith("action_time_mlp_")]:
         # Some files call the flow time's layers as pi0 does; their shapes show whether they are pi0's.
@@ -134,10 +124,15 @@ def clean_names(source: Path, tensors: Tensors) -> tuple[Tensors, Sequence[str]]
     return kept, sorted(names[name][0] for name in left)
 
 
-def _refuse_pi0(source: Path, clean: Tensors) -> None:
-    """Makes sure that the expert's norms follow from the flow time, which is what makes a pi0.5."""
-    plain = [name for name in clean if _PLAIN.search(name)]
-    if not any(_ADAPTIVE.search(name) for name in clean):
+def _list_pi0(clean: Tensors) -> list[str]:
+    """Returns the tensors that make a pi0: in a pi0.5 the expert's norms follow from the flow time."""
+    plain = [name for name in clean if re.search(rf"{_EXPERT_NORM}weight$", name)]
+    if not any(re.search(rf"{_EXPERT_NORM}dense\.", name) for name in clean):
         plain += [name for name in clean if _PI0.match(name)]
-    if plain:
-        raise WeightsError(f"{source}: got weights of pi0 ({', '.join(sorted(plain)[:5])}), expected pi0.5's")
+    return plain
+
+
+def refuse_pi0(source: Path, names: Sequence[str]) -> None:
+    """Raises WeightsError if there are names that only a pi0 has."""
+    if names:
+        raise WeightsError(f"{source}: got weights of pi0 ({', '.join(sorted(names)[:5])}), expected pi0.5's")

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stare_jax.models.tokenizer import TOKENIZER_FILES
+from stare_jax.state.storage import TREE_FILES
 from stare_jax.weights import files
 
 CONFIG, RECORD, UNUSED = "config.json", "record.json", "unused.safetensors"
@@ -21,19 +23,9 @@ ADAPTER, ASSETS = "adapter", "assets"
 ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"
 HEADS = "value_head.safetensors"
 """file of the heads, which the other programs pass over"""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "spiece.model")
-_WEIGHTS = {files.INDEX, HEADS, RECORD, UNUSED, ADAPTER_MODEL}
-_WEIGHTS |= {"params", "_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt", "orbax.checkpoint", "d"}
-_WEIGHTS |= {"array_metadatas", "commit_success.txt"}
+_WEIGHTS = {files.INDEX, HEADS, RECORD, UNUSED, ADAPTER_MODEL, "params"}
 """names of files and folders of the weights themselves, which are read in other ways or not at all"""
-_MODEL = re.compile(r"model.*\.safetensors|ocdbt\.process_.*")
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Returns the fields of a folder's config.json, none where there is no such object."""
-    description = files.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return description if isinstance(description, dict) else {}
+_MODEL = re.compile(rf"model.*\.safetensors|{TREE_FILES.pattern}")
 
 
 def keep_aside(source: Path, unused: files.Tensors, record: Mapping[str, Any], to: Path) -> list[str]:
@@ -65,16 +57,17 @@ def copy_side_files(source: Path, to: Path) -> list[str]:
     return left
 
 
-def holds_tokenizer(folder: Path) -> bool:
-    """Returns whether a folder has a tokenizer of its own."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES if name != "tokenizer_config.json")
-
-
-def copy_tokenizer(source: Path, to: Path) -> None:
-    """Copies a tokenizer's files into a new folder."""
-    to.mkdir()
-    for file in filter(Path.is_file, (source / name for name in TOKENIZER_FILES)):
-        shutil.copy(file, to)
+def keep_tokenizer(tokenizer: str, source: Path, to: Path, kept: Path) -> str:
+    """Returns the name of a tokenizer within a converted folder, into which a folder of its own is copied."""
+    has_files = any((kept / name).is_file() for name in TOKENIZER_FILES if name != "tokenizer_config.json")
+    if has_files or tokenizer == str(source):
+        return kept.name
+    if not Path(tokenizer).is_dir():
+        return tokenizer
+    (to / "tokenizer").mkdir()
+    for file in filter(Path.is_file, (Path(tokenizer) / name for name in TOKENIZER_FILES)):
+        shutil.copy(file, to / "tokenizer")
+    return "tokenizer"
 
 
 def kept_unused(kept: Path | None) -> dict[str, files.Stored]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from stare_jax.config import read_json
 from stare_jax.models.normalize import action_range
-from stare_jax.types import NormStats
-from stare_jax.weights.files import WeightsError, read_json, write_json
+from stare_jax.types import Array, NormStats
+from stare_jax.weights.files import WeightsError, update_json, write_json
 from stare_jax.weights.side_files import ASSETS, CONFIG
 
 _OPENVLA_FILE, _OPENPI_FILE = "dataset_statistics.json", "norm_stats.json"
@@ -35,27 +36,34 @@ def choose_name(names: Sequence[str], name: str | None, folder: Path) -> str:
     return name
 
 
-def _read_quantiles(where: str, fields: Mapping[str, Any], dim: int | None, why: str) -> tuple[np.ndarray, np.ndarray]:
-    """Reads q01 and q99, as many numbers of each, float32, of which the first `dim` are returned."""
+def _read_quantiles(where: str, table: Mapping[str, Any], name: str, dim: int | None = None) -> tuple[Array, Array]:
+    """Reads q01 and q99 of actions or states, as many numbers of each, float32, of which the first `dim` are returned.
+
+    Raises:
+        WeightsError: they are not there, null, no finite numbers, or fewer than asked for; begins with `where`.
+    """
+    fields = table.get(name)
+    if not isinstance(fields, dict):
+        raise WeightsError(f"{where}: got {sorted(table)}, expected {name!r} among them")
     quantiles = []
     for quantile in ("q01", "q99"):
-        values = fields.get(quantile)
+        place, values = f"{where}.{name}.{quantile}", fields.get(quantile)
         if values is None:
             got = "null" if quantile in fields else "nothing"
-            raise WeightsError(f"{where}.{quantile}: got {got}, expected numbers: {why}")
+            raise WeightsError(f"{place}: got {got}, expected numbers: policies are normalised by quantiles")
         try:
             values = np.asarray(values, np.float32)
         except (TypeError, ValueError) as error:
-            raise WeightsError(f"{where}.{quantile}: {error}, expected numbers") from error
+            raise WeightsError(f"{place}: {error}, expected numbers") from error
         if values.ndim != 1 or not np.isfinite(values).all():
-            raise WeightsError(f"{where}.{quantile}: got {values}, expected a list of finite numbers")
+            raise WeightsError(f"{place}: got {values}, expected a list of finite numbers")
         if dim is not None and len(values) < dim:
-            raise WeightsError(f"{where}.{quantile}: got {len(values)} numbers, expected {dim}")
+            raise WeightsError(f"{place}: got {len(values)} numbers, expected {dim}")
         quantiles.append(values[:dim])
     low, high = quantiles
     if len(low) != len(high):
-        got = f"{len(low)} and {len(high)}"
-        raise WeightsError(f"{where}: got {got} numbers in q01 and q99, expected as many in both")
+        got = f"{len(low)} and {len(high)} numbers in q01 and q99"
+        raise WeightsError(f"{where}.{name}: got {got}, expected as many in both")
     return low, high
 
 
@@ -67,10 +75,8 @@ def read_openvla_tables(folders: Sequence[Path]) -> dict[str, Any]:
     """
     tables: dict[str, Any] = {}
     for folder in folders:
-        if (folder / CONFIG).exists():
-            tables |= read_json(folder / CONFIG).get("norm_stats") or {}
-        if (folder / _OPENVLA_FILE).exists():
-            tables |= read_json(folder / _OPENVLA_FILE)
+        tables |= read_json(folder / CONFIG, optional=True).get("norm_stats") or {}
+        tables |= read_json(folder / _OPENVLA_FILE, optional=True)
     return tables
 
 
@@ -79,21 +85,15 @@ def read_openvla_stats(
 ) -> tuple[str, NormStats]:
     """Reads name and statistics of one of OpenVLA's data sets, see `Format.statistics`; nothing is ever cut.
 
-    Raises:
-        WeightsError: see `choose_name`; also where quantiles are missing or are no numbers.
+    Raises WeightsError where the name is missing or unknown, and for quantiles that are missing or no numbers.
     """
     tables = read_openvla_tables(folders)
     name = choose_name(tables, unnorm_key, folders[0])
-    where, why = f"{folders[0]}: statistics of {name!r}", "OpenVLA is normalised by quantiles"
-    try:
-        action = tables[name]["action"]
-        proprio = tables[name]["proprio"] if state_dim else None
-    except KeyError as error:
-        raise WeightsError(f"{where}: got no {error}, expected them") from error
-    low, _ = _read_quantiles(f"{where}: action", action, None, why)
-    mask = np.asarray(action.get("mask", [True] * len(low)), bool)
-    state = _NO_NUMBERS if proprio is None else _read_quantiles(f"{where}: proprio", proprio, None, why)
-    return name, NormStats(*action_range(action, mask), mask, *state)
+    where, table = f"{folders[0]}: {name}", tables[name]
+    low, _ = _read_quantiles(where, table, "action")
+    mask = np.asarray(table["action"].get("mask", [True] * len(low)), bool)
+    state = _read_quantiles(where, table, "proprio") if state_dim else _NO_NUMBERS
+    return name, NormStats(*action_range(table["action"], mask), mask, *state)
 
 
 def to_openvla_table(stats: NormStats) -> dict[str, Any]:
@@ -107,12 +107,10 @@ def to_openvla_table(stats: NormStats) -> dict[str, Any]:
 
 def write_openvla_tables(to: Path, tables: Mapping[str, Any]) -> None:
     """Puts tables of data sets, by name, over those of a folder, in both places where they are looked for."""
-    side = read_json(to / _OPENVLA_FILE) if (to / _OPENVLA_FILE).exists() else {}
-    write_json(to / _OPENVLA_FILE, {**side, **tables})
+    update_json(to / _OPENVLA_FILE, tables)
     if (to / CONFIG).exists():
-        description = read_json(to / CONFIG)
-        description["norm_stats"] = {**(description.get("norm_stats") or {}), **tables}
-        write_json(to / CONFIG, description)
+        known = read_json(to / CONFIG).get("norm_stats") or {}
+        update_json(to / CONFIG, {"norm_stats": {**known, **tables}})
 
 
 def list_assets(folder: Path) -> dict[str, Path]:
@@ -121,50 +119,32 @@ def list_assets(folder: Path) -> dict[str, Path]:
     return {path.parent.relative_to(assets).as_posix(): path for path in sorted(assets.rglob(_OPENPI_FILE))}
 
 
-def find_stats(folder: Path, asset_id: str | None) -> tuple[str, Path] | None:
-    """Returns asset id and file of openpi's statistics, see `choose_name`; None where none are there, nor named."""
-    assets = list_assets(folder)
-    if asset_id is None and not assets:
-        return None
-    asset_id = choose_name(assets, asset_id, folder)
-    return asset_id, assets[asset_id]
-
-
 def read_asset(
-    folders: Sequence[Path], unnorm_key: str | None, action_dim: int | None, state_dim: int | None
-) -> tuple[str | None, NormStats | None]:
-    """Reads asset id and statistics of openpi's in the first folder, see `find_stats` and `read_openpi_stats`."""
-    found = find_stats(folders[0], unnorm_key)
-    if found is None:
+    folders: Sequence[Path], unnorm_key: str | None = None, action_dim: int | None = None, state_dim: int | None = None
+) -> tuple[str, NormStats] | tuple[None, None]:
+    """Reads asset id and statistics of openpi's in the first folder, see `Format.statistics` and `read_openpi_stats`.
+
+    Raises WeightsError where the name is missing or unknown; without a name there may be none at all.
+    """
+    assets = list_assets(folders[0])
+    if unnorm_key is None and not assets:
         return None, None
-    return found[0], read_openpi_stats(found[1], action_dim=action_dim, state_dim=state_dim)
+    asset_id = choose_name(assets, unnorm_key, folders[0])
+    return asset_id, read_openpi_stats(assets[asset_id], action_dim=action_dim, state_dim=state_dim)
 
 
-def read_openpi_stats(
-    file: Path, *, max_dim: int = _MAX_DIM, action_dim: int | None = None, state_dim: int | None = None
-) -> NormStats:
+def read_openpi_stats(file: Path, *, action_dim: int | None = None, state_dim: int | None = None) -> NormStats:
     """Reads the quantiles of actions and states from norm_stats.json.
 
-    Statistics may be padded to `max_dim` numbers; longer ones are cut to A and S, `action_dim` and `state_dim`, as
-    openpi does. None takes all that there are.
-
-    Raises:
-        WeightsError: quantiles are missing or null, or there are fewer than asked for.
+    Longer ones are cut to A and S, `action_dim` and `state_dim`, as openpi does; None takes all that there are. Raises
+    WeightsError where there are fewer, or quantiles are missing or no numbers.
     """
-    content = read_json(file)
-    stats = content.get("norm_stats") if isinstance(content, dict) else None
+    where, stats = f"{file}: norm_stats", read_json(file).get("norm_stats")
     if not isinstance(stats, dict):
         raise WeightsError(f"{file}: got no norm_stats, expected those of state and actions")
-
-    def quantiles(name: str, dim: int | None) -> tuple[np.ndarray, np.ndarray]:
-        if not isinstance(stats.get(name), dict):
-            raise WeightsError(f"{file}: norm_stats: got {sorted(stats)}, expected {name!r} among them")
-        why = "pi0.5 is normalised by quantiles, which openpi's compute_norm_stats.py writes"
-        return _read_quantiles(f"{file}: norm_stats.{name}", stats[name], dim, why)
-
-    low, high = (values[:max_dim] for values in quantiles("actions", action_dim))
+    low, high = (values[:_MAX_DIM] for values in _read_quantiles(where, stats, "actions", action_dim))
     has_state = state_dim > 0 if state_dim is not None else "state" in stats
-    state = quantiles("state", state_dim) if has_state else _NO_NUMBERS
+    state = _read_quantiles(where, stats, "state", state_dim) if has_state else _NO_NUMBERS
     return NormStats(low, high, np.ones(len(low), bool), *state)
 
 

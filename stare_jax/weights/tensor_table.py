@@ -3,21 +3,18 @@
 An entry's tensors are rearranged, never computed with: both directions are views, and the numbers keep their bits.
 """
 
-import dataclasses
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.models import ModelConfig, make_policy
-from stare_jax.models.normalize import identity_stats
-from stare_jax.state.storage import flatten, nest
-from stare_jax.state.train_state import num_bytes
+from stare_jax.models import ModelConfig
+from stare_jax.models.blank import leaf_shapes
+from stare_jax.state.storage import nest, num_bytes
 from stare_jax.types import Array, PyTree
 from stare_jax.weights.files import OnBytes, Spec, Specs, Tensors, read
 
@@ -26,13 +23,15 @@ FLOATS = ("float32", "bfloat16", "float16")
 Leaves = Callable[[str], np.ndarray]
 """path of a parameter -> its value, read when it is asked for"""
 
-LINEAR = {"kernel": ("weight", "linear"), "bias": ("bias", "vector")}
+KERNEL, SCALE = {"kernel": ("weight", "linear")}, {"scale": ("weight", "same")}
+LINEAR = KERNEL | {"bias": ("bias", "vector")}
 HEADS_IN = {"kernel": ("weight", "heads"), "bias": ("bias", "vector")}
 CONV = {"kernel": ("weight", "conv"), "bias": ("bias", "same")}
-NORM = {"scale": ("weight", "same"), "bias": ("bias", "same")}
+NORM = SCALE | {"bias": ("bias", "same")}
 """leaves of a module -> their names in PyTorch and kinds"""
-Rows = Mapping[str, tuple[str, str | Mapping[str, tuple[str, str]]]]
-"""leaf of ours -> its tensor and kind, or module of ours -> its name and leaves; {} is the number of a stacked layer"""
+Rows = Mapping[str, tuple[str | tuple[str, ...], str | Mapping[str, tuple[str, str]]]]
+"""leaf of ours -> its tensor, or the tensors of a layer that it stacks, and its kind; or module of ours -> its name and
+leaves; {} is the number of a stacked layer"""
 
 
 class Entry(NamedTuple):
@@ -52,28 +51,27 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 """both by the path of a leaf"""
 
 
-def make_entries(rows: Rows, num_layers: int = 0) -> dict[str, Entry]:
-    """Returns the table that rows describe, given the number of stacked layers."""
-    leaves: dict[str, tuple[str, str]] = {}
-    for ours, (theirs, what) in rows.items():
+def widest(dtypes: Iterable[str]) -> str:
+    """Returns the type of tensors that have the same, else one in which none of them is rounded."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def make_entries(rows: Rows, num_layers: int = 0, *, ours: str = "", theirs: str = "") -> dict[str, Entry]:
+    """Returns the table that rows describe, given the number of stacked layers and the beginnings of all names."""
+    leaves: dict[str, tuple[str | tuple[str, ...], str]] = {}
+    for path, (name, what) in rows.items():
         if isinstance(what, str):
-            leaves[ours] = (theirs, what)
+            leaves[path] = (name, what)
         else:
-            leaves |= {f"{ours}/{leaf}": (f"{theirs}.{name}", kind) for leaf, (name, kind) in what.items()}
-    return {
-        path: Entry(tuple(map(name.format, range(num_layers))), kind, 1) if "{}" in name else Entry((name,), kind)
-        for path, (name, kind) in leaves.items()
-    }
-
-
-_NUM_IN = {"linear": 1, "heads": 2, "pointwise": 1}
-_ORDER = {"conv": (3, 2, 0, 1), "per_head": (0, 2, 1)}
-
-
-def _order(kind: str, num_axes: int) -> tuple[int, ...]:
-    """Returns our axes in the order in which the checkpoint has them, before it joins some of them."""
-    num_in = _NUM_IN.get(kind, 0)
-    return _ORDER.get(kind, (*range(num_in, num_axes), *range(num_in)))
+            leaves |= {f"{path}/{leaf}": (f"{name}.{end}", kind) for leaf, (end, kind) in what.items()}
+    table = {}
+    for path, (name, kind) in leaves.items():
+        parts = (name,) if isinstance(name, str) else name
+        is_stacked = "{}" in parts[0]
+        names = tuple(theirs + part.format(i) for i in range(num_layers if is_stacked else 1) for part in parts)
+        table[ours + path] = Entry(names, kind, is_stacked + (len(parts) > 1))
+    return table
 
 
 def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
@@ -81,38 +79,43 @@ def layer_shape(shape: tuple[int, ...], entry: Entry) -> tuple[int, ...]:
     return shape[entry.num_stacked :]
 
 
+def _groups(kind: str, num_axes: int) -> tuple[tuple[int, ...], ...]:
+    """Returns, for each axis that a tensor of a kind has in the checkpoint, the axes of ours that it joins."""
+    axes = tuple(range(num_axes))
+    return {
+        "same": tuple((axis,) for axis in axes),
+        "vector": (axes,),
+        "leading": (axes[:2], *((axis,) for axis in axes[2:])),
+        "linear": (axes[1:], axes[:1]),
+        "heads": (axes[2:], axes[:2]),
+        "per_head": (axes[::2], axes[1:2]),
+        "conv": (axes[3:], axes[2:3], axes[:1], axes[1:2]),
+        "pointwise": (axes[1:], axes[:1], (), ()),
+    }[kind]
+
+
 def checkpoint_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
     """Returns the shape that a leaf of ours, without its stacked axes, has in the checkpoint."""
-    ordered = tuple(shape[axis] for axis in _order(kind, len(shape)))
-    if kind == "vector":
-        return (math.prod(shape),)
-    if kind == "leading":
-        return shape[1:]
-    if kind == "pointwise":
-        return (*ordered, 1, 1)
-    if kind in ("linear", "heads", "per_head"):
-        num_out = 2 if kind == "per_head" else len(shape) - _NUM_IN[kind]
-        return (math.prod(ordered[:num_out]), math.prod(ordered[num_out:]))
-    return ordered
+    return tuple(math.prod(shape[axis] for axis in group) for group in _groups(kind, len(shape)))
 
 
 def to_ours(tensor: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
     """Returns one tensor of the checkpoint as a view in our arrangement, of the given shape."""
-    order = _order(kind, len(shape))
+    order = sum(_groups(kind, len(shape)), ())
     # Axes are taken apart before they change places: a reshape after the transposition would copy.
-    return tensor.reshape(tuple(shape[axis] for axis in order)).transpose(tuple(np.argsort(order)))
+    return tensor.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def to_checkpoint(leaf: np.ndarray, kind: str) -> np.ndarray:
     """Returns a leaf of ours, without its stacked axes, as the checkpoint arranges it."""
-    return leaf.transpose(_order(kind, leaf.ndim)).reshape(checkpoint_shape(leaf.shape, kind))
+    return leaf.transpose(sum(_groups(kind, leaf.ndim), ())).reshape(checkpoint_shape(leaf.shape, kind))
 
 
-def table_specs(table: Table, shapes: Shapes, dtype: str | Mapping[str, str]) -> dict[str, Spec]:
-    """Returns the tensors of a table, in its order, given the shapes of our leaves, and the type or each tensor's."""
+def table_specs(table: Table, config: ModelConfig, dtype: str | Mapping[str, str]) -> dict[str, Spec]:
+    """Returns the tensors of a model's table, in its order, given their type or the type of each."""
     specs = {}
     for path, entry in table.items():
-        shape = checkpoint_shape(layer_shape(shapes[path].shape, entry), entry.kind)
+        shape = checkpoint_shape(layer_shape(leaf_shapes(config)[path].shape, entry), entry.kind)
         specs |= {name: Spec(dtype if isinstance(dtype, str) else dtype[name], shape) for name in entry.names}
     return specs
 
@@ -143,10 +146,10 @@ def read_tree(table: Table, tensors: Tensors, wanted: Shapes, on_bytes: OnBytes 
 
 
 def _read_whole(entry: Entry, leaf: jax.ShapeDtypeStruct, tensors: Tensors) -> Array:
-    if leaf.sharding is None or all(tensors[name].load is None for name in entry.names):
-        return place(leaf, lambda index: read_leaf(entry, leaf, tensors, index))
-    whole = read_leaf(entry, leaf, tensors)  # once, and not for every device
-    return place(leaf, lambda index: whole[index])
+    part = functools.partial(read_leaf, entry, leaf, tensors)
+    if any(tensors[name].load for name in entry.names):
+        part = part().__getitem__  # read once, and not for every device
+    return place(leaf, part)
 
 
 def read_leaf(
@@ -176,31 +179,3 @@ def place(leaf: jax.ShapeDtypeStruct, part: Callable[[tuple[slice, ...]], np.nda
         return part((...,))
     array = jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)
     return array.block_until_ready()
-
-
-def leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of every leaf of a model's parameters, by path, without allocating it."""
-    return dict(_leaf_shapes(dataclasses.replace(config, tokenizer="")))
-
-
-@functools.lru_cache(maxsize=16)
-def _leaf_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    policy = make_policy(config, identity_stats(config.action_dim, config.state_dim))
-    return flatten(jax.eval_shape(policy.init, jax.random.key(0)))
-
-
-def is_adapter(path: str) -> bool:
-    """Returns whether a parameter is one of an adapter's."""
-    return path.endswith(("lora_a", "lora_b"))
-
-
-def adapter_names(path: str) -> tuple[str, str]:
-    """Returns the paths that the adapters of a weight have, if there are any."""
-    module, _, name = path.rpartition("/")
-    prefix = f"{module}/" if name in ("kernel", "w") else f"{path}_"
-    return f"{prefix}lora_a", f"{prefix}lora_b"
-
-
-def adapted_module(path: str) -> str:
-    """Returns the module, as `LoRAConfig` names it, of a weight or of an adapter."""
-    return re.sub(r"(/kernel|/w|[/_]lora_[ab])$", "", path)

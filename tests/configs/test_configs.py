@@ -186,7 +186,6 @@ def parse(overrides: list[str]) -> RunConfig:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config=configs/quickstart.py", "--config.ppo.gama=0.9"], "no field 'gama'"),
         (["--config=configs/quickstart.py", "--config.ppo.num_steps=0"], "num_steps: got 0, expected >= 1 or None"),
         (["--config=configs/nothing.py"], "No such file"),
     ],
@@ -195,5 +194,5 @@ def test_mistakes_on_the_command_line_are_one_clear_line(arguments, message, tmp
     command = [sys.executable, "launch/train.py", *arguments, f"--workdir={tmp_path / 'run'}", "--plan"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
-    assert message in result.stderr
+    assert message in result.stderr and result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr

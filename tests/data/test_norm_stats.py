@@ -13,7 +13,7 @@ from stare_jax.data.norm_stats import (
     write_statistics,
 )
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import DatasetError, fingerprint
+from stare_jax.data.schema import DatasetError, fingerprint_of, read_manifest
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.models.normalize import is_constant_action, normalize_action
 
@@ -126,8 +126,9 @@ def test_statistics_follow_a_shard_that_was_replaced_by_one_of_equal_length(tmp_
     first, second = write(tmp_path / "first", 1), write(tmp_path / "second", 2)
     renew_statistics(first)
     written = json.loads((first.directory / "norm_stats.json").read_text())
-    assert written["X"]["fingerprint"] == first.fingerprint == fingerprint(first.directory)
-    assert fingerprint(second.directory) not in (first.fingerprint, "")
+    assert written["X"]["fingerprint"] == first.fingerprint
+    assert first.fingerprint == fingerprint_of(read_manifest(first.directory).shards)
+    assert second.fingerprint not in (first.fingerprint, "")
     for path in second.directory.iterdir():
         shutil.copy(path, first.directory)
     replaced = Dataset(first.directory)

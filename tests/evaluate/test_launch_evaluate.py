@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from toy_evaluation import load_command, use_toy, write_run
 
-from stare_jax.envs import EnvConfig, toy
+from stare_jax.config import to_dict
+from stare_jax.envs import EnvConfig, Expert, toy
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.evaluate.record import load_evaluation, unused_name
+from stare_jax.models import openvla_tiny
+from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.runs.config import MeshConfig
+from stare_jax.state.checkpoint import save_params
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +210,54 @@ def test_a_run_needs_a_phase(command, capsys):
     with pytest.raises(SystemExit):
         command.main(["--run=x"])
     assert "--run needs --phase or --weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("phase", ["foo", "sft"])
+def test_a_phase_that_is_not_there_is_named_beside_those_that_are(command, trained_run, capsys, phase):
+    assert command.main([f"--run={trained_run}", f"--phase={phase}"]) == 1
+    message = f"{trained_run / phase}: got no complete checkpoint, expected a phase of {trained_run} that has one: ppo"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+CONFIG = f"--config={Path(__file__).resolve().parents[2] / 'configs/study_pushcube_state.py'}"
+
+
+def test_weights_are_evaluated_without_a_run(command, trained_run, tmp_path, capsys):
+    folder, results = tmp_path / "converted", tmp_path / "results"
+    params = jax.jit(make_mlp(MLPConfig(), toy.norm_stats()).init)(jax.random.key(0))
+    model = json.loads(json.dumps(to_dict(openvla_tiny())))
+    save_params(folder / "checkpoints", 0, params, norm_stats=toy.norm_stats(), model=model)
+    arguments = [f"--weights={folder}", f"--workdir={results}", "--num-videos=0"]
+    assert command.main([CONFIG, *arguments, "--config.evaluation.num_episodes=3", "--temperature=0"]) == 0
+    evaluation = load_evaluation(results / "eval/converted.json")
+    assert len(evaluation.episodes.seed) == 3 and evaluation.info.temperature == 0
+    assert f"report: {results / 'report.html'}" in capsys.readouterr().out
+
+
+def test_the_expert_is_evaluated_without_a_run(command, trained_run, tmp_path, monkeypatch):
+    idle = Expert(lambda: None, lambda signals, memory: (np.zeros(2, np.float32), memory), (1.0, 1.0))
+    monkeypatch.setattr(command, "make_expert", lambda task: idle)
+    assert command.main([CONFIG, "--phase=expert", f"--workdir={tmp_path}", "--num-episodes=2"]) == 0
+    assert load_evaluation(tmp_path / "eval/expert.json").info.checkpoint == "expert"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([CONFIG], "--config needs --weights=FOLDER, or --phase=expert"),
+        ([CONFIG, "--phase=sft"], "phases are those of a --run"),
+        (["--run=x", "--phase=ppo", "--config.seed=1"], "--config.seed=1 goes with --config=FILE"),
+        (["--run=x", "--phase=ppo", "--workdir=y"], "--workdir goes with --config"),
+        (["--weights=x"], "one of the arguments --run --config --report --across is required"),
+    ],
+)
+def test_weights_without_a_run_need_a_configuration(command, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_configuration_is_one_line(command, tmp_path, capsys):
+    assert command.main([CONFIG, f"--weights={tmp_path}", "--config.sed=1"]) == 1
+    expected = "error: --config.sed: there is no field 'sed' in config. Did you mean --config.seed?\n"
+    assert capsys.readouterr().err == expected

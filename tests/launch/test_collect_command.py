@@ -390,6 +390,7 @@ def test_demonstrations_and_pairs_of_a_widowx_task(widowx_assets, tmp_path, caps
     assert "settings.jitter is '15mm-15deg', not 'none'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_tasks_one_after_another_and_what_is_missing(collect, tmp_path, capsys, monkeypatch):
     def make(config):
         return make_vec_env(config) if config.env_id == CUBES else DressedToy(config.num_envs)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -91,3 +92,18 @@ def test_help_of_training_lists_the_fields_that_take_one_of_a_few_words():
     assert shown.returncode == 0, shown.stderr
     assert "python launch/train.py --config=configs/quickstart.py" in shown.stdout
     assert "--config.ppo.terminal_potential: keep, zero" in shown.stdout
+    # Those of either model, and which one a configuration has.
+    of_run, openvla, pi05 = re.split(r"\nof the model .*:\n", shown.stdout)
+    assert "of the model OpenVLA, which a configuration has if its variant does not say pi05" in shown.stdout
+    assert "of the model pi0.5, which --config=FILE:pi05 chooses" in shown.stdout
+    assert "--config.model." not in of_run
+    assert "--config.model.resize: " in openvla and "--config.model.noise: " not in openvla
+    assert "--config.model.noise: ode, sde, learned" in pi05 and "--config.model.resize: " not in pi05
+
+
+def test_help_to_a_reader_that_leaves_early_is_no_error():
+    """A pipe that nobody reads from, as that to `head` once it has its lines."""
+    command_line = [sys.executable, str(LAUNCH / "train.py"), "--help"]
+    with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.wait(timeout=60), process.stderr.read()) == (0, "")

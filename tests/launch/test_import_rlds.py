@@ -281,6 +281,7 @@ def config(bridge, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_imported_demonstrations_are_imitated_without_a_simulator(config, bridge, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ipi, "make_vec_env", None)
     ipi.run_ipi(config(), tmp_path / "run")

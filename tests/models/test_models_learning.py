@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import optax
+import pytest
 from nano_policy import jit, nano_config
 
 from stare_jax.models import make_policy, with_prompt
@@ -22,6 +23,7 @@ def squares(rng, num):
     return images, action.astype(np.float32)
 
 
+@pytest.mark.slow
 def test_action_is_read_off_the_image():
     config = nano_config(state_dim=0, prompt_template="{instruction}", prompt_length=5)
     towers = {name: dataclasses.replace(getattr(config, name), std=(0.2, 0.2, 0.2)) for name in ("dino", "siglip")}

@@ -1,6 +1,15 @@
 """Prompts: layout, templates, the built-in vocabulary, and tokenizers in Hugging Face's format built on the spot."""
 
 import dataclasses
+import hashlib
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +20,7 @@ from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models.bins import bin_state
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla.prompt import OPENVLA_STATE_TEMPLATE, OPENVLA_TEMPLATE, encode_prompt, format_prompt
-from stare_jax.models.tokenizer import make_tokenizer, word_tokenizer
+from stare_jax.models.tokenizer import NETWORK_TIMEOUT_S, make_tokenizer, word_tokenizer
 
 
 def test_prompt_is_openvlas():
@@ -127,3 +136,74 @@ def test_more_ids_than_the_model_has_are_refused(llama):
     policy = make_policy(small, identity_stats(7, 0))
     with pytest.raises(ValueError, match="tokenizer '.*': got 32001 ids, expected at most vocab_size 32000"):
         policy.tokenize(["put carrot"], np.zeros((1, 0)))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A server of one repository's files, as huggingface.co serves them; 404 for all else."""
+
+    folder, name = "", "some/llama"
+
+    def do_HEAD(self):
+        prefix = f"/{self.name}/resolve/main/"
+        file = Path(self.folder) / self.path.removeprefix(prefix)
+        content = file.read_bytes() if self.path.startswith(prefix) and file.is_file() else None
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        else:
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        return content
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD() or b"")
+
+    def log_message(self, *arguments):
+        pass
+
+
+def load_from(endpoint, cache, name="some/llama"):
+    """Loads a tokenizer by its name in a process of its own; returns (what it printed, seconds)."""
+    code = "import sys\nfrom stare_jax.config import UserError\nfrom stare_jax.models.tokenizer import make_tokenizer\n"
+    code += "try:\n    print(make_tokenizer(sys.argv[1]).encode('put carrot'))\n"
+    code += "except UserError as error:\n    print(error)\n"
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "PYTHONPATH": paths}
+    environment = {key: value for key, value in environment.items() if not key.lower().endswith("_proxy")}
+    start = time.monotonic()
+    argv = [sys.executable, "-c", code, name]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.monotonic() - start
+
+
+@pytest.mark.parametrize("is_silent", [False, True], ids=["refuses", "is silent"])
+def test_a_tokenizer_that_cannot_be_downloaded_is_one_line_and_soon(tmp_path, is_silent):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if is_silent:  # takes connections and never answers
+            server.listen()
+        said, seconds = load_from(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path)
+    assert said.startswith(
+        "model.tokenizer: got 'some/llama', which is no folder here, and its tokenizer.json cannot be "
+    )
+    assert said.endswith("a checkpoint that has one: --config.model.tokenizer=FOLDER\n") and said.count("\n") == 1
+    assert seconds < NETWORK_TIMEOUT_S + 40  # the rest is what imports take
+
+
+def test_a_tokenizer_is_downloaded_once(llama, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OfLlama", (Hub,), {"folder": llama[0]})) as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            first, _ = load_from(endpoint, tmp_path)
+            missing, _ = load_from(endpoint, tmp_path, name="some/other")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert first == f"{[llama[1]['▁put'], llama[1]['▁carrot']]}\n"
+    assert missing.startswith("model.tokenizer: got 'some/other', which is no folder here") and missing.count("\n") == 1
+    assert load_from(endpoint, tmp_path)[0] == first  # without the server

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -8,13 +9,15 @@ import numpy as np
 import pytest
 
 from stare_jax.evaluate.episodes import Episodes
-from stare_jax.evaluate.record import evaluation_file, load_results
+from stare_jax.evaluate.record import evaluation_file, headline_results, load_results
 from stare_jax.evaluate.summary import summarize
 from stare_jax.logging import read_metrics, replace_bytes
 from stare_jax.report import films as report_films
 from stare_jax.report.films import record_evaluation, telling_episodes
 from stare_jax.report.report import phase_seconds, print_report, write_report
+from stare_jax.report.tables import rates_table
 from stare_jax.runs.evaluation import training_rewards
+from stare_jax.stages import get_task
 from stare_jax.train.ppo import PPOConfig
 
 
@@ -224,3 +227,63 @@ def test_report_is_whole_while_somebody_else_writes_it(run_directory, tmp_path, 
     assert "success at any step" in write_report(tmp_path).read_text()
     assert {"report.html", "success.png", "stages_dark.png"} <= seen
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def add_evaluation(run, name, like, **changes):
+    """Writes an evaluation that is like another one of a run, with a new name, fewer episodes, or other words."""
+    document = json.loads((run / f"eval/{like}.json").read_text())
+    num_episodes = changes.pop("num_episodes", len(document["episodes"]["seed"]))
+    document["episodes"] = {field: values[:num_episodes] for field, values in document["episodes"].items()}
+    document["info"] |= changes.pop("info", {})
+    (run / f"eval/{name}.json").write_text(json.dumps(document | changes))
+
+
+@pytest.fixture
+def run(run_directory, tmp_path):
+    """A copy of the run, whose evaluations are its own, which a test may add to."""
+    shutil.copytree(run_directory, tmp_path / "run")
+    for phase in ("sft", "ppo"):
+        add_evaluation(tmp_path / "run", phase, phase, settings={"num_episodes": 12})
+    return tmp_path / "run"
+
+
+def headline(run):
+    return [result.phase for result in headline_results(load_results(run))]
+
+
+def test_the_headline_is_the_runs_own_last_phase(run):
+    add_evaluation(run, "ppo_again", "sft", num_episodes=3, settings=None, info={"checkpoint": "ppo/4/aaaa"})
+    add_evaluation(run, "zero_shot", "sft", settings=None)
+    assert headline(run) == ["sft", "ppo"]
+    text = " ".join(Page(write_report(run).read_text()).text.split())
+    ppo = load_results(run)[1].summary
+    assert f"{100 * ppo.success_once.value:.0f} % success at any step after ppo" in text
+    assert "points ppo against sft, same initial states" in text
+
+
+def test_without_evaluations_of_its_own_the_largest_of_each_phase_counts(run):
+    for phase in ("sft", "ppo"):
+        add_evaluation(run, phase, phase, settings=None, num_episodes=4)
+    more = {"settings": None, "info": {"checkpoint": "ppo/4/aaaa"}}
+    add_evaluation(run, "ppo_again", "ppo", num_episodes=3, **more)
+    assert headline(run) == ["sft", "ppo"]
+    (run / "eval/ppo.json").rename(run / "eval/large.json")
+    add_evaluation(run, "large", "large", **more)
+    assert headline(run) == ["sft", "large"]
+    for file in run.glob("eval/*.json"):
+        file.rename(file.with_name(f"x_{file.name}"))
+    for file in run.glob("eval/*.json"):
+        add_evaluation(run, file.stem, file.stem, settings=None, info={"checkpoint": "other/1/bbbb"})
+    assert headline(run) == ["x_sft"]
+
+
+@pytest.mark.parametrize(("task", "is_held"), [("PushCube-v1", False), ("PullCube-v1", False), ("StackCube-v1", True)])
+def test_holding_is_told_of_tasks_in_which_something_is_held(run_directory, task, is_held):
+    results = load_results(run_directory)
+    stages = get_task(task).stage_names
+    results = [
+        result._replace(evaluation=result.evaluation._replace(info=result.evaluation.info._replace(stage_names=stages)))
+        for result in results
+    ]
+    names = [row[0] for row in rates_table(results)[1]]
+    assert ("held the object" in names) == is_held and "touched the object" in names

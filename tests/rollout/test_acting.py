@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.rollout.collect import acting_sharding, place_rows
+from stare_jax.models.mlp import MLPConfig, make_mlp
+from stare_jax.models.normalize import identity_stats
+from stare_jax.rollout.collect import acting_sharding, place_rows, policy_act
 from stare_jax.sharding.mesh import batch_sharding, make_mesh
 
 HERE = Path(__file__).resolve().parent
@@ -53,3 +55,11 @@ def test_parameters_say_where_a_policy_acts():
     assert place_rows(rows, acting_sharding({"w": on_device})).devices() == {jax.devices()[0]}
     on_mesh = jax.device_put(np.ones(2), batch_sharding(mesh))
     assert acting_sharding({"v": np.ones(2), "w": on_mesh}) == batch_sharding(mesh)
+
+
+def test_a_policy_is_compiled_once_and_that_is_said(capsys):
+    policy = make_mlp(MLPConfig(hidden_dims=(4,), value_dims=(4,)), identity_stats(2, 2))
+    params = jax.jit(policy.init)(jax.random.key(0))
+    for key in (1, 2):
+        policy_act(policy, params, jax.random.key(key))
+    assert capsys.readouterr().err == "compiling the policy that acts (done once; a minute for large models)\n"

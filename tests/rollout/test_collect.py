@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stare_jax.envs.base import EnvStep
+from stare_jax.envs.base import EnvStep, SimulatorError
 from stare_jax.logging import Clock
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.normalize import identity_stats
@@ -190,6 +190,33 @@ def test_a_simulator_that_starts_again_is_handed_no_episode_to_lose():
     assert rollout.num_dropped == 1 and rollout.is_complete
     lengths = np.array([1, -1, 3, 4, 4, 2, 4])  # of the lost episode not even the first state is left
     np.testing.assert_array_equal(rollout.trajectory.valid, np.arange(5) <= lengths[:, None])
+
+
+class LosingEnv(ScriptedEnv):
+    """All of its simulators die in the third call and never come back."""
+
+    def __init__(self, num_envs, scripts):
+        super().__init__(num_envs, scripts)
+        self.num_calls = 0
+
+    def _advance(self, action, reset_seeds, reproducible):
+        state = super()._advance(action, reset_seeds, reproducible)
+        self.num_calls += 1
+        self._is_dead[:] = self.num_calls > 2
+        return state._replace(alive=~self._is_dead)
+
+
+def test_simulators_that_never_come_back_are_not_waited_for_without_end():
+    env = LosingEnv(2, SCRIPTS)
+    message = "Scripted-v0: none of 2 environments came back alive in 101 calls in a row; 5 of 7 episodes wait to begin"
+    with pytest.raises(SimulatorError, match=message):
+        collect_episodes(env, scripted_act, SEEDS, stop_at_success=False)
+    assert env.num_calls == 2 + 101
+
+
+def test_simulators_that_are_lost_while_no_episode_waits_end_the_collection():
+    rollout = collect_episodes(LosingEnv(2, {}), scripted_act, SEEDS[:2], stop_at_success=False)
+    assert rollout.num_dropped == 2 and rollout.is_complete
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 4])

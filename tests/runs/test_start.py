@@ -10,6 +10,7 @@ from toy_run import DressedToy, make_config
 
 from stare_jax.config import ConfigError
 from stare_jax.runs.ipi import run_ipi
+from stare_jax.runs.load import load_config
 from stare_jax.runs.start import demonstration_statistics, read_statistics, source_statistics, write_statistics
 from stare_jax.weights.files import WeightsError
 from stare_jax.weights.openvla import read_config
@@ -105,6 +106,12 @@ def test_statistics_are_the_same_after_writing(finished_run, tmp_path):
 def test_weights_of_another_model_are_refused_before_anything_is_collected(on_toy, hugging_face, tmp_path):
     model = dataclasses.replace(read_config(hugging_face), image_size=56)
     config = dataclasses.replace(CONFIG, model=model, init_from=str(hugging_face))
-    with pytest.raises(ConfigError, match="model.image_size: got 56, expected 28"):
+    with pytest.raises(ConfigError, match="model.image_size: got 28, expected 56"):
         run_ipi(config, tmp_path / "run")
     assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()
+
+
+def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"phases": [')
+    with pytest.raises(ConfigError, match=r"config.json: got a file that is not JSON \(.*\), expected one that is$"):
+        load_config(tmp_path)

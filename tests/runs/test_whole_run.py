@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import shutil
 import weakref
@@ -11,18 +12,19 @@ import numpy as np
 import pytest
 from toy_run import DressedToy, make_config
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, to_dict
+from stare_jax.data.demos import collect_demos
 from stare_jax.data.norm_stats import NORM_STATS_FILE, read_norm_stats
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.schema import fingerprint
-from stare_jax.logging import read_metrics
+from stare_jax.logging import read_metrics, write_config
+from stare_jax.models import openvla_tiny
 from stare_jax.runs import ipi
 from stare_jax.runs.directory import read_record
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.load import identify_checkpoint, load_policy
 from stare_jax.runs.start import read_statistics, write_statistics
-from stare_jax.state.checkpoint import load_norm_stats
+from stare_jax.state.checkpoint import CheckpointError, load_norm_stats
 from stare_jax.state.optimizer import OptimizerConfig
 from stare_jax.types import NormStats
 
@@ -56,7 +58,7 @@ def test_a_run_leaves_what_its_record_says(finished_run):
     demos = finished_run / "data" / "demos"
     sft, tpo, ppo = (finished_run / phase for phase in ("sft", "tpo", "ppo"))
     assert read_record(sft).start == "random"
-    assert read_record(sft).data == {"demos": fingerprint(demos)[:12], "num_episodes": 4}
+    assert read_record(sft).data == {"demos": Dataset(demos).fingerprint[:12], "num_episodes": 4}
     assert read_record(tpo).start == identify_checkpoint(sft)[1]
     assert read_record(ppo).start == identify_checkpoint(tpo)[1]
     for phase in (sft, tpo, ppo):
@@ -160,7 +162,7 @@ def test_phases_that_are_left_out_are_not_started_from(run, monkeypatch):
     started = []
     monkeypatch.setattr(ipi, "train_ppo", lambda *arguments: started.append(read_record(run / "ppo").start))
     shutil.rmtree(run / "ppo")
-    with pytest.raises(Exception, match="checkpoints"):  # which the stand-in has not made
+    with pytest.raises(CheckpointError, match="ppo: got no complete checkpoint"):  # which the stand-in has not made
         run_ipi(dataclasses.replace(CONFIG, phases=("sft", "ppo")), run)
     assert started == [identify_checkpoint(run / "sft")[1]]
 
@@ -181,6 +183,16 @@ def test_a_refused_command_changes_no_file(run):
         (with_section(CONFIG, "tpo", optimizer=OptimizerConfig(freeze=("^nothing",))), "freeze: no parameter matches"),
         (with_section(CONFIG, "tpo", reference="base"), "tpo.reference: got 'base', expected 'start'"),
         (with_section(CONFIG, "mesh", fsdp=64), "mesh: got data x fsdp x tensor"),
+        (with_section(CONFIG, "mesh", fsdp=0), "mesh: got .*, expected .*at least 1 along each axis"),
+        (
+            dataclasses.replace(CONFIG, model=openvla_tiny()),
+            r"sees the cameras \['base_camera'\], expected some of \[\]",
+        ),
+        pytest.param(
+            with_section(CONFIG, "logging", wandb="x"),
+            "config.logging.wandb: got 'x', expected '': wandb is not installed",
+            marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
         (dataclasses.replace(CONFIG, init_from="nowhere"), "config.init_from: got 'nowhere', expected a folder"),
     ],
 )
@@ -190,16 +202,27 @@ def test_what_can_be_known_is_said_before_anything_is_collected(on_toy, tmp_path
     assert DressedToy.num_started == 0 and not (tmp_path / "run").exists()
 
 
-def test_demonstrations_that_have_changed_are_refused_while_they_are_imitated(run, monkeypatch):
+def test_demonstrations_that_have_changed_are_refused_while_they_are_imitated(run):
     (run / "sft" / "finished.json").unlink()
     for phase in ("tpo", "ppo"):
         shutil.rmtree(run / phase)
     more = with_section(dataclasses.replace(CONFIG, demos_from=""), "demos", num_demos=6)
     with pytest.raises(ConfigError, match="config.demos.num_demos was 4, is 6"):
         run_ipi(more, run)
-    monkeypatch.setattr(ipi, "describe_demonstrations", lambda dataset: {"demos": "other", "num_episodes": 4})
-    with pytest.raises(ConfigError, match=r"sft.data.demos was '\w+', is 'other'; --redo=sft"):
-        run_ipi(CONFIG, run)
+    # A data set that is given, and that others have made larger since, is seen before anything is written.
+    given = run.parent / "given"
+    shutil.copytree(run / "data" / "demos", given)
+    from_given = dataclasses.replace(CONFIG, demos_from=str(given))
+    write_config(run, to_dict(from_given))
+    more_demos = dataclasses.replace(CONFIG.demos, num_demos=6)
+    collect_demos(lambda: ipi.make_vec_env(CONFIG.env), CONFIG.env.info, ipi.make_expert(""), more_demos, given)
+    files = content(run)
+    longer = with_section(from_given, "sft", num_steps=6)
+    with pytest.raises(
+        ConfigError, match=r"sft.data.demos was '\w+', is '\w+'; .*num_episodes was 4, is 6; --redo=sft"
+    ):
+        run_ipi(longer, run)
+    assert content(run) == files
 
 
 def test_interaction_alone_needs_weights_that_say_how_actions_are_scaled(on_toy, tmp_path):

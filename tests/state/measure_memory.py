@@ -11,7 +11,8 @@ from stare_jax.envs import toy
 from stare_jax.logging import PeakMemory
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint
-from stare_jax.state.train_state import TrainState, num_bytes
+from stare_jax.state.storage import num_bytes
+from stare_jax.state.train_state import TrainState
 
 SIZES = [256, 256, 256, 256, 256, 128, 64, 32]
 """MiB of each frozen leaf."""

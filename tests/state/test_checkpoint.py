@@ -177,6 +177,7 @@ def test_parameters_of_the_first_versions_checkpoints_load_and_its_training_is_r
         checkpoint.restore(tmp_path, state)
 
 
+@pytest.mark.slow
 def test_loading_and_saving_hold_the_model_and_less_than_a_gigabyte_more(tmp_path):
     """Each task has a process of its own, on a model of 1.5 GB whose largest leaf has 256 MiB."""
     script = Path(__file__).with_name("measure_memory.py")

@@ -115,10 +115,25 @@ def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
     # Compared with itself a policy has no preference.
     assert losses["start"] == pytest.approx(np.log(2), abs=1e-5)
     assert abs(losses["base"] - np.log(2)) > 1e-4
-    # Acting and scoring round differently in bfloat16: by 0.1 at most in about a hundred decisions, and by far less on
-    # average.
-    gap = np.abs(scored["start"].chosen.ref_logp[..., 0] - pairs.chosen.decisions.logp)[pairs.chosen.decisions.valid]
-    assert gap.max() < 0.15 and gap.mean() < 0.05
+    # Acting and scoring compute the same (see the next test) and round at different points in bfloat16: acting sums the
+    # attention to the prompt and that to the tokens after it. The largest gap of 90 decisions was 0.07 to 0.23 over six
+    # keys of the actions, 0.10 with the key here, so that a bound of 0.1 would hang on a draw; the mean 0.013 to 0.018.
+    gap = gap_of(scored["start"].chosen, pairs.chosen)
+    assert gap.max() < 0.15 and gap.mean() < 0.025
+
+
+def gap_of(scored, trajectory):
+    """Returns differences of decisions' log-probabilities, as they were made and as they are scored."""
+    decisions = trajectory.decisions
+    return np.abs(scored.ref_logp[..., 0] - decisions.logp)[decisions.valid]
+
+
+def test_acting_and_scoring_are_the_same_in_float32(params):
+    exact = make_policy(dataclasses.replace(CONFIG, execution=Execution()), toy.norm_stats())
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    pairs = random_pairs(exact, params, 3)
+    scored = score_pairs(exact, params, pairs, toy.task_spec(), batch_size=30)
+    assert gap_of(scored.chosen, pairs.chosen).max() < 1e-4
 
 
 def test_two_passes_are_one_with_adapters(params, pairs):

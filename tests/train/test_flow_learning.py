@@ -71,6 +71,7 @@ def success_rate(policy, params):
     return float((trajectory.signals.success & trajectory.valid).any(axis=1).mean())
 
 
+@pytest.mark.slow
 def test_interaction_improves_a_weak_flow_policy(policy, weak, make_run):
     run = make_run("ppo", writer=Writer())
     before = success_rate(policy, weak)

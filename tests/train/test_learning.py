@@ -65,6 +65,7 @@ def steps_to_target(learner, spec, config, run):
     return run.writer.lines[-1]["env/steps"] if is_there() else np.inf
 
 
+@pytest.mark.slow
 def test_ppo_learns_from_random_weights_and_stage_aware_ppo_learns_it_faster(learner, make_run):
     spec = toy.task_spec()
     plain, staged = [], []

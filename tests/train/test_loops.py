@@ -1,6 +1,7 @@
 """The three loops: resuming is going on, nothing is compiled twice, what goes wrong says where."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, random_pairs
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted
+from stare_jax.models import MLPConfig, openvla_tiny
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
@@ -77,9 +79,13 @@ def what_happened(lines):
 
 
 @pytest.mark.parametrize(("phase", "stop_after"), [("sft", 3), ("tpo", 4), ("ppo", 2)])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, phase, stop_after):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, capsys, phase, stop_after):
     whole = make_run("whole")
     expected = train(phase, whole)
+    unit, total = ("iteration", 4) if phase == "ppo" else ("step", 6)
+    said = capsys.readouterr().err
+    assert said.count(f"{phase}: compiling the training step (done once") == 1 and "going on" not in said
+    assert said.index("compiling the training step") < said.index(f"{phase}: {total}/{total} {unit}")
     assert sum(whole.writer.column("perf/compilations")[1:]) == 0
     assert {line["phase"] for line in whole.writer.lines} == {phase}
 
@@ -93,6 +99,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, p
 
     resumed = make_run("stopped", resume=True)
     params = train(phase, resumed)
+    said = capsys.readouterr().err
+    assert f"{phase}: going on at {unit} {stop_after + 1} of {total}\n" in said
+    assert f"{phase}: {total}/{total} {unit}" in said
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     lines = stopped.writer.lines + resumed.writer.lines
     assert what_happened(lines) == what_happened(whole.writer.lines)
@@ -101,8 +110,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(train, make_run, p
     again = make_run("stopped", resume=True)
     jax.tree.map(np.testing.assert_array_equal, train(phase, again), expected)
     assert again.writer.lines == []
+    said = capsys.readouterr().err
+    assert "going on" not in said and "compiling the training step" not in said
     with pytest.raises(CheckpointError, match="expected none; resume them or choose another directory"):
         train(phase, make_run("stopped"))
+
+
+def test_a_phase_goes_on_with_the_model_of_its_checkpoint_only(train, make_run):
+    model = json.loads(json.dumps(to_dict(MLPConfig(hidden_dims=(16,), value_dims=(16,), label_width=0.5))))
+    train("sft", make_run(model=model), num_steps=2)
+    other = make_run(resume=True, model=model | {"label_width": 1.0})
+    message = "sft/checkpoints is of another model:\n  model.label_width: got 0.5, expected 1.0"
+    with pytest.raises(ConfigError, match=message):
+        train("sft", other, num_steps=3)
+    with pytest.raises(ConfigError, match="sft/checkpoints: got weights of an MLP, expected those of OpenVLA"):
+        train("sft", make_run(resume=True, model=to_dict(openvla_tiny())), num_steps=3)
+    assert other.writer.lines == []
+    for known in (model, {}):
+        train("sft", make_run(resume=True, model=known), num_steps=3)
 
 
 def test_ppo_that_is_stopped_while_it_collects_collects_again(train, make_run):

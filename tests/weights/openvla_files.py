@@ -18,7 +18,7 @@ from stare_jax.weights.files import read
 from stare_jax.weights.formats import open_weights, read_params
 from stare_jax.weights.openvla import tensor_table, unused_specs
 from stare_jax.weights.statistics import read_openvla_stats
-from stare_jax.weights.tensor_table import leaf_shapes, table_specs
+from stare_jax.weights.tensor_table import table_specs
 
 TIMM_IDS = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
 
@@ -169,7 +169,7 @@ def load_openvla(folder, key, *, config=None, unnorm_key=None):
 
 def export_specs(config, dtype):
     """Returns all tensors of the checkpoint of a model."""
-    return table_specs(tensor_table(config), leaf_shapes(config), dtype) | unused_specs(config, dtype)
+    return table_specs(tensor_table(config), config, dtype) | unused_specs(config, dtype)
 
 
 def read_folder(folder, pattern="model*.safetensors"):

@@ -8,6 +8,7 @@ import convert as command
 import jax
 import numpy as np
 import openvla_files
+import pi05_files
 import pytest
 from openvla_files import ACTION, SMALL, load_openvla, read_folder, read_norm_stats
 
@@ -145,7 +146,7 @@ def test_the_base_is_found_through_runs_that_began_as_runs(base, tuned, tmp_path
     [
         (openvla_tiny(), "got a model with model.stem = (32, 64), expected one that OpenVLA's checkpoints have"),
         (openvla_state(), "got a model with model.state_tokens = 4, expected one that OpenVLA's checkpoints have"),
-        (None, "model.image_size: got 56, expected 28"),
+        (None, "model.image_size: got 28, expected 56"),
     ],
 )
 def test_a_run_of_another_model_is_refused(base, tmp_path, capsys, model, message):
@@ -157,6 +158,16 @@ def test_a_run_of_another_model_is_refused(base, tmp_path, capsys, model, messag
     assert convert(f"--from={run}", f"--to={tmp_path / 'hf'}", f"--base={base / 'ours'}") == 1
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_base_of_another_kind_of_model_is_refused(tuned, tmp_path, capsys):
+    run, _ = tuned
+    theirs = pi05_files.write_openpi(
+        tmp_path / "pi05", openvla_files.random_normal(pi05_files.tree_shapes(pi05_files.SMALL))
+    )
+    assert convert(f"--from={run}", f"--to={tmp_path / 'hf'}", f"--base={theirs}") == 1
+    expected = f"error: got weights for Pi05Config in {theirs}, expected those of a OpenVLAConfig"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
 def test_adapters_of_a_run_come_out_alone_or_merged(base, tmp_path, capsys):
@@ -189,10 +200,10 @@ def test_adapters_of_a_run_come_out_alone_or_merged(base, tmp_path, capsys):
     assert read_folder(tmp_path / "float32", file) == read_folder(tmp_path / "peft", file)
     # A run that goes on from there has to count them alike.
     to = tmp_path / "next"
-    starting.check_same_model(starting.stored_model(to), config.model, source=to)
+    starting.check_source(to, config.model)
     other = dataclasses.replace(config.model, lora=dataclasses.replace(LORA, alpha=1.0))
-    with pytest.raises(ConfigError, match=r"is of another model:\n  model.lora.alpha: got 1.0, expected 5.0"):
-        starting.check_same_model(starting.stored_model(to), other, source=to)
+    with pytest.raises(ConfigError, match=r"is of another model:\n  model.lora.alpha: got 5.0, expected 1.0"):
+        starting.check_source(to, other)
 
     # Weights beside the adapters that are not the base's would be lost.
     other = save_run(tmp_path / "other_base", config, moved(start, only="projector/fc1/kernel"))

@@ -41,6 +41,7 @@ def test_openvla(tmp_path):
     assert read_folder(back) == read_folder(tmp_path / "large")
 
 
+@pytest.mark.slow
 def test_pi05(tmp_path):
     """openpi's tree, which Orbax wants whole, as well."""
     for name, sizes in {"large": LARGE_PI05, "small": pi05_files.SMALL}.items():

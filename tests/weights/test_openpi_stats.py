@@ -6,10 +6,11 @@ import numpy as np
 import pi05_files
 import pytest
 
+from stare_jax.config import UserError
 from stare_jax.models.normalize import to_quantiles
 from stare_jax.types import NormStats
 from stare_jax.weights.files import WeightsError
-from stare_jax.weights.statistics import find_stats, list_assets, read_openpi_stats, to_openpi_stats
+from stare_jax.weights.statistics import list_assets, read_asset, read_openpi_stats, to_openpi_stats
 
 
 def write(tmp_path, stats):
@@ -22,7 +23,7 @@ def test_quantiles_come_back_to_the_last_bit(tmp_path):
     rng = np.random.default_rng(0)
     low = rng.normal(size=7).astype(np.float32)
     stats = NormStats(low, low + np.float32(0.1), np.ones(7, bool), low[:3], low[:3] + np.float32(1e-3))
-    back = read_openpi_stats(write(tmp_path, stats), max_dim=32)
+    back = read_openpi_stats(write(tmp_path, stats))
     for name in NormStats._fields:
         np.testing.assert_array_equal(getattr(back, name), getattr(stats, name))
         assert getattr(back, name).dtype == getattr(stats, name).dtype
@@ -43,21 +44,21 @@ def test_what_openpi_requires_is_there(tmp_path):
 
 def test_padded_statistics_are_cut_and_short_ones_refused(tmp_path):
     file = pi05_files.write_stats(tmp_path, dim=32, state_dim=32)
-    assert len(read_openpi_stats(file, max_dim=32).action_q01) == 32
-    stats = read_openpi_stats(file, max_dim=32, action_dim=7, state_dim=8)
+    assert len(read_openpi_stats(file).action_q01) == 32
+    stats = read_openpi_stats(file, action_dim=7, state_dim=8)
     assert (len(stats.action_q01), len(stats.action_mask), len(stats.state_q99)) == (7, 7, 8)
-    assert len(read_openpi_stats(file, max_dim=9).action_q01) == 9
+    assert len(read_openpi_stats(pi05_files.write_stats(tmp_path, dim=40)).action_q01) == 32
     file = pi05_files.write_stats(tmp_path, dim=6, state_dim=4)
     with pytest.raises(WeightsError, match=r"norm_stats.json: norm_stats.actions.q01: got 6 numbers, expected 7"):
-        read_openpi_stats(file, max_dim=32, action_dim=7)
+        read_openpi_stats(file, action_dim=7)
     with pytest.raises(WeightsError, match=r"norm_stats.state.q01: got 4 numbers, expected 8"):
-        read_openpi_stats(file, max_dim=32, state_dim=8)
+        read_openpi_stats(file, state_dim=8)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q01": None}, r"droid/norm_stats.json: norm_stats.actions.q01: got null, expected numbers: pi0.5 is"),
+        ({"q01": None}, r"droid/norm_stats.json: norm_stats.actions.q01: got null, expected numbers: policies are"),
         ({"q99": [1.0] * 8}, "norm_stats.actions: got 9 and 8 numbers in q01 and q99, expected as many in both"),
         ({"q01": ["a"] * 9}, "norm_stats.actions.q01: could not convert"),
         ({"q01": [float("nan")] * 9}, "norm_stats.actions.q01: got .*, expected a list of finite numbers"),
@@ -67,28 +68,30 @@ def test_padded_statistics_are_cut_and_short_ones_refused(tmp_path):
 def test_quantiles_are_required(tmp_path, change, message):
     file = pi05_files.write_stats(tmp_path, **change)
     with pytest.raises(WeightsError, match=message):
-        read_openpi_stats(file, max_dim=32)
+        read_openpi_stats(file)
 
 
 def test_other_files_are_refused(tmp_path):
     file = tmp_path / "norm_stats.json"
     for content, message in (
-        ("[]", "got no norm_stats, expected those of state and actions"),
+        ("[]", "got a list, expected an object of named fields"),
+        ("{}", "got no norm_stats, expected those of state and actions"),
         ('{"norm_stats": {"state": {}}}', r"got \['state'\], expected 'actions' among them"),
         ('{"norm_stats": {"actions": {"mean": []}}}', "norm_stats.actions.q01: got nothing, expected numbers"),
         ("{", "got a file that is not JSON"),
     ):
         file.write_text(content)
-        with pytest.raises(WeightsError, match=message):
-            read_openpi_stats(file, max_dim=32)
+        with pytest.raises(UserError, match=message):
+            read_openpi_stats(file)
 
 
 def test_one_of_several_assets_is_named(tmp_path):
-    assert find_stats(tmp_path, None) is None
-    file = pi05_files.write_stats(tmp_path, "physical-intelligence/libero")
-    assert find_stats(tmp_path, None) == ("physical-intelligence/libero", file)
-    other = pi05_files.write_stats(tmp_path, "droid")
+    assert read_asset([tmp_path]) == (None, None)
+    pi05_files.write_stats(tmp_path, "physical-intelligence/libero", dim=3)
+    assert read_asset([tmp_path])[0] == "physical-intelligence/libero"
+    pi05_files.write_stats(tmp_path, "droid", dim=4)
     assert list_assets(tmp_path).keys() == {"droid", "physical-intelligence/libero"}
     with pytest.raises(WeightsError, match=r"unnorm_key: got None, expected one of \['droid', 'physical-"):
-        find_stats(tmp_path, None)
-    assert find_stats(tmp_path, "droid") == ("droid", other)
+        read_asset([tmp_path])
+    name, stats = read_asset([tmp_path], "droid")
+    assert (name, len(stats.action_q01)) == ("droid", 4)

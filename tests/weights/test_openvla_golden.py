@@ -11,6 +11,7 @@ from openvla_files import load_openvla, read_folder
 
 from stare_jax.models import make_policy
 from stare_jax.models.bins import decode_bins
+from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.nn.lora import add_adapters
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.openvla import prompt as openvla_prompt
@@ -21,7 +22,7 @@ from stare_jax.weights.formats import open_weights
 from stare_jax.weights.openvla import read_config
 from stare_jax.weights.peft import keep_adapter, open_adapter, write_adapter
 from stare_jax.weights.side_files import ADAPTER_MODEL, keep_aside
-from stare_jax.weights.tensor_table import leaf_shapes, read_tree
+from stare_jax.weights.tensor_table import read_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = [path for path in (ROOT / "tests/golden/openvla_tiny", ROOT / "../shared/golden/openvla_tiny") if path.exists()]

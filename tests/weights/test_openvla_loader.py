@@ -153,7 +153,7 @@ def test_statistics_of_one_data_set(tmp_path):
     mine = read_norm_stats(tmp_path, unnorm_key="mine", state_dim=1)
     np.testing.assert_array_equal(mine.state_q99, [4.0])
     np.testing.assert_array_equal(mine.action_mask, [True])
-    with pytest.raises(WeightsError, match="statistics of 'robot': got no 'proprio', expected them"):
+    with pytest.raises(WeightsError, match=r": robot: got \['action'\], expected 'proprio' among them"):
         read_norm_stats(tmp_path, unnorm_key="robot", state_dim=1)
 
 

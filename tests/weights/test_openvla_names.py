@@ -8,8 +8,9 @@ import pytest
 from openvla_files import export_specs
 
 from stare_jax.models import LoRAConfig, openvla_7b
+from stare_jax.models.blank import leaf_shapes
 from stare_jax.weights.openvla import adapter_table, tensor_table, unused_specs
-from stare_jax.weights.tensor_table import leaf_shapes, table_specs
+from stare_jax.weights.tensor_table import table_specs
 
 NUM_PARAMS = 7_541_237_184
 
@@ -55,7 +56,7 @@ def test_adapters_are_those_of_all_linear():
     table = adapter_table(tensor_table(config))
     adapters = {path for path in leaf_shapes(config) if path.endswith(("/lora_a", "/lora_b"))}
     assert set(table) == adapters
-    specs = table_specs(table, leaf_shapes(config), "float32")
+    specs = table_specs(table, config, "float32")
     modules = {
         name.removesuffix(".weight"): shape
         for name, shape in openvla_files.checkpoint_shapes(openvla_files.FULL).items()

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from stare_jax.losses import ppo_loss
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models.bins import score_bins
+from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.nn.llama import Llama, LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.normalize import identity_stats
@@ -28,7 +29,7 @@ from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
 from stare_jax.weights.heads import head_table
 from stare_jax.weights.openvla import OVERRIDES, TIMM_IDS, adapter_table, read_config, tensor_table
-from stare_jax.weights.tensor_table import layer_shape, leaf_shapes, to_ours
+from stare_jax.weights.tensor_table import layer_shape, to_ours
 
 try:
     openvla_torch.import_peers()

@@ -11,6 +11,7 @@ import openvla_files
 import pytest
 from openvla_files import ALL_LINEAR, OTHER, SMALL, read_folder
 
+from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.nn.lora import ALL_LINEAR as ALL
 from stare_jax.models.nn.lora import ATTENTION, LoRAConfig
 from stare_jax.state.checkpoint import load_model, param_shapes
@@ -18,7 +19,7 @@ from stare_jax.state.storage import flatten
 from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.peft import open_adapter, read_lora
-from stare_jax.weights.tensor_table import leaf_shapes, read_tree
+from stare_jax.weights.tensor_table import read_tree
 
 RANK, ALPHA = 3, 6
 COPY = "base_model.model.language_model.lm_head.base_layer.weight"

@@ -38,6 +38,7 @@ def test_a_peer_is_timed_and_compared(tmp_path, capsys):
     assert "pi05_naive:make_sampler" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(pi05_naive, "without_time", without_time, raising=False)
     with pytest.raises(SystemExit, match="sample 2: DisagreementError: actions: got a difference .* expected <= 0.001"):

@@ -30,8 +30,11 @@ from stare_jax.models import (
     pi05_maniskill,
     pi05_state,
 )
+from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.lora import adapted_module, is_adapter
 from stare_jax.models.pi05.presets import ACTION_EXPERT
+from stare_jax.models.stored import check_same_model, model_from_dict, named_model
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import load_policy
 from stare_jax.sharding.mesh import make_mesh
@@ -41,15 +44,8 @@ from stare_jax.types import NormStats
 from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import read_norm_stats
 from stare_jax.weights.heads import HEADS
-from stare_jax.weights.load import (
-    check_same_model,
-    initial_params,
-    is_converted,
-    model_from_dict,
-    stored_model,
-)
-from stare_jax.weights.pi05_formats import named_model, read_config
-from stare_jax.weights.tensor_table import adapted_module, is_adapter, leaf_shapes
+from stare_jax.weights.load import initial_params, is_converted, stored_model
+from stare_jax.weights.pi05_formats import read_config
 
 ENV = EnvConfig("PutCarrotOnPlateInScene-v1", image_size=28)
 SHAPES = pi05_files.tree_shapes(SMALL)
@@ -243,7 +239,7 @@ def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
     again = start(tmp_path / "ours", config)
     assert bits({path: again[path] for path in more}) == bits(more)
     other = dataclasses.replace(lora, overrides=(LoRAOverride(ACTION_EXPERT, 3, 6.0),))
-    with pytest.raises(ConfigError, match=r"model.lora: .*_1: got rank and alpha \(3, 6.0\), expected \(3, 3.0\)"):
+    with pytest.raises(ConfigError, match=r"model.lora: .*_1: got rank and alpha \(3, 3.0\), expected \(3, 6.0\)"):
         start(tmp_path / "ours", dataclasses.replace(config, lora=other))
     assert convert(f"--from={tmp_path / 'ours'}", f"--to={tmp_path / 'back'}") == 0
     assert bits(read_openpi(tmp_path / "back")) == bits(tree | more)

@@ -10,13 +10,14 @@ from flax.traverse_util import flatten_dict
 from openvla_files import random_bits
 from pi05_files import FULL, SMALL, bits
 
+from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.pi05.presets import pi05_base
 from stare_jax.weights.files import list_file
-from stare_jax.weights.pi05_formats import OUR_OWN, PORT
+from stare_jax.weights.heads import OUR_OWN
+from stare_jax.weights.pi05_formats import PORT
 from stare_jax.weights.pi05_port import EMBEDDINGS, UNUSED, tensor_table
 from stare_jax.weights.tensor_table import (
     checkpoint_shape,
-    leaf_shapes,
     read_leaf,
     read_tree,
     table_specs,
@@ -33,7 +34,7 @@ def shapes_of(tensors):
 
 def test_full_size_has_the_published_names_shapes_and_count():
     config = pi05_base()
-    specs = table_specs(tensor_table(config), leaf_shapes(config), "float32") | PORT.unused(config, "float32")
+    specs = table_specs(tensor_table(config), config, "float32") | PORT.unused(config, "float32")
     ours = {path: leaf.shape for path, leaf in leaf_shapes(config).items() if not path.startswith(OUR_OWN)}
     assert ours == pi05_files.tree_shapes(FULL) and len(ours) == pi05_files.NUM_LEAVES
     assert sum(map(math.prod, ours.values())) == NUM_PARAMS
@@ -54,7 +55,7 @@ def test_there_and_back_every_bit_is_the_same(tmp_path, dtype):
     shapes = pi05_files.tree_shapes(SMALL)
     config = pi05_files.model_config()
     table, leaves = tensor_table(config), random_bits(shapes, dtype)
-    specs = table_specs(table, leaf_shapes(config), dtype)
+    specs = table_specs(table, config, dtype)
     tensors = dict(table_values(table, leaves.__getitem__, specs))
     assert bits(tensors) == bits(pi05_files.to_port(leaves))
     pi05_files.write_port(tmp_path, {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})

@@ -6,7 +6,7 @@ They are leaves of the parameter tree beside the kernel that they adapt, `lora_a
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -93,6 +93,14 @@ def check_patterns(config: LoRAConfig, paths: Sequence[str]) -> None:
     for field, pattern, candidates in patterns:
         if not any(re.search(pattern, path) for path in candidates):
             raise ValueError(f"lora.{field}: got {pattern!r}, expected a regex of one of {', '.join(candidates)}")
+
+
+def name_targets(adapted: Collection[str], modules: Collection[str]) -> tuple[str, ...]:
+    """Returns the shortest of the ways in which `LoRAConfig.targets` can name some of a model's modules."""
+    for targets in (ALL_LINEAR, ATTENTION):
+        if adapted == {module for module in modules if any(re.search(pattern, module) for pattern in targets)}:
+            return targets
+    return tuple(f"^{module}$" for module in sorted(adapted))
 
 
 class Adapters(NamedTuple):
@@ -182,14 +190,31 @@ def low_rank_einsum(equation: str, x: jax.Array, a: jax.Array, b: jax.Array) -> 
     return jnp.einsum(f"{low},{w_axes[:-2]}r{w_axes[-1]}->{y_axes}", narrow, b)
 
 
+def is_adapter(path: str) -> bool:
+    """Returns whether the parameter at a path, names with slashes between them, is an adapter's."""
+    return path.endswith(("lora_a", "lora_b"))
+
+
+def adapter_names(path: str) -> tuple[str, str]:
+    """Returns the paths that the adapters of a weight have, if there are any."""
+    module, _, name = path.rpartition("/")
+    prefix = f"{module}/" if name in ("kernel", "w") else f"{path}_"
+    return f"{prefix}lora_a", f"{prefix}lora_b"
+
+
+def adapted_module(path: str) -> str:
+    """Returns the module, as `LoRAConfig` names it, of a weight or of an adapter."""
+    return re.sub(r"(/kernel|/w|[/_]lora_[ab])$", "", path)
+
+
 def drop_adapters(params: PyTree) -> PyTree:
     """Returns the parameters of the base model, the same arrays."""
-    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if not _is_adapter(path)})
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if not is_adapter(path[-1])})
 
 
 def keep_adapters(params: PyTree) -> PyTree:
     """Returns the adapters alone, the same arrays."""
-    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if _is_adapter(path)})
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(params).items() if is_adapter(path[-1])})
 
 
 def add_adapters(params: PyTree, adapters: PyTree) -> PyTree:
@@ -220,42 +245,33 @@ def store_frozen(params: PyTree, patterns: Sequence[str], dtype: str) -> PyTree:
 
 
 def merge_adapters(params: PyTree, config: LoRAConfig) -> PyTree:
-    """Returns parameters of the base model that compute the same as `params`: `W + (alpha / rank) A B`.
-
-    The sum is taken in float32 and rounded to the kernel's type once.
+    """Returns parameters of the base model that compute the same as `params`, see `merge_weight`.
 
     Raises:
         ValueError: adapters have another rank than `config` gives them, so that their scale is not known.
     """
-    merged = dict(flatten_dict(params))
-    for path in [path for path in merged if path[-1].endswith("lora_a")]:
-        *module, name = path
-        a, b = (jnp.asarray(merged.pop((*module, f"{name[:-1]}{end}")), jnp.float32) for end in "ab")
-        stem = name.removesuffix("lora_a").rstrip("_")
-        target = next(
-            key for key in ((*module, leaf) for leaf in ((stem,) if stem else ("kernel", "w"))) if key in merged
-        )
-        module_path = "/".join((*module, stem) if stem else module)
-        if a.shape[-1] != config.rank_of(module_path):
-            got = f"got {config.rank_of(module_path)} for {module_path}"
-            raise ValueError(f"lora.rank: {got}, expected {a.shape[-1]}, that of its adapters")
-        kernel = merged[target]
-        if target[-1] == "kernel":
-            a, b = _as_matrices(a, b, kernel.ndim)
-        delta = config.scale_of(module_path) * jnp.matmul(a, b, precision="highest").reshape(kernel.shape)
-        merged[target] = (jnp.asarray(kernel, jnp.float32) + delta).astype(kernel.dtype)
-    return unflatten_dict(merged)
+    merged = flatten_dict(params, sep="/")
+    for path, names in [(path, adapter_names(path)) for path in merged]:
+        if names[0] in merged:
+            a, b = (merged.pop(name) for name in names)
+            module = adapted_module(path)
+            if a.shape[-1] != config.rank_of(module):
+                got = f"got {config.rank_of(module)} for {module}"
+                raise ValueError(f"lora.rank: {got}, expected {a.shape[-1]}, that of its adapters")
+            merged[path] = merge_weight(merged[path], a, b, config.scale_of(module))
+    return unflatten_dict(merged, sep="/")
 
 
-def _as_matrices(a: jax.Array, b: jax.Array, kernel_ndim: int) -> tuple[jax.Array, jax.Array]:
-    """Returns adapters `[*stack, *in, rank]` and `[*stack, rank, *out]` as `[*stack, in, rank]`, `[*stack, rank, out]`.
+def merge_weight(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """Returns `W + scale A B`, the sum taken in float32 and rounded to the weight's type once.
 
-    The stack is the kernel's leading axis of layers, if it has one.
+    Args:
+        weight: `[*stack, *in, *out]`, a stack of matrices if it has the first axes.
+        a: `[*stack, *in, rank]`.
+        b: `[*stack, rank, *out]`.
+        scale: alpha / rank.
     """
-    num_stacked, rank = a.ndim + b.ndim - kernel_ndim - 2, a.shape[-1]
-    stack = a.shape[:num_stacked]
-    return a.reshape(*stack, -1, rank), b.reshape(*stack, rank, -1)
-
-
-def _is_adapter(path: tuple[str, ...]) -> bool:
-    return path[-1].endswith(("lora_a", "lora_b"))
+    stack, rank = a.shape[: a.ndim + b.ndim - weight.ndim - 2], a.shape[-1]
+    a, b = jnp.asarray(a, jnp.float32).reshape(*stack, -1, rank), jnp.asarray(b, jnp.float32).reshape(*stack, rank, -1)
+    delta = scale * jnp.matmul(a, b, precision="highest").reshape(weight.shape)
+    return (jnp.asarray(weight, jnp.float32) + delta).astype(weight.dtype)

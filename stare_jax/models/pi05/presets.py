@@ -188,3 +188,10 @@ def all_frozen_patterns(config: Pi05Config) -> tuple[str, ...]:
     With adapters they are trained, and besides them the projections and heads outside PaliGemma.
     """
     return (*config.frozen_patterns, *(() if config.lora is None else (_LAYERS,)))
+
+
+def for_robot(config: Pi05Config, action_dim: int, state_dim: int) -> Pi05Config:
+    """Returns a model with a robot's numbers; a robot without a state takes the state out of the prompt."""
+    is_shown = state_dim or "{state}" not in config.prompt_template
+    template = config.prompt_template if is_shown else STATELESS_TEMPLATE
+    return dataclasses.replace(config, action_dim=action_dim, state_dim=state_dim, prompt_template=template)
