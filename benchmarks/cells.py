@@ -175,7 +175,7 @@ class Result(NamedTuple):
     """None before it has run."""
     median_draw: int
     score: float
-    """of the best draw with the tuning seeds."""
+    """score of the best draw with the tuning seeds."""
 
 
 def read_results(

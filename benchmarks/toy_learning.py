@@ -20,13 +20,13 @@ from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.policy import Policy
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, potentials, separate
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.train.ppo_batch import Targets, episode_targets
+from stare_jax.train.ppo_batch import DecisionBatch, Targets, episode_targets
 from stare_jax.types import Array, Observation, PyTree, Signals
 
 CLIP_EPS = 0.2
 MAX_GRAD_NORM = 10.0
 NUM_MINIBATCHES = 4
-"""of an epoch."""
+"""minibatches of an epoch."""
 DEMO_EPISODES = 256
 DEMO_NOISE = 0.3
 """Standard deviation of the disturbance of the expert, whose actions are at most 1; what it wanted is imitated."""
@@ -91,8 +91,8 @@ def make_policy(toy: Toy) -> Policy:
 
 
 def observation_of(state: Array) -> Observation:
-    """Returns what a policy sees of states `[B, S]`."""
-    no_tokens = jnp.zeros((state.shape[0], 0), jnp.int32)
+    """Returns what a policy sees of states `[..., S]`."""
+    no_tokens = jnp.zeros((*state.shape[:-1], 0), jnp.int32)
     return Observation({}, state, no_tokens, no_tokens.astype(bool))
 
 
@@ -203,26 +203,16 @@ def arm_targets(arm: Arm, spec: TaskSpec) -> Callable[..., Targets]:
 
 
 # ---- PPO ------------------------------------------------------------------------------------------------------------
-class Batch(NamedTuple):
-    """Decisions of an iteration, leaves `[E * N, ...]`."""
-
-    state: Array
-    trace: dict[str, Array]
-    old_logp: Array
-    old_value: Array
-    advantage: Array
-    return_: Array
-    valid: Array
-
-
-def make_batch(policy: Policy, params: PyTree, episodes: Episodes, targets_fn: Callable) -> tuple[Batch, Targets]:
+def make_batch(
+    policy: Policy, params: PyTree, episodes: Episodes, targets_fn: Callable
+) -> tuple[DecisionBatch, Targets]:
     """Labels and rewards episodes and whitens their advantages."""
     decision = episodes.record
     last_value = policy.value(params, observation_of(episodes.state[:, -1]))
     value = jnp.concatenate([decision.value, last_value[:, None]], axis=1)
     targets = jax.vmap(targets_fn)(episodes.signals, episodes.valid, value)
-    batch = Batch(
-        state=episodes.state[:, :-1],
+    batch = DecisionBatch(
+        observation=observation_of(episodes.state[:, :-1]),
         trace=decision.trace,
         old_logp=decision.logp,
         old_value=decision.value,
@@ -233,13 +223,13 @@ def make_batch(policy: Policy, params: PyTree, episodes: Episodes, targets_fn: C
     return jax.tree.map(_flat, batch), targets
 
 
-def update(policy: Policy, params: PyTree, opt_state: PyTree, batch: Batch, key: Array, hyper: Hyper):
+def update(policy: Policy, params: PyTree, opt_state: PyTree, batch: DecisionBatch, key: Array, hyper: Hyper):
     """Passes over a batch `hyper.num_epochs` times and returns parameters and the optimiser's state."""
     tx, rates = _optimizer(), _learning_rates(params, hyper)
     size = len(batch.valid)
 
     def loss_fn(params, part):
-        score = policy.log_prob(params, observation_of(part.state), part.trace)
+        score = policy.log_prob(params, part.observation, part.trace)
         loss, _ = ppo_loss(
             score.logp,
             part.old_logp,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.envs.toys.gripper import HOLDING_OPENING, WORKSPACE, Gripper, approach, move_fingers, move_gripper
-from stare_jax.envs.toys.vec_env import Toy, ToyEnv, array_module, bounded
+from stare_jax.envs.toys.vec_env import Toy, array_module, bounded
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.stages.tasks import get_task
 from stare_jax.types import Array, NormStats, Signals
@@ -219,10 +219,3 @@ TOY = Toy(
     spec=task_spec(),
     norm_stats=norm_stats(),
 )
-
-
-class ToyLift(ToyEnv):
-    """`VecEnv` of this plane; see `envs.base`."""
-
-    def __init__(self, num_envs: int):
-        super().__init__(TOY, num_envs)
