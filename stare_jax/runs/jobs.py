@@ -36,7 +36,7 @@ class Record(NamedTuple):
     slot: int
     """number of the place, and so of the cores, that it ran in."""
     pid: int
-    """of the process; 0 where it had not been started yet."""
+    """number of the process; 0 where it had not been started yet."""
     started: float
     """seconds since the epoch."""
     done_before: float = 0.0

@@ -27,7 +27,7 @@ class Progress(NamedTuple):
     done: float
     """fraction of its demonstrations, steps or iterations; NaN where their number is not known."""
     success: float
-    """of the last training episodes; NaN where there are none."""
+    """success rate of the last training episodes; NaN where there are none."""
     rate: float
     """environment steps per second; NaN where there are none."""
 

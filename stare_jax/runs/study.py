@@ -69,9 +69,9 @@ class Job(NamedTuple):
     """One run of a study."""
 
     name: str
-    """of the job, and of the run directory below the study's folder: "StackCube-v1/ppo/seed_0"."""
+    """name of the job, and of its run directory below the study's folder: "StackCube-v1/ppo/seed_0"."""
     arguments: tuple[str, ...]
-    """of `launch/train.py`."""
+    """arguments of `launch/train.py`."""
     after: tuple[str, ...]
     """names of the jobs whose results it begins with."""
     phase: str

@@ -47,6 +47,7 @@ def iterations(folder, name):
     return [line["step"] for line in last_lines(read_metrics(folder / "PushCube-v1" / name), "ppo")]
 
 
+@pytest.mark.slow
 def test_a_study_that_loses_its_power_goes_on_and_does_nothing_twice(folder):
     """Two methods, two seeds: demonstrations once, imitation once a seed, every run to its end."""
     process, deadline = start(folder), time.monotonic() + 600

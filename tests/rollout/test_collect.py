@@ -209,8 +209,8 @@ class LosingEnv(ScriptedEnv):
         super().__init__(num_envs, scripts)
         self.num_calls = 0
 
-    def _advance(self, action, reset_seeds, reproducible):
-        state = super()._advance(action, reset_seeds, reproducible)
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         self.num_calls += 1
         self._is_dead[:] = self.num_calls > 2
         return state._replace(alive=~self._is_dead)
