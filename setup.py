@@ -17,6 +17,7 @@ setup(
         "flax>=0.12.8,<0.13",
         "grain>=0.2.15,<0.3",
         "gymnasium>=1.0,<2",
+        "huggingface_hub>=1,<3",
         "imageio>=2.37,<3",
         "imageio-ffmpeg>=0.6,<0.9",
         "jax>=0.10.2,<0.12",

@@ -23,8 +23,8 @@ from stare_jax.logging.metrics import last_lines as last_lines
 from stare_jax.logging.metrics import make_writer as make_writer
 from stare_jax.logging.metrics import read_metrics as read_metrics
 from stare_jax.logging.profile import Profiler as Profiler
-from stare_jax.logging.terminal import COMPILING as COMPILING
 from stare_jax.logging.terminal import announce as announce
+from stare_jax.logging.terminal import announce_compiling as announce_compiling
 from stare_jax.logging.terminal import print_table as print_table
 from stare_jax.logging.terminal import progress as progress
 from stare_jax.logging.terminal import progress_bytes as progress_bytes

@@ -9,7 +9,6 @@ from typing import Any
 from tqdm import tqdm
 
 MEGABYTE = 10**6
-COMPILING = "compiling {} (done once; a minute for large models)"
 """Text that is said before a loop falls silent to compile something."""
 
 _num_open_lines = 0
@@ -96,6 +95,18 @@ def announce(text: str, *, stream: Any = None) -> None:
     stream = stream or sys.stderr
     tqdm.write(text, file=stream)
     stream.flush()
+
+
+def announce_compiling(name: str, compiled: Callable) -> Callable:
+    """Returns a compiled function as one that says, before its first call, that this call takes long."""
+    pending = [f"{name} (done once; a minute for large models)"]
+
+    def call(*arguments):
+        if pending:
+            announce(pending.pop())
+        return compiled(*arguments)
+
+    return call
 
 
 class _Bar:

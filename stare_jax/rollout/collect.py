@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from stare_jax.envs.base import SimulatorError, VecEnv
-from stare_jax.logging import COMPILING, Clock, announce
+from stare_jax.logging import Clock, announce_compiling
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
 from stare_jax.rollout.places import Places
@@ -232,11 +232,8 @@ def _take_rows(decision: Decision, num_rows: int, observation: Observation) -> D
 
 @functools.lru_cache(maxsize=16)
 def _jitted_sample(sample: Callable) -> Callable:
-    """Returns the compiled sampling of a policy, and says that its first call, which is about to come, takes long."""
-    announce(COMPILING.format("the policy that acts"))
-
     @jax.jit
     def sample_at(params, observation, key, tick, temperature):
         return sample(params, observation, jax.random.fold_in(key, tick), temperature=temperature)
 
-    return sample_at
+    return announce_compiling("compiling the policy that acts", sample_at)

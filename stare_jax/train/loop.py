@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from stare_jax.logging import COMPILING, Clock, Profiler, announce, num_compilations
+from stare_jax.logging import Clock, Profiler, num_compilations
 from stare_jax.models.policy import Policy
 from stare_jax.models.stored import check_same_model, model_from_dict
 from stare_jax.sharding.mesh import make_mesh
@@ -87,7 +87,8 @@ def start_phase(
             f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
         )
     _check_norm_stats(directory, run.norm_stats)
-    _check_model(directory, run.model)
+    if (saved := checkpoint.load_model(directory)) and run.model:
+        check_same_model(saved, model_from_dict(run.model), source=directory)
     layout = abstract_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
     for leaf in jax.tree.leaves(params):
         if isinstance(leaf, jax.Array):
@@ -97,33 +98,10 @@ def start_phase(
 
 def _check_norm_stats(directory: Path, norm_stats: NormStats) -> None:
     saved = checkpoint.load_norm_stats(directory)
-    for name, got, expected in zip(NormStats._fields, norm_stats, saved, strict=True):
-        if not np.array_equal(np.asarray(got, expected.dtype), expected):
-            raise CheckpointError(
-                f"{directory}: norm_stats.{name}: got {np.asarray(got).tolist()}, expected {expected.tolist()}, with "
-                "which the checkpoint was trained"
-            )
-
-
-def _check_model(directory: Path, model: Mapping[str, Any]) -> None:
-    """Makes sure that a run's model is that of the checkpoint, where both are known."""
-    saved = checkpoint.load_model(directory)
-    if saved and model:
-        check_same_model(saved, model_from_dict(model), source=directory)
-
-
-def announced(phase: str, step_fn: Callable) -> Callable:
-    """Returns the compiled step of a phase as one that says, before its first call, that this call takes long."""
-    is_told = False
-
-    def step(*arguments):
-        nonlocal is_told
-        if not is_told:
-            announce(f"{phase}: {COMPILING.format('the training step')}")
-            is_told = True
-        return step_fn(*arguments)
-
-    return step
+    for name, got, expected in zip(NormStats._fields, map(np.asarray, norm_stats), saved, strict=True):
+        if not np.array_equal(got.astype(expected.dtype), expected):
+            wanted = f"{expected.tolist()}, with which the checkpoint was trained"
+            raise CheckpointError(f"{directory}: norm_stats.{name}: got {got.tolist()}, expected {wanted}")
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
 from stare_jax.state.train_state import TrainState, abstract_params
 from stare_jax.train import ppo_batch, update
-from stare_jax.train.loop import Run, Window, announced, checkpoint_directory, next_turn, save, start_phase
+from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, save, start_phase
 from stare_jax.train.ppo_metrics import iteration_metrics, report_line
 from stare_jax.types import PyTree
 
@@ -220,7 +220,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     reference = reference_params(policy, params, config, run)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
-    step_fn = announced(PHASE, update.jit_step(make_ppo_step(policy, tx, config), state))
+    step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare = make_prepare(spec, config, chunk=policy.chunk)
     counters, window = _Counters(**saved), Window(PHASE, run, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
@@ -283,9 +283,8 @@ class _Counters(NamedTuple):
     """episodes begun; every episode takes the next seed of the run."""
 
     def after(self, rollout: Rollout) -> "_Counters":
-        return _Counters(
-            self.iteration + 1, self.env_steps + rollout.num_steps, self.seeds + len(rollout.trajectory.valid)
-        )
+        seeds = self.seeds + len(rollout.trajectory.valid)
+        return _Counters(self.iteration + 1, self.env_steps + rollout.num_steps, seeds)
 
 
 def _collect(

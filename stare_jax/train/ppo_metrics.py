@@ -39,8 +39,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
         spec: the task.
         shaping: whether there is shaping to report on.
     """
-    valid_t, valid_d = targets.valid_t, targets.valid_d
-    is_over = targets.is_over
+    valid_t, valid_d, is_over = targets.valid_t, targets.valid_d, targets.is_over
     num_over = int(is_over.sum())
     over = Targets(*(x[is_over] for x in targets))
     num_successes = int(over.success_t.any(axis=1).sum())

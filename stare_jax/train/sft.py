@@ -18,16 +18,7 @@ from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import TrainState
 from stare_jax.train import update
-from stare_jax.train.loop import (
-    Run,
-    Window,
-    announced,
-    checkpoint_directory,
-    next_turn,
-    reduce_metrics,
-    save,
-    start_phase,
-)
+from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
 from stare_jax.types import Array, Observation, PyTree
 
 PHASE = "sft"
@@ -142,7 +133,7 @@ def train_sft(
     tx = make_optimizer(config.optimizer, num_steps=config.num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer, has_average=config.ema_decay is not None)
     del params
-    step_fn = announced(PHASE, update.jit_step(make_sft_step(policy, tx, config), state))
+    step_fn = update.jit_step(make_sft_step(policy, tx, config), state)
     first = int(state.step)
     batch_iterator, window = batches(first), Window(PHASE, run, num_steps=first)
 

@@ -22,16 +22,7 @@ from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer, merge_params
 from stare_jax.state.train_state import TrainState, abstract_params
 from stare_jax.train import update
-from stare_jax.train.loop import (
-    Run,
-    Window,
-    announced,
-    checkpoint_directory,
-    next_turn,
-    reduce_metrics,
-    save,
-    start_phase,
-)
+from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
 from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, flatten_scores, score_pairs
 from stare_jax.types import Array, Observation, PreferencePair, PyTree
 
@@ -256,8 +247,7 @@ def train_tpo(
     """
     check_mesh(config, run.mesh)
     check_reference(config.reference, params)
-    num_pairs = len(pairs.chosen.valid)
-    if num_pairs == 0:
+    if not (num_pairs := len(pairs.chosen.valid)):
         raise ValueError("pairs: got none, expected at least one")
     num_steps = math.ceil(config.num_epochs * num_pairs / config.batch_size)
 
@@ -275,7 +265,7 @@ def train_tpo(
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
-    step_fn = announced(PHASE, update.jit_step(make_tpo_step(policy, tx, config), state))
+    step_fn = update.jit_step(make_tpo_step(policy, tx, config), state)
     first = int(state.step)
     window = Window(PHASE, run, num_steps=first)
 

@@ -11,7 +11,7 @@ import numpy as np
 from stare_jax.config import ConfigError
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.windows import window_indices
-from stare_jax.logging import COMPILING, Interrupted, announce, progress
+from stare_jax.logging import Interrupted, announce_compiling, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import acting_sharding, place_rows
@@ -85,13 +85,14 @@ def score_pairs(
     Raises:
         Interrupted: `should_stop` asked for it; scores are made again when the phase goes on.
     """
-    announce(f"tpo: {COMPILING.format('the scores of the reference policy')}")
 
     @jax.jit
     def score_decisions(params, observation, decision, seed):
         if policy.preference_score is None:
             return policy.log_prob(params, observation, decision).logp[:, None, None]
         return policy.preference_score(params, observation, decision, seed)
+
+    score_aloud = announce_compiling("tpo: compiling the scores of the reference policy", score_decisions)
 
     def score(side: str, trajectory: Trajectory) -> ScoredTrajectory:
         observation, decision, is_decided = decisions_of(policy, trajectory)
@@ -107,16 +108,14 @@ def score_pairs(
                 at = (pair[rows], d[rows])
                 inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
                 placed = place_rows(inputs, acting_sharding(params))
-                scores[at] = np.asarray(score_decisions(params, *placed))[:batch_size]
+                scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
                 bar.update(min(batch_size, len(pair) - start))
         mask, cost, completed = jax.device_get(_jitted_stages(spec)(trajectory.signals, trajectory.valid))
         valid = np.asarray(trajectory.valid)[:, 1:]
         if policy.preference_score is None:
             valid, mask = is_decided, mask[..., :: policy.chunk]
-        ref_logp = np.moveaxis(flatten_scores(scores.swapaxes(1, 2), valid.shape[1]), 1, 2)
-        return ScoredTrajectory(
-            observation, decision, seed, np.ascontiguousarray(ref_logp), valid, mask, cost, completed
-        )
+        ref_logp = np.ascontiguousarray(np.moveaxis(flatten_scores(scores.swapaxes(1, 2), valid.shape[1]), 1, 2))
+        return ScoredTrajectory(observation, decision, seed, ref_logp, valid, mask, cost, completed)
 
     return PairBatch(score("chosen", pairs.chosen), score("rejected", pairs.rejected))
 

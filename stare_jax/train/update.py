@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from stare_jax.logging import announce_compiling
 from stare_jax.state.optimizer import merge_params
 from stare_jax.state.train_state import TrainState
 from stare_jax.types import Array, PyTree
@@ -138,14 +139,14 @@ def apply_gradients(
 def jit_step(step: Callable, state: TrainState) -> Callable:
     """Compiles a step (state, *inputs) -> (state, metrics) so that the memory of a state is reused for the next one.
 
-    Frozen parameters go in and do not come out, so that others may share them: the weights of a large model are in
-    memory once.
+    The first call says that it takes long. Frozen parameters go in and do not come out, so that others may share them:
+    the weights of a large model are in memory once.
 
     Args:
         step: see `make_sft_step`, `make_tpo_step`, `make_ppo_step`.
         state: a state, or the layout of one (`abstract_state`); those that the step returns will lie as this one does.
     """
-    move = _jit_move(step, state)
+    move = announce_compiling("compiling the training step", _jit_move(step, state))
 
     @functools.wraps(step)
     def compiled_step(state, *inputs):

@@ -25,7 +25,9 @@ def make(tmp_path, *, sends=None, to_make=True, stopped=130, status=0):
     script.chmod(0o755)
     argv = ["make", "-o", "setup-vulkan", "quickstart", f"PYTHON={script}", "ARGS=--config.phases=sft,ppo"]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **output) as process:
+    # The tests may have been started by make, which tells what it starts that it is there.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    with subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True, **output) as process:
         try:
             lines = [process.stdout.readline(), process.stdout.readline()]
             if sends:

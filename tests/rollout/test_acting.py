@@ -14,6 +14,7 @@ from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.normalize import identity_stats
 from stare_jax.rollout.collect import acting_sharding, place_rows, policy_act
 from stare_jax.sharding.mesh import batch_sharding, make_mesh
+from stare_jax.types import Observation
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,8 +59,9 @@ def test_parameters_say_where_a_policy_acts():
 
 
 def test_a_policy_is_compiled_once_and_that_is_said(capsys):
-    policy = make_mlp(MLPConfig(hidden_dims=(4,), value_dims=(4,)), identity_stats(2, 2))
+    policy = make_mlp(MLPConfig(hidden_dims=(4,), value_dims=(4,)), identity_stats(2, 6))
     params = jax.jit(policy.init)(jax.random.key(0))
+    observation = Observation({}, np.zeros((1, 6), np.float32), np.zeros((1, 0), np.int32), np.zeros((1, 0), bool))
     for key in (1, 2):
-        policy_act(policy, params, jax.random.key(key))
+        policy_act(policy, params, jax.random.key(key))(observation, None, ("",), np.ones(1, bool))
     assert capsys.readouterr().err == "compiling the policy that acts (done once; a minute for large models)\n"
