@@ -27,7 +27,10 @@ def make(tmp_path, *, sends=None, to_make=True, stopped=130, status=0):
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     # The tests may have been started by make, which tells what it starts that it is there.
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    # A shell cannot trap a signal that was ignored when it was started, as Ctrl-C is in the background of a script.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True, **output) as process:
+        signal.signal(signal.SIGINT, previous)
         try:
             lines = [process.stdout.readline(), process.stdout.readline()]
             if sends:
