@@ -5,8 +5,8 @@ the first; then PPO updates the policy on the second alone, at several learning 
 gain is that of ratio times advantage of an action, in standard deviations of the advantage: `trained` on the decisions
 of the update, `unseen` on those of the third batch, with its standard error. The second is the value of the update.
 
-    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_zero/sft
-    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_zero/sft --rates 1e-5 1e-4 --epochs 1 4
+    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_state_sta_ppo_zero/sft
+    python benchmarks/ppo_carryover.py --sft runs/study_pushcube_images_sta_ppo_zero/sft --rates 1e-5 1e-4 --epochs 1 4
 """
 
 import argparse

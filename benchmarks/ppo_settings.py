@@ -1,10 +1,10 @@
 """Compares settings of PPO: short runs from one imitation of PushCube, each with one thing changed.
 
-The base is `configs/study_pushcube_state.py:zero`, STA-PPO from the low-dimensional state with potentials that end at
-zero. A run takes about 20 thousand environment steps, a tenth of a run of the configuration, so the numbers say how
-fast a setting learns, not where it ends. `before` is the imitation, `after` the policy at the end, both sampled at
-temperature 1 on the same 300 episodes. Runs are kept and not repeated. Once the first row is there, several processes
-can share the others with `--only`, each with imitations of its own; the table shows all runs in the folder.
+The base is `configs/study_pushcube_state.py:sta_ppo_zero`, STA-PPO from the low-dimensional state with potentials
+that end at zero. A run takes about 20 thousand environment steps, a tenth of a run of the configuration, so the numbers
+say how fast a setting learns, not where it ends. `before` is the imitation, `after` the policy at the end, both sampled
+at temperature 1 on the same 300 episodes. Runs are kept and not repeated. Once the first row is there, several
+processes can share the others with `--only`, each with imitations of its own; the table shows all runs in the folder.
 
     python benchmarks/ppo_settings.py --out runs/ppo_settings --json benchmarks/results/ppo_settings_cpu.json
     taskset -c 0 python benchmarks/ppo_settings.py --out runs/ppo_settings --only critic_shared critic_detached
@@ -25,7 +25,7 @@ import numpy as np
 
 from stare_jax.logging import last_lines, read_metrics
 
-VARIANT = "zero"
+VARIANT = "sta_ppo_zero"
 TRAIN = Path(__file__).parents[1] / "launch" / "train.py"
 NUM_ITERATIONS = 12
 CONTROLLED = {"num_iterations": NUM_ITERATIONS, "checkpoint_every": NUM_ITERATIONS}

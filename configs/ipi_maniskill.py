@@ -6,9 +6,8 @@
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,full --plan    # all weights, not adapters
     python launch/train.py --config=configs/ipi_maniskill.py:pi05 --plan                 # the action expert alone
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,pi05,lora --plan
-    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,ppo --plan     # without shaping
-    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,paper --plan   # the paper's potentials
-    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,rl4vla --plan  # RL4VLA's reward
+    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,ppo --plan     # a row of the table: SFT, PPO
+    python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,pi05,pi_rl --plan  # another: pi_RL
 
 The paper reports 96.4 % over PushCube, PullCube, StackCube and LiftPegUpright (table 2), on 300 episodes of 30 actions;
 nobody has run this here. A node of eight 80 GB accelerators; `--plan` prints how the model is laid out.

@@ -6,8 +6,7 @@
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1,full --plan
     python launch/train.py --config=configs/ipi_widowx.py:pi05 --plan
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1,pi05,full --plan
-    python launch/train.py --config=configs/ipi_widowx.py:paper --plan     # the paper's potentials
-    python launch/train.py --config=configs/ipi_widowx.py:rl4vla --plan    # RL4VLA's reward
+    python launch/train.py --config=configs/ipi_widowx.py:rl4vla --plan    # a row of the table: SFT, RL4VLA
 
 The paper reports 98.0 % over the four tasks (table 1), on 300 episodes of 60 actions; nobody has run this here. A node
 of eight 80 GB accelerators; `--plan` prints how the model is laid out.

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from configs.methods import METHODS, named_method, set_method
 from stare_jax.config import choices, to_dict
 from stare_jax.envs import EnvConfig
 from stare_jax.models import (
@@ -27,12 +28,10 @@ from stare_jax.models import (
 from stare_jax.runs.config import RunConfig
 from stare_jax.stages import StageParams
 
-ALGORITHMS = ("sta_ppo", "ppo", "paper", "zero", "rl4vla")
-"""Algorithms of the interaction phase, see `set_algorithm`."""
-
-WORDS = ("pi05", "full", "lora", "ppo", "paper", "rl4vla")
+WORDS = ("pi05", "full", "lora", *METHODS)
 """Words of the recipes' variants. pi05: pi0.5 in place of OpenVLA-7B. full: all weights are trained. lora: adapters are
-trained, which is OpenVLA's default, while pi0.5 trains its action expert alone. The rest are `ALGORITHMS`."""
+trained, which is OpenVLA's default, while pi0.5 trains its action expert alone. The rest are `methods.METHODS`, of
+which IPI is the one without a word."""
 
 
 # ---- Every configuration -------------------------------------------------------------------------------------------
@@ -100,25 +99,6 @@ def _placeholder(hint: Any) -> Any:
     return None if dataclasses.is_dataclass(kind) else config_dict.placeholder(kind)
 
 
-def set_algorithm(config: ml_collections.ConfigDict, algorithm: str) -> None:
-    """Sets the reward of the interaction phase, and how it is shaped.
-
-    Args:
-        config: of a run.
-        algorithm: "sta_ppo", progressive potentials, kept at the end of an episode; "ppo", no shaping; "paper", the
-            paper's own potentials; "zero", progressive potentials that end at zero, which have the advantages of PPO
-            with another critic; "rl4vla", PPO without shaping on RL4VLA's reward, in episodes of full length.
-    """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm: got {algorithm!r}, expected one of {ALGORITHMS}")
-    config.ppo.shaping = algorithm not in ("ppo", "rl4vla")
-    config.ppo.reward = "rl4vla" if algorithm == "rl4vla" else "success"
-    config.ppo.stop_at_success = algorithm != "rl4vla"
-    config.stages.progressive = algorithm != "paper"
-    config.ppo.time_limit = "terminate"
-    config.ppo.terminal_potential = "zero" if algorithm == "zero" else "keep"
-
-
 # ---- Small policies on a CPU ---------------------------------------------------------------------------------------
 
 
@@ -153,9 +133,8 @@ def preference_on_cpu(config: ml_collections.ConfigDict) -> None:
     config.tpo.checkpoint_every = 10
 
 
-def interaction_on_cpu(config: ml_collections.ConfigDict, algorithm: str) -> None:
+def interaction_on_cpu(config: ml_collections.ConfigDict) -> None:
     """Sets PPO as it was found to learn PushCube from the state; docs/ppo.md says what each number does."""
-    set_algorithm(config, algorithm)
     config.ppo.num_iterations = 120
     config.ppo.num_episodes = 96
     config.ppo.num_epochs = 4
@@ -200,10 +179,7 @@ def make_model(words: Collection[str], *, camera: str) -> OpenVLAConfig | Pi05Co
 
 def set_recipe(config: ml_collections.ConfigDict, words: Collection[str]) -> None:
     """Sets the numbers of appendix B and C.2; where the paper is silent RL4VLA's, or openpi's and RLinf's for pi0.5."""
-    algorithms = sorted(set(words) & set(ALGORITHMS)) or ["sta_ppo"]
-    if len(algorithms) > 1:
-        raise ValueError(f"variant: got {', '.join(algorithms)}, expected one of them")
-    set_algorithm(config, algorithms[0])
+    set_method(config, named_method(words, default="ipi"))
     config.demos.num_demos = 100
     config.pairs.num_pairs = 50
     config.tpo.num_epochs = 5

@@ -2,9 +2,12 @@
 
     python launch/compare.py --out=results/push "STA-PPO=runs/sta_0,runs/sta_1" "PPO=runs/ppo_0,runs/ppo_1"
     python launch/compare.py --out=results/kl --metrics=ppo/kl_last,ppo/epochs --target=0.9 "A=runs/a" "B=runs/b"
+    python launch/compare.py --out=results/franka_state --study=runs/franka_state --target=0.8
 
 Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables that it also prints. Runs may
-still be under way. Text given with --command is put into the README, without the folders of absolute paths.
+still be under way. Of a study's folder (launch/study.py) it writes these for every task, and above them README.md and
+success.csv: success by method and task over seeds, beside the paper's numbers, and steps to the target. Text given with
+--command is put into the README of a comparison, without the folders of absolute paths.
 """
 
 import argparse
@@ -16,19 +19,27 @@ import command
 
 from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
 from stare_jax.report.curves import CurveError, check_comparable, read_runs
+from stare_jax.report.study import find_runs, write_study
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("settings", nargs="+", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
+    add("settings", nargs="*", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
+    add("--study", type=Path, metavar="FOLDER", help="a study's folder, in place of settings")
+    add("--baseline", default="ppo", metavar="METHOD", help="of a study: divide steps by its steps (default: ppo)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder to write into")
     add("--phase", default="ppo", help="phase of the metrics (default: ppo)")
     add("--metrics", metavar="NAME[,NAME...]", help=f"metrics of further panels (default: {','.join(DIAGNOSTICS)})")
     add("--target", type=float, default=0.95, help="success rate to reach (default: 0.95)")
     add("--smooth", type=int, default=5, metavar="N", help="iterations of the moving average (default: 5)")
     add("--command", action="append", default=[], help="command that made the runs, to record; may be repeated")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if bool(arguments.settings) == bool(arguments.study):
+        parser.error("give settings, LABEL=RUN[,RUN...], or --study=FOLDER")
+    if arguments.study and arguments.phase != "ppo":
+        parser.error("--study compares the phase ppo")
+    return arguments
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, list[Path]]:
@@ -62,6 +73,16 @@ def make_choices(arguments: argparse.Namespace) -> Choices:
     return Choices(arguments.phase, metrics, arguments.target, arguments.smooth, tuple(arguments.command))
 
 
+def compare_study(arguments: argparse.Namespace) -> None:
+    """Writes and prints the tables and curves of a study's folder."""
+    from configs.methods import METHODS
+
+    rows = {name: method.row for name, method in METHODS.items()}
+    choices, runs = make_choices(arguments), find_runs(arguments.study, list(METHODS))
+    write_study(runs, arguments.out, choices, rows=rows, baseline=arguments.baseline)
+    print(f"written: {arguments.out / 'README.md'}")
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Reads the runs, writes their comparison and prints it."""
     choices, settings = make_choices(arguments), parse_settings(arguments.settings)
@@ -77,7 +98,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    return command.run(lambda: compare(arguments))
+    return command.run(lambda: (compare_study if arguments.study else compare)(arguments))
 
 
 if __name__ == "__main__":

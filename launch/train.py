@@ -4,6 +4,7 @@
     python launch/train.py --config=configs/quickstart.py --config.ppo.gamma=0.98 --workdir=runs/gamma98
     python launch/train.py --config=configs/quickstart.py --config.phases=sft,ppo --workdir=runs/without_tpo
     python launch/train.py --config=configs/quickstart.py --redo=tpo
+    python launch/train.py --config=configs/quickstart.py --demos_only --workdir=runs/demos
     python launch/train.py --config=configs/ipi_widowx.py --plan
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
@@ -27,6 +28,7 @@ _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Trace this many optimiser steps of every phase, after its first.", lower_bound=0
 )
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
+_DEMOS_ONLY = flags.DEFINE_bool("demos_only", False, "Collect the demonstrations into data/demos, and stop.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
 
@@ -54,7 +56,9 @@ def train() -> None:
         return
     from stare_jax.runs.ipi import run_ipi
 
-    say(f"report: {run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value)}")
+    demos_only = _DEMOS_ONLY.value
+    made = run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value, demos_only=demos_only)
+    say(f"{'demonstrations' if demos_only else 'report'}: {made}")
 
 
 def go_on_command() -> str:

@@ -5,7 +5,7 @@ Rooms are imported when they are first looked at, so that `import stare_jax` cos
     stages    stages of a task: labels, costs, potentials, shaped rewards
     losses    imitation, flow matching, TPO and STA-TPO, GAE, PPO
     models    policies as records of pure functions: OpenVLA, pi0.5, an MLP
-    envs      simulators behind one interface, and a toy one in pure JAX
+    envs      simulators behind one interface, and toy ones in pure JAX
     rollout   episodes, as a policy and a simulator make them
     data      demonstrations and preference pairs on disk
     weights   checkpoints of Hugging Face and openpi, in and out

@@ -8,6 +8,7 @@ from stare_jax.envs.maniskill.building import MissingAssetsError
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
 from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.envs.tasks import Task, load_task, make_expert
+from stare_jax.envs.toys import push as toy
 
 __all__ = [
     "BACKENDS",
@@ -22,6 +23,7 @@ __all__ = [
     "load_task",
     "make_expert",
     "make_vec_env",
+    "toy",
 ]
 
 

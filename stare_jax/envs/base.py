@@ -48,7 +48,8 @@ class VecEnv(Protocol):
     """`num_envs` environments of one task in lock-step.
 
     `step` resets the environments named in `reset_seeds` (index -> seed) and steps all the others with their row of
-    `action`; rows of environments that are reset are ignored. An environment never resets itself.
+    `action`; rows of environments that are reset are ignored. An environment never resets itself. One that is idle has
+    nothing to do until it is reset: it need not be stepped, and its state means nothing.
     """
 
     env_id: str
@@ -69,7 +70,12 @@ class VecEnv(Protocol):
         ...
 
     def step(
-        self, action: Array, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+        self,
+        action: Array,
+        reset_seeds: Mapping[int, int] | None = None,
+        *,
+        reproducible: bool = False,
+        is_idle: np.ndarray | None = None,
     ) -> EnvStep:
         """Steps and resets.
 
@@ -77,6 +83,7 @@ class VecEnv(Protocol):
             action: float32 `[B, A]` in the simulator's units, of NumPy; also of JAX where states are JAX arrays.
             reset_seeds: environment -> seed of the episode to begin.
             reproducible: as for `reset`.
+            is_idle: NumPy bool `[B]`: environments that have nothing to do; None for none of them.
         """
         ...
 

@@ -104,6 +104,43 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> Estim
     return Estimate(mean, mean - half_width, mean + half_width)
 
 
+def ratio_of_means(
+    numerators: Sequence[float],
+    denominators: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Returns the ratio of two means of the same pairs, with the percentile interval of a bootstrap over the pairs.
+
+    Args:
+        numerators: n measurements, such as the steps of runs with different seeds.
+        denominators: n measurements of the same pairs, > 0.
+        confidence: share of the resampled ratios within the interval.
+        num_resamples: resamples of n pairs with replacement.
+        seed: of the resamples.
+
+    Returns:
+        The estimate; the limits are NaN for one pair.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    a, b = np.asarray(numerators, float), np.asarray(denominators, float)
+    if len(a) != len(b):
+        raise ValueError(f"denominators: got {len(b)}, expected one for each of {len(a)} numerators")
+    if not len(a):
+        return Estimate(math.nan, math.nan, math.nan)
+    value = float(a.mean() / b.mean())
+    if len(a) == 1:
+        return Estimate(value, math.nan, math.nan)
+    rows = np.random.default_rng(seed).integers(len(a), size=(num_resamples, len(a)))
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(a[rows].mean(axis=1) / b[rows].mean(axis=1), tails)
+    return Estimate(value, float(low), float(high))
+
+
 def _tango_score(difference: float, num_gained: float, num_lost: float, num_pairs: float) -> float:
     b, c, n, d = num_gained, num_lost, num_pairs, difference
     linear = (2 * n - b + c) * d - b - c

@@ -15,6 +15,7 @@ from stare_jax.evaluate.summary import Summary, summarize
 from stare_jax.logging import replace_text
 
 PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
+"""Names of evaluations in the order in which they are shown; others follow."""
 
 
 class PhaseResult(NamedTuple):

@@ -160,7 +160,7 @@ def readme_text(runs: Sequence[LearningCurve], choices: Choices) -> str:
     picture += f'  <img src="curves.png" alt="Learning curves of {_cell(", ".join(labels))}">\n</picture>'
     parts = [f"# {' against '.join(labels)}" + (f", {task}" if task else "")]
     parts += [f"Phase {choices.phase}, {len(runs)} runs of {len(labels)} settings. Numbers: [curves.csv](curves.csv)."]
-    parts += [picture, _markdown(*runs_table(runs, choices)), _markdown(*settings_table(runs, choices))]
+    parts += [picture, markdown_table(*runs_table(runs, choices)), markdown_table(*settings_table(runs, choices))]
     parts += ["\n".join(_notes(runs, choices))]
     if choices.commands:
         commands = "\n".join(without_paths(command.strip()) for command in choices.commands)
@@ -203,7 +203,8 @@ def _protocol(result: PhaseResult) -> str:
     return f"{result.summary.num_episodes} episodes, {decoding}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as Markdown."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.config import UserError
-from stare_jax.evaluate.record import PhaseResult, load_results
+from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
 
 SUCCESS, STEPS = "env/success", "env/steps"
@@ -92,9 +92,9 @@ def read_run(label: str, directory: str | Path, phase: str) -> LearningCurve:
     if missing := [name for name in (SUCCESS, STEPS) if not any(name in row for row in rows)]:
         raise CurveError(f"{label}: {directory}: got no {' and no '.join(missing)} in {phase}, expected both")
     series, by_clock = make_series(rows)
-    config = _read_config(directory)
+    config = read_config(directory)
     try:
-        results = {result.phase: result for result in load_results(directory)}
+        results = results_so_far(directory)
     except (ValueError, KeyError, TypeError) as error:
         raise CurveError(f"{label}: {directory}/eval: expected files of evaluations, got: {error!r}") from error
     seed, task = str(config.get("seed", "–")), str(config.get("env", {}).get("env_id", "–"))
@@ -120,7 +120,27 @@ def make_series(rows: Sequence[Mapping[str, Any]]) -> tuple[Series, bool]:
     return Series(iteration, columns[STEPS], minutes, columns[SUCCESS], columns), by_clock
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def has_curve(directory: str | Path, phase: str) -> bool:
+    """Says whether a run has logged episodes of a phase."""
+    return any(SUCCESS in row for row in last_lines(read_metrics(directory), phase))
+
+
+def results_so_far(directory: Path) -> dict[str, PhaseResult]:
+    """Returns phase -> evaluation of a run, and of the phases of the runs whose weights it began from."""
+    own = {result.phase: result for result in load_results(directory)}
+    source = read_config(directory).get("init_from")
+    # A path is relative to the folder in which the command was given, which is often the clone that holds the runs.
+    places = [Path(), *directory.resolve().parents] if source else []
+    begun = next((place / source for place in places if (place / source).is_dir()), None)
+    if begun is None or begun.name not in PHASE_ORDER:
+        return own
+    before = PHASE_ORDER[: PHASE_ORDER.index(begun.name) + 1]
+    earlier = {phase: result for phase, result in results_so_far(begun.parent).items() if phase in before}
+    return earlier | own
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Returns the configuration of a run as JSON, {} where it cannot be read."""
     try:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError):

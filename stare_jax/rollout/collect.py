@@ -64,6 +64,9 @@ def collect_episodes(
     which records its value for bootstrapping. Records are copied to the host before the next step, for which a
     simulator on a device waits; the action goes from a policy there to such a simulator without leaving it.
 
+    An environment without an episode, because no seed is left or the next decision is not due, is idle until it is
+    reset (see `VecEnv`).
+
     Where decisions hold C actions, all environments decide in the same tick: an episode that ends in between waits for
     the next such tick to be followed by another.
 
@@ -149,7 +152,7 @@ def collect_episodes(
         xp = executed.__array_namespace__()
         executed = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
         with clock("env"):
-            state = env.step(executed, reset_seeds, reproducible=reproducible)
+            state = env.step(executed, reset_seeds, reproducible=reproducible, is_idle=places.is_idle)
 
     trajectory, instructions = records.finish(places)
     images = records.images if callable(keep_images) else None

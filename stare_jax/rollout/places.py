@@ -40,9 +40,14 @@ class Places:
         return (self.episode >= 0) & (self.t == 0)
 
     @property
+    def is_idle(self) -> np.ndarray:
+        """bool `[B]`, True where the environment has no episode."""
+        return self.episode < 0
+
+    @property
     def are_empty(self) -> bool:
         """True where no environment has an episode."""
-        return bool((self.episode < 0).all())
+        return bool(self.is_idle.all())
 
     def judge(self, state: EnvStep, horizon: int, *, stop_at_success: bool, linger: int, budget: float) -> Tick:
         """Decides which episodes are over, and which rows act; at most `budget` rows do.

@@ -74,7 +74,9 @@ StartSimulator = Callable[[], VecEnv]
 """() -> the simulators of a run, which start at the first call."""
 
 
-def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile: int = 0) -> Path:
+def run_ipi(
+    config: RunConfig, directory: str | Path, *, redo: str = "", profile: int = 0, demos_only: bool = False
+) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
     In a directory that holds a run of the same configuration it goes on with that run.
@@ -84,6 +86,7 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         directory: the run directory, made if it does not exist.
         redo: a phase to do again, with all that follow it; what is there of them moves to `set_aside/`.
         profile: optimiser steps of every phase to trace into `profile/`, after the first; 0 traces none.
+        demos_only: collect the demonstrations that imitation would read, and return their folder.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; all that is finished is safe, and the next call goes on from there.
@@ -95,6 +98,11 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
     directory = Path(directory)
     if redo and redo not in config.phases:
         raise ConfigError(f"redo: got {redo!r}, expected one of the phases {config.phases}")
+    if demos_only and ("sft" not in config.phases or config.demos_from):
+        raise ConfigError(
+            f"demos_only: got phases {config.phases} and demos_from {config.demos_from!r}, expected a run that "
+            "imitates demonstrations of its own"
+        )
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
@@ -137,8 +145,10 @@ def run_ipi(config: RunConfig, directory: str | Path, *, redo: str = "", profile
         # Statistics with which no phase has begun may be those of other demonstrations.
         has_any = any(has_begun(directory / phase) for phase in PHASES)
         demonstrations, stats = None, read_statistics(directory) if has_any else None
-        if "sft" in config.phases and not is_finished(directory, "sft", config):
+        if "sft" in config.phases and (demos_only or not is_finished(directory, "sft", config)):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
+        if demos_only:
+            return demonstrations.directory
         if stats is None:
             folder = demonstrations_folder(directory, config)
             stats = demonstration_statistics(config, folder) if source_stats is None else source_stats

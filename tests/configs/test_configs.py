@@ -24,22 +24,22 @@ from stare_jax.stages import get_task
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "quickstart": ("", "tcp", "pi05"),
-    "study_pushcube_state": ("ppo", "paper", "zero", "sta_ppo,pi05", "sta_ppo"),
-    "study_pushcube_images": ("ppo", "zero", "sta_ppo"),
-    "ipi_pushcube": ("ppo", "sta_ppo"),
+    "study_pushcube_state": ("ppo", "sta_ppo_paper", "sta_ppo_zero", "sta_ppo,pi05", "sta_ppo"),
+    "study_pushcube_images": ("ppo", "sta_ppo_zero", "ipi"),
+    "franka_state": ("PushCube-v1,sta_ppo_paper", "LiftPegUpright-v1,rl4vla", "pi_rl,pi05", "PullCube-v1,ipi"),
     "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
     "ipi_maniskill": (
         "pi05",
         "PushCube-v1,full",
         "PullCube-v1,ppo",
-        "StackCube-v1,paper",
+        "StackCube-v1,sta_ppo_paper",
         "StackCube-v1,rl4vla",
         "StackCube-v1,pi05,lora",
         "LiftPegUpright-v1",
     ),
     "ipi_widowx": (
         "pi05",
-        "pi05,paper",
+        "pi05,sta_ppo_paper",
         "rl4vla",
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1,pi05,full",
         "PutSpoonOnTableClothInScene-v1,full",
@@ -62,7 +62,7 @@ def load(name: str, variant: str) -> RunConfig:
 
 
 def test_the_table_above_lists_every_configuration():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"presets"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"presets", "methods"}
     assert files == set(VARIANTS)
 
 
@@ -81,22 +81,19 @@ def test_a_configuration_called_ipi_has_all_three_phases():
 SHAPINGS = {  # shaping, progressive, terminal potential
     "sta_ppo": (True, True, "keep"),
     "ppo": (False, True, "keep"),
-    "paper": (True, False, "keep"),
-    "zero": (True, True, "zero"),
+    "sta_ppo_paper": (True, False, "keep"),
+    "sta_ppo_zero": (True, True, "zero"),
 }
 
 
 @pytest.mark.parametrize("name", ["study_pushcube_state", "study_pushcube_images", "ipi_maniskill", "ipi_widowx"])
-def test_the_algorithm_is_the_one_that_is_asked_for(name):
-    """Without a word it is STA-PPO with the defaults of the code; time limits are never bootstrapped."""
-    for algorithm, expected in SHAPINGS.items():
-        variant = "" if algorithm == "sta_ppo" else algorithm
-        if name.startswith("ipi") and algorithm == "zero":
-            continue  # not a word of the recipes
-        config = load(name, variant)
+def test_the_method_is_the_one_that_is_asked_for(name):
+    """Without a word PPO is STA-PPO with the defaults of the code; time limits are never bootstrapped."""
+    for method, expected in SHAPINGS.items():
+        config = load(name, "" if method == "sta_ppo" else method)
         assert (config.ppo.shaping, config.stages.progressive, config.ppo.terminal_potential) == expected
         assert config.ppo.time_limit == "terminate"
-        if algorithm == "sta_ppo":
+        if method == "sta_ppo":
             assert config.stages == get_task(config.env.env_id).params
 
 
@@ -117,8 +114,8 @@ def test_recipes_clip_values_as_rl4vla_does(variant):
 
 
 def test_recipes_refuse_two_algorithms():
-    with pytest.raises(ValueError, match="variant: got paper, ppo, expected one of them"):
-        load("ipi_widowx", "ppo,paper")
+    with pytest.raises(ValueError, match="variant: got ppo, sta_ppo_paper, expected one of them"):
+        load("ipi_widowx", "ppo,sta_ppo_paper")
 
 
 def test_pi05_sees_the_widowx_camera_between_black_bars_and_openvla_squeezed():

@@ -83,6 +83,36 @@ def test_environments_are_reset_one_by_one_in_a_step(pool):
         assert not np.array_equal(after.signals.tcp_pos[row], before.signals.tcp_pos[row])
 
 
+def test_idle_environments_stay_as_they_are(pool):
+    before = pool.reset([40, 41, 42, 43])
+    is_idle = np.array([False, True, True, True])
+    pool._workers[1].process.send_signal(signal.SIGSTOP)  # that of the last two, which is not even asked
+    try:
+        after = pool.step(np.full((4, 7), 0.5, np.float32), is_idle=is_idle)
+    finally:
+        pool._workers[1].process.send_signal(signal.SIGCONT)
+    assert after.alive.all()
+    is_same = np.isclose(after.signals.tcp_pos, before.signals.tcp_pos, rtol=0, atol=0).all(axis=-1)
+    np.testing.assert_array_equal(is_same, is_idle)
+    # A reset begins an episode whether an environment was idle or not; the others go on from where they rest.
+    later = pool.step(np.full((4, 7), 0.5, np.float32), {1: 44}, is_idle=np.array([True, True, False, False]))
+    assert later.alive.all()
+    np.testing.assert_array_equal(later.signals.tcp_pos[0], after.signals.tcp_pos[0])
+    moved = np.linalg.norm(later.signals.tcp_pos - after.signals.tcp_pos, axis=-1)
+    assert moved[0] == 0 and (moved[2:] > 1e-3).all()
+    fresh = pool.reset([40, 44, 42, 43])
+    np.testing.assert_allclose(later.signals.obj_pos[1], fresh.signals.obj_pos[1], atol=1e-4)
+
+
+def test_an_idle_environment_is_lost_with_its_process(pool):
+    pool.reset([40, 41, 42, 43])
+    pool._workers[1].process.kill()
+    is_idle = np.array([False, False, False, True])
+    assert pool.step(np.zeros((4, 7)), is_idle=is_idle).alive.tolist() == [True, True, False, False]
+    assert pool.step(np.zeros((4, 7)), is_idle=is_idle).alive.tolist() == [True, True, False, False]
+    assert pool.reset([40, 41, 42, 43]).alive.all()
+
+
 def test_results_are_owned_by_the_caller(pool):
     state = pool.reset([30, 31, 32, 33])
     kept = [leaf.copy() for leaf in leaves(state)]

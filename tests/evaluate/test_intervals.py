@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from stare_jax.evaluate.intervals import Z_95, mean_interval, paired_difference, wilson_interval
+from stare_jax.evaluate.intervals import Z_95, mean_interval, paired_difference, ratio_of_means, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -118,3 +118,16 @@ def test_mean_interval_is_students():
     assert estimate == pytest.approx((4.0, 4.0 - 4.9683, 4.0 + 4.9683), abs=1e-4)
     assert mean_interval([0.5]).value == 0.5 and math.isnan(mean_interval([0.5]).low)
     assert all(math.isnan(x) for x in mean_interval([]))
+
+
+def test_ratio_of_means_resamples_pairs():
+    # Of pairs (1, 2) and (3, 2) a resample has both once (ratio 1), the first twice (1/2) or the second twice (3/2).
+    estimate = ratio_of_means([1.0, 3.0], [2.0, 2.0])
+    assert estimate == (1.0, 0.5, 1.5)
+    assert ratio_of_means([1.0, 3.0], [2.0, 2.0], confidence=0.4) == (1.0, 1.0, 1.0)  # half of them are the first kind
+    # What pairs have in common is in no interval: every pair has the ratio 2.
+    assert ratio_of_means([2.0, 20.0, 6.0], [1.0, 10.0, 3.0]) == pytest.approx((2.0, 2.0, 2.0))
+    assert ratio_of_means([3.0], [4.0]).value == 0.75 and math.isnan(ratio_of_means([3.0], [4.0]).high)
+    assert math.isnan(ratio_of_means([], []).value)
+    with pytest.raises(ValueError, match="denominators: got 1, expected one for each of 2"):
+        ratio_of_means([1.0, 2.0], [1.0])

@@ -21,7 +21,7 @@ from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.weights.files import WeightsError
 
 LAUNCH = Path(command.__file__).parent
-COMMANDS = ("collect", "compare", "convert", "evaluate", "import_rlds", "show_stages")
+COMMANDS = ("collect", "compare", "convert", "evaluate", "import_rlds", "show_stages", "study")
 
 
 def _raises(error):

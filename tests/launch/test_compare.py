@@ -6,51 +6,14 @@ import re
 import compare as command
 import numpy as np
 import pytest
+from made_runs import NUM_ITERATIONS, make_run, save_rate
 from PIL import Image
 
-from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.intervals import wilson_interval
-from stare_jax.evaluate.protocol import EvalInfo, Evaluation
-from stare_jax.evaluate.record import save_evaluation
-from stare_jax.logging import make_writer, write_config
+from stare_jax.logging import make_writer
 from stare_jax.report.comparison import Choices, make_panels, without_paths
 from stare_jax.report.curves import read_runs
 from stare_jax.report.figures import PALETTE
-
-NUM_ITERATIONS = 8
-
-
-def save_rate(path, phase, num_successes, num_episodes=10):
-    is_success = np.arange(num_episodes) < num_successes
-    ones, numbers = np.ones(num_episodes, bool), np.arange(num_episodes)
-    episodes = Episodes(
-        seed=numbers,
-        start=numbers,
-        start_hash=numbers.astype(str),
-        valid=ones,
-        success_end=is_success,
-        success_once=is_success,
-        success_at=np.where(is_success, 3, 6),
-        grasped=ones,
-        contacted=ones,
-        stage_reached=numbers * 0,
-        completed=is_success[:, None],
-        entered_at=np.zeros((num_episodes, 1), int),
-        stage_len=np.ones((num_episodes, 1), int),
-    )
-    info = EvalInfo("PushCube-v1", ("goal",), horizon=5, temperature=0.0, num_steps=50, wall_s=1.0)
-    save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase)
-
-
-def make_run(directory, rise, seed, task="PushCube-v1"):
-    """Success is 0, then 1 from iteration `rise` on; 100 steps and 6 seconds an iteration."""
-    write_config(directory, {"seed": seed, "env": {"env_id": task}})
-    with make_writer(directory, tensorboard=False) as writer:
-        writer(1, {"sft/loss": 1.0}, phase="sft")
-        for i in range(1, NUM_ITERATIONS + 1):
-            metrics = {"env/success": float(i >= rise), "env/steps": 100.0 * i, "time/env_s": 4.0, "time/update_s": 2.0}
-            writer(i, metrics | {"ppo/approx_kl": 0.01 * i, "ppo/entropy": -float(i)}, phase="ppo")
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -252,6 +252,18 @@ def test_state_tokens_stand_where_the_patches_do():
         first = moved
 
 
+def test_a_policy_of_one_task_needs_no_instruction():
+    policy = make_policy(openvla_state(2, action_dim=3, prompt_template="", prompt_length=3), some_stats(3, 2))
+    params, trace = random_params(policy), {"bins": np.zeros((3, 3), np.int32)}
+    one, other = (random_observation(policy, [words] * 3) for words in INSTRUCTIONS[:2])
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    score = jit(policy.log_prob)
+    moved = score(params, one._replace(state=one.state + 0.3), trace)
+    assert (np.abs(moved.logp - score(params, one, trace).logp) > 1e-3).all()
+    with pytest.raises(ValueError, match="prompt_template: got '', expected {instruction} in it"):
+        openvla_tiny(prompt_template="")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -261,6 +273,7 @@ def test_state_tokens_stand_where_the_patches_do():
         ({"dino": openvla_tiny().dino}, "dino: got ViTConfig.*, expected None, as"),
         ({"state_tokens": 0}, "dino: got None, expected a tower, as state_tokens is 0"),
         ({"critic": "none"}, "critic: got 'none', expected one of"),
+        ({"prompt_template": "go"}, "prompt_template: got 'go', expected {instruction} in it"),
     ],
 )
 def test_impossible_policies_of_the_state_are_refused(changes, message):

@@ -22,6 +22,7 @@ ROLLED = {"execution": Execution(), "decode_unroll": 1}  # compiles faster
 CONFIGS = {
     "openvla_tiny": openvla_tiny(state_dim=3, **ROLLED),
     "openvla_state": openvla_state(**ROLLED),
+    "openvla_state, no prompt": openvla_state(prompt_template="", prompt_length=3, **ROLLED),
     "pi05_tiny": pi05_tiny(state_dim=3, execution=Execution()),
     "pi05_state": pi05_state(noise="learned", execution=Execution()),
     "mlp": MLPConfig(),

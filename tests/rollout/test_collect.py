@@ -45,11 +45,11 @@ class ScriptedEnv:
         assert len(seeds) == self.num_envs
         return self._advance(None, dict(enumerate(seeds)), reproducible)
 
-    def step(self, action, reset_seeds=None, *, reproducible=False):
+    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
         assert action.dtype == np.float32 and action.shape == (self.num_envs, 2)
-        return self._advance(action, reset_seeds or {}, reproducible)
+        return self._advance(action, reset_seeds or {}, reproducible, is_idle)
 
-    def _advance(self, action, reset_seeds, reproducible):
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         self.reproducible.add(reproducible)
         for i in range(self.num_envs):
             if i in reset_seeds:
@@ -57,6 +57,8 @@ class ScriptedEnv:
                 self.resets.append(reset_seeds[i])
                 continue
             assert not self._is_dead[i], "an environment that died was not reset"
+            if is_idle is not None and is_idle[i]:
+                continue
             self.executed.append((int(self._seed[i]), int(self._t[i]), *action[i].tolist()))
             self._t[i] += 1
         script = [self._scripts.get(int(seed), Script()) for seed in self._seed]
@@ -92,12 +94,12 @@ def scripted_act(observation, signals, instructions, is_first):
 class ScriptedEnvOnDevice(ScriptedEnv):
     """Its states are JAX arrays, and its actions have to be."""
 
-    def step(self, action, reset_seeds=None, *, reproducible=False):
+    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
         assert isinstance(action, jax.Array)
-        return super().step(np.asarray(action), reset_seeds, reproducible=reproducible)
+        return super().step(np.asarray(action), reset_seeds, reproducible=reproducible, is_idle=is_idle)
 
-    def _advance(self, action, reset_seeds, reproducible):
-        state = super()._advance(action, reset_seeds, reproducible)
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         images, signals = jax.tree.map(jnp.array, (state.observation.images, state.signals))
         self.last_image = images["camera"]
         return EnvStep(
@@ -140,6 +142,14 @@ def test_every_seed_is_one_whole_episode_in_its_own_row(num_envs):
     assert env.reproducible == {True}
 
 
+@pytest.mark.parametrize("num_envs", [1, 3, 9])
+@pytest.mark.parametrize("options", [{}, {"max_steps": 11}], ids=["whole episodes", "steps"])
+def test_environments_without_an_episode_are_not_stepped(num_envs, options):
+    env = ScriptedEnv(num_envs, SCRIPTS)
+    rollout = collect_episodes(env, scripted_act, SEEDS, stop_at_success=True, **options)
+    assert len(env.executed) == rollout.num_steps  # the others have done nothing
+
+
 def test_what_is_on_a_device_stays_there_between_simulator_and_policy():
     host, device = ScriptedEnv(3, SCRIPTS), ScriptedEnvOnDevice(3, SCRIPTS)
 
@@ -174,10 +184,10 @@ class RestartingEnv(ScriptedEnv):
         super().__init__(num_envs, scripts)
         self._calls_left = np.zeros(num_envs, int)
 
-    def _advance(self, action, reset_seeds, reproducible):
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         is_starting = self._calls_left > 0
         self._calls_left = np.maximum(self._calls_left - 1, 0)
-        state = super()._advance(action, reset_seeds, reproducible)
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         self._calls_left[self._is_dead & ~is_starting] = 3
         self._is_dead |= is_starting
         self._state[self._is_dead] = np.nan
@@ -199,8 +209,8 @@ class LosingEnv(ScriptedEnv):
         super().__init__(num_envs, scripts)
         self.num_calls = 0
 
-    def _advance(self, action, reset_seeds, reproducible):
-        state = super()._advance(action, reset_seeds, reproducible)
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         self.num_calls += 1
         self._is_dead[:] = self.num_calls > 2
         return state._replace(alive=~self._is_dead)
@@ -419,8 +429,8 @@ def test_an_episode_lingers_after_its_success():
 class Flickers(ScriptedEnv):
     """Succeeds in its second state and in no other."""
 
-    def _advance(self, action, reset_seeds, reproducible):
-        state = super()._advance(action, reset_seeds, reproducible)
+    def _advance(self, action, reset_seeds, reproducible, is_idle=None):
+        state = super()._advance(action, reset_seeds, reproducible, is_idle)
         return state._replace(signals=state.signals._replace(success=self._t == 1))
 
 

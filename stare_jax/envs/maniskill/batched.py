@@ -115,13 +115,22 @@ class BatchedSimulator:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
         return self._observe(self._reset(dict(enumerate(seeds))), np.ones(self.num_envs, bool))
 
-    def step(self, action: Any, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False) -> EnvStep:
+    def step(
+        self,
+        action: Any,
+        reset_seeds: Mapping[int, int] | None = None,
+        *,
+        reproducible: bool = False,
+        is_idle: np.ndarray | None = None,
+    ) -> EnvStep:
         """Steps all environments with float32 `[B, A]` actions, of JAX or NumPy; then resets those in `reset_seeds`.
+
+        Idle ones are stepped with the others: a batch has one physics.
 
         Raises:
             ValueError: an action of another shape or not finite, or an index out of range.
         """
-        del reproducible
+        del reproducible, is_idle
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")

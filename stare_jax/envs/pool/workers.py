@@ -133,9 +133,17 @@ class SimulatorPool:
         return self._call(dict(enumerate(seeds)), is_stepped=np.zeros(self.num_envs, bool), reproducible=reproducible)
 
     def step(
-        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
+        self,
+        action: np.ndarray,
+        reset_seeds: Mapping[int, int] | None = None,
+        *,
+        reproducible: bool = False,
+        is_idle: np.ndarray | None = None,
     ) -> EnvStep:
-        """Resets the environments named in `reset_seeds` and steps all the others.
+        """Resets the environments named in `reset_seeds` and steps all the others that are not idle.
+
+        An idle environment is neither stepped nor drawn: it stays as it was, and its process is not asked where it has
+        no other to step.
 
         Raises:
             ValueError: an action of another shape or not finite, or an index out of range.
@@ -146,13 +154,17 @@ class SimulatorPool:
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
         is_stepped = ~self._needs_reset
         is_stepped[list(reset_seeds)] = False
+        rests = np.zeros(self.num_envs, bool) if is_idle is None else is_stepped & is_idle
+        is_stepped &= ~rests
         action = np.asarray(action, np.float32)
         if action.shape != (self.num_envs, self.action_dim):
             raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
         if not np.isfinite(action[is_stepped]).all():
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
         self._slots.action[:] = action
-        return self._call(reset_seeds, is_stepped=is_stepped, reproducible=reproducible)
+        state = self._call(reset_seeds, is_stepped=is_stepped, reproducible=reproducible)
+        # One that rests is lost only together with its process.
+        return state._replace(alive=state.alive | rests & ~self._needs_reset)
 
     def close(self) -> None:
         """Ends all workers and gives their memory back; a second call does nothing."""

@@ -47,7 +47,8 @@ class OpenVLAConfig:
     tokenizer: str
     """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
     prompt_template: str
-    """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt."""
+    """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt. With
+    `state_tokens` it may be empty: a policy of a single task then sees the state alone."""
     prompt_length: int
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
@@ -105,7 +106,7 @@ class OpenVLAConfig:
         if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
             expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
             raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
-        if "{instruction}" not in self.prompt_template:
+        if "{instruction}" not in self.prompt_template and not (self.state_tokens and not self.prompt_template):
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
         if "{state}" in self.prompt_template and not self.state_dim:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A point gripper pushes a block to a goal on a plane, in pure JAX: learning tests and algorithm studies in seconds.
+"""A point gripper pushes a block to a goal on a plane, seen from above: the toy of the push family.
 
 Gripper and block are discs. An action moves the gripper by up to `MAX_STEP` metres; where it would overlap the block,
 the block yields along the line of centres, so that it has to be pushed from behind and steered. Stages, costs and
@@ -6,17 +6,16 @@ potentials are those of `PushCube-v1` with thresholds of this size.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.base import EnvStep
+from stare_jax.envs.toys.vec_env import Toy, ToyEnv, array_module, bounded, unit_vector
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.stages.tasks import get_task
-from stare_jax.types import Array, NormStats, Observation, Signals
+from stare_jax.types import Array, NormStats, Signals
 
 ENV_ID = "ToyPush-v0"
 INSTRUCTION = "push the block to the goal"
@@ -78,9 +77,9 @@ def _offset(draw: Array, *, distance: tuple[float, float], max_angle: float) -> 
     return length * jnp.array([jnp.cos(angle), jnp.sin(angle)])
 
 
-def step_state(state: ToyState, action: Array) -> ToyState:
-    """Moves the gripper by `MAX_STEP * clip(action, -1, 1)` and the block out of its way."""
-    velocity = MAX_STEP * jnp.clip(action, -1.0, 1.0) / NUM_SUBSTEPS
+def step_state(state: ToyState, action: Array, *, max_step: Array | float = MAX_STEP) -> ToyState:
+    """Moves the gripper by `max_step * clip(action, -1, 1)` and the block out of its way."""
+    velocity = max_step * jnp.clip(action, -1.0, 1.0) / NUM_SUBSTEPS
     gripper, block, is_contact = state.gripper, state.block, jnp.array(False)
     for _ in range(NUM_SUBSTEPS):
         gripper = jnp.clip(gripper + velocity, -WORKSPACE, WORKSPACE)
@@ -113,76 +112,46 @@ def observe_state(state: ToyState) -> tuple[Array, Signals]:
     return jnp.concatenate([state.gripper, state.block, state.goal]), signals
 
 
-def expert_action(signals: Signals, *, speed: float = 1.0) -> np.ndarray:
+def expert_action(signals: Signals, *, speed: Array | float = 1.0, max_step: Array | float = MAX_STEP) -> Array:
     """Acts in closed loop: goes behind the block, as seen from the goal, then pushes along the line.
 
     Args:
-        signals: NumPy leaves `[B, ...]`.
+        signals: leaves `[B, ...]`, of NumPy or JAX.
         speed: fraction of the largest step that it uses.
+        max_step: metres, the largest step.
 
     Returns:
         float32 `[B, 2]` in [-1, 1].
     """
     gripper, block, goal = (x[:, :2] for x in (signals.tcp_pos, signals.obj_pos, signals.goal_pos))
-    forward = (goal - block) / np.maximum(np.linalg.norm(goal - block, axis=-1, keepdims=True), 1e-6)
+    xp = array_module(gripper)
+    forward = unit_vector(goal - block)
     offset = gripper - block
-    along = np.sum(offset * forward, axis=-1, keepdims=True)
+    along = xp.sum(offset * forward, axis=-1, keepdims=True)
     sideways = offset - along * forward
-    is_behind = (along < 0) & (np.linalg.norm(sideways, axis=-1, keepdims=True) < 0.3 * -along)
-    target = np.where(is_behind, block, block - 2 * BLOCK_RADIUS * forward)
-    action = (target - gripper) / MAX_STEP
-    return (speed * action / np.maximum(np.abs(action).max(axis=-1, keepdims=True), 1.0)).astype(np.float32)
+    is_behind = (along < 0) & (xp.linalg.norm(sideways, axis=-1, keepdims=True) < 0.3 * -along)
+    target = xp.where(is_behind, block, block - 2 * BLOCK_RADIUS * forward)
+    return bounded((target - gripper) / max_step, speed).astype(xp.float32)
 
 
-@jax.jit
-def _reset(seeds):
-    state = jax.vmap(reset_state)(seeds)
-    return state, jax.vmap(observe_state)(state)
+TOY = Toy(
+    env_id=ENV_ID,
+    instruction=INSTRUCTION,
+    horizon=HORIZON,
+    action_dim=ACTION_DIM,
+    state_dim=STATE_DIM,
+    max_step=MAX_STEP,
+    reset=reset_state,
+    step=step_state,
+    observe=observe_state,
+    expert=expert_action,
+    spec=task_spec(),
+    norm_stats=norm_stats(),
+)
 
 
-@jax.jit
-def _step(state, action, seeds, is_reset):
-    def one(state, action, seed, is_reset):
-        moved, fresh = step_state(state, action), reset_state(seed)
-        return jax.tree.map(lambda a, b: jnp.where(is_reset, a, b), fresh, moved)
-
-    state = jax.vmap(one)(state, action, seeds, is_reset)
-    return state, jax.vmap(observe_state)(state)
-
-
-class ToyPush:
+class ToyPush(ToyEnv):
     """`VecEnv` of this plane; see `envs.base`."""
 
-    env_id = ENV_ID
-    horizon = HORIZON
-    action_dim = ACTION_DIM
-
     def __init__(self, num_envs: int):
-        self.num_envs = num_envs
-        self.instructions = (INSTRUCTION,) * num_envs
-
-    def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
-        del reproducible  # Every reset is.
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
-        self._state, measured = _reset(np.asarray(seeds, np.uint32))
-        return self._observe(measured)
-
-    def step(
-        self, action: np.ndarray, reset_seeds: Mapping[int, int] | None = None, *, reproducible: bool = False
-    ) -> EnvStep:
-        del reproducible
-        seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
-        for i, seed in (reset_seeds or {}).items():
-            seeds[i], is_reset[i] = seed, True
-        self._state, measured = _step(self._state, np.asarray(action, np.float32), seeds, is_reset)
-        return self._observe(measured)
-
-    def close(self) -> None:
-        del self._state
-
-    def _observe(self, measured) -> EnvStep:
-        state, signals = jax.device_get(measured)
-        no_tokens = np.zeros((self.num_envs, 0), np.int32)
-        observation = Observation(images={}, state=state, tokens=no_tokens, token_mask=no_tokens.astype(bool))
-        return EnvStep(observation, signals, np.ones(self.num_envs, bool))
+        super().__init__(TOY, num_envs)

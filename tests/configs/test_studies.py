@@ -1,0 +1,51 @@
+"""Studies: every run of them is a valid configuration, and methods differ in nothing but what makes them methods."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import study as command
+
+from stare_jax.config import to_dict
+from stare_jax.runs.directory import differences
+from stare_jax.runs.study import plan_study
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted(path.stem for path in (ROOT / "configs" / "studies").glob("*.py"))
+PLACES = {"config.phases", "config.init_from", "config.demos_from"}
+"""fields in which runs of one task and seed differ because they begin from one another"""
+
+
+@pytest.fixture(autouse=True)
+def in_the_clone(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.chdir(ROOT)
+
+
+def test_there_are_studies():
+    assert "franka_state" in STUDIES
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_runs_of_a_study_are_valid_and_have_the_same_numbers(name):
+    methods = importlib.import_module("configs.methods").METHODS
+    study = command.load_study(ROOT / "configs" / "studies" / f"{name}.py")
+    jobs = plan_study(study, methods, "runs/x")
+    assert len({job.name for job in jobs}) == len(jobs)
+    for task in study.tasks:
+        seed = study.seeds_of(task)[0]
+        configs = {
+            job.name.split("/")[1]: command.read_config(job)
+            for job in jobs
+            if job.name.startswith(f"{task}/") and job.name.endswith(f"seed_{seed}")
+        }
+        wanted = {method for method in study.methods if (task, method) not in study.without}
+        assert wanted | {"sft"} <= set(configs)
+        for method, config in configs.items():
+            variant = study.variants.get(method)
+            step = methods[variant.method if variant else method]
+            own = {f"config.{field}" for each in methods.values() for field in each.changes}
+            own |= {f"config.{field}" for field in (variant.changes if variant else ())}
+            changes = differences(to_dict(configs["sft"]), to_dict(config), "config")
+            assert {change.path for change in changes} <= own | PLACES, method
+            assert config.phases == (step.phase,) and config.seed == seed
