@@ -157,9 +157,8 @@ def load_subject(
     if arguments.phase == EXPERT:
         with user_input():
             experts = [make_expert(name) for name in simulators.task_names]
-        return Subject(
-            lambda part: experts_act(experts, simulators.task_index), depends_on_batch=False, name=EXPERT, chunk=1
-        )
+        expert_of = [experts[task] for task in simulators.task_index].__getitem__
+        return Subject(lambda part: experts_act(expert_of), depends_on_batch=False, name=EXPERT, chunk=1)
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)

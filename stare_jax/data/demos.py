@@ -84,6 +84,11 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
 
 def expert_act(expert: Expert) -> Act:
     """Returns an `Act` of an expert, with one memory an environment; its decisions are actions alone."""
+    return experts_act(lambda row: expert)
+
+
+def experts_act(expert_of: Callable[[int], Expert]) -> Act:
+    """Returns the same of several experts; `expert_of(row)` is the one that acts in an environment."""
     memories: list[Any] = []
 
     def act(observation, signals, instructions, is_first):
@@ -92,21 +97,11 @@ def expert_act(expert: Expert) -> Act:
         memories.extend([None] * (len(is_first) - len(memories)))
         actions = []
         for i, is_new in enumerate(is_first):
+            expert = expert_of(i)
             memory = expert.init() if is_new or memories[i] is None else memories[i]
             action, memories[i] = expert.act(Signals(*(leaf[i] for leaf in signals)), memory)
             actions.append(action)
         return Decision(np.stack(actions).astype(np.float32)), observation
-
-    return act
-
-
-def experts_act(experts: Sequence[Expert], task_index: Sequence[int]) -> Act:
-    """Returns an `Act` of several experts: `task_index` `[B]` says which of them acts in each environment."""
-    acts, rows = [expert_act(expert) for expert in experts], np.arange(len(task_index))
-
-    def act(observation, signals, instructions, is_first):
-        actions = [one(observation, signals, instructions, is_first)[0].action for one in acts]
-        return Decision(np.stack(actions)[np.asarray(task_index), rows]), observation
 
     return act
 

@@ -32,7 +32,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.rounds import collect_round
-from stare_jax.stages import TaskSpecs, as_specs
+from stare_jax.stages import TaskSpecs, as_specs, take_turns
 from stare_jax.types import PyTree
 
 
@@ -186,7 +186,7 @@ def _fill(
                     actor.act(numbers),
                     _simulator_seeds(config, numbers),
                     stop_at_success=config.stop_at_success,
-                    tasks=_tasks(config, spec, numbers) if num_tasks > 1 else None,
+                    tasks=take_turns(spec, [number // config.rollouts_per_seed for number in numbers]),
                     reproducible=config.reproducible,
                     on_episode=tell,
                     should_stop=should_stop,
@@ -207,11 +207,6 @@ def _simulator_seeds(config: PairsConfig, rollouts: Sequence[int]) -> list[int]:
     starts = [i // config.rollouts_per_seed for i in rollouts]
     first = take_seeds(PAIR_SEEDS, config.seed, 0, max(starts) + 1)
     return [first[i] for i in starts]
-
-
-def _tasks(config: PairsConfig, spec: TaskSpecs, rollouts: Sequence[int]) -> list[int]:
-    """Returns the task of each rollout: initial states are of one task after the other."""
-    return [i // config.rollouts_per_seed % len(as_specs(spec)) for i in rollouts]
 
 
 def _kind(actor: Actor, config: PairsConfig, info: SimulatorInfo) -> Kind:

@@ -35,7 +35,7 @@ class SimulatorInfo(NamedTuple):
     """The properties of simulators that collected episodes depend on; known before any simulator has started."""
 
     env_id: str
-    """of several tasks all, joined by "+"."""
+    """name of the task; of several tasks all names, joined by "+"."""
     horizon: int
     """actions of an episode."""
     num_envs: int
@@ -58,7 +58,7 @@ class VecEnv(Protocol):
     horizon: int
     action_dim: int
     task_index: np.ndarray
-    """int `[B]`, the task of each environment; it is read where episodes are of several tasks."""
+    """int `[B]`, the task of each environment, from 0; read only where episodes are of several tasks."""
     instructions: Sequence[str]
     """`[B]`, one for each current episode."""
 

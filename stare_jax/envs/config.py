@@ -69,10 +69,13 @@ class EnvConfig:
     `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
     tasks: tuple[str, ...] = ()
     """several tasks for one policy, each named as in `task`; empty for the one task that `env_id` or `task` names.
-    Processes are dealt out to them in turn, so that each has the same number if it divides `num_workers`. The `env_id`
-    of all together is theirs, joined by "+". They have the same robot, camera and number of stages, and other words."""
+    Processes are dealt out to the tasks in turn, so that each has as many, to within one. `env_id` is that of all
+    together, theirs joined by "+". The tasks have the same robot, camera and number of stages, and different
+    instructions."""
 
     def __post_init__(self):
+        if self.tasks and self.task:
+            raise ValueError(f"task: got {self.task!r} beside tasks {self.tasks}, expected one of the two")
         if len(self.tasks) == 1:
             object.__setattr__(self, "task", self.tasks[0])
             object.__setattr__(self, "tasks", ())
@@ -106,13 +109,15 @@ class EnvConfig:
                     f"num_workers: got {self.num_workers}, expected 1 with backend 'cuda', where envs_per_worker is "
                     "the whole batch"
                 )
+        if self.num_workers < len(self.tasks):
+            expected = f"at least {len(self.tasks)}, one process for each of {self.env_id}"
+            raise ValueError(f"num_workers: got {self.num_workers}, expected {expected}")
 
     def _join_tasks(self) -> None:
-        """Checks that several tasks fit one policy, and sets `env_id` and `horizon`."""
-        joined = "+".join(spec.env_id for spec in self.specs)
-        if other := self.task or (self.env_id if "+" not in self.env_id else ""):
-            raise ValueError(f"tasks: got {self.tasks} beside {other!r} of task or env_id, expected one or the other")
-        object.__setattr__(self, "env_id", joined)
+        """Checks that several tasks fit one policy, and sets `env_id`."""
+        if self.env_id and "+" not in self.env_id:  # Other tasks, joined, are those before a change of `tasks`.
+            raise ValueError(f"env_id: got {self.env_id!r} beside tasks {self.tasks}, expected '' or no tasks")
+        object.__setattr__(self, "env_id", "+".join(spec.env_id for spec in self.specs))
         scenes = [load_task(name).scene for name in self.task_names]
         same = {
             "robot": [scene.robot for scene in scenes],
@@ -128,9 +133,6 @@ class EnvConfig:
                 raise ValueError(f"tasks: {name}: got {got}, expected the same of all tasks of one policy")
         if len({spec.instruction for spec in self.specs}) < len(self.tasks):
             raise ValueError(f"tasks: got {self.tasks}, expected tasks with different instructions, each once")
-        if self.num_workers < len(self.tasks):
-            expected = f"at least {len(self.tasks)}, one process for each of {joined}"
-            raise ValueError(f"num_workers: got {self.num_workers}, expected {expected}")
 
     @property
     def refused_by_cuda(self) -> str | None:
@@ -190,9 +192,8 @@ class EnvConfig:
 
     @property
     def scene(self) -> Scene:
-        """The robot, camera, objects and goal of the task; of several tasks the first, of which all have the robot
-        and the camera."""
-        return load_task(self.task_names[0]).scene
+        """The robot, camera, objects and goal of the task; of several the first's, whose robot and camera all have."""
+        return load_task(self.task_name).scene
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.rounds import collect_round
-from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names
+from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names, take_turns
 from stare_jax.types import PyTree, Trajectory
 
 ActOf = Callable[[int], Act]
@@ -207,8 +207,8 @@ def evaluate_act(
     if folder is not None and not conditions.checkpoint:
         raise ValueError("conditions.checkpoint: got '', expected the name of the weights, to resume from a folder")
     # The tasks take turns, so that every part has all of them.
-    tasks = as_specs(spec)
-    seeds = [seed for seed in episode_seeds(config) for _ in tasks]
+    seeds = [seed for seed in episode_seeds(config) for _ in as_specs(spec)]
+    tasks = take_turns(spec, range(len(seeds)))
     identity = _identity(env, spec, config, conditions)
     done = NOTHING_DONE if folder is None else load_parts(folder, identity)
     num_before = 0 if done.episodes is None else len(done.episodes.seed)
@@ -227,9 +227,7 @@ def evaluate_act(
             if number < done.num_parts:
                 continue
             start = time.monotonic()
-            part = _Part(
-                env, act_of, number, seeds, len(tasks), indices, shelf, config.num_videos > 0, should_stop, clock
-            )
+            part = _Part(env, act_of, number, seeds, tasks, indices, shelf, config.num_videos > 0, should_stop, clock)
             rollout = collect_round(part.run, len(indices), as_a_whole=depends_on_batch, on_episode=on_episode)
             if not rollout.is_complete:
                 kept = "" if folder is None else f"; {indices.start} are kept on disk"
@@ -267,8 +265,8 @@ class _Part:
     number: int
     seeds: Sequence[int]
     """Seeds of all episodes of the evaluation."""
-    num_tasks: int
-    """Number of tasks, which take turns."""
+    tasks: np.ndarray | None
+    """Their tasks; None where there is one."""
     indices: range
     """Episodes of the part among these."""
     shelf: FilmShelf
@@ -293,7 +291,7 @@ class _Part:
             self.act_of(self.number),
             [self.seeds[e] for e in episodes],
             stop_at_success=False,
-            tasks=[e % self.num_tasks for e in episodes] if self.num_tasks > 1 else None,
+            tasks=None if self.tasks is None else self.tasks[episodes],
             reproducible=True,
             on_episode=film_and_tell,
             should_stop=self.should_stop,

@@ -12,7 +12,7 @@ from stare_jax.stages.rewards import (
     success_rewards,
 )
 from stare_jax.stages.separate import Separation, StageCarry, init_stage, separate, stage_mask, step_stage
-from stare_jax.stages.several import TaskSpecs, as_specs, by_task, shared_stage_names
+from stare_jax.stages.several import TaskSpecs, as_specs, by_task, shared_stage_names, take_turns
 from stare_jax.stages.shaping import TerminalPotential, TimeLimit, check_ends, shape_rewards
 from stare_jax.stages.spec import StageParams, TaskSpec
 from stare_jax.stages.tasks import TASKS, get_task
@@ -46,4 +46,5 @@ __all__ = [
     "stage_mask",
     "step_stage",
     "success_rewards",
+    "take_turns",
 ]

@@ -1,10 +1,11 @@
-"""Several tasks at once: the function of a row's own task, and names of stages that they share."""
+"""Several tasks at once: the function of a row's own task, their turns, and names of stages that they share."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from stare_jax.stages.spec import TaskSpec
 
@@ -40,6 +41,17 @@ def by_task(spec: TaskSpecs, fn: Callable[..., Any]) -> Callable[..., Any]:
     if len(branches) == 1:
         return lambda task, *args: branches[0](*args)
     return lambda task, *args: jax.lax.switch(task, branches, *args)
+
+
+def take_turns(spec: TaskSpecs, turns: Sequence[int]) -> np.ndarray | None:
+    """Returns the tasks of episodes, int32 `[E]`, where the tasks take turns; None where there is one task.
+
+    Args:
+      spec: the tasks.
+      turns: `[E]`, the number of each episode's turn; several episodes may share one.
+    """
+    num_tasks = len(as_specs(spec))
+    return np.asarray(turns, np.int32) % num_tasks if num_tasks > 1 else None
 
 
 def shared_stage_names(specs: Sequence[TaskSpec]) -> tuple[str, ...]:

@@ -18,12 +18,14 @@ from stare_jax.logging import Interrupted, progress, say
 from stare_jax.losses import ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.decisions import Act
 from stare_jax.sharding.mesh import check_batch_size, place
-from stare_jax.stages import Reward, TaskSpec, TaskSpecs, TerminalPotential, TimeLimit, as_specs, by_task, check_ends
+from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
+from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
-from stare_jax.state.train_state import TrainState, abstract_params
+from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params
+from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, save, start_phase
 from stare_jax.train.ppo_metrics import iteration_metrics, report_line
@@ -83,8 +85,7 @@ class PPOConfig:
     terminal_potential: TerminalPotential = "keep"
     """potential after which nothing follows: "keep" its own, or "zero"."""
     whiten_over: ppo_batch.WhitenOver = "all"
-    """decisions among which advantages are whitened: "all" of a batch, or those of each "task", which gives a task that
-    always succeeds or always fails as much weight as one that is being learnt."""
+    """decisions among which advantages are whitened: "all" of a batch, or those of each "task"."""
     temperature: float = 1.0
     """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
@@ -207,8 +208,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
         policy: policy that acts and is trained.
         params: parameters to start from; consumed.
         env: simulators; the number of environments is independent of the size of a batch.
-        spec: the task's stages; of several tasks all, in the order of the environments' tasks. Every iteration has the
-            same number of episodes of each, to within one.
+        spec: the task's stages; of several tasks all, in the order of the environments' tasks. They take
+            turns, so that a batch of episodes has as many of each, to within one.
         config: see `PPOConfig`.
         run: see `Run`.
 
@@ -222,7 +223,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_mesh(config, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
-    reference = reference_params(policy, params, config, run)
+    reference = None if config.kl_coef is None else copy_trainable(policy, params, config.optimizer, run.mesh)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
@@ -236,7 +237,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     ):
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
-            rollout = _collect(policy, state.params, env, spec, counters, config, run, window)
+            key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
+            act = policy_act(policy, state.params, key, temperature=config.temperature, mesh=run.mesh)
+            rollout = _collect(act, env, spec, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
@@ -293,27 +296,17 @@ class _Counters(NamedTuple):
 
 
 def _collect(
-    policy: Policy,
-    params: PyTree,
-    env: VecEnv,
-    spec: TaskSpecs,
-    counters: _Counters,
-    config: PPOConfig,
-    run: Run,
-    window: Window,
+    act: Act, env: VecEnv, spec: TaskSpecs, counters: _Counters, config: PPOConfig, run: Run, window: Window
 ) -> Rollout:
     """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
-    key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
-    num_tasks = len(as_specs(spec))
-    tasks = (counters.seeds + np.arange(batch_size)) % num_tasks
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
-            policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
+            act,
             take_seeds(PPO_SEEDS, config.seed, counters.seeds, batch_size),
             stop_at_success=config.stop_at_success,
-            tasks=tasks if num_tasks > 1 else None,
+            tasks=take_turns(spec, counters.seeds + np.arange(batch_size)),
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
@@ -323,12 +316,3 @@ def _collect(
         number = counters.iteration + 1
         raise SimulatorError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
     return rollout
-
-
-def reference_params(policy: Policy, params: PyTree, config: PPOConfig, run: Run) -> PyTree:
-    """Returns a copy of the parameters that will be trained, on the mesh, to keep to; None where `kl_coef` is None."""
-    if config.kl_coef is None:
-        return None
-    freeze = frozen_params(policy, config.optimizer)
-    to = jax.tree.map(lambda x: x.sharding, split_params(abstract_params(policy, run.mesh), freeze)[0])
-    return jax.tree.map(jnp.copy, jax.device_put(split_params(params, freeze)[0], to))

@@ -181,11 +181,7 @@ def _discounts(
 
 
 def compile_targets(
-    targets_fn: Callable[[Array, Signals, Array, Array], Targets],
-    *,
-    chunk: int = 1,
-    num_steps: int | None = None,
-    num_tasks: int = 1,
+    targets_fn: Callable[..., Targets], *, chunk: int = 1, num_steps: int | None = None, num_tasks: int = 1
 ) -> Callable[[Rollout], PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
 
@@ -200,10 +196,8 @@ def compile_targets(
     @jax.jit
     def all_episodes(task, signals, valid, value):
         targets = jax.vmap(targets_fn)(task, signals, valid, value)
-        advantage = jnp.zeros_like(targets.advantage_d)
-        for k in range(num_tasks):
-            mask = targets.valid_d if num_tasks == 1 else targets.valid_d & (task == k)[:, None]
-            advantage = jnp.where(mask, whiten(targets.advantage_d, mask), advantage)
+        groups = [True] if num_tasks == 1 else [(task == k)[:, None] for k in range(num_tasks)]
+        advantage = sum(whiten(targets.advantage_d, targets.valid_d & group) for group in groups)  # 0 outside a group
         return targets, advantage, explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
 
     def prepare(rollout):

@@ -52,10 +52,8 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
         return float(total) / num_over if num_over else float("nan")
 
     completed = {f"env/completed_{name}": per_episode(over.completed[:, k].sum()) for k, name in enumerate(names)}
-    of_tasks = {}
-    for k, one in enumerate(specs if len(specs) > 1 else ()):
-        outcomes = is_success[rollout.task[is_over] == k]
-        of_tasks[f"env/success_{one.env_id}"] = float(outcomes.mean()) if len(outcomes) else float("nan")
+    outcomes = {one.env_id: is_success[rollout.task[is_over] == k] for k, one in enumerate(specs)}
+    of_tasks = {f"env/success_{name}": float(x.mean()) if len(x) else float("nan") for name, x in outcomes.items()}
     return {
         "env/success": per_episode(num_successes),
         "env/num_successes": num_successes,
@@ -65,7 +63,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
         "env/episode_length": per_episode(over.valid_t.sum()),
         "env/return_raw": per_episode(over.reward_t.sum()),
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
-        **of_tasks,
+        **(of_tasks if len(specs) > 1 else {}),
         **completed,
         **(shaping_metrics(over, names) if shaping else {}),
         "ppo/advantage_std": float(targets.advantage_d[valid_d].std()),

@@ -46,12 +46,13 @@ def test_one_of_several_is_the_one():
         ({"tasks": FRANKA, "num_workers": 3}, "num_workers: got 3, expected at least 4, one process for each of Push"),
         (
             {"tasks": TWO, "env_id": "StackCube-v1"},
-            "tasks: got .* beside 'StackCube-v1' of task or env_id",
+            "env_id: got 'StackCube-v1' beside tasks .*, expected '' or no tasks",
         ),
-        ({"tasks": TWO, "task": "x.py"}, "tasks: got .* beside 'x.py' of task or env_id, expected one or the other"),
+        ({"tasks": TWO, "task": "x.py"}, "task: got 'x.py' beside tasks .*, expected one of the two"),
+        ({"tasks": TWO[:1], "task": "x.py"}, "task: got 'x.py' beside tasks .*, expected one of the two"),
         ({"tasks": (*TWO, "Nothing-v1")}, "task: got 'Nothing-v1', expected one of"),
         (
-            {"tasks": TWO, "backend": "cuda", "num_workers": 2},
+            {"tasks": TWO, "backend": "cuda", "num_workers": 1},
             "backend: got 'cuda' for .*: a batch on a GPU is of",
         ),
     ],

@@ -116,7 +116,7 @@ def test_successes_are_counted_whatever_the_reward_is(rollout, targets, spec):
 def test_without_an_episode_that_is_over_there_is_no_rate(rollout, targets, spec):
     cut = Targets(*(x[2:] for x in targets))
     decisions = jax.tree.map(lambda x: x[2:], rollout.trajectory.decisions)
-    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions))
+    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions), task=rollout.task[2:])
     metrics = rollout_metrics(rollout, cut, spec, shaping=True)
     assert (metrics["env/num_episodes"], metrics["env/num_cut"]) == (0, 1)
     assert np.isnan(metrics["env/success"]) and metrics["shaping/at_success"] == 0

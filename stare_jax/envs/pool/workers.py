@@ -102,7 +102,8 @@ class SimulatorPool:
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
         self.task_index = config.task_index
-        self.instructions = [config.specs[index].instruction for index in self.task_index]
+        words = [spec.instruction for spec in config.specs]
+        self.instructions = [words[task] for task in self.task_index]
         self.num_losses = 0
         self._report = report
         if config.image_size and config.lite_robot:
