@@ -18,6 +18,7 @@ from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.documents import read_json
+from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_quantiles, check_tables
 from stare_jax.logging import replace_text
 from stare_jax.models.normalize import action_range
@@ -102,10 +103,10 @@ def to_norm_stats(
         DocumentError: an entry is missing, damaged or of another length; the message names it, got and expected.
     """
     prefix = f"{path}." if path else ""
-    action = check_quantiles(statistics.get("action"), place, f"{prefix}action", dim=action_dim)
+    action = check_quantiles(statistics.get("action", NOTHING), place, f"{prefix}action", dim=action_dim)
     state = {name: np.zeros(0, np.float32) for name in ("q01", "q99")}
     if state_dim:
-        state = check_quantiles(statistics.get("proprio"), place, f"{prefix}proprio", dim=state_dim)
+        state = check_quantiles(statistics.get("proprio", NOTHING), place, f"{prefix}proprio", dim=state_dim)
     low, high = action_range(action, action["mask"])
     return NormStats(low, high, action["mask"], state["q01"], state["q99"])
 

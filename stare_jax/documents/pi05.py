@@ -11,6 +11,7 @@ import numpy as np
 
 from stare_jax.documents.openvla import CONFIG, Off
 from stare_jax.documents.reader import (
+    NOTHING,
     DocumentError,
     Range,
     Size,
@@ -179,7 +180,9 @@ def read_processor_stats(
     action = check_quantiles(action, str(folder / name), _ACTION, dim=action_dim, may_be_longer=True)
     if state_dim == 0 or (state_dim is None and _STATE not in before):
         return action, None
-    state = check_quantiles(before.get(_STATE), str(folder / PROCESSORS[0]), _STATE, dim=state_dim, may_be_longer=True)
+    state = check_quantiles(
+        before.get(_STATE, NOTHING), str(folder / PROCESSORS[0]), _STATE, dim=state_dim, may_be_longer=True
+    )
     return action, state
 
 

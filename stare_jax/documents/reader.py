@@ -25,7 +25,8 @@ from stare_jax.config import ConfigError
 
 MAX_FLOAT = 3.4028234663852886e38
 """largest float32"""
-_NOTHING = object()
+NOTHING = object()
+"""stands for a field that is not there"""
 _NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -150,7 +151,7 @@ def one_value(place: str, values: Mapping[str, Any]) -> Any:
 
 def show(value: Any) -> str:
     """Returns a value in short, for a message."""
-    if value is _NOTHING:
+    if value is NOTHING:
         return "nothing"
     return "null" if value is None else _SHORT.repr(value)
 
@@ -200,7 +201,7 @@ class _Reading(NamedTuple):
             result = attempt.convert(kind, value, path)
             if not attempt.problems:
                 return result
-        if len(kinds) == 1 and value is not _NOTHING and not _is_scalar(kinds[0]):
+        if len(kinds) == 1 and value is not NOTHING and not _is_scalar(kinds[0]):
             self.problems.extend(attempt.problems)
         else:
             self._refuse(hint, (), value, path)
@@ -213,13 +214,10 @@ class _Reading(NamedTuple):
         fields = dict(defaults)
         for name, hint in hints.items():
             if name in value or name not in defaults:
-                fields[name] = self.convert(hint, value.get(name, _NOTHING), _join(path, name))
+                fields[name] = self.convert(hint, value.get(name, NOTHING), _join(path, name))
         if self.only and (unknown := [name for name in value if name not in hints]):
-            known = ", ".join(hints)
-            self.problems.extend(
-                
-                f"{_join(path, name)}: got an unknown field, expected some of {known}" for name in unknown
-            ]
+            known = f"expected some of {', '.join(hints)}"
+            self.problems.extend(f"{_join(path, name)}: got an unknown field, {known}" for name in unknown)
         return cls(**fields)
 
     def _list(self, hint: Any, limits: Sequence[Any], value: Any, path: str) -> Any:
@@ -257,7 +255,7 @@ def _is_scalar(hint: Any) -> bool:
 
 def _fits(hint: Any, origin: Any, value: Any) -> bool:
     """Returns whether a value is one of a scalar annotation."""
-    if value is _NOTHING:
+    if value is NOTHING:
         return False
     if hint is Any:
         return True

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.config import UserError
+from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_norm_stats
 from stare_jax.state import storage
 from stare_jax.state.train_state import CHECKPOINTS, TrainState
@@ -236,7 +237,7 @@ def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
     path = step_path(directory, step)
-    return check_norm_stats(storage.read_metadata(path).get("norm_stats"), str(path), "norm_stats")
+    return check_norm_stats(storage.read_metadata(path).get("norm_stats", NOTHING), str(path), "norm_stats")
 
 
 def load_model(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.documents import check_record, read_json
+from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_quantiles, check_tables
 from stare_jax.models.normalize import action_range
 from stare_jax.types import NormStats
@@ -68,8 +69,10 @@ def read_openvla_stats(
     """
     tables, place = read_openvla_tables(folders), str(folders[0])
     name = choose_name(tables, unnorm_key, folders[0])
-    action = check_quantiles(tables[name].get("action"), place, f"{name}.action")
-    state = check_quantiles(tables[name].get("proprio"), place, f"{name}.proprio") if state_dim else _NO_NUMBERS
+    action = check_quantiles(tables[name].get("action", NOTHING), place, f"{name}.action")
+    state = (
+        check_quantiles(tables[name].get("proprio", NOTHING), place, f"{name}.proprio") if state_dim else _NO_NUMBERS
+    )
     return name, NormStats(*action_range(action, action["mask"]), action["mask"], state["q01"], state["q99"])
 
 
@@ -117,12 +120,16 @@ def read_openpi_stats(file: Path, *, action_dim: int | None = None, state_dim: i
     DocumentError where there are fewer, or quantiles are missing or damaged, see `check_quantiles`.
     """
     stats, place = check_record(_OpenpiFile, read_json(file), str(file)).norm_stats, str(file)
-    action = check_quantiles(stats.get("actions"), place, "norm_stats.actions", dim=action_dim, may_be_longer=True)
+    action = check_quantiles(
+        stats.get("actions", NOTHING), place, "norm_stats.actions", dim=action_dim, may_be_longer=True
+    )
     low, high = action["q01"][:_MAX_DIM], action["q99"][:_MAX_DIM]
     has_state = state_dim > 0 if state_dim is not None else "state" in stats
     state = _NO_NUMBERS
     if has_state:
-        state = check_quantiles(stats.get("state"), place, "norm_stats.state", dim=state_dim, may_be_longer=True)
+        state = check_quantiles(
+            stats.get("state", NOTHING), place, "norm_stats.state", dim=state_dim, may_be_longer=True
+        )
     return NormStats(low, high, np.ones(len(low), bool), state["q01"], state["q99"])
 
 
