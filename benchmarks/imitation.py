@@ -2,11 +2,10 @@
 
 For each task and seed an expert's demonstrations are collected, most of them disturbed by noise, and imitated by a
 policy that sees nothing but `low_dim_state`: an MLP, or `openvla_state`, which takes several times as long. The
-imitation then acts in three ways: the most likely bin of each number of an action ("mode"), the mean of its bins
-("mean"), and samples at a temperature. Rates are success at
-any step and success at the end of an episode, with 95 % Wilson intervals; behind them is the share of episodes that
-complete each stage. The WidowX tasks have 24 official starts (eggplant: 64), so that a rate rests on no more; where
-nothing is random each is run once.
+imitation then acts in several ways: by the most likely bin of each number of an action ("mode"), by the mean of its
+bins ("mean"), and by samples at a temperature. Rates are success at any step and success at the end of an episode, with
+95 % Wilson intervals; behind them is the share of episodes that complete each stage. The WidowX tasks have 24 official
+starts (eggplant: 64), so that a rate rests on no more; where nothing is random each is run once.
 
 Runs and results are kept in the folder and not repeated; an interrupted run goes on with the same command.
 
