@@ -25,7 +25,7 @@ ALLOWED = {
     "config": (),
     "sharding": ("types", "config"),
     "logging": ("types", "config"),
-    "stages": ("types",),
+    "stages": ("types", "config"),
     "losses": ("types",),
     "envs": (*GROUND, "stages"),
     "models": (*GROUND, "losses"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from stare_jax.config import check_at_least
+from stare_jax.config import Count, Interval, NonNegative, check_fields
 from stare_jax.losses import soft_cross_entropy, soft_labels
 from stare_jax.models.bins import (
     bin_coordinate,
@@ -36,22 +37,17 @@ SHARDING_RULES = (
 class MLPConfig:
     """Sizes of the network: an actor with independent bins for each action dimension, and a critic of its own."""
 
-    state_dim: int = 6
-    action_dim: int = 2
-    num_bins: int = 12
+    state_dim: Count = 6
+    action_dim: Count = 2
+    num_bins: Annotated[int, Interval(3)] = 12
     """ids per action dimension; the last two share a centre (`models.bins`), so there are `num_bins` - 1 values."""
-    hidden_dims: tuple[int, ...] = (64, 64)
-    value_dims: tuple[int, ...] = (64, 64)
-    label_width: float = 0.0
+    hidden_dims: tuple[Count, ...] = (64, 64)
+    value_dims: tuple[Count, ...] = (64, 64)
+    label_width: NonNegative = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
 
     def __post_init__(self):
-        check_at_least(self, 1, "state_dim", "action_dim")
-        check_at_least(self, 3, "num_bins")
-        check_at_least(self, 0, "label_width")
-        for name in ("hidden_dims", "value_dims"):
-            if min(getattr(self, name), default=1) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected widths >= 1")
+        check_fields(self)
 
 
 class ActorCritic(nn.Module):
