@@ -22,6 +22,7 @@ from stare_jax.models.bins import (
 )
 from stare_jax.models.nn.heads import ValueHead, exact_dense
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
+from stare_jax.models.observation import check_finite, check_observation
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation
 
@@ -79,6 +80,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
     num_bins = config.num_bins
 
     def apply(params, observation):
+        check_observation(observation, _observation_shape(config, 1))
         return network.apply({"params": params}, normalize_state(jnp.asarray(observation.state), norm_stats))
 
     def init(key):
@@ -125,6 +127,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
 
 def _no_prompt(instructions, state):
     del instructions
+    check_finite(state)
     return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
 
 
