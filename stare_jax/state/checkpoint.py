@@ -240,7 +240,7 @@ def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormSt
     return check_norm_stats(storage.read_metadata(path).get("norm_stats", NOTHING), str(path), "norm_stats")
 
 
-def check_norm_stats(directory: str | Path, norm_stats: NormStats) -> None:
+def check_same_norm_stats(directory: str | Path, norm_stats: NormStats) -> None:
     """Raises CheckpointError where the latest checkpoint was trained with other normalisation statistics."""
     saved = load_norm_stats(directory)
     for name, got, expected in zip(NormStats._fields, map(np.asarray, norm_stats), saved, strict=True):

@@ -86,7 +86,7 @@ def start_phase(
         raise CheckpointError(
             f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
         )
-    checkpoint.check_norm_stats(directory, run.norm_stats)
+    checkpoint.check_same_norm_stats(directory, run.norm_stats)
     if (saved := checkpoint.load_model(directory)) and run.model:
         check_same_model(saved, model_from_dict(run.model), source=directory)
     layout = abstract_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
