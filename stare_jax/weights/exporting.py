@@ -4,13 +4,15 @@ import itertools
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import ConfigError, read_json
+from stare_jax.config import ConfigError
+from stare_jax.documents import read_record
+from stare_jax.documents.openvla import FloatType
 from stare_jax.logging import check_space, new_directory, progress, progress_bytes
 from stare_jax.models import ModelConfig
 from stare_jax.models.nn.lora import LoRAConfig, adapted_module, adapter_names, is_adapter, merge_weight
@@ -130,15 +132,22 @@ def _find_origin(source: Path, base: Path | None, step: int | None, model: Model
     return Origin(checkpoints, step, shapes, config, not converted, opened, base or source)
 
 
+class _Kept(NamedTuple):
+    """record.json of a converted folder."""
+
+    form: Literal["openvla", "openpi", "safetensors", "lerobot", "paligemma"]
+    dtypes: dict[str, FloatType] = {}
+
+
 def open_base(folder: Path) -> Opened:
     """Opens a checkpoint of others, or what a converted folder keeps of one, which has no tensors of the parameters."""
     if not is_converted(folder):
         return open_weights(folder)
     kept = next(folder / form.kept for form in FORMATS if (folder / form.kept).is_dir())
-    record, unused = read_json(kept / side_files.RECORD), side_files.kept_unused(kept)
-    form = next(form for form in FORMATS if form.name == record["form"])
+    record, unused = read_record(_Kept, kept / side_files.RECORD), side_files.kept_unused(kept)
+    form = next(form for form in FORMATS if form.name == record.form)
     config = OPENVLA.read_config(kept) if form is OPENVLA else model_from_dict(stored_model(folder))
-    dtypes = {name: stored.spec.dtype for name, stored in unused.items()} or record["dtypes"]
+    dtypes = {name: stored.spec.dtype for name, stored in unused.items()} or record.dtypes
     return Opened(form, kept, config, {}, {}, unused, dtypes)
 
 
