@@ -189,8 +189,9 @@ def _check_finite(frame: Frame) -> None:
     """Makes sure that the physics has not diverged.
 
     Raises:
-        FloatingPointError: a signal is not finite.
+        FloatingPointError: a signal or the state that policies observe is not finite.
     """
-    for name, value in frame.signals._asdict().items():
+    signals = {f"signals.{name}": value for name, value in frame.signals._asdict().items()}
+    for name, value in (signals | {"state": frame.state}).items():
         if not np.isfinite(value).all():
-            raise FloatingPointError(f"signals.{name}: got {value}, expected finite numbers")
+            raise FloatingPointError(f"{name}: got {value}, expected finite numbers")
