@@ -5,7 +5,7 @@ fits `X | None` alone. Annotations are
 
     int, float, bool, str      of JSON's type exactly; a float is finite in float32, and may be written as an integer
     Literal[...], None         one of these values, of the same type
-    tuple[X, ...], tuple[X, Y] a list
+    tuple[X, ...], tuple[X, Y] a list; `list[X]` likewise, which stays a list
     dict[str, X]               an object whose names are not known
     another record, X | Y, Any
     Annotated[X, Range(...)]   numbers within bounds; with `Length(...)`, a list of as many items
@@ -174,7 +174,7 @@ class _Reading(NamedTuple):
             return self._union(hint, value, path)
         if _is_record(hint):
             result = self._record(hint, value, path)
-        elif origin is tuple:
+        elif origin in (tuple, list):
             result = self._list(hint, limits, value, path)
         elif origin is dict and isinstance(value, dict):
             item = typing.get_args(hint)[1]
@@ -223,8 +223,8 @@ class _Reading(NamedTuple):
     def _list(self, hint: Any, limits: Sequence[Any], value: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             return self._refuse(hint, limits, value, path)
-        kinds = typing.get_args(hint)
-        is_any_length = len(kinds) == 2 and kinds[1] is Ellipsis
+        kinds, is_list = typing.get_args(hint), typing.get_origin(hint) is list
+        is_any_length = is_list or kinds[1:] == (Ellipsis,)
         lengths = [limit for limit in limits if isinstance(limit, Length)]
         lengths += [] if is_any_length else [Length(len(kinds), len(kinds))]
         for length in lengths:
@@ -237,7 +237,7 @@ class _Reading(NamedTuple):
             items.append(self.convert(kinds[i], item, f"{path}[{i}]"))
             if len(self.problems) > before:  # of a list that is wrong throughout, one item is enough
                 break
-        return tuple(items)
+        return items if is_list else tuple(items)
 
 
 @functools.cache
@@ -280,9 +280,9 @@ def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join(map(_describe, kinds))
     if origin is Literal:
         return " or ".join("null" if value is None else repr(value) for value in kinds)
-    if origin is tuple:
+    if origin in (tuple, list):
         lengths = [limit for limit in limits if isinstance(limit, Length)]
-        lengths += [] if kinds[1:] == (Ellipsis,) else [Length(len(kinds), len(kinds))]
+        lengths += [] if origin is list or kinds[1:] == (Ellipsis,) else [Length(len(kinds), len(kinds))]
         words = f"a list of {' and '.join(map(str, lengths))} items" if lengths else "a list"
         words = f"{words}, each {_describe(kinds[0])}"
     elif _is_record(hint):
