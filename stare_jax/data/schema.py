@@ -15,11 +15,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from stare_jax.config import UserError
+from stare_jax.config import Natural, NonNegative, UserError
 from stare_jax.documents import DocumentError, check_record, read_json
-from stare_jax.documents.reader import Count, Range
 from stare_jax.logging import replace_text
 
 FORMAT = "stare_jax/dataset"
@@ -42,8 +41,8 @@ class ShardFile(NamedTuple):
     """One file of a shard."""
 
     name: str
-    num_records: Count
-    num_bytes: Count
+    num_records: Natural
+    num_bytes: Natural
     sha256: str
 
 
@@ -62,14 +61,14 @@ class Episode(NamedTuple):
     instruction: str
     source: str
     """Name of the actor, "expert" or a checkpoint; or the data set that the episode is from."""
-    noise_scale: Annotated[float, Range(0)]
+    noise_scale: NonNegative
     """Standard deviation of the noise in the executed actions, a fraction of their range. Demonstrations store the
     actions without it (`data.demos`), rollouts those with it (`data.rollouts`)."""
     success: bool | None
     """None where success was not measured."""
-    length: Count
+    length: Natural
     """Number of actions; an episode has `length` + 1 frames."""
-    attempt: Count | None = None
+    attempt: Natural | None = None
     """Number of the episode among all that were tried, from 0, kept or not: its noise, and the actions that a policy
     samples in it, follow from this number. None where attempts were not counted."""
 
@@ -88,7 +87,7 @@ class Manifest(NamedTuple):
     packages: dict[str, str | None]
     progress: dict[str, Any]
     """Progress of the collection, from which it is continued."""
-    shapes: dict[str, list[Count]]
+    shapes: dict[str, list[Natural]]
     """Shapes of an observation's and an action's leaves, `image/<camera>`, `state`, `tokens`, `action`, and, where a
     policy acted, those of a decision's trace, `decision/<field>`."""
     shards: tuple[Shard, ...]

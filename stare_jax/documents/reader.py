@@ -8,7 +8,7 @@ fits `X | None` alone. Annotations are
     tuple[X, ...], tuple[X, Y] a list; `list[X]` likewise, which stays a list
     dict[str, X]               an object whose names are not known
     another record, X | Y, Any
-    Annotated[X, Range(...)]   numbers within bounds; with `Length(...)`, a list of as many items
+    Annotated[X, Interval(..)] numbers within bounds; with `Length(...)`, a list of as many items
 """
 
 import functools
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, Interval, interval_in_words
 
 MAX_FLOAT = 3.4028234663852886e38
 """largest float32"""
@@ -34,20 +34,6 @@ class DocumentError(ConfigError):
     """JSON that is not what it has to be; the message names file, field, got and expected."""
 
 
-class Range(NamedTuple):
-    """Bounds of a number."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    is_open: bool = False
-    """True excludes the lower bound"""
-
-    def __str__(self) -> str:
-        sign = ">" if self.is_open else ">="
-        low, high = (int(x) if abs(x) < math.inf and x == int(x) else x for x in self[:2])
-        return f"{sign} {low}" if high == math.inf else f"in [{low}, {high}]"
-
-
 class Length(NamedTuple):
     """Bounds of the number of items in a list."""
 
@@ -58,10 +44,8 @@ class Length(NamedTuple):
         return f"{self.low}" if self.low == self.high else f"at least {self.low}"
 
 
-Size = Annotated[int, Range(1, 10**7)]
+Size = Annotated[int, Interval(1, 10**7)]
 """a size of an array; larger ones could only be damaged"""
-Count = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, is_open=True)]
 Numbers = tuple[float, ...]
 
 
@@ -183,7 +167,7 @@ class _Reading(NamedTuple):
             result = float(value) if hint is float else value
         else:
             return self._refuse(hint, limits, value, path)
-        bounds = [limit for limit in limits if isinstance(limit, Range)]
+        bounds = [limit for limit in limits if isinstance(limit, Interval)]
         if len(self.problems) == before and not all(_within(result, bound) for bound in bounds):
             self._refuse(hint, limits, value, path)
         return result
@@ -266,9 +250,11 @@ def _fits(hint: Any, origin: Any, value: Any) -> bool:
     return type(value) is (type(None) if hint is None else hint)
 
 
-def _within(value: Any, bound: Range) -> bool:
+def _within(value: Any, bound: Interval) -> bool:
+    """Returns whether a number, or every number of a list, is in an interval."""
     values = value if isinstance(value, tuple) else (value,)
-    return all((bound.low < x if bound.is_open else bound.low <= x) and x <= bound.high for x in values)
+    is_above = all(bound.low <= x if bound.has_low else bound.low < x for x in values)
+    return is_above and all(x <= bound.high if bound.has_high else x < bound.high for x in values)
 
 
 def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
@@ -291,7 +277,7 @@ def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
         words = "an object"
     else:
         words = _NAMES.get(type(None) if hint is None else hint, "a value")
-    return " ".join([words, *(str(limit) for limit in limits if isinstance(limit, Range))])
+    return " ".join([words, *(interval_in_words(limit) for limit in limits if isinstance(limit, Interval))])
 
 
 def _join(path: str, name: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stare_jax.config import Natural
 from stare_jax.documents import check_record, read_json
-from stare_jax.documents.reader import Count, raise_problems
+from stare_jax.documents.reader import raise_problems
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.parts import delete_parts
 from stare_jax.evaluate.protocol import EvalInfo, Evaluation
@@ -36,17 +37,17 @@ class _Rows(NamedTuple):
     """`Episodes` as a file has them."""
 
     seed: tuple[int, ...]
-    start: tuple[Count, ...]
+    start: tuple[Natural, ...]
     valid: tuple[bool, ...]
     success_end: tuple[bool, ...]
     success_once: tuple[bool, ...]
-    success_at: tuple[Count, ...]
+    success_at: tuple[Natural, ...]
     grasped: tuple[bool, ...]
     contacted: tuple[bool, ...]
-    stage_reached: tuple[Count, ...]
+    stage_reached: tuple[Natural, ...]
     completed: tuple[tuple[bool, ...], ...]
-    entered_at: tuple[tuple[Count, ...], ...]
-    stage_len: tuple[tuple[Count, ...], ...]
+    entered_at: tuple[tuple[Natural, ...], ...]
+    stage_len: tuple[tuple[Natural, ...], ...]
     start_hash: tuple[str, ...] = ()
     """Missing in files of earlier versions."""
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stare_jax.config import Natural, check_fields
 from stare_jax.documents import check_record
-from stare_jax.documents.reader import Count
 from stare_jax.logging.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -26,11 +26,14 @@ class LoggingConfig:
     tensorboard: bool = True
     """write event files into `tb/<phase>/`."""
 
+    def __post_init__(self):
+        check_fields(self)
+
 
 class _Header(NamedTuple):
     """The fields of a line besides metrics."""
 
-    step: Count
+    step: Natural
     phase: str
     wall_time: float | None = None
 
