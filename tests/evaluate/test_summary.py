@@ -210,7 +210,7 @@ def test_files_bring_back_what_was_saved(tmp_path):
             "episodes.completed: got 1 items in a row, expected 3, the stages",
         ),
         ("videos", [{"file": "a.mp4"}], r"videos\[0\].seed: got nothing, expected a whole number"),
-        ("settings", [], r"settings: got \[\], expected an object or null"),
+        ("settings", [], r"settings: got \[\], expected an object"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_field(tmp_path, path, value, message):

@@ -157,7 +157,7 @@ def without(*names):
             "got other statistics of actions than in policy_prepro",
         ),
         (
-            {"before": STATS | {"action.q01": np.float32([np.nan, 0])}},
+            {"before": STATS | {"action.q01": np.float32([np.nan, 0])}, "after": None},
             "action.q01[0]: got nan, expected a finite number",
         ),
         (
