@@ -19,6 +19,7 @@ from stare_jax.models import (
     PI05_EXPERTS,
     PI05_PALIGEMMA,
     LoRAConfig,
+    ModelConfig,
     OpenVLAConfig,
     Pi05Config,
     openvla_7b,
@@ -40,7 +41,7 @@ UNIONS = (typing.Union, types.UnionType)
 # ---- Every configuration -------------------------------------------------------------------------------------------
 
 
-def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str) -> ml_collections.ConfigDict:
+def base_config(env: EnvConfig, model: ModelConfig, *, name: str) -> ml_collections.ConfigDict:
     """Returns the whole configuration of a run, every field of which can be overridden as `--config.ppo.gamma=0.98`.
 
     Args:

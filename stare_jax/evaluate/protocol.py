@@ -39,8 +39,8 @@ class EvalConfig:
     seeds: tuple[Natural, ...] = ()
     """Seeds of the episodes; they replace the two fields above, unless empty."""
     temperature: NonNegative = 0.0
-    """Temperature of the action distribution; 0 is greedy. A flow still starts from noise, which is drawn by tick and
-    environment, so that equal numbers of environments draw the same."""
+    """Temperature of the action distribution; 0 is greedy, for tokens as `model.greedy` says. A flow still starts from
+    noise, which is drawn by tick and environment, so that equal numbers of environments draw the same."""
     num_videos: Natural = 4
     """Number of episodes to film, half of them successes and half failures where there are enough of both."""
 

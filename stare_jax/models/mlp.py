@@ -12,14 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from stare_jax.config import Count, Interval, NonNegative, check_fields
 from stare_jax.losses import soft_cross_entropy, soft_labels
-from stare_jax.models.bins import (
-    bin_coordinate,
-    decode_bins,
-    encode_bins,
-    kl_of_bins,
-    sample_bins,
-    score_bins,
-)
+from stare_jax.models.bins import Greedy, bin_coordinate, choose_bins, encode_bins, kl_of_bins, score_bins
 from stare_jax.models.nn.heads import ValueHead, exact_dense
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
 from stare_jax.models.observation import check_finite, check_observation
@@ -46,6 +39,12 @@ class MLPConfig:
     value_dims: tuple[Count, ...] = (64, 64)
     label_width: NonNegative = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
+    greedy: Greedy = "mode"
+    """decision at temperature 0, see `models.bins.Greedy`."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return ()
 
     def __post_init__(self):
         check_fields(self)
@@ -88,10 +87,9 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
 
     def sample(params, observation, key, *, temperature=1.0):
         logits, value = apply(params, observation)
-        bins = sample_bins(key, logits, temperature)
+        bins, unit_action = choose_bins(key, logits, temperature, greedy=config.greedy)
         logp, _ = score_bins(logits, bins, temperature)
-        action = unnormalize_action(decode_bins(bins, num_bins=num_bins), norm_stats)
-        return Decision(action, {"bins": bins}, logp, value)
+        return Decision(unnormalize_action(unit_action, norm_stats), {"bins": bins}, logp, value)
 
     def log_prob(params, observation, trace, *, temperature=1.0, reference_params=None):
         logits, value = apply(params, observation)

@@ -10,7 +10,7 @@ from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
 from stare_jax.logging import LoggingConfig
-from stare_jax.models import OpenVLAConfig, Pi05Config
+from stare_jax.models import MLPConfig, ModelConfig, Pi05Config
 from stare_jax.stages import StageParams, check_reward
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.sft import SFTConfig
@@ -43,7 +43,7 @@ class RunConfig:
     """The configuration of a whole run."""
 
     env: EnvConfig
-    model: OpenVLAConfig | Pi05Config
+    model: ModelConfig
     stages: StageParams
     """thresholds and weights of the task's stages."""
     demos: DemosConfig = DemosConfig()
@@ -95,6 +95,8 @@ class RunConfig:
             raise ValueError(
                 "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
             )
+        if isinstance(self.model, MLPConfig):  # float32 throughout
+            return
         param_dtype = self.model.execution.param_dtype
         if self.model.lora is None and param_dtype != "float32":
             raise ValueError(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.config import Count, Interval, Natural, NonNegative, Pattern, check_fields
-from stare_jax.models.bins import NUM_BINS
+from stare_jax.models.bins import NUM_BINS, Greedy
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.heads import ValueHead
 from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, gelu
@@ -72,6 +72,9 @@ class OpenVLAConfig:
     """standard deviation of the imitation target in bins; 0 is one-hot."""
     restrict_logits: bool = False
     """True normalises the imitation loss over the action tokens alone, as sampling does; False over all tokens."""
+    greedy: Greedy = "mode"
+    """decision at temperature 0, see `models.bins.Greedy`; the bin that holds it is the token that the next one sees.
+    OpenVLA is published with "mode"."""
     value_dims: tuple[Count, ...] = (512, 128)
     critic: Literal["shared", "detached", "own", "state"] = "shared"
     """input of the value head: "shared", the decoder's last hidden state of the prompt; "detached", the same without a
