@@ -18,6 +18,7 @@ from stare_jax.data.demos import collect_demos
 from stare_jax.data.pairs import Pair, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs, policy_actor
+from stare_jax.documents import read_json
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
@@ -45,8 +46,8 @@ from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_cameras,
+    check_imitation,
     check_inputs,
-    check_instructions,
     check_prompt,
     demonstration_statistics,
     demonstrations_folder,
@@ -155,8 +156,7 @@ def run_ipi(
         network = initial_model(config)
         policy = make_policy(network, stats)
         if demonstrations is not None:
-            instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-            check_instructions(instructions, policy, network.state_dim)
+            check_imitation(demonstrations, policy, config, source_stats)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 
@@ -264,7 +264,7 @@ def _report_pairs(pairs: Sequence[Pair], rollouts: Dataset, config: RunConfig, w
 def _is_evaluated(directory: Path, phase: str, config: RunConfig) -> bool:
     """Says whether a phase has been evaluated in the way that the configuration asks for."""
     file = evaluation_file(directory, phase)
-    return file.exists() and json.loads(file.read_text()).get("settings") == _settings(config)
+    return file.exists() and read_json(file).get("settings") == _settings(config)
 
 
 def _settings(config: RunConfig) -> dict:
