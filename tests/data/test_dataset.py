@@ -42,7 +42,7 @@ def test_round_trip_is_exact(tmp_path, make_trajectory, assert_same, num_tokens,
     for i, trajectory in enumerate(written):
         read, meta = dataset.episode(i, horizon=5)
         assert_same(read, trajectory)
-        assert meta == META | {"seed": i, "success": True, "length": (1, 5, 3)[i]}
+        assert meta == META | {"seed": i, "success": True, "length": (1, 5, 3)[i], "task": 0}
 
 
 def test_episodes_of_experts_have_no_decisions(tmp_path, make_trajectory, assert_same):
