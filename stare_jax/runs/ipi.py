@@ -42,13 +42,13 @@ from stare_jax.runs.directory import (
     set_aside,
 )
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.fit import check_fit
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
-    check_cameras,
     check_inputs,
-    check_instructions,
     check_prompt,
+    check_statistics,
     demonstration_statistics,
     demonstrations_folder,
     describe_demonstrations,
@@ -105,11 +105,12 @@ def run_ipi(
         )
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
+    check_fit(config)
     source_stats = source_statistics(config)
+    check_statistics(config, source_stats)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    check_cameras(config)
-    plan_run(config)
-    check_prompt(config)  # the last: its tokenizer may have to be downloaded
+    check_prompt(config)
+    plan_run(config)  # the last, as it takes seconds
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -155,9 +156,6 @@ def run_ipi(
             write_statistics(directory, stats)
         network = initial_model(config)
         policy = make_policy(network, stats)
-        if demonstrations is not None:
-            instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-            check_instructions(instructions, policy, network.state_dim)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 
