@@ -49,6 +49,7 @@ from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
     check_prompt,
+    check_range,
     check_statistics,
     demonstration_statistics,
     demonstrations_folder,
@@ -157,6 +158,8 @@ def run_ipi(
             write_statistics(directory, stats)
         network = initial_model(config)
         policy = make_policy(network, stats)
+        if demonstrations is not None and source_stats is not None:
+            check_range(demonstrations, config, source_stats)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.norm_stats import read_norm_stats
+from stare_jax.data.ranges import MAX_SCALED, values_beyond
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, read_manifest
 from stare_jax.documents import read_json
 from stare_jax.documents.statistics import check_norm_stats
-from stare_jax.logging import replace_text
-from stare_jax.models import ModelConfig
+from stare_jax.logging import replace_text, say
+from stare_jax.models import ModelConfig, Pi05Config
 from stare_jax.models.blank import blank_policy
 from stare_jax.models.normalize import check_stats
 from stare_jax.models.stored import with_colours
@@ -209,6 +210,33 @@ def check_prompt(config: RunConfig) -> None:
     if config.demos_from:
         instructions |= {episode.instruction for episode in read_manifest(config.demos_from).episodes}
     check_prompts(blank_policy(config.model), sorted(instructions))
+
+
+def check_range(demonstrations: Dataset, config: RunConfig, stats: NormStats) -> None:
+    """Says how much of demonstrations lies beyond the range of statistics that the weights of a run came with.
+
+    States beyond it are said, and not refused: a policy sees them, at the end of the range.
+
+    Raises:
+        ConfigError: more than `max_clipped` of the actions do, or pi0.5, which cuts nothing off, would have to reach
+            values that no data set's own statistics give. Names the dimension.
+    """
+    is_flow = isinstance(config.model, Pi05Config)
+    has_state = config.model.state_dim > 0
+    beyond = values_beyond(demonstrations, stats, has_mask=not is_flow, has_state=has_state)
+    worst, limit = int(np.argmax(beyond.action)), config.max_clipped
+    most = f"{100 * beyond.action[worst]:.1f} % in dimension {worst}"
+    share = (
+        f"{100 * beyond.action.mean():.1f} % of the demonstrations' actions lie beyond the statistics of the weights"
+    )
+    say(f"{share}, {most}" + (f"; {100 * beyond.state.mean():.1f} % of their states" if has_state else ""))
+    advice = "expected statistics of this robot's data (config.unnorm_key, config.init_from)"
+    if beyond.action[worst] > limit:
+        raise ConfigError(f"config.max_clipped: got {limit:g}, but {share}, {most}; {advice}, or a higher limit")
+    far = int(np.argmax(beyond.farthest))
+    if is_flow and limit < 1 and beyond.farthest[far] > MAX_SCALED:
+        got = f"an action of {beyond.farthest[far]:.3g} in dimension {far}, when it is scaled by the statistics of"
+        raise ConfigError(f"config.init_from: got {got} {config.init_from}; {advice} or config.max_clipped=1")
 
 
 def demonstrations_folder(directory: Path, config: RunConfig) -> Path:
