@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.config import ConfigError, to_dict
-from stare_jax.logging import replace_text, say, write_versions
+from stare_jax.logging import move_aside, replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
@@ -39,7 +39,7 @@ MACHINE_FIELDS = ("num_workers", "envs_per_worker", "worker_timeout_s", "start_t
 GROWING_FIELDS = {"sft": "num_steps", "ppo": "num_iterations"}
 """Field by which a phase may be made longer; a decaying learning rate follows the longer schedule from then on."""
 
-_LOCK, _SET_ASIDE = "lock", "set_aside"
+_LOCK = "lock"
 _RECORD, _FINISHED = "record.json", "finished.json"
 
 
@@ -155,15 +155,7 @@ def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
     found += [directory / "tb" / phase for phase in phases if (directory / "tb" / phase).exists()]
     if not any(has_begun(directory / phase) for phase in PHASES if phase not in phases):
         found += [file for file in [directory / STATISTICS_FILE] if file.exists()]
-    if not found:
-        return None
-    numbers = [int(path.name) for path in (directory / _SET_ASIDE).glob("*") if path.name.isdigit()]
-    folder = directory / _SET_ASIDE / str(max(numbers, default=0) + 1)
-    for path in found:
-        target = folder / path.relative_to(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    return folder
+    return move_aside(directory, found)
 
 
 # ----------------------------------------------------------------------------------------------------------- phases
