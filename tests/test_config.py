@@ -1,6 +1,7 @@
 """Dataclasses to dicts and back; every mistake names its field."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -10,8 +11,11 @@ from stare_jax.config import (
     UserError,
     check_at_least,
     check_choices,
+    check_name,
     from_dict,
+    home_path,
     list_choices,
+    make_name,
     read_json,
     to_dict,
     user_input,
@@ -175,3 +179,35 @@ def test_fields_of_a_json_file_or_its_fault_in_one_line(tmp_path, content, messa
     assert read_json(file) == read_json(file, optional=True) == {"a": [1]}
     # A file may be asked for beside a file, in place of a folder.
     assert read_json(tmp_path / "no.json", optional=True) == read_json(file / "no.json", optional=True) == {}
+
+
+def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_path("~/data") == Path("/home/me/data") and home_path("a/~") == Path("a/~")
+
+    @dataclasses.dataclass(frozen=True)
+    class Paths:
+        folder: str = ""
+        files: tuple[str, ...] = ()
+        maybe: str | None = None
+
+    built = from_dict(Paths, {"folder": "~", "files": ["~/a", "b~", "~a|b"], "maybe": "~/c"})
+    assert built == Paths("/home/me", ("/home/me/a", "b~", "~a|b"), "/home/me/c")
+    with pytest.raises(ConfigError, match="config.folder: got '~nobody_at_all/x', expected a path; no such home"):
+        from_dict(Paths, {"folder": "~nobody_at_all/x"})
+    with pytest.raises(ConfigError, match="got an empty path"):
+        home_path("")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/a", "a\\b", "a b", "a\n", "a\0", ".hidden", "x" * 201]
+)
+def test_names_that_become_parts_of_paths_stay_in_their_folder(name):
+    with pytest.raises(ConfigError, match="^study: got .*expected letters, digits"):
+        check_name(name, "study")
+    assert check_name(make_name(name), "study")
+
+
+def test_names_are_letters_of_any_script_digits_and_signs():
+    for name in ("PushCube-v1", "lr_3e-4", "beta_0.1", "größe", "-x"):
+        assert check_name(name, "study") == name

@@ -17,7 +17,7 @@ import numpy as np
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.logging import replace_text
+from stare_jax.logging import move_aside, replace_text, say
 from stare_jax.models.normalize import action_range
 from stare_jax.types import Array, NormStats
 
@@ -140,8 +140,21 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
     written = json.loads(path.read_text()) if path.exists() else {}
     if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
         return
+    clear_statistics(dataset.directory, key)
     statistics = dataset_statistics(dataset, action_mask=action_mask) | {"fingerprint": dataset.fingerprint}
     write_statistics(dataset.directory, {key: statistics})
+
+
+def clear_statistics(directory: Path, key: str) -> None:
+    """Removes the statistics of a data set that grows; others than this library has computed of it are set aside."""
+    path = directory / NORM_STATS_FILE
+    if not path.exists():
+        return
+    content = json.loads(path.read_text())
+    if list(content) == [key] and "fingerprint" in content[key]:
+        path.unlink()
+    elif folder := move_aside(directory, [path]):
+        say(f"{path}: got statistics that were not computed of this data set; they are in {folder} now")
 
 
 def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int, key: str | None = None) -> NormStats:

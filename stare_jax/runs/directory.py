@@ -23,11 +23,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.config import ConfigError, to_dict
+from stare_jax.config import ConfigError, read_json, to_dict
 from stare_jax.logging import move_aside, replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
+from stare_jax.state.train_state import CHECKPOINTS
 
 SHARED_FIELDS = (
     *("env", "model", "stages", "demos", "seed"),
@@ -94,7 +95,7 @@ def locked(directory: Path) -> Iterator[None]:
         ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as file:
+    with (directory / _LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -124,6 +125,17 @@ def check_directory(directory: Path, config: RunConfig, *, again: Sequence[str] 
     """
     begun = [phase for phase in config.phases if phase not in again and has_begun(directory / phase)]
     changed = []
+    if (directory / CONFIG_FILE).exists() and not {"env", "phases"} <= set(read_json(directory / CONFIG_FILE)):
+        raise ConfigError(
+            f"{directory}: got a folder with another {CONFIG_FILE}, expected a new folder or that of a run; --workdir "
+            "chooses another"
+        )
+    for phase in config.phases:
+        if phase not in (*begun, *again) and _has_checkpoints(directory / phase):
+            raise ConfigError(
+                f"{directory / phase}: got checkpoints without {_RECORD}, expected both or none; bring the file back, "
+                f"or move {phase} away"
+            )
     if (directory / CONFIG_FILE).exists() and (begun or (directory / "data").exists()):
         changed = differences(_plain(to_dict(load_config(directory))), _plain(to_dict(config)), "config")
         machine = {f"config.env.{name}" for name in MACHINE_FIELDS}
@@ -173,6 +185,10 @@ def is_finished(directory: Path, phase: str, config: RunConfig) -> bool:
     section = read_record(directory / phase).config[phase]
     field = GROWING_FIELDS.get(phase)
     return field is None or section[field] == getattr(getattr(config, phase), field)
+
+
+def _has_checkpoints(phase_directory: Path) -> bool:
+    return any(path.name.isdigit() for path in (phase_directory / CHECKPOINTS).glob("*"))
 
 
 def begin_phase(phase_directory: Path, record: Record) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import ConfigError, read_json
+from stare_jax.config import ConfigError, make_name, read_json
 from stare_jax.logging import check_space, new_directory, progress, progress_bytes
 from stare_jax.models import ModelConfig
 from stare_jax.models.nn.lora import LoRAConfig, adapted_module, adapter_names, is_adapter, merge_weight
@@ -25,7 +25,7 @@ from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
 from stare_jax.weights.importing import check_dtype
 from stare_jax.weights.load import is_converted, stored_model
-from stare_jax.weights.statistics import read_openvla_stats, read_openvla_tables, write_openvla_tables
+from stare_jax.weights.statistics import check_asset, read_openvla_stats, read_openvla_tables, write_openvla_tables
 from stare_jax.weights.tensor_table import Leaves, read_leaf, table_specs, table_values, widest
 
 
@@ -99,7 +99,7 @@ def export_weights(
     written = _choose_form(origin, form)
     check_counterpart(origin.config, written, source)
     as_adapter = _check_adapters(origin, written, merge=merge)
-    stats_name = stats_name or source.resolve().parent.name
+    stats_name = check_asset(stats_name or make_name(source.resolve().parent.name))
     stats = load_norm_stats(origin.checkpoints, step=origin.step)
     if origin.is_run and written is OPENVLA:
         _check_name(origin.base.folder, stats_name, stats)

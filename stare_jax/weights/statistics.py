@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stare_jax.config import read_json
+from stare_jax.config import check_name, read_json
 from stare_jax.models.normalize import action_range
 from stare_jax.types import Array, NormStats
 from stare_jax.weights.files import WeightsError, update_json, write_json
@@ -167,6 +167,11 @@ def _to_fields(low: Any, high: Any) -> dict[str, list[float]]:
     low, high = (np.asarray(values, np.float32) for values in (low, high))
     columns = {"mean": (low + high) / 2, "std": (high - low) / np.float32(2 * _NORMAL_Q99), "q01": low, "q99": high}
     return {name: [float(str(value)) for value in values] for name, values in columns.items()}
+
+
+def check_asset(asset_id: str) -> str:
+    """Returns an asset id, the names of folders with slashes between; ConfigError for one that leaves `assets`."""
+    return "/".join(check_name(name, f"stats_name {asset_id!r}") for name in asset_id.split("/"))
 
 
 def write_openpi_stats(to: Path, asset_id: str, stats: NormStats) -> None:
