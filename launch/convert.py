@@ -26,7 +26,7 @@ import jax
 from stare_jax.config import ConfigError
 from stare_jax.logging import PeakMemory, say
 from stare_jax.models import LoRAConfig, OpenVLAConfig
-from stare_jax.models.stored import model_from_dict, named_model
+from stare_jax.models.stored import differing_fields, model_from_dict, named_model
 from stare_jax.runs.load import load_config
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.weights.exporting import export_weights
@@ -118,10 +118,13 @@ def convert(arguments: argparse.Namespace) -> None:
     is_openvla = found[0] is OPENVLA
     check_options(arguments, "an OpenVLA checkpoint" if is_openvla else "a checkpoint of pi0.5")
     mesh = command.given_mesh(arguments)
+    model = None if arguments.model is None else named_model(arguments.model)
+    if model is not None and (others := differing_fields(found[0].known(arguments.source), model)):
+        say(f"another model than {arguments.source} tells, as asked for: {'; '.join(others)}")
     imported = import_weights(
         arguments.source,
         arguments.to,
-        config=None if arguments.model is None else named_model(arguments.model),
+        config=model,
         adapter=arguments.adapter,
         unnorm_key=arguments.unnorm_key,
         action_dim=arguments.action_dim,

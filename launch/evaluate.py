@@ -104,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
     add(
         "--name",
-        help="name of the result; one that exists is set aside (default: the phase; then PHASE_again, PHASE_again2, ...)",
+        help="of the result; one that exists is set aside (default: the phase; then PHASE_again, PHASE_again2, ...)",
     )
     add = parser.add_argument_group(
         "--run, --config: the episodes, as --config.evaluation of launch/train.py"

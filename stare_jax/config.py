@@ -6,7 +6,6 @@ names the path of whatever does not fit.
 
 import contextlib
 import dataclasses
-import json
 import re
 import types
 import typing
@@ -93,18 +92,18 @@ def check_above(config: Any, bound: float, *names: str) -> None:
 
 
 @contextlib.contextmanager
-def user_input() -> Iterator[None]:
-    """Turns the ValueErrors of values that a command line gives into errors that the user can put right.
+def user_input(place: str = "") -> Iterator[None]:
+    """Turns the ValueErrors of values that a command line or a file gives into errors that the user can put right.
 
     Raises:
-        ConfigError: for every ValueError, with its message.
+        ConfigError: for every ValueError, with its message, which begins with the place if there is one.
     """
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from error
 
 
 def home_path(text: str) -> Path:
@@ -140,25 +139,6 @@ def check_name(name: str, field: str) -> str:
 def make_name(text: str) -> str:
     """Returns a name as `check_name` wants it, made of any text."""
     return re.sub(r"[^\w-]+", "_", text)[:_NAME_BYTES] or "_"
-
-
-def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
-    """Reads the fields of a JSON file; {} where it is optional and not there.
-
-    Raises:
-        ConfigError: it is not there, or not JSON, or no object.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        if optional:
-            return {}
-        raise ConfigError(f"{file}: expected a JSON file; there is none") from None
-    except ValueError as error:
-        raise ConfigError(f"{file}: got a file that is not JSON ({error}), expected one that is") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: got a {type(content).__name__}, expected an object of named fields")
-    return content
 
 
 def to_dict(config: Any) -> Any:

@@ -16,7 +16,6 @@ from stare_jax.config import (
     home_path,
     list_choices,
     make_name,
-    read_json,
     to_dict,
     user_input,
 )
@@ -158,27 +157,6 @@ def test_user_input_keeps_the_kind_of_a_users_mistake():
         raise OtherError("x")
     with pytest.raises(ConfigError, match="^y$"), user_input():
         raise ValueError("y")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "expected a JSON file; there is none"),
-        ("{", r"got a file that is not JSON \(.*\), expected one that is"),
-        ("[1]", "got a list, expected an object of named fields"),
-    ],
-)
-def test_fields_of_a_json_file_or_its_fault_in_one_line(tmp_path, content, message):
-    file = tmp_path / "config.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ConfigError, match=f"config.json: {message}$") as error:
-        read_json(file)
-    assert "\n" not in str(error.value)
-    file.write_text('{"a": [1]}')
-    assert read_json(file) == read_json(file, optional=True) == {"a": [1]}
-    # A file may be asked for beside a file, in place of a folder.
-    assert read_json(tmp_path / "no.json", optional=True) == read_json(file / "no.json", optional=True) == {}
 
 
 def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("stare_jax", "launch", "configs", "benchmarks")
 
-GROUND = ("types", "config", "sharding")
+GROUND = ("types", "config", "documents", "sharding")
 MATHS = (*GROUND, "logging", "stages", "losses")
 BELOW_STATE = (*MATHS, "models", "envs", "rollout", "data")
 BELOW_TRAIN = (*BELOW_STATE, "state", "weights")
@@ -23,6 +23,7 @@ BELOW_RUNS = (*BELOW_TRAIN, "train", "evaluate", "report")
 ALLOWED = {
     "types": (),
     "config": (),
+    "documents": ("types", "config"),
     "sharding": ("types", "config"),
     "logging": ("types", "config"),
     "stages": ("types",),

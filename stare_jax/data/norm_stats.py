@@ -17,6 +17,9 @@ import numpy as np
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
+from stare_jax.documents import read_json
+from stare_jax.documents.reader import NOTHING
+from stare_jax.documents.statistics import check_quantiles, check_tables
 from stare_jax.logging import move_aside, replace_text, say
 from stare_jax.models.normalize import action_range
 from stare_jax.types import Array, NormStats
@@ -83,7 +86,9 @@ def _describe(values: np.ndarray, name: str) -> dict[str, list[float]]:
     return {column: value.tolist() for column, value in columns.items()}
 
 
-def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: int) -> NormStats:
+def to_norm_stats(
+    statistics: Mapping[str, Any], *, action_dim: int, state_dim: int, place: str = NORM_STATS_FILE, path: str = ""
+) -> NormStats:
     """Returns the part of a data set's statistics that policies need.
 
     Args:
@@ -91,31 +96,19 @@ def to_norm_stats(statistics: Mapping[str, Any], *, action_dim: int, state_dim: 
         action_dim: A.
         state_dim: S; with 0, for policies that see no state, "proprio" is not read.
 
+        place: the file, with which a message begins.
+        path: names of the fields on the way from the file to the statistics.
+
     Raises:
-        ValueError: an entry is missing or has another length; the message names it, got and expected.
+        DocumentError: an entry is missing, damaged or of another length; the message names it, got and expected.
     """
-    action = statistics.get("action")
-    if action is None:
-        raise ValueError(f"norm_stats: got fields {sorted(statistics)}, expected 'action' among them")
-    state = statistics.get("proprio", {}) if state_dim else {}
-    names = ["q01", "q99", *(name for name in ("min", "max") if name in action)]
-    columns = {name: _column(action, f"action.{name}", action_dim) for name in names}
-    mask = _column({"mask": [True] * action_dim} | action, "action.mask", action_dim).astype(bool)
-    low, high = action_range(columns, mask)
-    return NormStats(
-        action_q01=low,
-        action_q99=high,
-        action_mask=mask,
-        state_q01=_column(state, "proprio.q01", state_dim),
-        state_q99=_column(state, "proprio.q99", state_dim),
-    )
-
-
-def _column(table: Mapping[str, Sequence[float]], name: str, size: int) -> np.ndarray:
-    values = np.asarray(table.get(name.split(".")[1], ()), np.float32)
-    if values.shape != (size,):
-        raise ValueError(f"norm_stats {name}: got {len(values)} values, expected {size}")
-    return values
+    prefix = f"{path}." if path else ""
+    action = check_quantiles(statistics.get("action", NOTHING), place, f"{prefix}action", dim=action_dim)
+    state = {name: np.zeros(0, np.float32) for name in ("q01", "q99")}
+    if state_dim:
+        state = check_quantiles(statistics.get("proprio", NOTHING), place, f"{prefix}proprio", dim=state_dim)
+    low, high = action_range(action, action["mask"])
+    return NormStats(low, high, action["mask"], state["q01"], state["q99"])
 
 
 def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -137,7 +130,7 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
         DatasetError: there is no frame to imitate.
     """
     path, key = dataset.directory / NORM_STATS_FILE, dataset.manifest.env_id
-    written = json.loads(path.read_text()) if path.exists() else {}
+    written = check_tables(read_json(path, optional=True), str(path))
     if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
         return
     clear_statistics(dataset.directory, key)
@@ -150,7 +143,7 @@ def clear_statistics(directory: Path, key: str) -> None:
     path = directory / NORM_STATS_FILE
     if not path.exists():
         return
-    content = json.loads(path.read_text())
+    content = check_tables(read_json(path), str(path))
     if list(content) == [key] and "fingerprint" in content[key]:
         path.unlink()
     elif folder := move_aside(directory, [path]):
@@ -168,15 +161,15 @@ def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int,
 
     Raises:
         DatasetError: there is no such file, or no such key.
-        ValueError: a length is wrong.
+        DocumentError: the file is damaged, or a length is wrong.
     """
     path = Path(path)
     path = path / NORM_STATS_FILE if path.is_dir() else path
     if not path.exists():
         raise DatasetError(f"{path} is missing: without its statistics no policy can be trained on the data set")
-    content = json.loads(path.read_text())
+    content = check_tables(read_json(path), str(path))
     if key is None and len(content) == 1:
         (key,) = content
     if key not in content:
         raise DatasetError(f"{path}: got key {key!r}, expected one of {sorted(content)}")
-    return to_norm_stats(content[key], action_dim=action_dim, state_dim=state_dim)
+    return to_norm_stats(content[key], action_dim=action_dim, state_dim=state_dim, place=str(path), path=key)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stare_jax.config import ConfigError, from_dict, home_path, read_json, to_dict
+from stare_jax.config import ConfigError, from_dict, home_path, to_dict
+from stare_jax.documents import read_json
 from stare_jax.models import (
     MLPConfig,
     ModelConfig,
@@ -41,7 +42,8 @@ def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
 
 
 def _kind(fields: Mapping[str, Any]) -> type:
-    return Pi05Config if "paligemma" in fields else OpenVLAConfig if "llm" in fields else MLPConfig
+    is_pi05 = not {"paligemma", "window", "model_action_dim"}.isdisjoint(fields)
+    return Pi05Config if is_pi05 else OpenVLAConfig if "llm" in fields else MLPConfig
 
 
 def named_model(name: str) -> Pi05Config:
@@ -71,9 +73,15 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
     Raises:
         ConfigError: names the source, and all fields that differ, one per line: got is stored, expected is wanted.
     """
-    stored, fields = (json.loads(json.dumps(tree)) for tree in (stored, to_dict(wanted)))
     if _kind(stored) is not type(wanted):
         raise ConfigError(f"{source}: got weights of {_NAMES[_kind(stored)]}, expected those of {_NAMES[type(wanted)]}")
+    if problems := differing_fields(stored, wanted):
+        raise ConfigError(f"{source} is of another model:\n  " + "\n  ".join(problems))
+
+
+def differing_fields(stored: Mapping[str, Any], wanted: ModelConfig) -> list[str]:
+    """Returns the fields of a stored model that compute something else than those of one of its kind, in words."""
+    stored, fields = (json.loads(json.dumps(tree)) for tree in (stored, to_dict(wanted)))
     problems = []
     for name, got in stored.items():
         expected = fields.get(name)
@@ -83,8 +91,7 @@ def check_same_model(stored: Mapping[str, Any], wanted: ModelConfig, *, source: 
             problems += _compare_adapters(from_dict(LoRAConfig, got, path="lora"), wanted)
         elif name != "tokenizer" or not _is_same_tokenizer(got, expected):
             problems += _compare(f"model.{name}", got, expected)
-    if problems:
-        raise ConfigError(f"{source} is of another model:\n  " + "\n  ".join(problems))
+    return problems
 
 
 def _compare_adapters(got: LoRAConfig, model: OpenVLAConfig | Pi05Config) -> list[str]:

@@ -23,7 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.config import ConfigError, read_json, to_dict
+from stare_jax.config import ConfigError, to_dict
+from stare_jax.documents import read_json
 from stare_jax.logging import move_aside, replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from stare_jax.config import ConfigError, from_dict, read_json
+from stare_jax.config import ConfigError, from_dict
+from stare_jax.documents import read_json
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh

@@ -12,6 +12,8 @@ from stare_jax.config import ConfigError, user_input
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, read_manifest
+from stare_jax.documents import read_json
+from stare_jax.documents.statistics import check_norm_stats
 from stare_jax.logging import replace_text
 from stare_jax.models import ModelConfig, Policy
 from stare_jax.models.blank import blank_policy
@@ -163,9 +165,7 @@ def read_statistics(directory: Path) -> NormStats | None:
     file = directory / STATISTICS_FILE
     if not file.exists():
         return None
-    values = json.loads(file.read_text())
-    dtypes = {"action_mask": bool}
-    return NormStats(**{name: np.asarray(value, dtypes.get(name, np.float32)) for name, value in values.items()})
+    return check_norm_stats(read_json(file), str(file))
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations

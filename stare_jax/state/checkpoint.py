@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stare_jax.documents.reader import NOTHING
+from stare_jax.documents.statistics import check_norm_stats
 from stare_jax.logging import move_aside, say
 from stare_jax.state import storage
 from stare_jax.state.checksums import CheckpointError
@@ -261,9 +263,8 @@ def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct
 
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
-    stored = storage.read_metadata(step_path(directory, step))["norm_stats"]
-    dtypes = {"action_mask": bool}
-    return NormStats(**{name: np.asarray(value, dtypes.get(name, np.float32)) for name, value in stored.items()})
+    path = step_path(directory, step)
+    return check_norm_stats(storage.read_metadata(path).get("norm_stats", NOTHING), str(path), "norm_stats")
 
 
 def load_model(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from stare_jax.config import UserError
+from stare_jax.documents import check_record, read_json
 from stare_jax.logging import replace_text
 
 CHECKSUM_FILE = "checksums.json"
@@ -40,15 +41,10 @@ def check_sums(folder: Path, items: Iterable[str]) -> None:
 
     Raises:
         CheckpointError: names a file that is missing, cut off or changed.
+        DocumentError: it is the file of the checksums.
     """
     file, wanted = folder / CHECKSUM_FILE, set(items)
-    try:
-        expected = json.loads(file.read_text())
-        expected = {name: [size, crc] for name, (size, crc) in expected.items()}
-    except FileNotFoundError:
-        return
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: got a file that is cut off or changed, expected sizes and checksums") from error
+    expected = check_record(dict[str, tuple[int, int]], read_json(file, optional=True), str(file))
     names = [name for name in expected if "/" not in name or name.partition("/")[0] in wanted]
     for name in names:
         path, size = folder / name, expected[name][0]
@@ -63,15 +59,15 @@ def check_sums(folder: Path, items: Iterable[str]) -> None:
             )
 
 
-def _sums(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+def _sums(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Returns name -> size and CRC-32 of files."""
     with ThreadPoolExecutor(_NUM_THREADS) as pool:  # zlib and reading let other threads run
         return dict(zip(names, pool.map(lambda name: _sum(folder / name), names), strict=True))
 
 
-def _sum(path: Path) -> list[int]:
+def _sum(path: Path) -> tuple[int, int]:
     size, crc = 0, 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK):
             size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
+    return size, crc

@@ -4,13 +4,15 @@ import itertools
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import ConfigError, make_name, read_json
+from stare_jax.config import ConfigError, check_name, make_name
+from stare_jax.documents import read_record
+from stare_jax.documents.openvla import FloatType
 from stare_jax.logging import check_space, new_directory, progress, progress_bytes
 from stare_jax.models import ModelConfig
 from stare_jax.models.nn.lora import LoRAConfig, adapted_module, adapter_names, is_adapter, merge_weight
@@ -25,7 +27,7 @@ from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
 from stare_jax.weights.importing import check_dtype
 from stare_jax.weights.load import is_converted, stored_model
-from stare_jax.weights.statistics import check_asset, read_openvla_stats, read_openvla_tables, write_openvla_tables
+from stare_jax.weights.statistics import read_openvla_stats, read_openvla_tables, write_openvla_tables
 from stare_jax.weights.tensor_table import Leaves, read_leaf, table_specs, table_values, widest
 
 
@@ -99,7 +101,9 @@ def export_weights(
     written = _choose_form(origin, form)
     check_counterpart(origin.config, written, source)
     as_adapter = _check_adapters(origin, written, merge=merge)
-    stats_name = check_asset(stats_name or make_name(source.resolve().parent.name))
+    stats_name = stats_name or make_name(source.resolve().parent.name)
+    for name in stats_name.split("/"):  # it may become folders, as openpi's "physical-intelligence/libero"
+        check_name(name, f"stats_name {stats_name!r}")
     stats = load_norm_stats(origin.checkpoints, step=origin.step)
     if origin.is_run and written is OPENVLA:
         _check_name(origin.base.folder, stats_name, stats)
@@ -131,15 +135,22 @@ def _find_origin(source: Path, base: Path | None, step: int | None, model: Model
     return Origin(checkpoints, step, shapes, config, not converted, opened, base or source)
 
 
+class _Kept(NamedTuple):
+    """record.json of a converted folder."""
+
+    form: Literal["openvla", "openpi", "safetensors", "lerobot", "paligemma"]
+    dtypes: dict[str, FloatType] = {}
+
+
 def open_base(folder: Path) -> Opened:
     """Opens a checkpoint of others, or what a converted folder keeps of one, which has no tensors of the parameters."""
     if not is_converted(folder):
         return open_weights(folder)
     kept = next(folder / form.kept for form in FORMATS if (folder / form.kept).is_dir())
-    record, unused = read_json(kept / side_files.RECORD), side_files.kept_unused(kept)
-    form = next(form for form in FORMATS if form.name == record["form"])
+    record, unused = read_record(_Kept, kept / side_files.RECORD), side_files.kept_unused(kept)
+    form = next(form for form in FORMATS if form.name == record.form)
     config = OPENVLA.read_config(kept) if form is OPENVLA else model_from_dict(stored_model(folder))
-    dtypes = {name: stored.spec.dtype for name, stored in unused.items()} or record["dtypes"]
+    dtypes = {name: stored.spec.dtype for name, stored in unused.items()} or record.dtypes
     return Opened(form, kept, config, {}, {}, unused, dtypes)
 
 

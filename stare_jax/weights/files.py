@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import UserError, read_json
+from stare_jax.config import UserError
+from stare_jax.documents import DocumentError, check_record, parse_json, read_json, read_record
+from stare_jax.documents.reader import Count
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
@@ -96,22 +98,32 @@ def update_json(file: Path, fields: Mapping[str, Any]) -> None:
     write_json(file, read_json(file, optional=True) | fields)
 
 
+class _Header(NamedTuple):
+    """Entry of a tensor in the header of a file."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
 def list_file(file: Path) -> dict[str, Stored]:
-    """Returns the tensors of a file; raises WeightsError where it is not there, truncated, or damaged."""
+    """Returns the tensors of a file; raises WeightsError or DocumentError if it is not there, truncated or damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
             if not 2 <= length <= min(_MAX_HEADER, size - 8):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = {name: _locate(file, 8 + length, fields) for name, fields in header.items()}
+            header = parse_json(stream.read(length).decode(), f"{file}: header")
     except FileNotFoundError:
         raise WeightsError(f"{file}: expected a safetensors file; there is none") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise WeightsError(f"{file}: got {reason}, expected a whole safetensors file") from error
+    except DocumentError:
+        raise
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file}: got {error}, expected a whole safetensors file") from error
+    header.pop("__metadata__", None)
+    entries = check_record(dict[str, _Header], header, f"{file}: header")
+    tensors = {name: _locate(file, 8 + length, name, entry) for name, entry in entries.items()}
     end = 8 + length
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].spec.num_bytes)):
         if stored.offset != end:
@@ -123,13 +135,12 @@ def list_file(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _locate(file: Path, start: int, fields: Mapping[str, Any]) -> Stored:
-    if fields["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {fields['dtype']!r}")
-    spec = Spec(DTYPES[fields["dtype"]], tuple(int(size) for size in fields["shape"]))
-    begin, end = fields["data_offsets"]
-    if min(spec.shape, default=0) < 0 or end - begin != spec.num_bytes:
-        raise ValueError(f"{end - begin} bytes for {spec}")
+def _locate(file: Path, start: int, name: str, entry: _Header) -> Stored:
+    if entry.dtype not in DTYPES:
+        raise WeightsError(f"{file}: {name}: got dtype {entry.dtype!r}, expected one of {', '.join(DTYPES)}")
+    spec, (begin, end) = Spec(DTYPES[entry.dtype], entry.shape), entry.data_offsets
+    if end - begin != spec.num_bytes:
+        raise WeightsError(f"{file}: {name}: got {end - begin} bytes for {spec}, expected {spec.num_bytes}")
     return Stored(spec, file, start + begin)
 
 
@@ -164,10 +175,14 @@ def refuse_missing(folder: Path, expected: str) -> NoReturn:
     raise WeightsError(f"{folder}: got {others or 'no weights'}, expected {expected}{advice}")
 
 
+class _Index(NamedTuple):
+    """Index of a model in several files."""
+
+    weight_map: dict[str, str]
+
+
 def _list_indexed(folder: Path) -> dict[str, Stored]:
-    where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise WeightsError(f"{folder / INDEX}: got no weight_map, expected one from tensors to files")
+    where = read_record(_Index, folder / INDEX).weight_map
     named = sorted(set(where.values()))
     if outside := [name for name in named if Path(name).name != name]:
         raise WeightsError(f"{folder / INDEX}: got files {outside}, expected names of files beside it")

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stare_jax.config import ConfigError, read_json
+from stare_jax.config import ConfigError
+from stare_jax.documents import read_json
 from stare_jax.models import ModelConfig
 from stare_jax.models.blank import init_leaves, leaf_shapes
 from stare_jax.models.nn.lora import adapted_module, is_adapter

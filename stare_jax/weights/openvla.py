@@ -3,34 +3,21 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from stare_jax.config import read_json, to_dict
+from stare_jax.config import to_dict, user_input
+from stare_jax.documents import openvla as documents
+from stare_jax.documents import read_json
+from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.vit import ViTConfig
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.presets import openvla_7b
-from stare_jax.weights.files import Spec, Tensors, WeightsError, list_model, update_json
+from stare_jax.weights.files import Spec, Tensors, list_model, update_json
 from stare_jax.weights.format import Format
 from stare_jax.weights.side_files import CONFIG
 from stare_jax.weights.statistics import read_openvla_stats, to_openvla_table, write_openvla_tables
 from stare_jax.weights.tensor_table import CONV, HEADS_IN, KERNEL, LINEAR, NORM, SCALE, Entry, make_entries, table_specs
 
 TIMM_IDS = ("vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224")
-OVERRIDES = "tiny_timm_overrides"
-"""field of config.json, found in small checkpoints for tests: sizes of the towers that their timm ids do not say"""
-_REQUIRED = ("timm_model_ids", "text_config", "image_sizes", "pad_to_multiple_of")
-_LLAMA_FIELDS = {
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-}
-"""our fields -> transformers'"""
-_BICUBIC = ("bicubic", 3)
-"""names under which timm and PIL know it"""
 _TOWER = {
     "pos_embed": ("pos_embed", "same"),
     "patch_embed": ("patch_embed.proj", CONV),
@@ -56,91 +43,59 @@ def read_config(folder: str | Path) -> OpenVLAConfig:
     """Builds our configuration from a checkpoint's config.json; what it leaves out is as in OpenVLA-7B.
 
     Raises:
-        WeightsError: a field is missing, or vision towers or the resizing of images are not those of OpenVLA-7B.
+        DocumentError: a field is missing or damaged, or the original would compute something else.
+        ConfigError: the sizes do not go together.
     """
-    file = Path(folder) / CONFIG
-    description = read_json(file)
-    if missing := [name for name in _REQUIRED if name not in description]:
-        raise WeightsError(f"{file}: got no {', '.join(missing)}, expected the configuration of an OpenVLA checkpoint")
-    if tuple(description["timm_model_ids"]) != TIMM_IDS:
-        raise WeightsError(f"{file}: timm_model_ids: got {description['timm_model_ids']}, expected {TIMM_IDS}")
-    try:
-        config = _build(openvla_7b(tokenizer=str(folder)), description)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{file}: {error}") from error
+    with user_input(str(Path(folder) / CONFIG)):
+        config = _build(openvla_7b(tokenizer=str(folder)), documents.read_description(Path(folder)))
     return read_preprocessor(folder, config)
 
 
-def _build(base: OpenVLAConfig, description: Mapping[str, Any]) -> OpenVLAConfig:
-    overrides, text = description.get(OVERRIDES, {}), description["text_config"]
+def _build(base: OpenVLAConfig, description: documents.Description) -> OpenVLAConfig:
+    overrides, text = description.tiny_timm_overrides, description.text_config
     towers = zip(TIMM_IDS, (base.dino, base.siglip), strict=True)
-    dino, siglip = (_override(tower, overrides.get(name, {})) for name, tower in towers)
-    fields = {ours: text[theirs] for ours, theirs in _LLAMA_FIELDS.items() if theirs in text}
-    num_kv_heads = text.get("num_key_value_heads", fields.get("num_heads", base.llm.num_heads))
-    llm = dataclasses.replace(base.llm, num_kv_heads=num_kv_heads, **fields)
-    dtype = description.get("torch_dtype") or "float32"
+    dino, siglip = (_override(tower, overrides.get(name, documents.Tower())) for name, tower in towers)
+    llm = LlamaConfig(
+        vocab_size=text.vocab_size,
+        width=text.hidden_size,
+        depth=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads or text.num_attention_heads,
+        mlp_dim=text.intermediate_size,
+        rope_theta=description.rope_theta or base.llm.rope_theta,
+        norm_eps=text.rms_norm_eps,
+    )
+    dtype = description.float_type or "float32"
     return dataclasses.replace(
         base,
         dino=dino,
         siglip=siglip,
         projector_dim=4 * (dino.width + siglip.width),
         llm=llm,
-        action_vocab_end=llm.vocab_size - description["pad_to_multiple_of"],
-        image_size=description["image_sizes"][0],
+        action_vocab_end=llm.vocab_size - description.pad_to_multiple_of,
+        image_size=description.image_sizes[0],
         execution=dataclasses.replace(base.execution, dtype=dtype, param_dtype=dtype),
     )
 
 
-def _override(tower: ViTConfig, sizes: Mapping[str, Any]) -> ViTConfig:
-    width = sizes.get("embed_dim", tower.width)
+def _override(tower: ViTConfig, sizes: documents.Tower) -> ViTConfig:
+    width, ratio = sizes.embed_dim or tower.width, sizes.mlp_ratio or tower.mlp_dim / tower.width
     # A ratio gives a whole number, which rounding must not lessen.
-    mlp_dim = int(width * sizes.get("mlp_ratio", tower.mlp_dim / tower.width) + 1e-6)
-    depth, num_heads = sizes.get("depth", tower.depth), sizes.get("num_heads", tower.num_heads)
+    mlp_dim = int(width * ratio + 1e-6)
+    depth, num_heads = sizes.depth or tower.depth, sizes.num_heads or tower.num_heads
     return dataclasses.replace(tower, width=width, depth=depth, num_heads=num_heads, mlp_dim=mlp_dim)
 
 
 def read_preprocessor(folder: str | Path, config: OpenVLAConfig) -> OpenVLAConfig:
-    """Takes means and standard deviations from preprocessor_config.json, where there is one.
-
-    The published files carry them twice, and those that Hugging Face's processor uses, in `tvf_normalize_params`, are
-    rounded to bfloat16.
-
-    Raises:
-        WeightsError: images are to be resized in another way than bicubically to a square of `config.image_size`.
-    """
-    for file in (Path(folder) / CONFIG, Path(folder) / "preprocessor_config.json"):
-        description = read_json(file, optional=True)
-        _check_resizing(file, description, config.image_size)
-    if not description:
+    """Takes statistics of colours from preprocessor_config.json, where there is one, see `documents.read_colours`."""
+    colours = documents.read_colours(Path(folder), config.image_size)
+    if colours is None:
         return config
-    fields = description.get("tvf_normalize_params")
-    if fields is None:
-        fields = [{"mean": m, "std": s} for m, s in zip(description["means"], description["stds"], strict=True)]
-    if len(fields) != 2:
-        raise WeightsError(f"{file}: tvf_normalize_params: got {len(fields)}, expected 2, of DINO's tower and SigLIP's")
     dino, siglip = (
-        dataclasses.replace(tower, mean=tuple(stats["mean"]), std=tuple(stats["std"]))
-        for tower, stats in zip((config.dino, config.siglip), fields, strict=True)
+        dataclasses.replace(tower, mean=stats.mean, std=stats.std)
+        for tower, stats in zip((config.dino, config.siglip), colours, strict=True)
     )
     return dataclasses.replace(config, dino=dino, siglip=siglip)
-
-
-def _check_resizing(file: Path, description: dict[str, Any], size: int) -> None:
-    """Raises WeightsError where images would go through anything but a bicubic squash, as far as the file says."""
-    square = [size, size]
-    wanted = [
-        ("image_resize_strategy", description.get("image_resize_strategy"), ("resize-naive",)),
-        ("tvf_do_letterbox", description.get("tvf_do_letterbox"), (False,)),
-    ]
-    wanted += [("interpolations", name, _BICUBIC) for name in description.get("interpolations", ())]
-    wanted += [("input_sizes", shape, ([3, *square],)) for shape in description.get("input_sizes", ())]
-    for resize in description.get("tvf_resize_params", ()):
-        wanted += [("tvf_resize_params.size", resize.get("size"), (square,))]
-        wanted += [("tvf_resize_params.interpolation", resize.get("interpolation"), _BICUBIC)]
-    for name, got, allowed in wanted:
-        if got is not None and got not in allowed:
-            expected = " or ".join(repr(value) for value in allowed)
-            raise WeightsError(f"{file}: {name}: got {got!r}, expected {expected}")
 
 
 def tensor_table(config: OpenVLAConfig) -> dict[str, Entry]:
@@ -194,8 +149,14 @@ def _find(source: Path) -> Tensors | None:
 
 
 def _finish(folder: Path, config: OpenVLAConfig, dtype: str | None) -> None:
-    if dtype is not None:
-        update_json(folder / CONFIG, {"torch_dtype": dtype})
+    """Names the type of the tensors under every name that config.json has for it, of the language model, too."""
+    if dtype is None:
+        return
+    fields = read_json(folder / CONFIG, optional=True)
+    text = fields.get("text_config", {})
+    text |= {name: dtype for name in documents.DTYPE_NAMES if name in text}
+    there = [name for name in documents.DTYPE_NAMES if name in fields] or documents.DTYPE_NAMES[:1]
+    update_json(folder / CONFIG, {"text_config": text} | dict.fromkeys(there, dtype))
 
 
 def _known(folder: Path) -> dict:

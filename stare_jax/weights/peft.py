@@ -8,11 +8,13 @@ import dataclasses
 import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from stare_jax.config import read_json
+from stare_jax.documents import read_record
+from stare_jax.documents.openvla import FloatType
+from stare_jax.documents.peft import read_adapter
 from stare_jax.models.nn.lora import LoRAConfig, adapted_module, name_targets
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.weights import files, side_files
@@ -24,41 +26,32 @@ from stare_jax.weights.tensor_table import FLOATS, Leaves, table_specs, table_va
 
 PREFIX = "base_model.model."
 _COPY, _SUFFIX_A = ".base_layer.weight", ".lora_A.weight"
-_ALLOWED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
-"""values that these fields may have; an initialisation that changes the base weights is not undone here"""
-_WITHOUT_EFFECT = {
-    *("r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "base_model_name_or_path", "revision"),
-    *("auto_mapping", "task_type", "inference_mode", "loftq_config", "megatron_core", "peft_version", "runtime_config"),
-    *("qalora_group_size", "ensure_weight_tying"),
-}
-"""fields that do not change what adapters compute, besides those read here; any other has to be empty"""
+
+
+class _Kept(NamedTuple):
+    """record.json of an adapter in a converted folder."""
+
+    modules: tuple[str, ...]
+    dtype: FloatType
+
+
+def _read_kept(kept: Path) -> _Kept:
+    return read_record(_Kept, kept / side_files.RECORD)
 
 
 def read_lora(folder: Path) -> LoRAConfig:
-    """Reads rank and alpha of an adapter; raises WeightsError, with all such fields, where it is not supported."""
-    file = folder / side_files.ADAPTER_CONFIG
-    fields = read_json(file)
-    problems = [f"{name}: got nothing, expected a number" for name in ("r", "lora_alpha") if name not in fields]
-    for name, value in sorted(fields.items()):
-        allowed = _ALLOWED.get(name)
-        if allowed and value not in allowed:
-            problems.append(f"{name}: got {value!r}, expected one of {allowed}")
-        elif value and not allowed and name not in _WITHOUT_EFFECT:
-            problems.append(f"{name}: got {value!r}, which is not supported")
-    if problems:
-        raise WeightsError(f"{file}:\n  " + "\n  ".join(problems))
-    try:
-        return LoRAConfig(rank=int(fields["r"]), alpha=float(fields["lora_alpha"]))
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{file}: {error}") from error
+    """Reads rank and alpha of an adapter; raises DocumentError, see `read_adapter`."""
+    adapter = read_adapter(folder / side_files.ADAPTER_CONFIG)
+    return LoRAConfig(rank=adapter.r, alpha=adapter.lora_alpha)
 
 
 def open_adapter(folder: Path, base: Opened) -> Opened:
     """Opens an adapter, compared with its base: the base's configuration with it, and tensors of adapters alone.
 
     Raises:
-        WeightsError: it is not supported, damaged, of another model, or adapts some of the layers that we keep as one
-            array; tensors that do not fit are all listed.
+        DocumentError: its configuration is damaged or not supported, or it is a part of another policy.
+        WeightsError: it is damaged, of another model, or adapts some of the layers that we keep
+            as one array; tensors that do not fit are all listed.
     """
     lora, file = read_lora(folder), folder / side_files.ADAPTER_MODEL
     if not file.exists():
@@ -121,7 +114,7 @@ def kept_adapter(base: Opened, config: OpenVLAConfig, adapted: Collection[str]) 
         return None
     lora = read_lora(kept)
     is_policys = (lora.rank, lora.alpha) == (config.lora.rank, config.lora.alpha)
-    is_policys &= read_json(kept / side_files.RECORD)["modules"] == sorted(set(map(adapted_module, adapted)))
+    is_policys &= list(_read_kept(kept).modules) == sorted(set(map(adapted_module, adapted)))
     return kept if is_policys else None
 
 
@@ -141,7 +134,7 @@ def write_adapter(
         files.write_json(to / side_files.ADAPTER_CONFIG, _describe(config.lora, modules))
     else:
         side_files.copy_side_files(kept, to)
-        dtype = dtype or read_json(kept / side_files.RECORD)["dtype"]
+        dtype = dtype or _read_kept(kept).dtype
     dtype, unused = dtype or "float32", side_files.kept_unused(kept)
     specs = table_specs(table, config, dtype)
     specs |= {n: s.spec if n.endswith(_COPY) else s.spec._replace(dtype=dtype) for n, s in unused.items()}

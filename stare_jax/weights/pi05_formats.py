@@ -1,5 +1,6 @@
 """Formats of pi0.5: openpi's tree, the tensors of its PyTorch port and of lerobot, PaliGemma's arrays."""
 
+import dataclasses
 import functools
 import re
 import zipfile
@@ -9,7 +10,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import ConfigError, from_dict, read_json, to_dict
+from stare_jax.config import ConfigError, from_dict, to_dict, user_input
+from stare_jax.documents import read_json
+from stare_jax.documents.pi05 import read_description, read_processor_stats
 from stare_jax.models import PI05_PALIGEMMA, pi05_base, pi05_droid, pi05_libero
 from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride, adapted_module, is_adapter
@@ -17,15 +20,20 @@ from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.presets import for_robot
 from stare_jax.models.stored import NAMED_MODELS
 from stare_jax.state.storage import is_tree, load_leaf, save_tree, tree_shapes
+from stare_jax.types import NormStats
 from stare_jax.weights import files
 from stare_jax.weights.files import Spec, Stored, Tensors, WeightsError
 from stare_jax.weights.format import Format
 from stare_jax.weights.heads import OUR_OWN
 from stare_jax.weights.pi05_port import LEROBOT_PREFIX, UNUSED, clean_names, find_prefix, refuse_pi0, tensor_table
 from stare_jax.weights.side_files import CONFIG
-from stare_jax.weights.statistics import list_assets, read_asset, write_openpi_stats
+from stare_jax.weights.statistics import choose_name, list_assets, read_asset, write_openpi_stats
 from stare_jax.weights.tensor_table import Entry
 
+_ROBOTS = {"libero": pi05_libero, "droid": pi05_droid}
+"""part of an asset's id -> the model whose statistics it has"""
+_PROCESSOR = "policy_preprocessor"
+"""name of the statistics in lerobot's processors"""
 _PI0 = re.compile(r"_norm_1/scale$|^(state_proj/|action_time_)")
 """leaves of openpi's tree that only pi0 has"""
 _ROOTS = ("params/img/", "params/llm/")
@@ -34,27 +42,60 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 def read_config(source: Path) -> Pi05Config:
-    """Returns the model of weights: that of config.json beside them, where it is ours, or that of their statistics.
+    """Returns the model of weights: that of config.json beside them, ours or lerobot's, or that of their statistics.
 
-    openpi's pi05_base has statistics of several robots, pi05_droid and pi05_libero those of one. Raises ConfigError
-    where neither tells.
+    openpi's pi05_base has statistics of several robots, pi05_droid and pi05_libero those of one. The config.json of its
+    PyTorch port goes over what statistics say.
+
+    Raises:
+        ConfigError: none of these tells.
+        DocumentError: config.json is damaged, or of a policy that computes something else.
     """
-    if fields := _known(source):
+    if fields := _own_fields(source):
         return from_dict(Pi05Config, fields, path=str(source / CONFIG))
-    assets = list_assets(source)
-    if len(assets) > 1:
-        return pi05_base()
-    for name, preset in (("libero", pi05_libero), ("droid", pi05_droid)):
-        if any(name in asset_id for asset_id in assets):
-            return preset()
-    got = "got weights of pi0.5 that do not say which model they are of"
-    raise ConfigError(f"{source}: model: {got}, expected its name, {NAMED_MODELS} (--model)")
+    told, assets = read_description(source), list_assets(source)
+    presets = [preset for word, preset in _ROBOTS.items() if any(word in asset_id for asset_id in assets)]
+    if told.cameras is not None or len(assets) > 1:
+        presets = [pi05_base]
+    if not presets:
+        got = "got weights of pi0.5 that do not say which model they are of"
+        raise ConfigError(f"{source}: model: {got}, expected its name, {NAMED_MODELS} (--model)")
+    config, window = presets[0](), told.fields.get("window")
+    fields = told.fields | {"cameras": told.cameras or config.cameras}
+    fields["chunk"] = min(told.chunk or config.chunk, window or config.window)
+    with user_input(str(source / CONFIG)):
+        return dataclasses.replace(config, **fields)
 
 
-def _known(source: Path) -> dict:
+def _own_fields(source: Path) -> dict:
     """Returns the fields of config.json beside weights, where it is ours."""
     fields = read_json(source / CONFIG, optional=True)
     return fields if "paligemma" in fields else {}
+
+
+def _known(source: Path) -> dict:
+    """Returns the fields of the model that config.json beside weights tells."""
+    return _own_fields(source) or read_description(source).fields
+
+
+def read_processors(
+    folders: Sequence[Path], unnorm_key: str | None = None, action_dim: int | None = None, state_dim: int | None = None
+) -> tuple[str, NormStats] | tuple[None, None]:
+    """Reads the statistics of lerobot's processors in the first folder, or without any, or where an asset is named,
+    openpi's; see `Format.statistics` and `read_processor_stats`."""
+    assets = list_assets(folders[0])
+    if unnorm_key in assets:
+        return read_asset(folders, unnorm_key, action_dim, state_dim)
+    found = read_processor_stats(folders[0], _load_file, action_dim=action_dim, state_dim=state_dim)
+    if found is None:
+        return read_asset(folders, unnorm_key, action_dim, state_dim)
+    name = choose_name([*assets, _PROCESSOR], unnorm_key or _PROCESSOR, folders[0])
+    action, state = found[0], found[1] or dict.fromkeys(("q01", "q99"), np.zeros(0, np.float32))
+    return name, NormStats(action["q01"], action["q99"], action["mask"], state["q01"], state["q99"])
+
+
+def _load_file(file: Path) -> dict[str, np.ndarray]:
+    return {name: np.asarray(files.read(stored)) for name, stored in files.list_file(file).items()}
 
 
 def _list_port(source: Path, *, prefix: str) -> Tensors | None:
@@ -173,6 +214,7 @@ LEROBOT = PORT._replace(
     name="lerobot",
     find=functools.partial(_list_port, prefix=LEROBOT_PREFIX),
     prefix=LEROBOT_PREFIX,
+    statistics=read_processors,
     finish=lambda folder, config, dtype: None,  # its own config.json is not ours to write
 )
 PALIGEMMA = OPENPI._replace(

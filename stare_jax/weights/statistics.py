@@ -9,13 +9,15 @@ openpi has no dimension that passes through unnormalised, and needs means and de
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.config import check_name, read_json
+from stare_jax.documents import check_record, read_json
+from stare_jax.documents.reader import NOTHING
+from stare_jax.documents.statistics import check_quantiles, check_tables
 from stare_jax.models.normalize import action_range
-from stare_jax.types import Array, NormStats
+from stare_jax.types import NormStats
 from stare_jax.weights.files import WeightsError, update_json, write_json
 from stare_jax.weights.side_files import ASSETS, CONFIG
 
@@ -24,7 +26,13 @@ _MAX_DIM = 32
 """numbers of an action in pi0.5's published networks, to which statistics may be padded"""
 _NORMAL_Q99 = 2.3263
 """standard deviations between the mean of a normal distribution and its 0.99 quantile"""
-_NO_NUMBERS = (np.zeros(0, np.float32), np.zeros(0, np.float32))
+_NO_NUMBERS = {"q01": np.zeros(0, np.float32), "q99": np.zeros(0, np.float32)}
+
+
+class _OpenpiFile(NamedTuple):
+    """norm_stats.json of openpi."""
+
+    norm_stats: dict[str, Any]
 
 
 def choose_name(names: Sequence[str], name: str | None, folder: Path) -> str:
@@ -36,37 +44,6 @@ def choose_name(names: Sequence[str], name: str | None, folder: Path) -> str:
     return name
 
 
-def _read_quantiles(where: str, table: Mapping[str, Any], name: str, dim: int | None = None) -> tuple[Array, Array]:
-    """Reads q01 and q99 of actions or states, as many numbers of each, float32, of which the first `dim` are returned.
-
-    Raises:
-        WeightsError: they are not there, null, no finite numbers, or fewer than asked for; begins with `where`.
-    """
-    fields = table.get(name)
-    if not isinstance(fields, dict):
-        raise WeightsError(f"{where}: got {sorted(table)}, expected {name!r} among them")
-    quantiles = []
-    for quantile in ("q01", "q99"):
-        place, values = f"{where}.{name}.{quantile}", fields.get(quantile)
-        if values is None:
-            got = "null" if quantile in fields else "nothing"
-            raise WeightsError(f"{place}: got {got}, expected numbers: policies are normalised by quantiles")
-        try:
-            values = np.asarray(values, np.float32)
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"{place}: {error}, expected numbers") from error
-        if values.ndim != 1 or not np.isfinite(values).all():
-            raise WeightsError(f"{place}: got {values}, expected a list of finite numbers")
-        if dim is not None and len(values) < dim:
-            raise WeightsError(f"{place}: got {len(values)} numbers, expected {dim}")
-        quantiles.append(values[:dim])
-    low, high = quantiles
-    if len(low) != len(high):
-        got = f"{len(low)} and {len(high)} numbers in q01 and q99"
-        raise WeightsError(f"{where}.{name}: got {got}, expected as many in both")
-    return low, high
-
-
 def read_openvla_tables(folders: Sequence[Path]) -> dict[str, Any]:
     """Returns what OpenVLA's files say of all data sets, by name.
 
@@ -75,8 +52,9 @@ def read_openvla_tables(folders: Sequence[Path]) -> dict[str, Any]:
     """
     tables: dict[str, Any] = {}
     for folder in folders:
-        tables |= read_json(folder / CONFIG, optional=True).get("norm_stats") or {}
-        tables |= read_json(folder / _OPENVLA_FILE, optional=True)
+        file, side_file = folder / CONFIG, folder / _OPENVLA_FILE
+        tables |= check_tables(read_json(file, optional=True).get("norm_stats") or {}, str(file), "norm_stats")
+        tables |= check_tables(read_json(side_file, optional=True), str(side_file))
     return tables
 
 
@@ -85,15 +63,17 @@ def read_openvla_stats(
 ) -> tuple[str, NormStats]:
     """Reads name and statistics of one of OpenVLA's data sets, see `Format.statistics`; nothing is ever cut.
 
-    Raises WeightsError where the name is missing or unknown, and for quantiles that are missing or no numbers.
+    Raises:
+        WeightsError: the name is missing or unknown.
+        DocumentError: statistics are missing or damaged, see `check_quantiles`.
     """
-    tables = read_openvla_tables(folders)
+    tables, place = read_openvla_tables(folders), str(folders[0])
     name = choose_name(tables, unnorm_key, folders[0])
-    where, table = f"{folders[0]}: {name}", tables[name]
-    low, _ = _read_quantiles(where, table, "action")
-    mask = np.asarray(table["action"].get("mask", [True] * len(low)), bool)
-    state = _read_quantiles(where, table, "proprio") if state_dim else _NO_NUMBERS
-    return name, NormStats(*action_range(table["action"], mask), mask, *state)
+    action = check_quantiles(tables[name].get("action", NOTHING), place, f"{name}.action")
+    state = (
+        check_quantiles(tables[name].get("proprio", NOTHING), place, f"{name}.proprio") if state_dim else _NO_NUMBERS
+    )
+    return name, NormStats(*action_range(action, action["mask"]), action["mask"], state["q01"], state["q99"])
 
 
 def to_openvla_table(stats: NormStats) -> dict[str, Any]:
@@ -137,15 +117,20 @@ def read_openpi_stats(file: Path, *, action_dim: int | None = None, state_dim: i
     """Reads the quantiles of actions and states from norm_stats.json.
 
     Longer ones are cut to A and S, `action_dim` and `state_dim`, as openpi does; None takes all that there are. Raises
-    WeightsError where there are fewer, or quantiles are missing or no numbers.
+    DocumentError where there are fewer, or quantiles are missing or damaged, see `check_quantiles`.
     """
-    where, stats = f"{file}: norm_stats", read_json(file).get("norm_stats")
-    if not isinstance(stats, dict):
-        raise WeightsError(f"{file}: got no norm_stats, expected those of state and actions")
-    low, high = (values[:_MAX_DIM] for values in _read_quantiles(where, stats, "actions", action_dim))
+    stats, place = check_record(_OpenpiFile, read_json(file), str(file)).norm_stats, str(file)
+    action = check_quantiles(
+        stats.get("actions", NOTHING), place, "norm_stats.actions", dim=action_dim, may_be_longer=True
+    )
+    low, high = action["q01"][:_MAX_DIM], action["q99"][:_MAX_DIM]
     has_state = state_dim > 0 if state_dim is not None else "state" in stats
-    state = _read_quantiles(where, stats, "state", state_dim) if has_state else _NO_NUMBERS
-    return NormStats(low, high, np.ones(len(low), bool), *state)
+    state = _NO_NUMBERS
+    if has_state:
+        state = check_quantiles(
+            stats.get("state", NOTHING), place, "norm_stats.state", dim=state_dim, may_be_longer=True
+        )
+    return NormStats(low, high, np.ones(len(low), bool), state["q01"], state["q99"])
 
 
 def to_openpi_stats(stats: NormStats) -> dict[str, Any]:
@@ -167,11 +152,6 @@ def _to_fields(low: Any, high: Any) -> dict[str, list[float]]:
     low, high = (np.asarray(values, np.float32) for values in (low, high))
     columns = {"mean": (low + high) / 2, "std": (high - low) / np.float32(2 * _NORMAL_Q99), "q01": low, "q99": high}
     return {name: [float(str(value)) for value in values] for name, values in columns.items()}
-
-
-def check_asset(asset_id: str) -> str:
-    """Returns an asset id, the names of folders with slashes between; ConfigError for one that leaves `assets`."""
-    return "/".join(check_name(name, f"stats_name {asset_id!r}") for name in asset_id.split("/"))
 
 
 def write_openpi_stats(to: Path, asset_id: str, stats: NormStats) -> None:

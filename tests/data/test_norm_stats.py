@@ -79,17 +79,17 @@ def test_a_gripper_that_seldom_closes_still_moves():
 
 def test_wrong_lengths_are_named():
     statistics = compute_statistics(np.zeros((2, 7)), np.zeros((2, 3)), num_trajectories=1)
-    with pytest.raises(ValueError, match=r"norm_stats action\.q01: got 7 values, expected 8"):
+    with pytest.raises(ValueError, match=r"norm_stats.json: action\.q01: got 7 numbers, expected 8$"):
         to_norm_stats(statistics, action_dim=8, state_dim=3)
-    with pytest.raises(ValueError, match=r"norm_stats proprio\.q01: got 3 values, expected 9"):
+    with pytest.raises(ValueError, match=r"norm_stats.json: proprio\.q01: got 3 numbers, expected 9$"):
         to_norm_stats(statistics, action_dim=7, state_dim=9)
     statistics["action"]["mask"] = [True]
-    with pytest.raises(ValueError, match=r"norm_stats action\.mask: got 1 values, expected 7"):
+    with pytest.raises(ValueError, match=r"norm_stats.json: action\.mask: got 1 items, expected 7, as in q01$"):
         to_norm_stats(statistics, action_dim=7, state_dim=3)
     del statistics["action"]["q99"]
-    with pytest.raises(ValueError, match=r"norm_stats action\.q99: got 0 values, expected 7"):
+    with pytest.raises(ValueError, match=r"norm_stats.json: action\.q99: got nothing, expected a list"):
         to_norm_stats(statistics, action_dim=7, state_dim=3)
-    with pytest.raises(ValueError, match=r"got fields \['proprio'\], expected 'action'"):
+    with pytest.raises(ValueError, match=r"norm_stats.json: action: got nothing, expected an object with q01, q99"):
         to_norm_stats({"proprio": {}}, action_dim=7, state_dim=3)
 
 

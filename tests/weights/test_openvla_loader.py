@@ -12,6 +12,8 @@ import pytest
 from openvla_files import SMALL, load_openvla, read_norm_stats
 from safetensors.numpy import save_file
 
+from stare_jax.config import ConfigError
+from stare_jax.documents import DocumentError
 from stare_jax.models import openvla_7b
 from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import open_weights
@@ -124,12 +126,13 @@ def test_config_of_the_published_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published))
     assert read_config(tmp_path) == openvla_7b(tokenizer=str(tmp_path))
     for fields, message in (
-        ({"timm_model_ids": ["a", "b"]}, "timm_model_ids: got ['a', 'b'], expected"),
-        ({"image_sizes": None}, "got no image_sizes, expected the configuration of an OpenVLA checkpoint"),
+        ({"timm_model_ids": ["a", "b"]}, "timm_model_ids[0]: got 'a', expected"),
+        ({"image_sizes": None}, "config.json: image_sizes: got nothing, expected a list of 2 items"),
+        ({"text_config": {"vocab_size": 200}}, "config.json: action_vocab_end: got 136, expected more than 256"),
     ):
         changed = {name: value for name, value in (published | fields).items() if value is not None}
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        with pytest.raises(WeightsError, match=re.escape(message)):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             read_config(tmp_path)
 
 
@@ -153,7 +156,7 @@ def test_statistics_of_one_data_set(tmp_path):
     mine = read_norm_stats(tmp_path, unnorm_key="mine", state_dim=1)
     np.testing.assert_array_equal(mine.state_q99, [4.0])
     np.testing.assert_array_equal(mine.action_mask, [True])
-    with pytest.raises(WeightsError, match=r": robot: got \['action'\], expected 'proprio' among them"):
+    with pytest.raises(DocumentError, match=r": robot.proprio: got nothing, expected an object with q01, q99"):
         read_norm_stats(tmp_path, unnorm_key="robot", state_dim=1)
 
 

@@ -28,7 +28,7 @@ from stare_jax.models.openvla import prompt as openvla_prompt
 from stare_jax.models.openvla.network import OpenVLA
 from stare_jax.types import Observation
 from stare_jax.weights.heads import head_table
-from stare_jax.weights.openvla import OVERRIDES, TIMM_IDS, adapter_table, read_config, tensor_table
+from stare_jax.weights.openvla import TIMM_IDS, adapter_table, read_config, tensor_table
 from stare_jax.weights.tensor_table import layer_shape, to_ours
 
 try:
@@ -87,7 +87,7 @@ def describe(config):
     quantiles = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
     return {
         "timm_model_ids": TIMM_IDS,
-        OVERRIDES: dict(zip(TIMM_IDS, map(describe_tower, towers), strict=True)),
+        "tiny_timm_overrides": dict(zip(TIMM_IDS, map(describe_tower, towers), strict=True)),
         "image_sizes": [config.image_size] * 2,
         "pad_to_multiple_of": 64,
         "text_config": text,

@@ -11,6 +11,7 @@ import openvla_files
 import pytest
 from openvla_files import ALL_LINEAR, OTHER, SMALL, read_folder
 
+from stare_jax.documents import DocumentError
 from stare_jax.models.blank import leaf_shapes
 from stare_jax.models.nn.lora import ALL_LINEAR as ALL
 from stare_jax.models.nn.lora import ATTENTION, LoRAConfig
@@ -129,11 +130,22 @@ def test_adapters_of_some_modules(base, adapters, tmp_path, targets, expected):
         ("init_lora_weights", "pissa"),
         ("peft_type", "IA3"),
         ("something_new", True),
+        ("task_type", "SEQ_CLS"),
+        ("lora_bias", True),
+        ("use_qalora", True),
+        ("target_parameters", ["experts"]),
+        ("trainable_token_indices", [1]),
+        ("r", 0),
+        ("r", "8"),
+        ("r", 8.0),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", -1),
+        ("lora_alpha", [16]),
     ],
 )
 def test_what_is_not_supported_says_so(tmp_path, field, value):
     (tmp_path / "adapter_config.json").write_text(json.dumps(openvla_files.adapter_json(2, 4, ["q"], **{field: value})))
-    with pytest.raises(WeightsError, match=rf"adapter_config.json:\n  {field}: got {re.escape(repr(value))}"):
+    with pytest.raises(DocumentError, match=rf"adapter_config.json: {field}: got {re.escape(repr(value))}, expected "):
         read_lora(tmp_path)
 
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from stare_jax.documents import DocumentError
 from stare_jax.models import openvla_7b
 from stare_jax.weights.openvla import read_preprocessor
 
@@ -51,16 +52,33 @@ def test_the_statistics_are_those_that_the_processor_uses(read):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("image_resize_strategy", "letterbox", "got 'letterbox', expected 'resize-naive'"),
-        ("tvf_do_letterbox", True, "got True, expected False"),
-        ("interpolations", ["bicubic", "lanczos"], "got 'lanczos', expected 'bicubic' or 3"),
-        ("input_sizes", [[3, 384, 384]] * 2, "got [3, 384, 384], expected [3, 224, 224]"),
-        ("tvf_normalize_params", [HALF], "got 1, expected 2"),
+        ("image_resize_strategy", "letterbox", ": got 'letterbox', expected 'resize-naive'"),
+        ("tvf_do_letterbox", True, ": got True, expected False"),
+        ("interpolations", ["bicubic", "lanczos"], "[1]: got 'lanczos', expected 'bicubic' or 3"),
+        ("input_sizes", [[3, 224, 224], [3, 384, 384]], "[1]: got [3, 384, 384], expected [3, 224, 224]"),
+        ("tvf_normalize_params", [HALF], ": got 1 items, expected 2"),
+        ("tvf_normalize_params", [HALF, {"mean": [0.5] * 3}], "[1].std: got nothing, expected a list of 3 items"),
+        ("tvf_normalize_params", [HALF, HALF | {"std": [0.5, 0.5]}], "[1].std: got 2 items, expected 3"),
+        ("tvf_normalize_params", [HALF, HALF | {"std": [0.5, 0, 0.5]}], "[1].std: got [0.5, 0, 0.5], expected a list"),
+        (
+            "tvf_normalize_params",
+            [HALF, HALF | {"mean": [float("nan")] * 3}],
+            "[1].mean[0]: got nan, expected a finite",
+        ),
+        ("tvf_crop_params", [{"output_size": [200, 200]}], "[0].output_size: got [200, 200], expected [224, 224]"),
+        ("image_processor_type", "SiglipImageProcessor", ": got 'SiglipImageProcessor', expected 'Prismatic"),
     ],
 )
 def test_what_is_not_implemented_is_refused(read, field, value, message):
-    with pytest.raises(ValueError, match=re.escape(f"preprocessor_config.json: {field}: {message}")):
+    with pytest.raises(DocumentError, match=re.escape(f"preprocessor_config.json: {field}{message}")):
         read(PUBLISHED | {field: value})
+
+
+def test_means_without_deviations_are_refused_and_neither_changes_nothing(read):
+    rest = {name: value for name, value in PUBLISHED.items() if name not in ("tvf_normalize_params", "stds")}
+    with pytest.raises(DocumentError, match="means and stds: got one of them, expected both or none"):
+        read(rest)
+    assert read({name: value for name, value in rest.items() if name != "means"}) == openvla_7b()
 
 
 def test_the_strategy_in_the_configuration_is_checked_too(tmp_path):
@@ -74,12 +92,13 @@ def test_the_strategy_in_the_configuration_is_checked_too(tmp_path):
     [
         ("size", 224, "got 224, expected [224, 224]"),  # of the shorter side: "resize-crop"
         ("interpolation", 1, "got 1, expected 'bicubic' or 3"),
+        ("max_size", 100, "got 100, expected null"),
     ],
 )
 def test_another_way_of_resizing_is_refused(read, field, value, message):
     resize = PUBLISHED["tvf_resize_params"][0] | {field: value}
-    with pytest.raises(ValueError, match=re.escape(f"tvf_resize_params.{field}: {message}")):
-        read(PUBLISHED | {"tvf_resize_params": [resize, resize]})
+    with pytest.raises(ValueError, match=re.escape(f"tvf_resize_params[1].{field}: {message}")):
+        read(PUBLISHED | {"tvf_resize_params": [*PUBLISHED["tvf_resize_params"][:1], resize]})
 
 
 def test_another_kind_of_file(tmp_path):
