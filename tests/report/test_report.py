@@ -173,7 +173,7 @@ def test_an_earlier_evaluation_of_a_name_is_set_aside_with_its_films(tmp_path, s
 
 
 def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated, rewards_fn):
-    with pytest.raises(ValueError, match="phase: got '../x'"):
+    with pytest.raises(ValueError, match="name: got '../x'"):
         record_evaluation(tmp_path, "../x", *evaluated, spec, rewards_fn)
 
 
