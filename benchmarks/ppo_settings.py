@@ -12,7 +12,6 @@ processes can share the others with `--only`, each with imitations of its own; t
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -64,7 +63,7 @@ SETTINGS = {
     "lr_1e-4": Setting("step size", "learning rate 1e-4", {"optimizer.learning_rate": 1e-4}),
     "lr_1e-3": Setting("step size", "learning rate 1e-3", {"optimizer.learning_rate": 1e-3}),
     "kl_0.03": Setting("step size", "KL stop at 0.03", {"target_kl": 0.03}),
-    "kl_none": Setting("step size", "no KL stop", {"target_kl": math.inf}),
+    "kl_none": Setting("step size", "no KL stop", {"target_kl": 1e9}),
     "critic_shared": Setting("critic", "on the policy's features", sft="shared"),
     "critic_detached": Setting("critic", "on its features, detached", sft="detached"),
     "critic_cold": Setting("critic", "own, no warm-up", {"value_warmup_iterations": 0}),

@@ -19,6 +19,7 @@ from stare_jax.models import (
     PI05_EXPERTS,
     PI05_PALIGEMMA,
     LoRAConfig,
+    ModelConfig,
     OpenVLAConfig,
     Pi05Config,
     openvla_7b,
@@ -33,10 +34,14 @@ trained, which is OpenVLA's default, while pi0.5 trains its action expert alone.
 which IPI is the one without a word."""
 
 
+UNIONS = (typing.Union, types.UnionType)
+"""ways in which Python has an annotation `a | b`; the first where a part is an `Annotated`"""
+
+
 # ---- Every configuration -------------------------------------------------------------------------------------------
 
 
-def base_config(env: EnvConfig, model: OpenVLAConfig | Pi05Config, *, name: str) -> ml_collections.ConfigDict:
+def base_config(env: EnvConfig, model: ModelConfig, *, name: str) -> ml_collections.ConfigDict:
     """Returns the whole configuration of a run, every field of which can be overridden as `--config.ppo.gamma=0.98`.
 
     Args:
@@ -82,7 +87,7 @@ def _with_placeholders(config: Any) -> dict[str, Any]:
         value, hint = getattr(config, field.name), hints[field.name]
         if dataclasses.is_dataclass(value):
             value = _with_placeholders(value)
-        elif value is None and isinstance(hint, types.UnionType):
+        elif value is None and typing.get_origin(hint) in UNIONS:
             value = _placeholder(hint)
         else:
             value = to_dict(value)
@@ -92,7 +97,7 @@ def _with_placeholders(config: Any) -> dict[str, Any]:
 
 def _placeholder(hint: Any) -> Any:
     """Returns a place for a value of an annotated type, such as `float | None`; None for the place of a dataclass."""
-    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    parts = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
     (part,) = (part for part in parts if part is not types.NoneType)
     kind = type(choices(part)[0]) if choices(part) else typing.get_origin(part) or part
     return None if dataclasses.is_dataclass(kind) else config_dict.placeholder(kind)

@@ -51,7 +51,7 @@ def load_configuration(choice: str, fields: Sequence[str] = ()) -> dict[str, Any
     config = _read(choice)
     for argument in fields:
         if found := _FIELD.match(argument):
-            _check_field(config, found["path"])
+            _check_field(config, found["path"], argument)
     values, argv = flags.FlagValues(), ["train", *fields]
     holder = config_flags.DEFINE_config_dict("config", config, lock_config=True, flag_values=values, sys_argv=argv)
     try:
@@ -98,8 +98,9 @@ def _place(error: Exception, file: str) -> str:
     return f"{file}, line {lines[-1]}" if lines else file
 
 
-def _check_field(config: ConfigDict, path: str) -> None:
-    """Raises ConfigError where a configuration has no field of this path, and names the nearest that it has."""
+def _check_field(config: ConfigDict, path: str, argument: str) -> None:
+    """Raises ConfigError where a configuration has no field of this path, and names the nearest that it has; also where
+    it is a section, whose fields are set one by one."""
     node: Any = config
     names = path.split(".")
     for depth, name in enumerate(names):
@@ -109,7 +110,12 @@ def _check_field(config: ConfigDict, path: str) -> None:
             nearest = difflib.get_close_matches(bare, known, n=1)
             advice = f" Did you mean --{above}.{nearest[0]}?" if nearest else ""
             raise ConfigError(f"--config.{path}: there is no field '{bare}' in {above}.{advice}")
-        node = node[bare]
+        node, above = node[bare], node
+    if isinstance(node, ConfigDict):
+        fields = ", ".join(f"--config.{path}.{name}" for name in node)
+        raise ConfigError(f"{argument}: got a value for a section, expected one for a field: {fields}")
+    if node is None and above.get_type(bare) is type(None):
+        raise ConfigError(f"{argument}: got a value for a section, which this configuration does not have")
 
 
 def last_line(error: BaseException) -> str:

@@ -6,12 +6,16 @@ names the path of whatever does not fit.
 
 import contextlib
 import dataclasses
+import enum
+import functools
+import math
+import numbers
 import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 _NAME_BYTES = 200
 """Longest name of a user's; file systems allow 255, and endings are added."""
@@ -52,43 +56,53 @@ def list_choices(cls: type, *, path: str = "config") -> dict[str, tuple[Any, ...
     return found
 
 
-def check_choices(config: Any) -> None:
-    """Checks every `Literal` field of a dataclass; called from its `__post_init__`.
+class Interval(NamedTuple):
+    """Numbers that a field may be, in its annotation: `Annotated[float, Interval(0, 1)]`; NaN and infinity are none."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    has_low: bool = True
+    """False leaves out `low` itself."""
+    has_high: bool = True
+
+
+class Mark(enum.Enum):
+    """Conditions of a field that is no number, in its annotation: `Annotated[str, Mark.REGEX]`."""
+
+    REGEX = "a text that is a regular expression"
+    FILLED = "a tuple with at least one item"
+
+
+Finite = Annotated[float, Interval()]
+Positive = Annotated[float, Interval(0, has_low=False)]
+NonNegative = Annotated[float, Interval(0)]
+Fraction = Annotated[float, Interval(0, 1)]
+Count = Annotated[int, Interval(1)]
+Natural = Annotated[int, Interval(0)]
+Seed = Annotated[int, Interval(0, 99)]
+"""seed of a run; every one has seeds of the simulator's of its own (`envs.seeds`)"""
+Pattern = Annotated[str, Mark.REGEX]
+LARGEST_INT = 2**31 - 1
+"""Largest whole number of a field: numbers of arrays and of their items are 32 bits wide."""
+
+
+def check_fields(config: Any) -> None:
+    """Checks every field of a frozen dataclass by its annotation; called from its `__post_init__`.
+
+    A field becomes what `from_dict` would have made of it: lists are tuples, whole numbers are floats where a float is
+    expected, and NumPy's numbers are Python's.
 
     Raises:
-        ValueError: a field has none of its choices; the message names it, got and expected.
+        ConfigError: a field is not of its type, has none of its choices, is not finite, or is outside its interval; the
+            message names it, got and expected.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
-        allowed, value = choices(hint), getattr(config, name)
-        is_missing = value is None and type(None) in typing.get_args(hint)
-        if allowed and not is_missing and value not in allowed:
-            raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")
+    for name, hint in _annotations(type(config)).items():
+        object.__setattr__(config, name, _convert(hint, getattr(config, name), name))
 
 
-def check_at_least(config: Any, minimum: float, *names: str) -> None:
-    """Checks that fields of a dataclass are numbers of at least `minimum`; None passes where the field allows it.
-
-    Raises:
-        ValueError: one is less, or not a number.
-    """
-    hints = typing.get_type_hints(type(config))
-    for name in names:
-        value, is_optional = getattr(config, name), type(None) in typing.get_args(hints[name])
-        if not (value is None and is_optional) and not value >= minimum:
-            raise ValueError(f"{name}: got {value}, expected >= {minimum}{' or None' if is_optional else ''}")
-
-
-def check_above(config: Any, bound: float, *names: str) -> None:
-    """Checks that fields of a dataclass are numbers greater than `bound`; None passes where the field allows it.
-
-    Raises:
-        ValueError: one is not.
-    """
-    hints = typing.get_type_hints(type(config))
-    for name in names:
-        value, is_optional = getattr(config, name), type(None) in typing.get_args(hints[name])
-        if not (value is None and is_optional) and not value > bound:
-            raise ValueError(f"{name}: got {value}, expected > {bound}{' or None' if is_optional else ''}")
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 @contextlib.contextmanager
@@ -162,7 +176,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
     Raises:
       ConfigError: for an unknown field, a value of the wrong type, or one that the dataclass itself refuses.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _annotations(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
@@ -179,28 +193,29 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _convert_marked(*typing.get_args(hint), value, path)
     if allowed := choices(hint):
-        if value not in allowed and not (value is None and type(None) in typing.get_args(hint)):
+        is_missing = value is None and type(None) in typing.get_args(hint)
+        if not is_missing and not any(type(value) is type(word) and value == word for word in allowed):
             raise ConfigError(f"{path}: got {value!r}, expected one of {allowed}")
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(typing.get_args(hint), value, path)
     if dataclasses.is_dataclass(hint):
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: got {value!r}, expected the fields of {hint.__name__}")
         return from_dict(hint, value, path=path)
     if origin is tuple:
         return _convert_tuple(typing.get_args(hint), value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint in (int, float):
+        return _convert_number(hint, Interval(), value, path)
     if hint is str and isinstance(value, str) and re.match(r"~[\w.-]*(/|$)", value):
         return _home_field(value, path)
-    if isinstance(hint, type) and hint is not Any:
-        exact = type(value) is hint if hint in (int, bool, float) else isinstance(value, hint)
-        if not exact:
-            raise ConfigError(f"{path}: got {value!r}, expected {hint.__name__}")
+    if isinstance(hint, type) and hint is not Any and not isinstance(value, hint):
+        raise ConfigError(f"{path}: got {value!r}, expected {hint.__name__}")
     return value
 
 
@@ -209,6 +224,47 @@ def _home_field(value: str, path: str) -> str:
         return str(home_path(value))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _convert_marked(hint: Any, mark: Any, value: Any, path: str) -> Any:
+    """Converts a value of an annotation with a mark: an `Interval` or a `Mark`."""
+    if isinstance(mark, Interval):
+        return _convert_number(hint, mark, value, path)
+    value = _convert(hint, value, path)
+    if mark is Mark.FILLED and not value:
+        raise ConfigError(f"{path}: got {value!r}, expected at least one item")
+    if mark is Mark.REGEX:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ConfigError(f"{path}: got {value!r}, expected a regular expression: {error}") from error
+    return value
+
+
+def _convert_number(hint: type, interval: Interval, value: Any, path: str) -> int | float:
+    """Converts a number, NumPy's too; True and False are none."""
+    kind = numbers.Integral if hint is int else numbers.Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{path}: got {value!r}, expected {hint.__name__}")
+    if hint is int and abs(value) > LARGEST_INT:
+        raise ConfigError(f"{path}: got {value}, expected at most {LARGEST_INT}")
+    value, is_finite = hint(value), math.isfinite(value)
+    is_above = interval.low <= value if interval.has_low else interval.low < value
+    is_below = value <= interval.high if interval.has_high else value < interval.high
+    if not (is_finite and is_above and is_below):
+        kind = "" if is_finite else "a finite number "
+        raise ConfigError(f"{path}: got {value}, expected {kind}{_in_words(interval)}".rstrip())
+    return value
+
+
+def _in_words(interval: Interval) -> str:
+    """Returns `>= 0`, or `in (0, 1]`; an empty text where any finite number will do."""
+    low, high = interval.low, interval.high
+    if math.isfinite(low) and math.isfinite(high):
+        return f"in {'[' if interval.has_low else '('}{low}, {high}{']' if interval.has_high else ')'}"
+    if math.isfinite(high):
+        return f"{'<=' if interval.has_high else '<'} {high}"
+    return f"{'>=' if interval.has_low else '>'} {low}" if math.isfinite(low) else ""
 
 
 def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:
@@ -241,6 +297,7 @@ def _convert_union(hints: tuple, value: Any, path: str) -> Any:
         except ConfigError as error:
             errors.append(error)
     if len(errors) == 1:
-        raise errors[0]
+        is_whole = type(None) in hints and not dataclasses.is_dataclass(candidates[0])
+        raise ConfigError(f"{errors[0]} or None") if is_whole else errors[0]
     names = " or ".join(getattr(hint, "__name__", str(hint)) for hint in candidates)
     raise ConfigError(f"{path}: got {value!r}, expected {names}; " + "; ".join(str(error) for error in errors))

@@ -2,15 +2,20 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from stare_jax.config import (
     ConfigError,
+    Count,
+    Interval,
+    Mark,
+    Pattern,
+    Positive,
     UserError,
-    check_at_least,
-    check_choices,
+    check_fields,
     check_name,
     from_dict,
     home_path,
@@ -44,6 +49,9 @@ class Outer:
     pairs: tuple[tuple[float, int], ...] = ((0.0, 1),)
     limit: float | None = None
     either: Inner | Other = Inner()
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def test_round_trip():
@@ -83,12 +91,16 @@ Colour = Literal["red", "blue"]
 class Painted:
     colour: Colour = "red"
     lining: Colour | None = None
-    count: int = 1
-    share: float | None = None
+    axis: Literal[0, 1] = 0
+    count: Count = 1
+    share: Annotated[float, Interval(1, 3, has_high=False)] | None = None
+    weight: float = 0.0
+    is_dry: bool = True
+    sizes: Annotated[tuple[tuple[Positive, Count], ...], Mark.FILLED] = ((1.0, 1),)
+    pattern: Pattern = "a|b"
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "count", "share")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,18 +123,45 @@ class House:
         ({"colour": "green"}, r"colour: got 'green', expected one of \('red', 'blue'\)"),
         ({"colour": None}, r"colour: got None, expected one of"),
         ({"lining": "green"}, r"lining: got 'green', expected one of"),
+        ({"axis": True}, r"axis: got True, expected one of \(0, 1\)"),
+        ({"axis": 1.0}, r"axis: got 1.0, expected one of \(0, 1\)"),
         ({"count": 0}, r"count: got 0, expected >= 1"),
-        ({"share": 0.5}, r"share: got 0.5, expected >= 1 or None"),
-        ({"share": float("nan")}, r"share: got nan, expected >= 1 or None"),
+        ({"count": None}, r"count: got None, expected int"),
+        ({"count": True}, r"count: got True, expected int"),
+        ({"count": 2.0}, r"count: got 2.0, expected int"),
+        ({"count": 2**31}, r"count: got 2147483648, expected at most 2147483647"),
+        ({"share": 0.5}, r"share: got 0.5, expected in \[1, 3\) or None"),
+        ({"share": 3}, r"share: got 3.0, expected in \[1, 3\) or None"),
+        ({"share": "1"}, r"share: got '1', expected float or None"),
+        ({"share": float("nan")}, r"share: got nan, expected a finite number in \[1, 3\) or None"),
+        ({"weight": float("-inf")}, r"weight: got -inf, expected a finite number"),
+        ({"weight": False}, r"weight: got False, expected float"),
+        ({"is_dry": 1}, r"is_dry: got 1, expected bool"),
+        ({"sizes": ()}, r"sizes: got \(\), expected at least one item"),
+        ({"sizes": 3.0}, r"sizes: got 3.0, expected a sequence"),
+        ({"sizes": ((1.0, 1), (float("inf"), 1))}, r"sizes\[1\]\[0\]: got inf, expected a finite number > 0"),
+        ({"pattern": "("}, r"pattern: got '\(', expected a regular expression: missing"),
+        ({"pattern": 3}, r"pattern: got 3, expected str"),
     ],
 )
-def test_choices_are_said_once_and_checked_wherever_a_config_is_made(build, values, message):
-    with pytest.raises(ValueError, match=message):
+def test_fields_are_declared_once_and_checked_wherever_a_config_is_made(build, values, message):
+    with pytest.raises(ConfigError, match=rf"^(config\.)?{message}"):
         build(values)
 
 
-def test_choices_that_are_allowed_pass():
-    assert from_dict(Painted, {"colour": "blue", "lining": None, "share": None}) == Painted(colour="blue")
+@pytest.mark.parametrize("build", [lambda values: Painted(**values), lambda values: from_dict(Painted, values)])
+def test_values_that_are_allowed_become_those_of_the_annotation(build):
+    assert build({"colour": "blue", "lining": None, "share": None}) == Painted(colour="blue")
+    made = build({"count": np.int64(3), "share": np.float32(1.5), "weight": 2, "sizes": [[1, np.int32(2)]]})
+    assert made == Painted(count=3, share=1.5, weight=2.0, sizes=((1.0, 2),))
+    assert [type(x) for x in (made.count, made.share, made.weight, made.sizes)] == [int, float, float, tuple]
+    hash(made)
+
+
+def test_a_part_is_one_of_its_own_dataclass():
+    assert Outer(either={"width": 7}).either == Other(width=7)
+    with pytest.raises(ConfigError, match=r"config.inner: got Other\(width=3\), expected the fields of Inner"):
+        from_dict(Outer, {"inner": Other()})
 
 
 def test_choices_are_listed_for_help_by_path():
@@ -130,8 +169,10 @@ def test_choices_are_listed_for_help_by_path():
     assert list_choices(House) == {
         "config.front.colour": colours,
         "config.front.lining": colours,
+        "config.front.axis": (0, 1),
         "config.back.colour": ("red", "blue", "striped"),
         "config.back.lining": colours,
+        "config.back.axis": (0, 1),
         "config.fences": colours,
     }
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "documents": ("types", "config"),
     "sharding": ("types", "config"),
     "logging": ("types", "config"),
-    "stages": ("types",),
+    "stages": ("types", "config"),
     "losses": ("types",),
     "envs": (*GROUND, "stages"),
     "models": (*GROUND, "losses"),

@@ -11,12 +11,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
-from stare_jax.config import check_at_least
+from stare_jax.config import Count, Finite, Mark, Natural, NonNegative, Positive, Seed, check_fields
 from stare_jax.data.norm_stats import clear_statistics, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
@@ -39,37 +39,33 @@ EXPERT_SOURCE = "expert"
 class DemosConfig:
     """Number of demonstrations, and the way they are made."""
 
-    num_demos: int = 100
+    num_demos: Count = 100
     """Number of successful episodes to collect."""
-    noise_scales: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+    noise_scales: Annotated[tuple[tuple[NonNegative, Positive], ...], Mark.FILLED] = ((0.0, 1.0),)
     """Pairs of (standard deviation of the noise as a fraction of the action's range, share of the demonstrations with
     this noise); shares need not sum to 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the run, from which the simulator seeds (`envs.seeds`) and the noise follow."""
-    idle_translation: float = 0.01
+    idle_translation: Finite = 0.01
     """Largest norm of an idle action's translation, as a fraction of the largest command; negative keeps idle ones."""
-    idle_rotation: float = 0.06
+    idle_rotation: Finite = 0.06
     """Largest norm of an idle action's rotation, as a fraction of the largest command."""
     reproducible: bool = False
     """True takes slower resets, after which a data set can be collected again bit for bit, in any number of
     environments."""
-    linger: int = 0
+    linger: Natural = 0
     """Number of further actions of the expert that are kept after the first success, so that a policy learns to let go
     and to stay; the horizon may cut them."""
-    write_every: int = 32
+    write_every: Count = 32
     """Number of episodes of a round, which are collected between two writes; an interruption loses no more."""
-    max_attempts: int = 10
+    max_attempts: Count = 10
     """Number of episodes tried per demonstration wanted before the collection fails."""
 
     def __post_init__(self):
-        check_at_least(self, 1, "num_demos", "write_every", "max_attempts")
-        check_at_least(self, 0, "linger")
+        check_fields(self)
         scales = [scale for scale, _ in self.noise_scales]
-        if not scales or min(scales) < 0 or len(set(scales)) < len(scales):
-            raise ValueError(f"noise_scales: got scales {scales}, expected at least one, each once, none negative")
-        if min(share for _, share in self.noise_scales) <= 0:
-            raise ValueError(f"noise_scales: got {self.noise_scales}, expected positive shares")
-        first_seed(DEMO_SEEDS, self.seed)
+        if len(set(scales)) < len(scales):
+            raise ValueError(f"noise_scales: got scales {scales}, expected each once")
 
 
 def demo_quotas(config: DemosConfig) -> dict[float, int]:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from stare_jax.config import check_at_least, check_choices
+from stare_jax.config import Count, check_fields
 from stare_jax.data.norm_stats import clear_statistics, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout
@@ -50,23 +50,22 @@ class ImportConfig:
     """The part of a data set that is imported, and its form."""
 
     split: str = "train"
-    image_size: int = 224
+    image_size: Count = 224
     """Pixels of an image's side; images of any shape become squares."""
     camera: str = "3rd_view_camera"
     """Name under which the images are stored, and policies find them: that of the simulated WidowX's camera."""
     idle_filter: IdleFilter = "none"
     """Name in `IDLE_FILTERS`; the shards hold all actions, readers leave some out."""
-    limit: int | None = None
+    limit: Count | None = None
     """Number of episodes of the split to read at most; None reads all."""
     skip_broken: bool = False
     """True leaves out, names and counts episodes that cannot be read, are not what the layout says, or have a value
     that is not finite, instead of raising."""
-    write_every: int = 256
+    write_every: Count = 256
     """Number of episodes read between two writes; a killed process loses no more."""
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "image_size", "limit", "write_every")
+        check_fields(self)
 
 
 def known_layout(source: RldsSource, name: str) -> Layout:

@@ -12,16 +12,15 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import numpy as np
 
-from stare_jax.config import check_at_least
+from stare_jax.config import Count, Interval, Positive, Seed, check_fields
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.envs.seeds import PAIR_SEEDS, first_seed
 from stare_jax.logging import replace_text
 from stare_jax.stages import TaskSpec, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
@@ -36,32 +35,27 @@ SAME_START_KINDS = KINDS[:2]
 class PairsConfig:
     """Number of preference pairs, and the rollouts that they are made of."""
 
-    num_pairs: int = 50
+    num_pairs: Count = 50
     """Number of pairs wanted; fewer are reported, none is an error."""
-    rollouts_per_seed: int = 4
-    """Number of episodes from each initial state."""
-    max_rollouts: int = 400
+    rollouts_per_seed: Annotated[int, Interval(2)] = 4
+    """Number of episodes from each initial state, two or more, to make a pair of."""
+    max_rollouts: Count = 400
     """Largest number of episodes; rollouts end earlier once there are enough pairs that start alike."""
-    temperature: float = 1.0
-    """Temperature of the acting policy; a higher one makes trajectories differ more."""
-    max_reuse: int = 2
+    temperature: Positive = 1.0
+    """Temperature of the acting policy, above 0, as greedy rollouts are alike; a higher one makes them differ more."""
+    max_reuse: Count = 2
     """Largest number of pairs with the same trajectory."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the run, from which the simulator seeds (`envs.seeds`) follow."""
     stop_at_success: bool = True
     """True ends a rollout at success; False plays every one to the horizon."""
-    write_every: int = 8
+    write_every: Count = 8
     """Number of initial states of a round, which are tried between two writes; an interruption loses no more."""
     reproducible: bool = False
     """True takes slower resets, after which rollouts can be collected again bit for bit."""
 
     def __post_init__(self):
-        check_at_least(self, 1, "num_pairs", "max_rollouts", "max_reuse", "write_every")
-        if self.rollouts_per_seed < 2:
-            raise ValueError(f"rollouts_per_seed: got {self.rollouts_per_seed}, expected at least 2, to make a pair of")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: got {self.temperature}, expected more than 0, greedy rollouts are alike")
-        first_seed(PAIR_SEEDS, self.seed)
+        check_fields(self)
 
 
 class Outcome(NamedTuple):

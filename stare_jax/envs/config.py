@@ -4,7 +4,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stare_jax.config import check_above, check_at_least, check_choices
+from stare_jax.config import Count, Finite, Natural, Positive, check_fields
 from stare_jax.envs.base import SimulatorInfo
 from stare_jax.envs.maniskill.scenes import Scene
 from stare_jax.envs.maniskill.widowx import JitterName
@@ -28,17 +28,17 @@ class EnvConfig:
     """device of the physics. "cpu": processes that have some environments each. "cuda": this process's GPU, with all
     environments at once, see `BatchedSimulator`. "auto": the second if this machine and the task allow it, else the
     first; the first state that a seed gives then depends on the machine."""
-    num_workers: int = 2
+    num_workers: Count = 2
     """processes: as many as CPU cores, or more where few environments share one."""
-    envs_per_worker: int = 8
+    envs_per_worker: Count = 8
     """environments of a process, one after another: a further one costs megabytes and milliseconds, a further process
     half a gigabyte and seconds, and the policy decides for all of them at once. With "cuda" it is the whole batch, and
     `num_workers` is 1; with "auto" the batch is as large as all processes together."""
-    horizon: int | None = None
+    horizon: Count | None = None
     """actions that an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
-    image_size: int | None = 64
+    image_size: Natural | None = 64
     """height of the images in pixels; 0 or None renders nothing and needs no graphics driver."""
-    image_width: int | None = None
+    image_width: Count | None = None
     """width of the images in pixels; None for square ones. The WidowX camera's own images are 480 x 640; another shape
     shows the same view, squeezed, so 168 x 224 keeps its proportions and 224 x 224 does not."""
     use_state: StateName = "none"
@@ -46,7 +46,7 @@ class EnvConfig:
     object and goal, and the gripper `[29]`, see `low_dim_state`."""
     control_mode: str = ""
     """a control mode of the robot; empty for the task's default."""
-    gripper_threshold: float | None = None
+    gripper_threshold: Finite | None = None
     """value of an action's last number above which the gripper opens; it closes at all others. None gives the number to
     the controller as it is, from -1, closed, to +1, open. 0.5 is for policies that learnt from Bridge V2, such as
     OpenVLA-7B, where closed is 0. It also suits policies that learnt from the experts here, where closed is -1."""
@@ -55,11 +55,11 @@ class EnvConfig:
     jitter: JitterName = "15mm-15deg"
     """distance from the WidowX tasks' few official starts at which episodes begin that are not of the evaluation; see
     `widowx.JITTERS`."""
-    worker_timeout_s: float = 60.0
+    worker_timeout_s: Positive = 60.0
     """seconds; a process that has not answered a step or a reset by then is restarted."""
-    start_timeout_s: float = 300.0
+    start_timeout_s: Positive = 300.0
     """seconds; a process that has not started by then counts as lost."""
-    max_restarts: int = 100
+    max_restarts: Natural = 100
     """losses that the simulators survive together: processes that died or hung, and environments that raised an error.
     One more ends the run."""
     task: str = ""
@@ -67,6 +67,7 @@ class EnvConfig:
     `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
 
     def __post_init__(self):
+        check_fields(self)
         if self.task in TASKS:
             object.__setattr__(self, "env_id", self.task)
             object.__setattr__(self, "task", "")
@@ -76,15 +77,11 @@ class EnvConfig:
             raise ValueError(
                 f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}; a task of one's own is named by `task`"
             )
-        check_choices(self)
         if self.horizon is None:
             object.__setattr__(self, "horizon", self.scene.horizon)
-        check_at_least(self, 1, "num_workers", "envs_per_worker", "horizon", "image_width")
-        check_at_least(self, 0, "image_size", "max_restarts")
         if self.control_mode and self.control_mode not in self.scene.action_dims:
             modes = sorted(self.scene.action_dims)
             raise ValueError(f"control_mode: got {self.control_mode!r}, expected one of {modes}")
-        check_above(self, 0, "worker_timeout_s", "start_timeout_s")
         if self.backend == "cuda":
             if self.refused_by_cuda:
                 raise ValueError(self.refused_by_cuda)

@@ -152,12 +152,12 @@ _EXPERTS: Mapping[str, tuple[ExpertFn, Callable[[], Any]]] = MappingProxyType(
     {
         "PushCube-v1": (panda.push_cube, no_memory),
         "PullCube-v1": (panda.pull_cube, no_memory),
-        "StackCube-v1": (panda.stack_cube, panda.StackMemory),
-        "LiftPegUpright-v1": (panda.lift_peg, panda.LiftMemory),
-        "PutSpoonOnTableClothInScene-v1": (widowx.make_act(widowx.SPOON), widowx.Memory),
-        "PutCarrotOnPlateInScene-v1": (widowx.make_act(widowx.CARROT), widowx.Memory),
-        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": (widowx.make_act(widowx.CUBE), widowx.Memory),
-        "PutEggplantInBasketScene-v1": (widowx.make_act(widowx.EGGPLANT), widowx.Memory),
+        "StackCube-v1": (panda.stack_cube, no_memory),
+        "LiftPegUpright-v1": (panda.lift_peg, no_memory),
+        "PutSpoonOnTableClothInScene-v1": (widowx.make_act(widowx.SPOON), no_memory),
+        "PutCarrotOnPlateInScene-v1": (widowx.make_act(widowx.CARROT), no_memory),
+        "StackGreenCubeOnYellowCubeBakedTexInScene-v1": (widowx.make_act(widowx.CUBE), no_memory),
+        "PutEggplantInBasketScene-v1": (widowx.make_act(widowx.EGGPLANT), no_memory),
     }
 )
 _BUILT_IN: Mapping[str, Task] = MappingProxyType(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax.config import check_at_least, to_dict
+from stare_jax.config import Natural, NonNegative, check_fields, to_dict
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
 from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
@@ -32,20 +32,20 @@ ActOf = Callable[[int], Act]
 class EvalConfig:
     """Episodes of an evaluation, and the temperature of the actions."""
 
-    num_episodes: int = 100
+    num_episodes: Natural = 100
     """Number of episodes; 0, with no seeds below, switches evaluation off, as for data without a simulator."""
-    first_seed: int = EVALUATION_SEEDS
+    first_seed: Natural = EVALUATION_SEEDS
     """Seed of the first episode; the others use the seeds first_seed + 1, first_seed + 2, ..."""
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Natural, ...] = ()
     """Seeds of the episodes; they replace the two fields above, unless empty."""
-    temperature: float = 0.0
-    """Temperature of the action distribution; 0 is greedy. A flow still starts from noise, which is drawn by tick and
-    environment, so that equal numbers of environments draw the same."""
-    num_videos: int = 4
+    temperature: NonNegative = 0.0
+    """Temperature of the action distribution; 0 is greedy, for tokens as `model.greedy` says. A flow still starts from
+    noise, which is drawn by tick and environment, so that equal numbers of environments draw the same."""
+    num_videos: Natural = 4
     """Number of episodes to film, half of them successes and half failures where there are enough of both."""
 
     def __post_init__(self):
-        check_at_least(self, 0, "num_episodes", "temperature", "num_videos")
+        check_fields(self)
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: got repeated seeds in {self.seeds}, expected each once")
         outside = [s for s in episode_seeds(self) if not 0 <= s - EVALUATION_SEEDS < REGION_SIZE]

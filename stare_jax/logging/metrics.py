@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stare_jax.config import check_fields
 from stare_jax.logging.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,6 +25,9 @@ class LoggingConfig:
     """project on W&B; empty for none."""
     tensorboard: bool = True
     """write event files into `tb/<phase>/`."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Writer:

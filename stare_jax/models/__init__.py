@@ -2,6 +2,7 @@
 
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride, add_adapters, drop_adapters, merge_adapters
+from stare_jax.models.observation import ObservationError
 from stare_jax.models.openvla.network import OpenVLAConfig
 from stare_jax.models.openvla.policy import make_openvla
 from stare_jax.models.openvla.presets import openvla_7b, openvla_state, openvla_tiny
@@ -46,6 +47,7 @@ __all__ = [
     "LoRAOverride",
     "MLPConfig",
     "ModelConfig",
+    "ObservationError",
     "OpenVLAConfig",
     "Pi05Config",
     "Policy",

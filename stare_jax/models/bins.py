@@ -4,6 +4,8 @@ A bin id counts upwards with the action: bin `b` of 256 holds the normalised val
 `linspace(-1, 1, 256)`; bin 255 holds 1.0 alone and decodes like bin 254 (256 ids, 255 centres).
 """
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,10 @@ NUM_BINS = 256
 ZERO_BIN = NUM_BINS // 2 - 1
 """the bin that holds 0, in its centre."""
 NUM_STATE_BINS = 256
+
+Greedy = Literal["mode", "mean"]
+"""Decision at temperature 0: "mode", the centre of the most likely bin, as OpenVLA decides; "mean", the mean of the
+centres under the distribution over bins, which is not rounded to a bin."""
 
 
 def _edges(num_bins: int) -> np.ndarray:
@@ -49,9 +55,14 @@ def decode_bins(bins: Array, *, num_bins: int = NUM_BINS) -> jax.Array:
     Returns:
         float32 `[...]` in (-1, 1): the normalised action.
     """
+    return _centers(num_bins)[jnp.clip(bins, 0, num_bins - 1)]
+
+
+def _centers(num_bins: int) -> jax.Array:
+    """Returns the centres float32 `[num_bins]`, of which the last two are equal."""
     edges = np.linspace(-1.0, 1.0, num_bins)
-    centers = jnp.asarray((edges[:-1] + edges[1:]) / 2.0, jnp.float32)
-    return centers[jnp.clip(bins, 0, num_bins - 2)]
+    centers = (edges[:-1] + edges[1:]) / 2.0
+    return jnp.asarray(np.append(centers, centers[-1]), jnp.float32)
 
 
 def bin_coordinate(unit_action: Array, *, num_bins: int = NUM_BINS) -> jax.Array:
@@ -83,6 +94,42 @@ def sample_bins(key: jax.Array, logits: Array, temperature: Array | float) -> ja
     logits = jnp.asarray(logits, jnp.float32)
     noise = jnp.asarray(temperature, jnp.float32) * jax.random.gumbel(key, logits.shape, jnp.float32)
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def mean_of_bins(logits: Array) -> jax.Array:
+    """Returns the mean of the centres under softmax(logits), `m = sum_b p_b c_b`, float32 `[...]` in (-1, 1).
+
+    Args:
+        logits: `[..., num_bins]`, unscaled.
+    """
+    probs = jax.nn.softmax(jnp.asarray(logits, jnp.float32), axis=-1)
+    # Not a matrix product, whose inputs some devices round to bfloat16.
+    return jnp.sum(probs * _centers(logits.shape[-1]), axis=-1)
+
+
+def choose_bins(
+    key: jax.Array, logits: Array, temperature: Array | float, *, greedy: Greedy
+) -> tuple[jax.Array, jax.Array]:
+    """Decides on actions: by sampling, or at temperature 0 as `greedy` says.
+
+    Args:
+        key: consumed.
+        logits: `[..., num_bins]`, unscaled.
+        temperature: scalar >= 0, may be traced.
+        greedy: the decision at temperature 0.
+
+    Returns:
+        Bins int32 `[...]`, and the normalised action float32 `[...]`: their centres, or the mean itself, whose bin is
+        the one that holds it.
+    """
+    num_bins = logits.shape[-1]
+    bins = sample_bins(key, logits, temperature)
+    unit_action = decode_bins(bins, num_bins=num_bins)
+    if greedy == "mode":
+        return bins, unit_action
+    mean, is_greedy = mean_of_bins(logits), jnp.asarray(temperature) == 0
+    bins = jnp.where(is_greedy, encode_bins(mean, num_bins=num_bins), bins)
+    return bins, jnp.where(is_greedy, mean, unit_action)
 
 
 def score_bins(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -9,18 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from stare_jax.config import check_at_least
+from stare_jax.config import Count, Interval, NonNegative, check_fields
 from stare_jax.losses import soft_cross_entropy, soft_labels
-from stare_jax.models.bins import (
-    bin_coordinate,
-    decode_bins,
-    encode_bins,
-    kl_of_bins,
-    sample_bins,
-    score_bins,
-)
+from stare_jax.models.bins import Greedy, bin_coordinate, choose_bins, encode_bins, kl_of_bins, score_bins
 from stare_jax.models.nn.heads import ValueHead, exact_dense
 from stare_jax.models.normalize import normalize_action, normalize_state, unnormalize_action
+from stare_jax.models.observation import check_finite, check_observation
 from stare_jax.models.policy import ActionScore, Decision, Policy
 from stare_jax.types import NormStats, Observation
 
@@ -36,22 +31,23 @@ SHARDING_RULES = (
 class MLPConfig:
     """Sizes of the network: an actor with independent bins for each action dimension, and a critic of its own."""
 
-    state_dim: int = 6
-    action_dim: int = 2
-    num_bins: int = 12
+    state_dim: Count = 6
+    action_dim: Count = 2
+    num_bins: Annotated[int, Interval(3)] = 12
     """ids per action dimension; the last two share a centre (`models.bins`), so there are `num_bins` - 1 values."""
-    hidden_dims: tuple[int, ...] = (64, 64)
-    value_dims: tuple[int, ...] = (64, 64)
-    label_width: float = 0.0
+    hidden_dims: tuple[Count, ...] = (64, 64)
+    value_dims: tuple[Count, ...] = (64, 64)
+    label_width: NonNegative = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
+    greedy: Greedy = "mode"
+    """decision at temperature 0, see `models.bins.Greedy`."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return ()
 
     def __post_init__(self):
-        check_at_least(self, 1, "state_dim", "action_dim")
-        check_at_least(self, 3, "num_bins")
-        check_at_least(self, 0, "label_width")
-        for name in ("hidden_dims", "value_dims"):
-            if min(getattr(self, name), default=1) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected widths >= 1")
+        check_fields(self)
 
 
 class ActorCritic(nn.Module):
@@ -83,6 +79,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
     num_bins = config.num_bins
 
     def apply(params, observation):
+        check_observation(observation, _observation_shape(config, 1))
         return network.apply({"params": params}, normalize_state(jnp.asarray(observation.state), norm_stats))
 
     def init(key):
@@ -90,10 +87,9 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
 
     def sample(params, observation, key, *, temperature=1.0):
         logits, value = apply(params, observation)
-        bins = sample_bins(key, logits, temperature)
+        bins, unit_action = choose_bins(key, logits, temperature, greedy=config.greedy)
         logp, _ = score_bins(logits, bins, temperature)
-        action = unnormalize_action(decode_bins(bins, num_bins=num_bins), norm_stats)
-        return Decision(action, {"bins": bins}, logp, value)
+        return Decision(unnormalize_action(unit_action, norm_stats), {"bins": bins}, logp, value)
 
     def log_prob(params, observation, trace, *, temperature=1.0, reference_params=None):
         logits, value = apply(params, observation)
@@ -129,6 +125,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
 
 def _no_prompt(instructions, state):
     del instructions
+    check_finite(state)
     return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
 
 

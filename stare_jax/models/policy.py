@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stare_jax.models.observation import ObservationError
 from stare_jax.types import Array, Observation
 
 
@@ -49,7 +50,8 @@ class Policy(NamedTuple):
     """`init(key) -> params`: fresh parameters."""
     sample: Callable
     """`sample(params, observation, key, *, temperature=1.0) -> Decision`. The temperature may be traced; at 0 nothing
-    is random except the noise that a flow starts from."""
+    is random except the noise that a flow starts from. Every function with an observation checks it first
+    (`observation.check_observation`)."""
     log_prob: Callable
     """`log_prob(params, observation, trace, *, temperature=1.0, reference_params=None) -> ActionScore` of the decision
     with this `Decision.trace`. A reference gets no gradient; its frozen parameters are the policy's."""
@@ -81,6 +83,13 @@ class Policy(NamedTuple):
 
 
 def with_prompt(policy: Policy, observation: Observation, instructions: Sequence[str]) -> Observation:
-    """Returns the batched observation `[B, ...]` with the prompt of each row filled in, on the host."""
+    """Returns the batched observation `[B, ...]` with the prompt of each row filled in, on the host.
+
+    Raises:
+        ObservationError: there is not one instruction a row, or a state is not finite.
+    """
+    if len(instructions) != len(observation.state):
+        got, expected = len(instructions), len(observation.state)
+        raise ObservationError(f"instructions: got {got}, expected {expected}, one for each row of the observation")
     tokens, token_mask = policy.tokenize(instructions, np.asarray(observation.state))
     return observation._replace(tokens=tokens, token_mask=token_mask)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,20 @@ class Tokenizer(NamedTuple):
     """the lone space that stands between the prompt and the first action token; 29871 for Llama."""
     vocab_size: int
     """ids of text are below this."""
+
+
+def check_template(template: str) -> None:
+    """Checks that a prompt can be made of a template.
+
+    Raises:
+        ValueError: its braces do not match, or it asks for something else than `{instruction}` and `{state}`.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"prompt_template: got {template!r}, expected braces that match: {error}") from error
+    if any(name not in (None, "instruction", "state") or form or how for _, name, form, how in parts):
+        raise ValueError(f"prompt_template: got {template!r}, expected no fields but {{instruction}} and {{state}}")
 
 
 def word_tokenizer() -> Tokenizer:

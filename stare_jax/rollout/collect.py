@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from stare_jax.envs.base import SimulatorError, VecEnv
+from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.logging import Clock, announce_compiling
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
@@ -118,14 +118,15 @@ def collect_episodes(
 
         # ---- Decide -------------------------------------------------------------------------------------------------
         is_first, is_new = places.is_first, chunk is None or chunk.is_over
-        decision, seen = None, state.observation
+        shown = _observed(state)
+        decision, seen = None, shown
         with clock("policy"):
             if is_new:
-                decided, seen = act(state.observation, state.signals, env.instructions, is_first)
+                decided, seen = act(shown, state.signals, env.instructions, is_first)
                 chunk = Chunk(decided)
                 decision = chunk.decision
             elif (places.t == env.horizon).any():  # for the value of last states
-                decision = jax.device_get(act(state.observation, state.signals, env.instructions, is_first)[0])
+                decision = jax.device_get(act(shown, state.signals, env.instructions, is_first)[0])
             action, recorded_action = chunk.next()
 
         # ---- Record, end episodes, hand out the next seeds ----------------------------------------------------------
@@ -157,6 +158,14 @@ def collect_episodes(
     trajectory, instructions = records.finish(places)
     images = records.images if callable(keep_images) else None
     return Rollout(trajectory, instructions, records.num_steps, int(num_dropped), is_complete, images)
+
+
+def _observed(state: EnvStep) -> Observation:
+    """Returns the observation that actors are shown: states of dead environments, which mean nothing, are zeros."""
+    if state.alive.all():
+        return state.observation
+    xp = state.observation.state.__array_namespace__()
+    return state.observation._replace(state=xp.where(state.alive[:, None], state.observation.state, xp.float32(0.0)))
 
 
 def get_episode(rollout: Rollout, e: int) -> Trajectory:

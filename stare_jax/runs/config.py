@@ -2,16 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from stare_jax.config import check_choices, from_dict, to_dict
+from stare_jax.config import Count, Interval, Seed, check_fields, from_dict, to_dict
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
-from stare_jax.envs.seeds import PPO_SEEDS, first_seed
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
 from stare_jax.logging import LoggingConfig
-from stare_jax.models import OpenVLAConfig, Pi05Config
+from stare_jax.models import MLPConfig, ModelConfig, Pi05Config
 from stare_jax.stages import StageParams, check_reward
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.sft import SFTConfig
@@ -26,12 +25,17 @@ PHASES = ("sft", "tpo", "ppo")
 class MeshConfig:
     """The number of devices along each axis of the mesh; see `sharding.mesh.make_mesh`."""
 
-    data: int = -1
+    data: Annotated[int, Interval(-1)] = -1
     """replicas of the model, over which the rows of a batch are split; -1 takes all devices that the others leave."""
-    fsdp: int = 1
+    fsdp: Count = 1
     """devices over which batches, weights and optimiser state are split."""
-    tensor: int = 1
+    tensor: Count = 1
     """devices over which single matrices are split."""
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.data:
+            raise ValueError("data: got 0, expected >= 1, or -1 for all devices that are left")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class RunConfig:
     """The configuration of a whole run."""
 
     env: EnvConfig
-    model: OpenVLAConfig | Pi05Config
+    model: ModelConfig
     stages: StageParams
     """thresholds and weights of the task's stages."""
     demos: DemosConfig = DemosConfig()
@@ -65,12 +69,12 @@ class RunConfig:
     actions are in metres and radians, its gripper is 1 open and 0 closed."""
     skip_broken: bool = False
     """leave out damaged shards of `demos_from`, with a warning, instead of raising."""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the initial weights, 0 to 99. Each section has a seed of its own for the rest; in `configs/` they all
     follow this one."""
 
     def __post_init__(self):
-        check_choices(self)
+        check_fields(self)
         expected = tuple(phase for phase in PHASES if phase in self.phases)
         if not self.phases or tuple(self.phases) != expected:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
@@ -86,12 +90,13 @@ class RunConfig:
                     "actions need not lead to equal states"
                 )
         if "ppo" in self.phases:
-            first_seed(PPO_SEEDS, self.ppo.seed)
             check_reward(self.ppo.reward, self.env.spec)
         if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
             raise ValueError(
                 "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
             )
+        if isinstance(self.model, MLPConfig):  # float32 throughout
+            return
         param_dtype = self.model.execution.param_dtype
         if self.model.lora is None and param_dtype != "float32":
             raise ValueError(

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from stare_jax.config import Count, NonNegative, Positive, check_fields
 from stare_jax.types import Array, Signals
 
 POTENTIAL_SLACK = 1e-6
@@ -25,56 +25,57 @@ Axis = Literal[0, 1, 2]
 class StageParams:
     """Every threshold, weight and choice of a task's stages; metres and radians.
 
-    The defaults are those of the pick-place family. A family ignores the fields that its stages do not use.
+    The defaults are those of the pick-place family. A family ignores the fields that its stages do not use; they are
+    checked all the same.
     """
 
-    delta_reach: float = 0.05
+    delta_reach: NonNegative = 0.05
     """Reach ends closer than this to the object; with 0 only contact ends it."""
-    delta_lift: float = 0.02
+    delta_lift: NonNegative = 0.02
     """Grasp (pick-place) ends with the object held higher than this above its support."""
-    delta_goal: float = 0.05
+    delta_goal: NonNegative = 0.05
     """Transport, push and pull end horizontally closer than this to the goal; also the region of the goal potential."""
-    h_min: float = 0.05
+    h_min: NonNegative = 0.05
     """Lift ends above this height."""
-    slip_tol: float = 0.005
+    slip_tol: NonNegative = 0.005
     """A held object that moves by more than this in the end-effector's frame in one step has slipped."""
 
-    alpha_align: float = 1.0
+    alpha_align: NonNegative = 1.0
     """alpha_1 of the grasp cost: contact alignment error."""
-    alpha_slip: float = 0.1
+    alpha_slip: NonNegative = 0.1
     """alpha_2 of the grasp cost: slip."""
-    alpha_contact: float = 0.05
+    alpha_contact: NonNegative = 0.05
     """alpha_c of the contact cost: missing contact."""
-    alpha_perp: float = 1.0
+    alpha_perp: NonNegative = 1.0
     """alpha_perp of the contact cost: distance from the line of pushing."""
-    lambda_perp: float = 1.0
+    lambda_perp: NonNegative = 1.0
     """lambda_perp of the push and pull costs: sideways motion."""
-    beta_x: float = 1.0
+    beta_x: NonNegative = 1.0
     """Weight of the distance to the goal in the goal cost."""
-    beta_v: float = 1.0
+    beta_v: NonNegative = 1.0
     """Weight of the motion per step in the goal cost."""
-    lambda_stab: float = 1.0
+    lambda_stab: NonNegative = 1.0
     """Weight of the place cost."""
-    stable_steps: int = 5
+    stable_steps: Count = 5
     """M: the place cost looks at the last M steps of the stage."""
     path: Path = "nearest"
     """Reference point of the transport cost."""
 
-    d_reach: float = 0.1
+    d_reach: Positive = 0.1
     """Metres: length scale of the reach potential, and likewise of the potentials below."""
-    d_trans: float = 0.1
-    d_place: float = 0.05
-    d_push: float = 0.1
-    h_lift: float = 0.095
-    beta1: float = 0.5
+    d_trans: Positive = 0.1
+    d_place: Positive = 0.05
+    d_push: Positive = 0.1
+    h_lift: Positive = 0.095
+    beta1: NonNegative = 0.5
     """Weight of the indicator in the grasp and contact potentials."""
-    beta2: float = 0.5
+    beta2: NonNegative = 0.5
     """Weight of the lasting grasp in the grasp potential (pick-place)."""
-    beta3: float = 0.2
+    beta3: NonNegative = 0.2
     """Weight of the grasp in the transport potential."""
-    beta4: float = 0.2
+    beta4: NonNegative = 0.2
     """Weight of the orientation in the place potential."""
-    tau: float = 3.0
+    tau: Positive = 3.0
     """Number of steps after which a grasp counts as lasting."""
 
     up_axis: Axis = 0
@@ -85,8 +86,7 @@ class StageParams:
     """`[K]` which stages shape the reward (figure 6); None for all."""
 
     def __post_init__(self):
-        if self.enabled is not None:  # A list, from a config say, would make the task unhashable.
-            object.__setattr__(self, "enabled", tuple(bool(is_on) for is_on in self.enabled))
+        check_fields(self)
 
 
 EventFn = Callable[[StageParams, Signals], Array]
@@ -110,22 +110,12 @@ class WeightLimit(NamedTuple):
     base: float = 0.0
 
 
-class Requirements(NamedTuple):
-    """Conditions of a family on the parameters that its stages use, by field name."""
-
-    non_negative: tuple[str, ...]
-    positive: tuple[str, ...]
-    counts: tuple[str, ...]
-    """Whole numbers of at least 1."""
-    limits: tuple[WeightLimit, ...]
-
-
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
     """A task's K stages in causal order. `dataclasses.replace` makes a variant and validates it again.
 
     Raises:
-      ValueError: the parameters could push a potential out of [0, 1] or a cost below 0, or a tuple is not of length K.
+      ValueError: the parameters could push a potential out of [0, 1], or a tuple is not of length K.
     """
 
     env_id: str
@@ -137,7 +127,8 @@ class TaskSpec:
     cost_fns: tuple[CostFn, ...]
     potential_fns: tuple[PotentialFn, ...]
     distance_fns: tuple[DistanceFn, ...]
-    requirements: Requirements
+    limits: tuple[WeightLimit, ...]
+    """limits of the weights that the stages use."""
 
     @property
     def num_stages(self) -> int:
@@ -147,8 +138,7 @@ class TaskSpec:
     def __post_init__(self):
         where = f"TaskSpec {self.env_id} ({self.family})"
         _check_lengths(self, where)
-        _check_choices(self.params, where)
-        _check_weights(self.params, self.requirements, where)
+        _check_weights(self.params, self.limits, where)
 
 
 def _check_lengths(spec: TaskSpec, where: str) -> None:
@@ -163,27 +153,8 @@ def _check_lengths(spec: TaskSpec, where: str) -> None:
             raise ValueError(f"{where}: {name} has length {length}, {expected}.")
 
 
-def _check_choices(params: StageParams, where: str) -> None:
-    for name, allowed in (("path", typing.get_args(Path)), ("up_axis", typing.get_args(Axis))):
-        if getattr(params, name) not in allowed:
-            raise ValueError(f"{where}: params.{name} is {getattr(params, name)!r}, expected one of {allowed}.")
-
-
-def _check_weights(params: StageParams, requirements: Requirements, where: str) -> None:
-    # Written so that NaN fails too.
-    for name in requirements.non_negative:
-        value = getattr(params, name)
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{where}: params.{name} is {value}, expected a finite number >= 0.")
-    for name in requirements.positive:
-        value = getattr(params, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{where}: params.{name} is {value}, expected a finite number > 0.")
-    for name in requirements.counts:
-        value = getattr(params, name)
-        if not (value >= 1 and value % 1 == 0):
-            raise ValueError(f"{where}: params.{name} is {value}, expected a whole number >= 1.")
-    for limit in requirements.limits:
+def _check_weights(params: StageParams, limits: Sequence[WeightLimit], where: str) -> None:
+    for limit in limits:
         total = limit.base + sum(getattr(params, name) for name in limit.weights)
         if not total <= 1 + POTENTIAL_SLACK:
             terms = [f"params.{name} ({getattr(params, name)})" for name in limit.weights]

@@ -27,7 +27,7 @@ from stare_jax.stages.potentials import (
 )
 from stare_jax.stages.rewards import distance_to_goal, distance_to_height, distance_to_object, distance_to_upright
 from stare_jax.stages.separate import grasped, grasped_and_lifted, lifted, near_goal, reached, succeeded, touched
-from stare_jax.stages.spec import SIGMOID_OF_ONE, Requirements, StageParams, TaskSpec, WeightLimit
+from stare_jax.stages.spec import SIGMOID_OF_ONE, StageParams, TaskSpec, WeightLimit
 
 _STACK_CUBE = TaskSpec(
     env_id="StackCube-v1",
@@ -39,15 +39,10 @@ _STACK_CUBE = TaskSpec(
     cost_fns=(reach_cost, grasp_cost, transport_cost, place_cost),
     potential_fns=(reach_potential, lasting_grasp_potential, transport_potential, place_potential),
     distance_fns=(distance_to_object, distance_to_object, distance_to_goal, distance_to_goal),
-    requirements=Requirements(
-        non_negative=("alpha_align", "alpha_slip", "lambda_stab", "beta1", "beta2", "beta3", "beta4"),
-        positive=("d_reach", "d_trans", "d_place", "tau"),
-        counts=("stable_steps",),
-        limits=(
-            WeightLimit("grasp", ("beta1", "beta2")),
-            WeightLimit("transport", ("beta3",), base=SIGMOID_OF_ONE),
-            WeightLimit("place", ("beta4",), base=SIGMOID_OF_ONE),
-        ),
+    limits=(
+        WeightLimit("grasp", ("beta1", "beta2")),
+        WeightLimit("transport", ("beta3",), base=SIGMOID_OF_ONE),
+        WeightLimit("place", ("beta4",), base=SIGMOID_OF_ONE),
     ),
 )
 
@@ -62,12 +57,7 @@ _PUSH_CUBE = TaskSpec(
     cost_fns=(reach_cost, contact_cost, push_cost, goal_cost),
     potential_fns=(reach_potential, contact_potential, push_potential, goal_potential),
     distance_fns=(distance_to_object, distance_to_object, distance_to_goal, distance_to_goal),
-    requirements=Requirements(
-        non_negative=("alpha_contact", "alpha_perp", "lambda_perp", "beta_x", "beta_v", "beta1"),
-        positive=("d_reach", "d_push"),
-        counts=(),
-        limits=(WeightLimit("contact", ("beta1",)),),
-    ),
+    limits=(WeightLimit("contact", ("beta1",)),),
 )
 
 _LIFT_PEG_UPRIGHT = TaskSpec(
@@ -80,12 +70,7 @@ _LIFT_PEG_UPRIGHT = TaskSpec(
     cost_fns=(reach_cost, grasp_cost, lift_cost, upright_cost),
     potential_fns=(reach_potential, grasp_potential, lift_potential, upright_potential),
     distance_fns=(distance_to_object, distance_to_object, distance_to_height, distance_to_upright),
-    requirements=Requirements(
-        non_negative=("alpha_align", "alpha_slip", "beta1"),
-        positive=("d_reach", "h_lift"),
-        counts=(),
-        limits=(WeightLimit("grasp", ("beta1",)),),
-    ),
+    limits=(WeightLimit("grasp", ("beta1",)),),
 )
 
 

@@ -3,55 +3,50 @@
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stare_jax.config import check_above, check_at_least, check_choices
+from stare_jax.config import Interval, Natural, NonNegative, Pattern, Positive, check_fields
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import path_name
 from stare_jax.types import PyTree
 
 VALUE_PARAMS = r"^value"
 
-
 Schedule = Literal["constant", "cosine", "linear"]
+_Decay = Annotated[float, Interval(0, 1, has_high=False)]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW's settings; paths of parameters are `/`-joined and matched by `re.search`."""
 
-    learning_rate: float = 1e-4
-    value_learning_rate: float | None = None
+    learning_rate: Positive = 1e-4
+    value_learning_rate: Positive | None = None
     """learning rate of the parameters that `value_params` matches; None: the same."""
-    value_params: str = VALUE_PARAMS
+    value_params: Pattern = VALUE_PARAMS
     """regex of the critic's parameters."""
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    no_decay: str = r"(bias|scale|embedding)"
+    b1: _Decay = 0.9
+    b2: _Decay = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    no_decay: Pattern = r"(bias|scale|embedding)"
     """regex of the parameters that are not decayed."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Positive | None = 1.0
     """bound of the norm of all gradients that move something, taken together; None: no bound."""
     schedule: Schedule = "constant"
     """course of the learning rate after the warm-up, "cosine" and "linear" down to zero; its time is counted in
     optimiser steps, in PPO in iterations."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """optimiser steps, in every phase."""
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[Pattern, ...] = ()
     """regexes of parameters that are not trained: no gradient, no optimiser state."""
 
     def __post_init__(self):
-        check_choices(self)
-        check_above(self, 0, "learning_rate", "value_learning_rate", "eps", "max_grad_norm")
-        check_at_least(self, 0, "weight_decay", "warmup_steps")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1)")
+        check_fields(self)
 
 
 def make_optimizer(config: OptimizerConfig, *, num_steps: int | None) -> optax.GradientTransformationExtraArgs:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
-from stare_jax.config import check_above, check_at_least, check_choices
+from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
 from stare_jax.envs.base import SimulatorError, VecEnv
 from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Interrupted, progress, say
@@ -43,37 +43,37 @@ class PPOConfig:
     """reward before shaping, see `stages.rewards`."""
     stop_at_success: bool = True
     """True ends an episode at its first success; False plays it to the horizon."""
-    num_iterations: int = 400
+    num_iterations: Count = 400
     """batches of episodes, each followed by updates on it."""
-    num_episodes: int = 64
+    num_episodes: Count = 64
     """episodes of an iteration's batch, all of them whole; not used with `num_steps`."""
-    num_steps: int | None = None
+    num_steps: Count | None = None
     """actions of a batch, whose last episodes are cut short and bootstrapped; None: whole episodes, `num_episodes` of
     them. Below the horizon times the number of environments, no failure is ever seen to its end."""
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """passes over a batch."""
-    minibatch_size: int = 160
+    minibatch_size: Count = 160
     """decisions of one optimiser step."""
-    microbatch_size: int | None = None
+    microbatch_size: Count | None = None
     """decisions in one forward and backward pass; None takes the whole minibatch."""
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    clip_eps: float = 0.2
-    clip_eps_high: float | None = None
+    gamma: Fraction = 0.99
+    gae_lambda: Fraction = 0.95
+    clip_eps: Positive = 0.2
+    clip_eps_high: Positive | None = None
     """upper clip; None: the same."""
-    dual_clip: float | None = None
+    dual_clip: Positive | None = None
     """bound of the loss of a bad action that has become likelier, in advantages; RLinf uses 3."""
-    value_coef: float = 1.0
-    value_clip_eps: float | None = None
+    value_coef: NonNegative = 1.0
+    value_clip_eps: Positive | None = None
     """clip of the value's change from that of the rollout; None: no clip."""
-    huber_delta: float | None = None
+    huber_delta: Positive | None = None
     """error of the value at which its loss becomes linear; None: a squared error."""
-    entropy_coef: float = 0.0
-    target_kl: float | None = None
+    entropy_coef: NonNegative = 0.0
+    target_kl: Positive | None = None
     """a minibatch whose approximate KL divergence from the policy that acted is above this ends the iteration."""
-    value_warmup_iterations: int = 0
+    value_warmup_iterations: Natural = 0
     """iterations at the start in which only the value head moves."""
-    kl_coef: float | None = None
+    kl_coef: NonNegative | None = None
     """weight in the loss of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`); 0
     measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
     chunk_discount: ppo_batch.ChunkDiscount = "step"
@@ -82,25 +82,17 @@ class PPOConfig:
     """end of an episode at the horizon: "terminate", or "bootstrap" from the value of the last state."""
     terminal_potential: TerminalPotential = "keep"
     """potential after which nothing follows: "keep" its own, or "zero"."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
-    seed: int = 0
+    seed: Seed = 0
     """seed of actions, minibatches and episodes (`envs.seeds`)."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """iterations."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "num_iterations", "num_episodes", "num_steps", "num_epochs", "minibatch_size")
-        check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
-        check_at_least(self, 0, "value_coef", "entropy_coef", "kl_coef", "value_warmup_iterations")
-        check_above(self, 0, "clip_eps", "clip_eps_high", "dual_clip", "value_clip_eps", "huber_delta")
-        check_above(self, 0, "target_kl", "temperature")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected in [0, 1]")
+        check_fields(self)
         update.check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
         if self.shaping:
             check_ends(self.terminal_potential, self.time_limit)

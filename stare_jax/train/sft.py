@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh
 
-from stare_jax.config import check_at_least
+from stare_jax.config import Count, Interval, Seed, check_fields
 from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
@@ -29,27 +29,25 @@ PHASE = "sft"
 class SFTConfig:
     """Supervised fine-tuning; the defaults are the paper's (B.1)."""
 
-    num_steps: int = 30_000
+    num_steps: Count = 30_000
     """optimiser steps."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """frames of one optimiser step."""
-    microbatch_size: int | None = None
+    microbatch_size: Count | None = None
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Interval(0, 1, False, False)] | None = None
     """decay of an exponential moving average of the parameters, which later phases and evaluation take; None: none."""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the loss's random numbers, such as the noise and the times of flow matching."""
-    log_every: int = 20
+    log_every: Count = 20
     """steps."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """steps."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
 
     def __post_init__(self):
-        check_at_least(self, 1, "num_steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay: got {self.ema_decay}, expected in (0, 1) or None")
+        check_fields(self)
         update.check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
-from stare_jax.config import check_above, check_at_least, check_choices
+from stare_jax.config import Count, NonNegative, Positive, Seed, check_fields
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.losses import Margin, StageNorm, sta_tpo_loss, tpo_loss
 from stare_jax.models.nn.lora import drop_adapters
@@ -36,47 +36,43 @@ class TPOConfig:
 
     variant: Literal["sta_tpo", "tpo"] = "sta_tpo"
     """"sta_tpo" (6), or "tpo" (1)."""
-    num_epochs: int = 5
+    num_epochs: Count = 5
     """passes over the pairs."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """pairs of one optimiser step."""
-    microbatch_size: int | None = None
+    microbatch_size: Count | None = None
     """decisions in one forward and backward pass; None takes all of a batch of pairs."""
-    beta: float = 0.1
-    cost_coef: float = 10.0
+    beta: Positive = 0.1
+    cost_coef: NonNegative = 10.0
     """lambda, weight of the stage costs (STA-TPO)."""
     stage_norm: StageNorm = "K"
     """see `losses.sta_tpo_loss`."""
     margin: Margin = "paper"
     """see `losses.sta_tpo_loss`."""
-    anchor_coef: float = 0.0
+    anchor_coef: NonNegative = 0.0
     """weight of minus the mean log-probability of the chosen actions, which keeps it from falling together with that of
     the rejected ones; the paper has none."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, freeze=(VALUE_PARAMS,))
     reference: Literal["start", "base"] = "start"
     """policy that the trained one is compared with: "start", the policy the phase starts from, adapters included;
     "base", the same with its adapters off. Neither is a second copy of the weights."""
-    num_draws: int = 16
+    num_draws: Count = 16
     """noises and times at which a flow policy's reference is asked about every decision, once, before the first step;
     policies with a log-probability need none of them."""
-    draws_per_step: int = 8
+    draws_per_step: Count = 8
     """number of these that a step uses; they take turns."""
-    reference_batch_size: int = 64
+    reference_batch_size: Count = 64
     """decisions that the reference policy scores at a time, once, before the first step."""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the order of pairs."""
-    log_every: int = 1
+    log_every: Count = 1
     """steps."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """steps."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "num_epochs", "batch_size", "microbatch_size", "reference_batch_size", "num_draws")
-        check_at_least(self, 1, "draws_per_step", "log_every", "checkpoint_every", "keep_checkpoints")
-        check_above(self, 0, "beta")
-        check_at_least(self, 0, "cost_coef", "anchor_coef")
+        check_fields(self)
         if self.num_draws % self.draws_per_step:
             expected = f"a divisor of num_draws = {self.num_draws}"
             raise ValueError(f"draws_per_step: got {self.draws_per_step}, expected {expected}")

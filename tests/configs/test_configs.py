@@ -12,7 +12,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs.presets import base_config
 from stare_jax.config import ConfigError, from_dict
+from stare_jax.envs import EnvConfig
+from stare_jax.models import MLPConfig
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.plan import plan_run
@@ -154,6 +157,18 @@ def test_model_optimizer_and_batches_have_shapes(name, variant):
     if "tpo" in plans:
         num_draws = config.tpo.num_draws if "pi05" in variant else 1
         assert plans["tpo"].batch.chosen.ref_logp.shape == (config.tpo.batch_size, config.env.horizon, num_draws)
+
+
+def test_an_mlp_is_the_model_of_a_run_like_any_other():
+    env = EnvConfig("StackCube-v1", image_size=0, use_state="low_dim")
+    model = MLPConfig(env.state_dim, action_dim=7, num_bins=256, hidden_dims=(32, 32), label_width=4.0)
+    values = base_config(env, model, name="study").to_dict()
+    del values["name"]
+    config = from_dict(RunConfig, values)
+    assert config.model == model
+    plan = plan_run(config)
+    assert set(plan) == {"sft", "tpo", "ppo"}
+    assert plan["ppo"].state.params["logits"]["kernel"].shape == (32, 7 * 256)
 
 
 def test_every_setting_that_is_compared_is_a_change_of_the_configuration():

@@ -4,8 +4,10 @@ import pytest
 
 from stare_jax.envs.experts.base import execution_noise
 from stare_jax.envs.experts.panda import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
+from stare_jax.envs.maniskill.simulator import low_dim_state
 from stare_jax.envs.tasks import make_expert
-from stare_jax.stages import get_task, separate
+from stare_jax.stages import TASKS, get_task, separate
+from stare_jax.types import Signals
 
 # Expected: 1.00, 1.00, .99, 1.00 of the episodes (benchmarks/results/experts.json); the seeds are fixed.
 EPISODES = {"PushCube-v1": 8, "PullCube-v1": 5, "StackCube-v1": 3, "LiftPegUpright-v1": 3}
@@ -51,6 +53,45 @@ def test_experts_succeed_and_act_in_every_stage_in_order(env_id, simulators):
         stages = np.asarray(label(jax.tree.map(lambda *leaves: np.stack(leaves), *padded), valid))[:num_actions]
         assert sorted(set(stages)) == [0, 1, 2, 3], (seed, stages)
         assert (np.diff(stages) >= 0).all()
+
+
+def random_signals(rng, num_states):
+    """States with the tool near the object, the object near its goal, and everything else at random."""
+    quats = rng.normal(size=(num_states, 4, 4))
+    quats = (quats / np.linalg.norm(quats, axis=-1, keepdims=True)).astype(np.float32)
+    obj = rng.uniform((-0.1, -0.1, 0.02), (0.1, 0.1, 0.2), (num_states, 3))
+    tcp, goal = (obj + rng.normal(0, 0.03, (num_states, 3)) for _ in range(2))
+    flags = rng.random((num_states, 3)) < 0.5
+    for i in range(num_states):
+        yield Signals(
+            tcp_pos=tcp[i].astype(np.float32),
+            tcp_quat=quats[i, 0],
+            obj_pos=obj[i].astype(np.float32),
+            obj_quat=quats[i, 1],
+            grasp_pos=obj[i].astype(np.float32),
+            goal_pos=goal[i].astype(np.float32),
+            goal_quat=quats[i, 2],
+            is_grasped=flags[i, 0],
+            is_contact=flags[i, 1],
+            success=flags[i, 2],
+            support_z=np.float32(rng.uniform(0, 0.2)),
+        )
+
+
+@pytest.mark.parametrize("env_id", TASKS)
+def test_experts_decide_by_what_a_policy_sees(env_id):
+    """Whatever `low_dim_state` does not show, and all states before, change nothing."""
+    expert, rng = make_expert(env_id), np.random.default_rng(0)
+    memory, grippers = expert.init(), set()
+    for signals, other in zip(random_signals(rng, 300), random_signals(rng, 300), strict=True):
+        unseen = {name: getattr(other, name) for name in ("goal_quat", "is_contact", "success", "support_z")}
+        same = signals._replace(**unseen)
+        np.testing.assert_array_equal(low_dim_state(same, 0.04), low_dim_state(signals, 0.04))
+        action, memory = expert.act(signals, memory)
+        np.testing.assert_array_equal(expert.act(same, expert.init())[0], action)
+        grippers.add(float(action[-1]))
+    # The states are such that an expert of a task with a grasp both opens and closes.
+    assert len(grippers) == (1 if get_task(env_id).family == "push-pull" else 2)
 
 
 @pytest.mark.parametrize(

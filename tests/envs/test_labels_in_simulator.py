@@ -98,13 +98,16 @@ def stumbling(env_id):
 
 
 def dropping(env_id):
-    """The expert, whose gripper opens for good once it holds the object 2.5 cm up."""
+    """The expert, which stops and opens its gripper for good once it holds the object 2.5 cm up.
+
+    A tool that opened on its way would throw the object towards the goal.
+    """
     is_dropped = False
 
     def open_up(signals, action):
         nonlocal is_dropped
         is_dropped |= bool(signals.is_grasped) and signals.obj_pos[2] - signals.support_z > 0.025
-        return np.append(action[:6], np.float32(1)) if is_dropped else action
+        return np.array([0, 0, 0, 0, 0, 0, 1], np.float32) if is_dropped else action
 
     return expert_policy(env_id, 25, open_up)
 
@@ -265,7 +268,8 @@ def test_the_goal_is_where_a_placed_object_rests(env_id, rollout):
     signals, testimonies = rollout(env_id, succeeding)
     last = testimonies[-1]
     assert last.success and not last.is_grasping
-    assert np.linalg.norm(last.obj_pos - signals[-1].goal_pos) < 0.02
+    # An eggplant sinks 2 cm into the basket, and rolls there.
+    assert np.linalg.norm(last.obj_pos - signals[-1].goal_pos) < (0.035 if "Eggplant" in env_id else 0.02)
 
 
 @pytest.mark.parametrize("env_id", PUSH_TASKS)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
+from stare_jax.envs.pool import fork_server
 from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.stages import get_task
 
@@ -160,6 +161,43 @@ def test_a_lost_worker_is_restarted_and_the_others_go_on(number, pool):
     for _ in range(20):
         state = pool.step(expert_actions(state.signals))
     assert state.signals.success.all()
+
+
+def test_the_process_that_forks_workers_is_replaced_when_it_is_lost(pool):
+    pool.reset([0, 1, 2, 3])
+    orphan, server = pool._workers[0].process, fork_server._servers[-1].process
+    server.kill()
+    server.wait()
+    assert pool.step(np.zeros((4, 7))).alive.all()  # What it has forked goes on,
+    orphan.send_signal(signal.SIGSTOP)  # and can be ended although nobody tells any more that it has.
+    assert pool.step(np.zeros((4, 7))).alive.tolist() == [False, False, True, True]
+    assert is_gone(orphan.pid) and orphan.exit_status() is None
+    assert pool.reset([0, 1, 2, 3]).alive.all()
+    assert fork_server._servers[-1].process.poll() is None
+
+
+def test_it_is_told_how_a_worker_ended(pool):
+    process = pool._workers[0].process  # begun by a server that lives
+    assert process.exit_status() is None
+    process.kill()
+    process.wait(10.0)
+    assert process.exit_status() == -signal.SIGKILL
+    process.kill()  # does nothing
+    assert pool.reset([0, 1, 2, 3]).alive.tolist() == [False, False, True, True]
+    assert pool.reset([0, 1, 2, 3]).alive.all()
+
+
+def test_a_server_that_is_silent_or_ends_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr(fork_server, "_servers", [])
+    config = EnvConfig(num_workers=1, image_size=None, start_timeout_s=0.5)
+    for code, expected in {
+        "import time; time.sleep(60)": "silent after 0.5 s",
+        "raise SystemExit(3)": "status 3",
+    }.items():
+        monkeypatch.setattr(fork_server, "_SERVER", code)
+        with pytest.raises(SimulatorError, match=f"(?s)PushCube-v1 did not start: .*{expected}.*doctor.py"):
+            SimulatorPool(config)
+    fork_server._end_servers()
 
 
 def test_losing_workers_for_ever_is_an_error(pool):
@@ -347,10 +385,11 @@ def test_workers_end_with_their_parent(tmp_path):
         "import os, signal\n"
         "from stare_jax.envs import EnvConfig, make_vec_env\n"
         "pool = make_vec_env(EnvConfig(num_workers=1, image_size=None))\n"
-        "print(pool._workers[0].process.pid, flush=True)\n"
+        "from stare_jax.envs.pool import fork_server\n"
+        "print(pool._workers[0].process.pid, fork_server._servers[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert output.returncode == -signal.SIGKILL, output.stderr
-    assert is_gone(int(output.stdout))
+    assert all(is_gone(int(pid)) for pid in output.stdout.split())

@@ -48,12 +48,20 @@ def test_fields_of_all_kinds_are_set():
         ("--config.zzz=1", "--config.zzz: there is no field 'zzz' in config."),
         ("--config.ppo.gamma=much", "config.ppo.gamma=much: "),
         ("--config.ppo.num_steps=1.5", "config.ppo.num_steps=1.5: "),
-        ("--config.ppo=5", "config.ppo"),
+        ("--config.ppo.gamma=nan", "config.ppo.gamma: got nan, expected a finite number in [0, 1]"),
+        (
+            "--config.ppo=5",
+            "--config.ppo=5: got a value for a section, expected one for a field: --config.ppo.",
+        ),
+        ("--config.model.dino=", "--config.model.dino=: got a value for a section, expected one for a field: "),
+        ("--config.model.lora=3", "--config.model.lora=3: got a value for a section, which this"),
     ],
 )
 def test_a_field_that_is_not_there_or_does_not_fit_is_named_with_its_path(field, message):
     with pytest.raises(ConfigError) as error:
-        from_dict(RunConfig, load_configuration(QUICKSTART, [field]))
+        values = load_configuration(QUICKSTART, [field])
+        values.pop("name")
+        from_dict(RunConfig, values)
     text = str(error.value)
     assert message in text and "\n" not in text and "Error" not in text
 

@@ -126,7 +126,7 @@ def test_the_state_of_every_run_is_printed(tmp_path, capsys):
             [f"--study={FRANKA}", "--config.ppo.gama=0.9"],
             "StackCube-v1/demos: --config.ppo.gama: there is no field 'gama' in config.ppo",
         ),
-        ([f"--study={FRANKA}", "--config.ppo.gamma=2.0"], "StackCube-v1/demos: config.ppo: gamma: got 2.0"),
+        ([f"--study={FRANKA}", "--config.ppo.gamma=2.0"], "StackCube-v1/demos: config.ppo.gamma: got 2.0"),
         ([f"--study={FRANKA}", "--only=Lift*/grpo/*"], "only: got Lift*/grpo/*, expected some of StackCube-v1/demos"),
         ([f"--study={FRANKA}", "--jobs=9999"], "jobs: got 9999 of 1 cores, expected 1 to"),
     ],

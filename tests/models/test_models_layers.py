@@ -237,7 +237,7 @@ def test_computation_in_bfloat16_keeps_float32_logits(llama_params):
             lambda: ViTConfig(width=10, depth=3, num_heads=4, mlp_dim=8),
             "num_heads: got 4, expected a divisor of width 10",
         ),
-        (lambda: ViTConfig(width=8, depth=1, num_heads=4, mlp_dim=8), "depth: got 1, expected at least 2"),
+        (lambda: ViTConfig(width=8, depth=1, num_heads=4, mlp_dim=8), "depth: got 1, expected >= 2"),
         (lambda: LlamaConfig(9, 12, 1, 4, 4, 8), "num_heads: got 4, expected an even share of width 12"),
         (lambda: LlamaConfig(9, 16, 1, 4, 3, 8), "num_kv_heads: got 3, expected a divisor of 4"),
     ],

@@ -315,7 +315,7 @@ def test_an_observation_without_prompt_or_camera_is_refused(nano):
     blank = nano.observation._replace(tokens=np.zeros((3, 0), np.int32), token_mask=np.zeros((3, 0), bool))
     with pytest.raises(ValueError, match=r"observation.tokens: got shape \(3, 0\), expected a prompt"):
         nano.policy.value(nano.params, blank)
-    with pytest.raises(ValueError, match=r"camera: got images of \['wrist'\], expected 'base_camera'"):
+    with pytest.raises(ValueError, match=r"images: got the cameras \['wrist'\], expected \['base_camera'\] as well"):
         nano.policy.value(nano.params, nano.observation._replace(images={"wrist": None}))
 
 

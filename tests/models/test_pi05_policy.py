@@ -370,7 +370,7 @@ def test_images_are_shrunk_and_padded_as_pil_does(height, width):
 
 def test_what_is_missing_is_named():
     policy, params, observation = case("sde")
-    with pytest.raises(ValueError, match="cameras: got images of .'base_camera'., expected .'hand_camera'. as well"):
+    with pytest.raises(ValueError, match="images: got the cameras .'base_camera'., expected .'hand_camera'. as well"):
         policy.value(params, observation._replace(images={"base_camera": observation.images["base_camera"]}))
     with pytest.raises(ValueError, match="observation.tokens: got shape .*expected a prompt"):
         policy.value(params, observation._replace(tokens=np.zeros((2, 0), np.int32)))

@@ -102,5 +102,5 @@ def test_a_camera_that_the_robot_lacks_is_left_out_and_one_that_is_asked_for_has
     observation = random_observation(policy, ["push the cube"])
     params = jax.eval_shape(policy.init, jax.random.key(0))
     without = observation._replace(images={"another": observation.images[BASE]})
-    with pytest.raises(ValueError, match="cameras: got images of \\['another'\\], expected \\['base_0_rgb'\\]"):
+    with pytest.raises(ValueError, match="images: got the cameras \\['another'\\], expected \\['base_0_rgb'\\]"):
         jax.eval_shape(policy.value, params, without)

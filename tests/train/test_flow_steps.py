@@ -45,11 +45,18 @@ def pairs(kind):
     return random_pairs(*policy_and_params(kind), 3)
 
 
-def take_step(make_step, kind, config, *inputs, tx=None):
+@functools.cache
+def compiled_step(make_step, kind, config):
+    policy, _ = policy_and_params(kind)
+    tx = make_optimizer(config.optimizer, num_steps=None)
+    return tx, jax.jit(make_step(policy, tx, config))
+
+
+def take_step(make_step, kind, config, *inputs):
     policy, params = policy_and_params(kind)
-    tx = tx or make_optimizer(config.optimizer, num_steps=None)
+    tx, step = compiled_step(make_step, kind, config)
     layout = {"mesh": make_mesh(), "rules": policy.sharding_rules, "freeze": frozen_params(policy, config.optimizer)}
-    return jax.jit(make_step(policy, tx, config))(create_state(params, tx, **layout), *inputs)
+    return step(create_state(params, tx, **layout), *inputs)
 
 
 def assert_close(tree, other, **tolerance):

@@ -1,7 +1,12 @@
-"""Closed-loop experts: pure functions of `Signals` and a small memory, in the policy's own action space.
+"""Closed-loop experts: pure functions of `Signals` and a memory, in the policy's own action space.
 
 They decide from the present state, so they recover when another action was executed than the one they chose:
 demonstrations with execution noise keep clean labels.
+
+An expert is there to be imitated by a policy that sees one state. The built-in experts have no memory, and read nothing
+that `low_dim_state` does not show. Where a decision changes from one state to the next, the change is far from the
+states in which it matters, or goes on by itself: a grasp is kept while the object is held, and let go of within a
+smaller distance of the goal than the one from which it would be taken up again.
 """
 
 from collections.abc import Callable, Sequence

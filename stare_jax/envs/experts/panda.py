@@ -5,7 +5,7 @@
 its step. All positions are in metres; the table's top is at height 0.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from stare_jax.stages.geometry import body_axis
 from stare_jax.types import Signals
 
 ACTION_DIM = 7
-OPEN, CLOSED, LIGHT_GRIP = 1.0, -1.0, 0.1
+OPEN, CLOSED = 1.0, -1.0
+FINGER_RANGE = (-0.01, 0.04)
+"""metres; places of a finger, from the middle, that the gripper commands -1 and +1 ask for."""
 ROTATION_GAIN = 10.0
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])
 """orientation `[3, 3]` of a tool that points down with its fingers closing along the world's y axis."""
@@ -110,36 +112,80 @@ def _push_along_x(signals: Signals, side: float, end_x: float) -> np.ndarray:
     every stage of the task lasts at least one step.
     """
     tcp, obj = signals.tcp_pos, signals.obj_pos
-    is_at_cube = abs(tcp[0] - obj[0]) < 0.048 and abs(tcp[2] - PUSH_HEIGHT) < 0.025
-    if is_at_cube or signals.is_contact:
+    if abs(tcp[0] - obj[0]) < 0.048 and abs(tcp[2] - PUSH_HEIGHT) < 0.025:
         return command(signals, (end_x, obj[1], PUSH_HEIGHT), gripper=CLOSED, limit=0.55)
     stop = (obj[0] + side * 0.042, obj[1], PUSH_HEIGHT)
     return command(signals, stop, gripper=CLOSED, gain=20.0)
 
 
-class StackMemory(NamedTuple):
-    phase: str = "reach"
-    steps: int = 0
-    """taken in this phase."""
-    rotation: np.ndarray | None = None
-    """orientation of the tool for this cube, chosen in the first state."""
+def stack_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
+    """Grasps cube A along the nearest pair of faces, carries it over cube B, lets go and leaves upwards.
+
+    A grasp is left only close to the goal and taken up again only well away from it, so that no error of a few
+    millimetres changes what is done.
+    """
+    obj, goal = signals.obj_pos, signals.goal_pos
+    over_goal, off_goal = obj[2] - goal[2], np.hypot(*(obj - goal)[:2])
+    # A finger might come down on the other cube.
+    crowding = np.clip((0.09 - off_goal) / 0.02, 0.0, 1.0)
+    rotation = _leant_outwards(_best_grasp(signals, goal, crowding), obj, goal)
+    if abs(over_goal) < 0.006 and off_goal < (0.012 if signals.is_grasped else 0.03):
+        return _leave(signals, rotation, goal[2] + 0.11), memory
+    if signals.is_grasped or obj[2] > CUBE_SIZE and _apart(signals, obj) < 0.03:
+        return _carry_cube(signals, rotation), memory
+    return _pick_up(signals, obj, rotation, crowding=crowding, grip=CLOSED), memory
 
 
-def stack_cube(signals: Signals, memory: StackMemory) -> tuple[np.ndarray, StackMemory]:
-    """Grasps cube A along the nearest pair of faces, carries it over cube B and lets go."""
-    if memory.rotation is None:
-        memory = memory._replace(rotation=_leant_outwards(_nearest_grasp(signals), signals.obj_pos, signals.goal_pos))
-    memory = _next_stack_phase(signals, memory)
-    action = _STACK_MOVES[memory.phase](signals, memory.rotation)
-    return action, memory._replace(steps=memory.steps + 1)
+def _apart(signals: Signals, point: np.ndarray) -> float:
+    return float(np.linalg.norm(point - signals.tcp_pos))
 
 
-def _nearest_grasp(signals: Signals) -> np.ndarray:
-    """Returns the orientation, of the four that close on two faces of the cube, that needs the smallest turn."""
+def _pick_up(
+    signals: Signals, point: np.ndarray, rotation: np.ndarray, *, grip: float, crowding: float = 0.0
+) -> np.ndarray:
+    """Comes down on a point `[3]` in a funnel, open, and closes around it.
+
+    A turn takes up to 20 steps, most of an episode: the tool turns on its way down, and the last tenths of a radian are
+    turned by the fingers that close. Only where the place is crowded the tool turns first.
+    """
+    apart = point - signals.tcp_pos
+    aside, turn = np.hypot(*apart[:2]), _remaining_turn(signals, rotation)
+    if aside < 0.014 and abs(apart[2]) < 0.012 and turn < 0.45:
+        return command(signals, point, rotation, gripper=grip, gain=14.0)
+    above = np.clip(2.5 * (aside - 0.01) + 0.5 * crowding * (turn - 0.25), 0.0, 0.06)
+    return command(signals, point + (0, 0, above), rotation, gripper=OPEN, gain=14.0)
+
+
+def _carry_cube(signals: Signals, rotation: np.ndarray) -> np.ndarray:
+    """Lifts the cube beside its goal, and comes down on the goal in a funnel."""
+    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
+    off_goal = np.hypot(*(obj - goal)[:2])
+    target = goal + (tcp - obj)
+    target[2] += np.clip(1.5 * (off_goal - 0.008), -0.003, 0.035)
+    # A cube that is too low to pass over the other one waits beside it.
+    is_high, is_far = (obj[2] - goal[2] + 0.02) / 0.025, (off_goal - 0.07) / 0.05
+    target[:2] = tcp[:2] + np.clip(max(is_high, is_far), 0.0, 1.0) * (target[:2] - tcp[:2])
+    return command(signals, target, rotation, gripper=CLOSED, gain=14.0)
+
+
+def _leave(signals: Signals, rotation: np.ndarray, height: float) -> np.ndarray:
+    """Opens where the tool is, and goes straight up to a height once nothing is held."""
+    tcp = signals.tcp_pos
+    target = tcp if signals.is_grasped else (tcp[0], tcp[1], height)
+    return command(signals, target, rotation, gripper=OPEN, gain=14.0, limit=0.5)
+
+
+def _best_grasp(signals: Signals, neighbour: np.ndarray, crowding: float) -> np.ndarray:
+    """Returns the orientation, of the four that close on two faces of the cube, that needs the smallest turn.
+
+    Beside a neighbour at `[3]` it is rather one that closes past it, the more so the greater the crowding in [0, 1].
+    """
     x_axis = body_axis(signals.obj_quat, 0)
     yaws = np.arctan2(x_axis[1], x_axis[0]) + np.arange(4) * np.pi / 2
     choices = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) @ TOOL_DOWN for a in yaws]
-    return min(choices, key=lambda rotation: _remaining_turn(signals, rotation))
+    towards = (neighbour - signals.obj_pos)[:2]
+    towards = crowding * towards / max(np.hypot(*towards), 1e-9)
+    return min(choices, key=lambda rotation: _remaining_turn(signals, rotation) + abs(rotation[:2, 1] @ towards))
 
 
 def _leant_outwards(rotation: np.ndarray, *places: np.ndarray) -> np.ndarray:
@@ -162,102 +208,27 @@ def _remaining_turn(signals: Signals, rotation: np.ndarray) -> float:
     return float(np.linalg.norm(rotation_vector(rotation @ rotation_matrix(signals.tcp_quat).T)))
 
 
-def _next_stack_phase(signals: Signals, memory: StackMemory) -> StackMemory:
-    """Moves on when the phase has done its work, and back to reaching where the grasp fails.
-
-    The last tenths of a radian are turned on the way down, and in the end by the fingers that close: a turn takes up to
-    20 steps, most of an episode.
-    """
-    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
-    phase, steps, rotation = memory.phase, memory.steps, memory.rotation
-    aside = np.hypot(*(obj - tcp)[:2])
-    if phase == "reach" and aside < 0.01 and _remaining_turn(signals, rotation) < 0.2 and abs(tcp[2] - obj[2]) < 0.008:
-        phase = "grasp"
-    elif phase == "grasp" and signals.is_grasped and steps > 0:
-        phase = "carry"
-    elif phase == "grasp" and steps > 6 or phase == "carry" and np.linalg.norm(obj - tcp) > 0.04:
-        phase = "reach"
-    elif phase == "carry" and np.hypot(*(obj - goal)[:2]) < 0.012 and obj[2] - goal[2] < 0.006:
-        phase = "release"
-    elif phase == "release" and steps > 1:
-        phase = "leave"
-    return memory if phase == memory.phase else memory._replace(phase=phase, steps=0)
-
-
-def _stack_reach(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    tcp, obj = signals.tcp_pos, signals.obj_pos
-    is_over = np.hypot(*(obj - tcp)[:2]) < 0.015 and _remaining_turn(signals, rotation) < 0.3
-    return command(signals, obj + (0, 0, 0 if is_over else 0.05), rotation, gripper=OPEN, gain=14.0)
-
-
-def _stack_grasp(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    obj = signals.obj_pos
-    return command(signals, (obj[0], obj[1], CUBE_SIZE / 2), rotation, gripper=CLOSED, gain=14.0)
-
-
-def _stack_carry(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    """Lifts first, then approaches from above, and lowers over the goal."""
-    tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
-    target = goal + (tcp - obj)
-    aside = np.hypot(*(obj - goal)[:2])
-    target[2] += 0.035 if aside > 0.03 else 0.001
-    if obj[2] < goal[2] + 0.005 and aside > 0.05:
-        is_low = obj[2] < goal[2] - CUBE_SIZE / 2
-        target[:2] = tcp[:2] if is_low else 0.3 * tcp[:2] + 0.7 * target[:2]
-    return command(signals, target, rotation, gripper=CLOSED, gain=14.0)
-
-
-def _stack_release(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    return command(signals, signals.tcp_pos, rotation, gripper=OPEN)
-
-
-def _stack_leave(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    tcp, goal = signals.tcp_pos, signals.goal_pos
-    return command(signals, (tcp[0], tcp[1], goal[2] + 0.11), rotation, gripper=OPEN, gain=14.0, limit=0.5)
-
-
-_STACK_MOVES = {
-    "reach": _stack_reach,
-    "grasp": _stack_grasp,
-    "carry": _stack_carry,
-    "release": _stack_release,
-    "leave": _stack_leave,
-}
-
-
-class LiftMemory(NamedTuple):
-    phase: str = "reach"
-    steps: int = 0
-
-
 PEG_GRIP = 0.10
 """metres from the centre of the peg to the grip, for leverage. Held closer, the peg does not pivot and is dragged."""
 PEG_HALF_WIDTH = 0.025
+PEG_SQUEEZE = 0.0075
+"""metres that each finger is asked to go into the peg: enough to hold it, and little enough to let it pivot."""
+LIGHT_GRIP = 2 * (PEG_HALF_WIDTH - PEG_SQUEEZE - FINGER_RANGE[0]) / (FINGER_RANGE[1] - FINGER_RANGE[0]) - 1
 
 
-def lift_peg(signals: Signals, memory: LiftMemory) -> tuple[np.ndarray, LiftMemory]:
-    """Holds the peg lightly near the end on the far side of the robot and swings it up about its other end.
+def lift_peg(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
+    """Holds the peg lightly near the end on the far side of the robot, swings it up about its other end, lets go.
 
     The peg pivots between the fingers, so the tool hardly has to turn.
     """
-    axis = body_axis(signals.obj_quat, 0)
-    phase, steps = memory
-    held_point = signals.obj_pos + PEG_GRIP * axis
-    if phase == "reach" and np.linalg.norm(held_point - signals.tcp_pos) < 0.012:
-        phase, steps = "grasp", 0
-    elif phase == "grasp" and signals.is_grasped and steps > 0:
-        phase, steps = "swing", 0
-    elif phase == "grasp" and steps > 7:
-        phase, steps = "reach", 0
-    rotation = _leant_outwards(TOOL_DOWN, held_point)
-    if phase == "reach":
-        above = 0.0 if np.hypot(*(held_point - signals.tcp_pos)[:2]) < 0.03 else 0.07
-        action = command(signals, held_point + (0, 0, above), rotation, gripper=OPEN)
-    elif phase == "grasp":
-        action = command(signals, signals.tcp_pos, rotation, gripper=CLOSED)
-    else:
-        action = _swing(signals, axis)
-    return action, LiftMemory(phase, steps + 1)
+    axis, obj = body_axis(signals.obj_quat, 0), signals.obj_pos
+    tilt, held_point = np.arccos(np.clip(axis[2], -1.0, 1.0)), obj + PEG_GRIP * axis
+    if tilt < 0.05 and obj[2] - PEG_HALF_LENGTH < 0.004:
+        return _leave(signals, rotation_matrix(signals.tcp_quat), 0.3), memory
+    is_raised = obj[2] > PEG_HALF_WIDTH + 0.01
+    if signals.is_grasped or is_raised and _apart(signals, held_point) < 0.03:
+        return _swing(signals, axis), memory
+    return _pick_up(signals, held_point, _leant_outwards(TOOL_DOWN, held_point), grip=LIGHT_GRIP), memory
 
 
 def _swing(signals: Signals, axis: np.ndarray) -> np.ndarray:

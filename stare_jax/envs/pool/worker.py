@@ -1,4 +1,4 @@
-"""The process behind some environments of the pool: `python -c "from stare_jax.envs.pool.worker import main; main()"`.
+"""The process behind some environments of the pool, forked by `envs.pool.fork_server`.
 
 It talks to its parent over one socket, inherited by number, and exchanges arrays through one shared file without a
 name. It never initialises JAX. When the parent has ended, for whatever reason, the socket closes and the worker ends.
@@ -89,15 +89,21 @@ def write_frame(slots: Slots, index: int, frame: Frame) -> None:
         slot[index] = value
 
 
-def main() -> None:
-    """Serves some environments; socket, shared file and the row of the first of them are the three arguments."""
+def main(socket: int, file: int, first: int) -> None:
+    """Serves some environments until the parent says so or is gone.
+
+    Args:
+        socket: descriptor of the socket to the parent.
+        file: descriptor of the shared file.
+        first: row of the first of the environments.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
     faulthandler.enable()
-    socket, file, first = (int(argument) for argument in sys.argv[1:4])
     with Connection(socket) as connection:
         try:
-            config, path = connection.recv()
+            config, path, environment = connection.recv()
+            os.environ.update(environment)
             sys.path.extend(folder for folder in path if folder not in sys.path)  # A task of one's own may lie there.
             memory = mmap.mmap(file, shared_size(config))
             os.close(file)
@@ -124,12 +130,18 @@ def read_answer(answer: bytes) -> dict[int, str]:
     return {} if answer == DONE else {int(row): text for row, text in json.loads(answer[1:]).items()}
 
 
-def _start(config: EnvConfig) -> list[Simulator]:
+def load_simulator() -> None:
+    """Imports what a simulator needs, which takes seconds the first time, and holds PyTorch to one thread."""
     import torch
 
     warnings.filterwarnings("ignore", "__array_wrap__ must accept context", DeprecationWarning)
     torch.set_num_threads(1)
     import_mani_skill()
+
+
+def _start(config: EnvConfig) -> list[Simulator]:
+    load_simulator()
+    np.random.seed()  # A process that is forked has its parent's state, as all others have.
     gc.freeze()  # Rebuilding a scene collects garbage; without the modules' objects that takes 10 ms instead of 150.
     simulators = [Simulator(config) for _ in range(config.envs_per_worker)]
     simulators[0].reset(0)  # The first image compiles shaders, and a task that cannot be read fails here, at the start.
@@ -177,8 +189,9 @@ def _check_finite(frame: Frame) -> None:
     """Makes sure that the physics has not diverged.
 
     Raises:
-        FloatingPointError: a signal is not finite.
+        FloatingPointError: a signal or the state that policies observe is not finite.
     """
-    for name, value in frame.signals._asdict().items():
+    signals = {f"signals.{name}": value for name, value in frame.signals._asdict().items()}
+    for name, value in (signals | {"state": frame.state}).items():
         if not np.isfinite(value).all():
-            raise FloatingPointError(f"signals.{name}: got {value}, expected finite numbers")
+            raise FloatingPointError(f"{name}: got {value}, expected finite numbers")

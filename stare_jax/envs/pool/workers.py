@@ -4,7 +4,6 @@ import contextlib
 import mmap
 import os
 import socket
-import subprocess
 import sys
 import time
 import weakref
@@ -19,6 +18,7 @@ from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.panda_lite import ensure_panda_lite, report_to_stderr
 from stare_jax.envs.maniskill.vulkan import driver_environment
 from stare_jax.envs.pool import worker
+from stare_jax.envs.pool.fork_server import fork
 from stare_jax.types import Observation, Signals
 
 REMEDY = "`python launch/doctor.py` checks this machine and says what to do"
@@ -28,12 +28,15 @@ class _Worker:
     """One process and the socket to it."""
 
     def __init__(self, config: EnvConfig, first: int, file: int):
-        """Starts the process and does not wait for it.
+        """Starts the process and does not wait until it is ready.
 
         Args:
             config: of the pool.
             first: row of the process's first environment.
             file: descriptor of the shared memory.
+
+        Raises:
+            SimulatorError: the process was not even begun.
         """
         ours, theirs = socket.socketpair()
         self.connection = Connection(ours.detach())
@@ -41,33 +44,30 @@ class _Worker:
         """True once the process has started and takes commands."""
         self.must_start_by = time.monotonic() + config.start_timeout_s
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", "from stare_jax.envs.pool.worker import main; main()"]
-                + [str(theirs.fileno()), str(file), str(first)],
-                env=_worker_environment(),
-                pass_fds=(theirs.fileno(), file),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C in the terminal is the parent's affair.
-            )
+            arguments, environment = (theirs.fileno(), file, first), _worker_environment()
+            try:
+                self.process = fork(arguments, environment, timeout_s=config.start_timeout_s)
+            except OSError as error:
+                self.connection.close()
+                raise SimulatorError(f"simulators of {config.env_id} did not start: {error}\n{REMEDY}") from None
         with contextlib.suppress(OSError):  # A process that is gone already is noticed when it does not answer.
-            self.connection.send((config, sys.path))
+            self.connection.send((config, sys.path, environment))
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.process.close()
         self.connection.close()
 
     def join(self, deadline: float) -> None:
         """Waits until the process ends by itself, and kills it at `deadline` on the monotonic clock."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0.0, deadline - time.monotonic()))
+        self.process.wait(max(0.0, deadline - time.monotonic()))
         self.kill()
 
     def exit_status(self) -> int | None:
         """Returns how the process ended, None if it runs; a process about to end is given a second."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
-        return self.process.poll()
+        self.process.wait(1.0)
+        return self.process.exit_status()
 
 
 def _worker_environment() -> dict[str, str]:

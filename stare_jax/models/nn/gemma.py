@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from stare_jax.config import Count, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend
 from stare_jax.models.nn.linear import PRODUCT, Execution, constrain_batch, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, low_rank_einsum, stacked_adapters
@@ -28,14 +29,15 @@ ROPE_THETA = 10_000.0
 class GemmaConfig:
     """Sizes of one expert; depth and heads are the same for both."""
 
-    width: int
-    depth: int
-    mlp_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    width: Count
+    depth: Count
+    mlp_dim: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
 
     def __post_init__(self):
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: got {self.num_kv_heads}, expected a divisor of {self.num_heads}")
         if self.head_dim % 2:

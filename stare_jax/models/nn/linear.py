@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stare_jax.config import check_at_least, check_choices
+from stare_jax.config import Count, check_fields
 from stare_jax.models.nn.attention import AttentionKernel
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
 from stare_jax.sharding.mesh import BATCH_AXES
@@ -38,14 +38,13 @@ class Execution:
     """type of the parameters; adapters and value head are float32 in any case."""
     remat: Literal["none", "full", "dots"] = "none"
     """rematerialisation: "full" computes every layer again in the backward pass, "dots" keeps the products' results."""
-    unroll: int = 1
+    unroll: Count = 1
     """layers per iteration of the scan over layers."""
     attention: AttentionKernel = "xla"
     """implementation of attention over whole sequences."""
 
     def __post_init__(self):
-        check_choices(self)
-        check_at_least(self, 1, "unroll")
+        check_fields(self)
         if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
             raise ValueError(f"dtype: got {self.dtype!r}, expected 'bfloat16' or 'float16' for attention = 'cudnn'")
 

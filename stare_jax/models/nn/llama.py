@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.config import Count, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend, self_attend
 from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
@@ -21,17 +22,18 @@ from stare_jax.types import PyTree
 class LlamaConfig:
     """Sizes of the decoder."""
 
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_dim: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    vocab_size: Count
+    width: Count
+    depth: Count
+    num_heads: Count
+    num_kv_heads: Count
+    mlp_dim: Count
+    rope_theta: Positive = 10_000.0
+    norm_eps: Positive = 1e-6
     """1e-6 as in OpenVLA's Hugging Face checkpoints, not Llama 2's 1e-5."""
 
     def __post_init__(self):
+        check_fields(self)
         if self.width % (2 * self.num_heads):
             raise ValueError(f"num_heads: got {self.num_heads}, expected an even share of width {self.width}")
         if self.num_heads % self.num_kv_heads:

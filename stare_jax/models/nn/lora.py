@@ -7,14 +7,14 @@ They are leaves of the parameter tree beside the kernel that they adapt, `lora_a
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from stare_jax.config import check_at_least
+from stare_jax.config import Count, Mark, Pattern, Positive, check_fields
 from stare_jax.types import PyTree
 
 ALL_LINEAR = (r"^(dino|siglip|projector|llm)/",)
@@ -29,29 +29,27 @@ BASE_PATTERN = r"^(?!value)(?!.*lora_[ab]$)"
 class LoRAOverride:
     """A rank and an alpha of their own for the products whose module path one regex matches."""
 
-    pattern: str
-    rank: int
-    alpha: float
+    pattern: Pattern
+    rank: Count
+    alpha: Positive
 
     def __post_init__(self):
-        _check_size(self)
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Products that have adapters, and the sizes of these; alpha is 16 in OpenVLA and RL4VLA, the rank in RLinf."""
 
-    rank: int = 32
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ALL_LINEAR
+    rank: Count = 32
+    alpha: Positive = 16.0
+    targets: Annotated[tuple[Pattern, ...], Mark.FILLED] = ALL_LINEAR
     """regexes of module paths such as `llm/layers/q_proj`, `dino/patch_embed`, `llm/lm_head`."""
     overrides: tuple[LoRAOverride, ...] = ()
     """rank and alpha of some of the targets, in place of the two above; the first that matches a path counts."""
 
     def __post_init__(self):
-        _check_size(self)
-        if not self.targets:
-            raise ValueError("targets: got none, expected at least one regex")
+        check_fields(self)
 
     def adapts(self, path: str) -> bool:
         """Returns whether the module at a path, names with slashes between them, has adapters."""
@@ -69,12 +67,6 @@ class LoRAConfig:
     def _size_of(self, path: str) -> "LoRAConfig | LoRAOverride":
         matches = (override for override in self.overrides if re.search(override.pattern, path))
         return next(matches, self)
-
-
-def _check_size(config: LoRAConfig | LoRAOverride) -> None:
-    check_at_least(config, 1, "rank")
-    if not config.alpha > 0:
-        raise ValueError(f"alpha: got {config.alpha}, expected > 0")
 
 
 def check_patterns(config: LoRAConfig, paths: Sequence[str]) -> None:

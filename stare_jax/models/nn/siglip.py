@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.config import Count, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend
 from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, scan_layers
 from stare_jax.models.nn.norms import layer_norm
@@ -17,13 +18,14 @@ from stare_jax.models.nn.vit import patchify
 class SigLIPConfig:
     """Sizes of the tower."""
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    patch_size: int = 14
+    width: Count
+    depth: Count
+    num_heads: Count
+    mlp_dim: Count
+    patch_size: Count = 14
 
     def __post_init__(self):
+        check_fields(self)
         if self.width % self.num_heads:
             raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of width {self.width}")
 

@@ -6,11 +6,13 @@ attention pool are in its checkpoints and not in this network; converters keep t
 
 import dataclasses
 from functools import partial
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stare_jax.config import Count, Finite, Interval, Natural, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue, self_attend
 from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, gelu, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig
@@ -21,26 +23,25 @@ from stare_jax.models.nn.norms import layer_norm
 class ViTConfig:
     """One tower."""
 
-    width: int
-    depth: int
-    """blocks in the checkpoint; the forward pass runs `depth - 1` of them."""
-    num_heads: int
-    mlp_dim: int
-    patch_size: int = 14
+    width: Count
+    depth: Annotated[int, Interval(2)]
+    """blocks in the checkpoint, two or more; the forward pass runs `depth - 1` of them."""
+    num_heads: Count
+    mlp_dim: Count
+    patch_size: Count = 14
     """side of a patch in pixels of the tower's input: the image, or the output of the stem where there is one."""
-    num_prefix: int = 0
+    num_prefix: Natural = 0
     """number of class token and registers, together, in front of the patches; they are dropped from the output."""
-    layer_scale: float | None = None
+    layer_scale: Finite | None = None
     """initial value of LayerScale's vectors; None has none."""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5)
     """mean of each channel of RGB in [0, 1], subtracted from images; `std`, which divides them, likewise."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
+        check_fields(self)
         if self.width % self.num_heads:
             raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of width {self.width}")
-        if self.depth < 2:
-            raise ValueError(f"depth: got {self.depth}, expected at least 2, as the last block is not run")
 
 
 def patchify(image: jax.Array, patch_size: int) -> jax.Array:

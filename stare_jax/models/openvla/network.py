@@ -9,14 +9,14 @@ token, which predicts the first action token and carries the value, stands at th
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stare_jax.config import check_at_least, check_choices
-from stare_jax.models.bins import NUM_BINS
+from stare_jax.config import Count, Interval, Natural, NonNegative, Pattern, check_fields
+from stare_jax.models.bins import NUM_BINS, Greedy
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.heads import ValueHead
 from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, gelu
@@ -24,6 +24,7 @@ from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.vit import ConvStem, ViT, ViTConfig, stem_stride
 from stare_jax.models.preprocess import Resize, crop_center, normalize_image, resize_image
+from stare_jax.models.tokenizer import check_template
 from stare_jax.types import PyTree
 
 Pixels = tuple[jax.Array, jax.Array]
@@ -39,39 +40,42 @@ class OpenVLAConfig:
     dino: ViTConfig | None
     """None, like `siglip`, where `state_tokens` replace the towers."""
     siglip: ViTConfig | None
-    projector_dim: int
+    projector_dim: Natural
     """width of the projector's first hidden layer."""
     llm: LlamaConfig
-    action_vocab_end: int
+    action_vocab_end: Count
     """action bin `b` is token `action_vocab_end - 1 - b`."""
     tokenizer: str
     """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
     prompt_template: str
     """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt. With
     `state_tokens` it may be empty: a policy of a single task then sees the state alone."""
-    prompt_length: int
+    prompt_length: Annotated[int, Interval(3)]
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
     """name of the camera whose image the policy sees."""
-    image_size: int = 224
+    image_size: Natural = 224
     """side of the square image, in pixels."""
     resize: Resize = "bicubic"
     """resizer of images of another size, see `models/preprocess.py`."""
-    center_crop: float = 1.0
+    center_crop: Annotated[float, Interval(0, 1, has_low=False)] = 1.0
     """share of the image's area, around its middle, that is enlarged to the whole; 1 crops nothing, 0.9 is for
     checkpoints that were trained on random crops."""
-    stem: tuple[int, ...] = ()
+    stem: tuple[Count, ...] = ()
     """channels of a convolutional stem that both towers read instead of the image; empty has none."""
-    state_tokens: int = 0
+    state_tokens: Natural = 0
     """number of tokens into which the state is embedded in place of images; 0 uses images."""
-    action_dim: int = 7
-    state_dim: int = 0
+    action_dim: Annotated[int, Interval(2)] = 7
+    state_dim: Natural = 0
     """numbers of the state; 0 where the policy reads none."""
-    label_width: float = 0.0
+    label_width: NonNegative = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
     restrict_logits: bool = False
     """True normalises the imitation loss over the action tokens alone, as sampling does; False over all tokens."""
-    value_dims: tuple[int, ...] = (512, 128)
+    greedy: Greedy = "mode"
+    """decision at temperature 0, see `models.bins.Greedy`; the bin that holds it is the token that the next one sees.
+    OpenVLA is published with "mode"."""
+    value_dims: tuple[Count, ...] = (512, 128)
     critic: Literal["shared", "detached", "own", "state"] = "shared"
     """input of the value head: "shared", the decoder's last hidden state of the prompt; "detached", the same without a
     gradient; "own", features of a stem of its own, or the state where there are no images; "state", the state, also
@@ -79,10 +83,10 @@ class OpenVLAConfig:
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
     """adapters; with them only they and the value head are trained."""
-    frozen_patterns: tuple[str, ...] = ()
+    frozen_patterns: tuple[Pattern, ...] = ()
     """regexes of parameters that no phase trains, in addition to those that adapters freeze; frozen parameters have the
     type `execution.dtype`, trained ones `execution.param_dtype`."""
-    decode_unroll: int = 1
+    decode_unroll: Count = 1
     """action tokens per iteration of the decoding loop."""
     unstack_layers: bool = False
     """True copies each decoder layer's weights out of their stack before sampling (`llama.unstack`): on GPUs a token
@@ -93,26 +97,21 @@ class OpenVLAConfig:
         return () if self.state_tokens else (self.camera,)
 
     def __post_init__(self):
+        check_fields(self)
         if self.state_tokens:
             self._check_state_only()
         else:
             self._check_towers()
-        check_choices(self)
-        if not 0 < self.center_crop <= 1:
-            raise ValueError(f"center_crop: got {self.center_crop}, expected in (0, 1]")
         if not NUM_BINS < self.action_vocab_end <= self.llm.vocab_size:
             expected = f"more than {NUM_BINS}, at most vocab_size {self.llm.vocab_size}"
             raise ValueError(f"action_vocab_end: got {self.action_vocab_end}, expected {expected}")
+        check_template(self.prompt_template)
         if "{instruction}" not in self.prompt_template and not (self.state_tokens and not self.prompt_template):
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
         if "{state}" in self.prompt_template and not self.state_dim:
             raise ValueError(
                 f"state_dim: got 0, expected > 0 for {{state}} in prompt_template {self.prompt_template!r}"
             )
-        check_at_least(self, 3, "prompt_length")
-        check_at_least(self, 2, "action_dim")
-        check_at_least(self, 1, "decode_unroll")
-        check_at_least(self, 0, "label_width", "state_dim", "state_tokens")
 
     def _check_towers(self):
         for name in ("dino", "siglip"):

@@ -18,10 +18,10 @@ from stare_jax.models.bins import (
     NUM_BINS,
     ZERO_BIN,
     bin_coordinate,
+    choose_bins,
     decode_bins,
     encode_bins,
     kl_of_bins,
-    sample_bins,
     score_bins,
 )
 from stare_jax.models.nn.llama import unstack
@@ -107,7 +107,12 @@ def _sample(
     *,
     temperature: Array | float = 1.0,
 ) -> Decision:
-    """Runs the prompt once, then one token at a time against its keys and values."""
+    """Runs the prompt once, then one token at a time against its keys and values.
+
+    A token is fed to the next as the bin that holds what is executed, also where that is a mean: later numbers of an
+    action follow from the earlier ones as the robot will see them, and `log_prob` scores the executed action, exactly
+    or to half a bin.
+    """
     is_decided = _is_decided(norm_stats)
     num_later = len(is_decided) - 1
     keys = jax.random.split(key, network.config.action_dim)
@@ -117,26 +122,28 @@ def _sample(
 
     def choose(hidden, key, is_decided):
         logits = _apply(network, params, hidden, method="action_logits")
-        return jnp.where(is_decided, sample_bins(key, logits, temperature), ZERO_BIN), logits
+        bins, unit_action = choose_bins(key, logits, temperature, greedy=network.config.greedy)
+        return jnp.where(is_decided, bins, ZERO_BIN), unit_action, logits
 
     def decode_next(carry, inputs):
         bins, suffix = carry
         index, key, is_decided = inputs
         decoded = bins, cache._replace(suffix=suffix), mask, index, layers
         hidden, (_, suffix) = _apply(network, params, *decoded, method="decode")
-        bins, logits = choose(hidden, key, is_decided)
-        return (bins, suffix), (bins, logits)
+        bins, unit_action, logits = choose(hidden, key, is_decided)
+        return (bins, suffix), (bins, unit_action, logits)
 
-    first_bins, first_logits = choose(hidden, keys[0], is_decided[0])
+    first = choose(hidden, keys[0], is_decided[0])
     inputs = (jnp.arange(num_later), keys[1 : num_later + 1], is_decided[1:])
     unroll = max(min(network.config.decode_unroll, num_later), 1)
-    _, (later_bins, later_logits) = jax.lax.scan(decode_next, (first_bins, cache.suffix), inputs, unroll=unroll)
-    bins = jnp.concatenate([first_bins[None], later_bins]).T
-    logits = jnp.concatenate([first_logits[None], later_logits]).swapaxes(0, 1)
+    _, later = jax.lax.scan(decode_next, (first[0], cache.suffix), inputs, unroll=unroll)
+    joined = (jnp.concatenate([x[None], xs]) for x, xs in zip(first, later, strict=True))
+    bins, unit_action, logits = (x.swapaxes(0, 1) for x in joined)
     logp, _ = score_bins(logits, bins, temperature, is_decided)
-    num_undecided = network.config.action_dim - len(is_decided)
-    bins = jnp.pad(bins, [(0, 0), (0, num_undecided)], constant_values=ZERO_BIN)
-    action = unnormalize_action(decode_bins(bins), norm_stats)
+    # Dimensions that are not decided have the data's own number, whatever stands in their place.
+    undecided = [(0, 0), (0, network.config.action_dim - len(is_decided))]
+    bins = jnp.pad(bins, undecided, constant_values=ZERO_BIN)
+    action = unnormalize_action(jnp.pad(unit_action, undecided), norm_stats)
     value = _apply(network, params, hidden, prompt[0], _state(norm_stats, observation), method="value")
     return Decision(action, {"bins": bins}, logp, value)
 

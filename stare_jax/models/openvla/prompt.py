@@ -9,6 +9,7 @@ import numpy as np
 
 from stare_jax.models.bins import NUM_BINS, bin_state
 from stare_jax.models.normalize import normalize_state, scale_state
+from stare_jax.models.observation import check_finite, check_observation
 from stare_jax.models.openvla.network import OpenVLAConfig, SceneInput, preprocess
 from stare_jax.models.tokenizer import Tokenizer, make_tokenizer
 from stare_jax.types import NormStats, Observation
@@ -23,18 +24,14 @@ def read_observation(
     """Returns the network's scene, token ids int32 `[B, L]` and their mask.
 
     Raises:
-        ValueError: the observation has no prompt, or no image of the configuration's camera.
+        ObservationError: it is not an observation of the configuration's, see `check_observation`.
     """
-    tokens = jnp.asarray(observation.tokens)
-    if tokens.shape[-1] < 2:
-        raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
+    check_observation(observation, observation_shape(config, 1))
     if config.state_tokens:
         scene = scale_state(jnp.asarray(observation.state), norm_stats)
     else:
-        if config.camera not in observation.images:
-            raise ValueError(f"camera: got images of {sorted(observation.images)}, expected {config.camera!r}")
         scene = preprocess(jnp.asarray(observation.images[config.camera]), config)
-    return scene, tokens, jnp.asarray(observation.token_mask)
+    return scene, jnp.asarray(observation.tokens), jnp.asarray(observation.token_mask)
 
 
 def format_prompt(template: str, instruction: str, state_bins: Sequence[int]) -> str:
@@ -104,6 +101,7 @@ def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
         return encode_prompt(tokenizer(), prompt, length=config.prompt_length)
 
     def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        check_finite(state)
         if "{state}" in config.prompt_template:
             state_bins = bin_state(normalize_state(np.asarray(state, np.float32), norm_stats))
         else:

@@ -8,13 +8,13 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stare_jax.config import check_at_least, check_choices
+from stare_jax.config import Count, Interval, Natural, Pattern, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
 from stare_jax.models.nn.heads import NoiseHead, ValueHead
@@ -22,6 +22,7 @@ from stare_jax.models.nn.linear import Execution, Linear, constrain_batch
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
+from stare_jax.models.tokenizer import check_template
 
 SceneInput = tuple[jax.Array, ...] | jax.Array
 """Input of the network besides text: images float32 `[B, H, W, 3]` in [-1, 1], or the scaled state float32 `[B, S]`."""
@@ -40,42 +41,42 @@ class Pi05Config:
     """vision tower; None where `state_tokens` replace the images."""
     paligemma: GemmaConfig
     expert: GemmaConfig
-    vocab_size: int
+    vocab_size: Count
     tokenizer: str
     """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
     prompt_template: str
     """with `{instruction}`, and `{state}` where the binned state is part of the prompt."""
-    prompt_length: int
+    prompt_length: Annotated[int, Interval(2)]
     """tokens of the padded prompt."""
-    window: int
+    window: Count
     """H, actions that one decision predicts."""
-    chunk: int
+    chunk: Count
     """C, actions of the window that are executed before the next decision."""
-    model_action_dim: int = 32
+    model_action_dim: Count = 32
     """numbers of an action in the network, of which the robot's are the first; 32 in all published weights."""
-    action_dim: int = 7
+    action_dim: Count = 7
     """A, numbers of the robot's action."""
-    state_dim: int = 0
+    state_dim: Natural = 0
     """S, numbers of the robot's state; 0 where the policy reads none."""
     cameras: tuple[str, ...] = ("3rd_view_camera",)
     """names of the cameras, in the order of base, left wrist, right wrist. A camera that the robot does not have is
     left out of the list. openpi masks its image instead, which gives the same numbers: no token sees a masked image,
     and it takes no position. Every camera in the list has to be in the observation."""
-    image_size: int = 224
+    image_size: Natural = 224
     """side of the square image, in pixels; images of another size are resized to fit and padded with black."""
-    stem: tuple[int, ...] = ()
+    stem: tuple[Count, ...] = ()
     """channels of a convolutional stem that the tower reads instead of the image; empty has none."""
-    state_tokens: int = 0
+    state_tokens: Natural = 0
     """number of tokens into which the state is embedded in place of images; 0 uses images."""
-    num_denoising_steps: int = 10
+    num_denoising_steps: Count = 10
     """N, steps from noise to actions."""
     noise: Literal["ode", "sde", "learned"] = "sde"
     """randomness of sampling besides the noise at the start, at temperatures above 0: "sde" makes one step of each row
     random (Flow-SDE), "learned" all steps, with deviations from a head (Flow-Noise), "ode" none, so that decisions have
     no log-probability and PPO is not possible."""
-    noise_level: float = 0.5
+    noise_level: Positive = 0.5
     """a of Flow-SDE."""
-    noise_std: tuple[float, float] = (0.08, 0.16)
+    noise_std: tuple[Positive, Positive] = (0.08, 0.16)
     """least and largest deviation of Flow-Noise."""
     preference: Literal["flow", "chain"] = "flow"
     """score of actions in preference learning: "flow" is the error of the velocity at noises and times that policy,
@@ -83,18 +84,19 @@ class Pi05Config:
     pad_actions: bool = True
     """True teaches the policy to repeat an episode's last action beyond its end, as openpi does; False leaves actions
     beyond the end out of the loss."""
-    value_dims: tuple[int, ...] = (1024, 512, 256)
+    value_dims: tuple[Count, ...] = (1024, 512, 256)
     critic: Literal["shared", "detached", "state"] = "shared"
     """input of the value head: "shared", the mean of PaliGemma's valid tokens; "detached", the same without a gradient;
     "state", the state, also where the policy does not see it (an asymmetric critic, arXiv:1710.06542)."""
     execution: Execution = Execution()
     lora: LoRAConfig | None = None
     """adapters of both language models, trained in place of their layers; `presets.LORA` is openpi's recipe."""
-    frozen_patterns: tuple[str, ...] = ()
+    frozen_patterns: tuple[Pattern, ...] = ()
     """regexes of parameters that no phase trains, in addition to those that adapters freeze; frozen parameters have
     the type `execution.dtype`, trained ones `execution.param_dtype`. `presets.PALIGEMMA` freezes all but the expert."""
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             got, expected = getattr(self.expert, name), getattr(self.paligemma, name)
             if got != expected:
@@ -102,24 +104,19 @@ class Pi05Config:
         self._check_scene()
         if self.execution.attention != "xla":
             raise ValueError(f"execution.attention: got {self.execution.attention!r}, expected 'xla' for pi0.5")
-        check_choices(self)
         if self.preference == "chain" and self.noise != "learned":
             raise ValueError(f"preference: got 'chain', expected 'flow' with noise {self.noise!r}")
+        check_template(self.prompt_template)
         if "{instruction}" not in self.prompt_template:
             raise ValueError(f"prompt_template: got {self.prompt_template!r}, expected {{instruction}} in it")
         if not self.state_dim and ("{state}" in self.prompt_template or self.critic == "state" or self.state_tokens):
             raise ValueError("state_dim: got 0, expected > 0 for a prompt, a critic or tokens that show the state")
-        check_at_least(self, 2, "prompt_length")
-        check_at_least(self, 1, "window", "num_denoising_steps", "action_dim")
-        check_at_least(self, 0, "state_dim", "state_tokens")
-        if not 1 <= self.chunk <= self.window:
+        if self.chunk > self.window:
             raise ValueError(f"chunk: got {self.chunk}, expected in [1, {self.window}], the window")
         if self.model_action_dim < self.action_dim:
             raise ValueError(f"model_action_dim: got {self.model_action_dim}, expected >= {self.action_dim}")
-        if not self.noise_level > 0:
-            raise ValueError(f"noise_level: got {self.noise_level}, expected > 0")
-        if not 0 < self.noise_std[0] <= self.noise_std[1]:
-            raise ValueError(f"noise_std: got {self.noise_std}, expected two numbers > 0, the smaller first")
+        if self.noise_std[0] > self.noise_std[1]:
+            raise ValueError(f"noise_std: got {self.noise_std}, expected the smaller first")
 
     def _check_scene(self):
         if self.state_tokens:

@@ -9,6 +9,7 @@ import numpy as np
 
 from stare_jax.models.bins import bin_state
 from stare_jax.models.normalize import scale_state, to_quantiles
+from stare_jax.models.observation import check_finite, check_observation
 from stare_jax.models.pi05.network import Pi05Config, SceneInput
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import Tokenizer, make_tokenizer
@@ -25,19 +26,15 @@ def read_observation(
     """Returns the network's scene, token ids int32 `[B, L]` and their mask.
 
     Raises:
-        ValueError: the observation has no prompt, or not the cameras of the configuration.
+        ObservationError: it is not an observation of the configuration's, see `check_observation`.
     """
-    tokens = jnp.asarray(observation.tokens)
-    if tokens.shape[-1] < 1:
-        raise ValueError(f"observation.tokens: got shape {tokens.shape}, expected a prompt; see models.with_prompt")
+    check_observation(observation, observation_shape(config, 1))
     if config.state_tokens:
         scene = scale_state(jnp.asarray(observation.state), norm_stats)
     else:
-        if missing := [name for name in config.cameras if name not in observation.images]:
-            raise ValueError(f"cameras: got images of {sorted(observation.images)}, expected {missing} as well")
         images = (resize_with_pad(jnp.asarray(observation.images[name]), config.image_size) for name in config.cameras)
         scene = tuple(image / 255.0 * 2.0 - 1.0 for image in images)
-    return scene, tokens, jnp.asarray(observation.token_mask)
+    return scene, jnp.asarray(observation.tokens), jnp.asarray(observation.token_mask)
 
 
 def clean(instruction: str) -> str:
@@ -82,6 +79,7 @@ def make_tokenize(config: Pi05Config, norm_stats: NormStats) -> Callable:
         return tokens, mask
 
     def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        check_finite(state)
         bins = [()] * len(instructions)
         if "{state}" in config.prompt_template:
             bins = bin_state(to_quantiles(np.asarray(state, np.float32), norm_stats.state_q01, norm_stats.state_q99))
