@@ -27,6 +27,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import Actor, collect_pairs, expert_actor, policy_actor
 from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
+from stare_jax.documents import DocumentError
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, make_expert, make_vec_env
 from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.logging import Clock, Interruption, print_table, say
@@ -314,7 +315,7 @@ def collect_all(arguments: argparse.Namespace, should_stop: Callable[[], bool]) 
         of_task = argparse.Namespace(**vars(arguments) | {"task": env_id, "out": arguments.out / env_id})
         try:
             collect_task(of_task, should_stop)
-        except (DatasetError, SimulatorError) as error:
+        except (DatasetError, DocumentError, SimulatorError) as error:
             print(f"error: {env_id}: {error}", file=sys.stderr)
             failed.append(env_id)
     if failed:

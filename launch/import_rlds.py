@@ -12,7 +12,6 @@ there. `--config.demos_from=OUT --config.demos_of=NAME` trains on it, see config
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
@@ -25,6 +24,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout, recorded_layout
 from stare_jax.data.rlds_source import RldsSource, open_source
 from stare_jax.data.summary import contact_sheet, summarize_import
+from stare_jax.documents import read_json
 from stare_jax.logging import Interruption, print_table, say
 
 DEFAULT, INSTRUCTION = ImportConfig(), "language_instruction"
@@ -101,7 +101,7 @@ def choose_layout(arguments: argparse.Namespace, source: RldsSource, name: str) 
 def report(dataset: Dataset) -> None:
     """Prints what the data set is, and draws some of its episodes."""
     manifest = dataset.manifest
-    statistics = json.loads((dataset.directory / NORM_STATS_FILE).read_text())[manifest.env_id]["action"]
+    statistics = read_json(dataset.directory / NORM_STATS_FILE)[manifest.env_id]["action"]
     print_table([str(dataset.directory), ""], summarize_import(dataset))
     print()
     columns = [[f"{value:.4f}" for value in statistics[name]] for name in STATISTICS]

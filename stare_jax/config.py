@@ -253,11 +253,11 @@ def _convert_number(hint: type, interval: Interval, value: Any, path: str) -> in
     is_below = value <= interval.high if interval.has_high else value < interval.high
     if not (is_finite and is_above and is_below):
         kind = "" if is_finite else "a finite number "
-        raise ConfigError(f"{path}: got {value}, expected {kind}{_in_words(interval)}".rstrip())
+        raise ConfigError(f"{path}: got {value}, expected {kind}{interval_in_words(interval)}".rstrip())
     return value
 
 
-def _in_words(interval: Interval) -> str:
+def interval_in_words(interval: Interval) -> str:
     """Returns `>= 0`, or `in (0, 1]`; an empty text where any finite number will do."""
     low, high = interval.low, interval.high
     if math.isfinite(low) and math.isfinite(high):

@@ -119,7 +119,8 @@ class NormStats(NamedTuple):
     """float32 `[A]`, and likewise below."""
     action_q99: Array
     action_mask: Array
-    """bool `[A]`: False where the dimension passes through unnormalised."""
+    """bool `[A]`: False where the dimension passes through unnormalised, its bins between -1 and 1; pi0.5, as openpi,
+    scales such a dimension by its quantiles, too. q01 and q99 are its minimum and maximum."""
     state_q01: Array
     """float32 `[S]`."""
     state_q99: Array

@@ -25,7 +25,7 @@ ALLOWED = {
     "config": (),
     "documents": ("types", "config"),
     "sharding": ("types", "config"),
-    "logging": ("types", "config"),
+    "logging": ("types", "config", "documents"),
     "stages": ("types", "config"),
     "losses": ("types",),
     "envs": (*GROUND, "stages"),

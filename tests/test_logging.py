@@ -13,6 +13,7 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from stare_jax.config import UserError
 from stare_jax.logging import (
     METRICS_FILE,
     Clock,
@@ -57,6 +58,22 @@ def test_writer_writes_one_object_a_call(tmp_path):
     assert lines[0]["sft/loss"] == 0.5 and lines[0]["sft/grad_norm"] == 2.0 and lines[0]["wall_time"] > 0
     assert lines[1]["sft/loss"] is None  # JSON has no infinity
     assert math.isnan(read_metrics(tmp_path)[1]["sft/loss"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number or null"),
+        ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number or null"),
+        ('{"step": -1, "phase": "sft"}', "step: got -1, expected a whole number >= 0"),
+        ('{"phase": "sft", "a/b": 1}', "step: got nothing, expected a whole number >= 0"),
+        ('{"step": 1, "phase": 1}', "phase: got 1, expected text"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n")
+    with pytest.raises(UserError, match=f"metrics.jsonl: line 2: {message}"):
+        read_metrics(tmp_path)
 
 
 def test_writer_keeps_earlier_lines_when_opened_again(tmp_path):

@@ -17,10 +17,11 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.config import Count, Interval, Positive, Seed, check_fields
+from stare_jax.config import Count, Interval, Natural, Positive, Seed, check_fields
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
+from stare_jax.documents import read_record
 from stare_jax.logging import replace_text
 from stare_jax.stages import TaskSpec, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
@@ -71,10 +72,16 @@ class Outcome(NamedTuple):
 class Pair(NamedTuple):
     """Indices of two episodes of a data set, the first preferred."""
 
-    chosen: int
-    rejected: int
+    chosen: Natural
+    rejected: Natural
     kind: str
     """One of `KINDS`."""
+
+
+class _PairsFile(NamedTuple):
+    """The content of `pairs.json`."""
+
+    pairs: tuple[Pair, ...]
 
 
 def make_pairs(
@@ -175,15 +182,13 @@ def read_pairs(directory: str | os.PathLike) -> list[Pair]:
     """Reads `pairs.json`.
 
     Raises:
-        DatasetError: there is none, or it is not one.
+        DatasetError: there is none.
+        DocumentError: it is damaged.
     """
     path = Path(directory) / PAIRS_FILE
-    try:
-        return [Pair(**pair) for pair in json.loads(path.read_text())["pairs"]]
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path} is missing: the rollouts have not been paired yet") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} cannot be read: {error!r}") from error
+    if not path.exists():
+        raise DatasetError(f"{path} is missing: the rollouts have not been paired yet")
+    return list(read_record(_PairsFile, path).pairs)
 
 
 def count_kinds(pairs: Sequence[Pair]) -> dict[str, int]:

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.config import UserError
+from stare_jax.config import Natural, NonNegative, UserError
+from stare_jax.documents import DocumentError, check_record, read_json
 from stare_jax.logging import replace_text
 
 FORMAT = "stare_jax/dataset"
@@ -40,8 +41,8 @@ class ShardFile(NamedTuple):
     """One file of a shard."""
 
     name: str
-    num_records: int
-    num_bytes: int
+    num_records: Natural
+    num_bytes: Natural
     sha256: str
 
 
@@ -60,14 +61,14 @@ class Episode(NamedTuple):
     instruction: str
     source: str
     """Name of the actor, "expert" or a checkpoint; or the data set that the episode is from."""
-    noise_scale: float
+    noise_scale: NonNegative
     """Standard deviation of the noise in the executed actions, a fraction of their range. Demonstrations store the
     actions without it (`data.demos`), rollouts those with it (`data.rollouts`)."""
     success: bool | None
     """None where success was not measured."""
-    length: int
+    length: Natural
     """Number of actions; an episode has `length` + 1 frames."""
-    attempt: int | None = None
+    attempt: Natural | None = None
     """Number of the episode among all that were tried, from 0, kept or not: its noise, and the actions that a policy
     samples in it, follow from this number. None where attempts were not counted."""
 
@@ -86,7 +87,7 @@ class Manifest(NamedTuple):
     packages: dict[str, str | None]
     progress: dict[str, Any]
     """Progress of the collection, from which it is continued."""
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[Natural]]
     """Shapes of an observation's and an action's leaves, `image/<camera>`, `state`, `tokens`, `action`, and, where a
     policy acted, those of a decision's trace, `decision/<field>`."""
     shards: tuple[Shard, ...]
@@ -98,25 +99,21 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
     Raises:
         DatasetError: there is none, or it is not one that this version reads.
+        DocumentError: it is damaged.
     """
     path = Path(directory) / MANIFEST_FILE
     if not path.exists():
         raise DatasetError(f"{directory} is not a data set: it has no {MANIFEST_FILE}")
-    try:
-        content = json.loads(path.read_text())
-        found = (content["format"], content["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} cannot be read: {error!r}") from error
+    content = read_json(path)
+    found = (content.get("format"), content.get("format_version"))
     if found[0] != FORMAT or found[1] not in READ_VERSIONS:
         raise DatasetError(f"{path}: got format {found[0]} {found[1]}, expected {FORMAT} in {READ_VERSIONS}")
-    try:
-        values = {name: content[name] for name in Manifest._fields}
-        shards = tuple(Shard(**{k: ShardFile(**file) for k, file in shard.items()}) for shard in values["shards"])
-        episodes = tuple(Episode(**episode) for episode in values["episodes"])
-    except (KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: wrong or missing field: {error}") from error
-    shapes = {name: shape for name, shape in values["shapes"].items() if name != "action_tokens"}
-    return Manifest(**values | {"shapes": shapes, "shards": shards, "episodes": episodes})
+    manifest = check_record(Manifest, content, str(path))
+    num_records = sum(shard.episodes.num_records for shard in manifest.shards)
+    if num_records != len(manifest.episodes):
+        got = f"got {len(manifest.episodes)} rows, expected {num_records}, as many as the shards hold"
+        raise DocumentError(f"{path}: episodes: {got}")
+    return manifest._replace(shapes={name: x for name, x in manifest.shapes.items() if name != "action_tokens"})
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:

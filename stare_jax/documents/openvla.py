@@ -8,13 +8,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from stare_jax.config import Interval, Natural, Positive
 from stare_jax.documents.reader import (
-    Count,
     DocumentError,
     Length,
     Numbers,
-    Positive,
-    Range,
     Size,
     check_record,
     one_value,
@@ -28,7 +26,7 @@ FloatType = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES = ("torch_dtype", "dtype")
 """names of the type of the weights in config.json, the second since version 4.56 of transformers"""
 Off = Literal[False] | None
-_One = Annotated[float, Range(1, 1)] | None
+_One = Annotated[float, Interval(1, 1)] | None
 _OTHER_PART = re.compile(r"\w+--\w+_checkpoint\.pt|(action_head|proprio_projector|noisy_action_projector)\b.*")
 """names of files that OpenVLA-OFT and its relatives save beside the weights"""
 _OTHER_CODE = re.compile(r"\b(NUM_ACTIONS_CHUNK|proprio_projector|action_head)\b")
@@ -50,7 +48,7 @@ class Text(NamedTuple):
     model_type: Literal["llama"] = "llama"
     vocab_size: Size = 32064
     hidden_size: Size = 4096
-    num_hidden_layers: Annotated[int, Range(1, 1000)] = 32
+    num_hidden_layers: Annotated[int, Interval(1, 1000)] = 32
     num_attention_heads: Size = 32
     num_key_value_heads: Size | None = None
     intermediate_size: Size = 11008
@@ -74,7 +72,7 @@ class Tower(NamedTuple):
     """Sizes of a vision tower that its timm id does not say, in small checkpoints for tests."""
 
     embed_dim: Size | None = None
-    depth: Annotated[int, Range(2, 1000)] | None = None
+    depth: Annotated[int, Interval(2, 1000)] | None = None
     num_heads: Size | None = None
     mlp_ratio: Positive | None = None
 
@@ -85,7 +83,7 @@ class Description(NamedTuple):
     timm_model_ids: tuple[Literal["vit_large_patch14_reg4_dinov2.lvd142m"], Literal["vit_so400m_patch14_siglip_224"]]
     text_config: Text
     image_sizes: tuple[Size, Size]
-    pad_to_multiple_of: Count
+    pad_to_multiple_of: Natural
     model_type: Literal["openvla"] | None = None
     arch_specifier: Literal["no-align+fused-gelu-mlp"] | None = None
     llm_backbone_id: Literal["llama2-7b-pure", "llama2-13b-pure"] | None = None
@@ -125,7 +123,7 @@ class Crop(NamedTuple):
 
 
 _Means = Annotated[Numbers, Length(3, 3)]
-_Deviations = Annotated[Numbers, Length(3, 3), Range(0, is_open=True)]
+_Deviations = Annotated[Numbers, Length(3, 3), Interval(0, has_low=False)]
 
 
 class Colours(NamedTuple):

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from stare_jax.config import Positive
 from stare_jax.documents.openvla import refuse_other_policies
-from stare_jax.documents.reader import Positive, Size, check_record, raise_problems, read_json, show
+from stare_jax.documents.reader import Size, check_record, raise_problems, read_json, show
 
 _WITHOUT_EFFECT = {
     *("target_modules", "exclude_modules", "lora_dropout", "base_model_name_or_path", "revision", "auto_mapping"),

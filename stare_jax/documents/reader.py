@@ -5,10 +5,10 @@ fits `X | None` alone. Annotations are
 
     int, float, bool, str      of JSON's type exactly; a float is finite in float32, and may be written as an integer
     Literal[...], None         one of these values, of the same type
-    tuple[X, ...], tuple[X, Y] a list
+    tuple[X, ...], tuple[X, Y] a list; `list[X]` likewise, which stays a list
     dict[str, X]               an object whose names are not known
     another record, X | Y, Any
-    Annotated[X, Range(...)]   numbers within bounds; with `Length(...)`, a list of as many items
+    Annotated[X, Interval(..)] numbers within bounds; with `Length(...)`, a list of as many items
 """
 
 import functools
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, Interval, interval_in_words
 
 MAX_FLOAT = 3.4028234663852886e38
 """largest float32"""
@@ -34,20 +34,6 @@ class DocumentError(ConfigError):
     """JSON that is not what it has to be; the message names file, field, got and expected."""
 
 
-class Range(NamedTuple):
-    """Bounds of a number."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    is_open: bool = False
-    """True excludes the lower bound"""
-
-    def __str__(self) -> str:
-        sign = ">" if self.is_open else ">="
-        low, high = (int(x) if abs(x) < math.inf and x == int(x) else x for x in self[:2])
-        return f"{sign} {low}" if high == math.inf else f"in [{low}, {high}]"
-
-
 class Length(NamedTuple):
     """Bounds of the number of items in a list."""
 
@@ -58,10 +44,8 @@ class Length(NamedTuple):
         return f"{self.low}" if self.low == self.high else f"at least {self.low}"
 
 
-Size = Annotated[int, Range(1, 10**7)]
+Size = Annotated[int, Interval(1, 10**7)]
 """a size of an array; larger ones could only be damaged"""
-Count = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, is_open=True)]
 Numbers = tuple[float, ...]
 
 
@@ -174,7 +158,7 @@ class _Reading(NamedTuple):
             return self._union(hint, value, path)
         if _is_record(hint):
             result = self._record(hint, value, path)
-        elif origin is tuple:
+        elif origin in (tuple, list):
             result = self._list(hint, limits, value, path)
         elif origin is dict and isinstance(value, dict):
             item = typing.get_args(hint)[1]
@@ -183,7 +167,7 @@ class _Reading(NamedTuple):
             result = float(value) if hint is float else value
         else:
             return self._refuse(hint, limits, value, path)
-        bounds = [limit for limit in limits if isinstance(limit, Range)]
+        bounds = [limit for limit in limits if isinstance(limit, Interval)]
         if len(self.problems) == before and not all(_within(result, bound) for bound in bounds):
             self._refuse(hint, limits, value, path)
         return result
@@ -223,8 +207,8 @@ class _Reading(NamedTuple):
     def _list(self, hint: Any, limits: Sequence[Any], value: Any, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             return self._refuse(hint, limits, value, path)
-        kinds = typing.get_args(hint)
-        is_any_length = len(kinds) == 2 and kinds[1] is Ellipsis
+        kinds, is_list = typing.get_args(hint), typing.get_origin(hint) is list
+        is_any_length = is_list or kinds[1:] == (Ellipsis,)
         lengths = [limit for limit in limits if isinstance(limit, Length)]
         lengths += [] if is_any_length else [Length(len(kinds), len(kinds))]
         for length in lengths:
@@ -237,7 +221,7 @@ class _Reading(NamedTuple):
             items.append(self.convert(kinds[i], item, f"{path}[{i}]"))
             if len(self.problems) > before:  # of a list that is wrong throughout, one item is enough
                 break
-        return tuple(items)
+        return items if is_list else tuple(items)
 
 
 @functools.cache
@@ -266,9 +250,11 @@ def _fits(hint: Any, origin: Any, value: Any) -> bool:
     return type(value) is (type(None) if hint is None else hint)
 
 
-def _within(value: Any, bound: Range) -> bool:
+def _within(value: Any, bound: Interval) -> bool:
+    """Returns whether a number, or every number of a list, is in an interval."""
     values = value if isinstance(value, tuple) else (value,)
-    return all((bound.low < x if bound.is_open else bound.low <= x) and x <= bound.high for x in values)
+    is_above = all(bound.low <= x if bound.has_low else bound.low < x for x in values)
+    return is_above and all(x <= bound.high if bound.has_high else x < bound.high for x in values)
 
 
 def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
@@ -280,9 +266,9 @@ def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
         return " or ".join(map(_describe, kinds))
     if origin is Literal:
         return " or ".join("null" if value is None else repr(value) for value in kinds)
-    if origin is tuple:
+    if origin in (tuple, list):
         lengths = [limit for limit in limits if isinstance(limit, Length)]
-        lengths += [] if kinds[1:] == (Ellipsis,) else [Length(len(kinds), len(kinds))]
+        lengths += [] if origin is list or kinds[1:] == (Ellipsis,) else [Length(len(kinds), len(kinds))]
         words = f"a list of {' and '.join(map(str, lengths))} items" if lengths else "a list"
         words = f"{words}, each {_describe(kinds[0])}"
     elif _is_record(hint):
@@ -291,7 +277,7 @@ def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
         words = "an object"
     else:
         words = _NAMES.get(type(None) if hint is None else hint, "a value")
-    return " ".join([words, *(str(limit) for limit in limits if isinstance(limit, Range))])
+    return " ".join([words, *(interval_in_words(limit) for limit in limits if isinstance(limit, Interval))])
 
 
 def _join(path: str, name: str) -> str:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.config import check_name
+from stare_jax.config import Natural, check_name
+from stare_jax.documents import check_record, read_json
+from stare_jax.documents.reader import raise_problems
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.parts import delete_parts
 from stare_jax.evaluate.protocol import EvalInfo, Evaluation
@@ -30,6 +32,43 @@ class PhaseResult(NamedTuple):
     pictures, by paths relative to the run directory."""
 
 
+class _Rows(NamedTuple):
+    """`Episodes` as a file has them."""
+
+    seed: tuple[int, ...]
+    start: tuple[Natural, ...]
+    valid: tuple[bool, ...]
+    success_end: tuple[bool, ...]
+    success_once: tuple[bool, ...]
+    success_at: tuple[Natural, ...]
+    grasped: tuple[bool, ...]
+    contacted: tuple[bool, ...]
+    stage_reached: tuple[Natural, ...]
+    completed: tuple[tuple[bool, ...], ...]
+    entered_at: tuple[tuple[Natural, ...], ...]
+    stage_len: tuple[tuple[Natural, ...], ...]
+    start_hash: tuple[str, ...] = ()
+    """Missing in files of earlier versions."""
+
+
+class _Video(NamedTuple):
+    file: str
+    seed: int
+    outcome: str
+
+
+class _File(NamedTuple):
+    """The content of `eval/<name>.json`."""
+
+    info: EvalInfo
+    episodes: _Rows
+    settings: dict[str, Any] | None = None
+    videos: tuple[_Video, ...] = ()
+    timeline: str = ""
+    timeline_seed: int = 0
+    filmstrip: str = ""
+
+
 def evaluation_file(run_directory: str | Path, name: str) -> Path:
     """Returns the file of an evaluation: `eval/<name>.json`.
 
@@ -44,13 +83,9 @@ def set_aside_evaluation(run_directory: str | Path, name: str) -> None:
     run_directory, file = Path(run_directory), evaluation_file(run_directory, name)
     if not file.exists():
         return
-    document = json.loads(file.read_text())
-    media = [
-        *(video["file"] for video in document.get("videos", ())),
-        document.get("timeline"),
-        document.get("filmstrip"),
-    ]
-    folder = move_aside(run_directory, [file, *(run_directory / path for path in media if path)])
+    pictures = [f"{kind}_{name}{theme}.png" for kind in ("timeline", "filmstrip") for theme in ("", "_dark")]
+    films = [path for path in run_directory.glob(f"videos/{name}_*.mp4") if path.stem[len(name) + 1 :].isdigit()]
+    folder = move_aside(run_directory, [file, *films, *(run_directory / "figures" / picture for picture in pictures)])
     say(f"{file} is evaluated again; what was there is in {folder}")
 
 
@@ -100,19 +135,26 @@ def save_evaluation(
 
 
 def load_evaluation(file: str | Path) -> Evaluation:
-    """Reads a file of `save_evaluation`; fields that earlier versions did not keep are empty."""
-    return _evaluation_of(json.loads(Path(file).read_text()))
+    """Reads a file of `save_evaluation`; fields that earlier versions did not keep are empty.
+
+    Raises:
+        DocumentError: it is missing or damaged.
+    """
+    return _evaluation_of(read_json(Path(file)), file)
 
 
 def load_results(run_directory: str | Path) -> list[PhaseResult]:
-    """Returns the evaluations of a run directory in the order of the phases, others after them by name."""
+    """Returns the evaluations of a run directory in the order of the phases, others after them by name.
+
+    Raises:
+        DocumentError: one of them is damaged.
+    """
     results = []
     for file in Path(run_directory).glob("eval/*.json"):
-        try:
-            document = json.loads(file.read_text())
-        except FileNotFoundError:  # Its run has just begun the phase again.
+        document = read_json(file, optional=True)
+        if not document and not file.exists():  # Its run has just begun the phase again.
             continue
-        evaluation = _evaluation_of(document)
+        evaluation = _evaluation_of(document, file)
         results.append(PhaseResult(file.stem, evaluation, summarize(evaluation), document))
     ranks = {phase: rank for rank, phase in enumerate(PHASE_ORDER)}
     return sorted(results, key=lambda result: (ranks.get(result.phase, len(ranks)), result.phase))
@@ -141,11 +183,23 @@ def headline_results(results: Sequence[PhaseResult]) -> list[PhaseResult]:
     return [of_phase[phase] for phase in PHASE_ORDER if phase in of_phase] or list(results[-1:])
 
 
-def _evaluation_of(document: Mapping[str, Any]) -> Evaluation:
-    info = EvalInfo(**document["info"])
-    fields = {name: np.asarray(values) for name, values in document["episodes"].items()}
-    fields.setdefault("start_hash", np.full(len(fields["seed"]), ""))
-    return Evaluation(info._replace(stage_names=tuple(info.stage_names)), Episodes(**fields))
+def _evaluation_of(document: Mapping[str, Any], file: str | Path) -> Evaluation:
+    info, rows = check_record(_File, document, str(file))[:2]
+    size, num_stages, num_states = len(rows.seed), len(info.stage_names), info.horizon + 1
+    rows = rows._replace(start_hash=rows.start_hash or ("",) * size)
+    columns = {f"episodes.{name}": column for name, column in rows._asdict().items()}
+    problems = [
+        f"{name}: got {len(x)} items, expected {size}, as in seed" for name, x in columns.items() if len(x) != size
+    ]
+    for name in ("completed", "entered_at", "stage_len"):
+        wrong = [len(row) for row in getattr(rows, name) if len(row) != num_stages][:1]
+        problems += [f"episodes.{name}: got {got} items in a row, expected {num_stages}, the stages" for got in wrong]
+    bounds = {"start": size - 1, "stage_reached": num_stages - 1, "success_at": num_states}
+    for name, most in bounds.items():
+        wrong = [x for x, is_valid in zip(getattr(rows, name), rows.valid, strict=False) if is_valid and x > most][:1]
+        problems += [f"episodes.{name}: got {got}, expected at most {most}" for got in wrong]
+    raise_problems(str(file), problems)
+    return Evaluation(info, Episodes(**{name: np.asarray(column) for name, column in rows._asdict().items()}))
 
 
 def _plain(value: Any) -> Any:

@@ -8,13 +8,13 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from stare_jax.config import check_fields
+from stare_jax.config import Natural, check_fields
+from stare_jax.documents import check_record
 from stare_jax.logging.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
-_HEADER_KEYS = ("step", "phase", "wall_time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,14 @@ class LoggingConfig:
 
     def __post_init__(self):
         check_fields(self)
+
+
+class _Header(NamedTuple):
+    """The fields of a line besides metrics."""
+
+    step: Natural
+    phase: str
+    wall_time: float | None = None
 
 
 class Writer:
@@ -57,7 +65,7 @@ class Writer:
         if self._file is None:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        line = dict(zip(_HEADER_KEYS, (int(step), phase, time.time()), strict=True))
+        line = dict(zip(_Header._fields, (int(step), phase, time.time()), strict=True))
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -100,12 +108,31 @@ def make_writer(
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run directory's `metrics.jsonl` in order of writing, nulls as NaN; [] without a file."""
+    """Returns the lines of a run directory's `metrics.jsonl` in order of writing, nulls as NaN; [] without a file.
+
+    Lines that a killed process left torn are passed over.
+
+    Raises:
+        DocumentError: a whole line has no step or phase, or a metric that is no number.
+    """
     path = Path(directory) / METRICS_FILE
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines() if _is_json(line)]
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        if _is_json(text):
+            line = json.loads(text)
+            _check_line(line, f"{path}: line {number}")
+            lines.append(line)
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+
+
+def _check_line(line: dict[str, Any], place: str) -> None:
+    """Raises DocumentError where a line has no step or phase, or a metric that is neither a number nor null."""
+    check_record(_Header, line, place)
+    metrics = {name: value for name, value in line.items() if name not in _Header._fields}
+    if not all(type(value) in (int, float, type(None)) for value in metrics.values()):  # cheap: lines are many
+        check_record(dict[str, float | None], metrics, place)
 
 
 def last_lines(lines: Sequence[Mapping[str, Any]], phase: str) -> list[Mapping[str, Any]]:

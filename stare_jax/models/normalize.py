@@ -112,9 +112,9 @@ def from_quantiles(x: Array, low: Array, high: Array) -> Array:
 def action_range(action: Mapping[str, Sequence[float]], mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns `NormStats.action_q01` and `action_q99`, float32 `[A]`, of the statistics of a data set.
 
-    A dimension that is not normalised (mask False: the gripper) has its minimum and maximum there. They scale nothing;
-    they tell whether the dimension ever moves, which its quantiles do not where a gripper closes in one frame of two
-    hundred.
+    A dimension that is not normalised (mask False: the gripper) has its minimum and maximum there. They tell whether
+    the dimension ever moves, which its quantiles do not where a gripper closes in one frame of two hundred: where
+    equal quantiles are all that the file has, it is taken to move, between -1 and 1.
 
     Args:
         action: A numbers each of "q01", "q99" and, if the file has them, "min", "max".
@@ -122,6 +122,8 @@ def action_range(action: Mapping[str, Sequence[float]], mask: np.ndarray) -> tup
     """
     pairs = (("q01", "min"), ("q99", "max"))
     low, high = (np.where(mask, action[name], action.get(extreme, action[name])) for name, extreme in pairs)
+    is_unknown = ~mask & (low == high) & ("min" not in action or "max" not in action)
+    low, high = np.where(is_unknown, -1.0, low), np.where(is_unknown, 1.0, high)
     return low.astype(np.float32), high.astype(np.float32)
 
 

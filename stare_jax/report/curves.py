@@ -1,6 +1,5 @@
 """Learning curves of run directories: the lines that count, minutes, moving means, the moment a target is reached."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.config import UserError
+from stare_jax.documents import read_json
 from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
 
@@ -93,10 +93,7 @@ def read_run(label: str, directory: str | Path, phase: str) -> LearningCurve:
         raise CurveError(f"{label}: {directory}: got no {' and no '.join(missing)} in {phase}, expected both")
     series, by_clock = make_series(rows)
     config = read_config(directory)
-    try:
-        results = results_so_far(directory)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CurveError(f"{label}: {directory}/eval: expected files of evaluations, got: {error!r}") from error
+    results = results_so_far(directory)
     seed, task = str(config.get("seed", "–")), str(config.get("env", {}).get("env_id", "–"))
     return LearningCurve(
         label, directory.resolve().name, seed, task, series, by_clock, results.get(BEFORE), results.get(phase)
@@ -140,12 +137,8 @@ def results_so_far(directory: Path) -> dict[str, PhaseResult]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Returns the configuration of a run as JSON, {} where it cannot be read."""
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+    """Returns the configuration of a run as JSON, {} where there is none; raises DocumentError for a damaged one."""
+    return read_json(directory / "config.json", optional=True)
 
 
 def check_comparable(runs: Sequence[LearningCurve], metrics: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.config import ConfigError, to_dict
-from stare_jax.documents import read_json
+from stare_jax.documents import check_record, read_json
 from stare_jax.logging import move_aside, replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
@@ -218,16 +218,15 @@ def read_record(phase_directory: Path) -> Record:
         ConfigError: it was written by a version of this library whose runs cannot be gone on with.
     """
     file, types = phase_directory / _RECORD, typing.get_type_hints(RunConfig)
-    stored = _read(file)
+    stored = read_json(file)
     if set(stored) != set(Record._fields):
         raise ConfigError(
             f"{file}: was written by an earlier version; --workdir chooses another directory, and "
             f"--config.init_from={phase_directory} starts from these weights"
         )
-    sections = {
-        name: _plain(to_dict(of_this_version(types[name], section, file))) for name, section in stored["config"].items()
-    }
-    return Record(**stored | {"config": sections})
+    record = check_record(Record, stored, str(file))
+    sections = {name: _plain(to_dict(of_this_version(types[name], x, file))) for name, x in record.config.items()}
+    return record._replace(config=sections)
 
 
 def _check_phase(phase_directory: Path, config: RunConfig, start: str, data: Mapping[str, Any] | None) -> None:
@@ -251,10 +250,6 @@ def _check_records(phase_directory: Path, old: Record, new: Record) -> None:
 def _is_longer(phase: str, change: Difference) -> bool:
     is_length = change.path == f"{phase}.config.{phase}.{GROWING_FIELDS.get(phase)}"
     return is_length and change.new > change.old
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text())
 
 
 def _plain(value: Any) -> Any:

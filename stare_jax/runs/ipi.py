@@ -19,6 +19,7 @@ from stare_jax.data.demos import collect_demos
 from stare_jax.data.pairs import Pair, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import collect_pairs, policy_actor
+from stare_jax.documents import read_json
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
@@ -265,7 +266,7 @@ def _report_pairs(pairs: Sequence[Pair], rollouts: Dataset, config: RunConfig, w
 def _is_evaluated(directory: Path, phase: str, config: RunConfig) -> bool:
     """Says whether a phase has been evaluated in the way that the configuration asks for."""
     file = evaluation_file(directory, phase)
-    return file.exists() and json.loads(file.read_text()).get("settings") == _settings(config)
+    return file.exists() and read_json(file).get("settings") == _settings(config)
 
 
 def _settings(config: RunConfig) -> dict:

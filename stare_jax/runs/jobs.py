@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
+from stare_jax.documents import read_record
 from stare_jax.logging import Interrupted, replace_text
 from stare_jax.runs.study import Job
 
@@ -68,8 +69,7 @@ def read_attempt(folder: Path, job: Job) -> Record | None:
     file = record_file(folder, job)
     if not file.exists():
         return None
-    values = json.loads(file.read_text())
-    return Record(**values | {"arguments": tuple(values["arguments"])})
+    return read_record(Record, file)
 
 
 def is_finished(folder: Path, job: Job) -> bool:

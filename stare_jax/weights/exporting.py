@@ -21,13 +21,12 @@ from stare_jax.state.checkpoint import load_norm_stats, param_shapes, resolve_st
 from stare_jax.state.leaves import leaf_loader
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.types import NormStats
-from stare_jax.weights import heads, peft, side_files
+from stare_jax.weights import heads, peft, side_files, statistics
 from stare_jax.weights.files import Spec, WeightsError, read, write_model
 from stare_jax.weights.format import Format, Opened
 from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
 from stare_jax.weights.importing import check_dtype
 from stare_jax.weights.load import is_converted, stored_model
-from stare_jax.weights.statistics import read_openvla_stats, read_openvla_tables, write_openvla_tables
 from stare_jax.weights.tensor_table import Leaves, read_leaf, table_specs, table_values, widest
 
 
@@ -190,9 +189,9 @@ def _check_adapters(origin: Origin, form: Format, *, merge: bool) -> bool:
 def _check_name(folder: Path, name: str, stats: NormStats) -> None:
     """Makes sure that the name of a run's statistics is not that of another data set's."""
     folders = [folder, folder / side_files.ADAPTER]
-    if name in read_openvla_tables(folders):
-        _, known = read_openvla_stats(folders, name, state_dim=len(stats.state_q01))
-        if not all(map(np.array_equal, known, stats)):
+    if name in statistics.read_openvla_tables(folders):
+        _, known = statistics.read_openvla_stats(folders, name, state_dim=len(stats.state_q01))
+        if statistics.to_openvla_table(known) != statistics.to_openvla_table(stats):
             raise ConfigError(f"stats_name: got {name!r}, of which the checkpoint has others, expected a new name")
 
 
@@ -256,8 +255,8 @@ def _write_model(
             values = itertools.chain(values, _unused_values(form, base, unused, kept, config))
             named = {form.prefix + name: spec for name, spec in (specs | unused).items()}
             write_model(partial, named, values, max_bytes=max_bytes or form.max_bytes, on_bytes=on_bytes)
-    if kept is not None and (tables := read_openvla_tables([kept])):
-        write_openvla_tables(partial, tables)
+    if kept is not None and (tables := statistics.read_openvla_tables([kept])):
+        statistics.write_openvla_tables(partial, tables)
 
 
 def _unused_values(

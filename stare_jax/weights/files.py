@@ -15,9 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import UserError
+from stare_jax.config import Natural, UserError
 from stare_jax.documents import DocumentError, check_record, parse_json, read_json, read_record
-from stare_jax.documents.reader import Count
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
@@ -102,8 +101,8 @@ class _Header(NamedTuple):
     """Entry of a tensor in the header of a file."""
 
     dtype: str
-    shape: tuple[Count, ...]
-    data_offsets: tuple[Count, Count]
+    shape: tuple[Natural, ...]
+    data_offsets: tuple[Natural, Natural]
 
 
 def list_file(file: Path) -> dict[str, Stored]:

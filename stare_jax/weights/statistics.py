@@ -5,6 +5,7 @@
     openpi:  {"norm_stats": {"state": {"q01": [..], "q99": [..], ..}, "actions": {..}}} in assets/<asset id>
 
 openpi has no dimension that passes through unnormalised, and needs means and deviations, which pi0.5 does not use.
+What is written gives the policy's own actions when it is put into the other program's formula.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from stare_jax.documents import check_record, read_json
 from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_quantiles, check_tables
-from stare_jax.models.normalize import action_range
+from stare_jax.models.normalize import action_range, is_constant_action
 from stare_jax.types import NormStats
 from stare_jax.weights.files import WeightsError, update_json, write_json
 from stare_jax.weights.side_files import ASSETS, CONFIG
@@ -77,9 +78,13 @@ def read_openvla_stats(
 
 
 def to_openvla_table(stats: NormStats) -> dict[str, Any]:
-    """Returns statistics as OpenVLA's files have them: quantiles and mask, which is all that a policy needs."""
+    """Returns statistics as OpenVLA's files have them: quantiles and mask, which is all that a policy needs.
+
+    A dimension that never moves has mask True: its value is q01 there, whatever token OpenVLA generates for it.
+    """
     columns = {name: np.asarray(value).tolist() for name, value in stats._asdict().items()}
-    table = {"action": {"q01": columns["action_q01"], "q99": columns["action_q99"], "mask": columns["action_mask"]}}
+    mask = (np.asarray(stats.action_mask) | is_constant_action(stats)).tolist()
+    table = {"action": {"q01": columns["action_q01"], "q99": columns["action_q99"], "mask": mask}}
     if columns["state_q01"]:
         table["proprio"] = {"q01": columns["state_q01"], "q99": columns["state_q99"]}
     return table
@@ -136,12 +141,10 @@ def read_openpi_stats(file: Path, *, action_dim: int | None = None, state_dim: i
 def to_openpi_stats(stats: NormStats) -> dict[str, Any]:
     """Returns statistics as openpi reads them.
 
-    An action dimension that passes through has the quantiles -1 and 1, under which it is its own normalised value.
-    Means and deviations are those of a normal distribution with these quantiles.
+    pi0.5 scales every action dimension by its quantiles, whatever the mask, and so do these. Means and deviations are
+    those of a normal distribution with these quantiles.
     """
-    mask = np.asarray(stats.action_mask)
-    low, high = np.where(mask, stats.action_q01, -1.0), np.where(mask, stats.action_q99, 1.0)
-    fields = {"actions": _to_fields(low, high)}
+    fields = {"actions": _to_fields(stats.action_q01, stats.action_q99)}
     if len(stats.state_q01):
         fields["state"] = _to_fields(stats.state_q01, stats.state_q99)
     return {"norm_stats": fields, "note": "mean and std are estimated from the quantiles, as of normal distributions"}

@@ -12,6 +12,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.records import episode_record
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.writer import DatasetWriter
+from stare_jax.documents import DocumentError
 
 META = {"instruction": "push the cube", "seed": 7, "source": "expert", "noise_scale": 0.15, "attempt": 12}
 
@@ -227,11 +228,30 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     with pytest.raises(DatasetError, match="got format stare_jax/dataset 99, expected stare_jax/dataset in"):
         Dataset(directory)
     manifest.write_text(text.replace('"length"', '"len"'))
-    with pytest.raises(DatasetError, match="wrong or missing field"):
+    with pytest.raises(DocumentError, match=r"manifest\.json: episodes\[0\]\.length: got nothing, expected a whole"):
         Dataset(directory)
     manifest.write_text(text[:100])
-    with pytest.raises(DatasetError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(DocumentError, match=r"manifest\.json: got a file that is not JSON"):
         Dataset(directory)
+    for old, new, message in (
+        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected a whole number >= 0"),
+        (
+            '"noise_scale": ',
+            '"noise_scale": NaN, "was": ',
+            r"episodes\[0\]\.noise_scale: got nan, expected a finite number",
+        ),
+        ('"success": ', '"success": "", "was": ', r"episodes\[0\]\.success: got '', expected true or false or null"),
+        (
+            '"num_records": ',
+            '"num_records": "", "was": ',
+            r"shards\[0\]\.frames\.num_records: got '', expected a whole",
+        ),
+        ('"episodes": [', '"episodes": [], "were": [', "episodes: got 0 rows, expected 1, as many as the shards hold"),
+    ):
+        assert old in text
+        manifest.write_text(text.replace(old, new, 1))
+        with pytest.raises(DocumentError, match=rf"manifest\.json: {message}"):
+            Dataset(directory)
     manifest.unlink()
     with pytest.raises(DatasetError, match="has shards but no"):
         DatasetWriter(directory, env_id="PushCube-v1")

@@ -21,6 +21,7 @@ from stare_jax.data.pairs import (
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.writer import DatasetWriter
+from stare_jax.documents import DocumentError
 from stare_jax.stages import get_task
 
 SUCCESS_SAME, STAGE_SAME, SUCCESS_OTHER, STAGE_OTHER = KINDS
@@ -169,9 +170,17 @@ def test_no_pair_is_an_error_that_explains(tmp_path):
         write_pairs(tmp_path, make_pairs(outcomes, num_pairs=9), outcomes)
     with pytest.raises(DatasetError, match=r"pairs\.json is missing"):
         read_pairs(tmp_path)
-    (tmp_path / "pairs.json").write_text("{}")
-    with pytest.raises(DatasetError, match=r"pairs\.json cannot be read"):
-        read_pairs(tmp_path)
+    for content, message in (
+        ("{}", "pairs: got nothing, expected a list"),
+        (
+            '{"pairs": [{"chosen": -1, "rejected": 0, "kind": "a"}]}',
+            r"pairs\[0\].chosen: got -1, expected a whole number",
+        ),
+        ('{"pairs": [[0, 1, "a"]]}', r"pairs\[0\]: got \[0, 1, 'a'\], expected an object with chosen, rejected, kind"),
+    ):
+        (tmp_path / "pairs.json").write_text(content)
+        with pytest.raises(DocumentError, match=rf"pairs\.json: {message}"):
+            read_pairs(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pytest
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, Interval, Positive
 from stare_jax.documents import DocumentError, check_record, read_json, read_record
-from stare_jax.documents.reader import Length, Positive, Range, Size, one_value
+from stare_jax.documents.reader import Length, Size, one_value
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ class Outer(NamedTuple):
     kind: Literal["a", 3, False] = "a"
     size: Size | None = None
     either: float | str = 0.0
-    three: Annotated[tuple[float, ...], Length(3, 3), Range(0, 1)] = (0, 0, 0)
+    three: Annotated[tuple[float, ...], Length(3, 3), Interval(0, 1)] = (0, 0, 0)
     by_name: dict[str, Inner] = {}
     nothing: None = None
     anything: Any = None

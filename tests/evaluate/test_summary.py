@@ -4,10 +4,11 @@ import math
 import numpy as np
 import pytest
 
+from stare_jax.documents import DocumentError
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.intervals import paired_difference, wilson_interval
 from stare_jax.evaluate.protocol import EvalInfo, Evaluation
-from stare_jax.evaluate.record import load_evaluation, save_evaluation
+from stare_jax.evaluate.record import load_evaluation, load_results, save_evaluation
 from stare_jax.evaluate.summary import PairingError, compare, pairing_obstacle, rate_over_runs, summarize
 
 STAGES = ("reach", "grasp", "place")
@@ -188,6 +189,40 @@ def test_files_bring_back_what_was_saved(tmp_path):
     assert loaded.episodes.start_hash.tolist() == ["0", "1"]
     document = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     assert document["phase"] == "sft" and document["summary"]["success_once"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("info", None, "info: got null, expected an object with env_id, stage_names"),
+        ("info.temperature", float("nan"), "info.temperature: got nan, expected a finite number"),
+        ("info.stage_names", "reach", "info.stage_names: got 'reach', expected a list, each text"),
+        ("info.horizon", 3, "episodes.success_at: got 11, expected at most 4"),
+        ("episodes.seed", 0, "episodes.seed: got 0, expected a list"),
+        ("episodes.valid", [1, 1], r"episodes.valid\[0\]: got 1, expected true or false"),
+        ("episodes.success_once", [True], "episodes.success_once: got 1 items, expected 2, as in seed"),
+        ("episodes.success_at", [None, 3], r"episodes.success_at\[0\]: got null, expected a whole number >= 0"),
+        ("episodes.start", [0, 2], "episodes.start: got 2, expected at most 1"),
+        ("episodes.stage_reached", [0, 3], "episodes.stage_reached: got 3, expected at most 2"),
+        (
+            "episodes.completed",
+            [[True] * 3, [True]],
+            "episodes.completed: got 1 items in a row, expected 3, the stages",
+        ),
+        ("videos", [{"file": "a.mp4"}], r"videos\[0\].seed: got nothing, expected a whole number"),
+        ("settings", [], r"settings: got \[\], expected an object"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_field(tmp_path, path, value, message):
+    file = tmp_path / "eval/sft.json"
+    save_evaluation(file, make_evaluation([[1, 1, 1], [0, 0, 0]]), phase="sft")
+    document = json.loads(file.read_text())
+    section, _, name = path.rpartition(".")
+    (document[section] if section else document)[name] = value
+    file.write_text(json.dumps(document))
+    for read in (lambda: load_evaluation(file), lambda: load_results(tmp_path)):
+        with pytest.raises(DocumentError, match=rf"sft.json:\s+{message}"):
+            read()
 
 
 def test_files_of_earlier_versions_load_with_unknowns(tmp_path):

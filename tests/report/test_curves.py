@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from stare_jax.documents import DocumentError
 from stare_jax.logging import last_lines, make_writer, read_metrics, write_config
 from stare_jax.report.curves import (
     CurveError,
@@ -119,5 +120,5 @@ def test_says_what_a_run_lacks(tmp_path):
     write_lines(directory, [(1, line(0.5, 7))])
     (directory / "eval").mkdir()
     (directory / "eval/sft.json").write_text("{}")
-    with pytest.raises(CurveError, match="expected files of evaluations, got"):
+    with pytest.raises(DocumentError, match="eval/sft.json:\n  info: got nothing, expected an object"):
         read_run("A", directory, "ppo")

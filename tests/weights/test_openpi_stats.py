@@ -37,10 +37,18 @@ def test_what_openpi_requires_is_there(tmp_path):
     assert fields.keys() == {"actions"}  # a state of no numbers has no statistics
     np.testing.assert_allclose(fields["actions"]["std"][0], 1, rtol=1e-6)
     assert fields["actions"]["mean"] == [0, 0]
-    # What passes through unnormalised is its own normalised value.
-    low, high = (np.asarray(fields["actions"][name], np.float32) for name in ("q01", "q99"))
-    raw = np.array([[0.0, 0.25], [0.0, -1.0]], np.float32)
-    np.testing.assert_allclose(to_quantiles(raw, low, high)[:, 1], raw[:, 1], atol=1e-6)
+
+
+def test_a_gripper_that_the_mask_leaves_out_is_scaled_as_the_policy_scales_it(tmp_path):
+    """pi0.5 knows no mask: 0.079 of a gripper between 0 and 1 is -0.842 to the network, and comes back as 0.079."""
+    stats = NormStats(np.zeros(2), np.ones(2), np.array([True, False]), np.zeros(0), np.zeros(0))
+    fields = json.loads(write(tmp_path, stats).read_text())["norm_stats"]["actions"]
+    assert (fields["q01"], fields["q99"]) == ([0, 0], [1, 1])
+    raw = np.float32([[0.5, 0.079], [0.5, -0.642]])
+    network = to_quantiles(raw, stats.action_q01, stats.action_q99)
+    np.testing.assert_allclose(network[:, 1], [-0.842, -2.284], atol=1e-4)
+    low, high = np.array(fields["q01"]), np.array(fields["q99"])
+    np.testing.assert_allclose((network + 1.0) / 2.0 * (high - low + 1e-6) + low, raw, atol=1e-6)  # openpi's formula
 
 
 def test_padded_statistics_are_cut_and_short_ones_refused(tmp_path):

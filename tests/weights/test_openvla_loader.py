@@ -18,7 +18,7 @@ from stare_jax.models import openvla_7b
 from stare_jax.weights.files import WeightsError
 from stare_jax.weights.formats import open_weights
 from stare_jax.weights.heads import HEADS
-from stare_jax.weights.openvla import read_config
+from stare_jax.weights.openvla import OPENVLA, read_config
 from stare_jax.weights.statistics import to_openvla_table
 
 PROPRIO = {"action": {"q01": [0.0], "q99": [3.0]}, "proprio": {"q01": [-1.0], "q99": [4.0]}}
@@ -134,6 +134,30 @@ def test_config_of_the_published_model(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=re.escape(message)):
             read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"torch_dtype"}),
+        ({"torch_dtype": "bfloat16"}, {"torch_dtype"}),
+        ({"dtype": "bfloat16"}, {"dtype"}),
+        ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, {"dtype", "torch_dtype"}),
+    ],
+)
+def test_an_export_in_another_type_names_it_under_every_name_that_is_there(tmp_path, fields, expected):
+    description = openvla_files.config_json(SMALL, None) | fields
+    description["text_config"] |= fields
+    if not fields:
+        del description["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps({n: x for n, x in description.items() if x is not None}))
+    OPENVLA.finish(tmp_path, openvla_7b(), "float16")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {name: x for name, x in written.items() if "dtype" in name} == dict.fromkeys(expected, "float16")
+    assert {name: x for name, x in written["text_config"].items() if "dtype" in name} == dict.fromkeys(
+        fields, "float16"
+    )
+    assert read_config(tmp_path).execution.param_dtype == "float16"
 
 
 def test_sizes_other_than_the_published_ones(tmp_path, tensors):

@@ -9,6 +9,7 @@ from openvla_files import read_norm_stats
 
 from stare_jax.models.bins import decode_bins, encode_bins
 from stare_jax.models.normalize import is_constant_action, normalize_action, unnormalize_action
+from stare_jax.weights.statistics import to_openvla_table
 
 BRIDGE = {
     "q01": [
@@ -96,3 +97,29 @@ def test_without_a_mask_everything_is_normalised_and_what_never_moves_is_constan
     assert is_constant_action(stats).tolist() == [False, True, False]
     np.testing.assert_allclose(normalize_action(np.float32([0.0, 9.0, 1.0]), stats), 0.0)
     np.testing.assert_allclose(unnormalize_action(np.float32([0.0, 0.3, 1.0]), stats), [0.0, 0.5, 2.0])
+
+
+def test_what_never_moves_is_the_same_whatever_token_the_original_generates(write):
+    """The gripper of PushCube is always 1, and its token was never trained: OpenVLA's own formula has to give 1."""
+    gripper = {name: [*BRIDGE[name][:6], 1.0] for name in ("q01", "q99", "min", "max")}
+    stats = read_norm_stats(write({"mine": BRIDGE | gripper}))
+    assert is_constant_action(stats).tolist() == [False] * 6 + [True] and not stats.action_mask[6]
+    table = to_openvla_table(stats)["action"]
+    centers = np.repeat(np.asarray(decode_bins(np.arange(255)))[:, None], 7, axis=1)
+    low, high = np.array(table["q01"]), np.array(table["q99"])
+    theirs = np.where(table["mask"], 0.5 * (centers + 1) * (high - low) + low, centers)
+    np.testing.assert_allclose(theirs, unnormalize_action(centers, stats), atol=1e-6)
+    assert (theirs[:, 6] == 1).all()
+    # Read back, it is the same; so is a gripper that moves.
+    again = read_norm_stats(write({"mine": table}))
+    assert is_constant_action(again).tolist() == [False] * 6 + [True]
+    assert to_openvla_table(read_norm_stats(write({"mine": BRIDGE})))["action"]["mask"] == BRIDGE["mask"]
+
+
+def test_a_gripper_of_equal_quantiles_moves_where_the_file_has_no_extremes(write):
+    """It closes in fewer than one frame of a hundred; OpenVLA lets its tokens pass."""
+    ends = {"q01": [*BRIDGE["q01"][:6], 1.0], "q99": BRIDGE["q99"], "mask": BRIDGE["mask"]}
+    stats = read_norm_stats(write({"mine": ends}))
+    assert not is_constant_action(stats).any()
+    np.testing.assert_array_equal(unnormalize_action(np.float32([0.0] * 6 + [-0.5]), stats)[6], -0.5)
+    assert is_constant_action(read_norm_stats(write({"mine": ends | {"min": ends["q01"], "max": ends["q99"]}})))[6]
