@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from stare_jax.data.filters import imitation_frames
+from stare_jax.data.ranges import scale_actions, scale_states
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.documents import read_json
 from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_quantiles, check_tables
 from stare_jax.logging import move_aside, replace_text, say
-from stare_jax.models.normalize import action_range
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"
@@ -89,7 +89,7 @@ def _describe(values: np.ndarray, name: str) -> dict[str, list[float]]:
 def to_norm_stats(
     statistics: Mapping[str, Any], *, action_dim: int, state_dim: int, place: str = NORM_STATS_FILE, path: str = ""
 ) -> NormStats:
-    """Returns the part of a data set's statistics that policies need.
+    """Returns the part of a data set's statistics that policies need, and says where quantiles are not taken, and why.
 
     Args:
         statistics: statistics of one data set, in the file's format. Without a mask all dimensions are normalised.
@@ -107,8 +107,11 @@ def to_norm_stats(
     state = {name: np.zeros(0, np.float32) for name in ("q01", "q99")}
     if state_dim:
         state = check_quantiles(statistics.get("proprio", NOTHING), place, f"{prefix}proprio", dim=state_dim)
-    low, high = action_range(action, action["mask"])
-    return NormStats(low, high, action["mask"], state["q01"], state["q99"])
+    low, high, lines = scale_actions(action)
+    state_low, state_high, state_lines = scale_states(state)
+    for line in lines + state_lines:
+        say(f"{place}: {line}")
+    return NormStats(low, high, action["mask"], state_low, state_high)
 
 
 def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapping[str, Any]]) -> None:

@@ -47,8 +47,8 @@ from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_cameras,
+    check_imitation,
     check_inputs,
-    check_instructions,
     check_prompt,
     demonstration_statistics,
     demonstrations_folder,
@@ -157,8 +157,7 @@ def run_ipi(
         network = initial_model(config)
         policy = make_policy(network, stats)
         if demonstrations is not None:
-            instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-            check_instructions(instructions, policy, network.state_dim)
+            check_imitation(demonstrations, policy, config, source_stats)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 

@@ -10,12 +10,13 @@ import numpy as np
 
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.norm_stats import read_norm_stats
+from stare_jax.data.ranges import MAX_SCALED, values_beyond
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, read_manifest
 from stare_jax.documents import read_json
 from stare_jax.documents.statistics import check_norm_stats
-from stare_jax.logging import replace_text
-from stare_jax.models import ModelConfig, Policy
+from stare_jax.logging import replace_text, say
+from stare_jax.models import ModelConfig, Pi05Config, Policy
 from stare_jax.models.blank import blank_policy
 from stare_jax.models.stored import with_colours
 from stare_jax.runs.config import RunConfig
@@ -202,6 +203,51 @@ def check_prompt(config: RunConfig) -> None:
     if not config.demos_of:
         policy = blank_policy(config.model)
         check_instructions([config.env.spec.instruction], policy, config.model.state_dim)
+
+
+def check_imitation(demonstrations: Dataset, policy: Policy, config: RunConfig, source_stats: NormStats | None) -> None:
+    """Makes sure that a policy can be taught by demonstrations, before anything is trained.
+
+    Args:
+        demonstrations: the data set.
+        policy: the run's.
+        config: the run's.
+        source_stats: the statistics, where they came with weights; None where they are the demonstrations'.
+
+    Raises:
+        ConfigError: an instruction does not fit into the prompt, or see `check_range`.
+    """
+    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
+    check_instructions(instructions, policy, config.model.state_dim)
+    if source_stats is not None:
+        check_range(demonstrations, config, source_stats)
+
+
+def check_range(demonstrations: Dataset, config: RunConfig, stats: NormStats) -> None:
+    """Says how much of demonstrations lies beyond the range of statistics that the weights of a run came with.
+
+    States beyond it are said, and not refused: a policy sees them, at the end of the range.
+
+    Raises:
+        ConfigError: more than `max_clipped` of the actions do, or pi0.5, which cuts nothing off, would have to reach
+            values that no data set's own statistics give. Names the dimension.
+    """
+    is_flow = isinstance(config.model, Pi05Config)
+    has_state = config.model.state_dim > 0
+    beyond = values_beyond(demonstrations, stats, has_mask=not is_flow, has_state=has_state)
+    worst, limit = int(np.argmax(beyond.action)), config.max_clipped
+    most = f"{100 * beyond.action[worst]:.1f} % in dimension {worst}"
+    share = (
+        f"{100 * beyond.action.mean():.1f} % of the demonstrations' actions lie beyond the statistics of the weights"
+    )
+    say(f"{share}, {most}" + (f"; {100 * beyond.state.mean():.1f} % of their states" if has_state else ""))
+    advice = "expected statistics of this robot's data (config.unnorm_key, config.init_from)"
+    if beyond.action[worst] > limit:
+        raise ConfigError(f"config.max_clipped: got {limit:g}, but {share}, {most}; {advice}, or a higher limit")
+    far = int(np.argmax(beyond.farthest))
+    if is_flow and limit < 1 and beyond.farthest[far] > MAX_SCALED:
+        got = f"an action of {beyond.farthest[far]:.3g} in dimension {far}, when it is scaled by the statistics of"
+        raise ConfigError(f"config.init_from: got {got} {config.init_from}; {advice} or config.max_clipped=1")
 
 
 def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: int) -> None:
