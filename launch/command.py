@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
 
-from stare_jax.config import ConfigError, Count, Interval, Natural, Positive, UserError, convert
+from stare_jax.config import ConfigError, Count, Interval, Natural, Positive, UserError, convert, home_path
 from stare_jax.logging import Interrupted, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +68,14 @@ def number(annotation: Any) -> Callable[[str], int | float]:
 
 
 count, natural, positive = number(Count), number(Natural), number(Positive)
+
+
+def path(text: str) -> Path:
+    """Returns a path of the command line, as the `type` of an argument of argparse."""
+    try:
+        return home_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_mesh(parser: argparse.ArgumentParser, axes: Sequence[str] = tuple(MESH_AXES)) -> None:
