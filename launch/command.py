@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
 
-from stare_jax.config import UserError
+from stare_jax.config import ConfigError, UserError, home_path
 from stare_jax.logging import Interrupted, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +50,14 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=formatter, allow_abbrev=False
     )
+
+
+def path(text: str) -> Path:
+    """Returns a path of the command line, as the `type` of an argument of argparse."""
+    try:
+        return home_path(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_mesh(parser: argparse.ArgumentParser, axes: Sequence[str] = tuple(MESH_AXES)) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from stare_jax.config import ConfigError, UserError
+from stare_jax.config import ConfigError, UserError, home_path
 
 _FIELD = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
 
@@ -67,6 +67,7 @@ def load_configuration(choice: str, fields: Sequence[str] = ()) -> dict[str, Any
 def _read(choice: str) -> ConfigDict:
     """Returns what `get_config` of a file makes of the variant."""
     file, colon, variant = choice.partition(":")
+    file = str(home_path(file)) if file else file
     if not Path(file).is_file():
         raise ConfigError(f"--config: got {file!r}, expected a file of configs/: No such file")
     spec = importlib.util.spec_from_file_location("chosen_configuration", file)

@@ -51,11 +51,13 @@ NUM_PARTS = 8
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER", help="what to convert")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument(
+        "--from", dest="source", type=command.path, required=True, metavar="FOLDER", help="what to convert"
+    )
+    parser.add_argument("--to", type=command.path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is, nothing is rounded)")
     add = parser.add_argument_group("from a checkpoint of others").add_argument
-    add("--adapter", type=Path, metavar="FOLDER", help="OpenVLA: a PEFT adapter of it, to be trained further")
+    add("--adapter", type=command.path, metavar="FOLDER", help="OpenVLA: a PEFT adapter of it, to be trained further")
     add(
         "--unnorm-key",
         metavar="NAME",
@@ -70,7 +72,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--state-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's state (default: the statistics')")
     add("--seed", type=int, help="of what the checkpoint does not have (default: 0)")
     add = parser.add_argument_group("to a checkpoint of others").add_argument
-    add("--base", type=Path, metavar="FOLDER", help="OpenVLA: what the run began as (default: follows init_from)")
+    add(
+        "--base",
+        type=command.path,
+        metavar="FOLDER",
+        help="OpenVLA: what the run began as (default: follows init_from)",
+    )
     add("--to-format", metavar="NAME", help="pi0.5: openpi, safetensors or lerobot (default: as it was, else openpi)")
     add("--step", type=int, help="which checkpoint (default: the latest)")
     add(

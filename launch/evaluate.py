@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import command
 import jax
 from configuration import load_configuration, split_fields
 
-from stare_jax.config import ConfigError, from_dict, user_input
+from stare_jax.config import ConfigError, from_dict, make_name, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
 from stare_jax.envs.tasks import make_expert
@@ -61,15 +60,17 @@ class Subject(NamedTuple):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     jobs = parser.add_argument_group("jobs: give one of these").add_mutually_exclusive_group(required=True)
-    jobs.add_argument("--run", type=Path, metavar="RUN", help="evaluate a phase of this run directory; see below")
+    jobs.add_argument(
+        "--run", type=command.path, metavar="RUN", help="evaluate a phase of this run directory; see below"
+    )
     jobs.add_argument(
         "--config",
         metavar="FILE[:VARIANT]",
         help="evaluate --weights without a run, as a file of configs/ says; --config.section.field=VALUE changes it",
     )
-    jobs.add_argument("--report", type=Path, metavar="RUN", help="write report.html again from the run's files")
+    jobs.add_argument("--report", type=command.path, metavar="RUN", help="write report.html again from the run's files")
     jobs.add_argument(
-        "--across", type=Path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
+        "--across", type=command.path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
     )
     add_options(parser)
     command.add_mesh(parser)
@@ -93,12 +94,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights = (
         "folder of other weights, to evaluate in this run's simulators: a phase of another run or a converted folder"
     )
-    add("--weights", type=Path, metavar="FOLDER", help=weights)
-    add("--workdir", type=Path, metavar="DIR", help="with --config: where the results go (default: runs/eval_FOLDER)")
+    add("--weights", type=command.path, metavar="FOLDER", help=weights)
+    add(
+        "--workdir",
+        type=command.path,
+        metavar="DIR",
+        help="with --config: where the results go (default: runs/eval_FOLDER)",
+    )
     add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
     add(
         "--name",
-        help="name of the result, replaced if it exists (default: the phase; then PHASE_again, PHASE_again2, ...)",
+        help="of the result; one that exists is set aside (default: the phase; then PHASE_again, PHASE_again2, ...)",
     )
     add = parser.add_argument_group(
         "--run, --config: the episodes, as --config.evaluation of launch/train.py"
@@ -166,7 +172,7 @@ def load_subject(config: RunConfig, temperature: float, arguments: argparse.Name
 
 def default_name(weights: Path) -> str:
     """Returns a name for the evaluation of a folder of weights: that of the folder, as a file may have it."""
-    return re.sub(r"[^\w-]+", "_", weights.resolve().name)
+    return make_name(weights.resolve().name)
 
 
 def results_directory(arguments: argparse.Namespace) -> Path:

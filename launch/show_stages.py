@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     tasks = f"all, one of {', '.join(TASKS)}, or a task of your own: a Python file or a module"
     add("--task", required=True, metavar="TASK", help=tasks)
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where the figures go")
+    add("--out", type=command.path, required=True, metavar="FOLDER", help="where the figures go")
     add("--seed", type=int, default=0, help="of the episode (default: 0)")
     add("--image-size", type=int, default=192, metavar="PIXELS", help="height of the frames (default: 192)")
     return parser.parse_args(argv)

@@ -42,8 +42,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tup
     """Returns the options, and the arguments `--config...` that are passed on to every run."""
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("--study", type=Path, required=True, metavar="FILE", help="a Python file that defines get_study()")
-    add("--workdir", type=Path, metavar="FOLDER", help="the study's folder (default: runs/<name of the file>)")
+    add("--study", type=command.path, required=True, metavar="FILE", help="a Python file that defines get_study()")
+    add("--workdir", type=command.path, metavar="FOLDER", help="the study's folder (default: runs/<name of the file>)")
     add("--only", action="append", metavar="PATTERN", help="runs of these names, and those they begin with")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: as many as there are cores for)")
     add("--cores", type=int, default=1, metavar="N", help="cores of a run (default: 1)")

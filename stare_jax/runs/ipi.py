@@ -24,7 +24,7 @@ from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
-from stare_jax.evaluate.record import evaluation_file, partial_folder
+from stare_jax.evaluate.record import evaluation_file, partial_folder, set_aside_evaluation
 from stare_jax.logging import Clock, Interruption, Profiler, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
@@ -168,7 +168,7 @@ def run_ipi(
                 start, source = start_name(directory, config, phase), start_source(directory, config, phase)
                 data = describe_demonstrations(demonstrations) if phase == "sft" else {}
                 begin_phase(directory / phase, record_phase(config, phase, start=start, data=data))
-                evaluation_file(directory, phase).unlink(missing_ok=True)
+                set_aside_evaluation(directory, phase)
                 # A phase uses the memory of what it starts from: nothing here may keep it.
                 held = [initial_params(source, policy, network, mesh, jax.random.key(config.seed))]
                 if phase == "sft":
