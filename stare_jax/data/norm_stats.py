@@ -21,7 +21,7 @@ from stare_jax.data.schema import DatasetError
 from stare_jax.documents import read_json
 from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_quantiles, check_tables
-from stare_jax.logging import replace_text, say
+from stare_jax.logging import move_aside, replace_text, say
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"
@@ -136,8 +136,21 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
     written = check_tables(read_json(path, optional=True), str(path))
     if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
         return
+    clear_statistics(dataset.directory, key)
     statistics = dataset_statistics(dataset, action_mask=action_mask) | {"fingerprint": dataset.fingerprint}
     write_statistics(dataset.directory, {key: statistics})
+
+
+def clear_statistics(directory: Path, key: str) -> None:
+    """Removes the statistics of a data set that grows; others than this library has computed of it are set aside."""
+    path = directory / NORM_STATS_FILE
+    if not path.exists():
+        return
+    content = check_tables(read_json(path), str(path))
+    if list(content) == [key] and "fingerprint" in content[key]:
+        path.unlink()
+    elif folder := move_aside(directory, [path]):
+        say(f"{path}: got statistics that were not computed of this data set; they are in {folder} now")
 
 
 def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int, key: str | None = None) -> NormStats:
