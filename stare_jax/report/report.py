@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stare_jax.config import make_name
 from stare_jax.evaluate.intervals import Estimate
 from stare_jax.evaluate.record import PhaseResult, headline_results, load_results
 from stare_jax.evaluate.summary import compare, pairing_obstacle
@@ -134,7 +135,7 @@ def _stages_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html
     note = "P(stage completed | the stage before completed), in %, and counts: a low rate names the stage that fails."
     parts = [element("h2", "Stage by stage")]
     for task, of_task in task_results(results).items():
-        path = f"figures/stages_{task}.png" if task else "figures/stages.png"
+        path = f"figures/stages_{make_name(task)}.png" if task else "figures/stages.png"
         series = {r.phase: [stage.rate for stage in r.summary.stages] for r in of_task}
         draw_rates(of_task[0].evaluation.info.stage_names, series, run_directory / path)
         parts += [element("h3", task)] if task else []

@@ -13,10 +13,12 @@ from stare_jax.config import ConfigError
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.envs import EnvConfig, toy
+from stare_jax.envs.seeds import SLOT_SIZE
 from stare_jax.evaluate.record import load_results
 from stare_jax.logging import Interrupted, read_metrics
 from stare_jax.report.report import print_report
 from stare_jax.runs import ipi
+from stare_jax.runs.fit import check_fit
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.start import read_statistics
 from stare_jax.stages import get_task
@@ -148,6 +150,12 @@ def test_the_reward_of_a_grasp_is_refused_where_one_task_has_none():
     env = dataclasses.replace(ENV, tasks=("StackCube-v1", "PushCube-v1"))
     with pytest.raises(ValueError, match="reward: got 'rl4vla', expected another one for PushCube-v1"):
         dataclasses.replace(CONFIG, env=env, ppo=ppo, stages=get_task("StackCube-v1").params)
+
+
+def test_seeds_have_to_be_enough_for_all_tasks():
+    demos = dataclasses.replace(CONFIG.demos, num_demos=SLOT_SIZE // 2 + 1)
+    with pytest.raises(ConfigError, match="demos.num_demos of each of 2 tasks: got 1,000,002, expected at most 1,000,"):
+        check_fit(dataclasses.replace(CONFIG, demos=demos))
 
 
 def test_statistics_are_over_all_tasks(runs):
