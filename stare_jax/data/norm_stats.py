@@ -17,14 +17,15 @@ import numpy as np
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.documents import read_json
+from stare_jax.documents import check_record, read_json
 from stare_jax.documents.reader import NOTHING
-from stare_jax.documents.statistics import check_quantiles, check_tables
+from stare_jax.documents.statistics import check_quantiles
 from stare_jax.logging import replace_text
 from stare_jax.models.normalize import action_range
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"
+_TABLES = dict[str, dict[str, Any]]
 
 
 def compute_statistics(
@@ -130,7 +131,7 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
         DatasetError: there is no frame to imitate.
     """
     path, key = dataset.directory / NORM_STATS_FILE, dataset.manifest.env_id
-    written = check_tables(read_json(path, optional=True), str(path))
+    written = check_record(_TABLES, read_json(path, optional=True), str(path))
     if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
         return
     statistics = dataset_statistics(dataset, action_mask=action_mask) | {"fingerprint": dataset.fingerprint}
@@ -154,7 +155,7 @@ def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int,
     path = path / NORM_STATS_FILE if path.is_dir() else path
     if not path.exists():
         raise DatasetError(f"{path} is missing: without its statistics no policy can be trained on the data set")
-    content = check_tables(read_json(path), str(path))
+    content = check_record(_TABLES, read_json(path), str(path))
     if key is None and len(content) == 1:
         (key,) = content
     if key not in content:

@@ -60,10 +60,9 @@ def check_quantiles(
             quantile is above the upper one.
     """
     fields = check_record(Quantiles, value, place, path=path)
-    columns = {name: np.asarray(column, np.float32) for name, column in fields._asdict().items() if len(column)}
-    columns |= {name: np.zeros(0, np.float32) for name in ("q01", "q99") if name not in columns}
+    columns = {name: np.asarray(column, np.float32) for name, column in fields._asdict().items() if name in value}
     raise_problems(place, _problems(columns, path, dim, may_be_longer=may_be_longer, may_be_empty=may_be_empty))
-    columns["mask"] = np.asarray(fields.mask or [True] * len(columns["q01"]), bool)
+    columns["mask"] = np.asarray(fields.mask, bool) if "mask" in value else np.ones(len(columns["q01"]), bool)
     return {name: column[:dim] for name, column in columns.items()}
 
 
@@ -100,8 +99,3 @@ def check_norm_stats(value: Any, place: str, path: str = "") -> NormStats:
     state = {"q01": stored.state_q01, "q99": stored.state_q99}
     state = check_quantiles(state, place, f"{prefix}state", may_be_empty=True)
     return NormStats(action["q01"], action["q99"], action["mask"], state["q01"], state["q99"])
-
-
-def check_tables(value: Any, place: str, path: str = "") -> dict[str, dict[str, Any]]:
-    """Returns the tables of a file of statistics by the name of the data set; DocumentError where they are none."""
-    return check_record(dict[str, dict[str, Any]], value, place, path=path)
