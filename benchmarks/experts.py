@@ -14,12 +14,12 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from stare_jax.config import home_path
 from stare_jax.envs import EnvConfig, make_expert
 from stare_jax.envs.maniskill.scenes import SCENES
 from stare_jax.envs.maniskill.simulator import Simulator
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100, help="that are not from official starts (%(default)s)")
     parser.add_argument("--limit", type=float, default=1.0, help="of the experts' translations, as a fraction (1)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="tasks at once (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
     heading = f"{'task':<46}{'starts':<10}{'n':>5}{'success, %':>12}{'':<12}{'mean':>6}{'max':>5}{'kept':>7}{'sat.':>6}"
     print(f"{heading}   stages")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 
 from configs.presets import base_config, demos_with_recoveries, imitation_on_cpu
-from stare_jax.config import from_dict
+from stare_jax.config import from_dict, home_path
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.evaluate.record import evaluation_file, load_evaluation, partial_folder, save_evaluation
@@ -122,7 +122,7 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
+    parser.add_argument("--out", type=home_path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="ENV_ID", help="(all)")
     parser.add_argument("--decisions", nargs="+", choices=DECISIONS, default=list(DECISIONS), help="(all)")
     parser.add_argument("--model", choices=("mlp", "openvla"), default="mlp", help="(%(default)s)")
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(0)")
     parser.add_argument("--workers", type=int, default=1, help="processes of simulators (%(default)s)")
     parser.add_argument("--environments", type=int, default=16, help="of a process (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
     rows = []
     for env_id in args.tasks:

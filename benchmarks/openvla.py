@@ -28,6 +28,7 @@ from device import MEASURED, Peak, known_peak, summary
 from openvla_cases import LORA, Spec, make_config
 from openvla_cost import generation_phases, update_flops
 
+from stare_jax.config import home_path
 from stare_jax.models import OpenVLAConfig
 
 OURS, EAGER, COMPILED = "stare_jax", "PyTorch", "PyTorch, compiled"
@@ -176,7 +177,7 @@ def parse() -> argparse.Namespace:
     add("--passes", type=int, default=2, help="turns of each implementation (%(default)s)")
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     add("--profile", metavar="DIR", help="also write a JAX trace of one run of each case there")
-    add("--out", type=Path, metavar="PATH", help="also write the result there, as JSON")
+    add("--out", type=home_path, metavar="PATH", help="also write the result there, as JSON")
     return parser.parse_args()
 
 

@@ -21,7 +21,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +41,7 @@ from pi05_cases import (
 )
 from pi05_cost import imitation_flops, sampling_phases
 
+from stare_jax.config import home_path
 from stare_jax.models import Pi05Config
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import frozen_params, make_optimizer
@@ -218,7 +218,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="of each measurement in a pass (%(default)s)")
     add("--passes", type=int, default=3, help="turns of each implementation (%(default)s)")
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
-    add("--out", type=Path, metavar="PATH", help="also write the result there, as JSON")
+    add("--out", type=home_path, metavar="PATH", help="also write the result there, as JSON")
     args = parser.parse_args(arguments)
     args.tolerance = args.tolerance or TOLERANCE[args.dtype]
     return args

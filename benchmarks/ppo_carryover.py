@@ -16,11 +16,11 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from stare_jax.config import home_path
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
@@ -147,11 +147,11 @@ def print_row(row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", type=Path, required=True, metavar="FOLDER", help="the imitation's phase of a run")
+    parser.add_argument("--sft", type=home_path, required=True, metavar="FOLDER", help="the imitation's phase of a run")
     parser.add_argument("--episodes", type=int, default=192, help="of each batch (%(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-4, 3e-5], metavar="RATE")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
     rows = measure(load_policy(args.sft), args.episodes, args.rates, args.epochs)
     if args.json:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from stare_jax.config import home_path
 from stare_jax.logging import last_lines, read_metrics
 
 VARIANT = "sta_ppo_zero"
@@ -189,11 +190,11 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
+    parser.add_argument("--out", type=home_path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help="which")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workers", type=int, default=1, help="simulator processes (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the table there")
     args = parser.parse_args()
     workers = {"env.num_workers": args.workers, "env.envs_per_worker": 16}
     for seed in args.seeds:

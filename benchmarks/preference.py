@@ -40,6 +40,7 @@ from cells_report import compare, difference, estimate, markdown, show
 from toy_preference import Arm, Hyper, make_preference
 from toy_tasks import TASKS, Task, run_rows
 
+from stare_jax.config import home_path
 from stare_jax.envs.toys import TOYS
 from stare_jax.evaluate.bootstrap import interquartile_mean
 from stare_jax.logging import say
@@ -157,12 +158,12 @@ def write_report(rows: Sequence[Row], out: Path, tasks: Sequence[Task], settings
 def main() -> None:
     tasks = [name for name, task in TASKS.items() if task.start]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=home_path, required=True, help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK")
     parser.add_argument("--blocks", type=int, default=SETTINGS.num_blocks, help="blocks of four draws to tune with")
     parser.add_argument("--minutes", type=float, help="begin no cell after this time")
     parser.add_argument("--print", action="store_true", help="print the cells that are left, and run none")
-    parser.add_argument("--report", type=Path, help="write the table into this folder")
+    parser.add_argument("--report", type=home_path, help="write the table into this folder")
     args = parser.parse_args()
     settings, size, path = SETTINGS._replace(num_blocks=args.blocks), Size(), args.out / FILE
     jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))

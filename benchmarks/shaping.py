@@ -40,7 +40,6 @@ A task takes about an hour on one core. Results are appended to a file, and what
 import argparse
 import functools
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -50,6 +49,7 @@ from shaping_report import write_report
 from toy_learning import Arm, Hyper, make_training
 from toy_tasks import TASKS, Task, calibrate, run_rows
 
+from stare_jax.config import home_path
 from stare_jax.envs.toys import TOYS
 
 FILE = "shaping.jsonl"
@@ -126,13 +126,13 @@ def measure(cell: Cell, *, per_block: int = SETTINGS.draws_per_block) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=home_path, required=True, help="folder of the results")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="default: all that a task has", metavar="ARM")
     parser.add_argument("--blocks", type=int, default=SETTINGS.num_blocks, help="blocks of four draws to tune with")
     parser.add_argument("--minutes", type=float, help="begin no cell after this time")
     parser.add_argument("--print", action="store_true", help="print the cells that are left, and run none")
-    parser.add_argument("--report", type=Path, help="write table, CSV and picture into this folder")
+    parser.add_argument("--report", type=home_path, help="write table, CSV and picture into this folder")
     parser.add_argument("--calibrate", action="store_true", help="print the success of imitations by their length")
     args = parser.parse_args()
     tasks, settings, size = [TASKS[name] for name in args.tasks], SETTINGS._replace(num_blocks=args.blocks), Size()

@@ -16,12 +16,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from stare_jax.config import home_path
 from stare_jax.envs import EnvConfig, execution_noise, make_expert, make_vec_env
 from stare_jax.envs.maniskill.building import import_mani_skill
 from stare_jax.envs.maniskill.simulator import Simulator
@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=SIZES, default=list(SIZES), metavar="ENV_ID", help="(both)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # ManiSkill's own
     result: dict[str, Any] = {"command": f"python benchmarks/simulator.py --seconds {args.seconds:g}"}

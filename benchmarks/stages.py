@@ -24,6 +24,7 @@ import torch
 from stages_reference import annotate_numpy, annotate_torch
 
 from stare_jax import losses, stages
+from stare_jax.config import home_path
 from stare_jax.types import Signals
 
 TASK = stages.get_task("StackCube-v1")
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=61, help="states of each trajectory (%(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each implementation (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the trajectories (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the result there")
     parser.add_argument("--devices", action="store_true", help="say what would be measured on, and stop")
     args = parser.parse_args()
     print("\n".join(f"{name}: {value}" for name, value in describe_machine().items()), end="\n\n")

@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from stare_jax.config import home_path
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import EnvConfig, make_expert, make_vec_env
 from stare_jax.envs.experts.base import execution_noise
@@ -143,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="PxE", help=f"({' '.join(LAYOUTS)})")
     parser.add_argument("--iterations", type=int, default=3, help="that count, after one that compiles (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the result there")
+    parser.add_argument("--json", type=home_path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
     idle = [measure_idle(*case, args.iterations) for case in IDLE]
     layouts = [tuple(int(part) for part in layout.split("x")) for layout in args.layouts]

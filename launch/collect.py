@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import command
 import numpy as np
@@ -43,7 +42,7 @@ ALL_TASKS = "all"
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where the data sets go")
+    add("--out", type=command.path, required=True, metavar="DIR", help="where the data sets go")
     add("--demos", type=int, metavar="N", help="successful episodes of the expert to collect")
     add("--pairs", type=int, metavar="N", help="preference pairs to make")
     add(
@@ -118,11 +117,11 @@ def add_pairs_options(group: argparse._ArgumentGroup) -> None:
         "--weights",
         "--checkpoint",
         dest="checkpoint",
-        type=Path,
+        type=command.path,
         metavar="RUN/PHASE",
         help="the policy to roll out, e.g. runs/quickstart/sft (default: the expert, with noise)",
     )
-    add("--step", type=int, help="of the checkpoint (default: the phase's latest)")
+    add("--step", type=command.natural, help="of the checkpoint (default: the phase's latest)")
     add("--temperature", type=float, default=PAIRS.temperature, help=f"of the policy (default: {PAIRS.temperature})")
     add(
         "--pair-noise",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import command
 
+from stare_jax.config import ConfigError, home_path
 from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
 from stare_jax.report.curves import CurveError, check_comparable, read_runs
 from stare_jax.report.study import find_runs, write_study
@@ -26,9 +27,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
     add("settings", nargs="*", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
-    add("--study", type=Path, metavar="FOLDER", help="a study's folder, in place of settings")
+    add("--study", type=command.path, metavar="FOLDER", help="a study's folder, in place of settings")
     add("--baseline", default="ppo", metavar="METHOD", help="of a study: divide steps by its steps (default: ppo)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="folder to write into")
+    add("--out", type=command.path, required=True, metavar="FOLDER", help="folder to write into")
     add("--phase", default="ppo", help="phase of the metrics (default: ppo)")
     add("--metrics", metavar="NAME[,NAME...]", help=f"metrics of further panels (default: {','.join(DIAGNOSTICS)})")
     add("--target", type=float, default=0.95, help="success rate to reach (default: 0.95)")
@@ -51,7 +52,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Path]]:
     settings: dict[str, list[Path]] = {}
     for text in texts:
         label, equals, names = (part.strip() for part in text.partition("="))
-        directories = [Path(name.strip()) for name in names.split(",") if name.strip()]
+        directories = [home_path(name.strip()) for name in names.split(",") if name.strip()]
         if not equals or not label:
             raise CurveError(f"settings: got {text!r}, expected LABEL=RUN[,RUN...]")
         if not directories:
@@ -71,6 +72,16 @@ def make_choices(arguments: argparse.Namespace) -> Choices:
     if arguments.metrics is not None:
         metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
     return Choices(arguments.phase, metrics, arguments.target, arguments.smooth, tuple(arguments.command))
+
+
+def check_out(out: Path) -> None:
+    """Makes sure that what is written replaces an earlier comparison, and no other README.md.
+
+    Raises:
+        ConfigError: the folder is used for something else.
+    """
+    if (out / "README.md").exists() and not any((out / name).exists() for name in ("curves.csv", "success.csv")):
+        raise ConfigError(f"--out: got {out}, which has another README.md, expected a folder of its own")
 
 
 def compare_study(arguments: argparse.Namespace) -> None:
@@ -98,7 +109,12 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    return command.run(lambda: (compare_study if arguments.study else compare)(arguments))
+
+    def work() -> None:
+        check_out(arguments.out)
+        (compare_study if arguments.study else compare)(arguments)
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from stare_jax.config import ConfigError, UserError
+from stare_jax.config import ConfigError, UserError, home_path
 
 _FIELD = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
 
@@ -67,6 +67,7 @@ def load_configuration(choice: str, fields: Sequence[str] = ()) -> dict[str, Any
 def _read(choice: str) -> ConfigDict:
     """Returns what `get_config` of a file makes of the variant."""
     file, colon, variant = choice.partition(":")
+    file = str(home_path(file)) if file else file
     if not Path(file).is_file():
         raise ConfigError(f"--config: got {file!r}, expected a file of configs/: No such file")
     spec = importlib.util.spec_from_file_location("chosen_configuration", file)
@@ -78,7 +79,7 @@ def _read(choice: str) -> ConfigDict:
     except ValueError as error:
         raise ConfigError(f"--config={choice}: {error}") from error
     except Exception as error:  # Whatever it is, it is a mistake in a file that the user has named.
-        raise ConfigError(f"{_place(error, file)}: {last_line(error)}") from error
+        raise ConfigError(f"{place(error, file)}: {last_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={choice}: got {type(config).__name__} of get_config, expected a ConfigDict")
     return config
@@ -89,7 +90,7 @@ def _call(spec: Any, module: ModuleType, arguments: Sequence[str]) -> Any:
     return module.get_config(*arguments)
 
 
-def _place(error: Exception, file: str) -> str:
+def place(error: Exception, file: str) -> str:
     """Returns the file, and the line in it that failed where one is known."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return f"{file}, line {error.lineno}"

@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import command
 import jax
 from configuration import load_configuration, split_fields
 
-from stare_jax.config import ConfigError, from_dict, user_input
+from stare_jax.config import ConfigError, from_dict, make_name, user_input
 from stare_jax.data.demos import expert_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
 from stare_jax.envs.tasks import make_expert
@@ -41,6 +40,7 @@ from stare_jax.report.report import print_report, write_report
 from stare_jax.report.tables import MISSING
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.fit import check_expert, check_policy
 from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
 
 EXPERT = "expert"
@@ -61,15 +61,17 @@ class Subject(NamedTuple):
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     jobs = parser.add_argument_group("jobs: give one of these").add_mutually_exclusive_group(required=True)
-    jobs.add_argument("--run", type=Path, metavar="RUN", help="evaluate a phase of this run directory; see below")
+    jobs.add_argument(
+        "--run", type=command.path, metavar="RUN", help="evaluate a phase of this run directory; see below"
+    )
     jobs.add_argument(
         "--config",
         metavar="FILE[:VARIANT]",
         help="evaluate --weights without a run, as a file of configs/ says; --config.section.field=VALUE changes it",
     )
-    jobs.add_argument("--report", type=Path, metavar="RUN", help="write report.html again from the run's files")
+    jobs.add_argument("--report", type=command.path, metavar="RUN", help="write report.html again from the run's files")
     jobs.add_argument(
-        "--across", type=Path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
+        "--across", type=command.path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
     )
     add_options(parser)
     command.add_mesh(parser)
@@ -93,12 +95,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     weights = (
         "folder of other weights, to evaluate in this run's simulators: a phase of another run or a converted folder"
     )
-    add("--weights", type=Path, metavar="FOLDER", help=weights)
-    add("--workdir", type=Path, metavar="DIR", help="with --config: where the results go (default: runs/eval_FOLDER)")
-    add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
+    add("--weights", type=command.path, metavar="FOLDER", help=weights)
+    add(
+        "--workdir",
+        type=command.path,
+        metavar="DIR",
+        help="with --config: where the results go (default: runs/eval_FOLDER)",
+    )
+    add("--step", type=command.natural, metavar="N", help="step of the checkpoint (default: the phase's latest)")
     add(
         "--name",
-        help="name of the result, replaced if it exists (default: the phase; then PHASE_again, PHASE_again2, ...)",
+        help="of the result; one that exists is set aside (default: the phase; then PHASE_again, PHASE_again2, ...)",
     )
     add = parser.add_argument_group(
         "--run, --config: the episodes, as --config.evaluation of launch/train.py"
@@ -150,23 +157,26 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     return dataclasses.replace(config, **changes)
 
 
-def load_subject(config: RunConfig, temperature: float, arguments: argparse.Namespace) -> Subject:
+def load_subject(
+    config: RunConfig, simulators: EnvConfig, temperature: float, arguments: argparse.Namespace
+) -> Subject:
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
-        with user_input():
-            expert = make_expert(config.env.task_name)
+        check_expert(simulators)
+        expert = make_expert(config.env.task_name)
         return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
     _, policy, params = load_policy(folder, step=step, mesh=mesh)
+    check_policy(policy, simulators, name=str(folder))
     act_of = policy_act_of(policy, params, jax.random.key(0), temperature=temperature, mesh=mesh)
     return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk)
 
 
 def default_name(weights: Path) -> str:
     """Returns a name for the evaluation of a folder of weights: that of the folder, as a file may have it."""
-    return re.sub(r"[^\w-]+", "_", weights.resolve().name)
+    return make_name(weights.resolve().name)
 
 
 def results_directory(arguments: argparse.Namespace) -> Path:
@@ -194,7 +204,7 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
     spec = dataclasses.replace(simulators.spec, params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        subject = load_subject(config, evaluation_config.temperature, arguments)
+        subject = load_subject(config, simulators, evaluation_config.temperature, arguments)
         simulator = stack.enter_context(contextlib.closing(make_vec_env(simulators)))
         clock = Clock()
         evaluation, films = evaluate_act(

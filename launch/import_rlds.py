@@ -14,11 +14,10 @@ there. `--config.demos_from=OUT --config.demos_of=NAME` trains on it, see config
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import command
 
-from stare_jax.config import ConfigError, user_input
+from stare_jax.config import ConfigError, Finite, convert, user_input
 from stare_jax.data.import_rlds import IDLE_FILTERS, ImportConfig, import_rlds, known_layout
 from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
@@ -36,8 +35,8 @@ STATISTICS = ("q01", "q99", "mean", "std", "min", "max")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="what to read, .../NAME/VERSION")
-    add("--out", type=Path, required=True, metavar="DIR", help="where the data set goes")
+    add("--data", type=command.path, required=True, metavar="DIR", help="what to read, .../NAME/VERSION")
+    add("--out", type=command.path, required=True, metavar="DIR", help="where the data set goes")
     add("--name", help=f"of the data set from here on (default: its own); {', '.join(LAYOUTS)} need no keys")
     add("--split", default=DEFAULT.split, help=f"(default: {DEFAULT.split})")
     add("--limit", type=int, metavar="N", help="episodes to read at most")
@@ -49,6 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=tuple(IDLE_FILTERS),
         help=f"actions that are not imitated; all are stored (default: {DEFAULT.idle_filter})",
     )
+    add("--skip-broken", action="store_true", help="leave out and count episodes that are broken, instead of an error")
     keys = parser.add_argument_group("fields of a step, of data sets whose actions are taken as they are")
     keys.add_argument("--image-key", metavar="PATH", help="such as observation/image")
     keys.add_argument("--state-key", metavar="PATH", help="(default: no state is stored)")
@@ -74,7 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def parse_gripper(text: str) -> tuple[float, float]:
     """Parses `0:1`."""
     try:
-        closed, opened = map(float, text.split(":"))
+        closed, opened = (convert(Finite, float(part), "gripper") for part in text.split(":"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected CLOSED:OPEN such as 0:1 or 1:-1") from error
     return closed, opened
@@ -121,8 +121,9 @@ def import_dataset(arguments: argparse.Namespace) -> None:
             camera=arguments.camera,
             idle_filter=arguments.idle_filter,
             limit=arguments.limit,
+            skip_broken=arguments.skip_broken,
         )
-    source = open_source(arguments.data.expanduser())
+    source = open_source(arguments.data)
     name = arguments.name or source.name
     layout = choose_layout(arguments, source, name)
     with Interruption() as interruption:

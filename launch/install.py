@@ -303,7 +303,9 @@ def install_system(venv: Path, need_vulkan: bool) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment goes (default: .venv)")
+    parser.add_argument(
+        "--venv", type=os.path.expanduser, default=ROOT / ".venv", help="where the environment goes (default: .venv)"
+    )
     parser.add_argument("--need-vulkan", action="store_true", help="stop if the simulator could not render")
     parser.add_argument("--without-extras", action="store_true", help="leave the extras of requirements.txt out")
     return parser.parse_args(argv)
@@ -311,7 +313,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    venv, chosen = arguments.venv.absolute(), {"with_extras": not arguments.without_extras}
+    venv, chosen = Path(arguments.venv).absolute(), {"with_extras": not arguments.without_extras}
     start = time.monotonic()
     try:
         install_system(venv, arguments.need_vulkan)

@@ -14,7 +14,11 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+_NAME_BYTES = 200
+"""Longest name of a user's; file systems allow 255, and endings are added."""
 
 
 class UserError(Exception):
@@ -93,7 +97,7 @@ def check_fields(config: Any) -> None:
             message names it, got and expected.
     """
     for name, hint in _annotations(type(config)).items():
-        object.__setattr__(config, name, _convert(hint, getattr(config, name), name))
+        object.__setattr__(config, name, convert(hint, getattr(config, name), name))
 
 
 @functools.cache
@@ -116,6 +120,41 @@ def user_input(place: str = "") -> Iterator[None]:
         raise ConfigError(f"{place}: {error}" if place else str(error)) from error
 
 
+def home_path(text: str) -> Path:
+    """Returns the path that a user has written: `~` at its beginning is the home directory, `~name` that of a user.
+
+    Shells leave a `~` after `=` as it is, so every path of a command line or a configuration comes through here.
+
+    Raises:
+        ConfigError: it is empty, or there is no such directory.
+    """
+    if not text:
+        raise ConfigError("got an empty path, expected the name of a file or a folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"got {text!r}, expected a path; no such home directory is known") from error
+
+
+def check_name(name: str, field: str) -> str:
+    """Returns a name that a user has chosen and that becomes part of a path.
+
+    Raises:
+        ConfigError: it would not be one file or folder where it is expected.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > _NAME_BYTES:
+        raise ConfigError(
+            f"{field}: got {name!r}, expected letters, digits, '_', '-' and '.', which does not come first; at most "
+            f"{_NAME_BYTES}"
+        )
+    return name
+
+
+def make_name(text: str) -> str:
+    """Returns a name as `check_name` wants it, made of any text."""
+    return re.sub(r"[^\w-]+", "_", text)[:_NAME_BYTES] or "_"
+
+
 def to_dict(config: Any) -> Any:
     """Returns a dataclass as nested dicts, tuples and scalars."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -131,7 +170,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
     Args:
       cls: a frozen dataclass whose annotations are scalars, tuples, dataclasses or unions of them. Where it has a
         function `fill_in(values) -> values`, that one completes fields that follow from others.
-      values: a mapping with the dataclass's fields; fields left out keep their defaults.
+      values: a mapping with the dataclass's fields; fields left out keep their defaults. A text that begins as a path
+        of the home directory, `~/`, is one.
       path: where this mapping stands, for the message of an error.
     Raises:
       ConfigError: for an unknown field, a value of the wrong type, or one that the dataclass itself refuses.
@@ -142,7 +182,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
         raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     if hasattr(cls, "fill_in"):
         values = cls.fill_in(values)
-    arguments = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    arguments = {name: convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**arguments)
     except ConfigError:
@@ -151,7 +191,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns a value as an annotation of a field has it; raises ConfigError, which begins with `path`."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         return _convert_marked(*typing.get_args(hint), value, path)
@@ -172,16 +213,25 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_tuple(typing.get_args(hint), value, path)
     if hint in (int, float):
         return _convert_number(hint, Interval(), value, path)
+    if hint is str and isinstance(value, str) and re.match(r"~[\w.-]*(/|$)", value):
+        return _home_field(value, path)
     if isinstance(hint, type) and hint is not Any and not isinstance(value, hint):
         raise ConfigError(f"{path}: got {value!r}, expected {hint.__name__}")
     return value
+
+
+def _home_field(value: str, path: str) -> str:
+    try:
+        return str(home_path(value))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _convert_marked(hint: Any, mark: Any, value: Any, path: str) -> Any:
     """Converts a value of an annotation with a mark: an `Interval` or a `Mark`."""
     if isinstance(mark, Interval):
         return _convert_number(hint, mark, value, path)
-    value = _convert(hint, value, path)
+    value = convert(hint, value, path)
     if mark is Mark.FILLED and not value:
         raise ConfigError(f"{path}: got {value!r}, expected at least one item")
     if mark is Mark.REGEX:
@@ -228,7 +278,7 @@ def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:
         hints = (hints[0],) * len(value)
     if hints and len(hints) != len(value):
         raise ConfigError(f"{path}: got {len(value)} items {value!r}, expected {len(hints)}")
-    return tuple(_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+    return tuple(convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
 
 
 def _convert_union(hints: tuple, value: Any, path: str) -> Any:
@@ -240,11 +290,11 @@ def _convert_union(hints: tuple, value: Any, path: str) -> Any:
         num_known = {hint: len({f.name for f in dataclasses.fields(hint)} & set(value)) for hint in candidates}
         best = max(num_known, key=num_known.get)
         if num_known[best]:
-            return _convert(best, value, path)
+            return convert(best, value, path)
     errors = []
     for hint in candidates:
         try:
-            return _convert(hint, value, path)
+            return convert(hint, value, path)
         except ConfigError as error:
             errors.append(error)
     if len(errors) == 1:

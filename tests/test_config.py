@@ -1,6 +1,7 @@
 """Dataclasses to dicts and back; every mistake names its field."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,8 +16,11 @@ from stare_jax.config import (
     Positive,
     UserError,
     check_fields,
+    check_name,
     from_dict,
+    home_path,
     list_choices,
+    make_name,
     to_dict,
     user_input,
 )
@@ -194,3 +198,35 @@ def test_user_input_keeps_the_kind_of_a_users_mistake():
         raise OtherError("x")
     with pytest.raises(ConfigError, match="^y$"), user_input():
         raise ValueError("y")
+
+
+def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_path("~/data") == Path("/home/me/data") and home_path("a/~") == Path("a/~")
+
+    @dataclasses.dataclass(frozen=True)
+    class Paths:
+        folder: str = ""
+        files: tuple[str, ...] = ()
+        maybe: str | None = None
+
+    built = from_dict(Paths, {"folder": "~", "files": ["~/a", "b~", "~a|b"], "maybe": "~/c"})
+    assert built == Paths("/home/me", ("/home/me/a", "b~", "~a|b"), "/home/me/c")
+    with pytest.raises(ConfigError, match="config.folder: got '~nobody_at_all/x', expected a path; no such home"):
+        from_dict(Paths, {"folder": "~nobody_at_all/x"})
+    with pytest.raises(ConfigError, match="got an empty path"):
+        home_path("")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "/a", "a\\b", "a b", "a\n", "a\0", ".hidden", "x" * 201]
+)
+def test_names_that_become_parts_of_paths_stay_in_their_folder(name):
+    with pytest.raises(ConfigError, match="^study: got .*expected letters, digits"):
+        check_name(name, "study")
+    assert check_name(make_name(name), "study")
+
+
+def test_names_are_letters_of_any_script_digits_and_signs():
+    for name in ("PushCube-v1", "lr_3e-4", "beta_0.1", "größe", "-x"):
+        assert check_name(name, "study") == name

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from stare_jax.config import Count, Finite, Mark, Natural, NonNegative, Positive, Seed, check_fields
-from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
+from stare_jax.data.norm_stats import clear_statistics, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
 from stare_jax.data.writer import DatasetWriter, Kind, require_same_kind
@@ -165,7 +165,7 @@ def _fill(
         while (wanted := _next_round(config, writer.manifest)) is not None:
             scale, seeds = wanted
             # Statistics are those of a complete data set, or absent.
-            (writer.directory / NORM_STATS_FILE).unlink(missing_ok=True)
+            clear_statistics(writer.directory, writer.manifest.env_id)
 
             def run(chosen, tell, scale=scale, seeds=seeds):
                 chosen_seeds, scales = [seeds[e] for e in chosen], [scale] * len(chosen)

@@ -5,9 +5,10 @@ second call goes on from there.
 """
 
 import dataclasses
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from stare_jax.config import Count, check_fields
-from stare_jax.data.norm_stats import NORM_STATS_FILE, renew_statistics
+from stare_jax.data.norm_stats import clear_statistics, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout
 from stare_jax.data.rlds_source import (
@@ -29,7 +30,7 @@ from stare_jax.data.rlds_source import (
 )
 from stare_jax.data.schema import DatasetError
 from stare_jax.data.writer import DatasetWriter, Kind
-from stare_jax.logging import Interrupted, progress
+from stare_jax.logging import Interrupted, progress, say
 from stare_jax.types import Observation, Trajectory
 
 IDLE_FILTERS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType(
@@ -38,8 +39,10 @@ IDLE_FILTERS: Mapping[str, Mapping[str, Mapping[str, float]]] = MappingProxyType
 """name -> `Manifest.filters`: "none" imitates every action, as OpenVLA does by default; "no_noops" leaves out actions
 that move the arm by less than 0.1 mm and 0.1 mrad and do not move the gripper, as OpenVLA does with its LIBERO data."""
 IdleFilter = Literal[*IDLE_FILTERS]
-NO_INSTRUCTION, TOO_SHORT = "without instruction", "too short"
+NO_INSTRUCTION, TOO_SHORT, BROKEN = "without instruction", "too short", "broken"
 """Reasons for which an episode is dropped."""
+NUM_NAMED = 5
+"""Number of broken episodes that are named; all are counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,9 @@ class ImportConfig:
     """Name in `IDLE_FILTERS`; the shards hold all actions, readers leave some out."""
     limit: Count | None = None
     """Number of episodes of the split to read at most; None reads all."""
+    skip_broken: bool = False
+    """True leaves out, names and counts episodes that cannot be read, are not what the layout says, or have a value
+    that is not finite, instead of raising."""
     write_every: Count = 256
     """Number of episodes read between two writes; a killed process loses no more."""
 
@@ -99,8 +105,8 @@ def import_rlds(
 
     Raises:
         Interrupted: `should_stop` said so; what was read is safe, and calling again goes on.
-        DatasetError: a field or the split is missing; an episode is damaged, is not what the layout says, or has a
-            value that is not finite; nothing is left to imitate; or the folder holds something else.
+        DatasetError: a field or the split is missing; an episode is broken (`ImportConfig.skip_broken`); nothing is
+            left to imitate; or the folder holds something else.
     """
     check_source(source, layout, config.split)
     directory, num_wanted = Path(directory), source.num_episodes[config.split]
@@ -117,7 +123,7 @@ def import_rlds(
         Dataset(directory, verify=False)  # A shard that is gone is found before hours of reading, not after.
         if _num_read(writer) < num_wanted:
             # Statistics are those of a complete data set, or absent.
-            (directory / NORM_STATS_FILE).unlink(missing_ok=True)
+            clear_statistics(directory, name)
             _fill(writer, source, layout, config, num_wanted, should_stop)
     dataset = Dataset(directory, verify=False)
     if not dataset.num_episodes:
@@ -164,8 +170,14 @@ def _fill(
         for steps in episodes:
             try:
                 problem = _append(writer, steps, layout, camera=config.camera, origin=origin, index=num_read)
-            except ValueError as error:
-                raise DatasetError(f"{name_episode(source, config.split, num_read)}: {error}") from error
+            except (DatasetError, ValueError) as error:
+                name = "" if isinstance(error, DatasetError) else f"{name_episode(source, config.split, num_read)}: "
+                message = f"{name}{error}"
+                if not config.skip_broken:
+                    raise DatasetError(f"{message}; --skip-broken leaves out and counts such episodes") from error
+                if dropped[BROKEN] < NUM_NAMED:
+                    say(f"left out: {message}")
+                problem = BROKEN
             num_read += 1
             dropped.update([problem] if problem else [])
             bar.update(1, dropped=dropped.total())
@@ -177,11 +189,19 @@ def _fill(
 
 
 def _append(
-    writer: DatasetWriter, steps: EpisodeSteps, layout: Layout, *, camera: str, origin: str, index: int
+    writer: DatasetWriter, steps: EpisodeSteps | DatasetError, layout: Layout, *, camera: str, origin: str, index: int
 ) -> str | None:
-    """Stores an episode, or returns the reason for which it is dropped."""
-    instruction = next(filter(None, steps.instruction), None)
-    if instruction is None:
+    """Stores an episode, or returns the reason for which it is dropped.
+
+    Where the instruction changes, another episode begins: every action is stored with the instruction of its own step.
+
+    Raises:
+        DatasetError, ValueError: it is broken.
+    """
+    if isinstance(steps, DatasetError):
+        raise steps
+    instructions = fill_instructions(steps.instruction)
+    if instructions is None:
         return NO_INSTRUCTION
     for name, values in (("state", steps.state), ("action", steps.action)):
         if not (is_finite := np.isfinite(values).all(axis=1)).all():
@@ -190,10 +210,26 @@ def _append(
     action, first = layout.standardize(steps.state, steps.action)
     if not len(action):
         return TOO_SHORT
-    states = slice(first, first + len(action) + 1)
-    trajectory = _unmeasured({camera: steps.image[states]}, steps.state[states], action)
-    writer.append(trajectory, instruction=instruction, seed=None, source=origin, attempt=index)
+    n = 0
+    for instruction, group in itertools.groupby(instructions[first : first + len(action)]):
+        stop = n + len(list(group))
+        states = slice(first + n, first + stop + 1)
+        trajectory = _unmeasured({camera: steps.image[states]}, steps.state[states], action[n:stop])
+        writer.append(trajectory, instruction=instruction, seed=None, source=origin, attempt=index)
+        n = stop
     return None
+
+
+def fill_instructions(instructions: Sequence[str]) -> list[str] | None:
+    """Returns the instruction of every step: where a step has none, that of the step before, or the first there is.
+
+    None where no step has one.
+    """
+    filled, last = [], next(filter(None, instructions), None)
+    for text in instructions:
+        last = text or last
+        filled.append(last)
+    return None if last is None else filled
 
 
 def _unmeasured(images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray) -> Trajectory:

@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 
 from stare_jax.data.filters import imitation_frames
+from stare_jax.data.ranges import scale_actions, scale_states
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.documents import check_record, read_json
+from stare_jax.documents import read_json
 from stare_jax.documents.reader import NOTHING
-from stare_jax.documents.statistics import check_quantiles
-from stare_jax.logging import replace_text
-from stare_jax.models.normalize import action_range
+from stare_jax.documents.statistics import check_quantiles, check_tables
+from stare_jax.logging import move_aside, replace_text, say
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"
-_TABLES = dict[str, dict[str, Any]]
 
 
 def compute_statistics(
@@ -90,13 +89,12 @@ def _describe(values: np.ndarray, name: str) -> dict[str, list[float]]:
 def to_norm_stats(
     statistics: Mapping[str, Any], *, action_dim: int, state_dim: int, place: str = NORM_STATS_FILE, path: str = ""
 ) -> NormStats:
-    """Returns the part of a data set's statistics that policies need.
+    """Returns the part of a data set's statistics that policies need, and says where quantiles are not taken, and why.
 
     Args:
         statistics: statistics of one data set, in the file's format. Without a mask all dimensions are normalised.
         action_dim: A.
         state_dim: S; with 0, for policies that see no state, "proprio" is not read.
-
         place: the file, with which a message begins.
         path: names of the fields on the way from the file to the statistics.
 
@@ -108,8 +106,11 @@ def to_norm_stats(
     state = {name: np.zeros(0, np.float32) for name in ("q01", "q99")}
     if state_dim:
         state = check_quantiles(statistics.get("proprio", NOTHING), place, f"{prefix}proprio", dim=state_dim)
-    low, high = action_range(action, action["mask"])
-    return NormStats(low, high, action["mask"], state["q01"], state["q99"])
+    low, high, lines = scale_actions(action)
+    state_low, state_high, state_lines = scale_states(state)
+    for line in lines + state_lines:
+        say(f"{place}: {line}")
+    return NormStats(low, high, action["mask"], state_low, state_high)
 
 
 def write_statistics(directory: str | os.PathLike, statistics: Mapping[str, Mapping[str, Any]]) -> None:
@@ -131,11 +132,24 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
         DatasetError: there is no frame to imitate.
     """
     path, key = dataset.directory / NORM_STATS_FILE, dataset.manifest.env_id
-    written = check_record(_TABLES, read_json(path, optional=True), str(path))
+    written = check_tables(read_json(path, optional=True), str(path))
     if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
         return
+    clear_statistics(dataset.directory, key)
     statistics = dataset_statistics(dataset, action_mask=action_mask) | {"fingerprint": dataset.fingerprint}
     write_statistics(dataset.directory, {key: statistics})
+
+
+def clear_statistics(directory: Path, key: str) -> None:
+    """Removes the statistics of a data set that grows; others than this library has computed of it are set aside."""
+    path = directory / NORM_STATS_FILE
+    if not path.exists():
+        return
+    content = check_tables(read_json(path), str(path))
+    if list(content) == [key] and "fingerprint" in content[key]:
+        path.unlink()
+    elif folder := move_aside(directory, [path]):
+        say(f"{path}: got statistics that were not computed of this data set; they are in {folder} now")
 
 
 def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int, key: str | None = None) -> NormStats:
@@ -155,7 +169,7 @@ def read_norm_stats(path: str | os.PathLike, *, action_dim: int, state_dim: int,
     path = path / NORM_STATS_FILE if path.is_dir() else path
     if not path.exists():
         raise DatasetError(f"{path} is missing: without its statistics no policy can be trained on the data set")
-    content = check_record(_TABLES, read_json(path), str(path))
+    content = check_tables(read_json(path), str(path))
     if key is None and len(content) == 1:
         (key,) = content
     if key not in content:

@@ -59,6 +59,9 @@ class PairsConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.max_rollouts < self.rollouts_per_seed:
+            expected = f"at least rollouts_per_seed {self.rollouts_per_seed}"
+            raise ValueError(f"max_rollouts: got {self.max_rollouts}, expected {expected}")
 
 
 class Outcome(NamedTuple):

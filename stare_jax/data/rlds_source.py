@@ -1,15 +1,17 @@
-"""RLDS data sets as tensorflow-datasets keeps them on disk (TFRecord), episode by episode in the order of the files.
+"""RLDS data sets as tensorflow-datasets keeps them on disk (TFRecord, ArrayRecord), in the order of the files.
 
 The only file that needs TensorFlow, and not before a data set is opened. Images are decoded and resized by TensorFlow,
 too, as OpenVLA's own loader does it: Lanczos-3 with antialiasing, rounded, clipped to uint8.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from stare_jax.data.rlds_layouts import Layout
 from stare_jax.data.schema import DatasetError
@@ -17,6 +19,10 @@ from stare_jax.data.schema import DatasetError
 RESIZE = "lanczos3"
 MAX_STEPS = 1 << 14
 """Most steps of an episode; TensorFlow reserves as many places for each."""
+_TEXT, _CODES = r"string \[\]", r"u?int\d+ \[(\d+|None)\]"
+"""Kinds of an instruction: a text, or the codes of its characters with zeros behind them."""
+_NUMBERS, _IMAGE = r"(bool|(bfloat|float|u?int)\d+) \[.*\]", r"uint8 \[(\d+|None), (\d+|None), (\d+|None)\]"
+_LAST_LATIN, _WHITE = 0x24F, (9, 10, 13)
 
 
 class RldsSource(NamedTuple):
@@ -62,17 +68,21 @@ def open_source(directory: str | os.PathLike) -> RldsSource:
                 f"{directory} is no data set of tensorflow-datasets: it has no {name}; expected .../NAME/VERSION"
             )
     tfds = _tensorflow()[1]
-    builder = tfds.builder_from_directory(str(directory))
-    features = dict(builder.info.features.items())
+    try:
+        builder = tfds.builder_from_directory(str(directory))
+        features = dict(builder.info.features.items())
+        num_episodes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    except Exception as error:  # whatever tensorflow-datasets makes of a damaged file
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise DatasetError(f"{directory}: dataset_info.json or features.json cannot be read: {reason}") from error
     if not isinstance(features.get("steps"), tfds.features.Dataset):
         raise DatasetError(f"{directory}: got episodes of {sorted(features)}, expected RLDS, with 'steps' among them")
     fields = {path: _kind(feature) for path, feature in _step_features(builder).items()}
-    num_episodes = {split: info.num_examples for split, info in builder.info.splits.items()}
     return RldsSource(directory, builder, builder.name, str(builder.version), fields, num_episodes)
 
 
 def check_source(source: RldsSource, layout: Layout, split: str) -> None:
-    """Makes sure that a split, and the fields of a layout, are there.
+    """Makes sure that a split, and the fields of a layout, are there and of a kind that can be read.
 
     Raises:
         DatasetError: names what was found and what was expected.
@@ -83,8 +93,13 @@ def check_source(source: RldsSource, layout: Layout, split: str) -> None:
     wanted = (layout.image, *state, *layout.action, layout.instruction)
     if missing := ", ".join(path for path in wanted if path not in source.fields):
         raise DatasetError(f"{source.directory}: got steps of {list_fields(source)}; expected {missing} as well")
-    if not source.fields[layout.image].startswith("uint8"):
-        raise DatasetError(f"{source.directory}: {layout.image}: got {source.fields[layout.image]}, expected images")
+    texts = ", ".join(path for path, kind in source.fields.items() if re.fullmatch(_TEXT, kind)) or "none of its fields"
+    text = f"a text, 'string []', as {texts}, or codes of characters, 'int32 [N]'"
+    kinds = [(layout.image, _IMAGE, "images"), (layout.instruction, f"{_TEXT}|{_CODES}", text)]
+    kinds += [(path, _NUMBERS, "numbers") for path in (*state, *layout.action)]
+    for path, kind, expected in kinds:
+        if not re.fullmatch(kind, got := source.fields[path]):
+            raise DatasetError(f"{source.directory}: {path}: got {got}, expected {expected}")
 
 
 def list_fields(source: RldsSource) -> str:
@@ -99,33 +114,105 @@ def name_episode(source: RldsSource, split: str, index: int) -> str:
 
 def read_episodes(
     source: RldsSource, layout: Layout, split: str, first: int, last: int, *, image_size: int
-) -> Iterator[EpisodeSteps]:
-    """Yields the episodes [first, last) of a split; those before are passed over without reading their files.
+) -> Iterator[EpisodeSteps | DatasetError]:
+    """Yields the episodes [first, last) of a split, or, in the place of one that cannot be read, the reason.
+
+    Those before are passed over without reading their files; files are opened again behind an episode that cannot be
+    read. Where a TFRecord file is damaged the rest of it cannot be read either.
 
     Raises:
-        DatasetError: a file is damaged.
+        DatasetError: none of the episodes can be read.
     """
+    tf, _ = _tensorflow()
+    index = first
+    while index < last:
+        try:
+            for row in _rows(source, layout, split, index, last, image_size=image_size):
+                yield EpisodeSteps(*row[:3], [_spell(value) for value in row[3]])
+                index += 1
+            problem = "the files end before it" if index < last else None
+        except (tf.errors.OpError, OSError, ValueError, IndexError) as error:
+            problem = _line(error)
+        if problem:
+            yield DatasetError(f"{name_episode(source, split, index)} cannot be read: {problem}")
+            index += 1
+
+
+def _rows(
+    source: RldsSource, layout: Layout, split: str, first: int, last: int, *, image_size: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields image, state, action and instruction of the steps of each of the episodes [first, last).
+
+    Raises:
+        DatasetError: tensorflow-datasets cannot read such features.
+    """
+    try:
+        return _pipeline(source, layout, split, first, last, image_size).as_numpy_iterator()
+    except Exception as error:  # whatever tensorflow-datasets makes of a description that files do not fit
+        raise DatasetError(f"{source.directory}: cannot be read: {type(error).__name__}: {_line(error)}") from error
+
+
+def _pipeline(source: RldsSource, layout: Layout, split: str, first: int, last: int, image_size: int) -> Any:
+    """Returns the `tf.data.Dataset` of these rows."""
     tf, tfds = _tensorflow()
-    raw = source.builder.as_dataset(
-        split=tfds.core.ReadInstruction(split, from_=first, to=last, unit="abs"),
-        shuffle_files=False,
-        decoders=_undecoded_images(tfds, source.builder),
-        read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),  # in order, nothing kept in memory
-    )
+    decoders = _undecoded_images(tfds, source.builder)
 
     def all_steps(episode):
         steps = episode["steps"].map(lambda step: _step(tf, step, layout, image_size))
         return steps.batch(MAX_STEPS).get_single_element()
 
-    rows = raw.map(all_steps, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(1)
-    iterator = rows.as_numpy_iterator()
-    for index in range(first, last):
-        try:
-            image, state, action, texts = next(iterator)
-        except (tf.errors.OpError, StopIteration) as error:
-            reason = " ".join(str(error).split())[:300] or "the files end before it"
-            raise DatasetError(f"{name_episode(source, split, index)} cannot be read: {reason}") from error
-        yield EpisodeSteps(image, state, action, [text.decode(errors="replace").strip() for text in texts.tolist()])
+    if source.builder.info.file_format.value == "array_record":  # which tensorflow-datasets does not give to tf.data
+        features = source.builder.info.features
+        records = tf.data.Dataset.from_generator(
+            lambda: _array_records(source, split, first, last), output_signature=tf.TensorSpec((), tf.string)
+        )
+        raw = records.map(lambda record: features.deserialize_example(record, decoders=decoders))
+    else:
+        raw = source.builder.as_dataset(
+            split=tfds.core.ReadInstruction(split, from_=first, to=last, unit="abs"),
+            shuffle_files=False,
+            decoders=decoders,
+            # In order, nothing kept in memory.
+            read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False),
+        )
+    return raw.map(all_steps, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(1)
+
+
+def _array_records(source: RldsSource, split: str, first: int, last: int) -> Iterator[bytes]:
+    """Yields the serialized episodes [first, last) of a split that is kept as ArrayRecord."""
+    info, start = source.builder.info.splits[split], 0
+    for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
+        wanted = range(max(first, start), min(last, start + expected))
+        if wanted:
+            reader = ArrayRecordReader(str(path))
+            if (got := reader.num_records()) != expected:
+                raise ValueError(f"{path}: got {got} episodes, expected {expected}")
+            for index in wanted:
+                (record,) = reader.read([index - start])
+                yield record
+            reader.close()
+        start += expected
+
+
+def _spell(value: bytes | np.ndarray) -> str:
+    """Returns an instruction of a step as a text.
+
+    Raises:
+        ValueError: numbers are no codes of characters.
+    """
+    if isinstance(value, bytes):
+        return value.decode(errors="replace").strip()
+    codes = value.tolist()
+    codes = codes[: codes.index(0)] if 0 in codes else codes
+    # The numbers of a tokenizer, which would give a text without a meaning, are not as small.
+    if not all(code in _WHITE or 32 <= code <= _LAST_LATIN for code in codes):
+        raise ValueError(f"instruction: got the numbers {codes[:8]}, expected codes of Latin characters, then zeros")
+    return "".join(map(chr, codes)).strip()
+
+
+def _line(error: Exception) -> str:
+    """Returns the message of an error as one line: its end, where TensorFlow puts a whole traceback before it."""
+    return " ".join(str(error).split())[-300:]
 
 
 def _tensorflow() -> tuple[Any, Any]:

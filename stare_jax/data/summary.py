@@ -120,7 +120,7 @@ def contact_sheet(
 def _fitting(height: int, width: int) -> tuple[int, int]:
     """Returns the (width, height) at which an image is shown."""
     scale = _TILE / max(height, width)
-    return round(width * scale), round(height * scale)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 @functools.lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,15 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from stare_jax.data import records, schema
 from stare_jax.data.schema import DatasetError, Episode, Manifest, Shard, ShardFile
-from stare_jax.logging import sync_directory, versions
+from stare_jax.logging import move_aside, sync_directory, versions
 from stare_jax.types import Trajectory
 
 _log = logging.getLogger(__name__)
 
 # A group is what is decompressed at once: one record, because batches read single frames.
 _WRITER_OPTIONS = "group_size:1"
+_UNFINISHED = re.compile(r"((frames|episodes)-\d{5,}\.array_record|[\w.]+\.json\.\d+)\.partial")
+"""Names of files that are being written here: shards, and files of `logging.replace_text`."""
 
 
 class Kind(NamedTuple):
@@ -53,8 +56,8 @@ class DatasetWriter:
         """Opens a data set to append to.
 
         Args:
-            directory: folder, made if it does not exist. Files that an interrupted writer left there are removed, with
-                a warning.
+            directory: folder, made if it does not exist. Files that an interrupted writer left unfinished there are
+                removed, and shards that the manifest does not name are moved to `set_aside/`, with a warning.
             env_id: environment.
             control_mode: meaning of an action.
             settings: settings with which the data are made, JSON-able; to continue, they have to be the same.
@@ -269,12 +272,18 @@ def require_same_kind(directory: str | os.PathLike, manifest: Manifest, kind: Ki
 
 
 def _remove_leftovers(directory: Path, manifest: Manifest, *, say: bool = True) -> None:
+    """Removes files that were not finished, and sets whole shards aside that are not in the manifest."""
     known = {file.name for shard in manifest.shards for file in shard}
-    for path in sorted((*directory.glob("*.array_record"), *directory.glob("*.partial"))):
-        if path.name not in known:
+    for path in sorted(directory.glob("*.partial")):
+        if _UNFINISHED.fullmatch(path.name):
             if say:
                 _log.warning("removing %s, which an interrupted writer left unfinished", path)
             path.unlink()
+    # The writer was killed between a shard and the manifest, or the manifest is an older one.
+    unlisted = [path for path in sorted(directory.glob("*.array_record")) if path.name not in known]
+    if folder := move_aside(directory, unlisted):
+        names = ", ".join(path.name for path in unlisted)
+        _log.warning("%s: the manifest does not name %s; moved to %s", directory, names, folder)
 
 
 def _lock(directory: Path) -> int:

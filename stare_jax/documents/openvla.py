@@ -21,6 +21,7 @@ from stare_jax.documents.reader import (
     read_json,
     read_record,
 )
+from stare_jax.documents.statistics import check_tables
 
 CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
 PROCESSORS = (("preprocessor_config.json", ""), ("processor_config.json", "image_processor"))
@@ -211,9 +212,9 @@ def read_tables(folders: Sequence[Path]) -> dict[str, Table]:
     for folder in folders:
         file, own = folder / CONFIG, folder / STATISTICS
         inside = read_json(file, optional=True).get("norm_stats") or {}
-        inside = check_record(dict[str, dict[str, Any]], inside, str(file), path="norm_stats")
+        inside = check_tables(inside, str(file), "norm_stats")
         tables |= {name: Table(str(file), f"norm_stats.{name}", fields) for name, fields in inside.items()}
-        beside = check_record(dict[str, dict[str, Any]], read_json(own, optional=True), str(own))
+        beside = check_tables(read_json(own, optional=True), str(own))
         tables |= {name: Table(str(own), name, fields) for name, fields in beside.items()}
     return tables
 

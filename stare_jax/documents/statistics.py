@@ -99,3 +99,8 @@ def check_norm_stats(value: Any, place: str, path: str = "") -> NormStats:
     state = {"q01": stored.state_q01, "q99": stored.state_q99}
     state = check_quantiles(state, place, f"{prefix}state", may_be_empty=True)
     return NormStats(action["q01"], action["q99"], action["mask"], state["q01"], state["q99"])
+
+
+def check_tables(value: Any, place: str, path: str = "") -> dict[str, dict[str, Any]]:
+    """Returns the tables of a file of statistics by the name of the data set; DocumentError where they are none."""
+    return check_record(dict[str, dict[str, Any]], value, place, path=path)

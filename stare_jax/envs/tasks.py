@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, check_name, home_path
 from stare_jax.envs.experts import panda, widowx
 from stare_jax.envs.experts.base import Expert, ExpertFn, limit_translations
 from stare_jax.envs.maniskill.scenes import SCENES, Scene
@@ -52,7 +52,7 @@ def load_task(name: str) -> Task:
         ConfigError: there is no such task, the file cannot be imported, it has no `TASK`, or parts of the task do not
             fit each other.
     """
-    return _BUILT_IN[name] if name in _BUILT_IN else _load(name)
+    return _BUILT_IN[name] if name in _BUILT_IN else _load(str(home_path(name)))
 
 
 def make_expert(name: str, *, limit: float = 1.0) -> Expert:
@@ -138,6 +138,7 @@ def _checked(task: Any, name: str) -> Task:
     if task.expert is not None and not callable(task.expert):
         got = type(task.expert).__name__
         raise ConfigError(f"task: {name}: {TASK_NAME}.expert: got a {got}, expected a function, or None")
+    check_name(task.spec.env_id, f"task: {name}: {TASK_NAME}.spec.env_id")
     mode, num_actions = next(iter(task.scene.action_dims.items()))
     if len(task.scene.action_scale) != num_actions:
         raise ConfigError(

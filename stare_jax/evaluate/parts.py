@@ -1,9 +1,9 @@
 """Parts of an evaluation, and the folder that holds the results of finished parts until the whole is finished."""
 
+import contextlib
 import io
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.films import Film
-from stare_jax.logging import replace_bytes
+from stare_jax.logging import move_aside, replace_bytes, say
 from stare_jax.types import Array, Signals
 
 NUM_PARTS = 10
@@ -52,32 +52,34 @@ def save_parts(folder: Path, identity: Mapping[str, Any], done: PartsDone) -> No
         done: at least one part.
     """
     # Films come first, and none is written twice, so that every film that the results name is there.
+    saved = _saved_films(folder)
     for film in done.films:
-        if not (file := _film_file(folder, film.episode)).exists():
+        if film.episode not in saved:
+            file = _film_file(folder, film.episode)
             frames = {} if film.frames is None else {"frames": film.frames}
             _write(file, {"valid": film.valid} | film.signals._asdict() | frames)
     numbers = {"num_parts": done.num_parts, "num_steps": done.num_steps, "wall_s": done.wall_s}
     films = np.array([film.episode for film in done.films], np.int64)
     header = {"identity": json.dumps(identity), "films": films, "initial": done.initial}
     _write(folder / _RESULTS_FILE, numbers | header | done.episodes._asdict())
-    _delete_other_films(folder, [film.episode for film in done.films])
+    for episode in saved - set(films.tolist()):
+        _film_file(folder, episode).unlink(missing_ok=True)
 
 
 def load_parts(folder: Path, identity: Mapping[str, Any]) -> PartsDone:
     """Returns the results in a folder, or `NOTHING_DONE` if it has none or those of another identity.
 
     Args:
-        folder: a folder of `save_parts`; results of another identity are deleted.
+        folder: a folder of `save_parts`; with results of another identity it is moved to `set_aside/` beside it.
         identity: JSON values that have to be equal to those that were saved.
     """
     if not (folder / _RESULTS_FILE).exists():
-        delete_parts(folder)  # It may hold films that were written before the process was killed.
         return NOTHING_DONE
     found = _read(folder / _RESULTS_FILE)
     if json.loads(str(found["identity"])) != json.loads(json.dumps(identity)):
-        delete_parts(folder)
+        aside = move_aside(folder.parent, [folder])
+        say(f"{folder} holds a part of another evaluation; it is in {aside} now")
         return NOTHING_DONE
-    _delete_other_films(folder, found["films"].tolist())
     films = []
     for episode in found["films"].tolist():
         leaves = _read(_film_file(folder, episode))
@@ -94,14 +96,17 @@ def load_parts(folder: Path, identity: Mapping[str, Any]) -> PartsDone:
 
 
 def delete_parts(folder: Path) -> None:
-    """Deletes the folder, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _delete_other_films(folder: Path, episodes: Sequence[int]) -> None:
-    """Deletes films that the results do not name: the process was killed after it had written them."""
-    for file in set(folder.glob("film_*.npz")) - {_film_file(folder, episode) for episode in episodes}:
+    """Deletes the files of `save_parts` in a folder, and the folder, if nothing else is in it."""
+    for file in (*folder.glob("film_*.npz"), *folder.glob(f"{_RESULTS_FILE}*")):
         file.unlink()
+    with contextlib.suppress(OSError):  # not there, or not empty
+        folder.rmdir()
+
+
+def _saved_films(folder: Path) -> set[int]:
+    """Returns the episodes of the films that the results in a folder name; others were written before a kill."""
+    file = folder / _RESULTS_FILE
+    return set(_read(file)["films"].tolist()) if file.exists() else set()
 
 
 def _film_file(folder: Path, episode: int) -> Path:

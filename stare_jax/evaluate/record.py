@@ -1,21 +1,20 @@
 """Files of evaluations in a run directory: `eval/<name>.json`, and `eval/<name>.partial/` of an unfinished one."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.config import Natural
+from stare_jax.config import Natural, check_name
 from stare_jax.documents import check_record, read_json
 from stare_jax.documents.reader import raise_problems
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.parts import delete_parts
 from stare_jax.evaluate.protocol import EvalInfo, Evaluation
 from stare_jax.evaluate.summary import Summary, summarize
-from stare_jax.logging import replace_text
+from stare_jax.logging import move_aside, replace_text, say
 
 PHASE_ORDER = ("expert", "sft", "tpo", "ppo")
 """Names of evaluations in the order in which they are shown; others follow."""
@@ -74,11 +73,20 @@ def evaluation_file(run_directory: str | Path, name: str) -> Path:
     """Returns the file of an evaluation: `eval/<name>.json`.
 
     Raises:
-        ValueError: the name cannot be a file name.
+        ConfigError: the name cannot be a file name.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"phase: got {name!r}, expected letters, digits, '_' and '-'")
-    return Path(run_directory) / "eval" / f"{name}.json"
+    return Path(run_directory) / "eval" / f"{check_name(name, 'name')}.json"
+
+
+def set_aside_evaluation(run_directory: str | Path, name: str) -> None:
+    """Makes room for an evaluation: moves one of that name, with its films and pictures, to `set_aside/<n>/`."""
+    run_directory, file = Path(run_directory), evaluation_file(run_directory, name)
+    if not file.exists():
+        return
+    pictures = [f"{kind}_{name}{theme}.png" for kind in ("timeline", "filmstrip") for theme in ("", "_dark")]
+    films = [path for path in run_directory.glob(f"videos/{name}_*.mp4") if path.stem[len(name) + 1 :].isdigit()]
+    folder = move_aside(run_directory, [file, *films, *(run_directory / "figures" / picture for picture in pictures)])
+    say(f"{file} is evaluated again; what was there is in {folder}")
 
 
 def partial_folder(file: str | Path) -> Path:

@@ -8,6 +8,7 @@ from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
 from stare_jax.logging.compilations import num_compilations as num_compilations
 from stare_jax.logging.files import check_space as check_space
+from stare_jax.logging.files import move_aside as move_aside
 from stare_jax.logging.files import new_directory as new_directory
 from stare_jax.logging.files import replace_bytes as replace_bytes
 from stare_jax.logging.files import replace_text as replace_text

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stare_jax.config import ConfigError
+
+_ASIDE = "set_aside"
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -60,6 +62,28 @@ def new_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     sync_directory(directory.parent)
+
+
+def move_aside(directory: Path, paths: Sequence[Path]) -> Path | None:
+    """Makes room without deleting: moves what there is of some paths to `<directory>/set_aside/<n>/`.
+
+    Args:
+        directory: a folder that all the paths are in.
+        paths: files and folders; those that do not exist are passed over.
+
+    Returns:
+        The new folder, in which they have the same relative paths; None where there was nothing to move.
+    """
+    found = [path for path in paths if path.exists()]
+    if not found:
+        return None
+    numbers = [int(path.name) for path in (directory / _ASIDE).glob("*") if path.name.isdigit()]
+    folder = directory / _ASIDE / str(max(numbers, default=0) + 1)
+    for path in found:
+        target = folder / path.relative_to(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return folder
 
 
 def check_space(to: Path, size: int) -> None:

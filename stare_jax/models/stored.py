@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stare_jax.config import ConfigError, from_dict, to_dict
+from stare_jax.config import ConfigError, from_dict, home_path, to_dict
 from stare_jax.documents import read_json
 from stare_jax.models import (
     MLPConfig,
@@ -55,9 +55,9 @@ def named_model(name: str) -> Pi05Config:
     """
     if name in _PRESETS:
         return _PRESETS[name]()
-    if not Path(name).is_file():
+    if not (file := home_path(name)).is_file():
         raise ConfigError(f"model: got {name!r}, expected {NAMED_MODELS}")
-    fields = read_json(Path(name))
+    fields = read_json(file)
     fields = fields.get("model", fields)
     if not isinstance(fields, dict) or "paligemma" not in fields:
         raise ConfigError(f"{name}: got another content, expected the fields of Pi05Config, or a run's config.json")

@@ -9,7 +9,7 @@ import numpy as np
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.films import Film
 from stare_jax.evaluate.protocol import Evaluation
-from stare_jax.evaluate.record import evaluation_file, save_evaluation
+from stare_jax.evaluate.record import evaluation_file, save_evaluation, set_aside_evaluation
 from stare_jax.logging import say
 from stare_jax.report.figures import draw_timeline
 from stare_jax.report.timeline import RewardsFn, trace_episode
@@ -28,14 +28,14 @@ def record_evaluation(
     num_videos: int = 4,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the evaluation of a phase and shows some of its episodes; replaces an earlier one of that name.
+    """Writes the evaluation of a phase and shows some of its episodes; an earlier one of that name is set aside.
 
     The numbers are on disk before the first picture is made. Pictures and films that cannot be made are left out, with
     a warning.
 
     Args:
         run_directory: the directory to write into.
-        phase: name of the files; letters, digits, `_`, `-`.
+        phase: name of the files.
         evaluation, films: as `evaluate` returned them.
         spec: the task's stages.
         rewards_fn: rewards of training, drawn in the timeline.
@@ -43,9 +43,10 @@ def record_evaluation(
         settings: the configuration of the evaluation, kept with it.
 
     Raises:
-        ValueError: the phase cannot be a file name.
+        ConfigError: the phase cannot be a file name.
     """
     run_directory, file = Path(run_directory), evaluation_file(run_directory, phase)
+    set_aside_evaluation(run_directory, phase)
     save_evaluation(file, evaluation, phase=phase, settings=settings)
     media: dict[str, Any] = {"videos": []}
     film_of = {film.episode: film for film in films}

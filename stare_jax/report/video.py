@@ -1,6 +1,8 @@
 """Films of episodes: frames enlarged, with stage, step, potential and success drawn above each."""
 
+import contextlib
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from stare_jax.report.figures import PALETTE, SUCCESS
 from stare_jax.report.timeline import Timeline
 
-MIN_SIDE = 384
+MIN_SIDE, MAX_SIDE = 384, 1280
+"""Pixels of the shorter side to which frames are enlarged, and of the longer side, which wins."""
 _HEADER = 76
 _COLUMNS, _GAP = 3, 6
 _BACKGROUND = "#161b22"
@@ -42,18 +45,26 @@ def write_video(
     Raises:
         RuntimeError: ffmpeg could not write the file; the message is its own.
     """
-    pictures = list(annotate_frames(frames, timeline, stage_names, caption=caption))
-    height, width = pictures[0].shape[:2]
+    pictures = annotate_frames(frames, timeline, stage_names, caption=caption)
+    picture = next(pictures)
+    height, width = picture.shape[:2]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The package's own writer forks with a hook, which JAX warns of. faststart lets a browser seek at once.
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
     target = "-an -c:v libx264 -pix_fmt yuv420p -movflags +faststart"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source.split(), *target.split(), str(path)]
-    stream = b"".join(picture.tobytes() for picture in pictures + [pictures[-1]] * round(fps))
-    result = subprocess.run(command, input=stream, stderr=subprocess.PIPE, start_new_session=True)
-    if result.returncode:
-        raise RuntimeError(f"{path}: ffmpeg failed: {result.stderr.decode(errors='replace').strip()}")
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said, start_new_session=True)
+        with contextlib.suppress(BrokenPipeError), process:  # it has ended, and says why
+            process.stdin.write(picture.tobytes())
+            for picture in pictures:  # one at a time: a film takes gigabytes
+                process.stdin.write(picture.tobytes())
+            for _ in range(round(fps)):
+                process.stdin.write(picture.tobytes())
+        said.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{path}: ffmpeg failed: {said.read().decode(errors='replace').strip()}")
 
 
 def write_filmstrip(
@@ -72,8 +83,9 @@ def write_filmstrip(
         frames, timeline, stage_names, caption: as for `write_video`.
         num_frames: how many, where the episode has so many.
     """
-    pictures = list(annotate_frames(frames, timeline, stage_names, caption=caption))
-    chosen = [pictures[t] for t in telling_steps(timeline, num_frames)]
+    steps = set(telling_steps(timeline, num_frames))
+    pictures = enumerate(annotate_frames(frames, timeline, stage_names, caption=caption))
+    chosen = [picture for t, picture in pictures if t in steps]
     height, width, _ = chosen[0].shape
     num_rows = -(-len(chosen) // _COLUMNS)
     sheet = Image.new("RGB", (_COLUMNS * (width + _GAP) - _GAP, num_rows * (height + _GAP) - _GAP), _BACKGROUND)
@@ -100,20 +112,28 @@ def telling_steps(timeline: Timeline, num_frames: int) -> list[int]:
 def annotate_frames(
     frames: np.ndarray, timeline: Timeline, stage_names: Sequence[str], *, caption: str = ""
 ) -> Iterator[np.ndarray]:
-    """Yields the T states' frames, enlarged by a whole factor to at least `MIN_SIDE` pixels, with a header.
+    """Yields the T states' frames with a header, which is at least `MIN_SIDE` pixels wide.
+
+    They are enlarged by a whole factor to at least `MIN_SIDE` pixels, unless the longer side would have more than
+    `MAX_SIDE`; longer ones are made smaller.
 
     Raises:
-        ValueError: frames are not `[T, H, W, 3]` uint8, or fewer than the timeline's states.
+        ValueError: frames are not `[T, H, W, 3]` uint8, have no pixels, or are fewer than the timeline's states.
     """
     frames = np.asarray(frames)
     num_states = len(timeline.stage_t)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) < num_states:
+    is_image = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == np.uint8 and min(frames.shape[1:3]) > 0
+    if not is_image or len(frames) < num_states:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}, expected uint8 [>={num_states}, H, W, 3]")
-    scale = max(1, -(-MIN_SIDE // min(frames.shape[1:3])))
+    shorter, longer = sorted(frames.shape[1:3])
+    scale = max(1, min(-(-MIN_SIDE // shorter), MAX_SIDE // longer))
     for t in range(num_states):
         large = frames[t].repeat(scale, axis=0).repeat(scale, axis=1)
+        if longer > MAX_SIDE:
+            size = [max(1, side * MAX_SIDE // longer) for side in (large.shape[1], large.shape[0])]
+            large = np.asarray(Image.fromarray(large).resize(size, Image.Resampling.BOX))
         # H.264 with halved colour wants even sides.
-        height, width = (side + side % 2 for side in (large.shape[0] + _HEADER, large.shape[1]))
+        height, width = (side + side % 2 for side in (large.shape[0] + _HEADER, max(large.shape[1], MIN_SIDE)))
         canvas = Image.new("RGB", (width, height), _BACKGROUND)
         canvas.paste(Image.fromarray(large), (0, _HEADER))
         _draw_header(ImageDraw.Draw(canvas), width, timeline, t, stage_names, caption)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from stare_jax.config import Count, Interval, Seed, check_fields, from_dict, to_dict
+from stare_jax.config import Count, Fraction, Interval, Seed, check_fields, from_dict, to_dict
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
@@ -69,6 +69,9 @@ class RunConfig:
     actions are in metres and radians, its gripper is 1 open and 0 closed."""
     skip_broken: bool = False
     """leave out damaged shards of `demos_from`, with a warning, instead of raising."""
+    max_clipped: Fraction = 0.1
+    """largest share of the demonstrations' actions, in any dimension, that the statistics of the weights in `init_from`
+    may cut off, for imitation; 1 allows all. Statistics of the demonstrations themselves cut off 0.02."""
     seed: Seed = 0
     """seed of the initial weights, 0 to 99. Each section has a seed of its own for the rest; in `configs/` they all
     follow this one."""

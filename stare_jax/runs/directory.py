@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.documents import check_record, read_json
-from stare_jax.logging import replace_text, say, write_versions
+from stare_jax.logging import move_aside, replace_text, say, write_versions
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
+from stare_jax.state.train_state import CHECKPOINTS
 
 SHARED_FIELDS = (
     *("env", "model", "stages", "demos", "seed"),
@@ -40,7 +41,7 @@ MACHINE_FIELDS = ("num_workers", "envs_per_worker", "worker_timeout_s", "start_t
 GROWING_FIELDS = {"sft": "num_steps", "ppo": "num_iterations"}
 """Field by which a phase may be made longer; a decaying learning rate follows the longer schedule from then on."""
 
-_LOCK, _SET_ASIDE = "lock", "set_aside"
+_LOCK = "lock"
 _RECORD, _FINISHED = "record.json", "finished.json"
 
 
@@ -95,7 +96,7 @@ def locked(directory: Path) -> Iterator[None]:
         ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as file:
+    with (directory / _LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -125,6 +126,17 @@ def check_directory(directory: Path, config: RunConfig, *, again: Sequence[str] 
     """
     begun = [phase for phase in config.phases if phase not in again and has_begun(directory / phase)]
     changed = []
+    if (directory / CONFIG_FILE).exists() and not {"env", "phases"} <= set(read_json(directory / CONFIG_FILE)):
+        raise ConfigError(
+            f"{directory}: got a folder with another {CONFIG_FILE}, expected a new folder or that of a run; --workdir "
+            "chooses another"
+        )
+    for phase in config.phases:
+        if phase not in (*begun, *again) and _has_checkpoints(directory / phase):
+            raise ConfigError(
+                f"{directory / phase}: got checkpoints without {_RECORD}, expected both or none; bring the file back, "
+                f"or move {phase} away"
+            )
     if (directory / CONFIG_FILE).exists() and (begun or (directory / "data").exists()):
         changed = differences(_plain(to_dict(load_config(directory))), _plain(to_dict(config)), "config")
         machine = {f"config.env.{name}" for name in MACHINE_FIELDS}
@@ -156,15 +168,7 @@ def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
     found += [directory / "tb" / phase for phase in phases if (directory / "tb" / phase).exists()]
     if not any(has_begun(directory / phase) for phase in PHASES if phase not in phases):
         found += [file for file in [directory / STATISTICS_FILE] if file.exists()]
-    if not found:
-        return None
-    numbers = [int(path.name) for path in (directory / _SET_ASIDE).glob("*") if path.name.isdigit()]
-    folder = directory / _SET_ASIDE / str(max(numbers, default=0) + 1)
-    for path in found:
-        target = folder / path.relative_to(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    return folder
+    return move_aside(directory, found)
 
 
 # ----------------------------------------------------------------------------------------------------------- phases
@@ -182,6 +186,10 @@ def is_finished(directory: Path, phase: str, config: RunConfig) -> bool:
     section = read_record(directory / phase).config[phase]
     field = GROWING_FIELDS.get(phase)
     return field is None or section[field] == getattr(getattr(config, phase), field)
+
+
+def _has_checkpoints(phase_directory: Path) -> bool:
+    return any(path.name.isdigit() for path in (phase_directory / CHECKPOINTS).glob("*"))
 
 
 def begin_phase(phase_directory: Path, record: Record) -> None:

@@ -24,7 +24,7 @@ from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
-from stare_jax.evaluate.record import evaluation_file, partial_folder
+from stare_jax.evaluate.record import evaluation_file, partial_folder, set_aside_evaluation
 from stare_jax.logging import Clock, Interruption, Profiler, Writer, make_writer, say, write_config
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
@@ -43,13 +43,14 @@ from stare_jax.runs.directory import (
     set_aside,
 )
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.fit import check_fit
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
-    check_cameras,
     check_inputs,
-    check_instructions,
     check_prompt,
+    check_range,
+    check_statistics,
     demonstration_statistics,
     demonstrations_folder,
     describe_demonstrations,
@@ -107,10 +108,11 @@ def run_ipi(
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
+    check_fit(config)
+    check_statistics(config, source_stats)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    check_cameras(config)
-    plan_run(config)
-    check_prompt(config)  # the last: its tokenizer may have to be downloaded
+    check_prompt(config)
+    plan_run(config)  # the last, as it takes seconds
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -156,9 +158,8 @@ def run_ipi(
             write_statistics(directory, stats)
         network = initial_model(config)
         policy = make_policy(network, stats)
-        if demonstrations is not None:
-            instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-            check_instructions(instructions, policy, network.state_dim)
+        if demonstrations is not None and source_stats is not None:
+            check_range(demonstrations, config, source_stats)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 
@@ -169,7 +170,7 @@ def run_ipi(
                 start, source = start_name(directory, config, phase), start_source(directory, config, phase)
                 data = describe_demonstrations(demonstrations) if phase == "sft" else {}
                 begin_phase(directory / phase, record_phase(config, phase, start=start, data=data))
-                evaluation_file(directory, phase).unlink(missing_ok=True)
+                set_aside_evaluation(directory, phase)
                 # A phase uses the memory of what it starts from: nothing here may keep it.
                 held = [initial_params(source, policy, network, mesh, jax.random.key(config.seed))]
                 if phase == "sft":

@@ -10,12 +10,11 @@ arguments of `launch/train.py`; this module plans and runs nothing.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, check_name
 from stare_jax.runs.config import Phase
 
 DEMOS = "demos"
@@ -150,8 +149,9 @@ def check_study(study: Study, methods: Mapping[str, Step]) -> None:
         ConfigError: names the field, got and expected.
     """
     known = (*methods, *study.variants)
-    if wrong := [name for name in (*study.tasks, *study.methods) if not re.fullmatch(r"[\w.-]+", name)]:
-        raise ConfigError(f"tasks and methods: got {', '.join(wrong)}, expected names that a folder can have")
+    for field, names in (("tasks", study.tasks), ("methods", study.methods)):
+        for name in names:
+            check_name(name, field)
     if twice := [name for name in study.variants if name in (*methods, DEMOS)]:
         raise ConfigError(f"variants: got {', '.join(twice)}, expected names that no method has")
     for field, got, expected in (

@@ -5,11 +5,13 @@
     <directory>/frozen/params   the parameters that the phase does not train, written once
 
 Statistics, the model's configuration and counters are JSON in the metadata of every step. A step whose writing was
-killed is not seen by anything here and is removed when the directory is opened for writing.
+killed still has a temporary name: nothing here sees it, and it is removed when the directory is opened for writing.
+A step that has lost files since is an error; nothing that was complete is deleted, but for steps that newer ones
+replace.
 """
 
 import hashlib
-import shutil
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import UserError
 from stare_jax.documents.reader import NOTHING
 from stare_jax.documents.statistics import check_norm_stats
+from stare_jax.logging import move_aside, say
 from stare_jax.state import storage
+from stare_jax.state.checksums import CheckpointError
 from stare_jax.state.train_state import CHECKPOINTS, TrainState
 from stare_jax.types import NormStats, PyTree
 
@@ -28,10 +31,6 @@ FROZEN = "frozen"
 """Name of the folder of frozen parameters, beside the steps."""
 MAX_NAMES = 20
 """Number of paths that an error message lists."""
-
-
-class CheckpointError(UserError, ValueError):
-    """A checkpoint that is not there or does not fit; the message names the paths, got and expected."""
 
 
 class Restored(NamedTuple):
@@ -50,13 +49,14 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._directory.mkdir(parents=True, exist_ok=True)
         self._last: int | None = None
-        for path in self._directory.iterdir():
-            is_step = path.name.isdigit()
-            # Half deleted, or half written: Orbax writes under this name and renames at the end.
-            is_partial = path.name.endswith(storage.PARTIAL) or (is_step and not storage.is_complete(path))
-            # Frozen parameters without a step may be those of other starting weights.
-            if is_partial or (path.name == FROZEN and not complete_steps(self._directory)):
-                shutil.rmtree(path)
+        for path in storage.remove_leftovers(self._directory, re.compile(rf"\d+|{FROZEN}")):
+            say(f"removed {path}, which was half written when its process was killed")
+        frozen = self._directory / FROZEN
+        if complete_steps(self._directory):
+            _check_whole(frozen)
+        # Frozen parameters without a step may be those of other starting weights.
+        elif folder := move_aside(self._directory, [frozen]):
+            say(f"{frozen} is of no checkpoint; it is in {folder} now")
         self._writer = storage.BackgroundWriter(self._directory, keep=keep)
 
     def save(
@@ -75,7 +75,7 @@ class Checkpoints:
         """
         if step == self._last or step in complete_steps(self._directory):
             return
-        if jax.tree.leaves(state.frozen) and not storage.is_complete(self._directory / FROZEN):
+        if jax.tree.leaves(state.frozen) and not (self._directory / FROZEN).exists():
             storage.write(self._directory / FROZEN, {"params": state.frozen}, {})
         self._writer.write(step, _items(state), _metadata(norm_stats, model, counters))
         self._last = step
@@ -122,11 +122,26 @@ def _metadata(norm_stats: NormStats, model: dict[str, Any], counters: dict[str, 
 
 
 def complete_steps(directory: str | Path) -> list[int]:
-    """Returns the steps of the complete checkpoints of a directory, ascending; [] where there is none."""
+    """Returns the steps of the complete checkpoints of a directory, ascending; [] where there is none.
+
+    Raises:
+        CheckpointError: the latest checkpoint is damaged, so that an earlier one, or none, would be taken for it.
+    """
     directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and storage.is_complete(path))
+    steps = storage.whole_steps(directory)
+    paths = directory.iterdir() if directory.is_dir() else ()
+    latest = max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+    if latest > max(steps, default=-1):
+        _check_whole(directory / str(latest))
+    return steps
+
+
+def _check_whole(path: Path) -> None:
+    """Raises CheckpointError for a folder of a checkpoint that has lost its metadata."""
+    if path.exists() and (problem := storage.find_damage(path)):
+        raise CheckpointError(
+            f"{path}: {problem}; bring the file back, or move {path.name} out of {path.parent} to go on without it"
+        )
 
 
 def resolve_step(directory: str | Path, step: int | None = None) -> int:
@@ -135,7 +150,9 @@ def resolve_step(directory: str | Path, step: int | None = None) -> int:
     Raises:
         CheckpointError: there is no complete checkpoint of it.
     """
-    steps = complete_steps(directory)
+    if step is not None:
+        _check_whole(Path(directory) / str(step))
+    steps = complete_steps(directory) if step is None else storage.whole_steps(Path(directory))
     if not steps:
         raise CheckpointError(_nothing_there(Path(directory)))
     if step is not None and step not in steps:
@@ -146,7 +163,7 @@ def resolve_step(directory: str | Path, step: int | None = None) -> int:
 def _nothing_there(directory: Path) -> str:
     """Returns the message about a folder without a checkpoint: it names the phases of its run that have some."""
     phase, run = directory.parent, directory.parent.parent
-    names = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}") if complete_steps(path))
+    names = sorted(path.parent.name for path in run.glob(f"*/{CHECKPOINTS}") if storage.whole_steps(path))
     if directory.name != CHECKPOINTS or not names:
         return f"{directory}: got complete checkpoints of the steps [], expected any checkpoint"
     return f"{phase}: got no complete checkpoint, expected a phase of {run} that has one: {', '.join(names)}"
@@ -170,18 +187,23 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
         step: step of the checkpoint; None takes the latest.
 
     Raises:
-        CheckpointError: none there, or other paths, shapes or dtypes than `like`; or one that an earlier version of
-            this library wrote.
+        CheckpointError: none there, a damaged one, or other paths, shapes or dtypes than `like`; or one that an earlier
+            version of this library wrote.
     """
-    path = step_path(directory, step)
+    path, wanted = step_path(directory, step), _items(like)
+    storage.check(path, *wanted)
     if "optimizer" in storage.item_shapes(path):
         raise CheckpointError(
             f"{path}: got a checkpoint of an earlier version, with an item 'optimizer', expected 'state'. Its training "
             "cannot go on, its parameters can be used: start a new run with config.init_from, the folder of its phase, "
             "or finish the phase with the version that began it"
         )
-    items = _load(path, _items(like))
-    frozen = _load(path.parent / FROZEN, {"params": like.frozen})["params"] if jax.tree.leaves(like.frozen) else {}
+    items, frozen = _load(path, wanted), {}
+    if jax.tree.leaves(like.frozen):
+        folder = path.parent / FROZEN
+        _check_whole(folder)
+        storage.check(folder, "params")
+        frozen = _load(folder, {"params": like.frozen})["params"]
     rest = items["state"]
     trainable, average = (items["params"], None) if like.average is None else (rest["trainable"], items["params"])
     state = TrainState(rest["step"], trainable, frozen, rest["opt_state"], average)
@@ -198,7 +220,7 @@ def load_params(directory: str | Path, like: PyTree, *, step: int | None = None,
         cast: convert to the dtypes of `like` instead of refusing others.
 
     Raises:
-        CheckpointError: none there, or other paths, shapes or dtypes than `like`.
+        CheckpointError: none there, a damaged one, or other paths, shapes or dtypes than `like`.
     """
     path, like = step_path(directory, step), storage.flatten(like)
     folders = param_folders(path)
@@ -223,10 +245,15 @@ def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct
 
     Args:
         path: `<directory>/<step>`.
+
+    Raises:
+        CheckpointError: their files are damaged.
     """
     folders, found = [], set()
     for folder in (path, path.parent / FROZEN):
-        if storage.is_complete(folder):
+        _check_whole(folder)
+        if folder.exists():
+            storage.check(folder, "params")
             stored = storage.item_shapes(folder)["params"]
             shapes = {name: leaf for name, leaf in stored.items() if name not in found}
             folders.append((folder, shapes))

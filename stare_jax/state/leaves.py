@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from stare_jax.state import storage
-from stare_jax.state.checkpoint import MAX_NAMES, CheckpointError, param_folders, step_path
+from stare_jax.state.checkpoint import MAX_NAMES, param_folders, step_path
+from stare_jax.state.checksums import CheckpointError
 
 _GROUP_BYTES = 32 * 2**20
 
@@ -23,7 +24,7 @@ def leaf_loader(directory: str | Path, order: Sequence[str], *, step: int | None
         step: step of the checkpoint; None takes the latest.
 
     Raises:
-        CheckpointError: no such checkpoint, or not all of these are in it.
+        CheckpointError: no such checkpoint, a damaged one, or not all of these are in it.
     """
     path = step_path(directory, step)
     found = {name: (folder, shape) for folder, shapes in param_folders(path) for name, shape in shapes.items()}

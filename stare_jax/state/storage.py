@@ -1,15 +1,17 @@
 """Trees of arrays on disk; the only file that knows Orbax.
 
-A folder holds named items, each a tree, and a dict that JSON takes. Reading and writing hold a few leaves at a time
-besides the arrays themselves, where Orbax's own defaults hold a second copy of everything.
+A folder holds named items, each a tree, a dict that JSON takes, and checksums. Reading and writing hold a few leaves at
+a time besides the arrays themselves, where Orbax's own defaults hold a second copy of everything.
 """
 
+import contextlib
 import json
 import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from stare_jax.sharding.mesh import path_name
+from stare_jax.state.checksums import CheckpointError, check_sums, write_sums
 from stare_jax.types import Array, PyTree
 
 METADATA_FILE = "_CHECKPOINT_METADATA"
@@ -31,43 +34,101 @@ TREE_FILES = re.compile(
 )
 """Names of files and folders that a tree consists of."""
 _READ_BYTES = 2**28
-_NOISE = ("Metadata file does not exist", "Failed to resolve handler for checkpointable")
-# Orbax says so of every leaf where a tree was copied without the file that was beside it.
+_NOISE = (
+    # said of every leaf where a tree was copied without the file that was beside it
+    *("Metadata file does not exist", "Failed to resolve handler for checkpointable"),
+    "Failed to get metadata for checkpointable",  # an error here
+)
 logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
 
 
-def is_complete(folder: Path) -> bool:
-    """Says whether a folder has been written to its end, and is not being deleted."""
-    # The metadata are the first to go when a folder is deleted, and say when its writing was finished.
+def find_damage(folder: Path) -> str | None:
+    """Returns what is wrong with a folder that has its final name; None for one that was written to its end.
+
+    Orbax writes under a temporary name, and this library deletes under one, so that a folder without whole metadata has
+    lost them later.
+    """
     try:
         metadata = json.loads((folder / METADATA_FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return metadata.get("commit_timestamp_nsecs") is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return f"got no {METADATA_FILE}, which is written with every checkpoint"
+    except ValueError:  # no JSON, or no text
+        return f"got a {METADATA_FILE} that is cut off or changed"
+    is_whole = isinstance(metadata, dict) and metadata.get("commit_timestamp_nsecs") is not None
+    return None if is_whole else f"got a {METADATA_FILE} without the time of writing"
+
+
+def whole_steps(directory: Path) -> list[int]:
+    """Returns the numbers of the folders `<directory>/<step>` that were written to their end, ascending."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(path.name) for path in paths if path.name.isdigit() and find_damage(path) is None)
 
 
 class BackgroundWriter:
-    """Writes folders `<directory>/<step>` in the background, and keeps the newest ones."""
+    """Writes folders `<directory>/<step>` in the background, with checksums, and keeps the newest ones."""
 
     def __init__(self, directory: Path, *, keep: int):
+        self._directory, self._keep = directory, keep
         self._checkpointer = ocp.training.Checkpointer(
             directory,
             # Which steps to save is the caller's choice; Orbax's own default skips some.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._finishing: Future | None = None
 
     def write(self, step: int, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
         """Returns when the arrays are copied, so that the caller may donate them."""
-        self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
+        self._wait()
+        saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
+        self._finishing = self._thread.submit(self._finish, saving, self._directory / str(step))
 
     def close(self) -> None:
         """Waits until everything is written, and frees Orbax's resources."""
-        self._checkpointer.close()
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
+
+    def _wait(self) -> None:
+        if self._finishing is not None:
+            finishing, self._finishing = self._finishing, None
+            finishing.result()
+
+    def _finish(self, saving: Any, folder: Path) -> None:
+        saving.result()
+        write_sums(folder)
+        for step in whole_steps(self._directory)[: -self._keep]:
+            # Under this name it is known to be half deleted, should the process be killed now.
+            old = (self._directory / str(step)).rename(self._directory / f"{step}{PARTIAL}")
+            shutil.rmtree(old)
+
+
+def remove_leftovers(directory: Path, names: re.Pattern) -> list[Path]:
+    """Removes folders that a killed process had half written or half deleted, and returns their paths.
+
+    Args:
+        directory: folder that this process alone writes into.
+        names: final names of the folders that are written there.
+    """
+    found = [
+        path
+        for path in sorted(directory.iterdir())
+        if path.name.endswith(PARTIAL) and names.fullmatch(path.name.removesuffix(PARTIAL))
+    ]
+    for path in found:
+        shutil.rmtree(path)
+    return found
 
 
 def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
-    """Writes a new folder, and waits."""
+    """Writes a new folder with checksums, and waits."""
+    _write(folder, items, metadata)
+    write_sums(folder)
+
+
+def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
     leaves, context = jax.tree.leaves(items), ocp.Context()
     shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
     sizes = [leaf.nbytes for leaf in leaves]
@@ -88,13 +149,16 @@ def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dic
         folder: complete.
         like: item -> leaves with shape, dtype and sharding; NumPy arrays, which are not written to, for NumPy's.
         partial: whether items hold leaves that are not asked for.
+
+    Raises:
+        CheckpointError: the files are damaged where they have no checksums; see `check`.
     """
 
     def abstract(leaf):
         is_jax = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if is_jax else leaf
 
-    with _reading(like, partial):
+    with _reading(like, partial), _explained(folder):
         return ocp.load_checkpointables(folder, jax.tree.map(abstract, like))
 
 
@@ -106,15 +170,48 @@ def _reading(like: PyTree, partial: bool) -> ocp.Context:
     return context
 
 
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns errors about files into a CheckpointError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever damaged files make of Orbax
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be read, files in it are missing or damaged: {reason}") from error
+
+
+def check(folder: Path, *items: str) -> None:
+    """Compares the files of items, and those beside the items, with their checksums.
+
+    Raises:
+        CheckpointError: names a file that is missing, cut off or changed.
+    """
+    check_sums(folder, items)
+
+
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Returns the dict that was written with the items of a folder."""
-    return ocp.checkpointables_metadata(folder).custom_metadata or {}
+    """Returns the dict that was written with the items of a folder.
+
+    Raises:
+        CheckpointError: a file beside the items is damaged.
+    """
+    check(folder)
+    with _explained(folder):
+        return ocp.checkpointables_metadata(folder).custom_metadata or {}
 
 
 def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns item -> path -> shape and dtype of all leaves of a folder, without reading their values."""
-    items = ocp.checkpointables_metadata(folder).metadata
-    return {name: _shapes(tree) for name, tree in items.items()}
+    """Returns item -> path -> shape and dtype of all leaves of a folder, without reading their values.
+
+    Raises:
+        CheckpointError: a file beside the items is damaged, or one in them where there are no checksums.
+    """
+    check(folder)
+    with _explained(folder):
+        items = ocp.checkpointables_metadata(folder).metadata
+        if damaged := [name for name, tree in items.items() if tree is None]:
+            raise ValueError(f"{', '.join(damaged)}: got no list of what is in it")
+        return {name: _shapes(tree) for name, tree in items.items()}
 
 
 def is_tree(folder: Path) -> bool:
@@ -159,7 +256,7 @@ def save_tree(
         mapped[path] = jax.device_put(np.memmap(file, leaf.dtype, "r", shape=leaf.shape), cpu)  # without a copy
         on_bytes(leaf.nbytes)
         del value, leaf  # before the next one is loaded
-    write(partial, {name: nest(mapped)}, {})
+    _write(partial, {name: nest(mapped)}, {})
     shutil.rmtree(scratch)
     for path in partial.iterdir():
         path.rename(partial.parent / path.name)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, check_name, make_name
 from stare_jax.documents import read_record
 from stare_jax.documents.openvla import FloatType
 from stare_jax.logging import check_space, new_directory, progress, progress_bytes
@@ -100,7 +100,9 @@ def export_weights(
     written = _choose_form(origin, form)
     check_counterpart(origin.config, written, source)
     as_adapter = _check_adapters(origin, written, merge=merge)
-    stats_name = stats_name or source.resolve().parent.name
+    stats_name = stats_name or make_name(source.resolve().parent.name)
+    for name in stats_name.split("/"):  # it may become folders, as openpi's "physical-intelligence/libero"
+        check_name(name, f"stats_name {stats_name!r}")
     stats = load_norm_stats(origin.checkpoints, step=origin.step)
     if origin.is_run and written is OPENVLA:
         _check_name(origin.base.folder, stats_name, stats)

@@ -83,9 +83,23 @@ def test_killed_between_shard_and_manifest(tmp_path, open_writer, make_trajector
     os.close(writer._lock)  # as the system does when a process dies
     assert (tmp_path / "frames-00001.array_record").exists()
     assert _seeds(tmp_path) == [0, 1]
+    names = ("frames-00001.array_record", "episodes-00001.array_record")
+    unlisted = {name: (tmp_path / name).read_bytes() for name in names}
+    mine = (
+        "film.mp4.partial",
+        "my.array_record.partial",
+        "manifest.json.12.partial",
+        "frames-00002.array_record.partial",
+    )
+    for name in mine:
+        (tmp_path / name).write_text("")
 
     with caplog.at_level(logging.WARNING), open_writer() as writer:
-        assert "removing" in caplog.text and "frames-00001.array_record" in caplog.text
+        assert "the manifest does not name episodes-00001.array_record, frames-00001.array_record" in caplog.text
+        # What was finished is not deleted: the manifest may be the older one. Nor is what has another name.
+        for name, content in unlisted.items():
+            assert (tmp_path / "set_aside" / "1" / name).read_bytes() == content
+        assert [(tmp_path / name).exists() for name in mine] == [True, True, False, False]
         for seed in (2, 3):
             writer.append(make_trajectory(seed + 10), seed=seed, **META)
     assert _seeds(tmp_path) == [0, 1, 2, 3]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from stare_jax.data.norm_stats import (
+    clear_statistics,
     compute_statistics,
     dataset_statistics,
     read_norm_stats,
@@ -139,3 +140,16 @@ def test_statistics_follow_a_shard_that_was_replaced_by_one_of_equal_length(tmp_
     (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
     renew_statistics(replaced)
     assert "action" not in json.loads((first.directory / "norm_stats.json").read_text())["X"]
+
+
+def test_statistics_of_somebody_else_are_set_aside_and_not_replaced(tmp_path, capsys):
+    """A data set's own are computed again at any time; those that were put there are not."""
+    file, row = tmp_path / "norm_stats.json", {"action": {"q01": [0.0]}}
+    file.write_text(json.dumps({"push": row | {"fingerprint": "aa"}}))
+    clear_statistics(tmp_path, "push")
+    assert not list(tmp_path.iterdir())
+    for n, content in enumerate([{"push": row}, {"pull": row | {"fingerprint": "aa"}}], start=1):
+        file.write_text(json.dumps(content))
+        clear_statistics(tmp_path, "push")
+        assert json.loads((tmp_path / "set_aside" / str(n) / "norm_stats.json").read_text()) == content
+        assert not file.exists() and "were not computed of this data set" in capsys.readouterr().out

@@ -198,7 +198,7 @@ def test_says_what_is_missing(command, tmp_path, capsys, arguments, message):
     [
         ("--step=7", "got complete checkpoints of the steps [1, 2], expected step 7"),
         ("--episodes=0", "num_episodes: got 0, expected at least 1"),
-        ("--name=a/b", "phase: got 'a/b', expected letters, digits, '_' and '-'"),
+        ("--name=a/b", "name: got 'a/b', expected letters, digits, '_', '-' and '.'"),
     ],
 )
 def test_says_what_is_wrong_before_it_evaluates(command, trained_run, capsys, argument, message):

@@ -249,7 +249,11 @@ def test_results_of_other_weights_are_not_gone_on_with(spec, tmp_path):
     with pytest.raises(Interrupted):
         run(0.0, "ppo/1/aa", Stopped(at=70))
     assert len(list(folder.glob("film_*.npz"))) == 1
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
     evaluation, films = run(0.9, "ppo/2/bb")
+    # They are not deleted, and can be gone on with when they are moved back.
+    aside = tmp_path / "set_aside" / "1" / "ppo.partial"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == files
     assert evaluation.episodes.success_once.all()
     (film,) = films
     assert (film.signals.success & film.valid).any()

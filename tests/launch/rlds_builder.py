@@ -47,14 +47,24 @@ def raw_episodes() -> dict[str, list[Raw]]:
     train[5].state[:] = train[5].state[0]
     broken = [_raw(8 + i, 4, "close the drawer") for i in range(NUM_SHARDS)]
     broken[1].state[2, 3] = np.nan
-    return {"train": train, "broken": broken}
+    changing = [_raw(11 + i, 8, "close the drawer") for i in range(NUM_SHARDS)]
+    changing[0].instruction[:] = ["", "open the drawer", "", "open the drawer", "wait", "wait", "", "open the drawer"]
+    return {"train": train, "broken": broken, "changing": changing}
 
 
-def build(data_dir: Path) -> Path:
-    """Writes the data set and returns its folder, `data_dir/NAME/VERSION`."""
+def codes_of(text: str) -> np.ndarray:
+    """Returns the codes of a text's characters with zeros behind them, int32 `[40]`."""
+    return np.array([*map(ord, text), *[0] * (40 - len(text))], np.int32)
+
+
+def build(data_dir: Path, file_format: str = "tfrecord") -> Path:
+    """Writes the data set and returns its folder, `data_dir/NAME/VERSION`.
+
+    The instruction is there in other forms as well: codes of characters, two texts, an embedding, numbers.
+    """
     import tensorflow_datasets as tfds
 
-    class BridgeDataset(tfds.core.GeneratorBasedBuilder):
+    class BridgeDataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # There may be several.
         VERSION = tfds.core.Version(VERSION)
 
         def _info(self):
@@ -67,6 +77,11 @@ def build(data_dir: Path) -> Path:
                 "observation": tfds.features.FeaturesDict({**images, "state": numbers}),
                 "action": numbers,
                 "language_instruction": tfds.features.Text(),
+                "codes": tfds.features.Tensor(shape=(40,), dtype=np.int32),
+                "tokens": tfds.features.Tensor(shape=(3,), dtype=np.int32),
+                "texts": tfds.features.Tensor(shape=(2,), dtype=np.str_),
+                "embedding": tfds.features.Tensor(shape=(4,), dtype=np.float32),
+                "task": np.int32,
                 "is_first": np.bool_,
                 "is_last": np.bool_,
             }
@@ -86,6 +101,11 @@ def build(data_dir: Path) -> Path:
                         "observation": {"image_0": raw.image_0[t], "image_1": raw.image_1[t], "state": raw.state[t]},
                         "action": raw.action[t],
                         "language_instruction": raw.instruction[t],
+                        "codes": codes_of(raw.instruction[t]),
+                        "tokens": np.array([101, 2330, 102], np.int32),
+                        "texts": [raw.instruction[t], "the same in other words"],
+                        "embedding": np.zeros(4, np.float32),
+                        "task": e,
                         "is_first": t == 0,
                         "is_last": t == len(raw.state) - 1,
                     }
@@ -93,6 +113,6 @@ def build(data_dir: Path) -> Path:
                 ]
                 yield e, {"steps": steps, "episode_metadata": {"file_path": f"recordings/{e}"}}
 
-    builder = BridgeDataset(data_dir=str(data_dir), file_format="tfrecord")
+    builder = BridgeDataset(data_dir=str(data_dir), file_format=file_format)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=NUM_SHARDS))
     return data_dir / NAME / VERSION

@@ -107,3 +107,34 @@ def test_help_to_a_reader_that_leaves_early_is_no_error():
     with subprocess.Popen(command_line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert (process.wait(timeout=60), process.stderr.read()) == (0, "")
+
+
+PATHS = {
+    "collect": ["--demos=1", "--pairs=1", "--out=~/a", "--weights=~/b/sft"],
+    "compare": ["--study=~/a", "--out=~/b"],
+    "convert": ["--from=~/a", "--to=~/b", "--adapter=~/c", "--base=~/d"],
+    "evaluate": ["--run=~/a", "--weights=~/b"],
+    "import_rlds": ["--data=~/a", "--out=~/b"],
+    "show_stages": ["--task=PushCube-v1", "--out=~/a"],
+    "study": ["--study=~/a", "--workdir=~/b"],
+}
+"""Command line of every command with options that are paths."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_path_of_a_command_line_may_begin_with_a_tilde(name, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    module = importlib.import_module(name)
+    parsed = module.parse_arguments(PATHS[name])
+    parsed = parsed[0] if isinstance(parsed, tuple) else parsed
+    given = [value for value in vars(parsed).values() if isinstance(value, Path)]
+    assert sorted(map(str, given)) == [f"/home/me/{word.partition('~/')[2]}" for word in PATHS[name] if "~" in word]
+    option = next(word.partition("=")[0] for word in PATHS[name] if "~" in word)
+    with pytest.raises(SystemExit):
+        module.parse_arguments([*PATHS[name], f"{option}="])
+    assert f"{option}: got an empty path" in capsys.readouterr().err
+
+
+def test_no_command_reads_a_path_by_another_door():
+    for folder in (LAUNCH, LAUNCH.parent / "benchmarks"):
+        assert not [file for file in folder.glob("*.py") if "type=Path" in file.read_text()]

@@ -62,6 +62,10 @@ def bridge(process, rlds, tmp_path_factory):
     return directory
 
 
+KEYS = ("--image-key=observation/image_1", "--action-key=action", "--gripper=0:1", "--image-size=32")
+"""Options that read the data set as one whose layout is not known."""
+
+
 def bridge_actions(raw):
     """Bridge V2's actions, looking forward where the library looks back."""
     rows = []
@@ -202,14 +206,23 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path):
             ["--name=mine"],
             r"got data set 'mine' with steps of action \(float32 \[7\]\), .* expected one of bridge_orig",
         ),
-        (["--split=test"], r"split: got 'test', expected one of \['broken', 'train'\]"),
+        (["--split=test"], r"split: got 'test', expected one of \['broken', 'changing', 'train'\]"),
         (
             ["--name=mine", "--image-key=observation/rgb", "--action-key=action,gripper"],
             r"got steps of .*observation/image_0 \(uint8 \[80, 96, 3\]\).*; expected observation/rgb, gripper as well",
         ),
         (["--name=mine", "--image-key=action", "--action-key=action"], r"action: got float32 \[7\], expected images"),
         (["--image-key=observation/image_1", "--action-key=action"], "got one for bridge_dataset, whose fields are kn"),
-        (["--split=broken"], r"episode 1 of 'broken': state: got .*nan.* in step 2, expected finite numbers"),
+        (
+            ["--split=broken"],
+            r"episode 1 of 'broken': state: got .*nan.* in step 2, expected finite numbers; --skip-broken leaves out",
+        ),
+        *(
+            (["--name=mine", *KEYS, f"--instruction-key={key}"], rf"1.0.0: {key}: got {kind}, expected a text, 'string")
+            for key, kind in [("texts", r"string \[2\]"), ("embedding", r"float32 \[4\]"), ("task", r"int32 \[\]")]
+        ),
+        (["--name=mine", *KEYS, "--instruction-key=tokens"], r"got the numbers \[101, 2330, 102\], expected codes of"),
+        (["--name=mine", *KEYS, "--state-key=language_instruction"], r"got string \[\], expected numbers"),
         (
             ["--name=mine", "--image-key=observation/image_0", "--action-key=observation/state"],
             "episode 0 of 'train': gripper: got .* expected 0, closed, to 1, open",
@@ -222,17 +235,92 @@ def test_mistakes_are_explained_without_a_traceback(run, arguments, message):
     assert done.status == 1 and re.search(message, done.error) and "Traceback" not in done.error
 
 
-def test_what_is_no_data_set_or_is_damaged_is_named(run, rlds, tmp_path):
-    done = run(data=rlds.parent)
-    assert done.status == 1
-    assert "bridge_dataset is no data set of tensorflow-datasets: it has no dataset_info.json" in done.error
+def test_array_records_are_read_as_tfrecords_are(process, run, bridge, tmp_path):
+    directory = process.submit(rlds_builder.build, tmp_path / "made", "array_record").result()
+    arguments, out = ("--name=bridge_orig", "--image-size=64"), tmp_path / "out"
+    assert run(*arguments, "--limit=3", data=directory).status == 0  # up to the middle of a file
+    done = run(*arguments, data=directory)
+    assert done.status == 0, done.error
+    same(out, bridge)
+    shard = sorted(directory.glob("*train*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-200])
+    shutil.rmtree(out)
+    again = run(*arguments, data=directory)
+    assert again.status == 1 and re.search(r"error: .*episode \d of 'train' cannot be read: [^\n]+\n$", again.error)
+
+
+def test_codes_of_characters_are_an_instruction(run, tmp_path):
+    done = run("--name=mine", *KEYS, "--instruction-key=codes")
+    assert done.status == 0, done.error
+    for row in Dataset(tmp_path / "out").episodes:
+        assert row.instruction == RAW[row.attempt].instruction[-1].strip()
+
+
+def test_every_action_has_the_instruction_of_its_own_step(run, tmp_path):
+    raw, *_ = rlds_builder.raw_episodes()["changing"]
+    assert run("--name=bridge_orig", "--image-size=64", "--split=changing", "--limit=1").status == 0
+    dataset, actions, n = Dataset(tmp_path / "out"), bridge_actions(raw), 0
+    parts = [(row.instruction, row.length, row.attempt) for row in dataset.episodes]
+    # The first action is that of step 1; where a step says nothing, what was said before holds.
+    assert parts == [("open the drawer", 3, 0), ("wait", 3, 0)]
+    for i, (_, length, _) in enumerate(parts):
+        trajectory, _ = dataset.episode(i)
+        np.testing.assert_array_equal(trajectory.action, actions[n : n + length])
+        np.testing.assert_array_equal(trajectory.observation.state, raw.state[1 + n : 2 + n + length])
+        n += length
+    assert n == len(actions) and dataset.manifest.progress["num_read"] == 1
+
+
+def test_broken_episodes_are_left_out_and_counted(run, rlds, tmp_path):
+    done = run("--name=bridge_orig", "--image-size=64", "--split=broken", "--skip-broken")
+    assert done.status == 0, done.error
+    assert re.search(r"left out: .*episode 1 of 'broken': state: got .*nan", done.output)
+    assert re.search(r"dropped, broken +1\n", done.output)
+    dataset = Dataset(tmp_path / "out")
+    assert [row.attempt for row in dataset.episodes] == [0, 2]
+    assert dataset.manifest.progress["dropped"] == {"without instruction": 0, "too short": 0, "broken": 1}
+    copy = damaged_copy(rlds, tmp_path)
+    done = run("--name=mine", *KEYS, "--skip-broken", data=copy)
+    # It was begun with another split.
+    assert done.status == 1 and "cannot be continued" in done.error
+    shutil.rmtree(tmp_path / "out")
+    assert run("--name=mine", *KEYS, "--skip-broken", data=copy).status == 0
+    dataset = Dataset(tmp_path / "out")
+    num_broken = dataset.manifest.progress["dropped"]["broken"]
+    assert 1 <= num_broken <= 3 and dataset.num_episodes == 7 - num_broken  # the rest of the file, of three episodes
+    assert [row.attempt for row in dataset.episodes][-1] == 7
+
+
+def damaged_copy(rlds, tmp_path):
+    """Returns a copy of which the second file has one changed byte."""
     copy = shutil.copytree(rlds, tmp_path / "bridge_dataset" / "1.0.0")
     shard = sorted(copy.glob("*train*"))[1]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 255
     shard.write_bytes(content)
-    done = run(data=copy)
+    return copy
+
+
+def test_what_is_no_data_set_or_is_damaged_is_named(run, rlds, tmp_path):
+    done = run(data=rlds.parent)
+    assert done.status == 1
+    assert "bridge_dataset is no data set of tensorflow-datasets: it has no dataset_info.json" in done.error
+    done = run(data=damaged_copy(rlds, tmp_path))
     assert done.status == 1 and re.search(r"episode \d of 'train' cannot be read: .*corrupted record", done.error)
+
+
+def test_a_broken_description_of_a_data_set_is_one_line(run, rlds, tmp_path):
+    copy = tmp_path / "bridge_dataset" / "1.0.0"
+    shutil.copytree(rlds, copy, ignore=shutil.ignore_patterns("*tfrecord*"))
+    for name in ("dataset_info.json", "features.json"):
+        whole = (copy / name).read_text()
+        for content in (whole[:50], "{}", "[]", whole.replace("tfrecord", "csv").replace("image", "picture")):
+            (copy / name).write_text(content)
+            done = run(data=copy)
+            assert done.status == 1 and re.fullmatch(rf"error: {copy}[^\n]*\n", done.error), (name, content, done.error)
+        (copy / name).write_text(whole)
+    done = run("--image-size=64", data=copy)  # all files are gone
+    assert done.status == 1 and re.search(r"error: .*episode 0 of 'train' cannot be read: [^\n]+\n$", done.error)
 
 
 def test_without_tensorflow_it_is_said_how_to_get_it(rlds, tmp_path, monkeypatch, capsys):

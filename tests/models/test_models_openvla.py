@@ -231,6 +231,10 @@ def test_actions_that_the_data_never_moves_cost_nothing(nano):
         )[0]
         logp = jax.nn.log_softmax(hidden)[np.arange(3)[:, None], np.arange(3), decision.trace["bins"]]
         np.testing.assert_allclose(decision.logp, logp[:, decided].sum(axis=1), atol=1e-4)
+        if constant == 1:  # OpenVLA's own program generates it before the last one: it is taught to be ZERO_BIN
+            teacher = make_policy(nano_config(label_width=0.0), stats)
+            loss, _ = jit(teacher.imitation_loss)(nano.params, nano.observation, decision.action)
+            np.testing.assert_allclose(loss, -logp.mean(axis=1), rtol=1e-4)
     still = stats._replace(action_q99=stats.action_q01)
     with pytest.raises(ValueError, match="norm_stats: got q01 equal to q99 in all action dimensions"):
         make_policy(nano_config(), still)

@@ -158,8 +158,22 @@ def test_numbers_are_on_disk_before_the_first_picture(tmp_path, spec, evaluated,
     assert str(result.summary) == str(summarize(evaluated[0]))
 
 
+def test_an_earlier_evaluation_of_a_name_is_set_aside_with_its_films(tmp_path, spec, evaluated, rewards_fn, capsys):
+    record_evaluation(tmp_path, "sft", *evaluated, spec, rewards_fn, num_videos=1)
+    folder, names = tmp_path / "eval" / "sft.partial", ["eval/sft.json", "videos/sft_1.mp4", "figures/timeline_sft.png"]
+    folder.mkdir()
+    for name in ("film_3.npz", "episodes.npz", "mine.txt"):
+        (folder / name).write_text(name)
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    record_evaluation(tmp_path, "sft", *evaluated, spec, rewards_fn, num_videos=0)
+    assert {name: (tmp_path / "set_aside" / "1" / name).read_bytes() for name in names} == before
+    assert f"what was there is in {tmp_path / 'set_aside' / '1'}" in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert json.loads((tmp_path / "eval/sft.json").read_text())["videos"] == []
+
+
 def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated, rewards_fn):
-    with pytest.raises(ValueError, match="phase: got '../x'"):
+    with pytest.raises(ValueError, match="name: got '../x'"):
         record_evaluation(tmp_path, "../x", *evaluated, spec, rewards_fn)
 
 

@@ -1,4 +1,5 @@
 import subprocess
+import tracemalloc
 
 import imageio_ffmpeg
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stare_jax.report.timeline import Timeline
-from stare_jax.report.video import MIN_SIDE, annotate_frames, telling_steps, write_filmstrip, write_video
+from stare_jax.report.video import MAX_SIDE, MIN_SIDE, annotate_frames, telling_steps, write_filmstrip, write_video
 
 NAMES = ("reach", "grasp", "place")
 
@@ -50,6 +51,33 @@ def test_video_can_be_decoded_again(tmp_path, frames):
     for got, drawn in zip(decoded, expected, strict=False):
         for x in (100, 300):
             np.testing.assert_allclose(got[300:320, x : x + 20].mean((0, 1)), drawn[310, x + 10], atol=6)
+
+
+@pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (1, 1), (3, 700), (3000, 4000)])
+def test_frames_of_odd_shapes_are_bounded_and_filmed(tmp_path, shape):
+    frames = np.broadcast_to(np.uint8(99), (12, *shape, 3))
+    picture = next(annotate_frames(frames, make_timeline(), NAMES))
+    height, width, _ = picture.shape
+    assert MIN_SIDE <= width <= MAX_SIDE and height <= MAX_SIDE + 100 and height % 2 == width % 2 == 0
+    assert (picture == 99).all(axis=-1).any()  # The frame is in it.
+    if shape[0] < 3:
+        write_video(tmp_path / "a.mp4", frames, make_timeline(), NAMES, fps=1)
+        write_filmstrip(tmp_path / "a.png", frames, make_timeline(), NAMES, num_frames=2)
+        assert len(decode(tmp_path / "a.mp4", width, height)[0]) == 13
+
+
+def test_a_film_is_made_a_picture_at_a_time(tmp_path, frames):
+    """All 60 pictures at once are 30 MB."""
+    long = np.broadcast_to(frames[:1], (60, 64, 64, 3))
+    tracemalloc.start()
+    write_video(tmp_path / "long.mp4", long, make_timeline(60), NAMES)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+def test_frames_without_pixels_are_refused():
+    with pytest.raises(ValueError, match="frames: got uint8"):
+        next(annotate_frames(np.zeros((12, 0, 5, 3), np.uint8), make_timeline(), NAMES))
 
 
 def test_frames_are_enlarged_without_smoothing(frames):

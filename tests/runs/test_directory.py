@@ -267,6 +267,29 @@ def test_records_keep_what_they_are_given(tmp_path):
     assert read_record(tmp_path / "tpo") == record and isinstance(record, Record)
 
 
+def test_a_folder_of_something_else_is_not_written_into(tmp_path):
+    """A model of Hugging Face, or a converted folder, as the run directory."""
+    for content in ({"model_type": "openvla"}, {"model": {"kind": "openvla"}}):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=f"{tmp_path}: got a folder with another config.json"):
+            check_directory(tmp_path, CONFIG)
+
+
+def test_checkpoints_without_a_record_are_not_gone_on_from(tmp_path):
+    begin(tmp_path, CONFIG, "sft")
+    (tmp_path / "tpo" / "checkpoints" / "3").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="/tpo: got checkpoints without record.json, expected both or none"):
+        check_directory(tmp_path, CONFIG)
+    check_directory(tmp_path, CONFIG, again=("tpo", "ppo"))
+
+
+def test_a_file_of_the_locks_name_is_kept(tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    with locked(tmp_path):
+        pass
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
 # -------------------------------------------------------------------------------------------------------- set aside
 
 

@@ -8,10 +8,18 @@ import pi05_files
 import pytest
 from toy_run import DressedToy, make_config
 
-from stare_jax.config import ConfigError
+from stare_jax.config import ConfigError, to_dict
+from stare_jax.data.reader import Dataset
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.load import load_config
-from stare_jax.runs.start import demonstration_statistics, read_statistics, source_statistics, write_statistics
+from stare_jax.runs.start import (
+    check_range,
+    demonstration_statistics,
+    read_statistics,
+    source_statistics,
+    write_statistics,
+)
+from stare_jax.state.checkpoint import save_params
 from stare_jax.weights.files import WeightsError
 from stare_jax.weights.openvla import read_config
 
@@ -115,3 +123,43 @@ def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"phases": [')
     with pytest.raises(ConfigError, match=r"config.json: got a file that is not JSON \(.*\), expected one that is$"):
         load_config(tmp_path)
+
+
+def with_range(stats, low, high):
+    size = len(stats.action_q01)
+    return stats._replace(action_q01=np.full(size, low, np.float32), action_q99=np.full(size, high, np.float32))
+
+
+def test_demonstrations_beyond_the_statistics_of_the_weights_are_counted_and_refused(finished_run, capsys):
+    demos, own = Dataset(finished_run / "data" / "demos"), read_statistics(finished_run)
+    check_range(demos, CONFIG, own)
+    assert "of the demonstrations' actions lie beyond the statistics of the weights" in capsys.readouterr().out
+    other = with_range(own, 0.01, 0.02)
+    with pytest.raises(
+        ConfigError, match=r"config.max_clipped: got 0.1, but .* in dimension \d; expected statistics of"
+    ):
+        check_range(demos, CONFIG, other)
+    check_range(demos, dataclasses.replace(CONFIG, max_clipped=1.0), other)
+    # pi0.5 cuts nothing off, and would have to reach values of thousands where one value alone is within the range.
+    few, first = with_range(own, -1.0, 1.0), demos.frame(0)["action"][0]
+    few.action_q01[0], few.action_q99[0] = first - 1e-5, first + 1e-5
+    flow = dataclasses.replace(CONFIG, model=pi05_files.model_config(action_dim=7), max_clipped=0.9999)
+    with pytest.raises(ConfigError, match="config.init_from: got an action of .* in dimension 0, when it is scaled"):
+        check_range(demos, flow, few)
+    check_range(demos, dataclasses.replace(flow, max_clipped=1.0), few)
+
+
+def test_a_run_under_another_robots_statistics_ends_before_it_learns(on_toy, finished_run, tmp_path):
+    own = read_statistics(finished_run)
+    save_params(
+        tmp_path / "other" / "checkpoints",
+        0,
+        {"x": np.zeros(1, np.float32)},
+        model=to_dict(CONFIG.model),
+        norm_stats=with_range(own, 0.01, 0.02),
+    )
+    demos = str(finished_run / "data" / "demos")
+    config = dataclasses.replace(CONFIG, phases=("sft",), init_from=str(tmp_path / "other"), demos_from=demos)
+    with pytest.raises(ConfigError, match=r"config.max_clipped: got 0.1, but .* %"):
+        run_ipi(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists() and DressedToy.num_started == 0

@@ -1,5 +1,7 @@
 """Saved states come back; a misfit says where it is; a half-written checkpoint is not there."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,22 +101,117 @@ def test_a_checkpoint_that_is_not_there_says_what_is(saved, state, tmp_path):
         checkpoint.restore(tmp_path / "nothing", state)
 
 
-def test_what_a_kill_left_behind_is_ignored_and_cleaned_up(state, tmp_path):
+def test_what_a_kill_left_behind_is_ignored_and_cleaned_up(state, tmp_path, capsys):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(4, state, norm_stats=toy.norm_stats(), model={}, counters={"iteration": 4})
-    # Orbax writes under another name and renames at the end; what it began to delete has no metadata.
+    # Orbax writes under another name and renames at the end; what is deleted is renamed before.
     (tmp_path / "5.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
-    (tmp_path / "6" / "params").mkdir(parents=True)
-    (tmp_path / "7").mkdir()
-    (tmp_path / "7" / "_CHECKPOINT_METADATA").write_text('{"commit_timestamp_nsecs": null}')
+    (tmp_path / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    (tmp_path / "mine.orbax-checkpoint-tmp").mkdir()
     assert checkpoint.complete_steps(tmp_path) == [4]
     assert checkpoint.restore(tmp_path, state).counters == {"iteration": 4}
     with Checkpoints(tmp_path) as checkpoints:
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "frozen"]
+        assert "5.orbax-checkpoint-tmp, which was half written" in capsys.readouterr().out
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "frozen", "mine.orbax-checkpoint-tmp"]
         for step in (5, 6):
             checkpoints.save(step, state, norm_stats=toy.norm_stats(), model={}, counters={"iteration": step})
     assert checkpoint.complete_steps(tmp_path) == [5, 6]
     assert checkpoint.restore(tmp_path, state).counters == {"iteration": 6}
+
+
+def test_a_kill_while_an_old_step_is_deleted_leaves_no_step_without_files(state, tmp_path, monkeypatch):
+    deleted = []
+    monkeypatch.setattr(storage.shutil, "rmtree", deleted.append)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert [path.name for path in deleted] == ["1.orbax-checkpoint-tmp"]
+
+
+def all_files(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "got no _CHECKPOINT_METADATA, which is written with every checkpoint"),
+        ('{"commit_time', "got a _CHECKPOINT_METADATA that is cut off or changed"),
+        ('{"commit_timestamp_nsecs": null}', "got a _CHECKPOINT_METADATA without the time of writing"),
+    ],
+)
+def test_a_step_that_has_lost_its_metadata_is_named_and_nothing_is_deleted(state, saved, tmp_path, content, message):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    latest = checkpoint.complete_steps(tmp_path)[-1]
+    for folder in (str(latest), "frozen"):
+        file = tmp_path / folder / "_CHECKPOINT_METADATA"
+        before = file.read_text()
+        file.unlink()
+        if content is not None:
+            file.write_text(content)
+        files = all_files(tmp_path)
+        readers = [lambda: checkpoint.restore(tmp_path, state), lambda: checkpoint.load_params(tmp_path, state.params)]
+        if folder != "frozen":
+            readers += [lambda: checkpoint.complete_steps(tmp_path), lambda: checkpoint.load_model(tmp_path)]
+            readers += [lambda: checkpoint.load_counters(tmp_path, step=latest)]
+        for work in (lambda: Checkpoints(tmp_path), *readers):
+            with pytest.raises(CheckpointError, match=f"/{folder}: {message}; bring the file back, or move"):
+                work()
+        assert all_files(tmp_path) == files
+        file.write_text(before)
+    (tmp_path / str(latest - 1) / "_CHECKPOINT_METADATA").unlink()
+    assert checkpoint.complete_steps(tmp_path) == [latest]  # An older one is not gone on from: it only stays there.
+    Checkpoints(tmp_path).close()
+    assert (tmp_path / str(latest - 1) / "params").is_dir()
+
+
+def damage(file, how):
+    content = file.read_bytes()
+    file.unlink()
+    if how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "flip":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "flip"])
+def test_a_damaged_file_of_a_checkpoint_is_named(state, saved, tmp_path, how):
+    """Every file that a reader needs, whatever it is: arrays, their indices, descriptions."""
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    step = str(checkpoint.complete_steps(copy)[-1])
+    said = {"missing": "got no file, expected one of", "cut": "bytes, expected", "flip": "got the checksum"}[how]
+    sums = json.loads((copy / step / "checksums.json").read_text())
+    files = [copy / step / name for name in sums if name != "_CHECKPOINT_METADATA" and sums[name][0] > 1]
+    assert {file.relative_to(copy / step).parts[0] for file in files} == {"params", "state", "commit_success.txt"}
+    files += [path for path in (copy / "frozen" / "params").rglob("*") if path.is_file()]
+    readers = [
+        ("params", lambda: checkpoint.load_params(copy, state.params)),
+        ("params", lambda: leaf_loader(copy, [])),
+        ("params", lambda: checkpoint.restore(copy, state)),
+        ("state", lambda: checkpoint.restore(copy, state)),
+    ]
+    for file in files:
+        content = file.read_bytes()
+        damage(file, how)
+        with pytest.raises(CheckpointError, match=f"{file}: .*{said}"):
+            storage.check(copy / file.relative_to(copy).parts[0], "params", "state")
+        for item, read in readers:
+            if file.name == "manifest.ocdbt" and file.parent.name == item:
+                with pytest.raises(CheckpointError, match=f"{file}: .*{said}"):
+                    read()
+        file.write_bytes(content)
+    storage.check(copy / step, "params", "state")
+
+
+def test_without_checksums_a_checkpoint_loads_and_a_missing_file_is_one_line(state, saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    for file in copy.rglob("checksums.json"):
+        file.unlink()
+    assert checkpoint.restore(copy, state).counters == checkpoint.load_counters(saved)
+    step = copy / str(checkpoint.complete_steps(copy)[-1])
+    (step / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(CheckpointError, match="^[^\n]*cannot be read, files in it are missing or damaged[^\n]*$"):
+        checkpoint.restore(copy, state)
 
 
 def test_the_same_step_saved_again_while_its_save_is_in_flight_is_written_once(state, tmp_path):
@@ -143,11 +240,14 @@ def test_frozen_parameters_are_written_once(saved, state):
 def test_frozen_parameters_without_a_step_are_those_of_nobody(state, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, norm_stats=toy.norm_stats(), model={}, counters={})
-    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()  # as if the first step's writing had been killed
+    shutil.rmtree(tmp_path / "1")  # as if the first step's writing had been killed
+    frozen = all_files(tmp_path / "frozen")
     other = state.replace(frozen=jax.tree.map(lambda x: x + 1, state.frozen))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, other, norm_stats=toy.norm_stats(), model={}, counters={})
     assert_equal(checkpoint.load_params(tmp_path, state.params), other.params)
+    # They are not of this process, so they are kept.
+    assert list(all_files(tmp_path / "set_aside" / "1" / "frozen").values()) == list(frozen.values())
 
 
 def test_an_average_is_what_others_take_and_the_state_goes_on_from_its_own(policy, params, tmp_path):

@@ -192,11 +192,16 @@ def _imitation_loss(
     valid: Array | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the cross entropy `[B]` of raw actions `[B, A]`, mean over decided tokens, and how far the greedy is."""
+    """Returns the cross entropy `[B]` of raw actions `[B, A]`, mean over their tokens, and how far the greedy is.
+
+    Tokens after the last decided one are left out. One that is not decided, between others, is taught to be the one
+    that stands there when the policy acts: OpenVLA's own program generates it, and later tokens see it.
+    """
     del valid, key
     is_decided, prompt = _is_decided(norm_stats), _prompt(network, norm_stats, observation)
     unit = normalize_action(jnp.asarray(action), norm_stats)[:, : len(is_decided)]
-    bins = jnp.where(is_decided, encode_bins(unit), ZERO_BIN)
+    unit = jnp.where(is_decided, unit, 0.0)  # the centre of ZERO_BIN
+    bins = encode_bins(unit)
     hidden = _apply(network, params, *prompt, bins, method="score")
     logits, labels = _apply(network, params, hidden, method="action_logits"), _action_labels(unit, bins, network.config)
     if network.config.restrict_logits:
@@ -207,7 +212,7 @@ def _imitation_loss(
     greedy = jnp.argmax(logits, axis=-1)
     error = jnp.abs(decode_bins(greedy) - jnp.clip(unit, -1.0, 1.0))
     mean = functools.partial(jnp.mean, axis=-1, where=is_decided)
-    return mean(loss), {"token_accuracy": mean(greedy == bins), "l1": mean(error)}
+    return loss.mean(axis=-1), {"token_accuracy": mean(greedy == bins), "l1": mean(error)}
 
 
 def _action_labels(unit_action: jax.Array, bins: jax.Array, config: OpenVLAConfig) -> jax.Array:
