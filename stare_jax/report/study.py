@@ -49,7 +49,7 @@ def find_runs(folder: str | Path, order: Sequence[str] = ()) -> list[StudyRun]:
         if directory.is_dir() and config:
             task, method = directory.parts[-3:-1]
             results = {result.phase: result for result in load_results(directory)}
-            result = results.get(config["phases"][-1])
+            result = results.get(config.get("phases", [""])[-1])
             run = StudyRun(task, method, directory.name.removeprefix("seed_"), directory, config, result)
             found += _of_each_task(run) if is_of_several(run) else [run]
     if not found:
@@ -62,7 +62,7 @@ def find_runs(folder: str | Path, order: Sequence[str] = ()) -> list[StudyRun]:
 
 def is_of_several(run: StudyRun) -> bool:
     """True if one policy learns several tasks in this run."""
-    return bool(run.config["env"].get("tasks"))
+    return bool(run.config.get("env", {}).get("tasks"))
 
 
 def _of_each_task(run: StudyRun) -> list[StudyRun]:
