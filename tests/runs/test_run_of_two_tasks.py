@@ -63,34 +63,38 @@ class TwoToys(DressedToy):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The directories of a run in one piece, and of one that was stopped; how often it was stopped."""
-    folder, num_stops = tmp_path_factory.mktemp("several"), 0
+def whole(tmp_path_factory):
+    """The directory of a run in one piece."""
+    folder = tmp_path_factory.mktemp("several") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         toy_run.replace_simulator(patch)
         patch.setattr(ipi, "make_vec_env", TwoToys)
-        run_ipi(CONFIG, folder / "whole")
-        while True:
-            patch.setattr(TwoToys, "stop_after", 120)
-            try:
-                run_ipi(CONFIG, folder / "stopped")
-                break
-            except Interrupted:
-                num_stops += 1
-                assert num_stops < 9, "the run does not get on"
-    return folder / "whole", folder / "stopped", num_stops
+        run_ipi(CONFIG, folder)
+    return folder
 
 
-def test_a_run_that_was_stopped_comes_to_the_same_end(runs):
-    whole, stopped, num_stops = runs
+@pytest.mark.slow  # Every part compiles anew.
+def test_a_run_that_was_stopped_comes_to_the_same_end(whole, tmp_path, monkeypatch):
+    toy_run.replace_simulator(monkeypatch)
+    monkeypatch.setattr(ipi, "make_vec_env", TwoToys)
+    num_stops = 0
+    while True:
+        monkeypatch.setattr(TwoToys, "stop_after", 120)
+        try:
+            run_ipi(CONFIG, tmp_path / "stopped")
+            break
+        except Interrupted:
+            num_stops += 1
+            assert num_stops < 9, "the run does not get on"
     assert num_stops >= 2
     for phase in ("sft", "tpo", "ppo"):
-        first, second = (json.loads((run / "eval" / f"{phase}.json").read_text()) for run in (whole, stopped))
+        first, second = (
+            json.loads((run / "eval" / f"{phase}.json").read_text()) for run in (whole, tmp_path / "stopped")
+        )
         assert first["episodes"] == second["episodes"]
 
 
-def test_demonstrations_and_pairs_know_their_task(runs):
-    whole = runs[0]
+def test_demonstrations_and_pairs_know_their_task(whole):
     demos = Dataset(whole / "data" / "demos")
     assert demos.manifest.env_id == JOINED
     assert [episode.task for episode in demos.episodes] == [0] * 4 + [1] * 4  # as many of each as the config says
@@ -106,16 +110,15 @@ def test_demonstrations_and_pairs_know_their_task(runs):
     assert 1 <= len(of_pairs) <= 2 * CONFIG.pairs.num_pairs
 
 
-def test_an_iteration_has_as_many_episodes_of_each_task(runs):
-    lines = [line for line in read_metrics(runs[0]) if line["phase"] == "ppo" and "env/success" in line]
+def test_an_iteration_has_as_many_episodes_of_each_task(whole):
+    lines = [line for line in read_metrics(whole) if line["phase"] == "ppo" and "env/success" in line]
     assert len(lines) == 2
     for line in lines:
         of_tasks = [line[f"env/success_{task}"] for task in TASKS]
         assert line["env/num_episodes"] == 4 and line["env/success"] == pytest.approx(np.mean(of_tasks))
 
 
-def test_evaluation_and_report_tell_each_task_and_the_average(runs, capsys):
-    whole = runs[0]
+def test_evaluation_and_report_tell_each_task_and_the_average(whole, capsys):
     for result in load_results(whole):
         episodes, info = result.evaluation.episodes, result.evaluation.info
         assert episodes.task.tolist() == [0, 1] * 4 and episodes.seed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -138,8 +141,8 @@ def test_numbers_of_the_stages_hold_for_all_tasks_where_they_are_given():
         assert dataclasses.replace(spec.params, progressive=True, d_push=own.params.d_push) == own.params
 
 
-def test_demonstrations_of_one_task_are_not_those_of_two(runs, tmp_path):
-    folder = runs[0] / "data" / "demos"
+def test_demonstrations_of_one_task_are_not_those_of_two(whole, tmp_path):
+    folder = whole / "data" / "demos"
     alone = dataclasses.replace(make_config(), demos_from=str(folder), phases=("sft",))
     with pytest.raises(ConfigError, match=f"env_id: got '{JOINED}', expected 'PushCube-v1'".replace("+", r"\+")):
         run_ipi(alone, tmp_path / "run")
@@ -158,6 +161,6 @@ def test_seeds_have_to_be_enough_for_all_tasks():
         check_fit(dataclasses.replace(CONFIG, demos=demos))
 
 
-def test_statistics_are_over_all_tasks(runs):
-    stats = read_statistics(runs[0])
+def test_statistics_are_over_all_tasks(whole):
+    stats = read_statistics(whole)
     assert stats.state_q01[4] < -0.02 and stats.state_q99[4] > 0.02  # goals lie to both sides
