@@ -46,10 +46,8 @@ def train() -> None:
     from stare_jax.logging import say
     from stare_jax.runs.config import RunConfig
 
-    if _WORKDIR.value is None:
-        workdir = command.ROOT / "runs" / _values["name"]
-    else:
-        workdir = home_path(_WORKDIR.value)
+    given = _WORKDIR.value
+    workdir = command.ROOT / "runs" / _values["name"] if given is None else home_path(given)
     config = from_dict(RunConfig, {name: value for name, value in _values.items() if name != "name"})
     if _PLAN.value:
         from stare_jax.runs.plan import print_plan
