@@ -121,7 +121,7 @@ def add_pairs_options(group: argparse._ArgumentGroup) -> None:
         metavar="RUN/PHASE",
         help="the policy to roll out, e.g. runs/quickstart/sft (default: the expert, with noise)",
     )
-    add("--step", type=int, help="of the checkpoint (default: the phase's latest)")
+    add("--step", type=command.natural, help="of the checkpoint (default: the phase's latest)")
     add("--temperature", type=float, default=PAIRS.temperature, help=f"of the policy (default: {PAIRS.temperature})")
     add(
         "--pair-noise",

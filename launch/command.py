@@ -15,16 +15,17 @@ import shlex
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
 
-from stare_jax.config import ConfigError, UserError, home_path
+from stare_jax.config import ConfigError, Count, Interval, Natural, Positive, UserError, convert, home_path
 from stare_jax.logging import Interrupted, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +53,23 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     )
 
 
+def number(annotation: Any) -> Callable[[str], int | float]:
+    """Returns a type for `add_argument`: the numbers of an annotation of `stare_jax.config`, such as `Count`."""
+    kind = typing.get_args(annotation)[0]
+
+    def parse(text: str) -> int | float:
+        try:
+            return convert(annotation, kind(text), "")
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value" where `kind` itself refuses
+    return parse
+
+
+count, natural, positive = number(Count), number(Natural), number(Positive)
+
+
 def path(text: str) -> Path:
     """Returns a path of the command line, as the `type` of an argument of argparse."""
     try:
@@ -64,7 +82,8 @@ def add_mesh(parser: argparse.ArgumentParser, axes: Sequence[str] = tuple(MESH_A
     """Adds `--mesh.data`, `--mesh.fsdp` and `--mesh.tensor`, the words of a training configuration, to a parser."""
     group = parser.add_argument_group("mesh of devices, as --config.mesh of launch/train.py")
     for axis in axes:
-        group.add_argument(f"--mesh.{axis}", type=int, metavar="N", help=MESH_AXES[axis])
+        kind = number(Annotated[int, Interval(-1)]) if axis == "data" else count
+        group.add_argument(f"--mesh.{axis}", type=kind, metavar="N", help=MESH_AXES[axis])
 
 
 def given_mesh(arguments: argparse.Namespace) -> dict[str, int]:

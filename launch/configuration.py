@@ -81,7 +81,7 @@ def _read(choice: str) -> ConfigDict:
     except ValueError as error:
         raise ConfigError(f"--config={choice}: {error}") from error
     except Exception as error:  # Whatever it is, it is a mistake in a file that the user has named.
-        raise ConfigError(f"{_place(error, file)}: {last_line(error)}") from error
+        raise ConfigError(f"{place(error, file)}: {last_line(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"--config={choice}: got {type(config).__name__} of get_config, expected a ConfigDict")
     return config
@@ -92,7 +92,7 @@ def _call(spec: Any, module: ModuleType, arguments: Sequence[str]) -> Any:
     return module.get_config(*arguments)
 
 
-def _place(error: Exception, file: str) -> str:
+def place(error: Exception, file: str) -> str:
     """Returns the file, and the line in it that failed where one is known."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return f"{file}, line {error.lineno}"

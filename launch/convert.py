@@ -68,9 +68,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="pi0.5: pi05_base, pi05_droid, pi05_libero or pi05_maniskill, or a JSON file of it",
     )
-    add("--action-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's actions (default: the statistics')")
-    add("--state-dim", type=int, metavar="N", help="pi0.5: numbers of the robot's state (default: the statistics')")
-    add("--seed", type=int, help="of what the checkpoint does not have (default: 0)")
+    of_robot = "pi0.5: numbers of the robot's {} (default: the statistics')"
+    add("--action-dim", type=command.count, metavar="N", help=of_robot.format("actions"))
+    add("--state-dim", type=command.natural, metavar="N", help=of_robot.format("state"))
+    add("--seed", type=command.natural, help="of what the checkpoint does not have (default: 0)")
     add = parser.add_argument_group("to a checkpoint of others").add_argument
     add(
         "--base",
@@ -79,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="OpenVLA: what the run began as (default: follows init_from)",
     )
     add("--to-format", metavar="NAME", help="pi0.5: openpi, safetensors or lerobot (default: as it was, else openpi)")
-    add("--step", type=int, help="which checkpoint (default: the latest)")
+    add("--step", type=command.natural, help="which checkpoint (default: the latest)")
     add(
         "--merge",
         action="store_const",
@@ -87,7 +88,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="put adapters into the weights; else OpenVLA's are written alone",
     )
     add("--stats-name", metavar="NAME", help="of the run's statistics among the data sets' (default: its environment)")
-    add("--max-shard-gb", type=float, metavar="GB", help="of one file (default: 5, and one file for pi0.5)")
+    shard = "of one file (default: 5, and one file for pi0.5)"
+    add("--max-shard-gb", type=command.positive, metavar="GB", help=shard)
     command.add_mesh(parser, ("fsdp", "tensor"))
     return parser.parse_args(argv)
 
@@ -147,8 +149,6 @@ def export(arguments: argparse.Namespace) -> None:
         model = run.model
     is_openvla = isinstance(model, OpenVLAConfig)
     check_options(arguments, f"our own checkpoint of {'OpenVLA' if is_openvla else 'pi0.5'}")
-    if arguments.max_shard_gb is not None and not arguments.max_shard_gb > 0:
-        raise ConfigError(f"max_shard_gb: got {arguments.max_shard_gb}, expected > 0")
     written = export_weights(
         source,
         arguments.to,

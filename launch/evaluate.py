@@ -40,6 +40,7 @@ from stare_jax.report.report import print_report, write_report
 from stare_jax.report.tables import MISSING
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.fit import check_expert, check_policy
 from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
 
 EXPERT = "expert"
@@ -101,7 +102,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="with --config: where the results go (default: runs/eval_FOLDER)",
     )
-    add("--step", type=int, metavar="N", help="step of the checkpoint (default: the phase's latest)")
+    add("--step", type=command.natural, metavar="N", help="step of the checkpoint (default: the phase's latest)")
     add(
         "--name",
         help="of the result; one that exists is set aside (default: the phase; then PHASE_again, PHASE_again2, ...)",
@@ -156,16 +157,19 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
     return dataclasses.replace(config, **changes)
 
 
-def load_subject(config: RunConfig, temperature: float, arguments: argparse.Namespace) -> Subject:
+def load_subject(
+    config: RunConfig, simulators: EnvConfig, temperature: float, arguments: argparse.Namespace
+) -> Subject:
     """Returns the expert, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
-        with user_input():
-            expert = make_expert(config.env.task_name)
+        check_expert(simulators)
+        expert = make_expert(config.env.task_name)
         return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
     _, policy, params = load_policy(folder, step=step, mesh=mesh)
+    check_policy(policy, simulators, name=str(folder))
     act_of = policy_act_of(policy, params, jax.random.key(0), temperature=temperature, mesh=mesh)
     return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk)
 
@@ -200,7 +204,7 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
     spec = dataclasses.replace(simulators.spec, params=config.stages)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        subject = load_subject(config, evaluation_config.temperature, arguments)
+        subject = load_subject(config, simulators, evaluation_config.temperature, arguments)
         simulator = stack.enter_context(contextlib.closing(make_vec_env(simulators)))
         clock = Clock()
         evaluation, films = evaluate_act(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import command
 
-from stare_jax.config import ConfigError, user_input
+from stare_jax.config import ConfigError, Finite, convert, user_input
 from stare_jax.data.import_rlds import IDLE_FILTERS, ImportConfig, import_rlds, known_layout
 from stare_jax.data.norm_stats import NORM_STATS_FILE
 from stare_jax.data.reader import Dataset
@@ -74,7 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def parse_gripper(text: str) -> tuple[float, float]:
     """Parses `0:1`."""
     try:
-        closed, opened = map(float, text.split(":"))
+        closed, opened = (convert(Finite, float(part), "gripper") for part in text.split(":"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected CLOSED:OPEN such as 0:1 or 1:-1") from error
     return closed, opened

@@ -39,15 +39,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks = f"all, one of {', '.join(TASKS)}, or a task of your own: a Python file or a module"
     add("--task", required=True, metavar="TASK", help=tasks)
     add("--out", type=command.path, required=True, metavar="FOLDER", help="where the figures go")
-    add("--seed", type=int, default=0, help="of the episode (default: 0)")
-    add("--image-size", type=int, default=192, metavar="PIXELS", help="height of the frames (default: 192)")
+    add("--seed", type=command.natural, default=0, help="of the episode (default: 0)")
+    add("--image-size", type=command.count, default=192, metavar="PIXELS", help="height of the frames (default: 192)")
     return parser.parse_args(argv)
 
 
 def expert_episode(config: EnvConfig, seed: int) -> Trajectory:
     """Returns an episode of the task's expert up to its success, leaves `[T, ...]`."""
+    act = expert_act(make_expert(config.task_name))
     with contextlib.closing(make_vec_env(config)) as simulator:
-        act = expert_act(make_expert(config.task_name))
         rollout = collect_episodes(simulator, act, [seed], stop_at_success=True, reproducible=True)
     return jax.tree.map(lambda leaf: leaf[0], rollout.trajectory)
 

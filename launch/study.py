@@ -23,18 +23,21 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import command
-from configuration import load_configuration, split_fields
+from configuration import last_line, load_configuration, place, split_fields
 
-from stare_jax.config import ConfigError, UserError, from_dict, user_input
+from stare_jax.config import ConfigError, Interval, UserError, from_dict, user_input
 from stare_jax.logging import Interruption, print_table, say
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.directory import locked
+from stare_jax.runs.fit import check_fit
 from stare_jax.runs.jobs import Queue, place_cores, run_queue
 from stare_jax.runs.progress import failure_texts, progress_table, read_progress, read_rows, summary_line
 from stare_jax.runs.study import Job, Study, plan_study, select_jobs
 
+NICE = Annotated[int, Interval(0, 19)]
 TRAIN = command.ROOT / "launch" / "train.py"
 
 
@@ -45,10 +48,27 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, tup
     add("--study", type=command.path, required=True, metavar="FILE", help="a Python file that defines get_study()")
     add("--workdir", type=command.path, metavar="FOLDER", help="the study's folder (default: runs/<name of the file>)")
     add("--only", action="append", metavar="PATTERN", help="runs of these names, and those they begin with")
-    add("--jobs", type=int, metavar="N", help="runs at a time (default: as many as there are cores for)")
-    add("--cores", type=int, default=1, metavar="N", help="cores of a run (default: 1)")
-    add("--nice", type=int, default=0, metavar="N", help="how much lower the priority of the runs is, 0 to 19")
-    add("--every", type=float, default=60.0, metavar="SECONDS", help="between two tables of progress (default: 60)")
+    add(
+        "--jobs",
+        type=command.count,
+        metavar="N",
+        help="runs at a time (default: as many as there are cores for)",
+    )
+    add("--cores", type=command.count, default=1, metavar="N", help="cores of a run (default: 1)")
+    add(
+        "--nice",
+        type=command.number(NICE),
+        default=0,
+        metavar="N",
+        help="how much lower the priority of the runs is, 0 to 19",
+    )
+    add(
+        "--every",
+        type=command.positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="between two tables of progress (default: 60)",
+    )
     does = parser.add_mutually_exclusive_group()
     does.add_argument("--print", action="store_true", help="print the commands of what is not finished, and stop")
     does.add_argument("--status", action="store_true", help="print the state of every run, and stop")
@@ -69,8 +89,13 @@ def load_study(file: Path) -> Study:
     spec = importlib.util.spec_from_file_location(f"stare_jax_study_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    study = module.get_study() if hasattr(module, "get_study") else None
+    try:
+        spec.loader.exec_module(module)
+        study = module.get_study() if hasattr(module, "get_study") else None
+    except UserError:
+        raise
+    except Exception as error:  # Whatever it is, it is a mistake in a file that the user has named.
+        raise ConfigError(f"study: {place(error, str(file))}: {last_line(error)}") from error
     if not isinstance(study, Study):
         raise ConfigError(f"study: {file}: got {type(study).__name__}, expected get_study() that returns a Study")
     return study
@@ -86,9 +111,11 @@ def read_config(job: Job) -> RunConfig:
     (choice,) = [word.removeprefix("--config=") for word in others if word.startswith("--config=")]
     try:
         values = load_configuration(choice, fields)
-        return from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+        config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+        check_fit(config)
     except UserError as error:
         raise ConfigError(f"{job.name}: {error}") from error
+    return config
 
 
 def print_commands(queue: Queue) -> None:

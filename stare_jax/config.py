@@ -97,7 +97,7 @@ def check_fields(config: Any) -> None:
             message names it, got and expected.
     """
     for name, hint in _annotations(type(config)).items():
-        object.__setattr__(config, name, _convert(hint, getattr(config, name), name))
+        object.__setattr__(config, name, convert(hint, getattr(config, name), name))
 
 
 @functools.cache
@@ -182,7 +182,7 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
         raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     if hasattr(cls, "fill_in"):
         values = cls.fill_in(values)
-    arguments = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    arguments = {name: convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**arguments)
     except ConfigError:
@@ -191,7 +191,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns a value as an annotation of a field has it; raises ConfigError, which begins with `path`."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         return _convert_marked(*typing.get_args(hint), value, path)
@@ -230,7 +231,7 @@ def _convert_marked(hint: Any, mark: Any, value: Any, path: str) -> Any:
     """Converts a value of an annotation with a mark: an `Interval` or a `Mark`."""
     if isinstance(mark, Interval):
         return _convert_number(hint, mark, value, path)
-    value = _convert(hint, value, path)
+    value = convert(hint, value, path)
     if mark is Mark.FILLED and not value:
         raise ConfigError(f"{path}: got {value!r}, expected at least one item")
     if mark is Mark.REGEX:
@@ -277,7 +278,7 @@ def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:
         hints = (hints[0],) * len(value)
     if hints and len(hints) != len(value):
         raise ConfigError(f"{path}: got {len(value)} items {value!r}, expected {len(hints)}")
-    return tuple(_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
+    return tuple(convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True)))
 
 
 def _convert_union(hints: tuple, value: Any, path: str) -> Any:
@@ -289,11 +290,11 @@ def _convert_union(hints: tuple, value: Any, path: str) -> Any:
         num_known = {hint: len({f.name for f in dataclasses.fields(hint)} & set(value)) for hint in candidates}
         best = max(num_known, key=num_known.get)
         if num_known[best]:
-            return _convert(best, value, path)
+            return convert(best, value, path)
     errors = []
     for hint in candidates:
         try:
-            return _convert(hint, value, path)
+            return convert(hint, value, path)
         except ConfigError as error:
             errors.append(error)
     if len(errors) == 1:

@@ -95,7 +95,6 @@ def to_norm_stats(
         statistics: statistics of one data set, in the file's format. Without a mask all dimensions are normalised.
         action_dim: A.
         state_dim: S; with 0, for policies that see no state, "proprio" is not read.
-
         place: the file, with which a message begins.
         path: names of the fields on the way from the file to the statistics.
 

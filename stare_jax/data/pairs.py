@@ -9,10 +9,11 @@ import functools
 import itertools
 import json
 import os
+import typing
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ from stare_jax.stages import TaskSpec, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
 
 PAIRS_FILE = "pairs.json"
-KINDS = ("success, same start", "stage, same start", "success, other start", "stage, other start")
+Kind = Literal["success, same start", "stage, same start", "success, other start", "stage, other start"]
+KINDS = typing.get_args(Kind)
 """Kinds of pairs: the outcome that decides, and same or other initial states; in the order in which pairs are taken."""
 SAME_START_KINDS = KINDS[:2]
 
@@ -57,6 +59,9 @@ class PairsConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.max_rollouts < self.rollouts_per_seed:
+            expected = f"at least rollouts_per_seed {self.rollouts_per_seed}"
+            raise ValueError(f"max_rollouts: got {self.max_rollouts}, expected {expected}")
 
 
 class Outcome(NamedTuple):
@@ -74,8 +79,7 @@ class Pair(NamedTuple):
 
     chosen: Natural
     rejected: Natural
-    kind: str
-    """One of `KINDS`."""
+    kind: Kind
 
 
 class _PairsFile(NamedTuple):
@@ -219,6 +223,8 @@ def load_pairs(
     dataset.require_signals()
     if dataset.num_episodes != (num_expected := len(dataset.manifest.episodes)):
         raise DatasetError(f"{dataset.directory}: got {dataset.num_episodes} episodes, expected all {num_expected}")
+    if beyond := [pair for pair in pairs if max(pair.chosen, pair.rejected) >= num_expected]:
+        raise DatasetError(f"{dataset.directory}: got {beyond[0]}, expected indices below {num_expected}, the episodes")
 
     def load(index: int) -> Trajectory:
         trajectory, row = dataset.episode(index, horizon)

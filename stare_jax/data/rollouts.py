@@ -1,6 +1,7 @@
 """Rollouts from shared initial states, of a policy or a disturbed expert, until they make enough preference pairs."""
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ def expert_actor(expert: Expert, config: PairsConfig, *, noise_scale: float) -> 
     Raises:
         ValueError: there is no noise, and all rollouts would be alike.
     """
-    if noise_scale <= 0:
+    if not 0 < noise_scale < math.inf:
         raise ValueError(f"noise_scale: got {noise_scale}, expected more than 0, or rollouts are alike")
     first = first_seed(PAIR_SEEDS, config.seed)
 

@@ -94,6 +94,13 @@ class Manifest(NamedTuple):
     episodes: tuple[Episode, ...]
 
 
+class _Version(NamedTuple):
+    """The fields of a manifest that tell which other fields it has."""
+
+    format: str
+    format_version: int
+
+
 def read_manifest(directory: str | os.PathLike) -> Manifest:
     """Reads the manifest of a data set.
 
@@ -105,9 +112,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     if not path.exists():
         raise DatasetError(f"{directory} is not a data set: it has no {MANIFEST_FILE}")
     content = read_json(path)
-    found = (content.get("format"), content.get("format_version"))
-    if found[0] != FORMAT or found[1] not in READ_VERSIONS:
-        raise DatasetError(f"{path}: got format {found[0]} {found[1]}, expected {FORMAT} in {READ_VERSIONS}")
+    version = check_record(_Version, content, str(path))
+    if version.format != FORMAT or version.format_version not in READ_VERSIONS:
+        raise DatasetError(f"{path}: got format {' '.join(map(str, version))}, expected {FORMAT} in {READ_VERSIONS}")
     manifest = check_record(Manifest, content, str(path))
     num_records = sum(shard.episodes.num_records for shard in manifest.shards)
     if num_records != len(manifest.episodes):

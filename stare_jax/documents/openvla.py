@@ -5,6 +5,7 @@ one value is there to refuse all others by name. Fields that change no number ar
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,8 +21,12 @@ from stare_jax.documents.reader import (
     read_json,
     read_record,
 )
+from stare_jax.documents.statistics import check_tables
 
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, STATISTICS = "config.json", "dataset_statistics.json"
+PROCESSORS = (("preprocessor_config.json", ""), ("processor_config.json", "image_processor"))
+"""file of the image processor and the field that it is in; the second since version 5 of transformers"""
+_GENERATION = "generation_config.json"
 FloatType = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES = ("torch_dtype", "dtype")
 """names of the type of the weights in config.json, the second since version 4.56 of transformers"""
@@ -107,6 +112,18 @@ class Description(NamedTuple):
         return self.text_config.rope_theta or (self.text_config.rope_parameters or Rope()).rope_theta
 
 
+class Generation(NamedTuple):
+    """generation_config.json: what changes the most likely token of every step."""
+
+    num_beams: Literal[1] | None = None
+    repetition_penalty: _One = None
+    no_repeat_ngram_size: Literal[0] | None = None
+    suppress_tokens: None = None
+    begin_suppress_tokens: None = None
+    bad_words_ids: None = None
+    forced_bos_token_id: None = None
+
+
 class Resize(NamedTuple):
     """A step of the image processor, for one tower."""
 
@@ -167,8 +184,39 @@ def read_description(folder: Path) -> Description:
         expected = f"expected {text.hidden_size} / {text.num_attention_heads}, hidden_size by num_attention_heads"
         problems.append(f"text_config.head_dim: got {text.head_dim}, {expected}")
     raise_problems(str(file), problems)
+    if (folder / _GENERATION).is_file():
+        read_record(Generation, folder / _GENERATION)
     refuse_other_policies(folder)
     return description
+
+
+class Table(NamedTuple):
+    """Statistics of one data set, not checked yet."""
+
+    file: str
+    path: str
+    """names of the fields on the way from the file to the table"""
+    fields: dict[str, Any]
+
+
+def read_tables(folders: Sequence[Path]) -> dict[str, Table]:
+    """Returns what OpenVLA's files say of all data sets, by name.
+
+    dataset_statistics.json, which fine-tuned checkpoints carry, goes over config.json, and a later folder, such as that
+    of an adapter, over an earlier one.
+
+    Raises:
+        DocumentError: a file has something else than tables in the place of them.
+    """
+    tables = {}
+    for folder in folders:
+        file, own = folder / CONFIG, folder / STATISTICS
+        inside = read_json(file, optional=True).get("norm_stats") or {}
+        inside = check_tables(inside, str(file), "norm_stats")
+        tables |= {name: Table(str(file), f"norm_stats.{name}", fields) for name, fields in inside.items()}
+        beside = check_tables(read_json(own, optional=True), str(own))
+        tables |= {name: Table(str(own), name, fields) for name, fields in beside.items()}
+    return tables
 
 
 def refuse_other_policies(folder: Path) -> None:
@@ -183,7 +231,7 @@ def refuse_other_policies(folder: Path) -> None:
 
 
 def read_colours(folder: Path, size: int) -> tuple[Colours, Colours] | None:
-    """Reads the statistics of the images' colours, for either tower, from preprocessor_config.json, if it is there.
+    """Reads the statistics of the images' colours, for either tower, from the file of the processor, if it is there.
 
     The published files carry them twice, and those that Hugging Face's processor uses, in `tvf_normalize_params`, are
     rounded to bfloat16.
@@ -196,15 +244,22 @@ def read_colours(folder: Path, size: int) -> tuple[Colours, Colours] | None:
         DocumentError: images are to be resized in another way than bicubically to a square of this size, or a field is
             damaged.
     """
-    for file in (folder / CONFIG, folder / PROCESSOR):
-        processor = check_record(Processor, read_json(file, optional=True), str(file))
-        raise_problems(str(file), _wrong_sizes(processor, size))
-    if processor.tvf_normalize_params is not None:
-        return processor.tvf_normalize_params
-    means, stds = processor.means, processor.stds
-    if (means is None) != (stds is None):
-        raise DocumentError(f"{file}: means and stds: got one of them, expected both or none")
-    return None if means is None else tuple(map(Colours, means, stds))
+    found = []
+    for name, field in ((CONFIG, ""), *PROCESSORS):
+        fields, place = read_json(folder / name, optional=True), str(folder / name)
+        processor = check_record(Processor, fields.get(field, {}) if field else fields, place, path=field)
+        raise_problems(place, _wrong_sizes(processor, size))
+        means, stds = processor.means, processor.stds
+        if processor.tvf_normalize_params is not None:
+            found.append(processor.tvf_normalize_params)
+        elif (means is None) != (stds is None):
+            raise DocumentError(f"{place}: means and stds: got one of them, expected both or none")
+        elif means is not None:
+            found.append(tuple(map(Colours, means, stds)))
+    if len(set(found)) > 1:
+        got = f"got other statistics of colours in {' and '.join(name for name, _ in PROCESSORS)}"
+        raise DocumentError(f"{folder}: {got}, expected the same")
+    return found[0] if found else None
 
 
 def _wrong_sizes(processor: Processor, size: int) -> list[str]:

@@ -14,6 +14,8 @@ _WITHOUT_EFFECT = {
 }
 """fields that do not change what adapters compute, besides those of `Adapter`; any other has to be empty"""
 
+_EMPTY = (None, "", [], {})
+
 
 class Adapter(NamedTuple):
     """The fields that are read."""
@@ -40,6 +42,6 @@ def read_adapter(file: Path) -> Adapter:
         refuse_other_policies(folder)
     fields = read_json(file)
     adapter, read = check_record(Adapter, fields, str(file)), {*Adapter._fields, *_WITHOUT_EFFECT}
-    others = {name: value for name, value in sorted(fields.items()) if value and name not in read}
+    others = {name: x for name, x in sorted(fields.items()) if name not in read and x is not False and x not in _EMPTY}
     raise_problems(str(file), [f"{name}: got {show(x)}, expected nothing" for name, x in others.items()])
     return adapter

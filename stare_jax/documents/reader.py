@@ -3,7 +3,8 @@
 A record is a NamedTuple with annotations. A field with a default need not be there; null is a value like any other, and
 fits `X | None` alone. Annotations are
 
-    int, float, bool, str      of JSON's type exactly; a float is finite in float32, and may be written as an integer
+    int, float, bool, str      of JSON's type exactly; an int fits into 64 bits; a float is finite in float32
+                               and may be written as an integer
     Literal[...], None         one of these values, of the same type
     tuple[X, ...], tuple[X, Y] a list; `list[X]` likewise, which stays a list
     dict[str, X]               an object whose names are not known
@@ -25,6 +26,7 @@ from stare_jax.config import ConfigError, Interval, interval_in_words
 
 MAX_FLOAT = 3.4028234663852886e38
 """largest float32"""
+MAX_INT = 2**63 - 1
 NOTHING = object()
 """stands for a field that is not there"""
 _NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
@@ -247,6 +249,8 @@ def _fits(hint: Any, origin: Any, value: Any) -> bool:
         return any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(hint))
     if hint is float:
         return type(value) in (int, float) and abs(value) <= MAX_FLOAT  # False for NaN
+    if hint is int:
+        return type(value) is int and abs(value) <= MAX_INT
     return type(value) is (type(None) if hint is None else hint)
 
 

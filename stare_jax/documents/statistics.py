@@ -60,10 +60,9 @@ def check_quantiles(
             quantile is above the upper one.
     """
     fields = check_record(Quantiles, value, place, path=path)
-    columns = {name: np.asarray(column, np.float32) for name, column in fields._asdict().items() if len(column)}
-    columns |= {name: np.zeros(0, np.float32) for name in ("q01", "q99") if name not in columns}
+    columns = {name: np.asarray(column, np.float32) for name, column in fields._asdict().items() if name in value}
     raise_problems(place, _problems(columns, path, dim, may_be_longer=may_be_longer, may_be_empty=may_be_empty))
-    columns["mask"] = np.asarray(fields.mask or [True] * len(columns["q01"]), bool)
+    columns["mask"] = np.asarray(fields.mask, bool) if "mask" in value else np.ones(len(columns["q01"]), bool)
     return {name: column[:dim] for name, column in columns.items()}
 
 

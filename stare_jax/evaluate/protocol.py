@@ -78,12 +78,12 @@ class EvalInfo(NamedTuple):
 
     env_id: str
     stage_names: tuple[str, ...]
-    horizon: int
+    horizon: Natural
     """Actions of an episode."""
-    temperature: float
-    num_steps: int
+    temperature: NonNegative
+    num_steps: Natural
     """Actions executed, those of lost episodes included."""
-    wall_s: float
+    wall_s: NonNegative
     """Wall-clock seconds, without the time between an interruption and the next start."""
     backend: str = ""
     """Field of `Conditions`, like the two below; "" in files of earlier versions."""

@@ -35,7 +35,7 @@ class PhaseResult(NamedTuple):
 class _Rows(NamedTuple):
     """`Episodes` as a file has them."""
 
-    seed: tuple[int, ...]
+    seed: tuple[Natural, ...]
     start: tuple[Natural, ...]
     valid: tuple[bool, ...]
     success_end: tuple[bool, ...]

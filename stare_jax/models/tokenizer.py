@@ -80,17 +80,23 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
         folder: the folder, or the name of a repository on huggingface.co, whose files are downloaded once.
 
     Raises:
-        ConfigError: the folder has no tokenizer, or the repository cannot be downloaded.
-        ValueError: the vocabulary has no lone space ("▁"), which precedes the actions.
+        ConfigError: the folder has no tokenizer, or a damaged one, or the repository cannot be downloaded; the
+            vocabulary has no lone space ("▁"), which precedes the actions, or no token that begins a text.
     """
-    if Path(folder).is_dir() and not (Path(folder) / "tokenizer.json").exists():
-        raise ConfigError(f"tokenizer: got {folder!r} without a tokenizer.json, expected a checkpoint's folder")
+    path = Path(folder)
+    if not folder or (path.is_absolute() and not path.is_dir()):
+        raise ConfigError(f"model.tokenizer: got {folder!r}, expected a folder of a checkpoint; there is none")
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        raise ConfigError(f"model.tokenizer: got {folder!r} without a tokenizer.json, expected a checkpoint's folder")
     tokenizer = _load_files(folder)
     answer_id = tokenizer.convert_tokens_to_ids("▁")
     if answer_id is None or answer_id == tokenizer.unk_token_id:
-        raise ValueError(
-            f"tokenizer {folder!r}: got no token '▁', expected a SentencePiece vocabulary such as Llama's or Gemma's"
+        raise ConfigError(
+            f"model.tokenizer: {folder!r}: got no token '▁', expected a SentencePiece vocabulary such as Llama's or "
+            "Gemma's"
         )
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(f"model.tokenizer: got {folder!r} without a token that begins a text, expected one")
     # Padding is masked out, so a tokenizer without a padding token may as well repeat BOS.
     pad_id = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
@@ -104,7 +110,11 @@ def _load_files(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if Path(name).is_dir():
-        return PreTrainedTokenizerFast.from_pretrained(name)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(name)
+        except Exception as error:  # of whatever kind the damage makes the reader raise, in Rust as in Python
+            reason = f"{type(error).__name__}: {_in_short(error)}"
+            raise ConfigError(f"model.tokenizer: got {name!r}, whose files are no tokenizer ({reason})") from error
     try:
         if all(try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json")):
             return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)

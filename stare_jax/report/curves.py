@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from stare_jax.config import UserError
-from stare_jax.documents import read_json
+from stare_jax.documents import check_record, read_json
+from stare_jax.documents.reader import Length
 from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
 
@@ -136,9 +137,25 @@ def results_so_far(directory: Path) -> dict[str, PhaseResult]:
     return earlier | own
 
 
+class _Environment(NamedTuple):
+    env_id: str = ""
+
+
+class _Config(NamedTuple):
+    """Fields of a run's configuration that reports read; those of any version have them, or none."""
+
+    seed: int | None = None
+    env: _Environment = _Environment()
+    phases: Annotated[tuple[str, ...], Length(1)] = ("",)
+    init_from: str = ""
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Returns the configuration of a run as JSON, {} where there is none; raises DocumentError for a damaged one."""
-    return read_json(directory / "config.json", optional=True)
+    file = directory / "config.json"
+    fields = read_json(file, optional=True)
+    check_record(_Config, fields, str(file))
+    return fields
 
 
 def check_comparable(runs: Sequence[LearningCurve], metrics: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ def find_runs(folder: str | Path, order: Sequence[str] = ()) -> list[StudyRun]:
         if directory.is_dir() and config:
             task, method = directory.parts[-3:-1]
             results = {result.phase: result for result in load_results(directory)}
-            result = results.get(config["phases"][-1])
+            result = results.get(config.get("phases", [""])[-1])
             found.append(StudyRun(task, method, directory.name.removeprefix("seed_"), directory, config, result))
     if not found:
         raise CurveError(

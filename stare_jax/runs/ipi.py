@@ -43,13 +43,14 @@ from stare_jax.runs.directory import (
     set_aside,
 )
 from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.fit import check_fit
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
-    check_cameras,
-    check_imitation,
     check_inputs,
     check_prompt,
+    check_range,
+    check_statistics,
     demonstration_statistics,
     demonstrations_folder,
     describe_demonstrations,
@@ -107,10 +108,11 @@ def run_ipi(
     again = PHASES[PHASES.index(redo) :] if redo else ()
     check_inputs(config)
     source_stats = source_statistics(config)
+    check_fit(config)
+    check_statistics(config, source_stats)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    check_cameras(config)
-    plan_run(config)
-    check_prompt(config)  # the last: its tokenizer may have to be downloaded
+    check_prompt(config)
+    plan_run(config)  # the last, as it takes seconds
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -156,8 +158,8 @@ def run_ipi(
             write_statistics(directory, stats)
         network = initial_model(config)
         policy = make_policy(network, stats)
-        if demonstrations is not None:
-            check_imitation(demonstrations, policy, config, source_stats)
+        if demonstrations is not None and source_stats is not None:
+            check_range(demonstrations, config, source_stats)
         model = json.loads(json.dumps(to_dict(network)))
         run = Run(directory, stats, model, writer, should_stop, mesh, resume=True, profiler=profiler)
 

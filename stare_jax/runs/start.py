@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from stare_jax.data.schema import MANIFEST_FILE, read_manifest
 from stare_jax.documents import read_json
 from stare_jax.documents.statistics import check_norm_stats
 from stare_jax.logging import replace_text, say
-from stare_jax.models import ModelConfig, Pi05Config, Policy
+from stare_jax.models import ModelConfig, Pi05Config
 from stare_jax.models.blank import blank_policy
+from stare_jax.models.normalize import check_stats
 from stare_jax.models.stored import with_colours
 from stare_jax.runs.config import RunConfig
+from stare_jax.runs.fit import acts, check_prompts, collects_demonstrations
 from stare_jax.runs.load import identify_checkpoint, identify_folder
 from stare_jax.state.checkpoint import load_norm_stats
 from stare_jax.state.train_state import CHECKPOINTS
@@ -47,23 +48,6 @@ def check_inputs(config: RunConfig) -> None:
         check_demonstrations(config)
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"config.logging.wandb: got {config.logging.wandb!r}, expected '': wandb is not installed")
-
-
-def check_cameras(config: RunConfig) -> None:
-    """Makes sure that the simulator, where the policy acts in it or learns from it, has the cameras that it sees.
-
-    Raises:
-        ConfigError: one is not there.
-    """
-    env, is_acting = config.env, config.phases != ("sft",) or config.has_evaluation
-    if not is_acting and config.demos_from:
-        return
-    known = [env.scene.camera.name] if env.image_size else []
-    if missing := [name for name in config.model.cameras if name not in known]:
-        raise ConfigError(
-            f"config.model: sees the cameras {missing}, expected some of {known}, which the simulator of {env.env_id} "
-            f"has with config.env.image_size {env.image_size}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -142,6 +126,25 @@ def demonstration_statistics(config: RunConfig, directory: Path) -> NormStats:
     return read_norm_stats(directory, action_dim=config.model.action_dim, state_dim=config.model.state_dim, key=key)
 
 
+def check_statistics(config: RunConfig, source_stats: NormStats | None) -> None:
+    """Makes sure that a policy can be built of the statistics of a run, where they are known before it begins.
+
+    Args:
+        config: of the run.
+        source_stats: of the weights that it starts from (`source_statistics`); None for those of its demonstrations.
+
+    Raises:
+        ConfigError: they have other dimensions than the model, or no action moves.
+        DatasetError: the data set given has none.
+    """
+    stats = source_stats
+    if stats is None and config.demos_from:
+        stats = demonstration_statistics(config, Path(config.demos_from))
+    if stats is not None:
+        with user_input():
+            check_stats(stats, action_dim=config.model.action_dim, state_dim=config.model.state_dim)
+
+
 def _fitting(stats: NormStats, config: RunConfig, source: Path) -> NormStats:
     """Returns statistics of the model's dimensions; raises ConfigError for others."""
     sizes = {"action_dim": len(stats.action_q01), "state_dim": len(stats.state_q01)}
@@ -192,35 +195,21 @@ def check_demonstrations(config: RunConfig) -> None:
     if wrong:
         fields = "; ".join(f"{name}: got {got.get(name)!r}, expected {value!r}" for name, value in wrong.items())
         raise ConfigError(f"config.demos_from: {config.demos_from} is not for this run: {fields}")
+    if "sft" in config.phases and not sum(episode.length for episode in manifest.episodes):
+        got = f"{len(manifest.episodes)} episodes without an action"
+        raise ConfigError(f"config.demos_from: {config.demos_from}: got {got}, expected some to imitate")
 
 
 def check_prompt(config: RunConfig) -> None:
-    """Makes sure that the instruction of the simulator's task fits into the policy's prompt.
+    """Makes sure that the instructions of the simulator's task and of the data set given fit into the policy's prompt.
 
     Raises:
-        ConfigError: it does not, or the tokenizer is not there.
+        ConfigError: one does not, or the tokenizer is not there.
     """
-    if not config.demos_of:
-        policy = blank_policy(config.model)
-        check_instructions([config.env.spec.instruction], policy, config.model.state_dim)
-
-
-def check_imitation(demonstrations: Dataset, policy: Policy, config: RunConfig, source_stats: NormStats | None) -> None:
-    """Makes sure that a policy can be taught by demonstrations, before anything is trained.
-
-    Args:
-        demonstrations: the data set.
-        policy: the run's.
-        config: the run's.
-        source_stats: the statistics, where they came with weights; None where they are the demonstrations'.
-
-    Raises:
-        ConfigError: an instruction does not fit into the prompt, or see `check_range`.
-    """
-    instructions = sorted({episode.instruction for episode in demonstrations.episodes})
-    check_instructions(instructions, policy, config.model.state_dim)
-    if source_stats is not None:
-        check_range(demonstrations, config, source_stats)
+    instructions = {config.env.spec.instruction} if acts(config) or collects_demonstrations(config) else set()
+    if config.demos_from:
+        instructions |= {episode.instruction for episode in read_manifest(config.demos_from).episodes}
+    check_prompts(blank_policy(config.model), sorted(instructions))
 
 
 def check_range(demonstrations: Dataset, config: RunConfig, stats: NormStats) -> None:
@@ -248,17 +237,6 @@ def check_range(demonstrations: Dataset, config: RunConfig, stats: NormStats) ->
     if is_flow and limit < 1 and beyond.farthest[far] > MAX_SCALED:
         got = f"an action of {beyond.farthest[far]:.3g} in dimension {far}, when it is scaled by the statistics of"
         raise ConfigError(f"config.init_from: got {got} {config.init_from}; {advice} or config.max_clipped=1")
-
-
-def check_instructions(instructions: Sequence[str], policy: Policy, state_dim: int) -> None:
-    """Makes sure that every instruction fits into the policy's prompt, before anything is trained.
-
-    Raises:
-        ConfigError: one does not.
-    """
-    with user_input():
-        # Far below the data's range, where numbers are written the longest.
-        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
 
 
 def demonstrations_folder(directory: Path, config: RunConfig) -> Path:

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stare_jax.documents import check_record, read_json
+from stare_jax.documents.openvla import STATISTICS, read_tables
 from stare_jax.documents.reader import NOTHING
-from stare_jax.documents.statistics import check_quantiles, check_tables
+from stare_jax.documents.statistics import check_quantiles
 from stare_jax.models.normalize import action_range, is_constant_action
 from stare_jax.types import NormStats
 from stare_jax.weights.files import WeightsError, update_json, write_json
 from stare_jax.weights.side_files import ASSETS, CONFIG
 
-_OPENVLA_FILE, _OPENPI_FILE = "dataset_statistics.json", "norm_stats.json"
+_OPENPI_FILE = "norm_stats.json"
 _MAX_DIM = 32
 """numbers of an action in pi0.5's published networks, to which statistics may be padded"""
 _NORMAL_Q99 = 2.3263
@@ -46,17 +47,8 @@ def choose_name(names: Sequence[str], name: str | None, folder: Path) -> str:
 
 
 def read_openvla_tables(folders: Sequence[Path]) -> dict[str, Any]:
-    """Returns what OpenVLA's files say of all data sets, by name.
-
-    dataset_statistics.json, which fine-tuned checkpoints carry, goes over config.json, and a later folder, such as that
-    of an adapter, over an earlier one.
-    """
-    tables: dict[str, Any] = {}
-    for folder in folders:
-        file, side_file = folder / CONFIG, folder / _OPENVLA_FILE
-        tables |= check_tables(read_json(file, optional=True).get("norm_stats") or {}, str(file), "norm_stats")
-        tables |= check_tables(read_json(side_file, optional=True), str(side_file))
-    return tables
+    """Returns the tables that OpenVLA's files have of all data sets, by name, see `read_tables`."""
+    return {name: table.fields for name, table in read_tables(folders).items()}
 
 
 def read_openvla_stats(
@@ -68,12 +60,12 @@ def read_openvla_stats(
         WeightsError: the name is missing or unknown.
         DocumentError: statistics are missing or damaged, see `check_quantiles`.
     """
-    tables, place = read_openvla_tables(folders), str(folders[0])
+    tables, state = read_tables(folders), _NO_NUMBERS
     name = choose_name(tables, unnorm_key, folders[0])
-    action = check_quantiles(tables[name].get("action", NOTHING), place, f"{name}.action")
-    state = (
-        check_quantiles(tables[name].get("proprio", NOTHING), place, f"{name}.proprio") if state_dim else _NO_NUMBERS
-    )
+    file, path, fields = tables[name]
+    action = check_quantiles(fields.get("action", NOTHING), file, f"{path}.action")
+    if state_dim:
+        state = check_quantiles(fields.get("proprio", NOTHING), file, f"{path}.proprio")
     return name, NormStats(*action_range(action, action["mask"]), action["mask"], state["q01"], state["q99"])
 
 
@@ -92,7 +84,7 @@ def to_openvla_table(stats: NormStats) -> dict[str, Any]:
 
 def write_openvla_tables(to: Path, tables: Mapping[str, Any]) -> None:
     """Puts tables of data sets, by name, over those of a folder, in both places where they are looked for."""
-    update_json(to / _OPENVLA_FILE, tables)
+    update_json(to / STATISTICS, tables)
     if (to / CONFIG).exists():
         known = read_json(to / CONFIG).get("norm_stats") or {}
         update_json(to / CONFIG, {"norm_stats": {**known, **tables}})

@@ -227,6 +227,9 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(DatasetError, match="got format stare_jax/dataset 99, expected stare_jax/dataset in"):
         Dataset(directory)
+    manifest.write_text(text.replace('"format_version": 2', '"format_version": true'))
+    with pytest.raises(DocumentError, match="manifest.json: format_version: got True, expected a whole number"):
+        Dataset(directory)
     manifest.write_text(text.replace('"length"', '"len"'))
     with pytest.raises(DocumentError, match=r"manifest\.json: episodes\[0\]\.length: got nothing, expected a whole"):
         Dataset(directory)

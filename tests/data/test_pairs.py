@@ -173,7 +173,11 @@ def test_no_pair_is_an_error_that_explains(tmp_path):
     for content, message in (
         ("{}", "pairs: got nothing, expected a list"),
         (
-            '{"pairs": [{"chosen": -1, "rejected": 0, "kind": "a"}]}',
+            '{"pairs": [{"chosen": 1, "rejected": 0, "kind": "a"}]}',
+            r"pairs\[0\].kind: got 'a', expected 'success, same",
+        ),
+        (
+            '{"pairs": [{"chosen": -1, "rejected": 0, "kind": "success, same start"}]}',
             r"pairs\[0\].chosen: got -1, expected a whole number",
         ),
         ('{"pairs": [[0, 1, "a"]]}', r"pairs\[0\]: got \[0, 1, 'a'\], expected an object with chosen, rejected, kind"),

@@ -148,6 +148,19 @@ def test_two_names_of_the_rotary_base_have_one_meaning(tmp_path):
         read_description(write(tmp_path, text_config={"rope_theta": 1, "rope_parameters": {"rope_theta": 2}}))
 
 
+def test_generation_that_changes_the_most_likely_token_is_refused(tmp_path):
+    file = write(tmp_path) / "generation_config.json"
+    file.write_text(
+        json.dumps({"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000})
+    )
+    read_description(tmp_path)
+    file.write_text(json.dumps({"repetition_penalty": 1.2, "num_beams": 4}))
+    with pytest.raises(
+        DocumentError, match=r"num_beams: got 4, expected 1(.|\n)*repetition_penalty: got 1.2, expected"
+    ):
+        read_description(tmp_path)
+
+
 ADAPTER = {"peft_type": "LORA", "r": 32, "lora_alpha": 16, "task_type": None, "target_modules": "all-linear"}
 
 

@@ -76,6 +76,7 @@ def test_a_document_becomes_a_record():
         ({"inner": []}, r"inner: got \[\], expected an object with rank, scale"),
         ({"inner": {}}, r"inner.rank: got nothing, expected a whole number in \[1, 10000000\]"),
         ({"inner": {"rank": 0}}, "inner.rank: got 0, expected a whole number"),
+        ({"inner": {"rank": 2**63}}, "inner.rank: got 9223372036854775808, expected a whole number"),
         ({"inner": {"rank": True}}, "inner.rank: got True, expected a whole number"),
         ({"inner": {"rank": 2.0}}, "inner.rank: got 2.0, expected a whole number"),
         ({"inner": {"rank": 1, "scale": 0}}, "inner.scale: got 0, expected a finite number > 0"),

@@ -37,6 +37,8 @@ OF_OPENVLA = [
     ({"mask": [1, 0]}, "mask[0]: got 1, expected true or false"),
     ({"mask": True}, "mask: got True, expected a list, each true or false"),
     ({"mask": [True]}, "mask: got 1 items, expected 2, as in q01"),
+    ({"mask": []}, "mask: got 0 items, expected 2, as in q01"),
+    ({"max": []}, "max: got 0 items, expected 2, as in q01"),
     ({"min": [0.0]}, "min: got 1 items, expected 2, as in q01"),
     ({"max": [NAN, 1.0]}, "max[0]: got nan, expected a finite number"),
     ({"min": [0.0, 2.0]}, "min: got 2 in dimension 1, expected at most max, 1"),
@@ -49,7 +51,7 @@ def test_damaged_statistics_are_refused_by_every_reader(tmp_path, changes, messa
     for name in ("dataset_statistics.json", "norm_stats.json"):
         (tmp_path / name).write_text(json.dumps({"robot": table}))
     readers = [
-        (lambda: read_openvla_stats([tmp_path], state_dim=1), f"{tmp_path}: robot.action."),
+        (lambda: read_openvla_stats([tmp_path], state_dim=1), f"{tmp_path}/dataset_statistics.json: robot.action."),
         (lambda: read_norm_stats(tmp_path, action_dim=2, state_dim=1), f"{tmp_path}/norm_stats.json: robot.action."),
     ]
     if (changes, message) in DAMAGE:

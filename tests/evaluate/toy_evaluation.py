@@ -50,3 +50,5 @@ def use_toy(command, policy, patch):
     """Gives the command the toy as a simulator, and the policy as that of every run."""
     patch.setattr(load, "make_policy", lambda config, norm_stats: policy)
     patch.setattr(command, "make_vec_env", lambda config: toy.ToyPush(config.num_envs))
+    patch.setattr(EnvConfig, "state_dim", toy.STATE_DIM)
+    patch.setattr(EnvConfig, "action_dim", policy.action_dim)

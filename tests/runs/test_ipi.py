@@ -8,7 +8,7 @@ import pytest
 from stare_jax.config import ConfigError
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
-from stare_jax.data.schema import DatasetError, Manifest, write_manifest
+from stare_jax.data.schema import DatasetError, Episode, Manifest, Shard, ShardFile, write_manifest
 from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.models import openvla_tiny
@@ -17,6 +17,8 @@ from stare_jax.runs.ipi import run_ipi
 from stare_jax.runs.start import check_demonstrations
 from stare_jax.stages import get_task
 
+EPISODES = (Episode(7, "push the blue cube to the target", "expert", 0.0, True, 5),)
+SHARDS = (Shard(ShardFile("frames", 6, 0, "0" * 64), ShardFile("episodes", 1, 0, "0" * 64)),)
 SHAPES = {"image/base_camera": [64, 64, 3], "state": [0], "action": [7], "tokens": [0]}
 
 
@@ -27,7 +29,7 @@ def given(tmp_path):
 
     def make(shapes=SHAPES, env=None, model=None, run=None, **fields):
         fields = {"env_id": "PushCube-v1", "control_mode": "pd_ee_delta_pose"} | fields
-        empty = {"settings": {}, "filters": {}, "packages": {}, "progress": {}, "shards": (), "episodes": ()}
+        empty = {"settings": {}, "filters": {}, "packages": {}, "progress": {}, "shards": SHARDS, "episodes": EPISODES}
         write_manifest(tmp_path / "demos", Manifest(shapes=shapes, **empty, **fields))
         env, run = env or EnvConfig(), {"demos_from": str(tmp_path / "demos")} | (run or {})
         return RunConfig(env, model or openvla_tiny(), get_task(env.env_id).params, **run)

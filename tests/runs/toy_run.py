@@ -74,3 +74,4 @@ def replace_simulator(monkeypatch):
     monkeypatch.setattr(ipi, "make_vec_env", lambda config: DressedToy(config.num_envs))
     monkeypatch.setattr(ipi, "make_expert", lambda env_id: Expert(lambda: None, _act, (1.0,) * 7))
     monkeypatch.setattr(DressedToy, "num_started", 0)
+    monkeypatch.setattr(EnvConfig, "state_dim", toy.STATE_DIM)

@@ -135,6 +135,7 @@ def test_adapters_of_some_modules(base, adapters, tmp_path, targets, expected):
         ("use_qalora", True),
         ("target_parameters", ["experts"]),
         ("trainable_token_indices", [1]),
+        ("layers_to_transform", 0),
         ("r", 0),
         ("r", "8"),
         ("r", 8.0),

@@ -81,6 +81,23 @@ def test_means_without_deviations_are_refused_and_neither_changes_nothing(read):
     assert read({name: value for name, value in rest.items() if name != "means"}) == openvla_7b()
 
 
+def test_both_files_that_a_processor_may_be_in_are_read(tmp_path):
+    """Since version 5 of transformers the processor's file has the image processor in it."""
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps({"processor_class": "PrismaticProcessor", "image_processor": PUBLISHED}))
+    assert read_preprocessor(tmp_path, openvla_7b()).dino.mean == tuple(ROUNDED["mean"])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | {"tvf_normalize_params": [HALF, HALF]}))
+    with pytest.raises(
+        DocumentError, match="got other statistics of colours in preprocessor_config.json and processor"
+    ):
+        read_preprocessor(tmp_path, openvla_7b())
+    file.write_text(json.dumps({"image_processor": PUBLISHED | {"tvf_do_letterbox": True}}))
+    with pytest.raises(
+        DocumentError, match="processor_config.json: image_processor.tvf_do_letterbox: got True, expected"
+    ):
+        read_preprocessor(tmp_path, openvla_7b())
+
+
 def test_the_strategy_in_the_configuration_is_checked_too(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"image_resize_strategy": "letterbox", "image_sizes": [224, 224]}))
     with pytest.raises(ValueError, match=r"/config.json: image_resize_strategy: got 'letterbox', expected"):

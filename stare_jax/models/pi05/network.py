@@ -127,6 +127,8 @@ class Pi05Config:
             return
         if self.siglip is None or not self.cameras:
             raise ValueError(f"siglip, cameras: got {self.siglip}, {self.cameras}, expected both; state_tokens is 0")
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras: got {self.cameras}, expected each once")
         stride = stem_stride(self.stem) * self.siglip.patch_size
         if self.image_size < stride or self.image_size % stride:
             raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {stride} (stem times patch)")

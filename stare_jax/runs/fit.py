@@ -1,0 +1,137 @@
+"""Checks that the sections of a configuration fit each other, the task and this machine, before anything is started."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from stare_jax.config import ConfigError, user_input
+from stare_jax.envs import EnvConfig
+from stare_jax.envs.maniskill.batched import missing_for_cuda
+from stare_jax.envs.seeds import SLOT_SIZE
+from stare_jax.envs.tasks import load_task
+from stare_jax.models import OpenVLAConfig, Policy
+from stare_jax.models.blank import blank_policy
+from stare_jax.runs.config import RunConfig
+
+
+def check_fit(config: RunConfig) -> None:
+    """Makes sure that a policy can act in the simulator and be trained as a configuration says.
+
+    Raises:
+        ConfigError: names every field that does not fit, got and expected, in one line.
+    """
+    wrong = [*_simulator(config), *_seeds(config), *_batches(config)]
+    wrong += _expert(config.env) if collects_demonstrations(config) else []
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+
+
+def acts(config: RunConfig) -> bool:
+    """Returns whether the policy acts in the simulator."""
+    return config.phases != ("sft",) or config.has_evaluation
+
+
+def collects_demonstrations(config: RunConfig) -> bool:
+    """Returns whether the expert acts in the simulator."""
+    return "sft" in config.phases and not config.demos_from
+
+
+def check_policy(policy: Policy, env: EnvConfig, *, name: str) -> None:
+    """Makes sure that a policy, whatever it was trained in, can act in the simulators of a configuration.
+
+    Raises:
+        ConfigError: names every part that does not fit, got and expected, after the name of the policy.
+    """
+    wrong = [*_policy(policy, env, "")]
+    if wrong:
+        raise ConfigError(f"{name}: {'; '.join(wrong)}")
+    check_prompts(policy, [env.spec.instruction])
+
+
+def check_expert(env: EnvConfig) -> None:
+    """Makes sure that a task has an expert, which acts in the control mode of a configuration.
+
+    Raises:
+        ConfigError: it has none, or the control mode is another one.
+    """
+    if wrong := [*_expert(env)]:
+        raise ConfigError("; ".join(wrong))
+
+
+def check_prompts(policy: Policy, instructions: Sequence[str]) -> None:
+    """Makes sure that instructions fit into a policy's prompt, and that its tokenizer is there.
+
+    Raises:
+        ConfigError: one does not, or it is not.
+    """
+    state_dim = policy.observation_shape(1).state.shape[1]
+    with user_input():
+        # Far below the data's range, where numbers are written the longest.
+        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
+
+
+def _policy(policy: Policy, env: EnvConfig, section: str) -> Iterator[str]:
+    """Yields what a policy sees or does that the simulator does not show or take; `section` precedes its fields."""
+    seen = policy.observation_shape(1)
+    known = [env.scene.camera.name] if env.image_size else []
+    if missing := [name for name in seen.images if name not in known]:
+        yield (
+            f"{section}cameras: sees the cameras {missing}, expected some of {known}, which the simulator of "
+            f"{env.env_id} has with env.image_size {env.image_size}"
+        )
+    if policy.action_dim != env.action_dim:
+        mode = env.resolved_control_mode
+        yield f"{section}action_dim: got {policy.action_dim}, expected {env.action_dim}, as {mode!r} takes"
+    if (state_dim := seen.state.shape[1]) != env.state_dim:
+        shown = f"as env.use_state {env.use_state!r} shows"
+        yield f"{section}state_dim: got {state_dim}, expected {env.state_dim}, {shown}"
+    if policy.chunk > env.horizon:
+        yield f"{section}chunk: got {policy.chunk}, expected at most {env.horizon}, the actions of an episode"
+
+
+def _simulator(config: RunConfig) -> Iterator[str]:
+    """Yields what keeps policy and simulator of a run from working together."""
+    env, model = config.env, config.model
+    if not acts(config) and not collects_demonstrations(config):
+        return
+    if env.backend == "cuda" and (missing := missing_for_cuda(env)):
+        yield f"config.env.backend: {missing}"
+    with user_input():
+        yield from _policy(blank_policy(model), env, "config.model.")
+    enlarges = env.image_size and min(env.image_shape) < model.image_size
+    if isinstance(model, OpenVLAConfig) and model.cameras and model.resize == "area" and enlarges:
+        yield (
+            f"config.model.resize: got 'area' for images of {env.image_shape} pixels, expected another one: it cannot "
+            f"enlarge them to config.model.image_size {model.image_size}"
+        )
+
+
+def _expert(env: EnvConfig) -> Iterator[str]:
+    """Yields what keeps the expert from acting in the task."""
+    if load_task(env.task_name).expert is None:
+        yield f"config.env: {env.task_name} has no expert, expected one to collect demonstrations with (docs/tasks.md)"
+    default = next(iter(env.scene.action_dims))
+    if env.resolved_control_mode != default:
+        yield f"config.env.control_mode: got {env.control_mode!r}, expected {default!r}, in which the expert acts"
+
+
+def _seeds(config: RunConfig) -> Iterator[str]:
+    """Yields counts of episodes for which a run has not enough seeds of the simulator's (`envs.seeds`)."""
+    pairs, ppo = config.pairs, config.ppo
+    counts = {}
+    if collects_demonstrations(config):
+        counts["config.demos.num_demos"] = config.demos.num_demos
+    if "tpo" in config.phases:
+        counts["config.pairs.max_rollouts / rollouts_per_seed"] = -(-pairs.max_rollouts // pairs.rollouts_per_seed)
+    if "ppo" in config.phases and ppo.num_steps is None:
+        counts["config.ppo.num_iterations x num_episodes"] = ppo.num_iterations * ppo.num_episodes
+    for name, count in counts.items():
+        if count > SLOT_SIZE:
+            yield f"{name}: got {count:,}, expected at most {SLOT_SIZE:,}, the simulator's seeds of one run"
+
+
+def _batches(config: RunConfig) -> Iterator[str]:
+    """Yields batches that hold not one whole decision."""
+    num_steps, chunk = config.ppo.num_steps, getattr(config.model, "chunk", 1)
+    if "ppo" in config.phases and num_steps is not None and num_steps < chunk:
+        yield f"config.ppo.num_steps: got {num_steps}, expected at least {chunk}, the actions of one decision"
