@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from stare_jax.config import ConfigError, UserError, home_path
+from stare_jax.config import ConfigError, UserError, check_name, home_path
 
 _FIELD = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
 
@@ -61,7 +61,9 @@ def load_configuration(choice: str, fields: Sequence[str] = ()) -> dict[str, Any
         raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(last_line(error)) from error
-    return holder.value.to_dict()
+    values = holder.value.to_dict()
+    check_name(values.get("name", ""), "config.name")  # which is that of the run's folder
+    return values
 
 
 def _read(choice: str) -> ConfigDict:

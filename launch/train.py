@@ -42,14 +42,12 @@ def main(argv: list[str]) -> int:
 
 def train() -> None:
     """Runs the phases of the configuration, or prints their plan."""
-    from stare_jax.config import check_name, from_dict, home_path
+    from stare_jax.config import from_dict, home_path
     from stare_jax.logging import say
     from stare_jax.runs.config import RunConfig
 
-    if _WORKDIR.value is None:
-        workdir = command.ROOT / "runs" / check_name(_values["name"], "config.name")
-    else:
-        workdir = home_path(_WORKDIR.value)
+    given = _WORKDIR.value
+    workdir = command.ROOT / "runs" / _values["name"] if given is None else home_path(given)
     config = from_dict(RunConfig, {name: value for name, value in _values.items() if name != "name"})
     if _PLAN.value:
         from stare_jax.runs.plan import print_plan

@@ -51,9 +51,10 @@ def test_contact_sheet_has_a_row_an_episode(write):
     assert (sheet[142:270, 384:] == 255).all()
 
 
-def test_contact_sheet_of_large_and_oblong_images(tmp_path, make_trajectory):
+@pytest.mark.parametrize(("shape", "height"), [((96, 256), 48), ((1, 2000), 1)])
+def test_contact_sheet_of_large_and_oblong_images(tmp_path, make_trajectory, shape, height):
     trajectory = make_trajectory(length=2)
-    images = {"front": np.zeros((6, 96, 256, 3), np.uint8)}
+    images = {"front": np.zeros((6, *shape, 3), np.uint8)}
     with DatasetWriter(tmp_path, env_id="PushCube-v1") as writer:
         writer.append(
             trajectory._replace(observation=trajectory.observation._replace(images=images)),
@@ -62,8 +63,8 @@ def test_contact_sheet_of_large_and_oblong_images(tmp_path, make_trajectory):
             source="expert",
         )
     sheet = np.asarray(contact_sheet(Dataset(tmp_path), SPEC))
-    assert sheet.shape == (48 + 14, 8 * 128, 3)
-    assert (sheet[:48, :128] == 0).all() and sheet[48:].mean() > 200
+    assert sheet.shape == (height + 14, 8 * 128, 3)
+    assert (sheet[:height, :128] == 0).all() and sheet[height:].mean() > 200
 
 
 def test_contact_sheet_needs_images(tmp_path, make_trajectory):

@@ -73,6 +73,10 @@ SPEC = "from stare_jax.envs import Task, load_task\nPUSH = load_task('PushCube-v
             f"{SPEC}TASK = Task(PUSH.spec, PUSH.scene._replace(action_scale=(1.0,) * 4))\n",
             "TASK.scene.action_scale: got 4 numbers, expected 7, as many as pd_ee_delta_pose has",
         ),
+        (
+            f"import dataclasses\n{SPEC}TASK = Task(dataclasses.replace(PUSH.spec, env_id='a/../b'), PUSH.scene)\n",
+            "TASK.spec.env_id: got 'a/../b', expected letters, digits",
+        ),
         ("import a_module_of_nobody\n", "cannot be imported: ModuleNotFoundError: .*a_module_of_nobody.*my_task.py:1"),
         ("x = 1\n1 / 0\n", "cannot be imported: ZeroDivisionError: division by zero .*my_task.py:2"),
         # Stages whose parts do not fit the family that they are taken from are refused by TaskSpec itself.

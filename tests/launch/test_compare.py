@@ -110,6 +110,13 @@ def test_prints_the_tables(settings, tmp_path, capsys):
     assert "20.0 [5.7, 51.0]" in printed and "median steps to target" in printed
 
 
+def test_a_readme_of_something_else_is_not_overwritten(settings, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    assert command.main([*settings, f"--out={tmp_path}"]) == 1
+    assert f"error: --out: got {tmp_path}, which has another README.md" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_minutes_of_the_clock_are_said_to_be(tmp_path):
     with make_writer(tmp_path / "old", tensorboard=False) as writer:
         for i in (1, 2):

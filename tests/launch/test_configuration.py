@@ -53,6 +53,8 @@ def test_fields_of_all_kinds_are_set():
             "--config.ppo=5",
             "--config.ppo=5: got a value for a section, expected one for a field: --config.ppo.",
         ),
+        ("--config.name=../x", "config.name: got '../x', expected letters, digits"),
+        ("--config.init_from=~nobody_at_all/sft", "config.init_from: got '~nobody_at_all/sft', expected a path"),
         ("--config.model.dino=", "--config.model.dino=: got a value for a section, expected one for a field: "),
         ("--config.model.lora=3", "--config.model.lora=3: got a value for a section, which this"),
     ],

@@ -134,6 +134,10 @@ def test_the_base_is_found_through_runs_that_began_as_runs(base, tuned, tmp_path
     for arguments, message in (
         ([f"--from={third}"], f"began as {tmp_path / 'gone'}, which is not there; --base names"),
         ([f"--from={third}", f"--base={base / 'hf'}", "--stats-name=robot"], "stats_name: got 'robot', of which the"),
+        (
+            [f"--from={third}", f"--base={base / 'hf'}", "--stats-name=a/../../b"],
+            "'a/../../b': got '..', expected letters",
+        ),
     ):
         assert convert(*arguments, f"--to={tmp_path / 'b'}") == 1
         assert message in capsys.readouterr().err
