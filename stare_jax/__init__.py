@@ -19,8 +19,8 @@ import importlib
 from types import ModuleType
 
 __all__ = [
-    *("config", "data", "envs", "evaluate", "logging", "losses", "models", "report", "rollout", "runs", "sharding"),
-    *("stages", "state", "train", "types", "weights"),
+    *("config", "data", "documents", "envs", "evaluate", "logging", "losses", "models", "report", "rollout", "runs"),
+    *("sharding", "stages", "state", "train", "types", "weights"),
 ]
 __version__ = "0.1.0"
 

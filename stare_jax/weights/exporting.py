@@ -24,7 +24,7 @@ from stare_jax.types import NormStats
 from stare_jax.weights import heads, peft, side_files, statistics
 from stare_jax.weights.files import Spec, WeightsError, read, write_model
 from stare_jax.weights.format import Format, Opened
-from stare_jax.weights.formats import FORMATS, OPENVLA, PALIGEMMA, check_counterpart, open_weights
+from stare_jax.weights.formats import FORMATS, LEROBOT, OPENVLA, PALIGEMMA, check_counterpart, open_weights
 from stare_jax.weights.importing import check_dtype
 from stare_jax.weights.load import is_converted, stored_model
 from stare_jax.weights.tensor_table import Leaves, read_leaf, table_specs, table_values, widest
@@ -111,7 +111,7 @@ def export_weights(
             _write_adapter(partial, origin, dtype)
         else:
             _write_model(partial, origin, written, merge=merge, dtype=dtype, max_bytes=max_bytes)
-        if origin.is_run:
+        if origin.is_run or _loses_statistics(origin, written):
             written.add_statistics(partial, stats_name, stats)
     return "adapter" if as_adapter else written.name
 
@@ -165,6 +165,13 @@ def _choose_form(origin: Origin, form: str | None) -> Format:
     if chosen.keeps_unused and origin.base is None:
         raise ConfigError("base: got none, expected the OpenVLA checkpoint that the policy began as (--base)")
     return chosen
+
+
+def _loses_statistics(origin: Origin, written: Format) -> bool:
+    """Returns whether a converted folder has its statistics in lerobot's processors, which only lerobot reads."""
+    base = origin.base
+    is_lerobots = base is not None and base.form is LEROBOT and written is not LEROBOT
+    return is_lerobots and not (base.folder / side_files.ASSETS).is_dir()
 
 
 def _check_adapters(origin: Origin, form: Format, *, merge: bool) -> bool:

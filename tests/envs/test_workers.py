@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
+from stare_jax.envs.maniskill.simulator import Frame
 from stare_jax.envs.pool import fork_server
+from stare_jax.envs.pool.worker import _check_finite
 from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.stages import get_task
+from stare_jax.types import SIGNAL_SHAPES, Signals
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,14 @@ def read_grasp_point(obj_pos, obj_quat, tcp_pos):
 
 TASK = TASK._replace(scene=TASK.scene._replace(grasp_point=read_grasp_point))
 """
+
+
+def test_a_state_that_is_not_finite_is_as_good_as_a_crash():
+    """The simulator is reset and its episode lost; a policy never sees the state."""
+    signals = Signals(*(np.zeros(shape) for shape in SIGNAL_SHAPES))
+    _check_finite(Frame(None, np.zeros(3), signals))
+    with pytest.raises(FloatingPointError, match=r"state: got \[ 0. nan  0.\], expected finite numbers"):
+        _check_finite(Frame(None, np.array([0.0, np.nan, 0.0]), signals))
 
 
 @pytest.fixture(scope="module")

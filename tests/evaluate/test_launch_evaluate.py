@@ -261,3 +261,15 @@ def test_a_wrong_configuration_is_one_line(command, tmp_path, capsys):
     assert command.main([CONFIG, f"--weights={tmp_path}", "--config.sed=1"]) == 1
     expected = "error: --config.sed: there is no field 'sed' in config. Did you mean --config.seed?\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(("name", "got"), [("state_dim", 6), ("action_dim", 2)])
+def test_weights_that_cannot_act_in_the_simulators_are_refused_before_these_start(
+    command, trained_run, tmp_path, monkeypatch, capsys, name, got
+):
+    monkeypatch.setattr(command, "make_vec_env", None)
+    monkeypatch.setattr(EnvConfig, name, 5)
+    before = sorted(trained_run.rglob("*"))
+    assert command.main([f"--run={trained_run}", "--phase=ppo", "--name=misfit"]) == 1
+    assert f"error: {trained_run / 'ppo'}: {name}: got {got}, expected 5, as " in capsys.readouterr().err
+    assert sorted(trained_run.rglob("*")) == before

@@ -3,9 +3,11 @@
 import json
 import re
 
+import convert as command
 import numpy as np
 import pi05_files
 import pytest
+from openvla_files import random_normal
 from safetensors.numpy import save_file
 
 from stare_jax.documents import DocumentError
@@ -189,6 +191,28 @@ def test_the_file_of_statistics_lies_beside_the_processor(tmp_path):
         DocumentError, match=r"steps\[2\].state_file: got '../policy_pre.*, expected the name of a file"
     ):
         read_norm_stats(tmp_path)
+
+
+def test_statistics_go_along_to_another_format_and_the_processors_files_back(tmp_path, capsys):
+    folder = write(tmp_path / "lerobot")
+    tensors = pi05_files.to_port(random_normal(pi05_files.tree_shapes(pi05_files.SMALL)))
+    pi05_files.write_port(folder, tensors, prefix="model.")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    model = pi05_files.write_config(tmp_path / "model.json")
+    ours = tmp_path / "ours"
+    for arguments in (
+        [f"--from={folder}", f"--to={ours}", f"--model={model}", "--state-dim=0"],
+        [f"--from={ours}", f"--to={tmp_path / 'back'}"],
+        [f"--from={ours}", f"--to={tmp_path / 'port'}", "--to-format=safetensors", "--stats-name=mine"],
+    ):
+        assert command.main(arguments) == 0
+    assert "as asked for: model.window: got 30, expected 50; " in capsys.readouterr().out
+    for name in ("policy_preprocessor.json", "policy_postprocessor_step_0_unnormalizer_processor.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    expected = read_norm_stats(folder, state_dim=0)
+    for name in ("back", "port"):
+        for got, wanted in zip(read_norm_stats(tmp_path / name, state_dim=0), expected, strict=True):
+            np.testing.assert_array_equal(got, wanted)
 
 
 def test_config_json_tells_the_model(tmp_path):
