@@ -4,6 +4,7 @@ It talks to its parent over one socket, inherited by number, and exchanges array
 name. It never initialises JAX. When the parent has ended, for whatever reason, the socket closes and the worker ends.
 """
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -100,7 +101,7 @@ def main(socket: int, file: int, first: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
     faulthandler.enable()
-    with Connection(socket) as connection:
+    with Connection(socket) as connection, contextlib.suppress(BrokenPipeError):  # The parent may end meanwhile.
         try:
             config, path, environment = connection.recv()
             os.environ.update(environment)
