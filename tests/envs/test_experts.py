@@ -105,6 +105,52 @@ def test_experts_lean_the_tool_where_it_does_not_reach_pointing_down(env_id, see
     assert signals[-1].success
 
 
+def held_over_goal(aside, over, yaw=0.0):
+    """A cube that is held by a tool that points down, `aside` along x and `over` its goal, and turned in the fingers."""
+    obj, goal = np.array([aside, 0.0, 0.06 + over], np.float32), np.array([0.0, 0.0, 0.06], np.float32)
+    return Signals(
+        tcp_pos=obj,
+        tcp_quat=np.array([0.0, 1.0, 0.0, 0.0], np.float32),
+        obj_pos=obj,
+        obj_quat=np.array([np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)], np.float32),
+        grasp_pos=obj,
+        goal_pos=goal,
+        goal_quat=np.array([1.0, 0.0, 0.0, 0.0], np.float32),
+        is_grasped=np.bool_(True),
+        is_contact=np.bool_(True),
+        success=np.bool_(False),
+        support_z=np.float32(0.02),
+    )
+
+
+def test_stacking_comes_down_at_one_pace_and_goes_on_while_it_lets_go():
+    """A slow imitation, or one whose errors are a third of a command, does not come to rest above the goal."""
+    act = make_expert("StackCube-v1").act
+    for aside in (0.0, 0.01, 0.014):
+        actions = np.array([act(held_over_goal(aside, over), None)[0] for over in np.linspace(0.002, 0.04, 20)])
+        is_open = actions[:, 6] > 0
+        assert is_open.any() and (~is_open).any()
+        assert (actions[:, 2] < 0).all()
+        np.testing.assert_allclose(actions[~is_open, 2], actions[-1, 2], rtol=0.2)
+        assert actions[-1, 2] < -0.3
+
+
+def test_stacking_changes_slowly_with_the_place_of_the_cube():
+    """An error of a centimetre in what an imitation takes for the distance changes less than a fifth of a command."""
+    act = make_expert("StackCube-v1").act
+    for over in (0.012, 0.02, 0.03):
+        actions = np.array([act(held_over_goal(aside, over), None)[0] for aside in np.arange(0.0, 0.06, 0.001)])
+        assert np.abs(np.diff(actions[:, :6], axis=0)).max() < 0.02
+
+
+@pytest.mark.parametrize("yaw", [-0.4, 0.1, 0.4])
+def test_a_cube_that_is_held_askew_is_not_turned(yaw):
+    """It would turn with the tool for ever."""
+    act = make_expert("StackCube-v1").act
+    for over in (-0.04, 0.005, 0.03):
+        np.testing.assert_allclose(act(held_over_goal(0.01, over, yaw), None)[0][3:6], 0.0, atol=1e-6)
+
+
 def test_push_expert_recovers_from_execution_noise(simulators):
     expert, seeds = make_expert("PushCube-v1"), range(SEED, SEED + 10)
     perturb = execution_noise(seeds, [0.15] * 10, expert.action_scale)

@@ -126,13 +126,14 @@ def stack_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
     """
     obj, goal = signals.obj_pos, signals.goal_pos
     over_goal, off_goal = obj[2] - goal[2], np.hypot(*(obj - goal)[:2])
+    is_placed = abs(over_goal) < 0.01 and off_goal < (0.015 if signals.is_grasped else 0.03)
+    if signals.is_grasped or not is_placed and obj[2] > CUBE_SIZE and _apart(signals, obj) < 0.03:
+        return _carry_cube(signals, gripper=OPEN if is_placed else CLOSED), memory
+    if is_placed:
+        return _leave(signals, _own_direction(signals), goal[2] + 0.11), memory
     # A finger might come down on the other cube.
     crowding = np.clip((0.09 - off_goal) / 0.02, 0.0, 1.0)
     rotation = _leant_outwards(_best_grasp(signals, goal, crowding), obj, goal)
-    if abs(over_goal) < 0.01 and off_goal < (0.015 if signals.is_grasped else 0.03):
-        return _leave(signals, rotation, goal[2] + 0.11), memory
-    if signals.is_grasped or obj[2] > CUBE_SIZE and _apart(signals, obj) < 0.03:
-        return _carry_cube(signals, rotation), memory
     return _pick_up(signals, obj, rotation, crowding=crowding, grip=CLOSED), memory
 
 
@@ -156,16 +157,21 @@ def _pick_up(
     return command(signals, point + (0, 0, above), rotation, gripper=OPEN, gain=14.0)
 
 
-def _carry_cube(signals: Signals, rotation: np.ndarray) -> np.ndarray:
-    """Lifts the cube beside its goal, and comes down on the goal in a funnel."""
+def _carry_cube(signals: Signals, gripper: float) -> np.ndarray:
+    """Lifts the cube beside its goal, and comes down on the goal in a funnel, at a steady pace and on while it opens.
+
+    The tool keeps the direction in which it holds the cube: a turn would turn the cube with it.
+    """
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
     off_goal = np.hypot(*(obj - goal)[:2])
     target = goal + (tcp - obj)
-    target[2] += np.clip(2.5 * (off_goal - 0.012), -0.01, 0.035)
+    target[2] += np.clip(off_goal - 0.025, 0.0 if gripper == OPEN else -0.015, 0.035)
+    target[2] = max(target[2], tcp[2] - 0.025)
     # A cube that is too low to pass over the other one waits beside it.
     is_high, is_far = (obj[2] - goal[2] + 0.02) / 0.025, (off_goal - 0.07) / 0.05
     target[:2] = tcp[:2] + np.clip(max(is_high, is_far), 0.0, 1.0) * (target[:2] - tcp[:2])
-    return command(signals, target, rotation, gripper=CLOSED, gain=14.0)
+    rotation = _leant_outwards(_own_direction(signals), obj, goal)
+    return command(signals, target, rotation, gripper=gripper, gain=14.0)
 
 
 def _leave(signals: Signals, rotation: np.ndarray, height: float) -> np.ndarray:
@@ -180,12 +186,24 @@ def _best_grasp(signals: Signals, neighbour: np.ndarray, crowding: float) -> np.
 
     Beside a neighbour at `[3]` it is rather one that closes past it, the more so the greater the crowding in [0, 1].
     """
-    x_axis = body_axis(signals.obj_quat, 0)
-    yaws = np.arctan2(x_axis[1], x_axis[0]) + np.arange(4) * np.pi / 2
-    choices = [np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]]) @ TOOL_DOWN for a in yaws]
+    choices = [_pointing_down(_yaw(signals.obj_quat) + quarter * np.pi / 2) for quarter in range(4)]
     towards = (neighbour - signals.obj_pos)[:2]
     towards = crowding * towards / max(np.hypot(*towards), 1e-9)
     return min(choices, key=lambda rotation: _remaining_turn(signals, rotation) + abs(rotation[:2, 1] @ towards))
+
+
+def _own_direction(signals: Signals) -> np.ndarray:
+    """Returns the orientation `[3, 3]` of a tool that points down and closes in the direction in which it does now."""
+    return _pointing_down(_yaw(signals.tcp_quat))
+
+
+def _yaw(quat: np.ndarray) -> float:
+    x_axis = body_axis(quat, 0)
+    return float(np.arctan2(x_axis[1], x_axis[0]))
+
+
+def _pointing_down(yaw: float) -> np.ndarray:
+    return about_axis(np.array([0.0, 0.0, yaw])) @ TOOL_DOWN
 
 
 def _leant_outwards(rotation: np.ndarray, *places: np.ndarray) -> np.ndarray:
