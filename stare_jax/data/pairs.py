@@ -22,7 +22,7 @@ from stare_jax.config import Count, Interval, Natural, Positive, Seed, check_fie
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.documents import read_record
+from stare_jax.documents import DocumentError, read_record
 from stare_jax.logging import replace_text
 from stare_jax.stages import TaskSpec, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
@@ -192,7 +192,11 @@ def read_pairs(directory: str | os.PathLike) -> list[Pair]:
     path = Path(directory) / PAIRS_FILE
     if not path.exists():
         raise DatasetError(f"{path} is missing: the rollouts have not been paired yet")
-    return list(read_record(_PairsFile, path).pairs)
+    pairs = list(read_record(_PairsFile, path).pairs)
+    if alike := [i for i, pair in enumerate(pairs) if pair.chosen == pair.rejected]:
+        got = f"pairs[{alike[0]}].rejected: got {pairs[alike[0]].rejected}"
+        raise DocumentError(f"{path}: {got}, expected another episode than the chosen one")
+    return pairs
 
 
 def count_kinds(pairs: Sequence[Pair]) -> dict[str, int]:

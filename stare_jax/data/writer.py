@@ -65,7 +65,8 @@ class DatasetWriter:
             episodes_per_shard: number of episodes after which a shard is closed; None closes one at `flush` only.
 
         Raises:
-            DatasetError: the folder holds a data set of another kind, or another process is writing to it.
+            DatasetError: the folder holds a data set of another kind, or shards under other names than the manifest's, or
+                another process is writing to it.
         """
         if episodes_per_shard is not None and episodes_per_shard < 1:
             raise ValueError(f"episodes_per_shard: got {episodes_per_shard}, expected at least 1")
@@ -78,6 +79,7 @@ class DatasetWriter:
         try:
             kind = Kind(env_id, control_mode, dict(settings or {}), dict(filters or {}))
             self._manifest = _open_manifest(self._directory, kind)
+            _check_names(self._directory, self._manifest)
             _remove_leftovers(self._directory, self._manifest)
         except BaseException:
             os.close(self._lock)
@@ -271,9 +273,25 @@ def require_same_kind(directory: str | os.PathLike, manifest: Manifest, kind: Ki
         )
 
 
+def _names(manifest: Manifest) -> set[str]:
+    return {file.name for shard in manifest.shards for file in shard}
+
+
+def _check_names(directory: Path, manifest: Manifest) -> None:
+    """Raises DatasetError where shards that the manifest does not name may be those that it names and that are gone."""
+    known = _names(manifest)
+    unlisted = sorted(path.name for path in directory.glob("*.array_record") if path.name not in known)
+    lost = sorted(name for name in known if not (directory / name).exists())
+    if unlisted and lost:
+        raise DatasetError(
+            f"{directory}: got {', '.join(unlisted)}, which {schema.MANIFEST_FILE} does not name, and no "
+            f"{', '.join(lost)}, expected the files that it names; bring them back, or move the others away"
+        )
+
+
 def _remove_leftovers(directory: Path, manifest: Manifest, *, say: bool = True) -> None:
     """Removes files that were not finished, and sets whole shards aside that are not in the manifest."""
-    known = {file.name for shard in manifest.shards for file in shard}
+    known = _names(manifest)
     for path in sorted(directory.glob("*.partial")):
         if _UNFINISHED.fullmatch(path.name):
             if say:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.config import Natural, check_fields
-from stare_jax.documents import check_record
+from stare_jax.documents import DocumentError, check_record, parse_json
 from stare_jax.logging.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -110,18 +110,19 @@ def make_writer(
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """Returns the lines of a run directory's `metrics.jsonl` in order of writing, nulls as NaN; [] without a file.
 
-    Lines that a killed process left torn are passed over.
+    A last line without its end, which a killed process has left or another one is writing, is passed over.
 
     Raises:
-        DocumentError: a whole line has no step or phase, or a metric that is no number.
+        DocumentError: a line is damaged, or has no step or phase, or a metric that is no number.
     """
     path = Path(directory) / METRICS_FILE
     if not path.exists():
         return []
+    *whole, torn = path.read_bytes().split(b"\n")
     lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        if _is_json(text):
-            line = json.loads(text)
+    for number, content in enumerate([*whole, torn] if _is_json(torn) else whole, start=1):
+        if content.strip():
+            line = _parse(content, f"{path}: line {number}")
             _check_line(line, f"{path}: line {number}")
             lines.append(line)
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
@@ -155,7 +156,7 @@ def _open_to_append(path: Path):
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         whole, _, torn = content.rpartition(b"\n")
         with path.open("rb+") as file:
-            if _is_json(torn.decode(errors="replace")):
+            if _is_json(torn):
                 file.seek(0, os.SEEK_END)
                 file.write(b"\n")
             else:
@@ -163,11 +164,20 @@ def _open_to_append(path: Path):
     return path.open("a")
 
 
-def _is_json(line: str) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+        _parse(line, "")
+    except DocumentError:
         return False
+    return True
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    """Returns the fields of a line; raises DocumentError where it is no JSON object."""
+    try:
+        return parse_json(line.decode(), place)
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{place}: got bytes that are no text ({error}), expected JSON") from error
 
 
 class _TensorBoard:

@@ -5,7 +5,6 @@ a time besides the arrays themselves, where Orbax's own defaults hold a second c
 """
 
 import contextlib
-import json
 import logging
 import math
 import re
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from stare_jax.documents import DocumentError, read_json
 from stare_jax.sharding.mesh import path_name
 from stare_jax.state.checksums import CheckpointError, check_sums, write_sums
 from stare_jax.types import Array, PyTree
@@ -48,13 +48,13 @@ def find_damage(folder: Path) -> str | None:
     Orbax writes under a temporary name, and this library deletes under one, so that a folder without whole metadata has
     lost them later.
     """
-    try:
-        metadata = json.loads((folder / METADATA_FILE).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / METADATA_FILE).exists():
         return f"got no {METADATA_FILE}, which is written with every checkpoint"
-    except ValueError:  # no JSON, or no text
+    try:
+        metadata = read_json(folder / METADATA_FILE)
+    except DocumentError:
         return f"got a {METADATA_FILE} that is cut off or changed"
-    is_whole = isinstance(metadata, dict) and metadata.get("commit_timestamp_nsecs") is not None
+    is_whole = metadata.get("commit_timestamp_nsecs") is not None
     return None if is_whole else f"got a {METADATA_FILE} without the time of writing"
 
 

@@ -136,10 +136,13 @@ def test_statistics_follow_a_shard_that_was_replaced_by_one_of_equal_length(tmp_
     renew_statistics(replaced)
     written = json.loads((first.directory / "norm_stats.json").read_text())["X"]
     assert written == dataset_statistics(second) | {"fingerprint": second.fingerprint}
-    # Those that are right are left alone.
-    (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
+    # Those that are right are left alone, and damaged ones are named.
+    (first.directory / "norm_stats.json").write_text(json.dumps({"X": written | {"note": "mine"}}))
     renew_statistics(replaced)
-    assert "action" not in json.loads((first.directory / "norm_stats.json").read_text())["X"]
+    assert json.loads((first.directory / "norm_stats.json").read_text())["X"]["note"] == "mine"
+    (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
+    with pytest.raises(DocumentError, match="norm_stats.json: X.action: got nothing, expected an object with mean"):
+        renew_statistics(replaced)
 
 
 def test_statistics_of_somebody_else_are_set_aside_and_not_replaced(tmp_path, capsys):

@@ -39,8 +39,13 @@ def write_demonstrations(folder, lengths, instruction=INSTRUCTION):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A folder of things that command lines name, most of them wrong."""
     folder = tmp_path_factory.mktemp("given")
+    write_given(folder)
+    return folder
+
+
+def write_given(folder):
+    """Fills a folder with things that command lines name, most of them wrong."""
     for name in ("empty", "no_json", "no_tokenizer", "run/sft/checkpoints"):
         (folder / name).mkdir(parents=True)
     (folder / "file").write_text("x")
@@ -52,7 +57,6 @@ def given(tmp_path_factory):
     write_demonstrations(folder / "demos_of_no_action", [0, 0])
     write_demonstrations(folder / "demos_of_one_action", [1])
     write_demonstrations(folder / "demos_with_long_words", [5], "zyx " * 20)
-    return folder
 
 
 @pytest.fixture
@@ -62,6 +66,11 @@ def nothing_starts(monkeypatch):
     def start(config):
         raise AssertionError("a simulator was started")
 
+    replace_start(monkeypatch, start)
+
+
+def replace_start(monkeypatch, start):
+    """Calls `start(config)` where a simulator would be started."""
     for module in (ipi, collect, evaluate, show_stages):
         monkeypatch.setattr(module, "make_vec_env", start)
 
