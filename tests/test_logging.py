@@ -66,12 +66,17 @@ def test_writer_writes_one_object_a_call(tmp_path):
         ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number or null"),
         ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number or null"),
         ('{"step": -1, "phase": "sft"}', "step: got -1, expected a whole number >= 0"),
+        ('{"step": 1, "phase": "sft", "a/', r"got a line that is not JSON \(.*\), expected one that is"),
+        ('{"step": 1, "step": 2, "phase": "sft"}', r"got a line that is not JSON \('step' twice\), expected"),
+        ("[" * 100_000, "got a line that is not JSON"),
+        ('{"step": ' + "1" * 5000, "got a line that is not JSON"),
+        ('{"step": 1, "phase": "\udcff"}', r"got a line that is no text \(.*\), expected JSON"),
         ('{"phase": "sft", "a/b": 1}', "step: got nothing, expected a whole number >= 0"),
         ('{"step": 1, "phase": 1}', "phase: got 1, expected text"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):
-    (tmp_path / METRICS_FILE).write_text('{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n")
+    (tmp_path / METRICS_FILE).write_text('{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n", errors="surrogateescape")
     with pytest.raises(UserError, match=f"metrics.jsonl: line 2: {message}"):
         read_metrics(tmp_path)
 

@@ -68,8 +68,8 @@ def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     return parse_json(text, str(file))
 
 
-def parse_json(text: str, place: str) -> dict[str, Any]:
-    """Returns the fields of a JSON object.
+def parse_json(text: str, place: str, *, what: str = "file") -> dict[str, Any]:
+    """Returns the fields of a JSON object, which is a file, or what it is called.
 
     Raises:
         DocumentError: it is not JSON or no object, or names a field twice; begins with `place`.
@@ -77,7 +77,7 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"{place}: got a file that is not JSON ({error}), expected one that is") from error
+        raise DocumentError(f"{place}: got a {what} that is not JSON ({error}), expected one that is") from error
     if not isinstance(content, dict):
         raise DocumentError(f"{place}: got a {type(content).__name__}, expected an object of named fields")
     return content

@@ -4,15 +4,15 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax.config import Natural, NonNegative, check_fields, to_dict
+from stare_jax.config import Interval, Natural, NonNegative, check_fields, to_dict
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
+from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE, SLOT_SIZE
 from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
 from stare_jax.evaluate.films import Film, FilmShelf, film_of
 from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
@@ -32,7 +32,7 @@ ActOf = Callable[[int], Act]
 class EvalConfig:
     """Episodes of an evaluation, and the temperature of the actions."""
 
-    num_episodes: Natural = 100
+    num_episodes: Annotated[int, Interval(0, SLOT_SIZE)] = 100
     """Number of episodes; 0, with no seeds below, switches evaluation off, as for data without a simulator."""
     first_seed: Natural = EVALUATION_SEEDS
     """Seed of the first episode; the others use the seeds first_seed + 1, first_seed + 2, ..."""

@@ -175,9 +175,9 @@ def _is_json(line: bytes) -> bool:
 def _parse(line: bytes, place: str) -> dict[str, Any]:
     """Returns the fields of a line; raises DocumentError where it is no JSON object."""
     try:
-        return parse_json(line.decode(), place)
+        return parse_json(line.decode(), place, what="line")
     except UnicodeDecodeError as error:
-        raise DocumentError(f"{place}: got bytes that are no text ({error}), expected JSON") from error
+        raise DocumentError(f"{place}: got a line that is no text ({error}), expected JSON") from error
 
 
 class _TensorBoard:

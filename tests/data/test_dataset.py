@@ -250,6 +250,10 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
             r"shards\[0\]\.frames\.num_records: got '', expected a whole",
         ),
         ('"episodes": [', '"episodes": [], "were": [', "episodes: got 0 rows, expected 1, as many as the shards hold"),
+        ('"seed": ', '"seed": -1, "was": ', r"episodes\[0\]\.seed: got -1, expected a whole number >= 0"),
+        ('"length": 1', '"length": 2', r"shards\[0\]\.frames\.num_records: got 2, expected 3, as the lengths of"),
+        ('"name": "', '"name": "../', r"shards\[0\]\.frames\.name: got '\.\./frames-00000.array_record', expected the"),
+        ('"progress": {', '"progress": {"num_read": "x"}, "was": {', r"progress\.num_read: got 'x', expected a whole number"),
     ):
         assert old in text
         manifest.write_text(text.replace(old, new, 1))
@@ -258,3 +262,30 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     manifest.unlink()
     with pytest.raises(DatasetError, match="has shards but no"):
         DatasetWriter(directory, env_id="PushCube-v1")
+
+
+def test_a_manifest_that_is_not_of_its_shards_is_refused_and_nothing_is_moved(write):
+    directory = write(3)
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    for old, new, message in (
+        ('"state": [4]', '"state": [4, 4]', r"shapes: state: got \[4, 4\], expected \[4\], as in the first frame"),
+        ('"action": [7]', '"acton": [7]', r"shapes: action: got None, expected \[7\]"),
+    ):
+        assert old in text
+        manifest.write_text(text.replace(old, new))
+        with pytest.raises(DatasetError, match=message):
+            Dataset(directory)
+    content = json.loads(text)
+    content["episodes"][:2] = content["episodes"][1::-1]
+    manifest.write_text(json.dumps(content))
+    for read in (lambda dataset: dataset.episode(0), lambda dataset: dataset.signals()):
+        with pytest.raises(DatasetError, match="manifest.json: episode 0: length: got 2, expected 1, as its shard has it"):
+            read(Dataset(directory))
+
+    manifest.write_text(text.replace("frames-00001", "frames-00009"))
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    message = "got frames-00001.array_record, which manifest.json does not name, and no frames-00009.array_record"
+    with pytest.raises(DatasetError, match=message):
+        DatasetWriter(directory, env_id="PushCube-v1")
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == files

@@ -16,6 +16,7 @@ from stare_jax.data.norm_stats import (
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError, fingerprint_of, read_manifest
 from stare_jax.data.writer import DatasetWriter
+from stare_jax.documents import DocumentError
 from stare_jax.models.normalize import is_constant_action, normalize_action
 
 

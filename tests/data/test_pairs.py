@@ -180,6 +180,10 @@ def test_no_pair_is_an_error_that_explains(tmp_path):
             '{"pairs": [{"chosen": -1, "rejected": 0, "kind": "success, same start"}]}',
             r"pairs\[0\].chosen: got -1, expected a whole number",
         ),
+        (
+            '{"pairs": [{"chosen": 1, "rejected": 1, "kind": "success, same start"}]}',
+            r"pairs\[0\].rejected: got 1, expected another episode",
+        ),
         ('{"pairs": [[0, 1, "a"]]}', r"pairs\[0\]: got \[0, 1, 'a'\], expected an object with chosen, rejected, kind"),
     ):
         (tmp_path / "pairs.json").write_text(content)

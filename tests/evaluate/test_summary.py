@@ -204,6 +204,8 @@ def test_files_bring_back_what_was_saved(tmp_path):
         ("episodes.success_at", [None, 3], r"episodes.success_at\[0\]: got null, expected a whole number >= 0"),
         ("episodes.start", [0, 2], "episodes.start: got 2, expected at most 1"),
         ("episodes.stage_reached", [0, 3], "episodes.stage_reached: got 3, expected at most 2"),
+        ("episodes.entered_at", [[0, 0, 12], [0] * 3], "episodes.entered_at: got 12, expected at most 11, the states"),
+        ("episodes.stage_len", [[0] * 3, [12, 0, 0]], "episodes.stage_len: got 12, expected at most 11, the states"),
         (
             "episodes.completed",
             [[True] * 3, [True]],

@@ -152,7 +152,8 @@ EXPERT = [f"--config={QUICKSTART}", "--phase=expert", "--workdir=OUT"]
 OTHERS = [
     (evaluate, [*EXPERT, "--config.env.control_mode=pd_joint_delta_pos"], "config.env.control_mode: got 'pd_joint_"),
     (evaluate, [*EXPERT, "--temperature=nan"], "temperature: got nan, expected a finite number >= 0"),
-    (evaluate, [*EXPERT, "--num-episodes=-3"], "num_episodes: got -3, expected >= 0"),
+    (evaluate, [*EXPERT, "--num-episodes=-3"], "num_episodes: got -3, expected in [0, 1000000]"),
+    (evaluate, [*EXPERT, "--num-episodes=2147483647"], "num_episodes: got 2147483647, expected in [0, 1000000]"),
     (evaluate, [*EXPERT, "--first-seed=-1"], "first_seed: got -1, expected >= 0"),
     (evaluate, [*EXPERT, "--workers=0"], "num_workers: got 0, expected >= 1"),
     (evaluate, [*EXPERT, "--step=-1"], "argument --step: got -1, expected >= 0"),

@@ -137,6 +137,7 @@ def all_files(directory):
     [
         (None, "got no _CHECKPOINT_METADATA, which is written with every checkpoint"),
         ('{"commit_time', "got a _CHECKPOINT_METADATA that is cut off or changed"),
+        ("[" * 100_000, "got a _CHECKPOINT_METADATA that is cut off or changed"),
         ('{"commit_timestamp_nsecs": null}', "got a _CHECKPOINT_METADATA without the time of writing"),
     ],
 )
