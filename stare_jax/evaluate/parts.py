@@ -132,7 +132,7 @@ def _write(file: Path, arrays: Mapping[str, Any]) -> None:
 def _read(file: Path, *names: str) -> dict[str, np.ndarray]:
     """Returns the arrays of a file, these names among them; raises PartsError where it is missing or damaged."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             arrays = dict(stored)
         if missing := sorted(set(names) - set(arrays)):
             raise ValueError(f"no {', '.join(missing)}")

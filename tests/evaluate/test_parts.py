@@ -14,7 +14,7 @@ from stare_jax.evaluate.parts import PartsError, load_parts
     [
         (lambda content: b"", "cannot be read (EOFError: "),
         (lambda content: content[: len(content) // 2], "cannot be read (BadZipFile: "),
-        (lambda content: content[:200] + bytes([content[200] ^ 1]) + content[201:], "cannot be read ("),
+        (lambda content: content[:150] + bytes([content[150] ^ 1]) + content[151:], "cannot be read ("),
         (lambda content: None, "cannot be read (FileNotFoundError: "),
     ],
 )
