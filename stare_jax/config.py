@@ -142,7 +142,7 @@ def check_name(name: str, field: str) -> str:
     Raises:
         ConfigError: it would not be one file or folder where it is expected.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > _NAME_BYTES:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > _NAME_BYTES:
         raise ConfigError(
             f"{field}: got {name!r}, expected letters, digits, '_', '-' and '.', which does not come first; at most "
             f"{_NAME_BYTES}"
@@ -176,6 +176,8 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
     Raises:
       ConfigError: for an unknown field, a value of the wrong type, or one that the dataclass itself refuses.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: got {values!r}, expected the fields of {cls.__name__}")
     hints = _annotations(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
@@ -206,8 +208,6 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: got {value!r}, expected the fields of {hint.__name__}")
         return from_dict(hint, value, path=path)
     if origin is tuple:
         return _convert_tuple(typing.get_args(hint), value, path)

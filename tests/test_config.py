@@ -72,6 +72,7 @@ def test_integers_become_floats_where_floats_are_expected():
         ({"inner": {"rate": "fast"}}, r"config\.inner\.rate: got 'fast', expected float"),
         ({"inner": {"rate": -1.0}}, r"config\.inner: rate: got -1\.0, expected > 0"),
         ({"inner": 3}, r"config\.inner: got 3, expected the fields of Inner"),
+        (None, r"config: got None, expected the fields of \w+"),
         ({"flag": 1}, r"config\.flag: got 1, expected bool"),
         ({"inner": {"sizes": (1, 2.5)}}, r"config\.inner\.sizes\[1\]: got 2\.5, expected int"),
         ({"pairs": ((0.5, 2, 3),)}, r"config\.pairs\[0\]: got 3 items"),

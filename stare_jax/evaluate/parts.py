@@ -18,7 +18,7 @@ from stare_jax.types import Array, Signals
 NUM_PARTS = 10
 """Number of parts, if the evaluation has so many whole batches of environments."""
 _RESULTS_FILE = "episodes.npz"
-_HEADER = ("identity", "films", "initial", "num_parts", "num_steps", "wall_s")
+_HEADER = ("films", "initial", "num_parts", "num_steps", "wall_s")
 """Names of the arrays beside those of `Episodes`."""
 
 
@@ -85,12 +85,12 @@ def load_parts(folder: Path, identity: Mapping[str, Any]) -> PartsDone:
     """
     if not (folder / _RESULTS_FILE).exists():
         return NOTHING_DONE
-    found = _read(folder / _RESULTS_FILE, *_HEADER, *Episodes._fields)
+    found = _read(folder / _RESULTS_FILE, "identity")
     if json.loads(str(found["identity"])) != json.loads(json.dumps(identity)):
         aside = move_aside(folder.parent, [folder])
         say(f"{folder} holds a part of another evaluation; it is in {aside} now")
         return NOTHING_DONE
-    films = []
+    found, films = _read(folder / _RESULTS_FILE, *_HEADER, *Episodes._fields), []
     for episode in found["films"].tolist():
         leaves = _read(_film_file(folder, episode), "valid", *Signals._fields)
         signals = Signals(*(leaves[name] for name in Signals._fields))

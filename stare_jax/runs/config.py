@@ -117,7 +117,10 @@ class RunConfig:
         """
         if "env" not in values:
             return dict(values)
-        env, stages = values["env"], to_dict(values.get("stages")) or {}
+        env, stages = values["env"], to_dict(values.get("stages"))
+        stages = {} if stages is None else stages
+        if not isinstance(stages, Mapping):  # which its type refuses
+            return dict(values)
         env = env if isinstance(env, EnvConfig) else from_dict(EnvConfig, env, path="config.env")
         given = {name: value for name, value in stages.items() if value is not None}
         return {**values, "stages": to_dict(env.spec.params) | given}

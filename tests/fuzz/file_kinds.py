@@ -254,7 +254,7 @@ def write_pairs(folder):
 STATISTICS = {
     rf"(X\.)?(action|proprio)\.{QUANTILES}": number,
     r"X\.action\.mask\[\d\]|action_mask\[\d\]": flag,
-    r"X(\.action\.(mask|min|max))?": missing,
+    r"X(\.(action|proprio)\.(mask|min|max))?": missing,
     r"(action|state)_q\d\d\[\d\]": number,
 }
 DATA = (
@@ -296,7 +296,7 @@ def _loose(value):
 
 def taken_by_a_run(path, value, result):
     """The same, where null stands for the task's own number."""
-    return taken(path, value, result) or value is None and path.startswith("stages.")
+    return taken(path, value, result) or value is None and path.startswith("stages")
 
 
 def write_record(folder):
@@ -408,7 +408,7 @@ RUNS = (
         rules={
             r"info\.(env_id|stage_names\[\d\]|backend|jitter|checkpoint)": either(text, missing),
             r"episodes\.(valid|success_end|success_once|grasped|contacted|completed)\[\d\](\[\d\])?": flag,
-            r"episodes\.start_hash(\[\d\])?": either(missing, empty, text),
+            r"episodes\.(start_hash|task)(\[\d\])?": either(missing, empty, text),
         },
     ),
     Kind(
