@@ -36,11 +36,11 @@ def write_checkpoints(folder):
 
 
 def read_checkpoint(folder):
-    """Reads the newest step in every way in which it is read, and opens the folder to go on writing."""
-    restored = checkpoint.restore(folder, _state())
-    params = checkpoint.load_params(folder, _state().params)
+    """Opens the folder to go on writing, and reads the newest step in every way in which it is read."""
     with Checkpoints(folder):
         pass
+    restored = checkpoint.restore(folder, _state())
+    params = checkpoint.load_params(folder, _state().params)
     leaves = jax.tree.leaves((restored.state, params))
     return leaves, restored.counters, checkpoint.load_norm_stats(folder), checkpoint.load_model(folder)
 
@@ -63,11 +63,11 @@ def read_rlds(folder):
 
     source, layout = open_source(next(folder.glob("*/*"))), LAYOUTS["bridge_orig"]
     check_source(source, layout, "train")
-    number = source.num_episodes["train"]
-    episodes = list(read_episodes(source, layout, "train", 0, number, image_size=8))
-    for episode in episodes:
+    episodes = []
+    for episode in read_episodes(source, layout, "train", 0, source.num_episodes["train"], image_size=8):
         if isinstance(episode, DatasetError):  # as an import does that leaves out nothing
             raise episode
+        episodes.append(episode)
     return episodes
 
 

@@ -21,6 +21,7 @@ import pytest
 import show_stages
 import study
 import train
+from absl.testing import flagsaver
 from made_runs import make_run, save_rate
 from test_command_lines import INSTRUCTION, PI05, QUICKSTART, STATE, replace_start, run_train, write_demonstrations, write_given
 from test_lerobot_folder import write as write_lerobot
@@ -118,12 +119,12 @@ def try_lines(base: Path, count: int, seed: int = 0) -> tuple[Counter, list[str]
     rng, counts, failures = Random(seed), Counter(), []
     write_base(base)
     whole = snapshot(base / "given")
-    fields = _fields()
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(base / "work"):
         patch.setenv("HOME", str(base / "given"))
         patch.setattr(command, "ROOT", base / "work")
         replace_start(patch, _start)
         patch.setattr(study, "run_queue", _start)
+        fields = _fields()
         for _ in range(count):
             module, arguments = draw_line(rng, fields)
             names = {"GIVEN": str(base / "given"), "OUT": str(base / "out")}
@@ -162,7 +163,7 @@ def run_line(module, arguments: list[str]) -> tuple[str, str]:
     output, error = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
-            code = run_train(arguments) if module is train else module.main(arguments)
+            code = _run_train(arguments) if module is train else module.main(arguments)
     except SystemExit as stopped:
         code = stopped.code
     except Started:
@@ -175,6 +176,11 @@ def run_line(module, arguments: list[str]) -> tuple[str, str]:
     if code in (1, 2) and "error: " in said and "Traceback" not in said:
         return REFUSED, ""
     return FAILED, f"exit code {code}: {said}"
+
+
+def _run_train(arguments: list[str]) -> int:
+    with flagsaver.flagsaver():  # one line's flags are not another's
+        return run_train(arguments)
 
 
 def _start(*arguments, **more):

@@ -282,7 +282,14 @@ DATA = (
 
 def taken(path, value, result):
     """Says whether a result has the value that a file has, or one of its own where the file has none."""
-    return value is NOTHING or _loose(at(result, path)) == _loose(plain(value))
+    return value is NOTHING or _includes(_loose(at(result, path)), _loose(plain(value)))
+
+
+def _includes(got, fields):
+    """A section has the fields that are given, and the others."""
+    if isinstance(got, dict) and isinstance(fields, dict):
+        return all(name in got and _includes(got[name], value) for name, value in fields.items())
+    return got == fields
 
 
 def _loose(value):

@@ -1,6 +1,7 @@
 """Statistics that a run begins with: those of the weights it starts from, or of its demonstrations."""
 
 import dataclasses
+import json
 
 import numpy as np
 import openvla_files
