@@ -76,7 +76,9 @@ def test_writer_writes_one_object_a_call(tmp_path):
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):
-    (tmp_path / METRICS_FILE).write_text('{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n", errors="surrogateescape")
+    (tmp_path / METRICS_FILE).write_text(
+        '{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n", errors="surrogateescape"
+    )
     with pytest.raises(UserError, match=f"metrics.jsonl: line 2: {message}"):
         read_metrics(tmp_path)
 

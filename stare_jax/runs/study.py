@@ -181,7 +181,12 @@ def check_study(study: Study, methods: Mapping[str, Step]) -> None:
 def _check_types(study: Study) -> None:
     """Raises ConfigError where a field of a study is of another type, or its configuration has unknown braces."""
     names = tuple[str, ...]
-    for field, hint in (("config", str), ("methods", names), ("tasks", names), ("without", tuple[tuple[str, str], ...])):
+    for field, hint in (
+        ("config", str),
+        ("methods", names),
+        ("tasks", names),
+        ("without", tuple[tuple[str, str], ...]),
+    ):
         convert(hint, getattr(study, field), field)
     for field, hint in (("changes", Any), ("task_changes", Mapping), ("variants", Variant)):
         for name, value in convert(Mapping, getattr(study, field), field).items():

@@ -254,7 +254,11 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
         ('"seed": ', '"seed": -1, "was": ', r"episodes\[0\]\.seed: got -1, expected a whole number >= 0"),
         ('"length": 1', '"length": 2', r"shards\[0\]\.frames\.num_records: got 2, expected 3, as the lengths of"),
         ('"name": "', '"name": "../', r"shards\[0\]\.frames\.name: got '\.\./frames-00000.array_record', expected the"),
-        ('"progress": {', '"progress": {"num_read": "x"}, "was": {', r"progress\.num_read: got 'x', expected a whole number"),
+        (
+            '"progress": {',
+            '"progress": {"num_read": "x"}, "was": {',
+            r"progress\.num_read: got 'x', expected a whole number",
+        ),
     ):
         assert old in text
         manifest.write_text(text.replace(old, new, 1))
@@ -281,7 +285,9 @@ def test_a_manifest_that_is_not_of_its_shards_is_refused_and_nothing_is_moved(wr
     content["episodes"][:2] = content["episodes"][1::-1]
     manifest.write_text(json.dumps(content))
     for read in (lambda dataset: dataset.episode(0), lambda dataset: dataset.signals()):
-        with pytest.raises(DatasetError, match="manifest.json: episode 0: length: got 2, expected 1, as its shard has it"):
+        with pytest.raises(
+            DatasetError, match="manifest.json: episode 0: length: got 2, expected 1, as its shard has it"
+        ):
             read(Dataset(directory))
 
     manifest.write_text(text.replace("frames-00001", "frames-00009"))

@@ -59,7 +59,9 @@ def main() -> int:
     print("\n\n".join(["", *failures]))
     print(table(rows))
     for name, counts in lines.items():
-        print(f"{name}: {counts.total()} tried, {', '.join(f'{number} {outcome}' for outcome, number in counts.items())}")
+        print(
+            f"{name}: {counts.total()} tried, {', '.join(f'{number} {outcome}' for outcome, number in counts.items())}"
+        )
     return 1 if failures else 0
 
 

@@ -23,17 +23,95 @@ import study
 import train
 from absl.testing import flagsaver
 from made_runs import make_run, save_rate
-from test_command_lines import INSTRUCTION, PI05, QUICKSTART, STATE, replace_start, run_train, write_demonstrations, write_given
+from test_command_lines import (
+    INSTRUCTION,
+    PI05,
+    QUICKSTART,
+    STATE,
+    replace_start,
+    run_train,
+    write_demonstrations,
+    write_given,
+)
 from test_lerobot_folder import write as write_lerobot
 from trials import FAILED, REFUSED, restore, snapshot
 
 STARTED, DONE = "started", "done"
-NUMBERS = ("0", "-1", "1", "2", "7", "64", "1e9", "nan", "inf", "-inf", "x", "", "1.5", "1000000", "2147483648", "1" * 30, "1_0", "0x1", "٣")
+NUMBERS = (
+    "0",
+    "-1",
+    "1",
+    "2",
+    "7",
+    "64",
+    "1e9",
+    "nan",
+    "inf",
+    "-inf",
+    "x",
+    "",
+    "1.5",
+    "1000000",
+    "2147483648",
+    "1" * 30,
+    "1_0",
+    "0x1",
+    "٣",
+)
 PATHS = ("GIVEN/empty", "GIVEN/nowhere", "GIVEN/file", "GIVEN/demos_of_none", "GIVEN/demos_of_one_action", "GIVEN/run")
-PATHS += ("GIVEN/run/sft", "GIVEN/run/config.json", "GIVEN/finished", "GIVEN/lerobot", "GIVEN/user", "GIVEN/a b", "~nobody/x")
-PATHS += ("", "~/x", "/dev/null", "GIVEN/file/below", "GIVEN/demos_with_long_words", "GIVEN/" + "n" * 300, "GIVEN/loop", "é")
-TEXTS = ("", "x", "é", "../x", "a/b", "*", "PushCube-v1", "StackCube-v1", "NoTask-v1", "x" * 300, "{", "%s", "sft", "ppo", "expert")
-TEXTS += ("none", "cpu", "cuda", "low_dim", "bfloat16", "robot", "a,b", "0:1", "nan:1", "()", "(1,)", "None", "True", "-", "--")
+PATHS += (
+    "GIVEN/run/sft",
+    "GIVEN/run/config.json",
+    "GIVEN/finished",
+    "GIVEN/lerobot",
+    "GIVEN/user",
+    "GIVEN/a b",
+    "~nobody/x",
+)
+PATHS += (
+    "",
+    "~/x",
+    "/dev/null",
+    "GIVEN/file/below",
+    "GIVEN/demos_with_long_words",
+    "GIVEN/" + "n" * 300,
+    "GIVEN/loop",
+    "é",
+)
+TEXTS = (
+    "",
+    "x",
+    "é",
+    "../x",
+    "a/b",
+    "*",
+    "PushCube-v1",
+    "StackCube-v1",
+    "NoTask-v1",
+    "x" * 300,
+    "{",
+    "%s",
+    "sft",
+    "ppo",
+    "expert",
+)
+TEXTS += (
+    "none",
+    "cpu",
+    "cuda",
+    "low_dim",
+    "bfloat16",
+    "robot",
+    "a,b",
+    "0:1",
+    "nan:1",
+    "()",
+    "(1,)",
+    "None",
+    "True",
+    "-",
+    "--",
+)
 POOLS = {"number": NUMBERS, "path": PATHS, "text": TEXTS, "flag": (None,), "any": (*NUMBERS, *TEXTS)}
 NAMES = {
     evaluate: {
@@ -73,12 +151,21 @@ NAMES = {
 """command -> kind of value -> options"""
 BEGINNINGS = {
     evaluate: ("--run=PATH", "--report=PATH", "--across=PATH", f"--config={STATE} --phase=expert --workdir=OUT"),
-    collect: ("--out=OUT --demos=4", "--out=PATH --demos=4", "--out=OUT --pairs=4", "--out=OUT --pairs=4 --weights=PATH"),
+    collect: (
+        "--out=OUT --demos=4",
+        "--out=PATH --demos=4",
+        "--out=OUT --pairs=4",
+        "--out=OUT --pairs=4 --weights=PATH",
+    ),
     show_stages: ("--task=PushCube-v1 --out=OUT", "--task=PushCube-v1 --out=PATH"),
     convert: ("--from=PATH --to=OUT", "--from=GIVEN/lerobot --to=PATH"),
     import_rlds: ("--data=PATH --out=OUT",),
     compare: ("--out=OUT A=PATH", "--out=PATH A=GIVEN/finished", "--out=OUT --study=PATH"),
-    study: ("--study=configs/studies/franka_state.py --workdir=OUT", "--study=PATH --workdir=OUT", "--study=GIVEN/broken_study.py"),
+    study: (
+        "--study=configs/studies/franka_state.py --workdir=OUT",
+        "--study=PATH --workdir=OUT",
+        "--study=GIVEN/broken_study.py",
+    ),
 }
 """command -> beginnings of a line that may be right"""
 
@@ -91,9 +178,14 @@ def draw_line(rng: Random, fields: list[str]) -> tuple:
     """Returns a command and its arguments, in which GIVEN, OUT and PATH stand for folders."""
     module = rng.choice((train, train, train, *NAMES))
     if module is train:
-        options = {f"--config.{field}": "any" for field in fields} | {"--config.demos_from": "path", "--config.init_from": "path"}
+        options = {f"--config.{field}": "any" for field in fields} | {
+            "--config.demos_from": "path",
+            "--config.init_from": "path",
+        }
         options |= {"--config.model.tokenizer": "path", "--workdir": "path", "--redo": "text", "--demos_only": "flag"}
-        beginning = f"--config={rng.choice((STATE, STATE, QUICKSTART, PI05))} --workdir={rng.choice(('OUT', 'OUT', 'PATH'))}"
+        beginning = (
+            f"--config={rng.choice((STATE, STATE, QUICKSTART, PI05))} --workdir={rng.choice(('OUT', 'OUT', 'PATH'))}"
+        )
     else:
         options = {name: kind for kind, names in NAMES[module].items() for name in names.split()}
         beginning = rng.choice(BEGINNINGS[module])
@@ -150,7 +242,15 @@ def write_base(base: Path) -> None:
     write_lerobot(given / "lerobot")
     save_rate(make_run(given / "finished", 2, 0), "ppo", 3)
     write_demonstrations(given / "user" / "demos", [5], INSTRUCTION)
-    for name in ("README.md", "config.json", "report.html", "curves.csv", "curves.png", "stages/notes.txt", "eval/ppo.json"):
+    for name in (
+        "README.md",
+        "config.json",
+        "report.html",
+        "curves.csv",
+        "curves.png",
+        "stages/notes.txt",
+        "eval/ppo.json",
+    ):
         (given / "user" / name).parent.mkdir(exist_ok=True)
         (given / "user" / name).write_text("a user's own")
     (given / "loop").symlink_to(given / "loop")

@@ -26,9 +26,9 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.documents.openvla import read_colours, read_description
 from stare_jax.documents.peft import read_adapter
+from stare_jax.evaluate.films import Film
 from stare_jax.evaluate.parts import PartsDone, load_parts, save_parts
 from stare_jax.evaluate.record import load_evaluation, load_results
-from stare_jax.evaluate.films import Film
 from stare_jax.logging import last_lines, read_metrics, write_config
 from stare_jax.models.stored import named_model
 from stare_jax.runs.config import RunConfig
@@ -88,7 +88,10 @@ SPECS = {"a": Spec("float32", (2, 3)), "b": Spec("bfloat16", (4,)), "c": Spec("f
 
 
 def write_tensors(folder):
-    values = {name: np.arange(6).reshape(spec.shape) if spec.dtype == "float32" else np.ones(4) for name, spec in SPECS.items()}
+    values = {
+        name: np.arange(6).reshape(spec.shape) if spec.dtype == "float32" else np.ones(4)
+        for name, spec in SPECS.items()
+    }
     write_file(folder / "x.safetensors", SPECS, ((n, x.astype(_dtype(SPECS[n]))) for n, x in values.items()))
 
 
@@ -112,7 +115,9 @@ def has_same_header(old, new):
         entries = [parse(content[8 : 8 + _header(content)]) for content in (old, new)]
     except ValueError:
         return False
-    offsets = [sorted(str(entry["data_offsets"]) for name, entry in x.items() if name != "__metadata__") for x in entries]
+    offsets = [
+        sorted(str(entry["data_offsets"]) for name, entry in x.items() if name != "__metadata__") for x in entries
+    ]
     return offsets[0] == offsets[1]
 
 
@@ -357,7 +362,9 @@ def write_parts(folder):
     save_rate(folder, "sft", 1, 2)
     episodes = load_evaluation(folder / "eval/sft.json").episodes
     film = Film(0, make_trajectory(1).signals, np.ones(6, bool), np.zeros((6, 4, 4, 3), np.uint8))
-    save_parts(folder / "eval/sft.partial", IDENTITY, PartsDone(1, episodes, np.zeros((2, 22), np.float32), 9, 1.5, (film,)))
+    save_parts(
+        folder / "eval/sft.partial", IDENTITY, PartsDone(1, episodes, np.zeros((2, 22), np.float32), 9, 1.5, (film,))
+    )
 
 
 JOB = Job("task/ppo/seed_0", ("--config=x.py", "--config.seed=0"), (), "ppo")

@@ -9,7 +9,20 @@ ODD = (None, True, -1, 0, 0.5, 10**30, float("nan"), float("inf"), "", "x", [], 
 """values that stand in place of every value"""
 NOTHING = type("Nothing", (), {"__repr__": lambda self: "nothing"})()
 """stands for a value that is not there"""
-_ODD_TEXTS = (b"\0", b"\xff", b"\xef\xbb\xbf", b"NaN", b"-", b"e999", b"[" * 100_000, b"1" * 5_000, b'"', b",", b"\n", b"\\")
+_ODD_TEXTS = (
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"NaN",
+    b"-",
+    b"e999",
+    b"[" * 100_000,
+    b"1" * 5_000,
+    b'"',
+    b",",
+    b"\n",
+    b"\\",
+)
 
 
 def change_file(name: str, content: bytes, rng: Random) -> bytes | None:

@@ -211,7 +211,9 @@ def _show(old: bytes, new: bytes | None) -> str:
     if new is None:
         return "removed"
     try:
-        return "; ".join(f"{path}: {before!r:.60} -> {now!r:.60}" for path, before, now in differences(*map(parse, (old, new))))
+        return "; ".join(
+            f"{path}: {before!r:.60} -> {now!r:.60}" for path, before, now in differences(*map(parse, (old, new)))
+        )
     except ValueError:
         at_byte = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         start = max(at_byte - 15, 0)
@@ -238,7 +240,8 @@ def table(rows: Mapping[str, Counter]) -> str:
         lines.append((kind, str(counts.total()), *(str(counts[name]) for name in names[1:])))
     widths = [max(len(line[i]) for line in lines) for i in range(len(names) + 1)]
     rendered = (
-        line[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
         for line in lines
     )
     return "\n".join(rendered)

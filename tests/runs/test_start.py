@@ -126,7 +126,9 @@ def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
         load_config(tmp_path)
     for field, value in (("stages", "x"), ("stages", []), ("env", None), ("env", 3), ("model", None)):
         (tmp_path / "config.json").write_text(json.dumps(to_dict(CONFIG) | {field: value}))
-        with pytest.raises(ConfigError, match=rf"config.json: .*config.{field}: got .*, expected (the fields of|\w+Config)"):
+        with pytest.raises(
+            ConfigError, match=rf"config.json: .*config.{field}: got .*, expected (the fields of|\w+Config)"
+        ):
             load_config(tmp_path)
 
 

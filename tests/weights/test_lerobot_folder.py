@@ -170,7 +170,10 @@ def without(*names):
             {"before": STATS | {"observation.state.q01": np.zeros((3, 1), np.float32)}},
             "observation.state.q01[0]: got [0.0]",
         ),
-        ({"before": None}, "policy_preprocessor.json: got no statistics, expected some, as policy_postprocessor.json has"),
+        (
+            {"before": None},
+            "policy_preprocessor.json: got no statistics, expected some, as policy_postprocessor.json has",
+        ),
         (
             {"normalizer": {"features": {"action": {"type": "ACTIN", "shape": [2]}}}},
             "steps[2].config.features.action.type: got 'ACTIN', expected 'STATE' or",
