@@ -77,7 +77,7 @@ def make_choices(arguments: argparse.Namespace) -> Choices:
 
 
 def check_out(out: Path) -> None:
-    """Makes sure that what is written replaces an earlier comparison, whose README.md names its table, and nothing else.
+    """Makes sure that an earlier comparison, whose README.md names its table, is replaced, and nothing else.
 
     Raises:
         ConfigError: the folder is used for something else.

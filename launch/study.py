@@ -84,8 +84,9 @@ def load_study(file: Path) -> Study:
     Raises:
         ConfigError: there is no such file, or no study in it.
     """
-    if not file.is_file():
-        raise ConfigError(f"study: got {file}, expected a Python file that defines get_study(); there is none")
+    if not file.is_file() or file.suffix != ".py":
+        why = "it has another ending" if file.is_file() else "there is none"
+        raise ConfigError(f"study: got {file}, expected a Python file that defines get_study(); {why}")
     spec = importlib.util.spec_from_file_location(f"stare_jax_study_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -135,7 +135,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
 
 def _contradictions(manifest: Manifest) -> list[str]:
-    """Returns what does not fit together in a manifest: from the rows' lengths follows which frames are an episode's."""
+    """Returns what does not fit together in a manifest: lengths of its rows say which frames are an episode's."""
     first, problems = 0, []
     for i, shard in enumerate(manifest.shards):
         for kind, file in shard._asdict().items():

@@ -65,8 +65,8 @@ class DatasetWriter:
             episodes_per_shard: number of episodes after which a shard is closed; None closes one at `flush` only.
 
         Raises:
-            DatasetError: the folder holds a data set of another kind, or shards under other names than the manifest's, or
-                another process is writing to it.
+            DatasetError: the folder holds a data set of another kind, or shards under other names than the
+                manifest's, or another process is writing to it.
         """
         if episodes_per_shard is not None and episodes_per_shard < 1:
             raise ValueError(f"episodes_per_shard: got {episodes_per_shard}, expected at least 1")

@@ -15,10 +15,10 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS.parent / "launch"), str(TESTS)]
 sys.path += [str(path) for path in sorted(TESTS.iterdir()) if path.is_dir()]
 
-from checkpoint_kinds import CHECKPOINTS, RLDS
-from command_lines import try_lines
-from file_kinds import DATA, OTHERS, RUNS
-from trials import Kind, table, try_kind
+from checkpoint_kinds import CHECKPOINTS, RLDS  # noqa: E402
+from command_lines import try_lines  # noqa: E402
+from file_kinds import DATA, OTHERS, RUNS  # noqa: E402
+from trials import Kind, table, try_kind  # noqa: E402
 
 NUM_CHANGES, NUM_LINES = 2000, 500
 SLOW = {CHECKPOINTS.name: 100, RLDS.name: 60}

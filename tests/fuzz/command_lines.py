@@ -37,92 +37,26 @@ from test_lerobot_folder import write as write_lerobot
 from trials import FAILED, REFUSED, restore, snapshot
 
 STARTED, DONE = "started", "done"
-NUMBERS = (
-    "0",
-    "-1",
-    "1",
-    "2",
-    "7",
-    "64",
-    "1e9",
-    "nan",
-    "inf",
-    "-inf",
-    "x",
-    "",
-    "1.5",
-    "1000000",
-    "2147483648",
-    "1" * 30,
-    "1_0",
-    "0x1",
-    "٣",
-)
-PATHS = ("GIVEN/empty", "GIVEN/nowhere", "GIVEN/file", "GIVEN/demos_of_none", "GIVEN/demos_of_one_action", "GIVEN/run")
-PATHS += (
-    "GIVEN/run/sft",
-    "GIVEN/run/config.json",
-    "GIVEN/finished",
-    "GIVEN/lerobot",
-    "GIVEN/user",
-    "GIVEN/a b",
-    "~nobody/x",
-)
-PATHS += (
-    "",
-    "~/x",
-    "/dev/null",
-    "GIVEN/file/below",
-    "GIVEN/demos_with_long_words",
-    "GIVEN/" + "n" * 300,
-    "GIVEN/loop",
-    "é",
-)
-TEXTS = (
-    "",
-    "x",
-    "é",
-    "../x",
-    "a/b",
-    "*",
-    "PushCube-v1",
-    "StackCube-v1",
-    "NoTask-v1",
-    "x" * 300,
-    "{",
-    "%s",
-    "sft",
-    "ppo",
-    "expert",
-)
-TEXTS += (
-    "none",
-    "cpu",
-    "cuda",
-    "low_dim",
-    "bfloat16",
-    "robot",
-    "a,b",
-    "0:1",
-    "nan:1",
-    "()",
-    "(1,)",
-    "None",
-    "True",
-    "-",
-    "--",
-)
+NUMBERS = ("0", "-1", "1", "2", "7", "64", "1e9", "nan", "inf", "-inf", "x", "", "1.5", "1000000", "2147483648")
+NUMBERS += ("1" * 30, "1_0", "0x1", "٣")
+PATHS = ("empty", "nowhere", "file", "demos_of_none", "demos_of_one_action", "run", "run/sft", "run/config.json")
+PATHS += ("finished", "lerobot", "user", "a b", "file/below", "demos_with_long_words", "n" * 300, "loop")
+PATHS = (*(f"GIVEN/{name}" for name in PATHS), "~nobody/x", "", "~/x", "/dev/null", "é")
+TEXTS = ("", "x", "é", "../x", "a/b", "*", "PushCube-v1", "StackCube-v1", "NoTask-v1", "x" * 300, "{", "%s", "sft")
+TEXTS += ("ppo", "expert", "none", "cpu", "cuda", "low_dim", "bfloat16", "robot", "a,b", "0:1", "nan:1", "()", "(1,)")
+TEXTS += ("None", "True", "-", "--")
 POOLS = {"number": NUMBERS, "path": PATHS, "text": TEXTS, "flag": (None,), "any": (*NUMBERS, *TEXTS)}
 NAMES = {
     evaluate: {
         "path": "--weights --workdir",
-        "number": "--step --num-episodes --first-seed --temperature --num-videos --num-workers --envs-per-worker --mesh.fsdp",
+        "number": "--step --num-episodes --first-seed --temperature --num-videos --num-workers --envs-per-worker "
+        "--mesh.fsdp",
         "text": "--phase --name --backend --config.env.env_id",
     },
     collect: {
         "path": "--weights --out",
-        "number": "--demos --pairs --seed --num-workers --envs-per-worker --horizon --image-size --image-width --linger "
-        "--limit --step --temperature --pair-noise --rollouts-per-seed --max-rollouts --mesh.data",
+        "number": "--demos --pairs --seed --num-workers --envs-per-worker --horizon --image-size --image-width "
+        "--linger --limit --step --temperature --pair-noise --rollouts-per-seed --max-rollouts --mesh.data",
         "text": "--task --use-state --jitter --noise",
         "flag": "--no-reproducible --skip-broken",
     },
@@ -136,7 +70,8 @@ NAMES = {
     import_rlds: {
         "path": "--out",
         "number": "--limit --image-size",
-        "text": "--name --split --camera --idle-filter --image-key --state-key --action-key --instruction-key --gripper",
+        "text": "--name --split --camera --idle-filter --image-key --state-key --action-key --instruction-key "
+        "--gripper",
         "flag": "--skip-broken",
     },
     compare: {"number": "--target --smooth", "text": "--phase --metrics --baseline --command", "path": "--study"},

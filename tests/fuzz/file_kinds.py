@@ -1,11 +1,12 @@
 """Kinds of files that the library reads: how they are written, how they are read, and what may be another value.
 
-The rules are of the formats, not of the code: a field that a format lets out, a name that is free, a number with a sign.
+The rules are of the formats, not of the code: a field that may be left out, a name that is free, a signed number.
 """
 
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import openvla_files
 import pi05_files
@@ -96,7 +97,6 @@ def write_tensors(folder):
 
 
 def _dtype(spec):
-    import jax.numpy as jnp
 
     return jnp.dtype(spec.dtype)
 
@@ -146,7 +146,7 @@ OTHERS = (
         read_description,
         rules=TEXT_FIELDS
         | {
-            r"(arch_specifier|llm_backbone_id|model_type|n_action_bins|torch_dtype|use_fused_vision_backbone)": optional,
+            r"arch_specifier|llm_backbone_id|model_type|n_action_bins|use_fused_vision_backbone": optional,
             r"timm_override_act_layers": either(optional, list_of(null)),
             r"text_config\.layer_types": either(optional, list_of(lambda word: word == "full_attention")),
             r"text_config\.(rope_parameters|rope_scaling)(\.\w+)?": either(optional, empty),
@@ -211,7 +211,7 @@ OTHERS = (
     Kind("safetensors", write_tensors, read_tensors, "*.safetensors", is_lawful=has_same_header),
 )
 
-# --------------------------------------------------------------------------------------------------------- our data sets
+# -------------------------------------------------------------------------------------------------------- our data sets
 
 
 def write_data_set(folder):

@@ -216,8 +216,8 @@ def _show(old: bytes, new: bytes | None) -> str:
         )
     except ValueError:
         at_byte = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-        start = max(at_byte - 15, 0)
-        return f"byte {at_byte}, {len(old)} -> {len(new)} bytes: {old[start : at_byte + 15]!r} -> {new[start : at_byte + 15]!r}"
+        around = slice(max(at_byte - 15, 0), at_byte + 15)
+        return f"byte {at_byte}, {len(old)} -> {len(new)} bytes: {old[around]!r} -> {new[around]!r}"
 
 
 @contextlib.contextmanager
