@@ -115,10 +115,8 @@ def has_same_header(old, new):
         entries = [parse(content[8 : 8 + _header(content)]) for content in (old, new)]
     except ValueError:
         return False
-    offsets = [
-        sorted(str(entry["data_offsets"]) for name, entry in x.items() if name != "__metadata__") for x in entries
-    ]
-    return offsets[0] == offsets[1]
+    tensors = [[str(entry) for name, entry in x.items() if name != "__metadata__"] for x in entries]
+    return sorted(tensors[0]) == sorted(tensors[1])
 
 
 def _header(content):
