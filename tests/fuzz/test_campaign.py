@@ -24,7 +24,7 @@ def test_a_changed_file_is_read_or_refused(tmp_path, kind):
 
 
 def test_a_changed_file_of_a_checkpoint_is_read_or_refused(tmp_path):
-    counts, failures = try_kind(CHECKPOINTS, tmp_path / "files", 10)
+    counts, failures = try_kind(CHECKPOINTS, tmp_path / "files", 4)
     assert not failures, "\n\n".join(failures)
     assert counts[REFUSED]
 
