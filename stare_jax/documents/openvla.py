@@ -92,7 +92,7 @@ class Description(NamedTuple):
     model_type: Literal["openvla"] | None = None
     arch_specifier: Literal["no-align+fused-gelu-mlp"] | None = None
     llm_backbone_id: Literal["llama2-7b-pure", "llama2-13b-pure"] | None = None
-    """of others the prompt is another one"""
+    """language models whose prompt is the one that is built here; others have prompts of their own"""
     n_action_bins: Literal[256] | None = None
     use_fused_vision_backbone: Literal[True] | None = None
     timm_override_act_layers: tuple[None, ...] | None = None

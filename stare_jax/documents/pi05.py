@@ -69,7 +69,7 @@ class Description(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What config.json of others tells of a model."""
+    """Content of a model's config.json, written by another program, as our configuration has it."""
 
     fields: dict[str, Any]
     """fields of `Pi05Config`, which weights do not tell"""
