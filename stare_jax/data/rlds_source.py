@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from stare_jax.data.rlds_layouts import Layout
 from stare_jax.data.schema import DatasetError
+from stare_jax.documents import refuse_pointer
 
 RESIZE = "lanczos3"
 MAX_STEPS = 1 << 14
@@ -100,6 +101,30 @@ def check_source(source: RldsSource, layout: Layout, split: str) -> None:
     for path, kind, expected in kinds:
         if not re.fullmatch(kind, got := source.fields[path]):
             raise DatasetError(f"{source.directory}: {path}: got {got}, expected {expected}")
+
+
+def check_files(source: RldsSource, split: str, first: int, last: int, *, may_miss: bool) -> None:
+    """Makes sure that the files of the episodes [first, last) of a split are there, before hours of reading.
+
+    Args:
+        source, split, first, last: see `read_episodes`.
+        may_miss: whether some may be missing, so that their episodes cannot be read.
+
+    Raises:
+        DatasetError: names the files that are missing.
+        DocumentError: names one that Git LFS has not fetched.
+    """
+    info, start, missing = source.builder.info.splits[split], 0, []
+    for name, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        path, is_wanted = Path(str(name)), start < last and first < start + length
+        start += length
+        if is_wanted:
+            refuse_pointer(path)
+            missing += [] if path.is_file() else [path.name]
+    if missing and not may_miss:
+        named = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
+        advice = "--limit reads the first ones alone, --skip-broken leaves out and counts their episodes"
+        raise DatasetError(f"{source.directory}: got no {named}, expected {len(missing)} more file(s); {advice}")
 
 
 def list_fields(source: RldsSource) -> str:

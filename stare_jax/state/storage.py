@@ -34,12 +34,22 @@ TREE_FILES = re.compile(
 )
 """Names of files and folders that a tree consists of."""
 _READ_BYTES = 2**28
+_WILD = "*?[\\"
+"""characters that mean others in a pattern of paths"""
 _NOISE = (
     # said of every leaf where a tree was copied without the file that was beside it
     *("Metadata file does not exist", "Failed to resolve handler for checkpointable"),
     "Failed to get metadata for checkpointable",  # an error here
 )
 logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+
+
+def check_place(directory: Path) -> None:
+    """Raises CheckpointError where a checkpoint would be lost: Orbax looks for what it has written by a pattern of its
+    own path, in which some characters stand for others."""
+    if found := set(_WILD) & set(str(Path(directory).absolute())):
+        got = " and ".join(sorted(found))
+        raise CheckpointError(f"{directory}: got {got} in the path, expected one without {' '.join(_WILD)} to write to")
 
 
 def find_damage(folder: Path) -> str | None:
@@ -49,7 +59,7 @@ def find_damage(folder: Path) -> str | None:
     lost them later.
     """
     try:
-        metadata = json.loads((folder / METADATA_FILE).read_text())
+        metadata = json.loads((folder / METADATA_FILE).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return f"got no {METADATA_FILE}, which is written with every checkpoint"
     except ValueError:  # no JSON, or no text
@@ -68,6 +78,7 @@ class BackgroundWriter:
     """Writes folders `<directory>/<step>` in the background, with checksums, and keeps the newest ones."""
 
     def __init__(self, directory: Path, *, keep: int):
+        check_place(directory)
         self._directory, self._keep = directory, keep
         self._checkpointer = ocp.training.Checkpointer(
             directory,
@@ -129,6 +140,7 @@ def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> N
 
 
 def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
+    check_place(folder)
     leaves, context = jax.tree.leaves(items), ocp.Context()
     shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
     sizes = [leaf.nbytes for leaf in leaves]
