@@ -46,7 +46,7 @@ MESH_AXES = {
 }
 
 logging.set_verbosity(logging.WARNING)
-if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal without a character in its encoding gets the character's code.
+if isinstance(sys.stdout, io.TextIOWrapper):  # Characters that a terminal's encoding has not are printed as their codes.
     sys.stdout.reconfigure(errors="backslashreplace")
 
 

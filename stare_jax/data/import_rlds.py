@@ -202,6 +202,8 @@ def _append(
     """
     if isinstance(steps, DatasetError):
         raise steps
+    if not steps.instruction:
+        return TOO_SHORT
     instructions = fill_instructions(steps.instruction)
     if instructions is None:
         return NO_INSTRUCTION

@@ -23,6 +23,8 @@ MAX_STEPS = 1 << 14
 _TEXT, _CODES = r"string \[\]", r"u?int\d+ \[(\d+|None)\]"
 """Kinds of an instruction: a text, or the codes of its characters with zeros behind them."""
 _NUMBERS, _IMAGE = r"(bool|(bfloat|float|u?int)\d+) \[.*\]", r"uint8 \[(\d+|None), (\d+|None), (\d+|None)\]"
+_NO_STEPS = "Dataset was empty"
+"""TensorFlow's words for an episode without any step."""
 _LAST_LATIN, _WHITE = 0x24F, (9, 10, 13)
 
 
@@ -142,6 +144,8 @@ def read_episodes(
 ) -> Iterator[EpisodeSteps | DatasetError]:
     """Yields the episodes [first, last) of a split, or, in the place of one that cannot be read, the reason.
 
+    One without steps has none of anything.
+
     Those before are passed over without reading their files; files are opened again behind an episode that cannot be
     read. Where a TFRecord file is damaged the rest of it cannot be read either.
 
@@ -158,7 +162,11 @@ def read_episodes(
             problem = "the files end before it" if index < last else None
         except (tf.errors.OpError, OSError, ValueError, IndexError) as error:
             problem = _line(error)
-        if problem:
+        if problem and _NO_STEPS in problem:
+            none = np.zeros((0, 0), np.float32)
+            yield EpisodeSteps(np.zeros((0, image_size, image_size, 3), np.uint8), none, none, [])
+            index += 1
+        elif problem:
             yield DatasetError(f"{name_episode(source, split, index)} cannot be read: {problem}")
             index += 1
 

@@ -63,6 +63,12 @@ def refuse_pointer(file: Path) -> None:
         raise DocumentError(f"{file}: got a pointer of Git LFS, expected the file that it stands for: git lfs pull")
 
 
+def refuse_dangling(folder: Path) -> None:
+    """Raises DocumentError for links to files that are not there, which would pass for files that a folder has not."""
+    if lost := sorted(path.name for path in Path(folder).glob("*") if path.is_symlink() and not path.exists()):
+        raise DocumentError(f"{folder}: got links to files that are not there, {', '.join(lost)}, expected the files")
+
+
 def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     """Reads the fields of a JSON file, whose values are not checked; {} where it is optional and not there.
 

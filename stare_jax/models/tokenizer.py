@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.config import ConfigError
-from stare_jax.documents import refuse_pointer
+from stare_jax.documents import refuse_dangling, refuse_pointer
 from stare_jax.models.bins import NUM_STATE_BINS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -117,6 +117,7 @@ def _load_files(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if Path(name).is_dir():
+        refuse_dangling(Path(name))
         for file in TOKENIZER_FILES:
             refuse_pointer(Path(name) / file)
         try:

@@ -91,7 +91,8 @@ class BackgroundWriter:
     def write(self, step: int, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
         """Returns when the arrays are copied, so that the caller may donate them."""
         self._wait()
-        saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
+        with _writing(self._directory / str(step)):
+            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
         self._finishing = self._thread.submit(self._finish, saving, self._directory / str(step))
 
     def close(self) -> None:
@@ -108,8 +109,9 @@ class BackgroundWriter:
             finishing.result()
 
     def _finish(self, saving: Any, folder: Path) -> None:
-        saving.result()
-        write_sums(folder)
+        with _writing(folder):
+            saving.result()
+            write_sums(folder)
         for step in whole_steps(self._directory)[: -self._keep]:
             # Under this name it is known to be half deleted, should the process be killed now.
             old = (self._directory / str(step)).rename(self._directory / f"{step}{PARTIAL}")
@@ -134,9 +136,10 @@ def remove_leftovers(directory: Path, names: re.Pattern) -> list[Path]:
 
 
 def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
-    """Writes a new folder with checksums, and waits."""
-    _write(folder, items, metadata)
-    write_sums(folder)
+    """Writes a new folder with checksums, and waits; raises CheckpointError where the disk does not take it."""
+    with _writing(folder):
+        _write(folder, items, metadata)
+        write_sums(folder)
 
 
 def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
@@ -190,6 +193,18 @@ def _explained(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever damaged files make of Orbax
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be read, files in it are missing or damaged: {reason}") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns errors of a disk, which may be full, into a CheckpointError of one line."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind the libraries below make it
+        if not (isinstance(error, OSError) or "OS error" in str(error)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be written: {reason}") from error
 
 
 def check(folder: Path, *items: str) -> None:
@@ -268,7 +283,8 @@ def save_tree(
         mapped[path] = jax.device_put(np.memmap(file, leaf.dtype, "r", shape=leaf.shape), cpu)  # without a copy
         on_bytes(leaf.nbytes)
         del value, leaf  # before the next one is loaded
-    _write(partial, {name: nest(mapped)}, {})
+    with _writing(partial):
+        _write(partial, {name: nest(mapped)}, {})
     shutil.rmtree(scratch)
     for path in partial.iterdir():
         path.rename(partial.parent / path.name)

@@ -45,8 +45,23 @@ def test_a_mistake_of_the_user_is_one_line(kind, capsys):
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        command.run(_raises(ZeroDivisionError()))
+    for bug in (ZeroDivisionError(), RuntimeError("dictionary changed size during iteration")):
+        with pytest.raises(type(bug)):
+            command.run(_raises(bug))
+
+
+def test_a_device_that_is_not_there_is_one_line(tmp_path):
+    """JAX's own messages, of a platform that it knows and of one that it does not know."""
+    work = "import jax, sys, command; sys.exit(command.run(jax.devices))"
+    for platform in ("tpu", "vpu"):
+        environment = os.environ | {"JAX_PLATFORMS": platform, "PYTHONIOENCODING": "ascii"}
+        # Whatever the terminal's encoding, an instruction of a data set can be printed.
+        text = f"print('\\u2192 \\u6f22'); {work}"
+        done = subprocess.run(
+            [sys.executable, "-c", text], cwd=LAUNCH, env=environment, capture_output=True, encoding="ascii"
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1) and platform in done.stderr, done.stderr
+        assert done.stderr.startswith("error: Unable to initialize backend")
 
 
 def test_a_stop_says_how_to_go_on(capsys):
