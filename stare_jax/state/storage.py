@@ -115,7 +115,12 @@ class BackgroundWriter:
         for step in whole_steps(self._directory)[: -self._keep]:
             # Under this name it is known to be half deleted, should the process be killed now.
             old = (self._directory / str(step)).rename(self._directory / f"{step}{PARTIAL}")
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder, or a link to one, which stays."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def remove_leftovers(directory: Path, names: re.Pattern) -> list[Path]:
@@ -131,7 +136,7 @@ def remove_leftovers(directory: Path, names: re.Pattern) -> list[Path]:
         if path.name.endswith(PARTIAL) and names.fullmatch(path.name.removesuffix(PARTIAL))
     ]
     for path in found:
-        shutil.rmtree(path)
+        _remove(path)
     return found
 
 

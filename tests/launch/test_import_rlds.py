@@ -206,7 +206,7 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path):
             ["--name=mine"],
             r"got data set 'mine' with steps of action \(float32 \[7\]\), .* expected one of bridge_orig",
         ),
-        (["--split=test"], r"split: got 'test', expected one of \['broken', 'changing', 'train'\]"),
+        (["--split=test"], r"split: got 'test', expected one of \['broken', 'changing', 'empty', 'train'\]"),
         (
             ["--name=mine", "--image-key=observation/rgb", "--action-key=action,gripper"],
             r"got steps of .*observation/image_0 \(uint8 \[80, 96, 3\]\).*; expected observation/rgb, gripper as well",

@@ -238,6 +238,18 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoints_before_stay(state, 
     checkpoint.restore(copy, state)
 
 
+def test_a_step_that_lies_behind_a_link_is_let_go_and_stays(state, saved, tmp_path):
+    copy, elsewhere = shutil.copytree(saved, tmp_path / "copy"), tmp_path / "elsewhere"
+    (copy / "2").rename(elsewhere)
+    (copy / "2").symlink_to(elsewhere)
+    with Checkpoints(copy, keep=2) as checkpoints:
+        checkpoints.save(4, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert checkpoint.complete_steps(copy) == [3, 4] and not (copy / "2").is_symlink()
+    (copy / f"2{storage.PARTIAL}").symlink_to(elsewhere)
+    Checkpoints(copy).close()
+    assert not (copy / f"2{storage.PARTIAL}").is_symlink() and storage.find_damage(elsewhere) is None
+
+
 def test_a_checkpoint_that_other_devices_wrote_is_read(state, saved, tmp_path):
     """Devices that this machine has not are named beside every leaf."""
     copy = shutil.copytree(saved, tmp_path / "copy")
