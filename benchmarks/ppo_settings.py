@@ -207,7 +207,8 @@ def main() -> None:
         command = f"python benchmarks/ppo_settings.py --out {args.out} --workers {args.workers}"
         command += f" --seeds {' '.join(map(str, args.seeds))} --only {' '.join(row['name'] for row in rows)}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n", "utf-8")
+        document = {"command": command, "machine": machine, "rows": rows}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ MESH_AXES = {
 }
 
 logging.set_verbosity(logging.WARNING)
-if isinstance(sys.stdout, io.TextIOWrapper):  # Characters that a terminal's encoding has not are printed as their codes.
+if isinstance(sys.stdout, io.TextIOWrapper):  # What a terminal's encoding does not have is printed as a code.
     sys.stdout.reconfigure(errors="backslashreplace")
 
 

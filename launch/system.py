@@ -266,7 +266,8 @@ def machine_sources() -> list[AptSource]:
     """Every apt source configured on this machine."""
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     parsers = {".sources": parse_deb822, ".list": parse_sources_list}
-    texts = ((parsers[f.suffix], f.read_text("utf-8", "replace")) for f in files if f.suffix in parsers and os.access(f, os.R_OK))
+    read = [f for f in files if f.suffix in parsers and os.access(f, os.R_OK)]
+    texts = ((parsers[f.suffix], f.read_text("utf-8", "replace")) for f in read)
     return [source for parse, text in texts for source in parse(text)]
 
 

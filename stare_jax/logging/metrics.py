@@ -217,8 +217,8 @@ class _Wandb:
         except Exception as error:  # no login, no network, no rights: of whatever kind W&B makes it
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
-                f"config.logging.wandb: got {project!r}, expected a project that W&B opens here: {reason} (wandb login; "
-                "WANDB_MODE=offline needs none)"
+                f"config.logging.wandb: got {project!r}, expected a project that W&B opens here: {reason} "
+                "(wandb login; WANDB_MODE=offline needs none)"
             ) from error
 
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:

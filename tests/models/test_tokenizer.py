@@ -152,11 +152,12 @@ def test_settings_of_others_in_a_tokenizers_files_do_not_reach_a_prompt(llama, t
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"padding_side": "left", "add_eos_token": True, "model_max_length": 4}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    prompts = [make_tokenizer(str(place)).encode("In: What action to put carrot on plate?") for place in (folder, llama[0])]
-    assert prompts[0] == prompts[1] and len(prompts[0]) > 4
+    text = "What action to put carrot on plate?"
+    theirs, ours = (make_tokenizer(place).encode(text) for place in (str(folder), llama[0]))
+    assert theirs == ours and len(ours) > 4
 
 
-@pytest.mark.parametrize(("name", "message"), [("tokenizer.json", "pointer of Git LFS"), ("added_tokens.json", "links")])
+@pytest.mark.parametrize(("name", "message"), [("tokenizer.json", "pointer of Git LFS"), ("merges.txt", "links")])
 def test_files_of_a_tokenizer_that_were_not_fetched_are_named(llama, tmp_path, name, message):
     folder = Path(shutil.copytree(llama[0], tmp_path / "copy"))
     if name == "tokenizer.json":

@@ -153,7 +153,8 @@ def test_folders_of_something_else_are_named(original, refuse, tmp_path):
     shutil.copy(original / "config.json", tmp_path / "pickled")
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     assert "pickles are never read" in refuse(f"--from={tmp_path / 'pickled'}")
-    (tmp_path / "pickled" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"
+    (tmp_path / "pickled" / "model.safetensors").write_text(pointer)
     assert "model.safetensors: got a pointer of Git LFS" in refuse(f"--from={tmp_path / 'pickled'}")
     linked = shutil.copytree(original, tmp_path / "linked")  # as a copy of a cache of Hugging Face's, its links kept
     (linked / "dataset_statistics.json").symlink_to("../../blobs/4d7a")
