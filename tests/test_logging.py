@@ -172,7 +172,7 @@ def test_a_project_that_wandb_does_not_open_is_one_line(tmp_path, monkeypatch):
         raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    message = r"config.logging.wandb: got 'stare', expected .*: api_key not configured \(no-tty\). call .* \(wandb login"
+    message = r"config.logging.wandb: got 'stare', expected .*: api_key not configured \(no-tty\). call .* \(wandb log"
     with pytest.raises(ConfigError, match=message) as error:
         make_writer(tmp_path, tensorboard=False, wandb="stare")
     assert "\n" not in str(error.value)
