@@ -10,6 +10,8 @@ import logging
 import math
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,8 @@ TREE_FILES = re.compile(
 )
 """Names of files and folders that a tree consists of."""
 _READ_BYTES = 2**28
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""errors that damaged files make of Orbax and of NumPy"""
 _WILD = "*?[\\"
 """characters that mean others in a pattern of paths"""
 _NOISE = (
@@ -178,7 +182,7 @@ def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dic
         is_jax = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if is_jax else leaf
 
-    with _reading(like, partial), _explained(folder):
+    with _reading(like, partial), explained(folder):
         return ocp.load_checkpointables(folder, jax.tree.map(abstract, like))
 
 
@@ -191,11 +195,11 @@ def _reading(like: PyTree, partial: bool) -> ocp.Context:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Turns errors about files into a CheckpointError of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever damaged files make of Orbax
+    except _OF_DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be read, files in it are missing or damaged: {reason}") from error
 
@@ -228,7 +232,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         CheckpointError: a file beside the items is damaged.
     """
     check(folder)
-    with _explained(folder):
+    with explained(folder):
         return ocp.checkpointables_metadata(folder).custom_metadata or {}
 
 
@@ -239,7 +243,7 @@ def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         CheckpointError: a file beside the items is damaged, or one in them where there are no checksums.
     """
     check(folder)
-    with _explained(folder):
+    with explained(folder):
         items = ocp.checkpointables_metadata(folder).metadata
         if damaged := [name for name, tree in items.items() if tree is None]:
             raise ValueError(f"{', '.join(damaged)}: got no list of what is in it")
@@ -252,16 +256,20 @@ def is_tree(folder: Path) -> bool:
 
 
 def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them."""
+    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them.
+
+    Raises CheckpointError where it is damaged, as `load_leaf` does.
+    """
     path, name = _tree_at(folder)
-    return _shapes(ocp.metadata(path, checkpointable_name=name).metadata)
+    with explained(Path(folder)):
+        return _shapes(ocp.metadata(path, checkpointable_name=name).metadata)
 
 
 def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) -> Array:
     """Loads one leaf of a tree that was saved on its own: a NumPy array where `like` has no sharding."""
     path, name = _tree_at(folder)
     wanted = like if like.sharding is not None else np.empty(like.shape, like.dtype)  # nothing is written to it
-    with _reading(like, partial=True):
+    with _reading(like, partial=True), explained(Path(folder)):
         tree = ocp.load(path, nest({leaf_path: wanted}), checkpointable_name=name)
     return jax.tree.leaves(tree)[0]
 
