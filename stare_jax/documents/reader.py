@@ -65,7 +65,8 @@ def refuse_pointer(file: Path) -> None:
 
 def refuse_dangling(folder: Path) -> None:
     """Raises DocumentError for links to files that are not there, which would pass for files that a folder has not."""
-    if lost := sorted(path.name for path in Path(folder).glob("*") if path.is_symlink() and not path.exists()):
+    links = [path for path in Path(folder).glob("[!.]*") if path.is_symlink()]  # hidden ones are locks of editors
+    if lost := sorted(path.name for path in links if not path.exists()):
         raise DocumentError(f"{folder}: got links to files that are not there, {', '.join(lost)}, expected the files")
 
 

@@ -99,7 +99,7 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
         raise ConfigError(f"model.tokenizer: got {folder!r} without a token that begins a text, expected one")
     # Padding is masked out, so a tokenizer without a padding token may as well repeat BOS.
     pad_id = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    special = tuple(tokenizer.all_special_tokens)
+    special = [token for token in tokenizer.all_special_tokens if token]
 
     def encode(text: str) -> list[int]:
         # Encoded, "</s>" in an instruction would end the prompt there; openpi's tokenizer takes it for five characters.
