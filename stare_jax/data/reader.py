@@ -79,11 +79,7 @@ class Dataset:
 
     def episode_record(self, index: int) -> dict[str, Any]:
         """Returns the record of an episode (`records.episode_record`): all but its observations."""
-        record = self._read(index, self._episode_ends, lambda shard: shard.episodes)
-        if record["length"] != (length := self.episodes[index].length):
-            got = f"episode {index}: length: got {length}, expected {record['length']}, that of its record"
-            raise DatasetError(f"{self.directory / schema.MANIFEST_FILE}: {got}")
-        return record
+        return self._read(index, self._episode_ends, lambda shard: shard.episodes)
 
     def episode(self, index: int, horizon: int | None = None) -> tuple[Trajectory, dict[str, Any]]:
         """Reads an episode.

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.config import Count, Natural, NonNegative, UserError
+from stare_jax.config import Natural, NonNegative, UserError
 from stare_jax.documents import DocumentError, check_record, read_json
 from stare_jax.logging import replace_text
 
@@ -66,7 +66,7 @@ class Episode(NamedTuple):
     actions without it (`data.demos`), rollouts those with it (`data.rollouts`)."""
     success: bool | None
     """None where success was not measured."""
-    length: Count
+    length: Natural
     """Number of actions; an episode has `length` + 1 frames."""
     attempt: Natural | None = None
     """Number of the episode among all that were tried, from 0, kept or not: its noise, and the actions that a policy
@@ -125,20 +125,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     most = manifest.env_id.count("+")
     if wrong := [row.task for row in manifest.episodes if row.task > most]:
         raise DocumentError(f"{path}: episodes.task: got {wrong[0]}, expected at most {most} for {manifest.env_id}")
-    _check_lengths(manifest, path)
     return manifest._replace(shapes={name: x for name, x in manifest.shapes.items() if name != "action_tokens"})
-
-
-def _check_lengths(manifest: Manifest, path: Path) -> None:
-    """Raises DocumentError where the lengths of episodes would give them frames of one another."""
-    first = 0
-    for shard in manifest.shards:
-        last = first + shard.episodes.num_records
-        got, expected = sum(row.length + 1 for row in manifest.episodes[first:last]), shard.frames.num_records
-        if got != expected:
-            what = f"expected {expected}, as many frames as {shard.frames.name} has"
-            raise DocumentError(f"{path}: episodes[{first}:{last}].length: got {got} states in all, {what}")
-        first = last
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:

@@ -237,9 +237,7 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     with pytest.raises(DocumentError, match=r"manifest\.json: got a file that is not JSON"):
         Dataset(directory)
     for old, new, message in (
-        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected a whole number >= 1"),
-        ('"length": ', '"length": 0, "was": ', r"episodes\[0\]\.length: got 0, expected a whole number >= 1"),
-        ('"length": ', '"length": 1', r"episodes\[0:1\]\.length: got 1\d states in all, expected \d, as many"),
+        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected a whole number >= 0"),
         (
             '"noise_scale": ',
             '"noise_scale": NaN, "was": ',
@@ -261,13 +259,3 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     manifest.unlink()
     with pytest.raises(DatasetError, match="has shards but no"):
         DatasetWriter(directory, env_id="PushCube-v1")
-
-
-def test_lengths_that_would_give_episodes_each_others_frames_are_refused(write):
-    directory = write(2)
-    manifest = directory / "manifest.json"
-    text = manifest.read_text()
-    one, two = '"length": 1', '"length": 2'
-    manifest.write_text(text.replace(one, "?").replace(two, one).replace("?", two))
-    with pytest.raises(DatasetError, match=r"manifest\.json: episode 0: length: got 2, expected 1, that of its record"):
-        Dataset(directory).episode(0)
