@@ -210,7 +210,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of whatever kind the libraries below make it
-        if not (isinstance(error, OSError) or "OS error" in str(error)):
+        if not (isinstance(error, OSError) or "os_error_code" in str(error)):  # TensorStore's are ValueErrors
             raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be written: {reason}") from error

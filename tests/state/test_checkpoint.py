@@ -225,7 +225,7 @@ def test_any_other_path_keeps_a_checkpoint(tmp_path, name):
 
 def test_a_disk_that_is_full_is_one_line_and_the_checkpoints_before_stay(state, saved, tmp_path):
     copy = shutil.copytree(saved, tmp_path / "copy")
-    large = state.replace(trainable={"kernel": jnp.ones((1000, 1000))}, opt_state={})
+    large = state.replace(trainable={"kernel": jax.random.normal(jax.random.key(0), (300, 300))}, opt_state={})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a file that grows beyond it cannot be written
     try:
