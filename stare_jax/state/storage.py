@@ -45,7 +45,11 @@ _NOISE = (
     *("Metadata file does not exist", "Failed to resolve handler for checkpointable"),
     "Failed to get metadata for checkpointable",  # an error here
 )
-logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+_SAID_ONCE = ("_SignalingThread.run() raised", "Handler Commit operations", "Save Finalize thread")
+"""parts of what Orbax logs, with tracebacks, of an error that it raises as well"""
+logging.getLogger("absl").addFilter(
+    lambda record: not (str(record.msg).startswith(_NOISE) or any(part in str(record.msg) for part in _SAID_ONCE))
+)
 
 
 def check_place(directory: Path) -> None:
@@ -105,7 +109,8 @@ class BackgroundWriter:
             self._wait()
         finally:
             self._thread.shutdown()
-            self._checkpointer.close()
+            with _writing(self._directory):
+                self._checkpointer.close()
 
     def _wait(self) -> None:
         if self._finishing is not None:

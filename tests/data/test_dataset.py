@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 
 import jax
 import numpy as np
@@ -259,3 +260,15 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     manifest.unlink()
     with pytest.raises(DatasetError, match="has shards but no"):
         DatasetWriter(directory, env_id="PushCube-v1")
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_episodes_before_stay(write, make_trajectory):
+    directory, limits = write(2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(DatasetError, match="^[^\n]*cannot be written[^\n]*$"):
+            with DatasetWriter(directory, env_id="PushCube-v1") as writer:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # no file grows beyond it
+                writer.append(make_trajectory(3, length=4), **META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Dataset(directory).num_episodes == 2 and not [*directory.glob("*.partial")]
