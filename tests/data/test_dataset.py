@@ -264,11 +264,12 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
 
 def test_a_disk_that_is_full_is_one_line_and_the_episodes_before_stay(write, make_trajectory):
     directory, limits = write(2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_said = pytest.raises(DatasetError, match="^[^\n]*cannot be written[^\n]*$")
     try:
-        with pytest.raises(DatasetError, match="^[^\n]*cannot be written[^\n]*$"):
-            with DatasetWriter(directory, env_id="PushCube-v1") as writer:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # no file grows beyond it
-                writer.append(make_trajectory(3, length=4), **META)
+        with is_said, DatasetWriter(directory, env_id="PushCube-v1") as writer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # no file grows beyond it
+            writer.append(make_trajectory(3, length=4), **META)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    DatasetWriter(directory, env_id="PushCube-v1").close()
     assert Dataset(directory).num_episodes == 2 and not [*directory.glob("*.partial")]
