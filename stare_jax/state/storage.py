@@ -43,13 +43,14 @@ _WILD = "*?[\\"
 _NOISE = (
     # said of every leaf where a tree was copied without the file that was beside it
     *("Metadata file does not exist", "Failed to resolve handler for checkpointable"),
-    "Failed to get metadata for checkpointable",  # an error here
+    *("Failed to get metadata for checkpointable", "TensorStore data files not found"),  # errors here
 )
 _SAID_ONCE = ("_SignalingThread.run() raised", "Handler Commit operations", "Save Finalize thread")
 """parts of what Orbax logs, with tracebacks, of an error that it raises as well"""
-logging.getLogger("absl").addFilter(
-    lambda record: not (str(record.msg).startswith(_NOISE) or any(part in str(record.msg) for part in _SAID_ONCE))
-)
+for _logger in (logging.getLogger("absl"), logging.getLogger()):
+    _logger.addFilter(
+        lambda record: not (str(record.msg).startswith(_NOISE) or any(part in str(record.msg) for part in _SAID_ONCE))
+    )
 
 
 def check_place(directory: Path) -> None:

@@ -236,6 +236,7 @@ def test_all_that_does_not_fit_is_listed_at_once(refuse, tmp_path, model, tree):
     assert "object" in refuse(f"--from={tmp_path / 'objects.npz'}", model)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tasks that Orbax leaves behind
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "d"])
 def test_a_tree_that_was_not_fetched_to_its_end_is_one_line(original, refuse, tmp_path, name):
     copy = shutil.copytree(original, tmp_path / "theirs")
