@@ -233,7 +233,6 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoints_before_stay(state, 
             checkpoints.save(9, large, norm_stats=toy.norm_stats(), model={}, counters={})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    Checkpoints(copy).close()
     assert checkpoint.complete_steps(copy) == [2, 3]
     checkpoint.restore(copy, state)
 
