@@ -126,10 +126,12 @@ def home_path(text: str) -> Path:
     Shells leave a `~` after `=` as it is, so every path of a command line or a configuration comes through here.
 
     Raises:
-        ConfigError: it is empty, or there is no such directory.
+        ConfigError: it is empty, or has a line's end in it, or there is no such directory.
     """
     if not text:
         raise ConfigError("got an empty path, expected the name of a file or a folder")
+    if any(character < " " for character in text):
+        raise ConfigError(f"got {text!r}, expected a path without control characters or line ends")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

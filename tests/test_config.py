@@ -217,6 +217,8 @@ def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkey
         from_dict(Paths, {"folder": "~nobody_at_all/x"})
     with pytest.raises(ConfigError, match="got an empty path"):
         home_path("")
+    with pytest.raises(ConfigError, match=r"got 'data\\r', expected a path without control characters or line ends"):
+        home_path("data\r")  # of a script that Windows has saved
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from stare_jax.config import UserError
+from stare_jax.config import ConfigError, UserError
 from stare_jax.logging import (
     METRICS_FILE,
     Clock,
@@ -172,6 +172,17 @@ def test_wandb_gets_a_step_of_every_phase(tmp_path, monkeypatch):
     with make_writer(tmp_path, tensorboard=False, wandb="stare"):  # going on is the same run
         pass
     assert logged[3]["id"] == run_id
+
+
+def test_a_project_that_wandb_does_not_open_is_one_line(tmp_path, monkeypatch):
+    def init(**arguments):
+        raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    message = r"config.logging.wandb: got 'stare', expected .*: api_key not configured \(no-tty\). call .* \(wandb log"
+    with pytest.raises(ConfigError, match=message) as error:
+        make_writer(tmp_path, tensorboard=False, wandb="stare")
+    assert "\n" not in str(error.value)
 
 
 def test_tensorboard_gives_up_the_history_after_the_checkpoint_that_a_phase_goes_on_from(tmp_path):

@@ -1,11 +1,12 @@
 """Writes a data set shard by shard, so that an interruption costs the open shard and nothing else."""
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,9 +135,10 @@ class DatasetWriter:
         ]
         record = records.pack(records.episode_record(trajectory, row._asdict(), length=length))
         frames_writer, episodes_writer = self._open = self._open or self._open_shard()
-        for frame in frames:
-            frames_writer.write(frame)
-        episodes_writer.write(record)
+        with _writing(self._directory):
+            for frame in frames:
+                frames_writer.write(frame)
+            episodes_writer.write(record)
         self._pending.append(row)
         if len(self._pending) == self._episodes_per_shard:
             self.flush()
@@ -151,8 +153,9 @@ class DatasetWriter:
         if progress is not None:
             manifest = manifest._replace(progress=dict(progress))
         if self._open is not None:
-            for writer in self._open:
-                writer.close()
+            with _writing(self._directory):
+                for writer in self._open:
+                    writer.close()
             shard = Shard(*(self._finish_file(path) for path in self._shard_paths()))
             sync_directory(self._directory)
             manifest = manifest._replace(
@@ -178,7 +181,8 @@ class DatasetWriter:
             self.close()
             return
         for writer in self._open or ():
-            writer.close()
+            with contextlib.suppress(RuntimeError):  # of a disk that is full, which has been said
+                writer.close()
         _remove_leftovers(self._directory, self._manifest, say=False)
         self._unlock()
 
@@ -317,6 +321,16 @@ def _lock(directory: Path) -> int:
     except OSError:
         _log.warning("%s is on a file system without locks: do not write to it from two processes", directory)
     return descriptor
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Turns errors of ArrayRecord, such as those of a full disk, into a DatasetError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{directory}: cannot be written: {reason}; what was in it before is whole") from error
 
 
 def _partial(path: Path) -> Path:

@@ -29,6 +29,7 @@ MAX_FLOAT = 3.4028234663852886e38
 MAX_INT = 2**63 - 1
 NOTHING = object()
 """stands for a field that is not there"""
+_POINTER = b"version https://git-lfs."
 _NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -51,12 +52,31 @@ Size = Annotated[int, Interval(1, 10**7)]
 Numbers = tuple[float, ...]
 
 
+def refuse_pointer(file: Path) -> None:
+    """Raises DocumentError for a file that Git LFS has left in place of a large one, which it did not fetch."""
+    try:
+        with Path(file).open("rb") as stream:
+            is_pointer = stream.read(len(_POINTER)) == _POINTER
+    except OSError:  # said where the file is read
+        return
+    if is_pointer:
+        raise DocumentError(f"{file}: got a pointer of Git LFS, expected the file that it stands for: git lfs pull")
+
+
+def refuse_dangling(folder: Path) -> None:
+    """Raises DocumentError for links to files that are not there, which would pass for files that a folder has not."""
+    links = [path for path in Path(folder).glob("[!.]*") if path.is_symlink()]  # hidden ones are locks of editors
+    if lost := sorted(path.name for path in links if not path.exists()):
+        raise DocumentError(f"{folder}: got links to files that are not there, {', '.join(lost)}, expected the files")
+
+
 def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     """Reads the fields of a JSON file, whose values are not checked; {} where it is optional and not there.
 
     Raises:
         DocumentError: it is not there, cannot be read, is not JSON or no object, or names a field twice.
     """
+    refuse_pointer(file)
     try:
         text = Path(file).read_text("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.config import Natural, check_fields
+from stare_jax.config import ConfigError, Natural, check_fields
 from stare_jax.documents import DocumentError, check_record, parse_json
 from stare_jax.logging.files import replace_text
 
@@ -161,7 +161,7 @@ def _open_to_append(path: Path):
                 file.write(b"\n")
             else:
                 file.truncate(len(whole) + 1 if whole else 0)
-    return path.open("a")
+    return path.open("a", encoding="utf-8")
 
 
 def _is_json(line: bytes) -> bool:
@@ -215,14 +215,21 @@ class _Wandb:
         file = directory / "wandb_id"
         if not file.exists():
             replace_text(file, uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=directory.resolve().name,
-            id=file.read_text(),
-            resume="allow",
-            dir=str(directory),
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=directory.resolve().name,
+                id=file.read_text("utf-8"),
+                resume="allow",
+                dir=str(directory),
+                config=dict(config),
+            )
+        except Exception as error:  # no login, no network, no rights: of whatever kind W&B makes it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"config.logging.wandb: got {project!r}, expected a project that W&B opens here: {reason} "
+                "(wandb login; WANDB_MODE=offline needs none)"
+            ) from error
 
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
         self._run.log({f"{phase}/step": step} | {f"{phase}/{name}": value for name, value in metrics.items()})

@@ -83,7 +83,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         return network.apply({"params": params}, normalize_state(jnp.asarray(observation.state), norm_stats))
 
     def init(key):
-        return network.init(key, jnp.zeros((1, config.state_dim)))["params"]
+        return network.init(key, jnp.zeros((1, config.state_dim), jnp.float32))["params"]
 
     def sample(params, observation, key, *, temperature=1.0):
         logits, value = apply(params, observation)

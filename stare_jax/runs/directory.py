@@ -101,7 +101,7 @@ def locked(directory: Path) -> Iterator[None]:
         ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("a") as file:
+    with (directory / _LOCK).open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

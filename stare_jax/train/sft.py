@@ -90,8 +90,8 @@ def make_sft_step(
     def step(state, batch):
         size = batch.action.shape[0]
         keys = jax.random.split(jax.random.fold_in(phase_key(config.seed, PHASE), state.step), size)
-        inputs = (batch, jax.random.key_data(keys))
-        grads, metrics = update.loss_gradients(loss_fn, state, inputs, jnp.ones(size), config.microbatch_size)
+        inputs, weight = (batch, jax.random.key_data(keys)), jnp.ones(size, jnp.float32)
+        grads, metrics = update.loss_gradients(loss_fn, state, inputs, weight, config.microbatch_size)
         state = update.apply_gradients(state, grads, tx, average_decay=config.ema_decay)
         return state, metrics
 

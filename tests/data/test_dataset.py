@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 
 import jax
 import numpy as np
@@ -294,3 +295,16 @@ def test_a_manifest_that_is_not_of_its_shards_is_refused_and_nothing_is_moved(wr
     with pytest.raises(DatasetError, match=message):
         DatasetWriter(directory, env_id="PushCube-v1")
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == files
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_episodes_before_stay(write, make_trajectory):
+    directory, limits = write(2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_said = pytest.raises(DatasetError, match="^[^\n]*cannot be written[^\n]*$")
+    try:
+        with is_said, DatasetWriter(directory, env_id="PushCube-v1") as writer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # no file grows beyond it
+            writer.append(make_trajectory(3, length=4), **META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    DatasetWriter(directory, env_id="PushCube-v1").close()
+    assert Dataset(directory).num_episodes == 2 and not [*directory.glob("*.partial")]

@@ -8,6 +8,8 @@ from stare_jax.config import ConfigError, Interval, Positive
 from stare_jax.documents import DocumentError, check_record, read_json, read_record
 from stare_jax.documents.reader import Length, Size, one_value
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -17,6 +19,7 @@ from stare_jax.documents.reader import Length, Size, one_value
         ("[1]", "got a list, expected an object of named fields"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', r"got a file that is not JSON \('c' twice\), expected one that is"),
         ("[" * 100_000, r"got a file that is not JSON \(.*recursion.*\), expected one that is"),
+        (POINTER, "got a pointer of Git LFS, expected the file that it stands for: git lfs pull"),
         (b"\xff\xfe{}", r"got a file that cannot be read \(.*\), expected a JSON file"),
     ],
 )

@@ -113,3 +113,11 @@ def test_one_of_several_assets_is_named(tmp_path):
         read_asset([tmp_path])
     name, stats = read_asset([tmp_path], "droid")
     assert (name, len(stats.action_q01)) == ("droid", 4)
+
+
+def test_assets_behind_a_link_are_found(tmp_path):
+    pi05_files.write_stats(tmp_path / "shared", "droid", dim=4)
+    (tmp_path / "weights" / "assets").mkdir(parents=True)
+    (tmp_path / "weights" / "assets" / "mine").symlink_to(tmp_path / "shared" / "assets" / "droid")
+    name, stats = read_asset([tmp_path / "weights"])
+    assert (name, len(stats.action_q01)) == ("mine", 4)

@@ -162,8 +162,8 @@ def _adapters(
         return None
     if config is None:
         raise ValueError(f"lora: got None, expected the LoRAConfig of the adapters at {path}")
-    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank_of(path)), a_shape)
-    b = module.param(f"{prefix}lora_b", nn.initializers.zeros, b_shape)
+    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank_of(path)), a_shape, jnp.float32)
+    b = module.param(f"{prefix}lora_b", nn.initializers.zeros, b_shape, jnp.float32)
     return Adapters(a, b, config.scale_of(path))
 
 
