@@ -3,6 +3,7 @@
     python launch/train.py --config=configs/franka_state.py                         STA-PPO on StackCube
     python launch/train.py --config=configs/franka_state.py:LiftPegUpright-v1,ppo   any task, any of `methods.METHODS`
     python launch/train.py --config=configs/franka_state.py:StackCube-v1,ipi,pi05   with pi0.5
+    python launch/train.py --config=configs/franka_state.py:all,ipi                 one policy for all four tasks
     python launch/study.py --study=configs/studies/franka_state.py                  the methods side by side
 
 One set of numbers for all tasks and methods. A policy of a tenth of a million parameters imitates some hundred
@@ -23,18 +24,29 @@ from stare_jax.envs import EnvConfig
 from stare_jax.models import openvla_state, pi05_state
 
 TASKS = ("StackCube-v1", "LiftPegUpright-v1", "PushCube-v1", "PullCube-v1")
+ALL = "all"
 
 
 def get_config(variant: str = ""):
-    """Returns the configuration; `variant` is a task, StackCube if none, a method, STA-PPO if none, and "pi05"."""
-    env_id, words = split_variant(variant, tasks=TASKS, words=("pi05", *METHODS))
+    """Returns the configuration; `variant` is a task or "all", a method, STA-PPO if none, and "pi05"."""
+    (task, *_), words = split_variant(variant, tasks=(*TASKS, ALL), words=("pi05", *METHODS))
     method = named_method(words, default="sta_ppo")
-    env = EnvConfig(env_id, num_workers=1, envs_per_worker=16, horizon=30, image_size=0, use_state="low_dim")
+    tasks = TASKS if task == ALL else (task,)
+    env = EnvConfig(
+        tasks=tasks,
+        num_workers=len(tasks),
+        envs_per_worker=16 // len(tasks),
+        horizon=30,
+        image_size=0,
+        use_state="low_dim",
+    )
     if "pi05" in words:
         model = pi05_state(env.state_dim)
+    elif task == ALL:
+        model = openvla_state(env.state_dim, label_width=4.0)
     else:  # Of one task: the instruction is the same in every row, and took half of the tokens.
         model = openvla_state(env.state_dim, label_width=4.0, prompt_template="", prompt_length=3)
-    name = "_".join(["franka_state", env_id, method, *(["pi05"] if "pi05" in words else [])])
+    name = "_".join(["franka_state", task, method, *(["pi05"] if "pi05" in words else [])])
     config = base_config(env, model, name=name)
     set_method(config, method)
     demos_with_recoveries(config)

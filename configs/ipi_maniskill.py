@@ -1,5 +1,7 @@
 """The paper's recipe on ManiSkill3's Franka tasks (B, C): OpenVLA-7B or pi0.5, 100 demonstrations, 50 pairs, PPO.
 
+One policy learns all four tasks, from as many demonstrations and pairs of each, unless one of them is named.
+
     python launch/train.py --config=configs/ipi_maniskill.py --config.init_from=/path/to/openvla-7b \\
         --config.model.tokenizer=/path/to/openvla-7b
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1 --plan
@@ -20,10 +22,10 @@ TASKS = ("PushCube-v1", "PullCube-v1", "StackCube-v1", "LiftPegUpright-v1")
 
 
 def get_config(variant: str = ""):
-    """Returns the configuration; `variant` is a task, PushCube if none, and `presets.WORDS`, comma-separated."""
-    env_id, words = split_variant(variant, tasks=TASKS, words=WORDS)
-    env = EnvConfig(env_id, num_workers=64, envs_per_worker=1, horizon=30, image_size=224)
-    name = "_".join(["ipi", env_id, *sorted(words)])
+    """Returns the configuration; `variant` is a task, all four if none, and `presets.WORDS`, comma-separated."""
+    tasks, words = split_variant(variant, tasks=TASKS, words=WORDS)
+    env = EnvConfig(tasks=tasks, num_workers=64, envs_per_worker=1, horizon=30, image_size=224)
+    name = "_".join(["ipi", *(tasks if len(tasks) == 1 else ["maniskill"]), *sorted(words)])
     config = base_config(env, make_model(words, camera="base_camera"), name=name)
     set_recipe(config, words)
     return config

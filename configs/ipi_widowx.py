@@ -1,5 +1,7 @@
 """The paper's recipe on the SimplerEnv WidowX tasks (B, C): OpenVLA-7B or pi0.5, 100 demonstrations, 50 pairs, PPO.
 
+One policy learns all four tasks, from as many demonstrations and pairs of each, unless one of them is named.
+
     python launch/train.py --config=configs/ipi_widowx.py --config.init_from=/path/to/openvla-7b \\
         --config.model.tokenizer=/path/to/openvla-7b
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1 --plan
@@ -24,13 +26,13 @@ TASKS = (
 
 
 def get_config(variant: str = ""):
-    """Returns the configuration; `variant` is a task, the carrot if none, and `presets.WORDS`, comma-separated."""
-    env_id, words = split_variant(variant, tasks=TASKS, words=WORDS)
+    """Returns the configuration; `variant` is a task, all four if none, and `presets.WORDS`, comma-separated."""
+    tasks, words = split_variant(variant, tasks=TASKS, words=WORDS)
     # The camera is 4:3. OpenVLA was trained on views squeezed into a square, pi0.5 on views between black bars.
     # OpenVLA's gripper is 1 open and 0 closed; pi0.5 takes the range of its demonstrations.
     height, threshold = (168, None) if "pi05" in words else (224, 0.5)
     env = EnvConfig(
-        env_id,
+        tasks=tasks,
         num_workers=64,
         envs_per_worker=1,
         horizon=60,
@@ -38,7 +40,7 @@ def get_config(variant: str = ""):
         image_width=224,
         gripper_threshold=threshold,
     )
-    name = "_".join(["ipi", env_id, *sorted(words)])
+    name = "_".join(["ipi", *(tasks if len(tasks) == 1 else ["widowx"]), *sorted(words)])
     config = base_config(env, make_model(words, camera="3rd_view_camera"), name=name)
     set_recipe(config, words)
     return config

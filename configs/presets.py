@@ -59,8 +59,8 @@ def base_config(env: EnvConfig, model: ModelConfig, *, name: str) -> ml_collecti
     return config
 
 
-def split_variant(variant: str, *, tasks: Sequence[str], words: Sequence[str]) -> tuple[str, set[str]]:
-    """Returns the task of a variant such as "StackCube-v1,pi05,full", the first one where none is named, and the rest.
+def split_variant(variant: str, *, tasks: Sequence[str], words: Sequence[str]) -> tuple[tuple[str, ...], set[str]]:
+    """Returns the task of a variant such as "StackCube-v1,pi05,full", all tasks where none is named, and the rest.
 
     Args:
         variant: the text behind the colon of `--config`.
@@ -76,7 +76,7 @@ def split_variant(variant: str, *, tasks: Sequence[str], words: Sequence[str]) -
         raise ValueError(f"variant: got {', '.join(sorted(unknown))}, expected some of {', '.join((*words, *tasks))}")
     if len(named) > 1:
         raise ValueError(f"variant: got {', '.join(named)}, expected one task")
-    return (named or list(tasks))[0], set(parts) - set(named)
+    return tuple(named or tasks), set(parts) - set(named)
 
 
 def _with_placeholders(config: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from stare_jax.models import openvla_state, pi05_state
 
 def get_config(variant: str = ""):
     """Returns the configuration; `variant` is one of `methods.METHODS`, STA-PPO if none, and "pi05" for pi0.5."""
-    env_id, words = split_variant(variant, tasks=("PushCube-v1",), words=("pi05", *METHODS))
+    (env_id,), words = split_variant(variant, tasks=("PushCube-v1",), words=("pi05", *METHODS))
     method, is_flow = named_method(words, default="sta_ppo"), "pi05" in words
     env = EnvConfig(env_id, horizon=30, image_size=0, use_state="low_dim")
     model = pi05_state(env.state_dim) if is_flow else openvla_state(env.state_dim, label_width=30.0)

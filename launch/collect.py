@@ -221,6 +221,8 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
 
     run = load_config(arguments.checkpoint.parent)
     step, name = identify_checkpoint(arguments.checkpoint, step=arguments.step)
+    if run.env.tasks:
+        raise ConfigError(f"{arguments.checkpoint}: got a policy of {run.env.env_id}, expected one of a single task")
     with user_input():
         env = env_config(arguments, run.env)
     seen = ("env_id", "image_shape", "use_state")

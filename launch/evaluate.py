@@ -28,7 +28,7 @@ import jax
 from configuration import load_configuration, split_fields
 
 from stare_jax.config import ConfigError, from_dict, make_name, user_input
-from stare_jax.data.demos import expert_act
+from stare_jax.data.demos import experts_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import ActOf, EvalConfig, episode_seeds, evaluate_act, policy_act_of
@@ -39,7 +39,7 @@ from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
 from stare_jax.report.tables import MISSING
 from stare_jax.runs.config import RunConfig
-from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.evaluation import evaluation_conditions, rewards_of_tasks
 from stare_jax.runs.fit import check_expert, check_policy
 from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
 
@@ -160,11 +160,12 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
 def load_subject(
     config: RunConfig, simulators: EnvConfig, temperature: float, arguments: argparse.Namespace
 ) -> Subject:
-    """Returns the expert, or the policy of a phase's checkpoint."""
+    """Returns the experts of the tasks, or the policy of a phase's checkpoint."""
     if arguments.phase == EXPERT:
         check_expert(simulators)
-        expert = make_expert(config.env.task_name)
-        return Subject(lambda part: expert_act(expert), depends_on_batch=False, name=EXPERT, chunk=1)
+        experts = [make_expert(name) for name in simulators.task_names]
+        expert_of = [experts[task] for task in simulators.task_index].__getitem__
+        return Subject(lambda part: experts_act(expert_of), depends_on_batch=False, name=EXPERT, chunk=1)
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
@@ -201,7 +202,7 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
         file = evaluation_file(directory, name)
         evaluation_config = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
-    spec = dataclasses.replace(simulators.spec, params=config.stages)
+    spec = config.specs
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
         subject = load_subject(config, simulators, evaluation_config.temperature, arguments)
@@ -220,9 +221,9 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
             clock=clock,
         )
         say(f"evaluate {name}: {evaluation.info.num_steps} steps | {clock.line()}")
-    rewards_fn = training_rewards(spec, config.ppo, chunk=subject.chunk)
+    rewards_of = rewards_of_tasks(spec, config.ppo, chunk=subject.chunk)
     num_videos = evaluation_config.num_videos
-    record_evaluation(directory, name, evaluation, films, spec, rewards_fn, num_videos=num_videos)
+    record_evaluation(directory, name, evaluation, films, spec, rewards_of, num_videos=num_videos)
 
 
 def compare_runs(directories: Sequence[Path]) -> None:

@@ -110,6 +110,8 @@ class PreferencePair(NamedTuple):
 
     chosen: Trajectory
     rejected: Trajectory
+    task: Array | None = None
+    """int32: the index of their task; None where there is one task."""
 
 
 class NormStats(NamedTuple):

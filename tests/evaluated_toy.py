@@ -73,6 +73,6 @@ def run_directory(tmp_path_factory, spec, evaluated):
             writer(step, {"ppo/loss": 0.1, "env/success": step / 3, "time/env_s": 7.0}, phase="ppo")
     rewards_fn = training_rewards(spec, PPOConfig(gamma=0.98))
     idle = evaluate_act(lambda part: pusher(0.0), PicturedToy(4), spec, EvalConfig(num_episodes=12, num_videos=2))
-    record_evaluation(directory, "sft", *idle, spec, rewards_fn, num_videos=2)
-    record_evaluation(directory, "ppo", *evaluated, spec, rewards_fn, num_videos=2)
+    record_evaluation(directory, "sft", *idle, spec, [rewards_fn], num_videos=2)
+    record_evaluation(directory, "ppo", *evaluated, spec, [rewards_fn], num_videos=2)
     return directory

@@ -41,7 +41,7 @@ class DemosConfig:
     """Number of demonstrations, and the way they are made."""
 
     num_demos: Count = 100
-    """Number of successful episodes to collect."""
+    """Number of successful episodes to collect, of each task where there are several."""
     noise_scales: Annotated[tuple[tuple[NonNegative, Positive], ...], MinLen(1)] = ((0.0, 1.0),)
     """Pairs of (standard deviation of the noise as a fraction of the action's range, share of the demonstrations with
     this noise); shares need not sum to 1."""
@@ -81,6 +81,11 @@ def demo_quotas(config: DemosConfig) -> dict[float, int]:
 
 def expert_act(expert: Expert) -> Act:
     """Returns an `Act` of an expert, with one memory an environment; its decisions are actions alone."""
+    return experts_act(lambda row: expert)
+
+
+def experts_act(expert_of: Callable[[int], Expert]) -> Act:
+    """Returns the same of several experts; `expert_of(row)` is the one that acts in an environment."""
     memories: list[Any] = []
 
     def act(observation, signals, instructions, is_first):
@@ -89,6 +94,7 @@ def expert_act(expert: Expert) -> Act:
         memories.extend([None] * (len(is_first) - len(memories)))
         actions = []
         for i, is_new in enumerate(is_first):
+            expert = expert_of(i)
             memory = expert.init() if is_new or memories[i] is None else memories[i]
             action, memories[i] = expert.act(Signals(*(leaf[i] for leaf in signals)), memory)
             actions.append(action)
@@ -100,7 +106,7 @@ def expert_act(expert: Expert) -> Act:
 def collect_demos(
     simulator: Callable[[], VecEnv],
     info: SimulatorInfo,
-    expert: Expert,
+    expert: Expert | list[Expert],
     config: DemosConfig,
     directory: str | os.PathLike,
     *,
@@ -116,7 +122,8 @@ def collect_demos(
     Args:
         simulator: starts the simulators; called only if a demonstration is missing.
         info: properties of these simulators.
-        expert: the task's expert; see `envs.tasks.make_expert`.
+        expert: the task's expert; see `envs.tasks.make_expert`. Of several tasks a list, in the order of the
+            simulators' tasks; they are collected one after the other.
         config: number and kind of the demonstrations.
         directory: folder of the data set.
         action_mask: bool `[A]`, the dimensions to normalise; all but the last, the gripper, if None.
@@ -129,12 +136,13 @@ def collect_demos(
         Interrupted: `should_stop` said so; calling again continues.
         DatasetError: the expert fails too often, or the folder holds something else or a damaged shard.
     """
-    kind = _kind(expert, config, info)
+    experts = expert if isinstance(expert, list) else [expert]
+    kind = _kind(experts[0], config, info)
     if (Path(directory) / MANIFEST_FILE).exists():
         manifest = read_manifest(directory)
         require_same_kind(directory, manifest, kind)
         dataset = Dataset(directory, skip_broken=skip_broken)  # Damage is found before hours of collecting, not after.
-        if not _missing(config, manifest):
+        if not _missing(config, manifest, len(experts)):
             renew_statistics(dataset, action_mask=action_mask)
             return dataset
     with DatasetWriter(
@@ -145,7 +153,7 @@ def collect_demos(
         filters=kind.filters,
         episodes_per_shard=None,
     ) as writer:
-        _fill(writer, simulator(), expert, config, should_stop=should_stop, clock=clock or Clock())
+        _fill(writer, simulator(), experts, config, should_stop=should_stop, clock=clock or Clock())
     dataset = Dataset(directory, skip_broken=skip_broken)
     renew_statistics(dataset, action_mask=action_mask)
     return dataset
@@ -154,27 +162,28 @@ def collect_demos(
 def _fill(
     writer: DatasetWriter,
     env: VecEnv,
-    expert: Expert,
+    experts: Sequence[Expert],
     config: DemosConfig,
     *,
     should_stop: Callable[[], bool] | None,
     clock: Clock,
 ) -> None:
     """Collects and stores round after round, until no demonstration is missing."""
-    num_done = len(writer.manifest.episodes)
-    with progress(config.num_demos, "demonstrations", "episode", initial=num_done) as bar:
-        while (wanted := _next_round(config, writer.manifest)) is not None:
-            scale, seeds = wanted
+    num_done, num_demos = len(writer.manifest.episodes), config.num_demos * len(experts)
+    with progress(num_demos, "demonstrations", "episode", initial=num_done) as bar:
+        while (wanted := _next_round(config, writer.manifest, len(experts))) is not None:
+            task, scale, seeds = wanted
             # Statistics are those of a complete data set, or absent.
             clear_statistics(writer.directory, writer.manifest.env_id)
 
-            def run(chosen, tell, scale=scale, seeds=seeds):
-                chosen_seeds, scales = [seeds[e] for e in chosen], [scale] * len(chosen)
+            def run(chosen, tell, task=task, scale=scale, seeds=seeds):
+                chosen_seeds, scales, expert = [seeds[e] for e in chosen], [scale] * len(chosen), experts[task]
                 return collect_episodes(
                     env,
                     expert_act(expert),
                     chosen_seeds,
                     stop_at_success=True,
+                    tasks=[task] * len(chosen) if len(experts) > 1 else None,
                     linger=config.linger,
                     reproducible=config.reproducible,
                     perturb=execution_noise(chosen_seeds, scales, expert.action_scale) if scale else None,
@@ -191,7 +200,7 @@ def _fill(
             )
             if not rollout.is_complete:
                 num_done = len(writer.manifest.episodes)
-                raise Interrupted(f"demonstrations: {num_done} of {config.num_demos} are safe in {writer.directory}")
+                raise Interrupted(f"demonstrations: {num_done} of {num_demos} are safe in {writer.directory}")
             with clock("data"):
                 _append_successes(writer, rollout, scale, seeds, first=first_seed(DEMO_SEEDS, config.seed))
 
@@ -211,26 +220,29 @@ def _kind(expert: Expert, config: DemosConfig, info: SimulatorInfo) -> Kind:
     return Kind(info.env_id, info.control_mode, settings, filters)
 
 
-def _missing(config: DemosConfig, manifest: Manifest) -> dict[float, int]:
-    """Returns noise scale -> number of demonstrations still missing, for the scales that miss some."""
-    num_done = Counter(episode.noise_scale for episode in manifest.episodes)
-    missing = {scale: quota - num_done[scale] for scale, quota in demo_quotas(config).items()}
-    return {scale: number for scale, number in missing.items() if number > 0}
+def _missing(config: DemosConfig, manifest: Manifest, num_tasks: int) -> dict[tuple[int, float], int]:
+    """Returns (task, noise scale) -> number of demonstrations still missing, for those that miss some."""
+    num_done = Counter((episode.task, episode.noise_scale) for episode in manifest.episodes)
+    quotas = {(task, scale): quota for task in range(num_tasks) for scale, quota in demo_quotas(config).items()}
+    missing = {kind: quota - num_done[kind] for kind, quota in quotas.items()}
+    return {kind: number for kind, number in missing.items() if number > 0}
 
 
-def _next_round(config: DemosConfig, manifest: Manifest) -> tuple[float, list[int]] | None:
-    """Returns the noise scale and seeds of the next episodes to try; None if there are enough."""
-    missing = _missing(config, manifest)
+def _next_round(config: DemosConfig, manifest: Manifest, num_tasks: int) -> tuple[int, float, list[int]] | None:
+    """Returns the task, the noise scale and the seeds of the next episodes to try; None if there are enough."""
+    missing = _missing(config, manifest, num_tasks)
     if not missing:
         return None
     num_attempts = manifest.progress.get("num_attempts", 0)
-    if num_attempts >= config.max_attempts * config.num_demos:
+    if num_attempts >= config.max_attempts * config.num_demos * num_tasks:
+        left = missing if num_tasks > 1 else {scale: number for (_, scale), number in missing.items()}
+        by = "task and noise scale" if num_tasks > 1 else "noise scale"
         raise DatasetError(
             f"the expert succeeded in only {len(manifest.episodes)} of {num_attempts} episodes of {manifest.env_id}, "
-            f"and {config.num_demos} were asked for (missing by noise scale: {missing})"
+            f"and {config.num_demos * num_tasks} were asked for (missing by {by}: {left})"
         )
-    scale, num_missing = next(iter(missing.items()))
-    return scale, list(take_seeds(DEMO_SEEDS, config.seed, num_attempts, min(num_missing, config.write_every)))
+    (task, scale), num_missing = next(iter(missing.items()))
+    return task, scale, list(take_seeds(DEMO_SEEDS, config.seed, num_attempts, min(num_missing, config.write_every)))
 
 
 def _append_successes(
@@ -246,6 +258,7 @@ def _append_successes(
                 source=EXPERT_SOURCE,
                 noise_scale=scale,
                 attempt=seed - first,
+                task=rollout.task[e],
             )
     before: dict[str, Any] = writer.manifest.progress
     added = {"num_attempts": len(seeds), "num_steps": rollout.num_steps, "num_dropped": rollout.num_dropped}

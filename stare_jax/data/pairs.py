@@ -1,7 +1,7 @@
 """Preference pairs from rollouts of a policy: success beats failure, a further stage beats one less far.
 
-Both trajectories of a pair have the same instruction and, as long as there are such pairs, the same initial state,
-given by the seed of the simulator. Equal outcomes make no pair.
+Both trajectories of a pair have the same task, the same instruction and, as long as there are such pairs, the same
+initial state, given by the seed of the simulator. Equal outcomes make no pair.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
 from stare_jax.documents import read_record
 from stare_jax.logging import replace_text
-from stare_jax.stages import TaskSpec, separate
+from stare_jax.stages import TaskSpecs, by_task, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
 
 PAIRS_FILE = "pairs.json"
@@ -40,11 +40,12 @@ class PairsConfig:
     """Number of preference pairs, and the rollouts that they are made of."""
 
     num_pairs: Count = 50
-    """Number of pairs wanted; fewer are reported, none is an error."""
+    """Number of pairs wanted, of each task where there are several; fewer are reported, none is an error."""
     rollouts_per_seed: Annotated[int, Interval(ge=2)] = 4
     """Number of episodes from each initial state, two or more, to make a pair of."""
     max_rollouts: Count = 400
-    """Largest number of episodes; rollouts end earlier once there are enough pairs that start alike."""
+    """Largest number of episodes, of each task where there are several; rollouts end earlier once there are enough
+    pairs that start alike."""
     temperature: Positive = 1.0
     """Temperature of the acting policy, above 0, as greedy rollouts are alike; a higher one makes them differ more."""
     max_reuse: Count = 2
@@ -73,6 +74,8 @@ class Outcome(NamedTuple):
     success: bool
     num_completed: int
     """Number of stages completed, 0 .. K."""
+    task: int = 0
+    """Index of the task."""
 
 
 class Pair(NamedTuple):
@@ -124,6 +127,17 @@ def make_pairs(
     return list(pairs.values())
 
 
+def make_task_pairs(outcomes: Sequence[Outcome], config: PairsConfig, *, kinds: Sequence[str] = KINDS) -> list[Pair]:
+    """Pairs the episodes of each task, up to `config.num_pairs` a task, one task after the other."""
+    pairs = []
+    for task in sorted({outcome.task for outcome in outcomes}):
+        rows = [i for i, outcome in enumerate(outcomes) if outcome.task == task]
+        of_task = [outcomes[i] for i in rows]
+        made = make_pairs(of_task, num_pairs=config.num_pairs, max_reuse=config.max_reuse, kinds=kinds)
+        pairs += [Pair(rows[pair.chosen], rows[pair.rejected], pair.kind) for pair in made]
+    return pairs
+
+
 def _kind(better: Outcome, worse: Outcome) -> str | None:
     """Returns the kind of pair that two outcomes of one instruction make, None if they make none
     in this order."""
@@ -136,34 +150,40 @@ def _kind(better: Outcome, worse: Outcome) -> str | None:
 
 
 def measure_outcomes(
-    spec: TaskSpec, signals: Signals, valid: np.ndarray, instructions: Sequence[str], seeds: Sequence[int]
+    spec: TaskSpecs,
+    signals: Signals,
+    valid: np.ndarray,
+    instructions: Sequence[str],
+    seeds: Sequence[int],
+    tasks: Sequence[int] | None = None,
 ) -> list[Outcome]:
     """Returns the outcomes of episodes.
 
     Args:
-        spec: the task.
+        spec: the task, or all.
         signals: leaves `[E, T, ...]`.
         valid: bool `[E, T]`.
         instructions: `[E]`.
         seeds: `[E]`.
+        tasks: `[E]`, indices of the tasks; None where there is one.
     """
-    num_completed = np.asarray(_count_completed(spec)(signals, valid))
+    task = np.zeros(len(valid), np.int32) if tasks is None else np.asarray(tasks, np.int32)
+    num_completed = np.asarray(_count_completed(spec)(task, signals, valid))
     success = (np.asarray(signals.success) & valid).any(axis=1)
-    rows = zip(instructions, seeds, success.tolist(), num_completed.tolist(), strict=True)
+    rows = zip(instructions, seeds, success.tolist(), num_completed.tolist(), task.tolist(), strict=True)
     return [Outcome(*row) for row in rows]
 
 
 @functools.lru_cache(maxsize=16)
-def _count_completed(spec: TaskSpec) -> Callable:
-    return jax.jit(jax.vmap(lambda signals, valid: separate(spec, signals, valid).completed.sum()))
+def _count_completed(spec: TaskSpecs) -> Callable:
+    return jax.jit(jax.vmap(by_task(spec, lambda one, *episode: separate(one, *episode).completed.sum())))
 
 
-def dataset_outcomes(dataset: Dataset, spec: TaskSpec) -> list[Outcome]:
+def dataset_outcomes(dataset: Dataset, spec: TaskSpecs) -> list[Outcome]:
     """Returns the outcomes of all episodes of a data set."""
     signals, valid = dataset.signals()
-    return measure_outcomes(
-        spec, signals, valid, [row.instruction for row in dataset.episodes], [row.seed for row in dataset.episodes]
-    )
+    instructions, seeds, tasks = zip(*((row.instruction, row.seed, row.task) for row in dataset.episodes), strict=True)
+    return measure_outcomes(spec, signals, valid, instructions, seeds, tasks)
 
 
 def write_pairs(directory: str | os.PathLike, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> None:
@@ -239,4 +259,5 @@ def load_pairs(
     def stack(indices: Sequence[int]) -> Trajectory:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *map(load, indices))
 
-    return PreferencePair(stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs]))
+    task = np.array([dataset.episodes[pair.chosen].task for pair in pairs], np.int32)
+    return PreferencePair(stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs]), task)

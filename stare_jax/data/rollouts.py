@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from stare_jax.data.pairs import (
     Pair,
     PairsConfig,
     dataset_outcomes,
-    make_pairs,
+    make_task_pairs,
     measure_outcomes,
     write_pairs,
 )
@@ -32,7 +33,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.rounds import collect_round
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpecs, as_specs, take_turns
 from stare_jax.types import PyTree
 
 
@@ -110,7 +111,7 @@ def collect_pairs(
     simulator: Callable[[], VecEnv],
     info: SimulatorInfo,
     actor: Actor,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     config: PairsConfig,
     directory: str | os.PathLike,
     *,
@@ -120,14 +121,14 @@ def collect_pairs(
     """Collects rollouts into a data set until they make enough pairs, and writes the pairs beside them.
 
     Rollouts end when there are enough pairs that start alike, or at `config.max_rollouts`; the others are pairs of
-    different starts. Interrupted rollouts continue where they stopped. A data set that is complete is returned as it
-    is, without a simulator.
+    different starts. Several tasks take turns, one initial state each, until all have enough. Interrupted rollouts
+    continue where they stopped. A data set that is complete is returned as it is, without a simulator.
 
     Args:
         simulator: starts the simulators; called only if rollouts are missing.
         info: properties of these simulators.
         actor: the actor; see `policy_actor` and `expert_actor`.
-        spec: the task, whose stages decide between failures.
+        spec: the task, whose stages decide between failures; of several tasks all, in the order of the simulators'.
         config: number and kind of the pairs.
         directory: folder of the data set of rollouts.
         should_stop: polled; when it answers True, the round in progress is dropped.
@@ -144,7 +145,7 @@ def collect_pairs(
         require_same_kind(directory, manifest, kind)
         dataset = Dataset(directory)
         outcomes = dataset_outcomes(dataset, spec) if dataset.num_episodes else []
-        if outcomes and not _next_rollouts(config, outcomes, manifest.progress):
+        if outcomes and not _next_rollouts(config, spec, outcomes, manifest.progress):
             return dataset, _write_pairs(directory, outcomes, config)
     with DatasetWriter(
         directory,
@@ -162,7 +163,7 @@ def _fill(
     outcomes: list[Outcome],
     env: VecEnv,
     actor: Actor,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     config: PairsConfig,
     *,
     should_stop: Callable[[], bool] | None,
@@ -170,9 +171,14 @@ def _fill(
 ) -> None:
     """Collects and stores round after round until there are enough pairs; adds their outcomes to `outcomes`."""
     num_done = writer.manifest.progress.get("num_attempts", 0)
-    with progress(config.max_rollouts, "rollouts for pairs", "rollout", initial=num_done) as bar:
-        while rollouts := _next_rollouts(config, outcomes, writer.manifest.progress):
-            bar.update(0, pairs=f"{_num_same_start(outcomes, config)}/{config.num_pairs}")
+    num_tasks = len(as_specs(spec))
+
+    def num_made() -> str:
+        return f"{sum(_num_same_start(outcomes, config).values())}/{config.num_pairs * num_tasks}"
+
+    with progress(config.max_rollouts * num_tasks, "rollouts for pairs", "rollout", initial=num_done) as bar:
+        while rollouts := _next_rollouts(config, spec, outcomes, writer.manifest.progress):
+            bar.update(0, pairs=num_made())
 
             def run(chosen, tell, rollouts=rollouts):
                 numbers = [rollouts[e] for e in chosen]
@@ -181,6 +187,7 @@ def _fill(
                     actor.act(numbers),
                     _simulator_seeds(config, numbers),
                     stop_at_success=config.stop_at_success,
+                    tasks=take_turns(spec, [number // config.rollouts_per_seed for number in numbers]),
                     reproducible=config.reproducible,
                     on_episode=tell,
                     should_stop=should_stop,
@@ -194,7 +201,7 @@ def _fill(
                 raise Interrupted(f"preference pairs: {len(outcomes)} rollouts are safe in {writer.directory}")
             with clock("data"):
                 outcomes += _append(writer, rollout, actor, spec, _simulator_seeds(config, rollouts), rollouts)
-        bar.update(0, pairs=f"{_num_same_start(outcomes, config)}/{config.num_pairs}")
+        bar.update(0, pairs=num_made())
 
 
 def _simulator_seeds(config: PairsConfig, rollouts: Sequence[int]) -> list[int]:
@@ -215,25 +222,26 @@ def _kind(actor: Actor, config: PairsConfig, info: SimulatorInfo) -> Kind:
     return Kind(info.env_id, info.control_mode, settings, {})
 
 
-def _next_rollouts(config: PairsConfig, outcomes: Sequence[Outcome], done: Mapping[str, Any]) -> range:
+def _next_rollouts(config: PairsConfig, spec: TaskSpecs, outcomes: Sequence[Outcome], done: Mapping[str, Any]) -> range:
     """Returns the rollouts of the next round; none if there are enough pairs, or no more rollouts are allowed."""
-    if _num_same_start(outcomes, config) >= config.num_pairs:
+    num_tasks, num_pairs = len(as_specs(spec)), _num_same_start(outcomes, config)
+    if all(num_pairs[task] >= config.num_pairs for task in range(num_tasks)):
         return range(0)
-    start = done.get("num_attempts", 0)
-    return range(start, min(start + config.write_every * config.rollouts_per_seed, config.max_rollouts))
+    start, size = done.get("num_attempts", 0), config.write_every * config.rollouts_per_seed * num_tasks
+    return range(start, min(start + size, config.max_rollouts * num_tasks))
 
 
 def _append(
     writer: DatasetWriter,
     rollout: Rollout,
     actor: Actor,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     seeds: Sequence[int],
     numbers: Sequence[int],
 ) -> list[Outcome]:
     """Stores the episodes that were not lost with a simulator, and returns their outcomes."""
     trajectory, instructions = rollout.trajectory, rollout.instructions
-    outcomes = measure_outcomes(spec, trajectory.signals, trajectory.valid, instructions, seeds)
+    outcomes = measure_outcomes(spec, trajectory.signals, trajectory.valid, instructions, seeds, rollout.task)
     kept = np.flatnonzero(trajectory.valid[:, 0])
     for e in kept:
         writer.append(
@@ -243,6 +251,7 @@ def _append(
             source=actor.source,
             noise_scale=actor.noise_scale(numbers[e]),
             attempt=numbers[e],
+            task=rollout.task[e],
         )
     added = {"num_attempts": len(seeds), "num_steps": rollout.num_steps, "num_dropped": rollout.num_dropped}
     before = writer.manifest.progress
@@ -250,12 +259,13 @@ def _append(
     return [outcomes[e] for e in kept]
 
 
-def _num_same_start(outcomes: Sequence[Outcome], config: PairsConfig) -> int:
-    kinds = SAME_START_KINDS
-    return len(make_pairs(outcomes, num_pairs=config.num_pairs, max_reuse=config.max_reuse, kinds=kinds))
+def _num_same_start(outcomes: Sequence[Outcome], config: PairsConfig) -> Counter[int]:
+    """Returns task -> number of its pairs that start alike."""
+    pairs = make_task_pairs(outcomes, config, kinds=SAME_START_KINDS)
+    return Counter(outcomes[pair.chosen].task for pair in pairs)
 
 
 def _write_pairs(directory: str | os.PathLike, outcomes: Sequence[Outcome], config: PairsConfig) -> list[Pair]:
-    pairs = make_pairs(outcomes, num_pairs=config.num_pairs, max_reuse=config.max_reuse)
+    pairs = make_task_pairs(outcomes, config)
     write_pairs(directory, pairs, outcomes)
     return pairs

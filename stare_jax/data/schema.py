@@ -71,13 +71,15 @@ class Episode(NamedTuple):
     attempt: Natural | None = None
     """Number of the episode among all that were tried, from 0, kept or not: its noise, and the actions that a policy
     samples in it, follow from this number. None where attempts were not counted."""
+    task: Natural = 0
+    """Index of the task among those of `Manifest.env_id`."""
 
 
 class Manifest(NamedTuple):
     """The content of `manifest.json`."""
 
     env_id: str
-    """Task, or name of the data set that was imported."""
+    """Task, several joined by "+", or name of the data set that was imported."""
     control_mode: str
     """Meaning of an action: the simulator's control mode, or a data set's own words."""
     settings: dict[str, Any]
@@ -120,6 +122,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     if num_records != len(manifest.episodes):
         got = f"got {len(manifest.episodes)} rows, expected {num_records}, as many as the shards hold"
         raise DocumentError(f"{path}: episodes: {got}")
+    most = manifest.env_id.count("+")
+    if wrong := [row.task for row in manifest.episodes if row.task > most]:
+        raise DocumentError(f"{path}: episodes.task: got {wrong[0]}, expected at most {most} for {manifest.env_id}")
     return manifest._replace(shapes={name: x for name, x in manifest.shapes.items() if name != "action_tokens"})
 
 

@@ -101,6 +101,7 @@ class DatasetWriter:
         source: str,
         noise_scale: float = 0.0,
         attempt: int | None = None,
+        task: int = 0,
     ) -> None:
         """Adds an episode.
 
@@ -111,6 +112,7 @@ class DatasetWriter:
             source: name of the actor.
             noise_scale: standard deviation of the noise in the executed actions, a fraction of their range.
             attempt: number of the episode among all that were tried.
+            task: index of its task, where the data set is of several.
 
         Raises:
             ValueError: the episode is empty, `valid` is not a prefix, or a leaf has another shape than the data set's.
@@ -123,7 +125,7 @@ class DatasetWriter:
         episode = len(self._manifest.episodes) + len(self._pending)
         signals, seed = trajectory.signals, None if seed is None else int(seed)
         success = None if signals is None else bool(np.asarray(signals.success)[: length + 1].any())
-        row = Episode(seed, instruction, source, float(noise_scale), success, length, attempt)
+        row = Episode(seed, instruction, source, float(noise_scale), success, length, attempt, int(task))
         # Everything is encoded before anything is written: an error leaves no part of an episode in the shard.
         frames = [
             records.pack(records.frame_record(trajectory, t, episode=episode, length=length)) for t in range(length + 1)

@@ -35,6 +35,7 @@ class SimulatorInfo(NamedTuple):
     """The properties of simulators that collected episodes depend on; known before any simulator has started."""
 
     env_id: str
+    """name of the task; of several tasks all names, joined by "+"."""
     horizon: int
     """actions of an episode."""
     num_envs: int
@@ -45,7 +46,7 @@ class SimulatorInfo(NamedTuple):
 
 
 class VecEnv(Protocol):
-    """`num_envs` environments of one task in lock-step.
+    """`num_envs` environments of one task, or of several, in lock-step.
 
     `step` resets the environments named in `reset_seeds` (index -> seed) and steps all the others with their row of
     `action`; rows of environments that are reset are ignored. An environment never resets itself. One that is idle has
@@ -56,6 +57,8 @@ class VecEnv(Protocol):
     num_envs: int
     horizon: int
     action_dim: int
+    task_index: np.ndarray
+    """int `[B]`, the task of each environment, from 0; read only where episodes are of several tasks."""
     instructions: Sequence[str]
     """`[B]`, one for each current episode."""
 

@@ -1,8 +1,10 @@
-"""The configuration of simulators: their task, their number, and the observations."""
+"""The configuration of simulators: their task or tasks, their number, and the observations."""
 
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+import numpy as np
 
 from stare_jax.config import Count, Finite, Natural, Positive, check_fields
 from stare_jax.envs.base import SimulatorInfo
@@ -19,11 +21,11 @@ BACKENDS = typing.get_args(Backend)
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """A batch of simulators of one task; see `make_vec_env`."""
+    """A batch of simulators of one task, or of several; see `make_vec_env`."""
 
-    env_id: str = "PushCube-v1"
-    """the simulator's name of the task: one of the eight in `stages.TASKS`. With `task` it is that of the task's
-    `TaskSpec`, whatever is given here."""
+    env_id: str = ""
+    """the simulator's name of the task: one of the eight in `stages.TASKS`, PushCube-v1 if nothing names a task. With
+    `task` it is that of the task's `TaskSpec`, whatever is given here."""
     backend: Backend = "cpu"
     """device of the physics. "cpu": processes that have some environments each. "cuda": this process's GPU, with all
     environments at once, see `BatchedSimulator`. "auto": the second if this machine and the task allow it, else the
@@ -65,13 +67,27 @@ class EnvConfig:
     task: str = ""
     """a task of one's own: the path of a Python file (`path/to/task.py`), or a module (`package.module`), that defines
     `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""
+    tasks: tuple[str, ...] = ()
+    """several tasks for one policy, each named as in `task`; empty for the one task that `env_id` or `task` names.
+    Processes are dealt out to the tasks in turn, so that each has as many, to within one. `env_id` is that of all
+    together, theirs joined by "+". The tasks have the same robot, camera and number of stages, and different
+    instructions."""
 
     def __post_init__(self):
         check_fields(self)
-        if self.task in TASKS:
+        if self.tasks and self.task:
+            raise ValueError(f"task: got {self.task!r} beside tasks {self.tasks}, expected one of the two")
+        if len(self.tasks) == 1:
+            object.__setattr__(self, "task", self.tasks[0])
+            object.__setattr__(self, "tasks", ())
+        if not (self.env_id or self.task or self.tasks):
+            object.__setattr__(self, "env_id", "PushCube-v1")
+        if self.tasks:
+            self._join_tasks()
+        elif self.task in TASKS:
             object.__setattr__(self, "env_id", self.task)
             object.__setattr__(self, "task", "")
-        if self.task:
+        elif self.task:
             object.__setattr__(self, "env_id", self.spec.env_id)
         elif self.env_id not in TASKS:
             raise ValueError(
@@ -90,10 +106,36 @@ class EnvConfig:
                     f"num_workers: got {self.num_workers}, expected 1 with backend 'cuda', where envs_per_worker is "
                     "the whole batch"
                 )
+        if self.num_workers < len(self.tasks):
+            expected = f"at least {len(self.tasks)}, one process for each of {self.env_id}"
+            raise ValueError(f"num_workers: got {self.num_workers}, expected {expected}")
+
+    def _join_tasks(self) -> None:
+        """Checks that several tasks fit one policy, and sets `env_id`."""
+        if self.env_id and "+" not in self.env_id:  # Other tasks, joined, are those before a change of `tasks`.
+            raise ValueError(f"env_id: got {self.env_id!r} beside tasks {self.tasks}, expected '' or no tasks")
+        object.__setattr__(self, "env_id", "+".join(spec.env_id for spec in self.specs))
+        scenes = [load_task(name).scene for name in self.task_names]
+        same = {
+            "robot": [scene.robot for scene in scenes],
+            "camera": [scene.camera.name for scene in scenes],
+            "actions": [(tuple(scene.action_dims.items()), tuple(scene.action_scale)) for scene in scenes],
+            "number of stages": [spec.num_stages for spec in self.specs],
+        }
+        if self.horizon is None:
+            same["horizon (env.horizon gives one to all)"] = [scene.horizon for scene in scenes]
+        for name, values in same.items():
+            if len(set(values)) > 1:
+                got = ", ".join(f"{value} of {task}" for task, value in zip(self.tasks, values, strict=True))
+                raise ValueError(f"tasks: {name}: got {got}, expected the same of all tasks of one policy")
+        if len({spec.instruction for spec in self.specs}) < len(self.tasks):
+            raise ValueError(f"tasks: got {self.tasks}, expected tasks with different instructions, each once")
 
     @property
     def refused_by_cuda(self) -> str | None:
         """The field that ManiSkill does not support for a part of a batch, as a message; None if there is none."""
+        if self.tasks:
+            return f"backend: got 'cuda' for {self.env_id}, expected 'cpu': a batch on a GPU is of one task"
         if self.scene.num_starts:
             return (
                 f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
@@ -118,17 +160,36 @@ class EnvConfig:
 
     @property
     def task_name(self) -> str:
-        """The name by which `load_task` and `make_expert` find the task."""
-        return self.task or self.env_id
+        """The name by which `load_task` and `make_expert` find the task; of several the first's."""
+        return self.task_names[0]
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of all tasks, one or several."""
+        return self.tasks or (self.task or self.env_id,)
+
+    @property
+    def specs(self) -> tuple[TaskSpec, ...]:
+        """The tasks' stages, with their own parameters."""
+        return tuple(load_task(name).spec for name in self.task_names)
+
+    @property
+    def task_index(self) -> np.ndarray:
+        """The task of each environment, an index of `task_names`, int `[B]`."""
+        return np.repeat(np.arange(self.num_workers) % len(self.task_names), self.envs_per_worker)
+
+    def of_task(self, index: int) -> "EnvConfig":
+        """Returns the same with one of its tasks alone."""
+        return replace(self, tasks=(), task=self.task_names[index])
 
     @property
     def spec(self) -> TaskSpec:
-        """The task's stages, with its own parameters."""
-        return load_task(self.task_name).spec
+        """The stages of the task, of several the first."""
+        return self.specs[0]
 
     @property
     def scene(self) -> Scene:
-        """The task's robot, camera, objects and goal."""
+        """The robot, camera, objects and goal of the task; of several the first's, whose robot and camera all have."""
         return load_task(self.task_name).scene
 
     @property

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.stages import TaskSpec, separate, stage_mask
+from stare_jax.stages import TaskSpecs, by_task, separate, stage_mask
 from stare_jax.types import Array, Signals
 
 START_TOLERANCE = 1e-4
@@ -45,19 +45,25 @@ class Episodes(NamedTuple):
     """int32 `[E, K]`: first state with the label, T where none."""
     stage_len: Array
     """int32 `[E, K]`: number of states with the label."""
+    task: Array
+    """int32 `[E]`: index of the task, 0 where there is one."""
 
 
-def measure(spec: TaskSpec, signals: Signals, valid: Array, seeds: Sequence[int]) -> Episodes:
+def measure(
+    spec: TaskSpecs, signals: Signals, valid: Array, seeds: Sequence[int], task: Array | None = None
+) -> Episodes:
     """Returns the results of episodes.
 
     Args:
-        spec: the task, K stages.
+        spec: the task, or all, K stages.
         signals: leaves `[E, T, ...]`.
         valid: bool `[E, T]`, a prefix of each row.
         seeds: the E seeds.
+        task: int32 `[E]`, indices of the tasks; None where there is one.
     """
     valid = np.asarray(valid)
-    separation, masks = jax.device_get(_separate_batch(spec)(signals, valid))
+    task = np.zeros(len(valid), np.int32) if task is None else task
+    separation, masks = jax.device_get(_separate_batch(spec)(task, signals, valid))
     rows, last = np.arange(len(valid)), np.maximum(valid.sum(axis=1) - 1, 0)
     success = np.asarray(signals.success) & valid
     success_once = success.any(axis=1)
@@ -76,6 +82,7 @@ def measure(spec: TaskSpec, signals: Signals, valid: Array, seeds: Sequence[int]
         completed=separation.completed,
         entered_at=separation.entered_at,
         stage_len=masks.sum(axis=-1, dtype=np.int32),
+        task=task,
     )
 
 
@@ -124,9 +131,9 @@ def hash_starts(initial: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=16)
-def _separate_batch(spec: TaskSpec) -> Callable:
-    def separate_one(signals, valid):
-        separation = separate(spec, signals, valid)
-        return separation, stage_mask(separation, len(spec.stage_names), valid)
+def _separate_batch(spec: TaskSpecs) -> Callable:
+    def separate_one(one, signals, valid):
+        separation = separate(one, signals, valid)
+        return separation, stage_mask(separation, one.num_stages, valid)
 
-    return jax.jit(jax.vmap(separate_one))
+    return jax.jit(jax.vmap(by_task(spec, separate_one)))

@@ -47,6 +47,26 @@ def wilson_interval(num_successes: float, num_trials: float, *, z: float = Z_95)
     return Estimate(rate, low, high)
 
 
+def mean_of_rates(rates: Sequence[Estimate]) -> Estimate:
+    """Returns the mean of independent rates, such as those of K tasks, with an interval from their own ones.
+
+        mean(p_k) - √(Σ (p_k - l_k)²) / K,    mean(p_k) + √(Σ (u_k - p_k)²) / K
+
+    Args:
+        rates: K estimates p_k in [l_k, u_k].
+
+    Returns:
+        The estimate; NaN where a rate is NaN, since a mean without it is another number.
+
+    Reference: Zou and Donner, Construction of confidence limits about effect measures: a general approach, Statistics
+    in Medicine 2008 (the method of variance estimates recovery).
+    """
+    value, low, high = (np.array(column, float) for column in zip(*rates, strict=True))
+    mean, number = float(value.mean()), len(rates)
+    below, above = (math.sqrt(((value - limit) ** 2).sum()) / number for limit in (low, high))
+    return Estimate(mean, mean - below, mean + above)
+
+
 def paired_difference(num_gained: float, num_lost: float, num_pairs: float, *, z: float = Z_95) -> Estimate:
     """Tango's score interval of the difference of two proportions measured on the same pairs.
 

@@ -21,7 +21,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.rounds import collect_round
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names, take_turns
 from stare_jax.types import PyTree, Trajectory
 
 ActOf = Callable[[int], Act]
@@ -33,7 +33,8 @@ class EvalConfig:
     """Episodes of an evaluation, and the temperature of the actions."""
 
     num_episodes: Natural = 100
-    """Number of episodes; 0, with no seeds below, switches evaluation off, as for data without a simulator."""
+    """Number of episodes, of each task where there are several; 0, with no seeds below, switches evaluation off, as for
+    data without a simulator."""
     first_seed: Natural = EVALUATION_SEEDS
     """Seed of the first episode; the others use the seeds first_seed + 1, first_seed + 2, ..."""
     seeds: tuple[Natural, ...] = ()
@@ -73,11 +74,20 @@ class Conditions(NamedTuple):
 UNKNOWN = Conditions()
 
 
+class TaskStages(NamedTuple):
+    """Names of one of several tasks."""
+
+    env_id: str
+    stage_names: tuple[str, ...]
+
+
 class EvalInfo(NamedTuple):
     """Protocol and cost of an evaluation."""
 
     env_id: str
+    """Name of the task; of several all, joined by "+"."""
     stage_names: tuple[str, ...]
+    """Names of the stages; numbers where several tasks have different ones."""
     horizon: Natural
     """Actions of an episode."""
     temperature: NonNegative
@@ -89,6 +99,8 @@ class EvalInfo(NamedTuple):
     """Field of `Conditions`, like the two below; "" in files of earlier versions."""
     jitter: str = ""
     checkpoint: str = ""
+    tasks: tuple[TaskStages, ...] = ()
+    """The tasks that `Episodes.task` counts; empty where there is one."""
 
 
 class Evaluation(NamedTuple):
@@ -100,7 +112,7 @@ def evaluate(
     policy: Policy,
     params: PyTree,
     env: VecEnv,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     config: EvalConfig,
     *,
     key: jax.Array | None = None,
@@ -117,7 +129,7 @@ def evaluate(
         policy: the policy that acts, at the config's temperature.
         params: its parameters.
         env: B environments; episodes are handed out among them.
-        spec: the task's stages.
+        spec: the task's stages; of several tasks all, in the order of the environments' tasks.
         config: which episodes.
         key: consumed; part n uses `fold_in(key, n)`. Of no effect on token policies at temperature 0.
         mesh: devices that act, over which observations are split; None takes those of the parameters.
@@ -155,7 +167,7 @@ def policy_act_of(
 def evaluate_act(
     act_of: ActOf,
     env: VecEnv,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     config: EvalConfig,
     *,
     depends_on_batch: bool = False,
@@ -174,8 +186,8 @@ def evaluate_act(
     Args:
         act_of: makes the actor of a part.
         env: B environments.
-        spec: the task's stages.
-        config: which episodes.
+        spec: the task's stages; of several tasks all, in the order of the environments' tasks.
+        config: which episodes; every task has as many, on the same seeds.
         depends_on_batch: whether actions in an episode depend on the other episodes under way; then all episodes of a
             part are run again if one is lost.
         conditions: circumstances to record; with a folder, results of other conditions in it are discarded.
@@ -194,7 +206,9 @@ def evaluate_act(
     """
     if folder is not None and not conditions.checkpoint:
         raise ValueError("conditions.checkpoint: got '', expected the name of the weights, to resume from a folder")
-    seeds = episode_seeds(config)
+    # The tasks take turns, so that every part has all of them.
+    seeds = [seed for seed in episode_seeds(config) for _ in as_specs(spec)]
+    tasks = take_turns(spec, range(len(seeds)))
     identity = _identity(env, spec, config, conditions)
     done = NOTHING_DONE if folder is None else load_parts(folder, identity)
     num_before = 0 if done.episodes is None else len(done.episodes.seed)
@@ -213,7 +227,7 @@ def evaluate_act(
             if number < done.num_parts:
                 continue
             start = time.monotonic()
-            part = _Part(env, act_of, number, seeds, indices, shelf, config.num_videos > 0, should_stop, clock)
+            part = _Part(env, act_of, number, seeds, tasks, indices, shelf, config.num_videos > 0, should_stop, clock)
             rollout = collect_round(part.run, len(indices), as_a_whole=depends_on_batch, on_episode=on_episode)
             if not rollout.is_complete:
                 kept = "" if folder is None else f"; {indices.start} are kept on disk"
@@ -225,10 +239,12 @@ def evaluate_act(
     return Evaluation(_info(env, spec, config, conditions, done), done.episodes), list(done.films)
 
 
-def _info(env: VecEnv, spec: TaskSpec, config: EvalConfig, conditions: Conditions, done: PartsDone) -> EvalInfo:
+def _info(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditions, done: PartsDone) -> EvalInfo:
+    specs = as_specs(spec)
+    tasks = tuple(TaskStages(one.env_id, one.stage_names) for one in specs)
     return EvalInfo(
         env_id=env.env_id,
-        stage_names=spec.stage_names,
+        stage_names=shared_stage_names(specs),
         horizon=env.horizon,
         temperature=config.temperature,
         num_steps=done.num_steps,
@@ -236,6 +252,7 @@ def _info(env: VecEnv, spec: TaskSpec, config: EvalConfig, conditions: Condition
         backend=conditions.backend,
         jitter=conditions.jitter,
         checkpoint=conditions.checkpoint,
+        tasks=tasks if len(tasks) > 1 else (),
     )
 
 
@@ -248,6 +265,8 @@ class _Part:
     number: int
     seeds: Sequence[int]
     """Seeds of all episodes of the evaluation."""
+    tasks: np.ndarray | None
+    """Their tasks; None where there is one."""
     indices: range
     """Episodes of the part among these."""
     shelf: FilmShelf
@@ -272,6 +291,7 @@ class _Part:
             self.act_of(self.number),
             [self.seeds[e] for e in episodes],
             stop_at_success=False,
+            tasks=None if self.tasks is None else self.tasks[episodes],
             reproducible=True,
             on_episode=film_and_tell,
             should_stop=self.should_stop,
@@ -286,11 +306,11 @@ def _forget_images(row: int, episode: Trajectory) -> bool:
 
 
 def _add_part(
-    done: PartsDone, spec: TaskSpec, rollout: Rollout, seeds: Sequence[int], wall_s: float, films: Sequence[Film]
+    done: PartsDone, spec: TaskSpecs, rollout: Rollout, seeds: Sequence[int], wall_s: float, films: Sequence[Film]
 ) -> PartsDone:
     """Returns the results of the parts so far with those of the part that has just been run."""
     signals, valid = rollout.trajectory.signals, rollout.trajectory.valid
-    episodes, initial = [measure(spec, signals, valid, seeds)], [initial_states(signals)]
+    episodes, initial = [measure(spec, signals, valid, seeds, rollout.task)], [initial_states(signals)]
     if done.episodes is not None:
         episodes, initial = [done.episodes, *episodes], [done.initial, *initial]
     initial = np.concatenate(initial)
@@ -304,13 +324,13 @@ def _add_part(
     )
 
 
-def _identity(env: VecEnv, spec: TaskSpec, config: EvalConfig, conditions: Conditions) -> dict[str, Any]:
+def _identity(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditions) -> dict[str, Any]:
     """Returns the JSON values on which the results of a part depend."""
     return {
         "env_id": env.env_id,
         "horizon": env.horizon,
         "num_envs": env.num_envs,
-        "stages": repr(spec.params),
+        "stages": [repr(one.params) for one in as_specs(spec)],
         "evaluation": to_dict(config),
         "conditions": conditions._asdict(),
     }

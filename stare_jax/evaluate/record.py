@@ -48,7 +48,8 @@ class _Rows(NamedTuple):
     entered_at: tuple[tuple[Natural, ...], ...]
     stage_len: tuple[tuple[Natural, ...], ...]
     start_hash: tuple[str, ...] = ()
-    """Missing in files of earlier versions."""
+    """Missing in files of earlier versions, as `task` is."""
+    task: tuple[Natural, ...] = ()
 
 
 class _Video(NamedTuple):
@@ -126,7 +127,7 @@ def save_evaluation(
         "settings": settings,
         "videos": [],
         **(media or {}),
-        "info": evaluation.info._asdict(),
+        "info": _plain(evaluation.info),
         "summary": _plain(summarize(evaluation)),
         "episodes": {name: field.tolist() for name, field in evaluation.episodes._asdict().items()},
     }
@@ -186,7 +187,7 @@ def headline_results(results: Sequence[PhaseResult]) -> list[PhaseResult]:
 def _evaluation_of(document: Mapping[str, Any], file: str | Path) -> Evaluation:
     info, rows = check_record(_File, document, str(file))[:2]
     size, num_stages, num_states = len(rows.seed), len(info.stage_names), info.horizon + 1
-    rows = rows._replace(start_hash=rows.start_hash or ("",) * size)
+    rows = rows._replace(start_hash=rows.start_hash or ("",) * size, task=rows.task or (0,) * size)
     columns = {f"episodes.{name}": column for name, column in rows._asdict().items()}
     problems = [
         f"{name}: got {len(x)} items, expected {size}, as in seed" for name, x in columns.items() if len(x) != size
@@ -194,7 +195,10 @@ def _evaluation_of(document: Mapping[str, Any], file: str | Path) -> Evaluation:
     for name in ("completed", "entered_at", "stage_len"):
         wrong = [len(row) for row in getattr(rows, name) if len(row) != num_stages][:1]
         problems += [f"episodes.{name}: got {got} items in a row, expected {num_stages}, the stages" for got in wrong]
+    wrong = [len(task.stage_names) for task in info.tasks if len(task.stage_names) != num_stages][:1]
+    problems += [f"info.tasks.stage_names: got {got} items, expected {num_stages}, the stages" for got in wrong]
     bounds = {"start": size - 1, "stage_reached": num_stages - 1, "success_at": num_states}
+    bounds["task"] = max(len(info.tasks) - 1, 0)
     for name, most in bounds.items():
         wrong = [x for x, is_valid in zip(getattr(rows, name), rows.valid, strict=False) if is_valid and x > most][:1]
         problems += [f"episodes.{name}: got {got}, expected at most {most}" for got in wrong]
@@ -206,6 +210,8 @@ def _plain(value: Any) -> Any:
     """Returns nested records as dicts and NaN as None, because JSON knows neither."""
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and value != value else value

@@ -7,7 +7,13 @@ import numpy as np
 
 from stare_jax.config import UserError
 from stare_jax.evaluate.episodes import Episodes, take
-from stare_jax.evaluate.intervals import Estimate, mean_interval, paired_difference, wilson_interval
+from stare_jax.evaluate.intervals import (
+    Estimate,
+    mean_interval,
+    mean_of_rates,
+    paired_difference,
+    wilson_interval,
+)
 from stare_jax.evaluate.protocol import Evaluation
 
 SuccessName = Literal["success_once", "success_end"]
@@ -28,7 +34,11 @@ class StageRate(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Rates over the valid episodes with 95 % Wilson intervals for the number of distinct starts among them."""
+    """Rates over the valid episodes with 95 % Wilson intervals for the number of distinct starts among them.
+
+    Of several tasks the rates are means over the tasks, with intervals from those of the tasks; stages are of all
+    episodes together.
+    """
 
     num_episodes: int
     num_dropped: int
@@ -40,6 +50,8 @@ class Summary(NamedTuple):
     median_steps: float
     """Median number of actions up to the first success, over the episodes that have one; NaN where none has."""
     stages: tuple[StageRate, ...]
+    tasks: dict[str, "Summary"]
+    """Env id -> summary of one of several tasks; empty where there is one."""
 
 
 class Comparison(NamedTuple):
@@ -55,6 +67,13 @@ class Comparison(NamedTuple):
 
 def summarize(evaluation: Evaluation) -> Summary:
     """Returns the rates of an evaluation; lost episodes are left out of all of them and counted."""
+    tasks = {part.info.env_id: summarize(part) for part in of_tasks(evaluation)} if evaluation.info.tasks else {}
+
+    def rate_of(name: str) -> Estimate:
+        if tasks:
+            return mean_of_rates([getattr(summary, name) for summary in tasks.values()])
+        return _rate(getattr(counted, name), counted.start)
+
     episodes = evaluation.episodes
     counted = take(episodes, episodes.valid)
     given = np.concatenate([np.ones_like(counted.completed[:, :1]), counted.completed[:, :-1]], axis=1)
@@ -72,13 +91,26 @@ def summarize(evaluation: Evaluation) -> Summary:
         num_episodes=len(counted.seed),
         num_dropped=int((~episodes.valid).sum()),
         num_distinct=len(np.unique(counted.start)),
-        success_end=_rate(counted.success_end, counted.start),
-        success_once=_rate(counted.success_once, counted.start),
-        grasped=_rate(counted.grasped, counted.start),
-        contacted=_rate(counted.contacted, counted.start),
+        success_end=rate_of("success_end"),
+        success_once=rate_of("success_once"),
+        grasped=rate_of("grasped"),
+        contacted=rate_of("contacted"),
         median_steps=float(np.median(success_at)) if len(success_at) else float("nan"),
         stages=stages,
+        tasks=tasks,
     )
+
+
+def of_tasks(evaluation: Evaluation) -> list[Evaluation]:
+    """Returns the part of each task, as an evaluation of its own; where there is one task, the evaluation."""
+    info, episodes = evaluation
+    return [
+        Evaluation(
+            info._replace(env_id=task.env_id, stage_names=task.stage_names, tasks=()),
+            take(episodes, episodes.task == index)._replace(task=np.zeros((episodes.task == index).sum(), np.int32)),
+        )
+        for index, task in enumerate(info.tasks)
+    ] or [evaluation]
 
 
 def compare(first: Evaluation, second: Evaluation, outcome: SuccessName = "success_once") -> Comparison:
@@ -151,7 +183,8 @@ def _pair_names(episodes: Episodes) -> np.ndarray:
         return episodes.seed.astype(str)
     seen: dict[str, int] = {}
     names = []
-    for start in episodes.start_hash.tolist():
+    for start, task in zip(episodes.start_hash.tolist(), episodes.task.tolist(), strict=True):
+        start = f"{start}/{task}" if task else start
         seen[start] = seen.get(start, -1) + 1
         names.append(f"{start}/{seen[start]}")
     return np.array(names, dtype=str)

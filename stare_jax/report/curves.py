@@ -139,6 +139,7 @@ def results_so_far(directory: Path) -> dict[str, PhaseResult]:
 
 class _Environment(NamedTuple):
     env_id: str = ""
+    tasks: tuple[str, ...] = ()
 
 
 class _Config(NamedTuple):

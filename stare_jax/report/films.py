@@ -14,7 +14,7 @@ from stare_jax.logging import say
 from stare_jax.report.figures import draw_timeline
 from stare_jax.report.timeline import RewardsFn, trace_episode
 from stare_jax.report.video import write_filmstrip, write_video
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpecs, as_specs
 
 
 def record_evaluation(
@@ -22,8 +22,8 @@ def record_evaluation(
     phase: str,
     evaluation: Evaluation,
     films: Sequence[Film],
-    spec: TaskSpec,
-    rewards_fn: RewardsFn,
+    spec: TaskSpecs,
+    rewards_of: Sequence[RewardsFn],
     *,
     num_videos: int = 4,
     settings: Mapping[str, Any] | None = None,
@@ -37,8 +37,8 @@ def record_evaluation(
         run_directory: the directory to write into.
         phase: name of the files.
         evaluation, films: as `evaluate` returned them.
-        spec: the task's stages.
-        rewards_fn: rewards of training, drawn in the timeline.
+        spec: the task's stages; of several tasks all.
+        rewards_of: rewards of training, drawn in the timeline, one function a task.
         num_videos: episodes to film, half successes, half failures; none where films have no frames.
         settings: the configuration of the evaluation, kept with it.
 
@@ -52,20 +52,21 @@ def record_evaluation(
     film_of = {film.episode: film for film in films}
     try:
         for index, e in enumerate(telling_episodes(evaluation.episodes, max(1, num_videos))):
-            film, seed = film_of[e], int(evaluation.episodes.seed[e])
-            timeline = trace_episode(spec, film.signals, film.valid, rewards_fn)
-            caption = f"{spec.env_id}  {phase}  seed {seed}"
+            film, seed, task = film_of[e], int(evaluation.episodes.seed[e]), int(evaluation.episodes.task[e])
+            one, rewards_fn = as_specs(spec)[task], rewards_of[task]
+            timeline = trace_episode(one, film.signals, film.valid, rewards_fn)
+            caption = f"{one.env_id}  {phase}  seed {seed}"
             if index == 0:
                 picture = f"figures/timeline_{phase}.png"
-                draw_timeline(timeline, spec.stage_names, run_directory / picture, title=caption)
+                draw_timeline(timeline, one.stage_names, run_directory / picture, title=caption)
                 media |= {"timeline": picture, "timeline_seed": seed}
             if index == 0 and film.frames is not None:
                 picture = f"figures/filmstrip_{phase}.png"
-                write_filmstrip(run_directory / picture, film.frames, timeline, spec.stage_names, caption=caption)
+                write_filmstrip(run_directory / picture, film.frames, timeline, one.stage_names, caption=caption)
                 media["filmstrip"] = picture
             if index < num_videos and film.frames is not None:
                 video = f"videos/{phase}_{index + 1}.mp4"
-                write_video(run_directory / video, film.frames, timeline, spec.stage_names, caption=caption)
+                write_video(run_directory / video, film.frames, timeline, one.stage_names, caption=caption)
                 media["videos"].append({"file": video, "seed": seed, "outcome": _outcome(evaluation.episodes, e)})
     except Exception as error:  # of ffmpeg, Pillow, Matplotlib or the disk: no film is worth the rest of a run
         say(f"warning: {phase}: some of its films and pictures could not be made: {' '.join(str(error).split())}")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stare_jax.config import make_name
 from stare_jax.evaluate.intervals import Estimate
 from stare_jax.evaluate.record import PhaseResult, headline_results, load_results
 from stare_jax.evaluate.summary import compare, pairing_obstacle
@@ -20,6 +21,8 @@ from stare_jax.report.tables import (
     points,
     rates_table,
     stages_table,
+    task_results,
+    tasks_table,
 )
 
 _AREAS = {"env": "simulator", "policy": "policy", "update": "update", "data": "data", "other": "other"}
@@ -33,9 +36,15 @@ def print_report(run_directory: str | Path) -> None:
         print(f"{run_directory}: no evaluation yet")
         return
     env_id = results[0].evaluation.info.env_id
+    parts = task_results(results)
+    if "" not in parts:
+        for outcome in OUTCOMES:
+            print_table(*tasks_table(results, outcome), title="Each task and their average, with 95 % intervals")
+            print()
     print_table(*rates_table(results), title=f"{env_id}, with 95 % Wilson intervals")
-    print()
-    print_table(*stages_table(results), title="P(stage | the stage before), % and counts")
+    for task, of_task in parts.items():
+        print()
+        print_table(*stages_table(of_task), title=f"{task}  P(stage | the stage before), % and counts".strip())
     if len(results) > 1:
         print()
         print_table(
@@ -99,7 +108,16 @@ def _success_section(run_directory: Path, results: Sequence[PhaseResult]) -> Htm
     )
     series = {r.phase: [getattr(r.summary, outcome) for outcome in OUTCOMES] for r in results}
     draw_rates(list(OUTCOMES.values()), series, run_directory / "figures/success.png")
-    parts = [element("h2", "Success"), table(*rates_table(results)), element("p", note, class_="muted")]
+    parts = [element("h2", "Success")]
+    if "" not in task_results(results):
+        for outcome in OUTCOMES:
+            parts.append(table(*tasks_table(results, outcome)))
+        averages = (
+            "The average is the mean over the tasks, with an interval from theirs. Rates below and in the figure are "
+            "such averages."
+        )
+        parts.append(element("p", averages, class_="muted"))
+    parts += [table(*rates_table(results)), element("p", note, class_="muted")]
     parts.append(_picture(run_directory, "figures/success.png", "Success of each phase, with 95 % intervals."))
     if len(results) > 1:
         explained = (
@@ -114,12 +132,16 @@ def _success_section(run_directory: Path, results: Sequence[PhaseResult]) -> Htm
 
 
 def _stages_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html:
-    names = results[0].evaluation.info.stage_names
-    series = {r.phase: [stage.rate for stage in r.summary.stages] for r in results}
-    draw_rates(names, series, run_directory / "figures/stages.png")
     note = "P(stage completed | the stage before completed), in %, and counts: a low rate names the stage that fails."
-    image = _picture(run_directory, "figures/stages.png", "Conditional stage success of each phase.")
-    return join([element("h2", "Stage by stage"), table(*stages_table(results)), element("p", note), image])
+    parts = [element("h2", "Stage by stage")]
+    for task, of_task in task_results(results).items():
+        path = f"figures/stages_{make_name(task)}.png" if task else "figures/stages.png"
+        series = {r.phase: [stage.rate for stage in r.summary.stages] for r in of_task}
+        draw_rates(of_task[0].evaluation.info.stage_names, series, run_directory / path)
+        parts += [element("h3", task)] if task else []
+        parts += [table(*stages_table(of_task)), element("p", note)]
+        parts.append(_picture(run_directory, path, f"Conditional stage success of each phase. {task}".strip()))
+    return join(parts)
 
 
 def _episode_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html:

@@ -1,6 +1,7 @@
 """Tables and curves of a study's folder: methods by tasks over seeds, beside the paper's numbers, and learning curves.
 
-A study's folder holds a run directory for every <task>/<method>/seed_<n>. Runs may be missing or under way.
+A study's folder holds a run directory for every <task>/<method>/seed_<n>. Runs may be missing or under way. A run of
+several tasks counts for each of them, as a method that is named after the run's folder, too.
 """
 
 import csv
@@ -17,7 +18,7 @@ from stare_jax.logging import print_table, replace_text
 from stare_jax.report.comparison import Choices, markdown_table, write_comparison
 from stare_jax.report.curves import CurveError, LearningCurve, first_reached, has_curve, read_config, read_runs
 from stare_jax.report.published import OPENVLA, PI05, PUBLISHED
-from stare_jax.report.tables import MISSING, OUTCOMES, Table
+from stare_jax.report.tables import MISSING, OUTCOMES, Table, task_results
 
 RUNS = "seed_*"
 PPO = "ppo"
@@ -49,13 +50,27 @@ def find_runs(folder: str | Path, order: Sequence[str] = ()) -> list[StudyRun]:
             task, method = directory.parts[-3:-1]
             results = {result.phase: result for result in load_results(directory)}
             result = results.get(config.get("phases", [""])[-1])
-            found.append(StudyRun(task, method, directory.name.removeprefix("seed_"), directory, config, result))
+            run = StudyRun(task, method, directory.name.removeprefix("seed_"), directory, config, result)
+            found += _of_each_task(run) if is_of_several(run) else [run]
     if not found:
         raise CurveError(
             f"study: got {folder}, expected a folder with runs in <task>/<method>/seed_<n>; there are none"
         )
     ranks = {method: rank for rank, method in enumerate(order)}
     return sorted(found, key=lambda run: (ranks.get(run.method, len(ranks)), run.method, run.task, _number(run.seed)))
+
+
+def is_of_several(run: StudyRun) -> bool:
+    """True if one policy learns several tasks in this run."""
+    return bool(run.config.get("env", {}).get("tasks"))
+
+
+def _of_each_task(run: StudyRun) -> list[StudyRun]:
+    parts = {} if run.result is None else {task: of_task for task, (of_task,) in task_results([run.result]).items()}
+    return [
+        run._replace(task=task, method=f"{run.method}, {run.task}", result=parts.get(task))
+        for task in run.config["env"]["env_id"].split("+")
+    ]
 
 
 def _tasks(runs: Sequence[StudyRun]) -> list[str]:
@@ -194,7 +209,7 @@ def write_study(
     for task in _tasks(runs):
         settings: dict[str, list[Path]] = {}
         for run in runs:
-            if run.task == task and has_curve(run.directory, PPO):
+            if run.task == task and not is_of_several(run) and has_curve(run.directory, PPO):
                 settings.setdefault(run.method, []).append(run.directory)
         if settings:
             curves = read_runs(settings, PPO)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from stare_jax.evaluate.intervals import Estimate
 from stare_jax.evaluate.record import PhaseResult
-from stare_jax.evaluate.summary import Comparison, compare, pairing_obstacle
+from stare_jax.evaluate.summary import Comparison, compare, of_tasks, pairing_obstacle
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """(header, rows)."""
@@ -31,6 +31,35 @@ def rates_table(results: Sequence[PhaseResult]) -> Table:
     if any(s.num_dropped for s in summaries):
         rows.append(("lost with a simulator", *(str(s.num_dropped) for s in summaries)))
     return ("% of episodes", *(result.phase for result in results)), rows
+
+
+def task_results(results: Sequence[PhaseResult]) -> dict[str, list[PhaseResult]]:
+    """Returns task -> the evaluations as if it had been the only one; where each is of one task, "" -> `results`."""
+    if not any(result.evaluation.info.tasks for result in results):
+        return {"": list(results)}
+    parts: dict[str, list[PhaseResult]] = {}
+    for result in results:
+        for part in of_tasks(result.evaluation):
+            name = part.info.env_id
+            of_task = result._replace(evaluation=part, summary=result.summary.tasks.get(name, result.summary))
+            parts.setdefault(name, []).append(of_task)
+    return parts
+
+
+def tasks_table(results: Sequence[PhaseResult], outcome: str) -> Table:
+    """Returns one row a task and one for their mean: a rate in % with its interval, one column an evaluation.
+
+    Args:
+        results: evaluations of several tasks.
+        outcome: key of `OUTCOMES`.
+    """
+    several = [result for result in results if result.summary.tasks]
+    rows = []
+    for task in dict.fromkeys(task for result in several for task in result.summary.tasks):
+        found = [result.summary.tasks.get(task) for result in several]
+        rows.append((task, *(percent(getattr(one, outcome)) if one else MISSING for one in found)))
+    rows.append(("average", *(percent(getattr(result.summary, outcome)) for result in several)))
+    return (f"{OUTCOMES[outcome]}, %", *(result.phase for result in several)), rows
 
 
 def differences_table(results: Sequence[PhaseResult]) -> Table:

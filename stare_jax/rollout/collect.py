@@ -30,6 +30,8 @@ class Rollout(NamedTuple):
     """NumPy leaves `[E, ...]`, zeros where not valid. E is the number of seeds, or with `max_steps` of those used."""
     instructions: tuple[str, ...]
     """`[E]`; empty strings for episodes that were never started."""
+    task: np.ndarray
+    """int32 `[E]`, the index of each episode's task; 0 where there is one task."""
     num_steps: int
     """Number of actions executed, those of dropped episodes included."""
     num_dropped: int
@@ -48,6 +50,7 @@ def collect_episodes(
     seeds: Sequence[int],
     *,
     stop_at_success: bool,
+    tasks: Sequence[int] | None = None,
     linger: int = 0,
     max_steps: int | None = None,
     reproducible: bool = False,
@@ -59,10 +62,11 @@ def collect_episodes(
 ) -> Rollout:
     """Runs one episode per seed and returns all of them, short or long, so that no statistic is biased.
 
-    Environment i takes the next seed of the list when its episode ends: at success (if `stop_at_success`, and after at
-    least one action) or at the horizon. In the tick in which it is reset, `act` has been called for the final state,
-    which records its value for bootstrapping. Records are copied to the host before the next step, for which a
-    simulator on a device waits; the action goes from a policy there to such a simulator without leaving it.
+    Environment i takes the next seed of the list, or the next of its own task, when its episode ends: at success (if
+    `stop_at_success`, and after at least one action) or at the horizon. In the tick in which it is reset, `act` has
+    been called for the final state, which records its value for bootstrapping. Records are copied to the host before
+    the next step, for which a simulator on a device waits; the action goes from a policy there to such a simulator
+    without leaving it.
 
     An environment without an episode, because no seed is left or the next decision is not due, is idle until it is
     reset (see `VecEnv`).
@@ -75,9 +79,12 @@ def collect_episodes(
         act: the actor; see `Act`, `policy_act`.
         seeds: E seeds, one an episode.
         stop_at_success: end an episode at success instead of at the horizon.
+        tasks: `[E]`, the task of each episode, an index as in `env.task_index`; None where all are of one task, and any
+            environment takes any of them.
         linger: actions after the first success before it ends the episode; 0 without `stop_at_success`.
         max_steps: actions to execute in all, or up to C a row fewer. Episodes under way when they are spent are cut
             short; the state after the last action is kept with its value, for bootstrapping. As many seeds suffice.
+            With several tasks, rows of episodes that have not begun may lie between others; they have no valid state.
             None: every seed is played.
         reproducible: passed to the simulator's resets.
         perturb: (action [B, A], is_first [B]) -> the action to execute instead; the one recorded stays as it was.
@@ -89,7 +96,7 @@ def collect_episodes(
             frees its images where it answers False: memory holds those of the episodes under way and of those kept.
 
     Raises:
-        ValueError: no seeds, no steps, or `linger` without `stop_at_success`.
+        ValueError: no seeds, no steps, a task without an environment, or `linger` without `stop_at_success`.
         SimulatorError: no environment is alive after `MAX_DEAD_CALLS` calls in a row, and episodes are still to begin.
     """
     if not len(seeds):
@@ -100,12 +107,17 @@ def collect_episodes(
         raise ValueError(f"linger: got {linger}, expected >= 0, and 0 without stop_at_success")
     seeds = [int(seed) for seed in seeds]
     clock = clock or Clock()
-    places = Places(env.num_envs, len(seeds))
+    task_of_env = np.zeros(env.num_envs, int) if tasks is None else np.asarray(env.task_index)
+    task_of_episode = np.zeros(len(seeds), np.int32) if tasks is None else np.asarray(tasks, np.int32)
+    if missing := set(task_of_episode.tolist()) - set(task_of_env.tolist()):
+        raise ValueError(f"tasks: got {sorted(missing)}, expected tasks of environments: {task_of_env.tolist()}")
+    places = Places(task_of_env, task_of_episode)
     records = Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images)
     chunk: Chunk | None = None
     num_left, num_dropped, num_dead = math.inf if max_steps is None else max_steps, 0, 0
     with clock("env"):
-        state = env.reset([seeds[i % len(seeds)] for i in range(env.num_envs)], reproducible=reproducible)
+        first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
+        state = env.reset(first, reproducible=reproducible)
 
     while True:
         # Simulators that start again are waited for, but not without end.
@@ -157,7 +169,8 @@ def collect_episodes(
 
     trajectory, instructions = records.finish(places)
     images = records.images if callable(keep_images) else None
-    return Rollout(trajectory, instructions, records.num_steps, int(num_dropped), is_complete, images)
+    task = task_of_episode[: len(instructions)]
+    return Rollout(trajectory, instructions, task, records.num_steps, int(num_dropped), is_complete, images)
 
 
 def _observed(state: EnvStep) -> Observation:

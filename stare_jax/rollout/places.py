@@ -1,5 +1,6 @@
 """The episodes that environments are in: begun one after another, each over at success or at the horizon."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,11 +23,25 @@ class Tick(NamedTuple):
 
 
 class Places:
-    """The number of the episode in each environment, and how many actions it has executed."""
+    """The number of the episode in each environment, and how many actions it has executed.
 
-    def __init__(self, num_envs: int, num_episodes: int):
-        self.num_started = min(num_envs, num_episodes)
-        self.episode = np.where(np.arange(num_envs) < num_episodes, np.arange(num_envs), -1)
+    An environment takes the next episode of its own task.
+    """
+
+    def __init__(self, task_of_env: np.ndarray, task_of_episode: np.ndarray):
+        """Begins the first episodes.
+
+        Args:
+            task_of_env: int `[B]`.
+            task_of_episode: int `[E]`.
+        """
+        num_envs = len(task_of_env)
+        self.num_started = 0
+        self.num_rows = 0
+        """Number of the last episode that has started, plus 1; with one task it is the number of those that have."""
+        self._waiting = {task: deque(np.flatnonzero(task_of_episode == task).tolist()) for task in set(task_of_env)}
+        self._task_of_env = task_of_env
+        self.episode = np.array([self._next(i) for i in range(num_envs)])
         """int `[B]`, -1 where the environment has no episode."""
         self.t = np.zeros(num_envs, int)
         """int `[B]`, actions executed."""
@@ -85,9 +100,8 @@ class Places:
         self._since_success = np.where(counts, self._since_success + 1, -1)
         self.episode[tick.is_ending] = -1
         for i in np.flatnonzero((self.episode < 0) & alive):
-            if is_open and self.num_started < len(seeds):
-                self.episode[i], reset_seeds[int(i)] = self.num_started, seeds[self.num_started]
-                self.num_started += 1
+            if is_open and (e := self._next(i)) >= 0:
+                self.episode[i], reset_seeds[int(i)] = e, seeds[e]
         # A simulator that was lost takes an episode only after it has been reset, which may be many calls from now: an
         # episode handed to it before would be lost as well. No seed is tried twice in a row, since the seed may be the
         # reason of the loss.
@@ -95,3 +109,13 @@ class Places:
             reset_seeds[int(i)] = seeds[self._num_revivals % len(seeds)]
             self._num_revivals += 1
         return reset_seeds
+
+    def _next(self, i: int) -> int:
+        """Takes the next episode of an environment's task from those that wait; -1 where none is left."""
+        waiting = self._waiting[self._task_of_env[i]]
+        if not waiting:
+            return -1
+        e = waiting.popleft()
+        self.num_started += 1
+        self.num_rows = max(self.num_rows, e + 1)
+        return e

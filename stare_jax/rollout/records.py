@@ -57,7 +57,7 @@ class Records:
         observation, decision = moment.observation, moment.decision
         if self._keep_images is not True:
             observation = observation._replace(images={})
-        self._make_room(places.num_started, moment._replace(observation=observation))
+        self._make_room(places.num_rows, moment._replace(observation=observation))
         for i in np.flatnonzero(places.is_first):
             self.instructions[places.episode[i]] = moment.instructions[i]
         episode, t, store = places.episode, places.t, self._store
@@ -101,17 +101,17 @@ class Records:
     def finish(self, places: Places) -> tuple[Trajectory, tuple[str, ...]]:
         """Returns trajectories and instructions, without the episodes that are still under way."""
         # An episode that was handed out when the collection was stopped may have no row yet.
-        num_rows = min(places.num_started, len(self._store.valid)) if self.grows else self.num_episodes
+        num_rows = min(places.num_rows, len(self._store.valid)) if self.grows else self.num_episodes
         for e in places.episode[(places.episode >= 0) & (places.episode < num_rows)]:
             self._erase(int(e))
         return jax.tree.map(lambda x: x[:num_rows], self._store), tuple(self.instructions[:num_rows])
 
-    def _make_room(self, num_started: int, moment: Moment) -> None:
-        """Adds rows where there are fewer than episodes have started."""
+    def _make_room(self, num_needed: int, moment: Moment) -> None:
+        """Adds rows where there are fewer than are needed for the episodes that have started."""
         num_rows = len(self._store.valid) if self._store is not None else 0
-        if num_rows and num_started <= num_rows:
+        if num_rows and num_needed <= num_rows:
             return
-        num_rows = min(max(num_started, 2 * num_rows), self.num_episodes) if self.grows else self.num_episodes
+        num_rows = min(max(num_needed, 2 * num_rows), self.num_episodes) if self.grows else self.num_episodes
         shapes = self._store if self._store is not None else _shapes_of_episodes(moment, self.horizon)
         grown = jax.tree.map(lambda x: np.zeros((num_rows, *x.shape[1:]), x.dtype), shapes)
         for new, old in zip(jax.tree.leaves(grown), jax.tree.leaves(self._store), strict=self._store is not None):

@@ -13,7 +13,7 @@ from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig, episode_seeds
 from stare_jax.logging import LoggingConfig
 from stare_jax.models import MLPConfig, ModelConfig, Pi05Config
-from stare_jax.stages import StageParams, check_reward
+from stare_jax.stages import StageParams, TaskSpec, check_reward
 from stare_jax.train.ppo import PPOConfig
 from stare_jax.train.sft import SFTConfig
 from stare_jax.train.tpo import TPOConfig
@@ -47,7 +47,8 @@ class RunConfig:
     env: EnvConfig
     model: ModelConfig
     stages: StageParams
-    """thresholds and weights of the task's stages."""
+    """thresholds and weights of the task's stages. Of several tasks those of the first: a field that differs from the
+    first task's own number holds for all of them, and each has its own numbers in the others."""
     demos: DemosConfig = DemosConfig()
     sft: SFTConfig = SFTConfig()
     pairs: PairsConfig = PairsConfig()
@@ -85,7 +86,7 @@ class RunConfig:
             raise ValueError(f"phases: got {self.phases}, expected some of {PHASES}, in this order")
         if self.unnorm_key and not self.init_from:
             raise ValueError(f"unnorm_key: got {self.unnorm_key!r}, expected '' without init_from, whose it would be")
-        dataclasses.replace(self.env.spec, params=self.stages)  # The task's family says which numbers fit it.
+        specs = self.specs  # The task's family says which numbers fit it.
         if self.demos_of:
             self._check_foreign()
         for name in ("demos", "pairs"):
@@ -95,7 +96,8 @@ class RunConfig:
                     "actions need not lead to equal states"
                 )
         if "ppo" in self.phases:
-            check_reward(self.ppo.reward, self.env.spec)
+            for spec in specs:
+                check_reward(self.ppo.reward, spec)
         if isinstance(self.model, Pi05Config) and self.model.noise == "ode" and "ppo" in self.phases:
             raise ValueError(
                 "model.noise: got 'ode', expected 'sde' or 'learned' for PPO, which needs random decisions"
@@ -121,6 +123,15 @@ class RunConfig:
         env = env if isinstance(env, EnvConfig) else from_dict(EnvConfig, env, path="config.env")
         given = {name: value for name, value in stages.items() if value is not None}
         return {**values, "stages": to_dict(env.spec.params) | given}
+
+    @property
+    def specs(self) -> tuple[TaskSpec, ...]:
+        """The stages of the tasks, with the run's parameters."""
+        own, given = to_dict(self.env.spec.params), to_dict(self.stages)
+        changed = {name: getattr(self.stages, name) for name, value in given.items() if value != own[name]}
+        return tuple(
+            dataclasses.replace(spec, params=dataclasses.replace(spec.params, **changed)) for spec in self.env.specs
+        )
 
     @property
     def has_evaluation(self) -> bool:

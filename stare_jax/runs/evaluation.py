@@ -7,7 +7,7 @@ from stare_jax.envs import EnvConfig
 from stare_jax.envs.maniskill.batched import resolve_backend
 from stare_jax.evaluate.protocol import Conditions
 from stare_jax.report.timeline import Rewards, RewardsFn
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpec, TaskSpecs, as_specs
 from stare_jax.train.ppo import PPOConfig, make_targets_fn
 from stare_jax.types import Array, Signals
 
@@ -21,6 +21,11 @@ def evaluation_conditions(env: EnvConfig, checkpoint: str) -> Conditions:
     """
     backend = resolve_backend(env, report=lambda text: None).backend
     return Conditions(checkpoint, backend, env.data_settings["jitter"])
+
+
+def rewards_of_tasks(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> list[RewardsFn]:
+    """Returns `training_rewards` of each task."""
+    return [training_rewards(one, config, chunk=chunk) for one in as_specs(spec)]
 
 
 def training_rewards(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> RewardsFn:

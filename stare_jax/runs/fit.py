@@ -45,14 +45,14 @@ def check_policy(policy: Policy, env: EnvConfig, *, name: str) -> None:
     wrong = [*_policy(policy, env, "")]
     if wrong:
         raise ConfigError(f"{name}: {'; '.join(wrong)}")
-    check_prompts(policy, [env.spec.instruction])
+    check_prompts(policy, [spec.instruction for spec in env.specs])
 
 
 def check_expert(env: EnvConfig) -> None:
-    """Makes sure that a task has an expert, which acts in the control mode of a configuration.
+    """Makes sure that every task has an expert, which acts in the control mode of a configuration.
 
     Raises:
-        ConfigError: it has none, or the control mode is another one.
+        ConfigError: one has none, or the control mode is another one.
     """
     if wrong := [*_expert(env)]:
         raise ConfigError("; ".join(wrong))
@@ -107,9 +107,10 @@ def _simulator(config: RunConfig) -> Iterator[str]:
 
 
 def _expert(env: EnvConfig) -> Iterator[str]:
-    """Yields what keeps the expert from acting in the task."""
-    if load_task(env.task_name).expert is None:
-        yield f"config.env: {env.task_name} has no expert, expected one to collect demonstrations with (docs/tasks.md)"
+    """Yields what keeps experts from acting in their tasks."""
+    for name in env.task_names:
+        if load_task(name).expert is None:
+            yield f"config.env: {name} has no expert, expected one to collect demonstrations with (docs/tasks.md)"
     default = next(iter(env.scene.action_dims))
     if env.resolved_control_mode != default:
         yield f"config.env.control_mode: got {env.control_mode!r}, expected {default!r}, in which the expert acts"
@@ -117,12 +118,14 @@ def _expert(env: EnvConfig) -> Iterator[str]:
 
 def _seeds(config: RunConfig) -> Iterator[str]:
     """Yields counts of episodes for which a run has not enough seeds of the simulator's (`envs.seeds`)."""
-    pairs, ppo = config.pairs, config.ppo
+    pairs, ppo, num_tasks = config.pairs, config.ppo, len(config.env.task_names)
+    of_each = f" of each of {num_tasks} tasks" if num_tasks > 1 else ""
     counts = {}
     if collects_demonstrations(config):
-        counts["config.demos.num_demos"] = config.demos.num_demos
+        counts[f"config.demos.num_demos{of_each}"] = config.demos.num_demos * num_tasks
     if "tpo" in config.phases:
-        counts["config.pairs.max_rollouts / rollouts_per_seed"] = -(-pairs.max_rollouts // pairs.rollouts_per_seed)
+        num_rollouts = pairs.max_rollouts * num_tasks
+        counts[f"config.pairs.max_rollouts / rollouts_per_seed{of_each}"] = -(-num_rollouts // pairs.rollouts_per_seed)
     if "ppo" in config.phases and ppo.num_steps is None:
         counts["config.ppo.num_iterations x num_episodes"] = ppo.num_iterations * ppo.num_episodes
     for name, count in counts.items():

@@ -5,7 +5,6 @@ that was stopped anywhere goes on from there.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ from stare_jax.runs.directory import (
     record_phase,
     set_aside,
 )
-from stare_jax.runs.evaluation import evaluation_conditions, training_rewards
+from stare_jax.runs.evaluation import evaluation_conditions, rewards_of_tasks
 from stare_jax.runs.fit import check_fit
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
@@ -62,7 +61,7 @@ from stare_jax.runs.start import (
     write_statistics,
 )
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpecs
 from stare_jax.state.checkpoint import load_params
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.train.loop import Run
@@ -135,7 +134,7 @@ def run_ipi(
             )
         )
         profiler = stack.enter_context(Profiler(directory, profile))
-        spec = dataclasses.replace(config.env.spec, params=config.stages)
+        spec = config.specs
 
         @functools.cache
         def simulator() -> VecEnv:
@@ -223,7 +222,7 @@ def _demonstrations(
     demonstrations = collect_demos(
         simulator,
         config.env.info,
-        make_expert(config.env.task_name),
+        [make_expert(name) for name in config.env.task_names],
         config.demos,
         demonstrations_folder(directory, config),
         should_stop=should_stop,
@@ -259,7 +258,7 @@ def _report_collection(phase: str, dataset: Dataset, clock: Clock, writer: Write
 def _report_pairs(pairs: Sequence[Pair], rollouts: Dataset, config: RunConfig, writer: Writer) -> None:
     """Says how many pairs there are, and of which kinds."""
     kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
-    say(f"pairs: {len(pairs)} of {config.pairs.num_pairs} wanted: {kinds}")
+    say(f"pairs: {len(pairs)} of {config.pairs.num_pairs * len(config.specs)} wanted: {kinds}")
     counts = {f"pairs/{kind.replace(', ', '_').replace(' ', '_')}": count for kind, count in kinds.items()}
     writer(rollouts.num_episodes, {"pairs/num_pairs": len(pairs)} | counts, phase="pairs")
 
@@ -280,7 +279,7 @@ def _evaluate_phase(
     phase: str,
     policy: Policy,
     params: PyTree,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     simulator: StartSimulator,
     should_stop: Callable[[], bool],
 ) -> None:
@@ -306,7 +305,7 @@ def _evaluate_phase(
         evaluation,
         films,
         spec,
-        training_rewards(spec, config.ppo, chunk=policy.chunk),
+        rewards_of_tasks(spec, config.ppo, chunk=policy.chunk),
         num_videos=config.evaluation.num_videos,
         settings=_settings(config),
     )

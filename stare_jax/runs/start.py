@@ -201,12 +201,13 @@ def check_demonstrations(config: RunConfig) -> None:
 
 
 def check_prompt(config: RunConfig) -> None:
-    """Makes sure that the instructions of the simulator's task and of the data set given fit into the policy's prompt.
+    """Makes sure that the instructions of the simulator's tasks and of the data set fit into the policy's prompt.
 
     Raises:
         ConfigError: one does not, or the tokenizer is not there.
     """
-    instructions = {config.env.spec.instruction} if acts(config) or collects_demonstrations(config) else set()
+    is_simulated = acts(config) or collects_demonstrations(config)
+    instructions = {spec.instruction for spec in config.env.specs} if is_simulated else set()
     if config.demos_from:
         instructions |= {episode.instruction for episode in read_manifest(config.demos_from).episodes}
     check_prompts(blank_policy(config.model), sorted(instructions))

@@ -12,6 +12,7 @@ from stare_jax.stages.rewards import (
     success_rewards,
 )
 from stare_jax.stages.separate import Separation, StageCarry, init_stage, separate, stage_mask, step_stage
+from stare_jax.stages.several import TaskSpecs, as_specs, by_task, shared_stage_names, take_turns
 from stare_jax.stages.shaping import TerminalPotential, TimeLimit, check_ends, shape_rewards
 from stare_jax.stages.spec import StageParams, TaskSpec
 from stare_jax.stages.tasks import TASKS, get_task
@@ -24,9 +25,12 @@ __all__ = [
     "StageParams",
     "TASKS",
     "TaskSpec",
+    "TaskSpecs",
     "TerminalPotential",
     "TimeLimit",
     "action_stages",
+    "as_specs",
+    "by_task",
     "check_ends",
     "check_reward",
     "dense_rewards",
@@ -37,8 +41,10 @@ __all__ = [
     "rl4vla_rewards",
     "separate",
     "shape_rewards",
+    "shared_stage_names",
     "stage_costs",
     "stage_mask",
     "step_stage",
     "success_rewards",
+    "take_turns",
 ]

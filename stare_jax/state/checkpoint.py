@@ -267,6 +267,15 @@ def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormSt
     return check_norm_stats(storage.read_metadata(path).get("norm_stats", NOTHING), str(path), "norm_stats")
 
 
+def check_same_norm_stats(directory: str | Path, norm_stats: NormStats) -> None:
+    """Raises CheckpointError where the latest checkpoint was trained with other normalisation statistics."""
+    saved = load_norm_stats(directory)
+    for name, got, expected in zip(NormStats._fields, map(np.asarray, norm_stats), saved, strict=True):
+        if not np.array_equal(got.astype(expected.dtype), expected):
+            wanted = f"{expected.tolist()}, with which the checkpoint was trained"
+            raise CheckpointError(f"{directory}: norm_stats.{name}: got {got.tolist()}, expected {wanted}")
+
+
 def load_model(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
     """Loads the configuration of a checkpoint's model; empty where an earlier version did not write it."""
     stored = storage.read_metadata(step_path(directory, step))

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from stare_jax.config import ConfigError
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import Rules, path_name, tree_shardings
-from stare_jax.state.optimizer import merge_params, split_params
+from stare_jax.state.optimizer import OptimizerConfig, frozen_params, merge_params, split_params
 from stare_jax.types import Array, PyTree
 
 CHECKPOINTS = "checkpoints"
@@ -47,6 +47,13 @@ class TrainState:
 def abstract_params(policy: Policy, mesh: Mesh | AbstractMesh) -> PyTree:
     """Returns shapes and shardings of a policy's parameters, without allocating anything."""
     return _with_shardings(jax.eval_shape(policy.init, jax.random.key(0)), mesh, policy.sharding_rules)
+
+
+def copy_trainable(policy: Policy, params: PyTree, config: OptimizerConfig, mesh: Mesh) -> PyTree:
+    """Returns a copy of the parameters that a phase will train, laid out over a mesh as `abstract_params` says."""
+    freeze = frozen_params(policy, config)
+    to = jax.tree.map(lambda x: x.sharding, split_params(abstract_params(policy, mesh), freeze)[0])
+    return jax.tree.map(jnp.copy, jax.device_put(split_params(params, freeze)[0], to))
 
 
 def abstract_state(

@@ -86,7 +86,7 @@ def start_phase(
         raise CheckpointError(
             f"{directory}: got checkpoints of the steps {steps}, expected none; resume them or choose another directory"
         )
-    _check_norm_stats(directory, run.norm_stats)
+    checkpoint.check_same_norm_stats(directory, run.norm_stats)
     if (saved := checkpoint.load_model(directory)) and run.model:
         check_same_model(saved, model_from_dict(run.model), source=directory)
     layout = abstract_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
@@ -94,14 +94,6 @@ def start_phase(
         if isinstance(leaf, jax.Array):
             leaf.delete()
     return checkpoint.restore(directory, layout)
-
-
-def _check_norm_stats(directory: Path, norm_stats: NormStats) -> None:
-    saved = checkpoint.load_norm_stats(directory)
-    for name, got, expected in zip(NormStats._fields, map(np.asarray, norm_stats), saved, strict=True):
-        if not np.array_equal(got.astype(expected.dtype), expected):
-            wanted = f"{expected.tolist()}, with which the checkpoint was trained"
-            raise CheckpointError(f"{directory}: norm_stats.{name}: got {got.tolist()}, expected {wanted}")
 
 
 # ---- Report ---------------------------------------------------------------------------------------------------------

@@ -18,12 +18,14 @@ from stare_jax.logging import Interrupted, progress, say
 from stare_jax.losses import ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.decisions import Act
 from stare_jax.sharding.mesh import check_batch_size, place
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
+from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer, merge_params, split_params
-from stare_jax.state.train_state import TrainState, abstract_params
+from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params
+from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, save, start_phase
 from stare_jax.train.ppo_metrics import iteration_metrics, report_line
@@ -82,6 +84,8 @@ class PPOConfig:
     """end of an episode at the horizon: "terminate", or "bootstrap" from the value of the last state."""
     terminal_potential: TerminalPotential = "keep"
     """potential after which nothing follows: "keep" its own, or "zero"."""
+    whiten_over: ppo_batch.WhitenOver = "all"
+    """decisions among which advantages are whitened: "all" of a batch, or those of each "task"."""
     temperature: Positive = 1.0
     """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
@@ -99,10 +103,11 @@ class PPOConfig:
 
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
-def make_prepare(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
+def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
     """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
-    targets_fn = make_targets_fn(spec, config, chunk=chunk)
-    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps)
+    targets_fn = by_task(spec, lambda one, *episode: make_targets_fn(one, config, chunk=chunk)(*episode))
+    num_tasks = len(as_specs(spec)) if config.whiten_over == "task" else 1
+    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps, num_tasks=num_tasks)
 
 
 def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:
@@ -188,14 +193,15 @@ def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
-def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, config: PPOConfig, run: Run) -> PyTree:
+def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, config: PPOConfig, run: Run) -> PyTree:
     """Alternates between episodes and updates on them, and returns the parameters.
 
     Args:
         policy: policy that acts and is trained.
         params: parameters to start from; consumed.
         env: simulators; the number of environments is independent of the size of a batch.
-        spec: the task's stages.
+        spec: the task's stages; of several tasks all, in the order of the environments' tasks. They take
+            turns, so that a batch of episodes has as many of each, to within one.
         config: see `PPOConfig`.
         run: see `Run`.
 
@@ -209,7 +215,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_mesh(config, run.mesh)
     tx = make_optimizer(config.optimizer, num_steps=None)
-    reference = reference_params(policy, params, config, run)
+    reference = None if config.kl_coef is None else copy_trainable(policy, params, config.optimizer, run.mesh)
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
@@ -223,7 +229,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpec, confi
     ):
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
-            rollout = _collect(policy, state.params, env, counters, config, run, window)
+            key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
+            act = policy_act(policy, state.params, key, temperature=config.temperature, mesh=run.mesh)
+            rollout = _collect(act, env, spec, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
@@ -280,17 +288,17 @@ class _Counters(NamedTuple):
 
 
 def _collect(
-    policy: Policy, params: PyTree, env: VecEnv, counters: _Counters, config: PPOConfig, run: Run, window: Window
+    act: Act, env: VecEnv, spec: TaskSpecs, counters: _Counters, config: PPOConfig, run: Run, window: Window
 ) -> Rollout:
     """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
-    key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
-            policy_act(policy, params, key, temperature=config.temperature, mesh=run.mesh),
+            act,
             take_seeds(PPO_SEEDS, config.seed, counters.seeds, batch_size),
             stop_at_success=config.stop_at_success,
+            tasks=take_turns(spec, counters.seeds + np.arange(batch_size)),
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
@@ -300,12 +308,3 @@ def _collect(
         number = counters.iteration + 1
         raise SimulatorError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
     return rollout
-
-
-def reference_params(policy: Policy, params: PyTree, config: PPOConfig, run: Run) -> PyTree:
-    """Returns a copy of the parameters that will be trained, on the mesh, to keep to; None where `kl_coef` is None."""
-    if config.kl_coef is None:
-        return None
-    freeze = frozen_params(policy, config.optimizer)
-    to = jax.tree.map(lambda x: x.sharding, split_params(abstract_params(policy, run.mesh), freeze)[0])
-    return jax.tree.map(jnp.copy, jax.device_put(split_params(params, freeze)[0], to))

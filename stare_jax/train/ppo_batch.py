@@ -21,6 +21,8 @@ from stare_jax.stages.shaping import TerminalPotential, TimeLimit
 from stare_jax.types import Array, Decisions, Observation, Signals
 
 ChunkDiscount = Literal["step", "decision"]
+WhitenOver = Literal["all", "task"]
+"""Decisions among which advantages are whitened: all of a batch, or those of each task."""
 
 
 class Targets(NamedTuple):
@@ -87,7 +89,7 @@ class PPOBatch(NamedTuple):
     targets: Targets
     """NumPy leaves `[E, ...]`."""
     advantage: np.ndarray
-    """float32 `[E, D]`, whitened over the decisions that exist."""
+    """float32 `[E, D]`, whitened over the decisions that exist, all or those of each task."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
 
@@ -179,21 +181,23 @@ def _discounts(
 
 
 def compile_targets(
-    targets_fn: Callable[[Signals, Array, Array], Targets], *, chunk: int = 1, num_steps: int | None = None
+    targets_fn: Callable[..., Targets], *, chunk: int = 1, num_steps: int | None = None, num_tasks: int = 1
 ) -> Callable[[Rollout], PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
 
     Args:
-        targets_fn: `episode_targets` with its keyword arguments.
+        targets_fn: (task, signals, valid, value) -> `episode_targets` with its keyword arguments, those of the task.
         chunk: C, actions that one decision executes.
         num_steps: actions of the batch, if it is one of steps: the most episodes there can be. None: as many as there
             are.
+        num_tasks: number of tasks whose advantages are whitened apart; 1 whitens all together.
     """
 
     @jax.jit
-    def all_episodes(signals, valid, value):
-        targets = jax.vmap(targets_fn)(signals, valid, value)
-        advantage = whiten(targets.advantage_d, targets.valid_d)
+    def all_episodes(task, signals, valid, value):
+        targets = jax.vmap(targets_fn)(task, signals, valid, value)
+        groups = [True] if num_tasks == 1 else [(task == k)[:, None] for k in range(num_tasks)]
+        advantage = sum(whiten(targets.advantage_d, targets.valid_d & group) for group in groups)  # 0 outside a group
         return targets, advantage, explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
 
     def prepare(rollout):
@@ -201,7 +205,7 @@ def compile_targets(
         num_episodes, num_decisions = decisions.valid.shape
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
         num_rows = num_steps or num_episodes
-        inputs = (trajectory.signals, trajectory.valid, decisions.value)
+        inputs = (rollout.task, trajectory.signals, trajectory.valid, decisions.value)
         results = jax.device_get(all_episodes(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
         observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
         return PPOBatch(observation, decisions, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))

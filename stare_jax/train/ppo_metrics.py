@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from stare_jax.rollout.collect import Rollout
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names
 from stare_jax.train.loop import reduce_metrics
 from stare_jax.train.ppo_batch import PPOBatch, Targets
 
@@ -13,7 +13,7 @@ def iteration_metrics(
     rollout: Rollout,
     batch: PPOBatch,
     updates: Sequence[Mapping[str, float]],
-    spec: TaskSpec,
+    spec: TaskSpecs,
     *,
     size: int,
     shaping: bool,
@@ -26,7 +26,7 @@ def iteration_metrics(
     )
 
 
-def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shaping: bool) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shaping: bool) -> dict[str, float]:
     """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions.
 
     An episode is over at the horizon, or at success if success ends it. Episodes that were cut short or lost do not
@@ -36,20 +36,24 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
     Args:
         rollout: E episodes.
         targets: NumPy leaves `[E, ...]`.
-        spec: the task.
+        spec: the task, or all; of several the success is told of each as well, and stages that have other names in
+            other tasks are told by their numbers.
         shaping: whether there is shaping to report on.
     """
+    specs = as_specs(spec)
+    names = shared_stage_names(specs)
     valid_t, valid_d, is_over = targets.valid_t, targets.valid_d, targets.is_over
     num_over = int(is_over.sum())
     over = Targets(*(x[is_over] for x in targets))
-    num_successes = int(over.success_t.any(axis=1).sum())
+    is_success = over.success_t.any(axis=1)
+    num_successes = int(is_success.sum())
 
     def per_episode(total):
         return float(total) / num_over if num_over else float("nan")
 
-    completed = {
-        f"env/completed_{name}": per_episode(over.completed[:, k].sum()) for k, name in enumerate(spec.stage_names)
-    }
+    completed = {f"env/completed_{name}": per_episode(over.completed[:, k].sum()) for k, name in enumerate(names)}
+    outcomes = {one.env_id: is_success[rollout.task[is_over] == k] for k, one in enumerate(specs)}
+    of_tasks = {f"env/success_{name}": float(x.mean()) if len(x) else float("nan") for name, x in outcomes.items()}
     return {
         "env/success": per_episode(num_successes),
         "env/num_successes": num_successes,
@@ -59,15 +63,16 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpec, *, shapi
         "env/episode_length": per_episode(over.valid_t.sum()),
         "env/return_raw": per_episode(over.reward_t.sum()),
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
+        **(of_tasks if len(specs) > 1 else {}),
         **completed,
-        **(shaping_metrics(over, spec) if shaping else {}),
+        **(shaping_metrics(over, names) if shaping else {}),
         "ppo/advantage_std": float(targets.advantage_d[valid_d].std()),
         "ppo/return_mean": float(targets.return_d[valid_d].mean()),
         "ppo/value_mean": float(rollout.trajectory.decisions.value[:, :-1][valid_d].mean()),
     }
 
 
-def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
+def shaping_metrics(targets: Targets, stage_names: Sequence[str]) -> dict[str, float]:
     """Returns the bonuses of shaping, r' - r, inside the stages, on the way into them, and at success.
 
     `shaping/within_<stage>` is the mean over episodes of the sum over actions that start and end in the stage,
@@ -76,7 +81,7 @@ def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
 
     Args:
         targets: NumPy leaves `[E, ...]` of the episodes that count.
-        spec: the task.
+        stage_names: `[K]`.
     """
     bonus_t = targets.shaped_reward_t - targets.reward_t
     stage_t, next_stage_t = targets.stage_t[:, :-1], targets.stage_t[:, 1:]
@@ -89,12 +94,11 @@ def shaping_metrics(targets: Targets, spec: TaskSpec) -> dict[str, float]:
     num_episodes = max(len(bonus_t), 1)
     within = {
         f"shaping/within_{name}": float(bonus_t[is_within & (stage_t == k)].sum()) / num_episodes
-        for k, name in enumerate(spec.stage_names)
+        for k, name in enumerate(stage_names)
     }
     # No action enters the first stage.
     into = {
-        f"shaping/into_{name}": mean(is_change & (next_stage_t == k))
-        for k, name in enumerate(spec.stage_names[1:], start=1)
+        f"shaping/into_{name}": mean(is_change & (next_stage_t == k)) for k, name in enumerate(stage_names[1:], start=1)
     }
     return within | into | {"shaping/at_success": mean(targets.success_t)}
 

@@ -17,7 +17,7 @@ from stare_jax.losses import Margin, StageNorm, sta_tpo_loss, tpo_loss
 from stare_jax.models.nn.lora import drop_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import check_batch_size, place
-from stare_jax.stages import TaskSpec
+from stare_jax.stages import TaskSpecs
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer, merge_params
 from stare_jax.state.train_state import TrainState, abstract_params
@@ -222,7 +222,7 @@ def check_mesh(config: TPOConfig, mesh: AbstractMesh) -> None:
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
 def train_tpo(
-    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpec, config: TPOConfig, run: Run
+    policy: Policy, params: PyTree, pairs: PreferencePair, spec: TaskSpecs, config: TPOConfig, run: Run
 ) -> PyTree:
     """Trains on preference pairs and returns the parameters.
 
@@ -231,7 +231,7 @@ def train_tpo(
         params: parameters to start from, and at the same time those of the reference policy (`TPOConfig.reference`);
             consumed.
         pairs: NumPy leaves `[P, ...]`.
-        spec: the task's stages.
+        spec: the task's stages; of several tasks all, of which `pairs.task` are indices.
         config: see `TPOConfig`.
         run: see `Run`.
 

@@ -15,7 +15,7 @@ from stare_jax.logging import Interrupted, announce_compiling, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import acting_sharding, place_rows
-from stare_jax.stages import TaskSpec, action_stages
+from stare_jax.stages import TaskSpecs, action_stages, by_task
 from stare_jax.types import Array, Observation, PreferencePair, PyTree, Trajectory
 
 
@@ -62,7 +62,7 @@ def score_pairs(
     policy: Policy,
     params: PyTree,
     pairs: PreferencePair,
-    spec: TaskSpec,
+    spec: TaskSpecs,
     *,
     batch_size: int,
     num_draws: int = 1,
@@ -74,7 +74,7 @@ def score_pairs(
         policy: the reference policy.
         params: parameters of the reference policy.
         pairs: NumPy leaves `[P, ...]`.
-        spec: the task's stages.
+        spec: the task's stages; of several tasks all, of which `pairs.task` are indices.
         batch_size: decisions scored at a time, cut over the devices of `params`.
         num_draws: G, estimates of each score where the policy makes estimates.
         should_stop: polled before each batch of decisions.
@@ -85,6 +85,7 @@ def score_pairs(
     Raises:
         Interrupted: `should_stop` asked for it; scores are made again when the phase goes on.
     """
+    task = np.zeros(len(pairs.chosen.valid), np.int32) if pairs.task is None else pairs.task
 
     @jax.jit
     def score_decisions(params, observation, decision, seed):
@@ -110,7 +111,7 @@ def score_pairs(
                 placed = place_rows(inputs, acting_sharding(params))
                 scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
                 bar.update(min(batch_size, len(pair) - start))
-        mask, cost, completed = jax.device_get(_jitted_stages(spec)(trajectory.signals, trajectory.valid))
+        mask, cost, completed = jax.device_get(_jitted_stages(spec)(task, trajectory.signals, trajectory.valid))
         valid = np.asarray(trajectory.valid)[:, 1:]
         if policy.preference_score is None:
             valid, mask = is_decided, mask[..., :: policy.chunk]
@@ -121,8 +122,8 @@ def score_pairs(
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted_stages(spec: TaskSpec) -> Callable:
-    return jax.jit(jax.vmap(functools.partial(action_stages, spec=spec)))
+def _jitted_stages(spec: TaskSpecs) -> Callable:
+    return jax.jit(jax.vmap(by_task(spec, lambda one, *episode: action_stages(*episode, spec=one))))
 
 
 def flatten_scores(score: Array, num_scores: int) -> Array:

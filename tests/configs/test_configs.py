@@ -16,6 +16,7 @@ from configs.presets import base_config
 from stare_jax.config import ConfigError, from_dict
 from stare_jax.envs import EnvConfig
 from stare_jax.models import MLPConfig
+from stare_jax.models.blank import blank_policy
 from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.plan import plan_run
@@ -26,7 +27,13 @@ VARIANTS = {
     "quickstart": ("", "tcp", "pi05"),
     "study_pushcube_state": ("ppo", "sta_ppo_paper", "sta_ppo_zero", "sta_ppo,pi05", "sta_ppo"),
     "study_pushcube_images": ("ppo", "sta_ppo_zero", "ipi"),
-    "franka_state": ("PushCube-v1,sta_ppo_paper", "LiftPegUpright-v1,rl4vla", "pi_rl,pi05", "PullCube-v1,ipi"),
+    "franka_state": (
+        "PushCube-v1,sta_ppo_paper",
+        "LiftPegUpright-v1,rl4vla",
+        "pi_rl,pi05",
+        "PullCube-v1,ipi",
+        "all,ipi",
+    ),
     "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
     "ipi_maniskill": (
         "pi05",
@@ -73,6 +80,24 @@ def test_config_is_valid(name, variant):
     assert config.stages == load(name, variant).stages
 
 
+@pytest.mark.parametrize(("name", "word"), [("ipi_maniskill", ""), ("ipi_widowx", ""), ("franka_state", "all")])
+def test_one_policy_learns_all_tasks_of_its_robot_or_the_one_that_is_named(name, word):
+    tasks = importlib.import_module(f"configs.{name}").TASKS
+    config = load(name, word)
+    assert config.env.task_names == tasks and config.specs == tuple(map(get_task, tasks))
+    assert np.ptp(np.bincount(config.env.task_index)) == 0
+    for task in tasks:
+        alone = load(name, task)
+        assert (alone.env.tasks, alone.env.env_id, alone.stages) == ((), task, get_task(task).params)
+
+
+def test_a_policy_of_the_state_reads_which_of_its_tasks_it_has():
+    config = load("franka_state", "all")
+    words = [spec.instruction for spec in config.specs]
+    tokens, _ = blank_policy(config.model).tokenize(words, np.zeros((4, config.env.state_dim), np.float32))
+    assert len({row.tobytes() for row in tokens}) == 4
+
+
 def test_a_configuration_called_ipi_has_all_three_phases():
     for name in VARIANTS:
         assert (load(name, "").phases == ("sft", "tpo", "ppo")) == (name.startswith("ipi") or name == "quickstart")
@@ -94,7 +119,7 @@ def test_the_method_is_the_one_that_is_asked_for(name):
         assert (config.ppo.shaping, config.stages.progressive, config.ppo.terminal_potential) == expected
         assert config.ppo.time_limit == "terminate"
         if method == "sta_ppo":
-            assert config.stages == get_task(config.env.env_id).params
+            assert config.stages == config.env.specs[0].params == get_task(config.env.task_name).params
 
 
 def test_rl4vla_is_its_own_reward_without_shaping_in_episodes_of_full_length():

@@ -11,7 +11,7 @@ from toy_collection import MortalToy, SimulatorNeeded, info_of, no_simulator, to
 
 from stare_jax.config import ConfigError
 from stare_jax.data.batches import imitation_batches
-from stare_jax.data.demos import DemosConfig, collect_demos, demo_quotas, expert_act
+from stare_jax.data.demos import DemosConfig, collect_demos, demo_quotas, expert_act, experts_act
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.norm_stats import read_norm_stats
 from stare_jax.data.reader import Dataset
@@ -120,6 +120,16 @@ def test_every_environment_has_a_memory_of_its_own():
         decision, observation = act_all("as it is", signals, ["push"] * 2, np.array(is_first))
     assert seen == [[], [], [0.0], [1.0], [0.0, 0.0], []]
     assert decision.action.shape == (2, 2) and decision.logp is None and observation == "as it is"
+
+
+def test_every_environment_is_acted_in_by_the_expert_of_its_task():
+    """The expert of task k counts its steps, and acts with k and their number."""
+    experts = [Expert(int, lambda signals, n, k=k: (np.array([k, n], np.float32), n + 1), (1.0, 1.0)) for k in range(2)]
+    act_all = experts_act([experts[task] for task in (1, 0, 1)].__getitem__)
+    signals = Signals(*(np.zeros(3) for _ in Signals._fields))
+    for is_first in (np.ones(3, bool), np.array([False, True, False])):
+        decision, _ = act_all(None, signals, [""] * 3, is_first)
+    assert decision.action.tolist() == [[1, 1], [0, 0], [1, 1]]
 
 
 def test_only_successes_are_kept_in_their_quotas(demos):

@@ -42,7 +42,7 @@ def test_round_trip_is_exact(tmp_path, make_trajectory, assert_same, num_tokens,
     for i, trajectory in enumerate(written):
         read, meta = dataset.episode(i, horizon=5)
         assert_same(read, trajectory)
-        assert meta == META | {"seed": i, "success": True, "length": (1, 5, 3)[i]}
+        assert meta == META | {"seed": i, "success": True, "length": (1, 5, 3)[i], "task": 0}
 
 
 def test_episodes_of_experts_have_no_decisions(tmp_path, make_trajectory, assert_same):
@@ -249,6 +249,7 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
             '"num_records": "", "was": ',
             r"shards\[0\]\.frames\.num_records: got '', expected a whole",
         ),
+        ('"task": 0', '"task": 1', "episodes.task: got 1, expected at most 0 for PushCube-v1"),
         ('"episodes": [', '"episodes": [], "were": [', "episodes: got 0 rows, expected 1, as many as the shards hold"),
     ):
         assert old in text

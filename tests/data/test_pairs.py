@@ -15,6 +15,7 @@ from stare_jax.data.pairs import (
     dataset_outcomes,
     load_pairs,
     make_pairs,
+    make_task_pairs,
     read_pairs,
     write_pairs,
 )
@@ -60,6 +61,23 @@ def test_ties_do_not_pair():
 def test_other_instructions_do_not_pair():
     outcomes = [Outcome("push", 0, True, 4), Outcome("pull", 0, False, 1), Outcome("pull", 1, False, 2)]
     assert make_pairs(outcomes, num_pairs=9) == [Pair(2, 1, STAGE_OTHER)]
+
+
+def test_pairs_are_made_within_a_task_and_as_many_of_each():
+    """The seeds and the words are the same; every failure has a success of the other task from its own start."""
+    outcomes = [
+        Outcome("move", seed, success, 4 if success else 1, task)
+        for seed in (0, 1)
+        for task, wins in ((0, 1), (1, 2))
+        for success in [True] * wins + [False]
+    ]
+    config = PairsConfig(num_pairs=3, max_reuse=2)
+    pairs = make_task_pairs(outcomes, config)
+    assert all(outcomes[pair.chosen].task == outcomes[pair.rejected].task for pair in pairs)
+    assert [sum(outcomes[pair.chosen].task == task for pair in pairs) for task in (0, 1)] == [3, 3]
+    alone = make_pairs([outcome for outcome in outcomes if outcome.task == 1], num_pairs=3)
+    rows = [i for i, outcome in enumerate(outcomes) if outcome.task == 1]
+    assert pairs[3:] == [Pair(rows[pair.chosen], rows[pair.rejected], pair.kind) for pair in alone]
 
 
 def test_the_same_start_comes_first_and_reuse_is_limited():

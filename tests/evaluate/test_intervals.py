@@ -2,7 +2,15 @@ import math
 
 import pytest
 
-from stare_jax.evaluate.intervals import Z_95, mean_interval, paired_difference, ratio_of_means, wilson_interval
+from stare_jax.evaluate.intervals import (
+    Z_95,
+    Estimate,
+    mean_interval,
+    mean_of_rates,
+    paired_difference,
+    ratio_of_means,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +139,15 @@ def test_ratio_of_means_resamples_pairs():
     assert math.isnan(ratio_of_means([], []).value)
     with pytest.raises(ValueError, match="denominators: got 1, expected one for each of 2"):
         ratio_of_means([1.0, 2.0], [1.0])
+
+
+def test_a_mean_of_rates_has_the_interval_of_its_parts():
+    # Distances to the lower limits 0.3 and 0.4, to the upper ones 0.12 and 0.05: roots of 0.25 and 0.0169, halved.
+    got = mean_of_rates([Estimate(0.5, 0.2, 0.62), Estimate(0.9, 0.5, 0.95)])
+    assert got == pytest.approx(Estimate(0.7, 0.7 - 0.5 / 2, 0.7 + 0.13 / 2))
+    alone = wilson_interval(7, 20)
+    assert mean_of_rates([alone]) == pytest.approx(alone)
+    # Four tasks alike are as well known as one with four times the episodes, but for Wilson's bias to the middle.
+    four, one = mean_of_rates([wilson_interval(140, 200)] * 4), wilson_interval(560, 800)
+    assert four.value == one.value and four.high - four.low == pytest.approx(one.high - one.low, rel=0.01)
+    assert all(math.isnan(x) for x in mean_of_rates([alone, wilson_interval(0, 0)]))

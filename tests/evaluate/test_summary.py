@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 
 from stare_jax.documents import DocumentError
-from stare_jax.evaluate.episodes import Episodes
-from stare_jax.evaluate.intervals import paired_difference, wilson_interval
-from stare_jax.evaluate.protocol import EvalInfo, Evaluation
-from stare_jax.evaluate.record import load_evaluation, load_results, save_evaluation
+from stare_jax.evaluate.episodes import Episodes, take
+from stare_jax.evaluate.intervals import mean_of_rates, paired_difference, wilson_interval
+from stare_jax.evaluate.protocol import EvalInfo, Evaluation, TaskStages
+from stare_jax.evaluate.record import PhaseResult, load_evaluation, load_results, save_evaluation
 from stare_jax.evaluate.summary import PairingError, compare, pairing_obstacle, rate_over_runs, summarize
+from stare_jax.report.tables import stages_table, task_results, tasks_table
 
 STAGES = ("reach", "grasp", "place")
 
 
-def make_evaluation(completed, *, valid=None, start=None, start_hash=None, seed=None, success_end=None, **info):
+def make_evaluation(
+    completed, *, task=None, valid=None, start=None, start_hash=None, seed=None, success_end=None, **info
+):
     """An evaluation in which completing the last stage is success; a seed begins in the same state everywhere."""
     completed = np.asarray(completed, bool)
     num_episodes, num_stages = completed.shape
@@ -38,6 +41,7 @@ def make_evaluation(completed, *, valid=None, start=None, start_hash=None, seed=
             completed=completed,
             entered_at=np.zeros_like(completed, int),
             stage_len=np.zeros_like(completed, int),
+            task=np.zeros(num_episodes, int) if task is None else np.asarray(task),
         ),
     )
 
@@ -203,6 +207,12 @@ def test_files_bring_back_what_was_saved(tmp_path):
         ("episodes.success_once", [True], "episodes.success_once: got 1 items, expected 2, as in seed"),
         ("episodes.success_at", [None, 3], r"episodes.success_at\[0\]: got null, expected a whole number"),
         ("episodes.start", [0, 2], "episodes.start: got 2, expected at most 1"),
+        ("episodes.task", [0, 1], "episodes.task: got 1, expected at most 0"),
+        (
+            "info.tasks",
+            [{"env_id": "A", "stage_names": ["a"]}] * 2,
+            "info.tasks.stage_names: got 1 items, expected 3, the stages",
+        ),
         ("episodes.stage_reached", [0, 3], "episodes.stage_reached: got 3, expected at most 2"),
         (
             "episodes.completed",
@@ -237,3 +247,63 @@ def test_files_of_earlier_versions_load_with_unknowns(tmp_path):
     assert loaded.episodes.start_hash.tolist() == ["", ""]
     assert (loaded.info.backend, loaded.info.jitter, loaded.info.checkpoint) == ("", "", "")
     assert compare(loaded, loaded).num_pairs == 2
+
+
+TASKS = (TaskStages("A-v0", STAGES), TaskStages("B-v0", ("reach", "contact", "push")))
+
+
+def of_two_tasks(**changes):
+    """Two successes of three episodes of the first task, one of two of the second, and one that was lost."""
+    won, lost = [1, 1, 1], [1, 0, 0]
+    return make_evaluation(
+        [won, won, lost, won, lost, won],
+        task=[0, 1, 1, 0, 0, 1],
+        valid=[1, 1, 1, 1, 1, 0],
+        seed=[0, 0, 1, 1, 2, 2],
+        start_hash=["a", "a", "b", "c", "d", "e"],
+        **{"env_id": "A-v0+B-v0", "tasks": TASKS} | changes,
+    )
+
+
+def test_the_rate_of_several_tasks_is_the_mean_of_theirs():
+    summary = summarize(of_two_tasks())
+    first, second = wilson_interval(2, 3), wilson_interval(1, 2)
+    assert [summary.tasks[name].success_once for name in ("A-v0", "B-v0")] == [first, second]
+    assert summary.success_once == mean_of_rates([first, second]) and summary.success_once.value == (2 / 3 + 1 / 2) / 2
+    assert (summary.num_episodes, summary.num_dropped) == (5, 1)
+    assert [one.num_dropped for one in summary.tasks.values()] == [0, 1]
+    assert [stage.name for stage in summary.tasks["B-v0"].stages] == ["reach", "contact", "push"]
+
+
+def test_the_file_of_several_tasks_keeps_them(tmp_path):
+    evaluation = of_two_tasks()
+    save_evaluation(tmp_path / "eval/ppo.json", evaluation, phase="ppo")
+    loaded = load_evaluation(tmp_path / "eval/ppo.json")
+    assert loaded.info == evaluation.info and loaded.episodes.task.tolist() == [0, 1, 1, 0, 0, 1]
+    summary = json.loads((tmp_path / "eval/ppo.json").read_text())["summary"]
+    assert summary["tasks"]["B-v0"]["success_once"]["value"] == 0.5
+    # Files from before there were tasks are of one.
+    document = json.loads((tmp_path / "eval/ppo.json").read_text())
+    del document["episodes"]["task"], document["info"]["tasks"]
+    (tmp_path / "eval/ppo.json").write_text(json.dumps(document))
+    assert summarize(load_evaluation(tmp_path / "eval/ppo.json")).tasks == {}
+
+
+def test_tables_have_a_row_for_each_task_and_one_for_their_average():
+    evaluation = of_two_tasks()
+    results = [PhaseResult(phase, evaluation, summarize(evaluation), {}) for phase in ("sft", "ppo")]
+    header, rows = tasks_table(results, "success_once")
+    assert header == ("success at any step, %", "sft", "ppo")
+    assert [(row[0], row[2].split()[0]) for row in rows] == [("A-v0", "66.7"), ("B-v0", "50.0"), ("average", "58.3")]
+    assert [row[0] for row in stages_table(task_results(results)["B-v0"])[1]] == ["reach", "contact", "push"]
+    alone = make_evaluation([[1, 1, 1]])
+    (only,) = task_results([PhaseResult("sft", alone, summarize(alone), {})]).items()
+    assert only[0] == ""
+
+
+def test_episodes_of_several_tasks_pair_within_their_task():
+    """Starts "a" of the two tasks have the same name; each is paired with that of its own task."""
+    first = of_two_tasks()
+    first = first._replace(episodes=first.episodes._replace(success_once=np.array([1, 0, 0, 1, 0, 1], bool)))
+    comparison = compare(first, first._replace(episodes=take(first.episodes, np.arange(6)[::-1])))
+    assert (comparison.num_gained, comparison.num_lost, comparison.num_pairs) == (0, 0, 5)

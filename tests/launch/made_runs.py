@@ -3,14 +3,15 @@
 import numpy as np
 
 from stare_jax.evaluate.episodes import Episodes
-from stare_jax.evaluate.protocol import EvalInfo, Evaluation
+from stare_jax.evaluate.protocol import EvalInfo, Evaluation, TaskStages
 from stare_jax.evaluate.record import save_evaluation
 from stare_jax.logging import make_writer, write_config
 
 NUM_ITERATIONS = 8
 
 
-def save_rate(path, phase, num_successes, num_episodes=10):
+def save_rate(path, phase, num_successes, num_episodes=10, tasks=("PushCube-v1",)):
+    """The first episodes succeed; several tasks take turns."""
     is_success = np.arange(num_episodes) < num_successes
     ones, numbers = np.ones(num_episodes, bool), np.arange(num_episodes)
     episodes = Episodes(
@@ -27,8 +28,10 @@ def save_rate(path, phase, num_successes, num_episodes=10):
         completed=is_success[:, None],
         entered_at=np.zeros((num_episodes, 1), int),
         stage_len=np.ones((num_episodes, 1), int),
+        task=numbers % len(tasks),
     )
-    info = EvalInfo("PushCube-v1", ("goal",), horizon=5, temperature=0.0, num_steps=50, wall_s=1.0)
+    several = tuple(TaskStages(task, ("goal",)) for task in tasks if len(tasks) > 1)
+    info = EvalInfo("+".join(tasks), ("goal",), horizon=5, temperature=0.0, num_steps=50, wall_s=1.0, tasks=several)
     save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase)
 
 

@@ -109,6 +109,31 @@ def test_numbers_and_curves_are_beside_the_tables(out):
         assert (out / "PushCube-v1" / name).exists() and (out / "PullCube-v1" / name).exists()
 
 
+def test_a_run_of_several_tasks_is_a_row_beside_those_of_one(tmp_path):
+    """Of 5 successes in 10 episodes in turns 3 are of the first task's 5, 2 of the second's; another run is at work."""
+    folder, tasks = tmp_path / "x", ("PullCube-v1", "PushCube-v1")
+    env = {"env_id": "+".join(tasks), "tasks": tasks}
+    for task in tasks:
+        make_run(folder / task / "ipi" / "seed_0", 2, 0, task, phases=["ppo"])
+        save_rate(folder / task / "ipi" / "seed_0", "ppo", 8)
+    for seed in (0, 1):
+        make_run(folder / "all" / "ipi" / f"seed_{seed}", 2, seed, phases=["ppo"])
+        write_config(folder / "all" / "ipi" / f"seed_{seed}", {"seed": seed, "phases": ["ppo"], "env": env})
+    save_rate(folder / "all" / "ipi" / "seed_0", "ppo", 5, tasks=tasks)
+    assert command.main([f"--study={folder}", f"--out={tmp_path / 'out'}", "--smooth=1"]) == 0
+    once, _ = tables(tmp_path / "out")
+    assert once[0] == ["success at any step, %", *tasks, "average"]
+    (row,) = [row for row in once if row[0] == "ipi, all"]
+    assert row[1:] == [percent(wilson_interval(3, 5), 1), percent(wilson_interval(2, 5), 1), "50.0 (1)"]
+    with (tmp_path / "out" / "success.csv").open() as file:
+        rows = [
+            (row["task"], row["seed"], row["success_once"]) for row in csv.DictReader(file) if "all" in row["method"]
+        ]
+    assert rows == [(tasks[0], "0", "0.6"), (tasks[0], "1", ""), (tasks[1], "0", "0.4"), (tasks[1], "1", "")]
+    # Its learning curve is that of all tasks together, and stands beside none of one.
+    assert "ipi, all" not in (tmp_path / "out" / tasks[0] / "README.md").read_text()
+
+
 def test_a_run_was_before_what_it_began_from(folder):
     """Its imitation is another run, named relative to the clone that holds both."""
     run = read_run("x", folder / "PushCube-v1" / "ppo" / "seed_2", "ppo")

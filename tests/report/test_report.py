@@ -125,7 +125,7 @@ def test_record_keeps_the_evaluation(run_directory, evaluated):
 def test_record_without_images_draws_the_timeline_alone(tmp_path, spec, evaluated, rewards_fn):
     evaluation, films = evaluated
     blind = [film._replace(frames=None) for film in films]
-    record_evaluation(tmp_path, "sft", evaluation, blind, spec, rewards_fn, num_videos=2)
+    record_evaluation(tmp_path, "sft", evaluation, blind, spec, [rewards_fn], num_videos=2)
     files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
     assert files == ["eval/sft.json", "figures/timeline_sft.png", "figures/timeline_sft_dark.png"]
 
@@ -138,7 +138,7 @@ def test_films_that_fail_cost_neither_the_numbers_nor_the_run(
     broken.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(broken))
     run = tmp_path / "run"
-    record_evaluation(run, "sft", *evaluated, spec, rewards_fn, num_videos=2, settings={"num_episodes": 12})
+    record_evaluation(run, "sft", *evaluated, spec, [rewards_fn], num_videos=2, settings={"num_episodes": 12})
     (warning,) = capsys.readouterr().out.splitlines()
     assert warning.startswith("warning: sft: some of its films") and warning.endswith("ffmpeg failed: no codec no film")
     (result,) = load_results(run)
@@ -153,19 +153,19 @@ def test_numbers_are_on_disk_before_the_first_picture(tmp_path, spec, evaluated,
 
     monkeypatch.setattr(report_films, "draw_timeline", die)
     with pytest.raises(KeyboardInterrupt):
-        record_evaluation(tmp_path, "sft", *evaluated, spec, rewards_fn)
+        record_evaluation(tmp_path, "sft", *evaluated, spec, [rewards_fn])
     (result,) = load_results(tmp_path)
     assert str(result.summary) == str(summarize(evaluated[0]))
 
 
 def test_an_earlier_evaluation_of_a_name_is_set_aside_with_its_films(tmp_path, spec, evaluated, rewards_fn, capsys):
-    record_evaluation(tmp_path, "sft", *evaluated, spec, rewards_fn, num_videos=1)
+    record_evaluation(tmp_path, "sft", *evaluated, spec, [rewards_fn], num_videos=1)
     folder, names = tmp_path / "eval" / "sft.partial", ["eval/sft.json", "videos/sft_1.mp4", "figures/timeline_sft.png"]
     folder.mkdir()
     for name in ("film_3.npz", "episodes.npz", "mine.txt"):
         (folder / name).write_text(name)
     before = {name: (tmp_path / name).read_bytes() for name in names}
-    record_evaluation(tmp_path, "sft", *evaluated, spec, rewards_fn, num_videos=0)
+    record_evaluation(tmp_path, "sft", *evaluated, spec, [rewards_fn], num_videos=0)
     assert {name: (tmp_path / "set_aside" / "1" / name).read_bytes() for name in names} == before
     assert f"what was there is in {tmp_path / 'set_aside' / '1'}" in capsys.readouterr().out
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
@@ -174,7 +174,7 @@ def test_an_earlier_evaluation_of_a_name_is_set_aside_with_its_films(tmp_path, s
 
 def test_record_refuses_a_phase_that_is_no_file_name(tmp_path, spec, evaluated, rewards_fn):
     with pytest.raises(ValueError, match="name: got '../x'"):
-        record_evaluation(tmp_path, "../x", *evaluated, spec, rewards_fn)
+        record_evaluation(tmp_path, "../x", *evaluated, spec, [rewards_fn])
 
 
 @pytest.mark.parametrize(

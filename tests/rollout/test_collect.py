@@ -483,3 +483,44 @@ def test_a_policy_acts_reproducibly_and_is_traced_once_for_all_parameters():
     flat = jax.tree.map(lambda x: x[:, :-1].reshape(7 * 4, *x.shape[2:]), first.observation)
     score = policy.log_prob(params, flat, {"bins": bins.reshape(7 * 4, 2)})
     np.testing.assert_allclose(score.logp, first.decisions.logp.reshape(-1), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ several tasks
+
+
+class TwoTasksEnv(ScriptedEnv):
+    """Of five environments two are of the first task and three of the second."""
+
+    task_index = np.array([0, 1, 1, 0, 1])
+
+
+@pytest.mark.parametrize("max_steps", [None, 17])
+def test_an_environment_takes_episodes_of_its_own_task(max_steps):
+    """Episodes of the first task succeed at once, so its environments need more of them, and each waits for nobody."""
+    tasks = [0, 1] * 8
+    seeds = list(range(100, 116))
+    env = TwoTasksEnv(5, {seed: Script(success_at=1) for seed in seeds[::2]})
+    seen = []
+
+    def act(observation, signals, instructions, is_first):
+        seen.append(observation.state[:, 0].astype(int).copy())
+        return Decision(np.zeros((5, 2), np.float32)), observation
+
+    rollout = collect_episodes(env, act, seeds, tasks=tasks, stop_at_success=True, max_steps=max_steps)
+    for of_envs in seen:
+        assert [(seed - 100) % 2 for seed in of_envs] == [0, 1, 1, 0, 1]
+    assert rollout.task.tolist() == tasks[: len(rollout.task)]
+    lengths = rollout.trajectory.valid.sum(axis=1) - 1
+    begun = lengths >= 0
+    assert rollout.trajectory.observation.state[begun, 0, 0].tolist() == np.array(seeds)[: len(begun)][begun].tolist()
+    assert rollout.num_steps == lengths[begun].sum() == (max_steps or 8 * 1 + 8 * 4)
+    if max_steps is None:
+        assert lengths.tolist() == [1, 4] * 8
+    else:  # one task is ahead of the other: its rows lie between those of episodes that have not begun
+        assert not begun.all() and (lengths[begun & (rollout.task == 0)] == 1).all()
+        assert [e for e, instruction in enumerate(rollout.instructions) if not instruction] == [7, 9]
+
+
+def test_episodes_of_a_task_without_an_environment_are_refused():
+    with pytest.raises(ValueError, match=r"tasks: got \[2\], expected tasks of environments: \[0, 1, 1, 0, 1\]"):
+        collect_episodes(TwoTasksEnv(5, {}), scripted_act, [1, 2], tasks=[0, 2], stop_at_success=False)

@@ -16,9 +16,8 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
-from stare_jax.state.train_state import create_state
-from stare_jax.train.loop import Run
-from stare_jax.train.ppo import PPOConfig, make_ppo_step, make_prepare, reference_params
+from stare_jax.state.train_state import copy_trainable, create_state
+from stare_jax.train.ppo import PPOConfig, make_ppo_step, make_prepare
 from stare_jax.train.ppo_batch import minibatches
 from stare_jax.train.sft import SFTBatch, SFTConfig, make_sft_step, train_sft
 from stare_jax.train.tpo import TPOConfig, make_tpo_step
@@ -73,7 +72,7 @@ def test_a_ratio_of_one_and_no_divergence_at_the_start(kind):
     num_decisions = int((-(-batch.targets.valid_t.sum(axis=1) // policy.chunk)).sum())
     (minibatch,) = minibatches(batch, size=64, rng=np.random.default_rng(0))
     assert minibatch.valid.sum() == num_decisions
-    reference = reference_params(policy, params, config, Run(None, toy.norm_stats()))
+    reference = copy_trainable(policy, params, OPTIMIZER, make_mesh())
     results = [
         take_step(
             make_ppo_step, kind, dataclasses.replace(config, microbatch_size=size), minibatch, True, 0.0, reference

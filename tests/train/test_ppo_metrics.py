@@ -1,5 +1,6 @@
 """Metrics of an iteration on labels and rewards written down by hand."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from toy_task import expert_episodes, fresh
 
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
+from stare_jax.stages import get_task
 from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
 from stare_jax.train.ppo_batch import Targets
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
@@ -47,7 +49,20 @@ def rollout(targets):
     value = np.pad(targets.advantage_d, [(0, 0), (0, 1)], constant_values=99) / 2
     valid = (np.arange(5) <= LENGTHS[:, None]) & (LENGTHS[:, None] > 0)
     trajectory = Trajectory(None, None, valid, None, Decisions(None, None, value, targets.valid_d))
-    return Rollout(trajectory, ("",) * 4, num_steps=12, num_dropped=1, is_complete=True)
+    return Rollout(trajectory, ("",) * 4, np.array([0, 1, 0, 1]), num_steps=12, num_dropped=1, is_complete=True)
+
+
+def test_success_is_told_of_each_task(rollout, targets, spec):
+    """The success is of the first task, the failure of the second; the cut and the lost episode count for neither."""
+    pull, third = dataclasses.replace(spec, env_id="Pull-v0"), dataclasses.replace(spec, env_id="Third-v0")
+    metrics = rollout_metrics(rollout, targets, (spec, pull, third), shaping=True)
+    assert (metrics["env/success_ToyPush-v0"], metrics["env/success_Pull-v0"]) == (1.0, 0.0)
+    assert metrics["env/success"] == 0.5
+    assert np.isnan(metrics["env/success_Third-v0"])
+    alone = rollout_metrics(rollout, targets, spec, shaping=True)
+    assert alone.keys() == {name for name in metrics if "-v0" not in name}
+    other_names = rollout_metrics(rollout, targets, (spec, get_task("StackCube-v1")), shaping=False)
+    assert other_names["env/completed_stage 4"] == alone["env/completed_goal"]
 
 
 def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, targets, spec):
@@ -101,7 +116,7 @@ def test_successes_are_counted_whatever_the_reward_is(rollout, targets, spec):
 def test_without_an_episode_that_is_over_there_is_no_rate(rollout, targets, spec):
     cut = Targets(*(x[2:] for x in targets))
     decisions = jax.tree.map(lambda x: x[2:], rollout.trajectory.decisions)
-    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions))
+    rollout = rollout._replace(trajectory=rollout.trajectory._replace(decisions=decisions), task=rollout.task[2:])
     metrics = rollout_metrics(rollout, cut, spec, shaping=True)
     assert (metrics["env/num_episodes"], metrics["env/num_cut"]) == (0, 1)
     assert np.isnan(metrics["env/success"]) and metrics["shaping/at_success"] == 0
@@ -112,7 +127,8 @@ def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_learns_the_same(spec
     zeros = np.zeros((6, toy.HORIZON), np.float32)
     made = Decisions({"bins": zeros}, zeros, np.zeros(trajectory.valid.shape, np.float32), trajectory.valid[:, 1:])
     trajectory = trajectory._replace(decisions=made)
-    rollout = Rollout(trajectory, ("",) * 6, num_steps=int(trajectory.valid[:, 1:].sum()), num_dropped=0, is_complete=1)
+    num_steps = int(trajectory.valid[:, 1:].sum())
+    rollout = Rollout(trajectory, ("",) * 6, np.zeros(6, int), num_steps, num_dropped=0, is_complete=1)
     whole = make_prepare(spec, PPOConfig())(rollout)
     padded = make_prepare(spec, PPOConfig(num_steps=40))(rollout)
     assert whole.advantage.shape == (6, toy.HORIZON) and whole.targets.reward_t.any(axis=1).all()
@@ -142,3 +158,28 @@ def test_the_page_on_ppo_explains_every_metric_and_no_other(policy, params, make
     logged = {stage.sub("_<stage>", name) for name in run.writer.lines[0] if "/" in name}
     explained = set(re.findall(r"`((?:ppo|env|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))
     assert explained == logged
+
+
+@pytest.mark.parametrize("whiten_over", ["all", "task"])
+def test_targets_are_those_of_each_episodes_own_task(spec, whiten_over):
+    """The second task pays ten times less for being near; whitened apart, both have mean 0 and deviation 1."""
+    trajectory = expert_episodes(6)
+    zeros = np.zeros((6, toy.HORIZON), np.float32)
+    made = Decisions({"bins": zeros}, zeros, np.zeros(trajectory.valid.shape, np.float32), trajectory.valid[:, 1:])
+    task = np.array([0, 1, 1, 0, 1, 0], np.int32)
+    rollout = Rollout(trajectory._replace(decisions=made), ("",) * 6, task, 0, num_dropped=0, is_complete=True)
+    other = dataclasses.replace(spec, params=dataclasses.replace(spec.params, d_reach=0.5, d_push=0.5))
+    config = PPOConfig(whiten_over=whiten_over)
+    batch = make_prepare((spec, other), config)(rollout)
+    alone = [make_prepare(one, config)(rollout).targets for one in (spec, other)]
+    assert np.abs(alone[0].shaped_reward_t - alone[1].shaped_reward_t).max() > 0.01
+    for e, k in enumerate(task):
+        jax.tree.map(lambda a, b, e=e: np.testing.assert_allclose(a[e], b[e], atol=1e-5), batch.targets, alone[k])
+    masks = [batch.targets.valid_d & (task == k)[:, None] for k in (0, 1)]
+    spreads = [float(batch.advantage[mask].std()) for mask in masks]
+    means = [float(batch.advantage[mask].mean()) for mask in masks]
+    if whiten_over == "task":
+        assert spreads == pytest.approx([1, 1], abs=1e-3) and means == pytest.approx([0, 0], abs=1e-5)
+    else:
+        assert abs(spreads[0] - spreads[1]) > 0.01
+        assert float(batch.advantage[batch.targets.valid_d].std()) == pytest.approx(1, abs=1e-3)

@@ -172,6 +172,18 @@ def test_tpo_in_two_passes_is_tpo_in_one(policy, params, spec):
     assert moved(params, whole.params) == {"trunk_0", "logits"}
 
 
+def test_stages_and_costs_of_a_pair_are_those_of_its_task(policy, params, spec):
+    pairs = random_pairs(policy, params, 4)
+    other = dataclasses.replace(spec, params=dataclasses.replace(spec.params, delta_reach=0.09, lambda_perp=7.0))
+    together = score_pairs(
+        policy, params, pairs._replace(task=np.array([1, 0, 0, 1], np.int32)), (spec, other), batch_size=64
+    )
+    alone = [score_pairs(policy, params, pairs, one, batch_size=64) for one in (spec, other)]
+    assert (alone[0].chosen.stage_mask != alone[1].chosen.stage_mask).any()
+    for row, k in enumerate([1, 0, 0, 1]):
+        jax.tree.map(lambda a, b, row=row: np.testing.assert_allclose(a[row], b[row], rtol=1e-5), together, alone[k])
+
+
 def test_pairs_are_scored_by_the_reference_policy_where_there_are_actions(policy, params, spec):
     pairs = random_pairs(policy, params, 3)
     batch = score_pairs(policy, params, pairs, spec, batch_size=16)

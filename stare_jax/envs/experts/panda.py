@@ -129,7 +129,7 @@ def stack_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
     # A finger might come down on the other cube.
     crowding = np.clip((0.09 - off_goal) / 0.02, 0.0, 1.0)
     rotation = _leant_outwards(_best_grasp(signals, goal, crowding), obj, goal)
-    if abs(over_goal) < 0.006 and off_goal < (0.012 if signals.is_grasped else 0.03):
+    if abs(over_goal) < 0.01 and off_goal < (0.015 if signals.is_grasped else 0.03):
         return _leave(signals, rotation, goal[2] + 0.11), memory
     if signals.is_grasped or obj[2] > CUBE_SIZE and _apart(signals, obj) < 0.03:
         return _carry_cube(signals, rotation), memory
@@ -161,7 +161,7 @@ def _carry_cube(signals: Signals, rotation: np.ndarray) -> np.ndarray:
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
     off_goal = np.hypot(*(obj - goal)[:2])
     target = goal + (tcp - obj)
-    target[2] += np.clip(1.5 * (off_goal - 0.008), -0.003, 0.035)
+    target[2] += np.clip(2.5 * (off_goal - 0.012), -0.01, 0.035)
     # A cube that is too low to pass over the other one waits beside it.
     is_high, is_far = (obj[2] - goal[2] + 0.02) / 0.025, (off_goal - 0.07) / 0.05
     target[:2] = tcp[:2] + np.clip(max(is_high, is_far), 0.0, 1.0) * (target[:2] - tcp[:2])

@@ -97,6 +97,7 @@ class BatchedSimulator:
         self.config = config
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
+        self.task_index = config.task_index
         self.instructions = (config.spec.instruction,) * config.num_envs
         self._env, self._device = env, torch_to_jax(torch.zeros(1, device=env.device)).device
         env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)

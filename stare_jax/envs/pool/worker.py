@@ -96,7 +96,7 @@ def main(socket: int, file: int, first: int) -> None:
     Args:
         socket: descriptor of the socket to the parent.
         file: descriptor of the shared file.
-        first: row of the first of the environments.
+        first: row of the first of the environments, which are of one task.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # The parent decides when to stop.
@@ -108,7 +108,7 @@ def main(socket: int, file: int, first: int) -> None:
             sys.path.extend(folder for folder in path if folder not in sys.path)  # A task of one's own may lie there.
             memory = mmap.mmap(file, shared_size(config))
             os.close(file)
-            simulators = _start(config)
+            simulators = _start(config.of_task(config.task_index[first]))
         except EOFError:
             return
         except UserError as error:  # The message says what to do: a traceback adds nothing.

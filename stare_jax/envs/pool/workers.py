@@ -80,7 +80,7 @@ def _worker_environment() -> dict[str, str]:
 
 
 class SimulatorPool:
-    """`VecEnv` of ManiSkill simulators; see `envs.base`.
+    """`VecEnv` of ManiSkill simulators, of one task or of several; see `envs.base`. A process is of one task.
 
     Losing a simulator costs its episode and not the run. An environment that raises an error, or whose physics
     diverges, is not `alive` until it is reset. A process that has died, or has not answered within
@@ -101,7 +101,9 @@ class SimulatorPool:
         self.config = config
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
-        self.instructions = (config.spec.instruction,) * config.num_envs
+        self.task_index = config.task_index
+        words = [spec.instruction for spec in config.specs]
+        self.instructions = [words[task] for task in self.task_index]
         self.num_losses = 0
         self._report = report
         if config.image_size and config.lite_robot:

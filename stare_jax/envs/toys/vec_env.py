@@ -44,6 +44,7 @@ class ToyEnv:
     def __init__(self, toy: Toy, num_envs: int):
         self.toy = toy
         self.num_envs = num_envs
+        self.task_index = np.zeros(num_envs, int)
         self.instructions = (toy.instruction,) * num_envs
         self._reset, self._step = _compile(toy.reset, toy.step, toy.observe, toy.max_step)
 
