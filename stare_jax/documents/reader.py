@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
-from pydantic import AfterValidator, AllowInfNan, FailFast, Field, Strict, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, AllowInfNan, Field, Strict, TypeAdapter, ValidationError, create_model
 
 from stare_jax.config import ConfigError
 
@@ -123,6 +123,8 @@ def check_record(cls: Any, value: Any, place: str, *, path: str = "") -> Any:
         return _adapter(cls).validate_python(value)
     except ValidationError as error:
         problems = error.errors(include_url=False)
+    # Items that are wrong do not count for pydantic, which then finds their list too short, too.
+    problems = [x for x in problems if x["type"] != "too_short" or len(x["input"]) < x["ctx"]["min_length"]]
     raise_problems(place, [_in_words(problem, path) for problem in problems])
 
 
@@ -183,7 +185,7 @@ def _strict(hint: Any) -> Any:
     if origin is dict:
         return dict[str, _strict(parts[1])]
     if origin in (tuple, list):  # of a list that is wrong throughout, one item is enough
-        return Annotated[origin[tuple(map(_strict, parts))], FailFast()]
+        return Annotated[origin[tuple(map(_strict, parts))], Field(fail_fast=True)]
     return _record(hint) if hasattr(hint, "_fields") else _SCALARS.get(hint, hint)
 
 

@@ -180,9 +180,7 @@ def test_statistics_of_one_data_set(tmp_path):
     mine = read_norm_stats(tmp_path, unnorm_key="mine", state_dim=1)
     np.testing.assert_array_equal(mine.state_q99, [4.0])
     np.testing.assert_array_equal(mine.action_mask, [True])
-    with pytest.raises(
-        DocumentError, match=r"config.json: norm_stats.robot.proprio: got nothing, expected an object"
-    ):
+    with pytest.raises(DocumentError, match=r"config.json: norm_stats.robot.proprio: got nothing, expected an object"):
         read_norm_stats(tmp_path, unnorm_key="robot", state_dim=1)
 
 

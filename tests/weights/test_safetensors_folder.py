@@ -87,7 +87,10 @@ def test_a_truncated_file_is_named(file, size):
     [
         (lambda header: header["a"].update(dtype="F99"), "got dtype 'F99'"),
         (lambda header: header["a"].update(shape=[4, 5]), r"got 32 bytes for bfloat16\[4, 5\]"),
-        (lambda header: header["a"].update(shape=[-4, -4]), r"a.shape\[0\]: got -4, expected greater than or equal to 0"),
+        (
+            lambda header: header["a"].update(shape=[-4, -4]),
+            r"a.shape\[0\]: got -4, expected greater than or equal",
+        ),
         (lambda header: header["a"].update(shape=["4", 4]), r"a.shape\[0\]: got '4', expected a whole number"),
         (lambda header: header["a"].update(data_offsets=[0, 32.0]), r"a.data_offsets\[1\]: got 32.0, expected a whole"),
         (lambda header: header.update(a=None), "header: a: got null, expected an object"),
