@@ -122,7 +122,7 @@ def refuse(capsys, tmp_path):
     return refused
 
 
-def test_mistakes_are_one_line(original, converted, refuse, tmp_path):
+def test_mistakes_are_one_line(original, converted, refuse, tmp_path, capsys):
     assert "got no such folder" in refuse("--from=nowhere")
     assert f"{tmp_path}: got nothing, expected an OpenVLA checkpoint" in refuse(f"--from={tmp_path}")
     message = refuse(f"--from={original}")
@@ -134,7 +134,9 @@ def test_mistakes_are_one_line(original, converted, refuse, tmp_path):
     assert "dtype: got 'int8', expected one of" in refuse(f"--from={original}", key, "--dtype=int8")
     assert "dtype: got 'int8', expected one of" in refuse(f"--from={converted}", "--dtype=int8")
     assert "mesh: got data x fsdp x tensor = (1, 64, 1)" in refuse(f"--from={original}", key, "--mesh.fsdp=64")
-    assert "max_shard_gb: got 0.0, expected > 0" in refuse(f"--from={converted}", "--max-shard-gb=0")
+    with pytest.raises(SystemExit, match="2"):  # as `argparse` ends where a flag's value is none
+        run(f"--from={converted}", f"--to={tmp_path / 'refused'}", "--max-shard-gb=0")
+    assert "argument --max-shard-gb: got 0.0, expected > 0" in capsys.readouterr().err
     assert "merge: got True, expected False" in refuse(f"--from={converted}", "--merge")
     assert "got complete checkpoints of the steps [0], expected step 7" in refuse(f"--from={converted}", "--step=7")
 
