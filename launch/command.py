@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Interval
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
 
-from stare_jax.config import ConfigError, Count, Interval, Natural, Positive, UserError, convert, home_path
+from stare_jax.config import ConfigError, Count, Natural, Positive, UserError, convert, home_path
 from stare_jax.logging import Interrupted, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +90,7 @@ def add_mesh(parser: argparse.ArgumentParser, axes: Sequence[str] = tuple(MESH_A
     """Adds `--mesh.data`, `--mesh.fsdp` and `--mesh.tensor`, the words of a training configuration, to a parser."""
     group = parser.add_argument_group("mesh of devices, as --config.mesh of launch/train.py")
     for axis in axes:
-        kind = number(Annotated[int, Interval(-1)]) if axis == "data" else count
+        kind = number(Annotated[int, Interval(ge=-1)]) if axis == "data" else count
         group.add_argument(f"--mesh.{axis}", type=kind, metavar="N", help=MESH_AXES[axis])
 
 

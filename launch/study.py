@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Annotated
 
 import command
+from annotated_types import Interval
 from configuration import last_line, load_configuration, place, split_fields
 
-from stare_jax.config import ConfigError, Interval, UserError, from_dict, user_input
+from stare_jax.config import ConfigError, UserError, from_dict, user_input
 from stare_jax.logging import Interruption, print_table, say
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.directory import locked
@@ -37,7 +38,7 @@ from stare_jax.runs.jobs import Queue, place_cores, run_queue
 from stare_jax.runs.progress import failure_texts, progress_table, read_progress, read_rows, summary_line
 from stare_jax.runs.study import Job, Study, plan_study, select_jobs
 
-NICE = Annotated[int, Interval(0, 19)]
+NICE = Annotated[int, Interval(ge=0, le=19)]
 TRAIN = command.ROOT / "launch" / "train.py"
 
 

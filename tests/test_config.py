@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from annotated_types import Interval, MinLen
 
 from stare_jax.config import (
     ConfigError,
     Count,
-    Interval,
-    Mark,
     Pattern,
     Positive,
     UserError,
@@ -94,10 +93,10 @@ class Painted:
     lining: Colour | None = None
     axis: Literal[0, 1] = 0
     count: Count = 1
-    share: Annotated[float, Interval(1, 3, has_high=False)] | None = None
+    share: Annotated[float, Interval(ge=1, lt=3)] | None = None
     weight: float = 0.0
     is_dry: bool = True
-    sizes: Annotated[tuple[tuple[Positive, Count], ...], Mark.FILLED] = ((1.0, 1),)
+    sizes: Annotated[tuple[tuple[Positive, Count], ...], MinLen(1)] = ((1.0, 1),)
     pattern: Pattern = "a|b"
 
     def __post_init__(self):
@@ -138,7 +137,7 @@ class House:
         ({"weight": float("-inf")}, r"weight: got -inf, expected a finite number"),
         ({"weight": False}, r"weight: got False, expected float"),
         ({"is_dry": 1}, r"is_dry: got 1, expected bool"),
-        ({"sizes": ()}, r"sizes: got \(\), expected at least one item"),
+        ({"sizes": ()}, r"sizes: got \(\), expected at least 1 items"),
         ({"sizes": 3.0}, r"sizes: got 3.0, expected a sequence"),
         ({"sizes": ((1.0, 1), (float("inf"), 1))}, r"sizes\[1\]\[0\]: got inf, expected a finite number > 0"),
         ({"pattern": "("}, r"pattern: got '\(', expected a regular expression: missing"),

@@ -49,6 +49,7 @@ CONFINED = {
     ("tensorboardX", "wandb"): ("stare_jax/logging",),
     ("absl",): ("launch/",),
     ("flax",): ("stare_jax/models/", "stare_jax/state/train_state.py"),
+    ("pydantic",): ("stare_jax/documents/reader.py",),
     ("rlax", "pytest"): (),
 }
 """Packages -> the only places, by the beginning of the path, that import them (tests apart)."""

@@ -63,15 +63,15 @@ def test_writer_writes_one_object_a_call(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number or null"),
-        ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number or null"),
-        ('{"step": -1, "phase": "sft"}', "step: got -1, expected a whole number >= 0"),
+        ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number"),
+        ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number"),
+        ('{"step": -1, "phase": "sft"}', "step: got -1, expected greater than or equal to 0"),
         ('{"step": 1, "phase": "sft", "a/', r"got a line that is not JSON \(.*\), expected one that is"),
         ('{"step": 1, "step": 2, "phase": "sft"}', r"got a line that is not JSON \('step' twice\), expected"),
         ("[" * 100_000, "got a line that is not JSON"),
         ('{"step": ' + "1" * 5000, "got a line that is not JSON"),
         ('{"step": 1, "phase": "\udcff"}', r"got a line that is no text \(.*\), expected JSON"),
-        ('{"phase": "sft", "a/b": 1}', "step: got nothing, expected a whole number >= 0"),
+        ('{"phase": "sft", "a/b": 1}', "step: got nothing, expected a whole number"),
         ('{"step": 1, "phase": 1}', "phase: got 1, expected text"),
     ],
 )

@@ -17,8 +17,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
+from annotated_types import Interval
 
-from stare_jax.config import Count, Interval, Natural, Positive, Seed, check_fields
+from stare_jax.config import Count, Natural, Positive, Seed, check_fields
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
@@ -40,7 +41,7 @@ class PairsConfig:
 
     num_pairs: Count = 50
     """Number of pairs wanted, of each task where there are several; fewer are reported, none is an error."""
-    rollouts_per_seed: Annotated[int, Interval(2)] = 4
+    rollouts_per_seed: Annotated[int, Interval(ge=2)] = 4
     """Number of episodes from each initial state, two or more, to make a pair of."""
     max_rollouts: Count = 400
     """Largest number of episodes, of each task where there are several; rollouts end earlier once there are enough

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import Interval
 
-from stare_jax.config import Interval
 from stare_jax.documents.openvla import CONFIG, Off
 from stare_jax.documents.reader import (
     NOTHING,
@@ -59,8 +59,8 @@ class Description(NamedTuple):
     num_inference_steps: Size | None = None
     image_resolution: tuple[Size, Size] | None = None
     input_features: dict[str, Feature] | None = None
-    min_period: Annotated[float, Interval(4e-3, 4e-3)] | None = None
-    max_period: Annotated[float, Interval(4, 4)] | None = None
+    min_period: Annotated[float, Interval(ge=4e-3, le=4e-3)] | None = None
+    max_period: Annotated[float, Interval(ge=4, le=4)] | None = None
     use_relative_actions: Off = None
     use_peft: Off = None
     rtc_config: Switch | None = None

@@ -7,9 +7,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Interval
 from jax.sharding import AbstractMesh
 
-from stare_jax.config import Count, Interval, Seed, check_fields
+from stare_jax.config import Count, Seed, check_fields
 from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
@@ -36,7 +37,7 @@ class SFTConfig:
     microbatch_size: Count | None = None
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
-    ema_decay: Annotated[float, Interval(0, 1, False, False)] | None = None
+    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """decay of an exponential moving average of the parameters, which later phases and evaluation take; None: none."""
     seed: Seed = 0
     """seed of the loss's random numbers, such as the noise and the times of flow matching."""

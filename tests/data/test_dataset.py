@@ -238,13 +238,13 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     with pytest.raises(DocumentError, match=r"manifest\.json: got a file that is not JSON"):
         Dataset(directory)
     for old, new, message in (
-        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected a whole number >= 0"),
+        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected greater than or equal to 0"),
         (
             '"noise_scale": ',
             '"noise_scale": NaN, "was": ',
             r"episodes\[0\]\.noise_scale: got nan, expected a finite number",
         ),
-        ('"success": ', '"success": "", "was": ', r"episodes\[0\]\.success: got '', expected true or false or null"),
+        ('"success": ', '"success": "", "was": ', r"episodes\[0\]\.success: got '', expected true or false"),
         (
             '"num_records": ',
             '"num_records": "", "was": ',

@@ -69,7 +69,7 @@ def test_padded_statistics_are_cut_and_short_ones_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q01": None}, r"droid/norm_stats.json: norm_stats.actions.q01: got null, expected a list, each a finite"),
+        ({"q01": None}, r"droid/norm_stats.json: norm_stats.actions.q01: got null, expected a list"),
         ({"q99": [2.0] * 8}, "norm_stats.actions.q99: got 8 items, expected 9, as in q01"),
         ({"q01": ["a"] * 9}, r"norm_stats.actions.q01\[0\]: got 'a', expected a finite number$"),
         ({"q01": [float("nan")] * 9}, r"norm_stats.actions.q01\[0\]: got nan, expected a finite number$"),
@@ -91,7 +91,7 @@ def test_other_files_are_refused(tmp_path):
     for content, message in (
         ("[]", "got a list, expected an object of named fields"),
         ("{}", "norm_stats: got nothing, expected an object"),
-        ('{"norm_stats": {"state": {}}}', "norm_stats.actions: got nothing, expected an object with q01, q99"),
+        ('{"norm_stats": {"state": {}}}', "norm_stats.actions: got nothing, expected an object"),
         (
             '{"norm_stats": {"actions": {"mean": []}}}',
             r"norm_stats.actions.q01: got nothing, expected a list.*\n.*actions.q99: got nothing",

@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval
 
-from stare_jax.config import Count, Interval, Natural, Pattern, Positive, check_fields
+from stare_jax.config import Count, Natural, Pattern, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
 from stare_jax.models.nn.heads import NoiseHead, ValueHead
@@ -46,7 +47,7 @@ class Pi05Config:
     """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
     prompt_template: str
     """with `{instruction}`, and `{state}` where the binned state is part of the prompt."""
-    prompt_length: Annotated[int, Interval(2)]
+    prompt_length: Annotated[int, Interval(ge=2)]
     """tokens of the padded prompt."""
     window: Count
     """H, actions that one decision predicts."""
