@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from stare_jax.config import ConfigError, check_name
+from stare_jax.config import ConfigError, Seed, check_name, convert
 from stare_jax.runs.config import Phase
 
 DEMOS = "demos"
@@ -153,11 +153,12 @@ def _flag(field: str, value: Any) -> str:
 
 
 def check_study(study: Study, methods: Mapping[str, Step]) -> None:
-    """Makes sure that a study names what there is.
+    """Makes sure that the fields of a study are of their types, and name what there is.
 
     Raises:
         ConfigError: names the field, got and expected.
     """
+    _check_types(study)
     known = (*methods, *study.variants)
     for field, names in (("tasks", study.tasks), ("methods", study.methods)):
         for name in names:
@@ -187,6 +188,31 @@ def check_study(study: Study, methods: Mapping[str, Step]) -> None:
                 f"variants: {name}: got {', '.join(wrong)}, expected fields of {', '.join(sections)}: those of other "
                 "phases are read by the methods that it starts from"
             )
+
+
+def _check_types(study: Study) -> None:
+    """Raises ConfigError where a field of a study is of another type, or its configuration has unknown braces."""
+    names = tuple[str, ...]
+    for field, hint in (
+        ("config", str),
+        ("methods", names),
+        ("tasks", names),
+        ("without", tuple[tuple[str, str], ...]),
+    ):
+        convert(hint, getattr(study, field), field)
+    for field, hint in (("changes", Any), ("task_changes", Mapping), ("variants", Variant)):
+        for name, value in convert(Mapping, getattr(study, field), field).items():
+            convert(hint, value, f"{field}.{name}")
+    for name, variant in study.variants.items():
+        convert(str, variant.method, f"variants.{name}.method")
+        convert(Mapping, variant.changes, f"variants.{name}.changes")
+    seeds = study.seeds.items() if isinstance(study.seeds, Mapping) else [("all tasks", study.seeds)]
+    for task, values in seeds:
+        convert(tuple[Seed, ...], values, f"seeds of {task}")
+    try:
+        study.config.format(task="", method="")
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ConfigError(f"config: got {study.config!r}, expected no braces but {{task}} and {{method}}") from error
 
 
 def sections_of(phase: Phase) -> tuple[str, ...]:
