@@ -74,6 +74,12 @@ class Text(NamedTuple):
     quantization_config: None = None
 
 
+def _rope_bases(text: Text) -> dict[str, float | None]:
+    """Returns the base of the rotary positions by each of its names; None where it is not there."""
+    inside = {name: (getattr(text, name) or Rope()).rope_theta for name in ("rope_parameters", "rope_scaling")}
+    return {f"text_config.{name}": base for name, base in {"rope_theta": text.rope_theta, **inside}.items()}
+
+
 class Tower(NamedTuple):
     """Sizes of a vision tower that its timm id does not say, in small checkpoints for tests."""
 
@@ -110,7 +116,7 @@ class Description(NamedTuple):
     @property
     def rope_theta(self) -> float | None:
         """Base of the rotary positions, likewise."""
-        return self.text_config.rope_theta or (self.text_config.rope_parameters or Rope()).rope_theta
+        return next(filter(None, _rope_bases(self.text_config).values()), None)
 
 
 class Generation(NamedTuple):
@@ -177,9 +183,7 @@ def read_description(folder: Path) -> Description:
     description = read_record(Description, file)
     text, (width, height) = description.text_config, description.image_sizes
     one_value(str(file), {name: getattr(description, name) for name in DTYPE_NAMES})
-    parameters = text.rope_parameters or Rope()
-    bases = {"text_config.rope_theta": text.rope_theta, "text_config.rope_parameters": parameters.rope_theta}
-    one_value(str(file), bases)
+    one_value(str(file), _rope_bases(text))
     problems = [] if width == height else [f"image_sizes: got {width} and {height}, expected a square"]
     if text.head_dim is not None and text.head_dim * text.num_attention_heads != text.hidden_size:
         expected = f"expected {text.hidden_size} / {text.num_attention_heads}, hidden_size by num_attention_heads"

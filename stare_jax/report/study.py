@@ -78,7 +78,7 @@ def _tasks(runs: Sequence[StudyRun]) -> list[str]:
 
 
 def _number(seed: str) -> int:
-    return int(seed) if seed.isdigit() else 0
+    return int(seed) if seed.isdecimal() else 0
 
 
 # ------------------------------------------------------------------------------------------------------------- tables

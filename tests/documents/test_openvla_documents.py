@@ -142,10 +142,14 @@ def test_two_names_of_the_rotary_base_have_one_meaning(tmp_path):
         ({"rope_theta": 500.0}, 500),
         ({"rope_parameters": {"rope_theta": 500.0}}, 500),
         ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 500}}, 500),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}, 500),
+        ({}, None),
     ):
         assert read_description(write(tmp_path, text_config=text)).rope_theta == expected
     with pytest.raises(DocumentError, match="got text_config.rope_theta: 1.0, text_config.rope_parameters: 2.0"):
         read_description(write(tmp_path, text_config={"rope_theta": 1, "rope_parameters": {"rope_theta": 2}}))
+    with pytest.raises(DocumentError, match="got text_config.rope_theta: 1.0, text_config.rope_scaling: 2.0"):
+        read_description(write(tmp_path, text_config={"rope_theta": 1, "rope_scaling": {"rope_theta": 2}}))
 
 
 def test_generation_that_changes_the_most_likely_token_is_refused(tmp_path):
