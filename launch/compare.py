@@ -6,8 +6,9 @@
 
 Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables that it also prints. Runs may
 still be under way. Of a study's folder (launch/study.py) it writes these for every task, and above them README.md and
-success.csv: success by method and task over seeds, beside the paper's numbers, and steps to the target. Text given with
---command is put into the README of a comparison, without the folders of absolute paths.
+success.csv: success by method and task over seeds, beside the paper's numbers, and steps to the target; where runs
+have been evaluated out of distribution (launch/evaluate.py --perturb) also ood.md and ood.csv, methods by
+perturbations. Text given with --command is put into the README of a comparison, without the folders of absolute paths.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import command
 from stare_jax.config import ConfigError, home_path
 from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
 from stare_jax.report.curves import CurveError, check_comparable, read_runs
+from stare_jax.report.perturbed_study import write_perturbed_study
 from stare_jax.report.study import find_runs, write_study
 
 
@@ -91,6 +93,8 @@ def compare_study(arguments: argparse.Namespace) -> None:
     rows = {name: method.row for name, method in METHODS.items()}
     choices, runs = make_choices(arguments), find_runs(arguments.study, list(METHODS))
     write_study(runs, arguments.out, choices, rows=rows, baseline=arguments.baseline)
+    if path := write_perturbed_study(runs, arguments.out):
+        print(f"written: {path}")
     print(f"written: {arguments.out / 'README.md'}")
 
 
