@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stare_jax.evaluate.bootstrap import bootstrap_interval
+from stare_jax.evaluate.bootstrap import ratio_intervals
 from stare_jax.evaluate.intervals import Estimate
 from stare_jax.evaluate.protocol import Evaluation
 from stare_jax.evaluate.summary import PairingError, SuccessName
@@ -51,14 +51,13 @@ def against_undisturbed(
     if not shared:
         raise PairingError("seeds: got none in common, expected some, to compare like with like")
     start_of = _by_seed(undisturbed, "start")
-    # A row of a stratum is a start: sums of successes with perturbations, without, and the number of episodes.
+    # A row of a stratum is a start: sums of successes with perturbations and of differences, number of episodes.
     strata: dict[int, dict[int, np.ndarray]] = {}
     for key in shared:
-        with_, without = np.mean([of[key] for of in outcomes[:-1]]), outcomes[-1][key]
+        rate = np.mean([of[key] for of in outcomes[:-1]])
         rows = strata.setdefault(key[0], {})
-        rows[start_of[key]] = rows.get(start_of[key], np.zeros(3)) + np.array([with_, without, 1.0])
-    tables = [np.array(list(rows.values())) for rows in strata.values()]
-    return Perturbed(bootstrap_interval(_rate, tables), bootstrap_interval(_difference, tables), len(shared))
+        rows[start_of[key]] = rows.get(start_of[key], 0.0) + np.array([rate, rate - outcomes[-1][key], 1.0])
+    return Perturbed(*ratio_intervals([np.array(list(rows.values())) for rows in strata.values()]), len(shared))
 
 
 def _check(perturbed: Evaluation, undisturbed: Evaluation) -> None:
@@ -76,11 +75,3 @@ def _by_seed(evaluation: Evaluation, field: str) -> Mapping[tuple[int, int], flo
     columns = (episodes.task, episodes.seed, episodes.valid, getattr(episodes, field))
     rows = zip(*(np.asarray(column).tolist() for column in columns), strict=True)
     return {(task, seed): value for task, seed, valid, value in rows if valid}
-
-
-def _rate(strata: Sequence[np.ndarray]) -> float:
-    return float(np.mean([rows[:, 0].sum() / rows[:, 2].sum() for rows in strata]))
-
-
-def _difference(strata: Sequence[np.ndarray]) -> float:
-    return float(np.mean([(rows[:, 0] - rows[:, 1]).sum() / rows[:, 2].sum() for rows in strata]))
