@@ -299,12 +299,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return compare_runs(arguments.across)
         if not arguments.report:
             evaluate_subject(arguments)
-        if arguments.perturb:
-            return None
         directory = arguments.report or results_directory(arguments)
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected a run directory, but there is none")
-        print_report(directory)
+        if not arguments.perturb:  # Its own table is printed.
+            print_report(directory)
         say(f"report: {write_report(directory)}")
         return None
 

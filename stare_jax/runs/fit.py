@@ -50,14 +50,11 @@ def check_policy(policy: Policy, env: EnvConfig, *, name: str) -> None:
 
 
 def unseen_perturbation(policy: Policy | None, env: EnvConfig) -> str:
-    """Returns the reason why the perturbation of simulators would change nothing that a policy reads, "" if it does.
+    """Returns the reason why a policy cannot notice the perturbation of simulators, "" if it can.
 
     Args:
         policy: None for experts, which read the state.
         env: simulators with a perturbation.
-
-    Raises:
-        ConfigError: an instruction does not fit into the policy's prompt.
     """
     seen_in = PERTURBATIONS[env.perturbation].seen_in
     if not seen_in:
@@ -67,7 +64,10 @@ def unseen_perturbation(policy: Policy | None, env: EnvConfig) -> str:
     if seen_in == "images":
         return "" if policy.observation_shape(1).images else "the policy reads no images: it would change nothing"
     words = [(spec.instruction, *instructions_of(env.perturbation, spec)) for spec in env.specs]
-    check_prompts(policy, [text for texts in words for text in texts])
+    try:
+        check_prompts(policy, [text for texts in words for text in texts])
+    except ConfigError as error:
+        return f"the policy cannot read its words: {error}"
     no_state = np.zeros((1, policy.observation_shape(1).state.shape[1]), np.float32)
     for usual, *others in words:
         prompt = policy.tokenize([usual], no_state)[0]

@@ -241,6 +241,7 @@ def test_perturbed_episodes_are_evaluated_beside_undisturbed_ones(command, train
         info, episodes = load_evaluation(ood / f"eval/{name.replace('/', '-')}.json")
         assert info.perturbation == name and episodes.seed.tolist() == list(range(5))
     assert {"README.md", "rates.csv", "seen.png"} <= {file.name for file in ood.iterdir()}
+    assert "Out of distribution" in (trained_run / "report.html").read_text()
     # Other weights are set aside; the run's own evaluations are untouched.
     assert not (ood / "eval/vision-light.json").exists() and (ood / "set_aside/1/eval/vision-light.json").exists()
     assert sorted(trained_run.glob("eval/*")) == evaluations

@@ -51,7 +51,7 @@ def change_light(built: Built, rng: np.random.Generator) -> Ongoing:
             level = np.cos(elevation)
             direction = -np.array([level * np.cos(azimuth), level * np.sin(azimuth), np.sin(elevation)])
             light.local_pose = sapien.Pose()
-            entity.set_pose(sapien.Pose(light.local_pose.p, _along(direction)))
+            entity.set_pose(sapien.Pose(q=_along(direction)))
     return OVER
 
 
