@@ -68,6 +68,17 @@ def test_shapes_and_instructions(pool):
     assert state.signals.obj_quat.shape == (4, 4) and state.signals.success.shape == (4,)
 
 
+def test_the_words_of_an_episode_are_those_of_its_seed(pool, monkeypatch):
+    monkeypatch.setattr(pool, "config", dataclasses.replace(pool.config, perturbation="semantics/words"))
+    spec = get_task("PushCube-v1")
+    pool.reset([0, 1, 2, 3])
+    pool.step(np.zeros((4, 7), np.float32), {1: 40})
+    assert pool.instructions == [episode_instruction("semantics/words", spec, seed) for seed in (0, 40, 2, 3)]
+    monkeypatch.undo()
+    pool.reset([0, 1, 2, 3])
+    assert pool.instructions == [spec.instruction] * 4
+
+
 def test_steps_are_those_of_a_simulator_of_ones_own(pool, simulators):
     actions = np.random.default_rng(0).uniform(-1, 1, (8, 4, 7)).astype(np.float32)
     states = [pool.reset([11, 12, 13, 14], reproducible=True)] + [pool.step(action) for action in actions]
@@ -425,14 +436,3 @@ def test_processes_play_the_same_perturbed_episode_of_a_seed(simulators):
     finally:
         simulator.config = usual
         simulator.reset(0)
-
-
-def test_the_words_of_an_episode_are_those_of_its_seed(pool, monkeypatch):
-    monkeypatch.setattr(pool, "config", dataclasses.replace(pool.config, perturbation="semantics/words"))
-    spec = get_task("PushCube-v1")
-    pool.reset([0, 1, 2, 3])
-    pool.step(np.zeros((4, 7), np.float32), {1: 40})
-    assert pool.instructions == [episode_instruction("semantics/words", spec, seed) for seed in (0, 40, 2, 3)]
-    monkeypatch.undo()
-    pool.reset([0, 1, 2, 3])
-    assert pool.instructions == [spec.instruction] * 4
