@@ -24,6 +24,8 @@ from stare_jax.report.curves import CurveError, check_comparable, read_runs
 from stare_jax.report.perturbed_study import write_perturbed_study
 from stare_jax.report.study import find_runs, write_study
 
+WRITTEN = ("README.md", "curves.csv", "curves.png", "curves_dark.png", "success.csv")
+
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command.make_parser(__doc__)
@@ -77,13 +79,15 @@ def make_choices(arguments: argparse.Namespace) -> Choices:
 
 
 def check_out(out: Path) -> None:
-    """Makes sure that what is written replaces an earlier comparison, and no other README.md.
+    """Makes sure that an earlier comparison, whose README.md names its table, is replaced, and nothing else.
 
     Raises:
         ConfigError: the folder is used for something else.
     """
-    if (out / "README.md").exists() and not any((out / name).exists() for name in ("curves.csv", "success.csv")):
-        raise ConfigError(f"--out: got {out}, which has another README.md, expected a folder of its own")
+    readme, there = out / "README.md", [name for name in WRITTEN if (out / name).exists()]
+    text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
+    if there and not any(f"[{name}]({name})" in text for name in ("curves.csv", "success.csv")):
+        raise ConfigError(f"--out: got {out}, which has another {there[0]}, expected a folder of its own")
 
 
 def compare_study(arguments: argparse.Namespace) -> None:
@@ -92,6 +96,8 @@ def compare_study(arguments: argparse.Namespace) -> None:
 
     rows = {name: method.row for name, method in METHODS.items()}
     choices, runs = make_choices(arguments), find_runs(arguments.study, list(METHODS))
+    for task in {run.task for run in runs}:
+        check_out(arguments.out / task)
     write_study(runs, arguments.out, choices, rows=rows, baseline=arguments.baseline)
     if path := write_perturbed_study(runs, arguments.out):
         print(f"written: {path}")

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from annotated_types import Interval, MinLen
 
 from stare_jax.config import (
     ConfigError,
     Count,
-    Interval,
-    Mark,
     Pattern,
     Positive,
     UserError,
@@ -72,6 +71,7 @@ def test_integers_become_floats_where_floats_are_expected():
         ({"inner": {"rate": "fast"}}, r"config\.inner\.rate: got 'fast', expected float"),
         ({"inner": {"rate": -1.0}}, r"config\.inner: rate: got -1\.0, expected > 0"),
         ({"inner": 3}, r"config\.inner: got 3, expected the fields of Inner"),
+        (None, r"config: got None, expected the fields of \w+"),
         ({"flag": 1}, r"config\.flag: got 1, expected bool"),
         ({"inner": {"sizes": (1, 2.5)}}, r"config\.inner\.sizes\[1\]: got 2\.5, expected int"),
         ({"pairs": ((0.5, 2, 3),)}, r"config\.pairs\[0\]: got 3 items"),
@@ -93,10 +93,10 @@ class Painted:
     lining: Colour | None = None
     axis: Literal[0, 1] = 0
     count: Count = 1
-    share: Annotated[float, Interval(1, 3, has_high=False)] | None = None
+    share: Annotated[float, Interval(ge=1, lt=3)] | None = None
     weight: float = 0.0
     is_dry: bool = True
-    sizes: Annotated[tuple[tuple[Positive, Count], ...], Mark.FILLED] = ((1.0, 1),)
+    sizes: Annotated[tuple[tuple[Positive, Count], ...], MinLen(1)] = ((1.0, 1),)
     pattern: Pattern = "a|b"
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ class House:
         ({"weight": float("-inf")}, r"weight: got -inf, expected a finite number"),
         ({"weight": False}, r"weight: got False, expected float"),
         ({"is_dry": 1}, r"is_dry: got 1, expected bool"),
-        ({"sizes": ()}, r"sizes: got \(\), expected at least one item"),
+        ({"sizes": ()}, r"sizes: got \(\), expected at least 1 items"),
         ({"sizes": 3.0}, r"sizes: got 3.0, expected a sequence"),
         ({"sizes": ((1.0, 1), (float("inf"), 1))}, r"sizes\[1\]\[0\]: got inf, expected a finite number > 0"),
         ({"pattern": "("}, r"pattern: got '\(', expected a regular expression: missing"),
@@ -216,6 +216,8 @@ def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkey
         from_dict(Paths, {"folder": "~nobody_at_all/x"})
     with pytest.raises(ConfigError, match="got an empty path"):
         home_path("")
+    with pytest.raises(ConfigError, match=r"got 'data\\r', expected a path without control characters or line ends"):
+        home_path("data\r")  # of a script that Windows has saved
 
 
 @pytest.mark.parametrize(

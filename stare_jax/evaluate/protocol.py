@@ -4,15 +4,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+from annotated_types import Interval
 from jax.sharding import Mesh
 
 from stare_jax.config import Natural, NonNegative, check_fields, to_dict
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
+from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE, SLOT_SIZE
 from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
 from stare_jax.evaluate.films import Film, FilmShelf, film_of
 from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
@@ -32,7 +33,7 @@ ActOf = Callable[[int], Act]
 class EvalConfig:
     """Episodes of an evaluation, and the temperature of the actions."""
 
-    num_episodes: Natural = 100
+    num_episodes: Annotated[int, Interval(ge=0, le=SLOT_SIZE)] = 100
     """Number of episodes, of each task where there are several; 0, with no seeds below, switches evaluation off, as for
     data without a simulator."""
     first_seed: Natural = EVALUATION_SEEDS

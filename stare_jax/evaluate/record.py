@@ -203,6 +203,9 @@ def _evaluation_of(document: Mapping[str, Any], file: str | Path) -> Evaluation:
     for name, most in bounds.items():
         wrong = [x for x, is_valid in zip(getattr(rows, name), rows.valid, strict=False) if is_valid and x > most][:1]
         problems += [f"episodes.{name}: got {got}, expected at most {most}" for got in wrong]
+    for name in ("entered_at", "stage_len"):
+        wrong = [x for row in getattr(rows, name) for x in row if x > num_states][:1]
+        problems += [f"episodes.{name}: got {got}, expected at most {num_states}, the states" for got in wrong]
     raise_problems(str(file), problems)
     return Evaluation(info, Episodes(**{name: np.asarray(column) for name, column in rows._asdict().items()}))
 

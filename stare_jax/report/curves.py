@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import MinLen
 
 from stare_jax.config import UserError
 from stare_jax.documents import check_record, read_json
-from stare_jax.documents.reader import Length
 from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
 
@@ -147,7 +147,7 @@ class _Config(NamedTuple):
 
     seed: int | None = None
     env: _Environment = _Environment()
-    phases: Annotated[tuple[str, ...], Length(1)] = ("",)
+    phases: Annotated[tuple[str, ...], MinLen(1)] = ("",)
     init_from: str = ""
 
 

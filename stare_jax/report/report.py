@@ -245,7 +245,7 @@ def _file_section(run_directory: Path, name: str, title: str) -> Html:
     path = run_directory / name
     if not path.exists():
         return Html("")
-    content = element("details", element("summary", name), element("pre", path.read_text()))
+    content = element("details", element("summary", name), element("pre", path.read_text("utf-8", errors="replace")))
     return join([element("h2", title), content])
 
 

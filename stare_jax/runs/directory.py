@@ -70,7 +70,7 @@ def in_words(changes: Sequence[Difference]) -> str:
 class Record(NamedTuple):
     """The content of `record.json`: all that decides what a phase makes."""
 
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     """sections of the configuration, by name."""
     start: str
     """the weights that it starts from: name of a checkpoint (`runs.load.identify_checkpoint`), of a folder, or
@@ -81,8 +81,13 @@ class Record(NamedTuple):
 
 def record_phase(config: RunConfig, phase: str, *, start: str, data: Mapping[str, Any] | None = None) -> Record:
     """Returns the record of a phase that begins with a configuration."""
-    names = (phase, "pairs") if phase == "tpo" else (phase,)
-    return Record({name: _plain(to_dict(getattr(config, name))) for name in names}, start, _plain(dict(data or {})))
+    sections = {name: _plain(to_dict(getattr(config, name))) for name in _sections(phase)}
+    return Record(sections, start, _plain(dict(data or {})))
+
+
+def _sections(phase: str) -> tuple[str, ...]:
+    """Returns the names of the sections of a configuration that a phase's record has."""
+    return (phase, "pairs") if phase == "tpo" else (phase,)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -96,7 +101,7 @@ def locked(directory: Path) -> Iterator[None]:
         ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("a") as file:
+    with (directory / _LOCK).open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -215,7 +220,7 @@ def read_record(phase_directory: Path) -> Record:
     """Returns the record of a phase that has begun; fields that were added since have their defaults.
 
     Raises:
-        ConfigError: it was written by a version of this library whose runs cannot be gone on with.
+        ConfigError: it was written by a version of this library whose runs cannot be gone on with, or is damaged.
     """
     file, types = phase_directory / _RECORD, typing.get_type_hints(RunConfig)
     stored = read_json(file)
@@ -224,7 +229,10 @@ def read_record(phase_directory: Path) -> Record:
             f"{file}: was written by an earlier version; --workdir chooses another directory, and "
             f"--config.init_from={phase_directory} starts from these weights"
         )
-    record = check_record(Record, stored, str(file))
+    record, expected = check_record(Record, stored, str(file)), _sections(phase_directory.name)
+    if set(record.config) != set(expected):
+        got = f"got the sections {', '.join(sorted(record.config)) or 'none'}"
+        raise ConfigError(f"{file}: config: {got}, expected {', '.join(expected)}")
     sections = {name: _plain(to_dict(of_this_version(types[name], x, file))) for name, x in record.config.items()}
     return record._replace(config=sections)
 

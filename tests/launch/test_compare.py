@@ -110,11 +110,13 @@ def test_prints_the_tables(settings, tmp_path, capsys):
     assert "20.0 [5.7, 51.0]" in printed and "median steps to target" in printed
 
 
-def test_a_readme_of_something_else_is_not_overwritten(settings, tmp_path, capsys):
-    (tmp_path / "README.md").write_text("mine")
+@pytest.mark.parametrize("names", [["README.md"], ["curves.csv"], ["README.md", "curves.csv"], ["curves_dark.png"]])
+def test_files_of_something_else_are_not_overwritten(settings, tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
     assert command.main([*settings, f"--out={tmp_path}"]) == 1
-    assert f"error: --out: got {tmp_path}, which has another README.md" in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert f"error: --out: got {tmp_path}, which has another {names[0]}" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] * len(names)
 
 
 def test_minutes_of_the_clock_are_said_to_be(tmp_path):

@@ -161,6 +161,22 @@ def test_a_field_that_is_gone_is_named(tmp_path, file):
         check_directory(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "config: got the sections none, expected sft"),
+        ({"ppo": {}}, "config: got the sections ppo, expected sft"),
+        ({"sft": 3}, "config.sft: got 3, expected an object"),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, config, message):
+    begin(tmp_path, CONFIG, "sft")
+    file = tmp_path / "sft" / "record.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": config}))
+    with pytest.raises(ConfigError, match=f"sft/record.json: {message}"):
+        check_directory(tmp_path, CONFIG)
+
+
 def test_a_record_of_an_earlier_version_says_what_to_do(tmp_path):
     begin(tmp_path, CONFIG, "sft")
     (tmp_path / "sft/record.json").write_text(json.dumps({"config": {"num_steps": 4}, "after": None}))
