@@ -16,8 +16,9 @@ OUTSIDE: Interval = (0.03, 0.06)
 """metres between the object's start and the nearest place at which training can begin; RL4VLA: 0.03"""
 TURN: Interval = (30.0, 60.0)
 """degrees by which WidowX objects are turned about the vertical, to either side; training: 15"""
-APART = 0.07
-"""metres, at least, between the centres of an object and of what it is put on, as in RL4VLA"""
+APART = 0.11
+"""metres, at least, between the centres of an object and of what it is put on: a carrot beside the plate is not on it;
+RL4VLA: 0.07"""
 MOVED: Interval = (0.08, 0.12)
 """metres by which an object is moved during the episode"""
 MOVED_AFTER = 5
