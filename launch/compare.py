@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--phase", default="ppo", help="phase of the metrics (default: ppo)")
     add("--metrics", metavar="NAME[,NAME...]", help=f"metrics of further panels (default: {','.join(DIAGNOSTICS)})")
     add("--target", type=float, default=0.95, help="success rate to reach (default: 0.95)")
-    add("--smooth", type=int, default=5, metavar="N", help="iterations of the moving average (default: 5)")
+    add("--smooth", type=command.count, default=5, metavar="N", help="iterations of the moving average (default: 5)")
     add("--command", action="append", default=[], help="command that made the runs, to record; may be repeated")
     arguments = parser.parse_args(argv)
     if bool(arguments.settings) == bool(arguments.study):
@@ -77,8 +77,6 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Path]]:
 def make_choices(arguments: argparse.Namespace) -> Choices:
     if not 0 < arguments.target <= 1:
         raise CurveError(f"target: got {arguments.target:g}, expected in (0, 1]")
-    if arguments.smooth < 1:
-        raise CurveError(f"smooth: got {arguments.smooth}, expected at least 1")
     metrics = DIAGNOSTICS
     if arguments.metrics is not None:
         metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
