@@ -14,7 +14,7 @@ from stare_jax.evaluate.summary import summarize
 from stare_jax.logging import print_table, replace_text
 from stare_jax.report.comparison import markdown_table
 from stare_jax.report.perturbed import by_axis, load_perturbed, ood_folder
-from stare_jax.report.study import StudyRun
+from stare_jax.report.study_runs import StudyRun
 from stare_jax.report.tables import MISSING, OUTCOMES, Table
 
 AXES = ("vision", "semantics", "execution")

@@ -15,7 +15,7 @@ from stare_jax.evaluate.summary import PairingError, pairing_obstacle
 from stare_jax.logging import write_config
 from stare_jax.report.perturbed import file_name, outdated, perturbed_table, write_perturbed, write_seen
 from stare_jax.report.perturbed_study import write_perturbed_study
-from stare_jax.report.study import find_runs
+from stare_jax.report.study_runs import find_runs
 from stare_jax.types import Signals
 
 WON, LOST = [1, 1, 1], [0, 0, 0]
