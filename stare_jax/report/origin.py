@@ -14,6 +14,8 @@ from stare_jax.report.tables import MISSING, Table
 
 SECTION = "How these numbers were made"
 """Title of the section of a README that captions point to."""
+_LAST_SECOND = 4e9
+"""seconds since the epoch; later ones, in the year 2096, are no times of a run"""
 
 
 class Origin(NamedTuple):
@@ -58,7 +60,7 @@ def read_origin(run: StudyRun) -> Origin:
     seconds = [
         value for line in lines for name, value in line.items() if name.startswith("time/") and name[-2:] == "_s"
     ]
-    times = [line["wall_time"] for line in lines if line.get("wall_time")]
+    times = [time for line in lines if 0 < (time := line.get("wall_time", math.nan)) < _LAST_SECOND]
     days = tuple(dict.fromkeys(_day(time) for time in (min(times), max(times)))) if times else ()
     evaluated = math.nan if run.result is None else run.result.evaluation.info.wall_s / 60
     command = ""
