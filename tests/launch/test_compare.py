@@ -164,6 +164,7 @@ def test_paths_are_cut_to_their_last_part(text, expected):
             ["A={}/sta_0", "--metrics=ppo/entropie"],
             "metrics: got ppo/entropie; expected some of env/steps, env/success",
         ),
+        (["A={}/sta_0", "--target=95"], "target: got 95, expected in (0, 1]"),
     ],
 )
 def test_says_what_is_wrong_in_one_line(runs, tmp_path, capsys, arguments, message):
