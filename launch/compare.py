@@ -8,7 +8,9 @@ Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables
 still be under way. Of a study's folder (launch/study.py) it writes these for every task, and above them README.md,
 success.csv, stages.csv and differences.csv: success by method and task over seeds, beside the paper's numbers, its
 claims, steps to the target, stages by method (figure 5), differences paired by seed, toggles of stages (figure 6), and
-how the numbers were made. Text given with --command is put into the README, without the folders of absolute paths.
+how the numbers were made; where runs have been evaluated out of distribution (launch/evaluate.py --perturb) also ood.md
+and ood.csv, methods by perturbations. Text given with --command is put into the README, without the folders of absolute
+paths.
 """
 
 import argparse
@@ -22,10 +24,12 @@ import command
 from stare_jax.config import ConfigError, home_path
 from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
 from stare_jax.report.curves import CurveError, check_comparable, read_runs
+from stare_jax.report.perturbed_study import write_perturbed_study
 from stare_jax.report.study import write_study
 from stare_jax.report.study_runs import find_runs
 
-WRITTEN = ("README.md", "curves.csv", "curves.png", "curves_dark.png", "success.csv", "stages.csv", "differences.csv")
+WRITTEN = ("README.md", "curves.csv", "curves.png", "curves_dark.png", "success.csv", "stages.csv")
+WRITTEN += ("differences.csv", "ood.md", "ood.csv")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,6 +109,8 @@ def compare_study(arguments: argparse.Namespace) -> None:
         check_out(arguments.out / task)
     choices = choices._replace(commands=(arguments.made_by, *choices.commands))
     write_study(runs, arguments.out, choices, rows=rows, baseline=arguments.baseline)
+    if path := write_perturbed_study(runs, arguments.out):
+        print(f"written: {path}")
     print(f"written: {arguments.out / 'README.md'}")
 
 

@@ -169,7 +169,7 @@ class _Obstacle(NamedTuple):
     """Value of the first."""
 
 
-_PROTOCOL = ("env_id", "horizon", "temperature", "backend", "jitter")
+_PROTOCOL = ("env_id", "horizon", "temperature", "backend", "jitter", "perturbation")
 """Fields of `EvalInfo` that have to be equal where episodes are compared one by one."""
 
 
@@ -177,7 +177,8 @@ def _obstacle(first: Evaluation, second: Evaluation) -> _Obstacle | None:
     for name in _PROTOCOL:
         of_first, of_second = getattr(first.info, name), getattr(second.info, name)
         if of_first != of_second:
-            return _Obstacle(name, got=_words(of_second), expected=_words(of_first))
+            empty = "none" if name == "perturbation" else "unknown"
+            return _Obstacle(name, got=_words(of_second, empty), expected=_words(of_first, empty))
     a, b = take(first.episodes, first.episodes.valid), take(second.episodes, second.episodes.valid)
     is_old = [bool((part.start_hash == "").any()) for part in (a, b)]
     if is_old[0] != is_old[1]:
@@ -188,8 +189,8 @@ def _obstacle(first: Evaluation, second: Evaluation) -> _Obstacle | None:
     return None
 
 
-def _words(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value) or "unknown"
+def _words(value: object, empty: str = "unknown") -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) or empty
 
 
 def _pair_names(episodes: Episodes) -> np.ndarray:
