@@ -21,7 +21,7 @@ done; echo "No Python 3 found. On Debian 12: sudo apt-get install python3.11-ven
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vulkan quickstart test test-slow lint format doctor clean
+.PHONY: help setup setup-vulkan quickstart test test-slow fuzz lint format doctor clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: setup  ## set up everything, then the tests
 
 test-slow: setup  ## the tests that take minutes each
 	$(PYTHON) -m pytest -m slow $(ARGS)
+
+fuzz: setup  ## random changes of every kind of file that is read, and random command lines; ten minutes
+	$(PYTHON) tests/fuzz/campaign.py $(ARGS)
 
 lint: setup  ## ruff: rules and formatting, changes nothing
 	$(PYTHON) -m ruff check .

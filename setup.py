@@ -11,6 +11,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.3,<3",
+        "annotated-types>=0.7,<1",
         "array_record>=0.8,<0.9",
         "chex>=0.1.91,<0.2",
         "fast_simplification>=0.1.9,<0.3",
@@ -29,6 +30,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11,<14",
+        "pydantic>=2.12,<3",
         "rich>=14,<16",
         "safetensors>=0.6,<0.9",
         "sapien>=3.0.3,<3.1",

@@ -47,10 +47,10 @@ def read_rows(path: Path) -> list[Row]:
     """Returns the rows of a file; a last line that an interruption cut short is left out, and written over."""
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text("utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole)
+        path.write_text(whole, "utf-8")
     return [json.loads(line) for line in whole.splitlines()]
 
 
@@ -88,7 +88,7 @@ def run_cells(
             started, cpu = time.time(), time.process_time()
             row = {"cell": cell, **measure(cell)}
             row |= {"seconds": round(time.time() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             bar.update(_num_runs(cell))
     return True

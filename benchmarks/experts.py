@@ -132,7 +132,7 @@ def main() -> None:
     if args.json:
         command = f"python benchmarks/experts.py --episodes {args.episodes} --limit {args.limit:g}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"command": command, "rows": rows}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"command": command, "rows": rows}, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def main() -> None:
         command += f" --seeds {' '.join(map(str, args.seeds))}"
         document = {"command": command, "machine": {"cores": os.cpu_count(), "jax": jax.__version__}, "rows": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+        args.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

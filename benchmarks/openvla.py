@@ -217,7 +217,7 @@ def main() -> None:
         )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        args.out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     if errors := [error for said in about.values() for error in said["errors"]]:
         sys.exit("\n".join(errors))
 

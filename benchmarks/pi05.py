@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{line['case']} {line['batch']}: actions differ by {line['difference']:.2g} deviations at most")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+        args.out.write_text(json.dumps(result, indent=2, default=str) + "\n", "utf-8")
     if errors:
         sys.exit("\n".join(errors))
 

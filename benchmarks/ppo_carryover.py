@@ -160,7 +160,8 @@ def main() -> None:
         command += f" --rates {rates} --epochs {epochs}"
         machine = {"cores": os.cpu_count(), "jax": jax.__version__}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
+        document = {"command": command, "machine": machine, "rows": rows}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

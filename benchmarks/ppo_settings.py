@@ -97,7 +97,7 @@ def train(directory: Path, overrides: dict) -> None:
     command = [sys.executable, TRAIN, f"--workdir={directory}", *config_flags(overrides)]
     log = directory.with_name(f"{directory.name}.log")  # A dot in the name is no suffix.
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as output:
+    with log.open("a", encoding="utf-8") as output:
         status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
     if status:
         sys.exit(f"{directory.name}: launch/train.py ended with {status}, see {log}")
@@ -128,11 +128,11 @@ def _without_statistics(demos: Path, copy: Path) -> Path:
         unfinished = copy.with_name(f"{copy.name}.unfinished")
         shutil.copytree(demos, unfinished, dirs_exist_ok=True)
         path = unfinished / "norm_stats.json"
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         for statistics in content.values():
             action = statistics["action"]
             action["q01"], action["q99"] = [-1.0] * len(action["q01"]), [1.0] * len(action["q99"])
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), "utf-8")
         unfinished.rename(copy)
     return copy
 
@@ -161,7 +161,7 @@ def measure(out: Path, name: str, seeds: list[int]) -> dict | None:
 
 
 def _evaluated(directory: Path, phase: str) -> float:
-    return json.loads((directory / "eval" / f"{phase}.json").read_text())["summary"]["success_once"]["value"]
+    return json.loads((directory / "eval" / f"{phase}.json").read_text("utf-8"))["summary"]["success_once"]["value"]
 
 
 def _measure_run(directory: Path) -> dict[str, float]:
@@ -207,7 +207,8 @@ def main() -> None:
         command = f"python benchmarks/ppo_settings.py --out {args.out} --workers {args.workers}"
         command += f" --seeds {' '.join(map(str, args.seeds))} --only {' '.join(row['name'] for row in rows)}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=2) + "\n")
+        document = {"command": command, "machine": machine, "rows": rows}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

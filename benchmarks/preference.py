@@ -151,7 +151,7 @@ def write_report(rows: Sequence[Row], out: Path, tasks: Sequence[Task], settings
     if not text:
         return say("no task has runs with fresh seeds yet")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "table.md").write_text(text)
+    (out / "table.md").write_text(text, "utf-8")
     say(f"{out / 'table.md'} is written")
 
 

@@ -110,14 +110,14 @@ def write_report(
         text += f"\n## {task.name}\n\nBest of {num_draws} draws, {settings.num_fresh_seeds} fresh seeds; "
         text += f"{first:.1%} at the start.\n\n" + markdown(HEADER, task_table(results))
     pooled = markdown(("start", "arm", "tasks", "area less PPO's"), pooled_table(by_task))
-    (out / "table.md").write_text(f"## By start, all tasks together\n\n{pooled}{text}")
+    (out / "table.md").write_text(f"## By start, all tasks together\n\n{pooled}{text}", "utf-8")
     _write_csv(by_task, out / "runs.csv")
     draw_curves(by_task, out / "curves.png")
     say(f"{out}: {len(by_task)} tasks")
 
 
 def _write_csv(by_task: Results, path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["task", "arm", "choice", "draw", "seed", "area", "steps_to_90", "first", "last"])
         for task, results in by_task.items():

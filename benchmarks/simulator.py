@@ -236,7 +236,7 @@ def main() -> None:
     if args.json:
         result |= {"comparison": comparison, "pools": pools, "breakdown": parts}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def describe_machine() -> dict:
 
 
 def _read(path: str) -> str:
-    return Path(path).read_text() if Path(path).exists() else ""
+    return Path(path).read_text("utf-8") if Path(path).exists() else ""
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[float]], differences: dict[str, float]) -> dict:
@@ -222,7 +222,7 @@ def main() -> None:
     print_table(result)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        args.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def main() -> None:
         command = f"python benchmarks/workers.py --iterations {args.iterations} --layouts {' '.join(args.layouts)}"
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({"command": command, "machine": machine, "rows": rows, "idle": idle}, indent=2) + "\n"
+            json.dumps({"command": command, "machine": machine, "rows": rows, "idle": idle}, indent=2) + "\n", "utf-8"
         )
 
 

@@ -1,7 +1,7 @@
 """The one wrapper of all commands: help with examples, signals, errors in one line, exit codes.
 
-Importing it makes the library importable from a clone that was not installed, and quiets what narrates (TensorFlow,
-Orbax); so a command imports it before `stare_jax`.
+Importing it makes the library importable from a clone that was not installed, quiets what narrates (TensorFlow, Orbax),
+and lets every text be printed; so a command imports it before `stare_jax`.
 
 Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 2 a command line that cannot be read;
 130 stopped by Ctrl-C or SIGTERM.
@@ -10,7 +10,9 @@ Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,12 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from annotated_types import Interval
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
 
-from stare_jax.config import ConfigError, Count, Interval, Natural, Positive, UserError, convert, home_path
+from stare_jax.config import ConfigError, Count, Natural, Positive, UserError, convert, home_path
 from stare_jax.logging import Interrupted, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +39,8 @@ if TYPE_CHECKING:  # importing JAX and all of a run would slow every command dow
     from stare_jax.runs.config import MeshConfig
 
 DONE, FAILED, STOPPED = 0, 1, 130
+_NO_DEVICE = re.compile(r"Unable to initialize backend|Unknown backend|Backend '.*' (failed to initialize|is not in)")
+"""beginnings of JAX's messages about devices that it was told to use (JAX_PLATFORMS) and that are not there"""
 MESH_AXES = {
     "data": "devices over which the rows of a batch are split; -1 takes all that are left",
     "fsdp": "devices over which batches and weights are split",
@@ -42,6 +48,8 @@ MESH_AXES = {
 }
 
 logging.set_verbosity(logging.WARNING)
+if isinstance(sys.stdout, io.TextIOWrapper):  # What a terminal's encoding does not have is printed as a code.
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
@@ -82,7 +90,7 @@ def add_mesh(parser: argparse.ArgumentParser, axes: Sequence[str] = tuple(MESH_A
     """Adds `--mesh.data`, `--mesh.fsdp` and `--mesh.tensor`, the words of a training configuration, to a parser."""
     group = parser.add_argument_group("mesh of devices, as --config.mesh of launch/train.py")
     for axis in axes:
-        kind = number(Annotated[int, Interval(-1)]) if axis == "data" else count
+        kind = number(Annotated[int, Interval(ge=-1)]) if axis == "data" else count
         group.add_argument(f"--mesh.{axis}", type=kind, metavar="N", help=MESH_AXES[axis])
 
 
@@ -148,6 +156,11 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
         return STOPPED
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except RuntimeError as error:
+        if not _NO_DEVICE.match(str(error)):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     finally:
         if is_main:

@@ -72,6 +72,8 @@ def _read(choice: str) -> ConfigDict:
     file = str(home_path(file)) if file else file
     if not Path(file).is_file():
         raise ConfigError(f"--config: got {file!r}, expected a file of configs/: No such file")
+    if not file.endswith(".py"):
+        raise ConfigError(f"--config: got {file!r}, expected a Python file of configs/, which ends in .py")
     spec = importlib.util.spec_from_file_location("chosen_configuration", file)
     module = importlib.util.module_from_spec(spec)
     try:

@@ -28,6 +28,7 @@ from stare_jax.logging import PeakMemory, say
 from stare_jax.models import LoRAConfig, OpenVLAConfig
 from stare_jax.models.stored import differing_fields, model_from_dict, named_model
 from stare_jax.runs.load import load_config
+from stare_jax.state.storage import check_place
 from stare_jax.state.train_state import CHECKPOINTS
 from stare_jax.weights.exporting import export_weights
 from stare_jax.weights.formats import OPENVLA, find_format
@@ -119,6 +120,7 @@ def convert(arguments: argparse.Namespace) -> None:
         return
     is_openvla = found[0] is OPENVLA
     check_options(arguments, "an OpenVLA checkpoint" if is_openvla else "a checkpoint of pi0.5")
+    check_place(arguments.to)
     mesh = command.given_mesh(arguments)
     model = None if arguments.model is None else named_model(arguments.model)
     if model is not None and (others := differing_fields(found[0].known(arguments.source), model)):

@@ -116,7 +116,7 @@ def make_venv(venv: Path) -> None:
 
 def requirements(*, with_extras: bool) -> str:
     """The text of requirements.txt, or what stands before its section of extras."""
-    text = (ROOT / "requirements.txt").read_text()
+    text = (ROOT / "requirements.txt").read_text("utf-8")
     return text if with_extras else text.partition(EXTRAS)[0]
 
 
@@ -151,13 +151,13 @@ def fingerprint() -> str:
 
 def write_stamp(venv: Path) -> None:
     """Notes what the environment was made from."""
-    (venv / STAMP).write_text(json.dumps({"fingerprint": fingerprint()}))
+    (venv / STAMP).write_text(json.dumps({"fingerprint": fingerprint()}), "utf-8")
 
 
 def is_current(venv: Path, *, with_extras: bool) -> bool:
     """True where the stamp fits the files and the environment holds all that is wanted, and perhaps more."""
     try:
-        stamp = json.loads((venv / STAMP).read_text())
+        stamp = json.loads((venv / STAMP).read_text("utf-8"))
     except (OSError, ValueError):
         return False
     pins, have = read_pins(requirements(with_extras=with_extras)), installed(venv)
@@ -170,7 +170,7 @@ def install_packages(venv: Path, *, with_extras: bool) -> None:
     if free < DISK_GB:
         print(f"  warning: {free:.1f} GB free on this disk; the installation wants about {DISK_GB}")
     text, wanted = requirements(with_extras=with_extras), venv / "requirements.txt"
-    wanted.write_text(text)
+    wanted.write_text(text, "utf-8")
     torch = f"torch=={read_pins(text)['torch']}"
     if "torch" not in installed(venv) and not system.has_nvidia_gpu():
         print(
@@ -197,7 +197,7 @@ def pip(venv: Path, arguments: list[str], label: str, expected: int) -> None:
     quick = ["--no-compile", "--progress-bar", "off", "--no-input"]
     command = [str(venv / "bin/python"), "-m", "pip", "install", *arguments, *quick]
     start = time.monotonic()
-    with open(venv / LOG, "a") as log:
+    with open(venv / LOG, "a", encoding="utf-8") as log:
         log.write(f"\n$ {' '.join(command)}\n")
         pipe = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, cwd=ROOT, **pipe) as process:

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Annotated
 
 import command
+from annotated_types import Interval
 from configuration import last_line, load_configuration, place, split_fields
 
-from stare_jax.config import ConfigError, Interval, UserError, from_dict, user_input
+from stare_jax.config import ConfigError, UserError, from_dict, user_input
 from stare_jax.logging import Interruption, print_table, say
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.directory import locked
@@ -37,7 +38,7 @@ from stare_jax.runs.jobs import Queue, place_cores, run_queue
 from stare_jax.runs.progress import failure_texts, progress_table, read_progress, read_rows, summary_line
 from stare_jax.runs.study import Job, Study, plan_study, select_jobs
 
-NICE = Annotated[int, Interval(0, 19)]
+NICE = Annotated[int, Interval(ge=0, le=19)]
 TRAIN = command.ROOT / "launch" / "train.py"
 
 
@@ -84,8 +85,9 @@ def load_study(file: Path) -> Study:
     Raises:
         ConfigError: there is no such file, or no study in it.
     """
-    if not file.is_file():
-        raise ConfigError(f"study: got {file}, expected a Python file that defines get_study(); there is none")
+    if not file.is_file() or file.suffix != ".py":
+        why = "it has another ending" if file.is_file() else "there is none"
+        raise ConfigError(f"study: got {file}, expected a Python file that defines get_study(); {why}")
     spec = importlib.util.spec_from_file_location(f"stare_jax_study_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -266,7 +266,8 @@ def machine_sources() -> list[AptSource]:
     """Every apt source configured on this machine."""
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     parsers = {".sources": parse_deb822, ".list": parse_sources_list}
-    texts = ((parsers[f.suffix], f.read_text()) for f in files if f.suffix in parsers and os.access(f, os.R_OK))
+    read = [f for f in files if f.suffix in parsers and os.access(f, os.R_OK)]
+    texts = ((parsers[f.suffix], f.read_text("utf-8", "replace")) for f in read)
     return [source for parse, text in texts for source in parse(text)]
 
 
@@ -285,7 +286,7 @@ def install(packages: list[str]) -> None:
     if root is not None:
         # An unrelated source that does not answer is no reason to stop: what counts is the installation.
         _run(root, _apt_get("update"), check=False)
-    release = parse_os_release(Path("/etc/os-release").read_text())
+    release = parse_os_release(Path("/etc/os-release").read_text("utf-8", "replace"))
     steps = plan(release, _output(["apt-cache", "policy", MESA_PACKAGE]), machine_sources(), packages)
     if root is None:
         commands = as_text([_apt_get("update"), *steps])

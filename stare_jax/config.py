@@ -15,7 +15,9 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
+
+from annotated_types import Interval, MinLen
 
 _NAME_BYTES = 200
 """Longest name of a user's; file systems allow 255, and endings are added."""
@@ -56,30 +58,20 @@ def list_choices(cls: type, *, path: str = "config") -> dict[str, tuple[Any, ...
     return found
 
 
-class Interval(NamedTuple):
-    """Numbers that a field may be, in its annotation: `Annotated[float, Interval(0, 1)]`; NaN and infinity are none."""
-
-    low: float = -math.inf
-    high: float = math.inf
-    has_low: bool = True
-    """False leaves out `low` itself."""
-    has_high: bool = True
-
-
 class Mark(enum.Enum):
-    """Conditions of a field that is no number, in its annotation: `Annotated[str, Mark.REGEX]`."""
+    """Conditions that annotated_types has no word for, in a field's annotation: `Annotated[str, Mark.REGEX]`."""
 
     REGEX = "a text that is a regular expression"
-    FILLED = "a tuple with at least one item"
 
 
 Finite = Annotated[float, Interval()]
-Positive = Annotated[float, Interval(0, has_low=False)]
-NonNegative = Annotated[float, Interval(0)]
-Fraction = Annotated[float, Interval(0, 1)]
-Count = Annotated[int, Interval(1)]
-Natural = Annotated[int, Interval(0)]
-Seed = Annotated[int, Interval(0, 99)]
+"""float of a configuration; with an interval or without, NaN and infinity are none"""
+Positive = Annotated[float, Interval(gt=0)]
+NonNegative = Annotated[float, Interval(ge=0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Count = Annotated[int, Interval(ge=1)]
+Natural = Annotated[int, Interval(ge=0)]
+Seed = Annotated[int, Interval(ge=0, le=99)]
 """seed of a run; every one has seeds of the simulator's of its own (`envs.seeds`)"""
 Pattern = Annotated[str, Mark.REGEX]
 LARGEST_INT = 2**31 - 1
@@ -114,9 +106,10 @@ def user_input(place: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
+        # One of a field does not say where the field is from; others, such as those of documents, name their file.
+        if isinstance(error, UserError) and not (place and type(error) is ConfigError):
+            raise
         raise ConfigError(f"{place}: {error}" if place else str(error)) from error
 
 
@@ -126,14 +119,21 @@ def home_path(text: str) -> Path:
     Shells leave a `~` after `=` as it is, so every path of a command line or a configuration comes through here.
 
     Raises:
-        ConfigError: it is empty, or there is no such directory.
+        ConfigError: it is empty, has a line's end in it, there is no such directory, or its links lead in a circle.
     """
     if not text:
         raise ConfigError("got an empty path, expected the name of a file or a folder")
+    if any(character < " " for character in text):
+        raise ConfigError(f"got {text!r}, expected a path without control characters or line ends")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"got {text!r}, expected a path; no such home directory is known") from error
+    try:
+        path.resolve()
+    except RuntimeError as error:
+        raise ConfigError(f"got {text!r}, expected a path; its links lead in a circle") from error
+    return path
 
 
 def check_name(name: str, field: str) -> str:
@@ -142,7 +142,7 @@ def check_name(name: str, field: str) -> str:
     Raises:
         ConfigError: it would not be one file or folder where it is expected.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > _NAME_BYTES:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > _NAME_BYTES:
         raise ConfigError(
             f"{field}: got {name!r}, expected letters, digits, '_', '-' and '.', which does not come first; at most "
             f"{_NAME_BYTES}"
@@ -176,12 +176,18 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
     Raises:
       ConfigError: for an unknown field, a value of the wrong type, or one that the dataclass itself refuses.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: got {values!r}, expected the fields of {cls.__name__}")
     hints = _annotations(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     if hasattr(cls, "fill_in"):
         values = cls.fill_in(values)
+    absent = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [field.name for field in dataclasses.fields(cls) if (field.default, field.default_factory) == absent]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{path}: got no {', '.join(missing)}, expected all fields that have no default")
     arguments = {name: convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**arguments)
@@ -206,8 +212,6 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: got {value!r}, expected the fields of {hint.__name__}")
         return from_dict(hint, value, path=path)
     if origin is tuple:
         return _convert_tuple(typing.get_args(hint), value, path)
@@ -228,12 +232,12 @@ def _home_field(value: str, path: str) -> str:
 
 
 def _convert_marked(hint: Any, mark: Any, value: Any, path: str) -> Any:
-    """Converts a value of an annotation with a mark: an `Interval` or a `Mark`."""
+    """Converts a value of an annotation with a mark: `Interval` of a number, `MinLen` of a tuple, or a `Mark`."""
     if isinstance(mark, Interval):
         return _convert_number(hint, mark, value, path)
     value = convert(hint, value, path)
-    if mark is Mark.FILLED and not value:
-        raise ConfigError(f"{path}: got {value!r}, expected at least one item")
+    if isinstance(mark, MinLen) and len(value) < mark.min_length:
+        raise ConfigError(f"{path}: got {value!r}, expected at least {mark.min_length} items")
     if mark is Mark.REGEX:
         try:
             re.compile(value)
@@ -250,22 +254,22 @@ def _convert_number(hint: type, interval: Interval, value: Any, path: str) -> in
     if hint is int and abs(value) > LARGEST_INT:
         raise ConfigError(f"{path}: got {value}, expected at most {LARGEST_INT}")
     value, is_finite = hint(value), math.isfinite(value)
-    is_above = interval.low <= value if interval.has_low else interval.low < value
-    is_below = value <= interval.high if interval.has_high else value < interval.high
+    is_above = (interval.gt is None or value > interval.gt) and (interval.ge is None or value >= interval.ge)
+    is_below = (interval.lt is None or value < interval.lt) and (interval.le is None or value <= interval.le)
     if not (is_finite and is_above and is_below):
         kind = "" if is_finite else "a finite number "
-        raise ConfigError(f"{path}: got {value}, expected {kind}{interval_in_words(interval)}".rstrip())
+        raise ConfigError(f"{path}: got {value}, expected {kind}{_interval_in_words(interval)}".rstrip())
     return value
 
 
-def interval_in_words(interval: Interval) -> str:
+def _interval_in_words(interval: Interval) -> str:
     """Returns `>= 0`, or `in (0, 1]`; an empty text where any finite number will do."""
-    low, high = interval.low, interval.high
-    if math.isfinite(low) and math.isfinite(high):
-        return f"in {'[' if interval.has_low else '('}{low}, {high}{']' if interval.has_high else ')'}"
-    if math.isfinite(high):
-        return f"{'<=' if interval.has_high else '<'} {high}"
-    return f"{'>=' if interval.has_low else '>'} {low}" if math.isfinite(low) else ""
+    low, high = (ge if gt is None else gt for gt, ge in ((interval.gt, interval.ge), (interval.lt, interval.le)))
+    if low is not None and high is not None:
+        return f"in {'[' if interval.gt is None else '('}{low}, {high}{']' if interval.lt is None else ')'}"
+    if high is not None:
+        return f"{'<=' if interval.lt is None else '<'} {high}"
+    return "" if low is None else f"{'>=' if interval.gt is None else '>'} {low}"
 
 
 def _convert_tuple(hints: tuple, value: Any, path: str) -> tuple:

@@ -6,12 +6,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from annotated_types import Interval, MinLen
 
 from stare_jax.config import (
     ConfigError,
     Count,
-    Interval,
-    Mark,
     Pattern,
     Positive,
     UserError,
@@ -72,6 +71,7 @@ def test_integers_become_floats_where_floats_are_expected():
         ({"inner": {"rate": "fast"}}, r"config\.inner\.rate: got 'fast', expected float"),
         ({"inner": {"rate": -1.0}}, r"config\.inner: rate: got -1\.0, expected > 0"),
         ({"inner": 3}, r"config\.inner: got 3, expected the fields of Inner"),
+        (None, r"config: got None, expected the fields of \w+"),
         ({"flag": 1}, r"config\.flag: got 1, expected bool"),
         ({"inner": {"sizes": (1, 2.5)}}, r"config\.inner\.sizes\[1\]: got 2\.5, expected int"),
         ({"pairs": ((0.5, 2, 3),)}, r"config\.pairs\[0\]: got 3 items"),
@@ -93,10 +93,10 @@ class Painted:
     lining: Colour | None = None
     axis: Literal[0, 1] = 0
     count: Count = 1
-    share: Annotated[float, Interval(1, 3, has_high=False)] | None = None
+    share: Annotated[float, Interval(ge=1, lt=3)] | None = None
     weight: float = 0.0
     is_dry: bool = True
-    sizes: Annotated[tuple[tuple[Positive, Count], ...], Mark.FILLED] = ((1.0, 1),)
+    sizes: Annotated[tuple[tuple[Positive, Count], ...], MinLen(1)] = ((1.0, 1),)
     pattern: Pattern = "a|b"
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ class House:
         ({"weight": float("-inf")}, r"weight: got -inf, expected a finite number"),
         ({"weight": False}, r"weight: got False, expected float"),
         ({"is_dry": 1}, r"is_dry: got 1, expected bool"),
-        ({"sizes": ()}, r"sizes: got \(\), expected at least one item"),
+        ({"sizes": ()}, r"sizes: got \(\), expected at least 1 items"),
         ({"sizes": 3.0}, r"sizes: got 3.0, expected a sequence"),
         ({"sizes": ((1.0, 1), (float("inf"), 1))}, r"sizes\[1\]\[0\]: got inf, expected a finite number > 0"),
         ({"pattern": "("}, r"pattern: got '\(', expected a regular expression: missing"),
@@ -200,7 +200,36 @@ def test_user_input_keeps_the_kind_of_a_users_mistake():
         raise ValueError("y")
 
 
-def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch):
+def test_fields_that_have_to_be_given_are_named():
+    @dataclasses.dataclass(frozen=True)
+    class Needs:
+        env: str
+        depth: int
+        width: int = 1
+
+    with pytest.raises(ConfigError, match="^config: got no env, depth, expected all fields that have no default$"):
+        from_dict(Needs, {})
+    assert from_dict(Needs, {"env": "x", "depth": 2}) == Needs("x", 2)
+
+
+def test_user_input_says_where_a_field_is_from():
+    @dataclasses.dataclass(frozen=True)
+    class Sizes:
+        depth: Count = 1
+
+        def __post_init__(self):
+            check_fields(self)
+
+    class FileError(ConfigError):
+        pass
+
+    with pytest.raises(ConfigError, match="^config.json: depth: got 0, expected >= 1$"), user_input("config.json"):
+        Sizes(depth=0)
+    with pytest.raises(FileError, match="^other.json: y$"), user_input("config.json"):
+        raise FileError("other.json: y")
+
+
+def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     assert home_path("~/data") == Path("/home/me/data") and home_path("a/~") == Path("a/~")
 
@@ -216,6 +245,11 @@ def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkey
         from_dict(Paths, {"folder": "~nobody_at_all/x"})
     with pytest.raises(ConfigError, match="got an empty path"):
         home_path("")
+    with pytest.raises(ConfigError, match=r"got 'data\\r', expected a path without control characters or line ends"):
+        home_path("data\r")  # of a script that Windows has saved
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="loop/x', expected a path; its links lead in a circle"):
+        home_path(f"{tmp_path}/loop/x")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ CONFINED = {
     ("tensorboardX", "wandb"): ("stare_jax/logging",),
     ("absl",): ("launch/",),
     ("flax",): ("stare_jax/models/", "stare_jax/state/train_state.py"),
+    ("pydantic",): ("stare_jax/documents/reader.py",),
     ("rlax", "pytest"): (),
 }
 """Packages -> the only places, by the beginning of the path, that import them (tests apart)."""
@@ -149,7 +150,26 @@ def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return node.body[0].end_lineno - node.body[0].lineno + 1
 
 
-CHECKS = (check_direction, check_confined, check_mathematics, check_names, check_lengths)
+def check_encodings(path: str, source: str) -> Iterator[str]:
+    """Text files are UTF-8 wherever they are read and written, whatever the machine's own encoding is."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and reads_text(node) and "encoding" not in {word.arg for word in node.keywords}:
+            yield f"{path}:{node.lineno}: {ast.unparse(node.func)} without an encoding; text is UTF-8 everywhere"
+
+
+def reads_text(call: ast.Call) -> bool:
+    """True for the calls that open a text file in the encoding of the machine, unless a keyword names one."""
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+    if name in ("read_text", "write_text"):
+        return len(call.args) < 1 + (name == "write_text")
+    if name != "open":
+        return False
+    modes = [mode.value for mode in call.args if isinstance(mode, ast.Constant) and isinstance(mode.value, str)]
+    is_builtin = isinstance(call.func, ast.Name)
+    return (is_builtin and not modes) or any(set(mode) <= set("rwxa+t") for mode in modes)
+
+
+CHECKS = (check_direction, check_confined, check_mathematics, check_names, check_lengths, check_encodings)
 
 
 def project_files() -> dict[str, str]:
@@ -199,6 +219,10 @@ VIOLATIONS = [
     (check_lengths, "configs/quickstart.py", "x = 0\n" * 91, "at most 90"),
     (check_lengths, "launch/train.py", "def f():\n" + "    x = 0\n" * 50, ":1: f has 51 lines"),
     (check_lengths, "stare_jax/train/sft.py", "def train_sft():\n" + "    x = 0\n" * 120, "at most 120"),
+    (check_encodings, "launch/train.py", "x = file.read_text()\n", ":1: file.read_text without an encoding"),
+    (check_encodings, "launch/train.py", "file.write_text(x)\n", "file.write_text"),
+    (check_encodings, "launch/train.py", "with open(x) as file:\n    pass\n", "open without"),
+    (check_encodings, "launch/train.py", "x = file.open('a')\n", "file.open"),
 ]
 
 
@@ -220,6 +244,7 @@ LAWFUL = [
     ("launch/train.py", "from absl import app\nfrom stare_jax.runs.ipi import run_ipi\n"),
     ("configs/presets.py", "import ml_collections\n" + "x = 0\n" * 200),
     ("stare_jax/models/nn/vit.py", "x = 0\n" * 450),
+    ("launch/train.py", "a.read_text('utf-8')\nb.open('rb')\nos.open(c, os.O_RDONLY)\nopen(d, encoding='utf-8')\n"),
     ("stare_jax/train/sft.py", "def f():\n    '''a\n" + "    b\n" * 200 + "    '''\n" + "    x = 0\n" * 49),
 ]
 

@@ -13,7 +13,7 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from stare_jax.config import UserError
+from stare_jax.config import ConfigError, UserError
 from stare_jax.logging import (
     METRICS_FILE,
     Clock,
@@ -63,15 +63,22 @@ def test_writer_writes_one_object_a_call(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number or null"),
-        ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number or null"),
-        ('{"step": -1, "phase": "sft"}', "step: got -1, expected a whole number >= 0"),
-        ('{"phase": "sft", "a/b": 1}', "step: got nothing, expected a whole number >= 0"),
+        ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number"),
+        ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number"),
+        ('{"step": -1, "phase": "sft"}', "step: got -1, expected greater than or equal to 0"),
+        ('{"step": 1, "phase": "sft", "a/', r"got a line that is not JSON \(.*\), expected one that is"),
+        ('{"step": 1, "step": 2, "phase": "sft"}', r"got a line that is not JSON \('step' twice\), expected"),
+        ("[" * 100_000, "got a line that is not JSON"),
+        ('{"step": ' + "1" * 5000, "got a line that is not JSON"),
+        ('{"step": 1, "phase": "\udcff"}', r"got a line that is no text \(.*\), expected JSON"),
+        ('{"phase": "sft", "a/b": 1}', "step: got nothing, expected a whole number"),
         ('{"step": 1, "phase": 1}', "phase: got 1, expected text"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path, line, message):
-    (tmp_path / METRICS_FILE).write_text('{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n")
+    (tmp_path / METRICS_FILE).write_text(
+        '{"step": 1, "phase": "sft", "a/b": null}\n' + line + "\n", errors="surrogateescape"
+    )
     with pytest.raises(UserError, match=f"metrics.jsonl: line 2: {message}"):
         read_metrics(tmp_path)
 
@@ -167,6 +174,17 @@ def test_wandb_gets_a_step_of_every_phase(tmp_path, monkeypatch):
     assert logged[3]["id"] == run_id
 
 
+def test_a_project_that_wandb_does_not_open_is_one_line(tmp_path, monkeypatch):
+    def init(**arguments):
+        raise RuntimeError("api_key not configured (no-tty).\ncall wandb.login(key=[your_api_key])")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    message = r"config.logging.wandb: got 'stare', expected .*: api_key not configured \(no-tty\). call .* \(wandb log"
+    with pytest.raises(ConfigError, match=message) as error:
+        make_writer(tmp_path, tensorboard=False, wandb="stare")
+    assert "\n" not in str(error.value)
+
+
 def test_tensorboard_gives_up_the_history_after_the_checkpoint_that_a_phase_goes_on_from(tmp_path):
     for steps in ((1, 2, 3, 4), (3, 4)):
         with make_writer(tmp_path) as writer:
@@ -201,6 +219,7 @@ def test_metadata(tmp_path):
     written = json.loads((tmp_path / "run/versions.json").read_text())
     assert written == versions()
     assert written["packages"]["jax"] and written["device"].endswith("(cpu)")
+    assert written["processor"]  # of every Linux machine
 
 
 # ----------------------------------------------------------------------------------------------------------- terminal

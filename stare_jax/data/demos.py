@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
+from annotated_types import MinLen
 
-from stare_jax.config import Count, Finite, Mark, Natural, NonNegative, Positive, Seed, check_fields
+from stare_jax.config import Count, Finite, Natural, NonNegative, Positive, Seed, check_fields
 from stare_jax.data.norm_stats import clear_statistics, renew_statistics
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
@@ -41,7 +42,7 @@ class DemosConfig:
 
     num_demos: Count = 100
     """Number of successful episodes to collect, of each task where there are several."""
-    noise_scales: Annotated[tuple[tuple[NonNegative, Positive], ...], Mark.FILLED] = ((0.0, 1.0),)
+    noise_scales: Annotated[tuple[tuple[NonNegative, Positive], ...], MinLen(1)] = ((0.0, 1.0),)
     """Pairs of (standard deviation of the noise as a fraction of the action's range, share of the demonstrations with
     this noise); shares need not sum to 1."""
     seed: Seed = 0

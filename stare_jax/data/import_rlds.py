@@ -23,6 +23,7 @@ from stare_jax.data.rlds_source import (
     RESIZE,
     EpisodeSteps,
     RldsSource,
+    check_files,
     check_source,
     list_fields,
     name_episode,
@@ -121,7 +122,8 @@ def import_rlds(
         episodes_per_shard=None,
     ) as writer:
         Dataset(directory, verify=False)  # A shard that is gone is found before hours of reading, not after.
-        if _num_read(writer) < num_wanted:
+        if (num_read := _num_read(writer)) < num_wanted:
+            check_files(source, config.split, num_read, num_wanted, may_miss=config.skip_broken)
             # Statistics are those of a complete data set, or absent.
             clear_statistics(directory, name)
             _fill(writer, source, layout, config, num_wanted, should_stop)
@@ -200,6 +202,8 @@ def _append(
     """
     if isinstance(steps, DatasetError):
         raise steps
+    if not steps.instruction:
+        return TOO_SHORT
     instructions = fill_instructions(steps.instruction)
     if instructions is None:
         return NO_INSTRUCTION

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,13 +18,24 @@ from stare_jax.data.filters import imitation_frames
 from stare_jax.data.ranges import scale_actions, scale_states
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.documents import read_json
-from stare_jax.documents.reader import NOTHING
+from stare_jax.documents import check_record, read_json
+from stare_jax.documents.reader import NOTHING, Numbers
 from stare_jax.documents.statistics import check_quantiles, check_tables
 from stare_jax.logging import move_aside, replace_text, say
 from stare_jax.types import Array, NormStats
 
 NORM_STATS_FILE = "norm_stats.json"
+
+
+class Described(NamedTuple):
+    """Statistics of actions or states, all of which this library writes."""
+
+    mean: Numbers
+    std: Numbers
+    max: Numbers
+    min: Numbers
+    q01: Numbers
+    q99: Numbers
 
 
 def compute_statistics(
@@ -130,14 +141,23 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
 
     Raises:
         DatasetError: there is no frame to imitate.
+        DocumentError: the statistics on disk are damaged.
     """
     path, key = dataset.directory / NORM_STATS_FILE, dataset.manifest.env_id
     written = check_tables(read_json(path, optional=True), str(path))
     if written.get(key, {}).get("fingerprint") == dataset.fingerprint:
+        for part in ("action", "proprio"):
+            check_record(Described, written[key].get(part, NOTHING), str(path), path=f"{key}.{part}")
         return
     clear_statistics(dataset.directory, key)
     statistics = dataset_statistics(dataset, action_mask=action_mask) | {"fingerprint": dataset.fingerprint}
     write_statistics(dataset.directory, {key: statistics})
+
+
+def say_exceptions(dataset: Dataset) -> None:
+    """Says which dimensions of a data set policies will not scale by its quantiles, and why."""
+    shapes, key = dataset.manifest.shapes, dataset.manifest.env_id
+    read_norm_stats(dataset.directory, action_dim=shapes["action"][0], state_dim=shapes["state"][0], key=key)
 
 
 def clear_statistics(directory: Path, key: str) -> None:

@@ -17,12 +17,13 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax
 import numpy as np
+from annotated_types import Interval
 
-from stare_jax.config import Count, Interval, Natural, Positive, Seed, check_fields
+from stare_jax.config import Count, Natural, Positive, Seed, check_fields
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
-from stare_jax.documents import read_record
+from stare_jax.documents import DocumentError, read_record
 from stare_jax.logging import replace_text
 from stare_jax.stages import TaskSpecs, by_task, separate
 from stare_jax.types import PreferencePair, Signals, Trajectory
@@ -40,7 +41,7 @@ class PairsConfig:
 
     num_pairs: Count = 50
     """Number of pairs wanted, of each task where there are several; fewer are reported, none is an error."""
-    rollouts_per_seed: Annotated[int, Interval(2)] = 4
+    rollouts_per_seed: Annotated[int, Interval(ge=2)] = 4
     """Number of episodes from each initial state, two or more, to make a pair of."""
     max_rollouts: Count = 400
     """Largest number of episodes, of each task where there are several; rollouts end earlier once there are enough
@@ -212,7 +213,11 @@ def read_pairs(directory: str | os.PathLike) -> list[Pair]:
     path = Path(directory) / PAIRS_FILE
     if not path.exists():
         raise DatasetError(f"{path} is missing: the rollouts have not been paired yet")
-    return list(read_record(_PairsFile, path).pairs)
+    pairs = list(read_record(_PairsFile, path).pairs)
+    if alike := [i for i, pair in enumerate(pairs) if pair.chosen == pair.rejected]:
+        got = f"pairs[{alike[0]}].rejected: got {pairs[alike[0]].rejected}"
+        raise DocumentError(f"{path}: {got}, expected another episode than the chosen one")
+    return pairs
 
 
 def count_kinds(pairs: Sequence[Pair]) -> dict[str, int]:

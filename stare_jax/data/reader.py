@@ -34,10 +34,10 @@ class Dataset:
         Args:
             directory: the data set's folder.
             skip_broken: leave broken shards out, with a warning, instead of raising an error.
-            verify: compare checksums (half a second a gigabyte) and not only sizes.
+            verify: compare checksums (half a second a gigabyte) and the first frame's shapes, and not only sizes.
 
         Raises:
-            DatasetError: there is no manifest.
+            DatasetError: there is no manifest, or its shapes are not the frames'.
             DamagedShardError: a shard is missing or damaged; the message names it.
         """
         self.directory = Path(directory)
@@ -63,6 +63,18 @@ class Dataset:
         self.first_frame: np.ndarray = np.cumsum(num_states) - num_states
         """int64 `[num_episodes]`."""
         self.num_frames = int(num_states.sum())
+        if verify and self.num_frames:
+            self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """Raises DatasetError where the manifest has other shapes than the first frame."""
+        record, shapes = self.frame(0), self.manifest.shapes
+        found = {f"image/{name}": image for name, image in record["images"].items()}
+        found |= {name: record[name] for name in ("state", "tokens", "action")}
+        wrong = {name: list(x.shape) for name, x in found.items() if shapes.get(name) != list(x.shape)}
+        if wrong:
+            words = "; ".join(f"{name}: got {shapes.get(name)}, expected {shape}" for name, shape in wrong.items())
+            raise DatasetError(f"{self.directory / schema.MANIFEST_FILE}: shapes: {words}, as in the first frame")
 
     @property
     def fingerprint(self) -> str:
@@ -78,8 +90,16 @@ class Dataset:
         return self._read(index, self._frame_ends, lambda shard: shard.frames, with_images=with_images)
 
     def episode_record(self, index: int) -> dict[str, Any]:
-        """Returns the record of an episode (`records.episode_record`): all but its observations."""
-        return self._read(index, self._episode_ends, lambda shard: shard.episodes)
+        """Returns the record of an episode (`records.episode_record`): all but its observations.
+
+        Raises:
+            DatasetError: it cannot be read, or the manifest has another length in its row.
+        """
+        record = self._read(index, self._episode_ends, lambda shard: shard.episodes)
+        if record["length"] != (length := self.episodes[index].length):
+            place = f"{self.directory / schema.MANIFEST_FILE}: episode {index}: length"
+            raise DatasetError(f"{place}: got {length}, expected {record['length']}, as its shard has it")
+        return record
 
     def episode(self, index: int, horizon: int | None = None) -> tuple[Trajectory, dict[str, Any]]:
         """Reads an episode.

@@ -94,7 +94,8 @@ def recorded_actions(state: np.ndarray, action: np.ndarray, *, closed: float, op
         closed, opened: values of the gripper where it is closed, and where it is open.
 
     Raises:
-        ValueError: the shape is another one, or the gripper is not between the two.
+        ValueError: the shape is another one, or the gripper is not between the two, or is most often the very middle,
+            which means "go on" where commands are relative.
     """
     del state
     if action.shape[1:] != (ACTION_DIM,):
@@ -104,6 +105,9 @@ def recorded_actions(state: np.ndarray, action: np.ndarray, *, closed: float, op
     if (np.abs(gripper - 0.5) > 0.5 + GRIPPER_TOLERANCE).any():
         low, high = action[:, 6].min(), action[:, 6].max()
         raise ValueError(f"gripper: got {low:g} to {high:g}, expected {closed:g}, closed, to {opened:g}, open")
+    if (num_middle := int(np.sum(gripper == 0.5))) > len(gripper) / 2:
+        got = f"{(closed + opened) / 2:g} in {num_middle} of {len(gripper)} steps, as relative commands have it"
+        raise ValueError(f"gripper: got {got}, expected positions, {closed:g}, closed, to {opened:g}, open")
     binary = binarize_gripper(gripper)
     return Standardized(np.concatenate([action[:, :6], binary[:, None]], axis=1, dtype=np.float32), first=0)
 

@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from stare_jax.data.rlds_layouts import Layout
 from stare_jax.data.schema import DatasetError
+from stare_jax.documents import refuse_pointer
 
 RESIZE = "lanczos3"
 MAX_STEPS = 1 << 14
@@ -22,6 +23,8 @@ MAX_STEPS = 1 << 14
 _TEXT, _CODES = r"string \[\]", r"u?int\d+ \[(\d+|None)\]"
 """Kinds of an instruction: a text, or the codes of its characters with zeros behind them."""
 _NUMBERS, _IMAGE = r"(bool|(bfloat|float|u?int)\d+) \[.*\]", r"uint8 \[(\d+|None), (\d+|None), (\d+|None)\]"
+_NO_STEPS = "Dataset was empty"
+"""TensorFlow's words for an episode without any step."""
 _LAST_LATIN, _WHITE = 0x24F, (9, 10, 13)
 
 
@@ -102,6 +105,30 @@ def check_source(source: RldsSource, layout: Layout, split: str) -> None:
             raise DatasetError(f"{source.directory}: {path}: got {got}, expected {expected}")
 
 
+def check_files(source: RldsSource, split: str, first: int, last: int, *, may_miss: bool) -> None:
+    """Makes sure that the files of the episodes [first, last) of a split are there, before hours of reading.
+
+    Args:
+        source, split, first, last: see `read_episodes`.
+        may_miss: whether some may be missing, so that their episodes cannot be read.
+
+    Raises:
+        DatasetError: names the files that are missing.
+        DocumentError: names one that Git LFS has not fetched.
+    """
+    info, start, missing = source.builder.info.splits[split], 0, []
+    for name, length in zip(info.filepaths, info.shard_lengths, strict=True):
+        path, is_wanted = Path(str(name)), start < last and first < start + length
+        start += length
+        if is_wanted:
+            refuse_pointer(path)
+            missing += [] if path.is_file() else [path.name]
+    if missing and not may_miss:
+        named = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
+        advice = "--limit reads the first ones alone, --skip-broken leaves out and counts their episodes"
+        raise DatasetError(f"{source.directory}: got no {named}, expected {len(missing)} more file(s); {advice}")
+
+
 def list_fields(source: RldsSource) -> str:
     """Returns the fields of a step, in words."""
     return ", ".join(f"{path} ({kind})" for path, kind in sorted(source.fields.items()))
@@ -116,6 +143,8 @@ def read_episodes(
     source: RldsSource, layout: Layout, split: str, first: int, last: int, *, image_size: int
 ) -> Iterator[EpisodeSteps | DatasetError]:
     """Yields the episodes [first, last) of a split, or, in the place of one that cannot be read, the reason.
+
+    One without steps has none of anything.
 
     Those before are passed over without reading their files; files are opened again behind an episode that cannot be
     read. Where a TFRecord file is damaged the rest of it cannot be read either.
@@ -133,7 +162,11 @@ def read_episodes(
             problem = "the files end before it" if index < last else None
         except (tf.errors.OpError, OSError, ValueError, IndexError) as error:
             problem = _line(error)
-        if problem:
+        if problem and _NO_STEPS in problem:
+            none = np.zeros((0, 0), np.float32)
+            yield EpisodeSteps(np.zeros((0, image_size, image_size, 3), np.uint8), none, none, [])
+            index += 1
+        elif problem:
             yield DatasetError(f"{name_episode(source, split, index)} cannot be read: {problem}")
             index += 1
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.config import Natural, NonNegative, UserError
-from stare_jax.documents import DocumentError, check_record, read_json
+from stare_jax.documents import check_record, read_json
+from stare_jax.documents.reader import raise_problems
 from stare_jax.logging import replace_text
 
 FORMAT = "stare_jax/dataset"
@@ -56,7 +57,7 @@ class Shard(NamedTuple):
 class Episode(NamedTuple):
     """The row of an episode in the manifest."""
 
-    seed: int | None
+    seed: Natural | None
     """Seed of the simulator, which gives the initial state; None for episodes of real robots."""
     instruction: str
     source: str
@@ -96,6 +97,16 @@ class Manifest(NamedTuple):
     episodes: tuple[Episode, ...]
 
 
+class _Progress(NamedTuple):
+    """The fields of `progress`, of which a manifest has those of its own kind of collection."""
+
+    num_attempts: Natural = 0
+    num_steps: Natural = 0
+    num_dropped: Natural = 0
+    num_read: Natural = 0
+    dropped: dict[str, Natural] = {}
+
+
 class _Version(NamedTuple):
     """The fields of a manifest that tell which other fields it has."""
 
@@ -118,14 +129,29 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     if version.format != FORMAT or version.format_version not in READ_VERSIONS:
         raise DatasetError(f"{path}: got format {' '.join(map(str, version))}, expected {FORMAT} in {READ_VERSIONS}")
     manifest = check_record(Manifest, content, str(path))
-    num_records = sum(shard.episodes.num_records for shard in manifest.shards)
-    if num_records != len(manifest.episodes):
-        got = f"got {len(manifest.episodes)} rows, expected {num_records}, as many as the shards hold"
-        raise DocumentError(f"{path}: episodes: {got}")
+    check_record(_Progress, manifest.progress, str(path), path="progress")
+    raise_problems(str(path), _contradictions(manifest))
+    return manifest._replace(shapes={name: x for name, x in manifest.shapes.items() if name != "action_tokens"})
+
+
+def _contradictions(manifest: Manifest) -> list[str]:
+    """Returns what does not fit together in a manifest: lengths of its rows say which frames are an episode's."""
+    first, problems = 0, []
+    for i, shard in enumerate(manifest.shards):
+        for kind, file in shard._asdict().items():
+            if Path(file.name).name != file.name or not file.name:
+                problems.append(f"shards[{i}].{kind}.name: got {file.name!r}, expected the name of a file beside it")
+        rows = manifest.episodes[first : first + shard.episodes.num_records]
+        first += shard.episodes.num_records
+        if (expected := sum(row.length + 1 for row in rows)) != shard.frames.num_records:
+            got = f"got {shard.frames.num_records}, expected {expected}, as the lengths of its episodes are"
+            problems.append(f"shards[{i}].frames.num_records: {got}")
+    if first != len(manifest.episodes):
+        problems = [f"episodes: got {len(manifest.episodes)} rows, expected {first}, as many as the shards hold"]
     most = manifest.env_id.count("+")
     if wrong := [row.task for row in manifest.episodes if row.task > most]:
-        raise DocumentError(f"{path}: episodes.task: got {wrong[0]}, expected at most {most} for {manifest.env_id}")
-    return manifest._replace(shapes={name: x for name, x in manifest.shapes.items() if name != "action_tokens"})
+        problems.append(f"episodes.task: got {wrong[0]}, expected at most {most} for {manifest.env_id}")
+    return problems
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:

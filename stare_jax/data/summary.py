@@ -41,8 +41,8 @@ def summarize_episodes(dataset: Dataset) -> list[tuple[str, Any]]:
         *([("episodes lost in damaged shards", num_skipped)] if num_skipped else []),
         ("successful", sum(episode.success for episode in dataset.episodes)),
         *((f"with noise {scale:.3g}", number) for scale, number in groups if scale or len(groups) > 1),
-        ("episodes tried", progress["num_attempts"]),
-        ("lost with a simulator", progress["num_dropped"]),
+        ("episodes tried", progress.get("num_attempts", 0)),
+        ("lost with a simulator", progress.get("num_dropped", 0)),
         ("actions: mean", f"{lengths.mean():.1f}"),
         ("actions: 90 % quantile", f"{np.quantile(lengths, 0.9):.0f}"),
         ("actions: maximum", lengths.max()),
@@ -55,8 +55,8 @@ def summarize_import(dataset: Dataset) -> list[tuple[str, Any]]:
     lengths, progress = np.array([episode.length for episode in dataset.episodes]), dataset.manifest.progress
     return [
         ("episodes", dataset.num_episodes),
-        ("episodes read", progress["num_read"]),
-        *((f"dropped, {reason}", number) for reason, number in progress["dropped"].items()),
+        ("episodes read", progress.get("num_read", 0)),
+        *((f"dropped, {reason}", number) for reason, number in progress.get("dropped", {}).items()),
         ("instructions", len({episode.instruction for episode in dataset.episodes})),
         ("actions: mean", f"{lengths.mean():.1f}"),
         ("actions: 90 % quantile", f"{np.quantile(lengths, 0.9):.0f}"),

@@ -1,11 +1,12 @@
 """Writes a data set shard by shard, so that an interruption costs the open shard and nothing else."""
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ class DatasetWriter:
             episodes_per_shard: number of episodes after which a shard is closed; None closes one at `flush` only.
 
         Raises:
-            DatasetError: the folder holds a data set of another kind, or another process is writing to it.
+            DatasetError: the folder holds a data set of another kind, or shards under other names than the
+                manifest's, or another process is writing to it.
         """
         if episodes_per_shard is not None and episodes_per_shard < 1:
             raise ValueError(f"episodes_per_shard: got {episodes_per_shard}, expected at least 1")
@@ -78,6 +80,7 @@ class DatasetWriter:
         try:
             kind = Kind(env_id, control_mode, dict(settings or {}), dict(filters or {}))
             self._manifest = _open_manifest(self._directory, kind)
+            _check_names(self._directory, self._manifest)
             _remove_leftovers(self._directory, self._manifest)
         except BaseException:
             os.close(self._lock)
@@ -132,9 +135,10 @@ class DatasetWriter:
         ]
         record = records.pack(records.episode_record(trajectory, row._asdict(), length=length))
         frames_writer, episodes_writer = self._open = self._open or self._open_shard()
-        for frame in frames:
-            frames_writer.write(frame)
-        episodes_writer.write(record)
+        with _writing(self._directory):
+            for frame in frames:
+                frames_writer.write(frame)
+            episodes_writer.write(record)
         self._pending.append(row)
         if len(self._pending) == self._episodes_per_shard:
             self.flush()
@@ -149,8 +153,9 @@ class DatasetWriter:
         if progress is not None:
             manifest = manifest._replace(progress=dict(progress))
         if self._open is not None:
-            for writer in self._open:
-                writer.close()
+            with _writing(self._directory):
+                for writer in self._open:
+                    writer.close()
             shard = Shard(*(self._finish_file(path) for path in self._shard_paths()))
             sync_directory(self._directory)
             manifest = manifest._replace(
@@ -176,7 +181,8 @@ class DatasetWriter:
             self.close()
             return
         for writer in self._open or ():
-            writer.close()
+            with contextlib.suppress(RuntimeError):  # of a disk that is full, which has been said
+                writer.close()
         _remove_leftovers(self._directory, self._manifest, say=False)
         self._unlock()
 
@@ -273,9 +279,25 @@ def require_same_kind(directory: str | os.PathLike, manifest: Manifest, kind: Ki
         )
 
 
+def _names(manifest: Manifest) -> set[str]:
+    return {file.name for shard in manifest.shards for file in shard}
+
+
+def _check_names(directory: Path, manifest: Manifest) -> None:
+    """Raises DatasetError where shards that the manifest does not name may be those that it names and that are gone."""
+    known = _names(manifest)
+    unlisted = sorted(path.name for path in directory.glob("*.array_record") if path.name not in known)
+    lost = sorted(name for name in known if not (directory / name).exists())
+    if unlisted and lost:
+        raise DatasetError(
+            f"{directory}: got {', '.join(unlisted)}, which {schema.MANIFEST_FILE} does not name, and no "
+            f"{', '.join(lost)}, expected the files that it names; bring them back, or move the others away"
+        )
+
+
 def _remove_leftovers(directory: Path, manifest: Manifest, *, say: bool = True) -> None:
     """Removes files that were not finished, and sets whole shards aside that are not in the manifest."""
-    known = {file.name for shard in manifest.shards for file in shard}
+    known = _names(manifest)
     for path in sorted(directory.glob("*.partial")):
         if _UNFINISHED.fullmatch(path.name):
             if say:
@@ -299,6 +321,16 @@ def _lock(directory: Path) -> int:
     except OSError:
         _log.warning("%s is on a file system without locks: do not write to it from two processes", directory)
     return descriptor
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Turns errors of ArrayRecord, such as those of a full disk, into a DatasetError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{directory}: cannot be written: {reason}; what was in it before is whole") from error
 
 
 def _partial(path: Path) -> Path:

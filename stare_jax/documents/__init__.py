@@ -5,3 +5,5 @@ from stare_jax.documents.reader import check_record as check_record
 from stare_jax.documents.reader import parse_json as parse_json
 from stare_jax.documents.reader import read_json as read_json
 from stare_jax.documents.reader import read_record as read_record
+from stare_jax.documents.reader import refuse_dangling as refuse_dangling
+from stare_jax.documents.reader import refuse_pointer as refuse_pointer

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from stare_jax.config import Interval, Natural, Positive
+from annotated_types import Interval, Len
+
+from stare_jax.config import Natural, Positive
 from stare_jax.documents.reader import (
     DocumentError,
-    Length,
     Numbers,
     Size,
     check_record,
@@ -31,7 +32,7 @@ FloatType = Literal["float32", "bfloat16", "float16"]
 DTYPE_NAMES = ("torch_dtype", "dtype")
 """names of the type of the weights in config.json, the second since version 4.56 of transformers"""
 Off = Literal[False] | None
-_One = Annotated[float, Interval(1, 1)] | None
+_One = Annotated[float, Interval(ge=1, le=1)] | None
 _OTHER_PART = re.compile(r"\w+--\w+_checkpoint\.pt|(action_head|proprio_projector|noisy_action_projector)\b.*")
 """names of files that OpenVLA-OFT and its relatives save beside the weights"""
 _OTHER_CODE = re.compile(r"\b(NUM_ACTIONS_CHUNK|proprio_projector|action_head)\b")
@@ -53,7 +54,7 @@ class Text(NamedTuple):
     model_type: Literal["llama"] = "llama"
     vocab_size: Size = 32064
     hidden_size: Size = 4096
-    num_hidden_layers: Annotated[int, Interval(1, 1000)] = 32
+    num_hidden_layers: Annotated[int, Interval(ge=1, le=1000)] = 32
     num_attention_heads: Size = 32
     num_key_value_heads: Size | None = None
     intermediate_size: Size = 11008
@@ -73,11 +74,17 @@ class Text(NamedTuple):
     quantization_config: None = None
 
 
+def _rope_bases(text: Text) -> dict[str, float | None]:
+    """Returns the base of the rotary positions by each of its names; None where it is not there."""
+    inside = {name: (getattr(text, name) or Rope()).rope_theta for name in ("rope_parameters", "rope_scaling")}
+    return {f"text_config.{name}": base for name, base in {"rope_theta": text.rope_theta, **inside}.items()}
+
+
 class Tower(NamedTuple):
     """Sizes of a vision tower that its timm id does not say, in small checkpoints for tests."""
 
     embed_dim: Size | None = None
-    depth: Annotated[int, Interval(2, 1000)] | None = None
+    depth: Annotated[int, Interval(ge=2, le=1000)] | None = None
     num_heads: Size | None = None
     mlp_ratio: Positive | None = None
 
@@ -109,7 +116,7 @@ class Description(NamedTuple):
     @property
     def rope_theta(self) -> float | None:
         """Base of the rotary positions, likewise."""
-        return self.text_config.rope_theta or (self.text_config.rope_parameters or Rope()).rope_theta
+        return next(filter(None, _rope_bases(self.text_config).values()), None)
 
 
 class Generation(NamedTuple):
@@ -139,8 +146,8 @@ class Crop(NamedTuple):
     output_size: Any = None
 
 
-_Means = Annotated[Numbers, Length(3, 3)]
-_Deviations = Annotated[Numbers, Length(3, 3), Interval(0, has_low=False)]
+_Means = Annotated[Numbers, Len(3, 3)]
+_Deviations = Annotated[tuple[Positive, ...], Len(3, 3)]
 
 
 class Colours(NamedTuple):
@@ -176,9 +183,7 @@ def read_description(folder: Path) -> Description:
     description = read_record(Description, file)
     text, (width, height) = description.text_config, description.image_sizes
     one_value(str(file), {name: getattr(description, name) for name in DTYPE_NAMES})
-    parameters = text.rope_parameters or Rope()
-    bases = {"text_config.rope_theta": text.rope_theta, "text_config.rope_parameters": parameters.rope_theta}
-    one_value(str(file), bases)
+    one_value(str(file), _rope_bases(text))
     problems = [] if width == height else [f"image_sizes: got {width} and {height}, expected a square"]
     if text.head_dim is not None and text.head_dim * text.num_attention_heads != text.hidden_size:
         expected = f"expected {text.hidden_size} / {text.num_attention_heads}, hidden_size by num_attention_heads"

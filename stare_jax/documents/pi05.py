@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import Interval
 
-from stare_jax.config import Interval
 from stare_jax.documents.openvla import CONFIG, Off
 from stare_jax.documents.reader import (
     NOTHING,
@@ -33,7 +33,7 @@ _COLUMNS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX"
 class Feature(NamedTuple):
     """An input or output of a policy of lerobot."""
 
-    type: str
+    type: Literal["STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE"]
     shape: tuple[Size, ...]
 
 
@@ -59,8 +59,8 @@ class Description(NamedTuple):
     num_inference_steps: Size | None = None
     image_resolution: tuple[Size, Size] | None = None
     input_features: dict[str, Feature] | None = None
-    min_period: Annotated[float, Interval(4e-3, 4e-3)] | None = None
-    max_period: Annotated[float, Interval(4, 4)] | None = None
+    min_period: Annotated[float, Interval(ge=4e-3, le=4e-3)] | None = None
+    max_period: Annotated[float, Interval(ge=4, le=4)] | None = None
     use_relative_actions: Off = None
     use_peft: Off = None
     rtc_config: Switch | None = None
@@ -168,11 +168,11 @@ def read_processor_stats(
             something else than openpi does.
     """
     before, after = (_read_ranges(folder / name, load) for name in PROCESSORS)
-    actions = {
-        (name): ranges[_ACTION] for name, ranges in zip(PROCESSORS, (before, after), strict=True) if _ACTION in ranges
-    }
+    actions = {name: x[_ACTION] for name, x in zip(PROCESSORS, (before, after), strict=True) if _ACTION in x}
     if not actions:
         return None
+    if list(actions) == [PROCESSORS[1]] and (folder / PROCESSORS[0]).is_file():  # states would be taken as they are
+        raise DocumentError(f"{folder / PROCESSORS[0]}: got no statistics, expected some, as {PROCESSORS[1]} has them")
     if len(actions) == 2 and len({str(value) for value in actions.values()}) > 1:
         got = "got other statistics of actions than in policy_preprocessor.json"
         raise DocumentError(f"{folder / PROCESSORS[1]}: {got}, expected the same")

@@ -1,54 +1,82 @@
 """Reader of JSON: a file's content is compared with a record, which says what each field may be.
 
 A record is a NamedTuple with annotations. A field with a default need not be there; null is a value like any other, and
-fits `X | None` alone. Annotations are
+fits `X | None` alone. Pydantic does the comparing, by stricter rules than its own. Annotations are
 
     int, float, bool, str      of JSON's type exactly; an int fits into 64 bits; a float is finite in float32
                                and may be written as an integer
     Literal[...], None         one of these values, of the same type
     tuple[X, ...], tuple[X, Y] a list; `list[X]` likewise, which stays a list
     dict[str, X]               an object whose names are not known
-    another record, X | Y, Any
-    Annotated[X, Interval(..)] numbers within bounds; with `Length(...)`, a list of as many items
+    another record, X | None, Any
+    Annotated[X, ...]          with `Interval` of a number and `Len` of a list, both of annotated_types
 """
 
 import functools
 import json
-import math
+import re
 import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from stare_jax.config import ConfigError, Interval, interval_in_words
+from annotated_types import Interval
+from pydantic import AfterValidator, AllowInfNan, Field, Strict, TypeAdapter, ValidationError, create_model
+
+from stare_jax.config import ConfigError
 
 MAX_FLOAT = 3.4028234663852886e38
 """largest float32"""
 MAX_INT = 2**63 - 1
 NOTHING = object()
 """stands for a field that is not there"""
-_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", type(None): "null"}
+_POINTER = b"version https://git-lfs."
+Size = Annotated[int, Interval(ge=1, le=10**7)]
+"""a size of an array; larger ones could only be damaged"""
+Numbers = tuple[float, ...]
+_SCALARS = {
+    int: Annotated[int, Strict(), Interval(ge=-MAX_INT, le=MAX_INT)],
+    float: Annotated[float, Strict(), AllowInfNan(False), Interval(ge=-MAX_FLOAT, le=MAX_FLOAT)],
+    bool: Annotated[bool, Strict()],
+    str: Annotated[str, Strict()],
+}
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "none_required": "null",
+    "missing": "one more item",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+"""type of an error of pydantic's -> what was expected, where its own message has Python's words"""
 
 
 class DocumentError(ConfigError):
     """JSON that is not what it has to be; the message names file, field, got and expected."""
 
 
-class Length(NamedTuple):
-    """Bounds of the number of items in a list."""
+def refuse_pointer(file: Path) -> None:
+    """Raises DocumentError for a file that Git LFS has left in place of a large one, which it did not fetch."""
+    try:
+        with Path(file).open("rb") as stream:
+            is_pointer = stream.read(len(_POINTER)) == _POINTER
+    except OSError:  # said where the file is read
+        return
+    if is_pointer:
+        raise DocumentError(f"{file}: got a pointer of Git LFS, expected the file that it stands for: git lfs pull")
 
-    low: int = 0
-    high: float = math.inf
 
-    def __str__(self) -> str:
-        return f"{self.low}" if self.low == self.high else f"at least {self.low}"
-
-
-Size = Annotated[int, Interval(1, 10**7)]
-"""a size of an array; larger ones could only be damaged"""
-Numbers = tuple[float, ...]
+def refuse_dangling(folder: Path) -> None:
+    """Raises DocumentError for links to files that are not there, which would pass for files that a folder has not."""
+    links = [path for path in Path(folder).glob("[!.]*") if path.is_symlink()]  # hidden ones are locks of editors
+    if lost := sorted(path.name for path in links if not path.exists()):
+        raise DocumentError(f"{folder}: got links to files that are not there, {', '.join(lost)}, expected the files")
 
 
 def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
@@ -57,6 +85,7 @@ def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     Raises:
         DocumentError: it is not there, cannot be read, is not JSON or no object, or names a field twice.
     """
+    refuse_pointer(file)
     try:
         text = Path(file).read_text("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
@@ -68,8 +97,8 @@ def read_json(file: Path, *, optional: bool = False) -> dict[str, Any]:
     return parse_json(text, str(file))
 
 
-def parse_json(text: str, place: str) -> dict[str, Any]:
-    """Returns the fields of a JSON object.
+def parse_json(text: str, place: str, *, what: str = "file") -> dict[str, Any]:
+    """Returns the fields of a JSON object, which is a file, or what it is called.
 
     Raises:
         DocumentError: it is not JSON or no object, or names a field twice; begins with `place`.
@@ -77,7 +106,7 @@ def parse_json(text: str, place: str) -> dict[str, Any]:
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"{place}: got a file that is not JSON ({error}), expected one that is") from error
+        raise DocumentError(f"{place}: got a {what} that is not JSON ({error}), expected one that is") from error
     if not isinstance(content, dict):
         raise DocumentError(f"{place}: got a {type(content).__name__}, expected an object of named fields")
     return content
@@ -91,28 +120,40 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def read_record(cls: Any, file: Path, *, only: bool = False) -> Any:
+def read_record(cls: Any, file: Path) -> Any:
     """Reads a JSON file as a record, see `check_record`; raises DocumentError, also where it is not there."""
-    return check_record(cls, read_json(file), str(file), only=only)
+    return check_record(cls, read_json(file), str(file))
 
 
-def check_record(cls: Any, value: Any, place: str, *, path: str = "", only: bool = False) -> Any:
+def check_record(cls: Any, value: Any, place: str, *, path: str = "") -> Any:
     """Returns a value of JSON as an annotation has it, lists as tuples and objects as records.
+
+    Fields that a record does not have are passed over.
 
     Args:
         cls: a record, or any other annotation of this module.
         value: as `json.loads` returns it.
         place: the file, with which every message begins.
         path: names of the fields on the way from the file to the value.
-        only: whether fields that a record does not have are refused instead of passed over.
 
     Raises:
         DocumentError: names place, field, got and expected, of all fields that do not fit.
     """
-    reading = _Reading(only, [])
-    result = reading.convert(cls, value, path)
-    raise_problems(place, reading.problems)
-    return result
+    try:
+        return _adapter(cls).validate_python(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    # Items that are wrong do not count for pydantic, which then finds their list too short, too.
+    problems = [x for x in problems if x["type"] != "too_short" or len(x["input"]) < x["ctx"]["min_length"]]
+    raise_problems(place, [_in_words(problem, path) for problem in problems])
+
+
+def _in_words(problem: Mapping[str, Any], path: str) -> str:
+    for step in problem["loc"]:
+        path = f"{path}[{step}]" if isinstance(step, int) else f"{path}.{step}" if path else step
+    message = re.sub(".* should (be|have) |Value error, | after validation.*", "", problem["msg"])
+    expected = _EXPECTED.get(problem["type"], message)
+    return f"{path}: got {show(problem['input'])}, expected {expected}".removeprefix(": ")
 
 
 def raise_problems(place: str, problems: Sequence[str]) -> None:
@@ -147,142 +188,39 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 10
 _SHORT.maxstring = _SHORT.maxother = 60
 
 
-class _Reading(NamedTuple):
-    """One pass over a document."""
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter:
+    return TypeAdapter(_strict(hint))
 
-    only: bool
-    problems: list[str]
 
-    def convert(self, hint: Any, value: Any, path: str) -> Any:
-        hint, limits = (typing.get_args(hint)[0], hint.__metadata__) if hasattr(hint, "__metadata__") else (hint, ())
-        origin, before = typing.get_origin(hint), len(self.problems)
-        if origin in (typing.Union, types.UnionType):
-            return self._union(hint, value, path)
-        if _is_record(hint):
-            result = self._record(hint, value, path)
-        elif origin in (tuple, list):
-            result = self._list(hint, limits, value, path)
-        elif origin is dict and isinstance(value, dict):
-            item = typing.get_args(hint)[1]
-            result = {name: self.convert(item, inner, _join(path, name)) for name, inner in value.items()}
-        elif _fits(hint, origin, value):
-            result = float(value) if hint is float else value
-        else:
-            return self._refuse(hint, limits, value, path)
-        bounds = [limit for limit in limits if isinstance(limit, Interval)]
-        if len(self.problems) == before and not all(_within(result, bound) for bound in bounds):
-            self._refuse(hint, limits, value, path)
-        return result
-
-    def _refuse(self, hint: Any, limits: Sequence[Any], value: Any, path: str) -> None:
-        self.problems.append(f"{path}: got {show(value)}, expected {_describe(hint, limits)}".removeprefix(": "))
-
-    def _union(self, hint: Any, value: Any, path: str) -> Any:
-        kinds = typing.get_args(hint)
-        if value is None and type(None) in kinds:
-            return None
-        kinds = [kind for kind in kinds if kind is not type(None)]
-        for kind in kinds:
-            attempt = _Reading(self.only, [])
-            result = attempt.convert(kind, value, path)
-            if not attempt.problems:
-                return result
-        if len(kinds) == 1 and value is not NOTHING and not _is_scalar(kinds[0]):
-            self.problems.extend(attempt.problems)
-        else:
-            self._refuse(hint, (), value, path)
-        return None
-
-    def _record(self, cls: Any, value: Any, path: str) -> Any:
-        if not isinstance(value, dict):
-            return self._refuse(cls, (), value, path)
-        hints, defaults = _hints(cls), cls._field_defaults
-        fields = dict(defaults)
-        for name, hint in hints.items():
-            if name in value or name not in defaults:
-                fields[name] = self.convert(hint, value.get(name, NOTHING), _join(path, name))
-        if self.only and (unknown := [name for name in value if name not in hints]):
-            known = f"expected some of {', '.join(hints)}"
-            self.problems.extend(f"{_join(path, name)}: got an unknown field, {known}" for name in unknown)
-        return cls(**fields)
-
-    def _list(self, hint: Any, limits: Sequence[Any], value: Any, path: str) -> Any:
-        if not isinstance(value, (list, tuple)):
-            return self._refuse(hint, limits, value, path)
-        kinds, is_list = typing.get_args(hint), typing.get_origin(hint) is list
-        is_any_length = is_list or kinds[1:] == (Ellipsis,)
-        lengths = [limit for limit in limits if isinstance(limit, Length)]
-        lengths += [] if is_any_length else [Length(len(kinds), len(kinds))]
-        for length in lengths:
-            if not length.low <= len(value) <= length.high:
-                self.problems.append(f"{path}: got {len(value)} items, expected {length}")
-                return None
-        kinds = (kinds[0],) * len(value) if is_any_length else kinds
-        items, before = [], len(self.problems)
-        for i, item in enumerate(value):
-            items.append(self.convert(kinds[i], item, f"{path}[{i}]"))
-            if len(self.problems) > before:  # of a list that is wrong throughout, one item is enough
-                break
-        return items if is_list else tuple(items)
+def _strict(hint: Any) -> Any:
+    """Returns an annotation by which pydantic takes values of the same type alone, and lists as tuples."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return Annotated[(_strict(parts[0]), *parts[1:])]
+    if origin is Literal:  # pydantic's takes 0 for False
+        return Annotated[Any, AfterValidator(functools.partial(_choose, parts))]
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(map(_strict, parts))]  # noqa: UP007
+    if origin is dict:
+        return dict[str, _strict(parts[1])]
+    if origin in (tuple, list):  # of a list that is wrong throughout, one item is enough
+        return Annotated[origin[tuple(map(_strict, parts))], Field(fail_fast=True)]
+    return _record(hint) if hasattr(hint, "_fields") else _SCALARS.get(hint, hint)
 
 
 @functools.cache
-def _hints(cls: Any) -> Mapping[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+def _record(cls: Any) -> Any:
+    """Returns a model with the fields of a NamedTuple, which becomes one: pydantic takes NamedTuples for lists, too."""
+    fields = {  # without a default NOTHING is checked, so that the error says what the field has to be
+        name: (_strict(hint), cls._field_defaults.get(name, Field(NOTHING, validate_default=True)))
+        for name, hint in typing.get_type_hints(cls, include_extras=True).items()
+    }
+    model = create_model(cls.__name__, __config__={"protected_namespaces": ()}, **fields)
+    return Annotated[model, AfterValidator(lambda checked: cls(**vars(checked)))]
 
 
-def _is_record(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
-
-
-def _is_scalar(hint: Any) -> bool:
-    return hint in _NAMES or typing.get_origin(hint) is Literal
-
-
-def _fits(hint: Any, origin: Any, value: Any) -> bool:
-    """Returns whether a value is one of a scalar annotation."""
-    if value is NOTHING:
-        return False
-    if hint is Any:
-        return True
-    if origin is Literal:
-        return any(value == allowed and type(value) is type(allowed) for allowed in typing.get_args(hint))
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= MAX_FLOAT  # False for NaN
-    if hint is int:
-        return type(value) is int and abs(value) <= MAX_INT
-    return type(value) is (type(None) if hint is None else hint)
-
-
-def _within(value: Any, bound: Interval) -> bool:
-    """Returns whether a number, or every number of a list, is in an interval."""
-    values = value if isinstance(value, tuple) else (value,)
-    is_above = all(bound.low <= x if bound.has_low else bound.low < x for x in values)
-    return is_above and all(x <= bound.high if bound.has_high else x < bound.high for x in values)
-
-
-def _describe(hint: Any, limits: Sequence[Any] = ()) -> str:
-    """Returns an annotation in words."""
-    if hasattr(hint, "__metadata__"):
-        hint, limits = typing.get_args(hint)[0], hint.__metadata__
-    kinds, origin = typing.get_args(hint), typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_describe, kinds))
-    if origin is Literal:
-        return " or ".join("null" if value is None else repr(value) for value in kinds)
-    if origin in (tuple, list):
-        lengths = [limit for limit in limits if isinstance(limit, Length)]
-        lengths += [] if origin is list or kinds[1:] == (Ellipsis,) else [Length(len(kinds), len(kinds))]
-        words = f"a list of {' and '.join(map(str, lengths))} items" if lengths else "a list"
-        words = f"{words}, each {_describe(kinds[0])}"
-    elif _is_record(hint):
-        words = f"an object with {', '.join(hint._fields[:4])}{' ...' if len(hint._fields) > 4 else ''}"
-    elif origin is dict:
-        words = "an object"
-    else:
-        words = _NAMES.get(type(None) if hint is None else hint, "a value")
-    return " ".join([words, *(interval_in_words(limit) for limit in limits if isinstance(limit, Interval))])
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _choose(allowed: Sequence[Any], value: Any) -> Any:
+    if any(value == choice and type(value) is type(choice) for choice in allowed):
+        return value
+    raise ValueError(" or ".join(map(show, allowed)))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stare_jax.config import UserError
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.films import Film
 from stare_jax.logging import move_aside, replace_bytes, say
@@ -17,6 +18,12 @@ from stare_jax.types import Array, Signals
 NUM_PARTS = 10
 """Number of parts, if the evaluation has so many whole batches of environments."""
 _RESULTS_FILE = "episodes.npz"
+_HEADER = ("films", "initial", "num_parts", "num_steps", "wall_s")
+"""Names of the arrays beside those of `Episodes`."""
+
+
+class PartsError(UserError):
+    """Results of finished parts that are damaged; the message names the file."""
 
 
 class PartsDone(NamedTuple):
@@ -72,17 +79,20 @@ def load_parts(folder: Path, identity: Mapping[str, Any]) -> PartsDone:
     Args:
         folder: a folder of `save_parts`; with results of another identity it is moved to `set_aside/` beside it.
         identity: JSON values that have to be equal to those that were saved.
+
+    Raises:
+        PartsError: a file of theirs is missing or damaged.
     """
     if not (folder / _RESULTS_FILE).exists():
         return NOTHING_DONE
-    found = _read(folder / _RESULTS_FILE)
+    found = _read(folder / _RESULTS_FILE, "identity")
     if json.loads(str(found["identity"])) != json.loads(json.dumps(identity)):
         aside = move_aside(folder.parent, [folder])
         say(f"{folder} holds a part of another evaluation; it is in {aside} now")
         return NOTHING_DONE
-    films = []
+    found, films = _read(folder / _RESULTS_FILE, *_HEADER, *Episodes._fields), []
     for episode in found["films"].tolist():
-        leaves = _read(_film_file(folder, episode))
+        leaves = _read(_film_file(folder, episode), "valid", *Signals._fields)
         signals = Signals(*(leaves[name] for name in Signals._fields))
         films.append(Film(episode, signals, leaves["valid"], leaves.get("frames")))
     return PartsDone(
@@ -106,7 +116,7 @@ def delete_parts(folder: Path) -> None:
 def _saved_films(folder: Path) -> set[int]:
     """Returns the episodes of the films that the results in a folder name; others were written before a kill."""
     file = folder / _RESULTS_FILE
-    return set(_read(file)["films"].tolist()) if file.exists() else set()
+    return set(_read(file, "films")["films"].tolist()) if file.exists() else set()
 
 
 def _film_file(folder: Path, episode: int) -> Path:
@@ -119,6 +129,15 @@ def _write(file: Path, arrays: Mapping[str, Any]) -> None:
     replace_bytes(file, content.getvalue())
 
 
-def _read(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+def _read(file: Path, *names: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file, these names among them; raises PartsError where it is missing or damaged."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        if missing := sorted(set(names) - set(arrays)):
+            raise ValueError(f"no {', '.join(missing)}")
+        return arrays
+    except Exception as error:  # zip files, compression and arrays have no common class of errors
+        got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        advice = f"move {file.parent} away to evaluate from the beginning"
+        raise PartsError(f"{file}: cannot be read ({got}), expected a part of an evaluation; {advice}") from error

@@ -4,15 +4,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+from annotated_types import Interval
 from jax.sharding import Mesh
 
 from stare_jax.config import Natural, NonNegative, check_fields, to_dict
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE
+from stare_jax.envs.seeds import EVALUATION_SEEDS, REGION_SIZE, SLOT_SIZE
 from stare_jax.evaluate.episodes import Episodes, initial_states, join_episodes, measure
 from stare_jax.evaluate.films import Film, FilmShelf, film_of
 from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
@@ -32,7 +33,7 @@ ActOf = Callable[[int], Act]
 class EvalConfig:
     """Episodes of an evaluation, and the temperature of the actions."""
 
-    num_episodes: Natural = 100
+    num_episodes: Annotated[int, Interval(ge=0, le=SLOT_SIZE)] = 100
     """Number of episodes, of each task where there are several; 0, with no seeds below, switches evaluation off, as for
     data without a simulator."""
     first_seed: Natural = EVALUATION_SEEDS
@@ -69,6 +70,8 @@ class Conditions(NamedTuple):
     """Device of the physics, "cpu" or "cuda"; one seed begins with different states on the two."""
     jitter: str = ""
     """Random displacement of the task's official starts; "none" for tasks without official starts."""
+    perturbation: str = ""
+    """Name of a change of all episodes, as "vision/light"; "" for none."""
 
 
 UNKNOWN = Conditions()
@@ -101,6 +104,8 @@ class EvalInfo(NamedTuple):
     checkpoint: str = ""
     tasks: tuple[TaskStages, ...] = ()
     """The tasks that `Episodes.task` counts; empty where there is one."""
+    perturbation: str = ""
+    """Field of `Conditions`; "" for none, as in files of earlier versions."""
 
 
 class Evaluation(NamedTuple):
@@ -253,6 +258,7 @@ def _info(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditio
         jitter=conditions.jitter,
         checkpoint=conditions.checkpoint,
         tasks=tasks if len(tasks) > 1 else (),
+        perturbation=conditions.perturbation,
     )
 
 

@@ -39,7 +39,7 @@ class PeakMemory:
 def anonymous_bytes() -> int | None:
     """Returns how much anonymous memory the process holds now; None where the system does not say."""
     try:
-        text = _STATUS.read_text()
+        text = _STATUS.read_text("utf-8")
     except OSError:
         return None
     sizes = [line.split()[1] for line in text.splitlines() if line.startswith("RssAnon:")]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stare_jax.config import Natural, check_fields
-from stare_jax.documents import check_record
+from stare_jax.config import ConfigError, Natural, check_fields
+from stare_jax.documents import DocumentError, check_record, parse_json
 from stare_jax.logging.files import replace_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -110,18 +110,19 @@ def make_writer(
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """Returns the lines of a run directory's `metrics.jsonl` in order of writing, nulls as NaN; [] without a file.
 
-    Lines that a killed process left torn are passed over.
+    A last line without its end, which a killed process has left or another one is writing, is passed over.
 
     Raises:
-        DocumentError: a whole line has no step or phase, or a metric that is no number.
+        DocumentError: a line is damaged, or has no step or phase, or a metric that is no number.
     """
     path = Path(directory) / METRICS_FILE
     if not path.exists():
         return []
+    *whole, torn = path.read_bytes().split(b"\n")
     lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        if _is_json(text):
-            line = json.loads(text)
+    for number, content in enumerate([*whole, torn] if _is_json(torn) else whole, start=1):
+        if content.strip():
+            line = _parse(content, f"{path}: line {number}")
             _check_line(line, f"{path}: line {number}")
             lines.append(line)
     return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
@@ -155,19 +156,28 @@ def _open_to_append(path: Path):
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         whole, _, torn = content.rpartition(b"\n")
         with path.open("rb+") as file:
-            if _is_json(torn.decode(errors="replace")):
+            if _is_json(torn):
                 file.seek(0, os.SEEK_END)
                 file.write(b"\n")
             else:
                 file.truncate(len(whole) + 1 if whole else 0)
-    return path.open("a")
+    return path.open("a", encoding="utf-8")
 
 
-def _is_json(line: str) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+        _parse(line, "")
+    except DocumentError:
         return False
+    return True
+
+
+def _parse(line: bytes, place: str) -> dict[str, Any]:
+    """Returns the fields of a line; raises DocumentError where it is no JSON object."""
+    try:
+        return parse_json(line.decode(), place, what="line")
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{place}: got a line that is no text ({error}), expected JSON") from error
 
 
 class _TensorBoard:
@@ -205,14 +215,21 @@ class _Wandb:
         file = directory / "wandb_id"
         if not file.exists():
             replace_text(file, uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=directory.resolve().name,
-            id=file.read_text(),
-            resume="allow",
-            dir=str(directory),
-            config=dict(config),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=directory.resolve().name,
+                id=file.read_text("utf-8"),
+                resume="allow",
+                dir=str(directory),
+                config=dict(config),
+            )
+        except Exception as error:  # no login, no network, no rights: of whatever kind W&B makes it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"config.logging.wandb: got {project!r}, expected a project that W&B opens here: {reason} "
+                "(wandb login; WANDB_MODE=offline needs none)"
+            ) from error
 
     def __call__(self, step: int, metrics: Mapping[str, float], phase: str) -> None:
         self._run.log({f"{phase}/step": step} | {f"{phase}/{name}": value for name, value in metrics.items()})

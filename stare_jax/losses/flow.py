@@ -31,7 +31,7 @@ class Transition(NamedTuple):
 def sample_times(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Draws times to train at, float32 in [0.001, 1]."""
     # Beta(a, 1) is the a-th root of a uniform number.
-    uniform = jax.random.uniform(key, shape, minval=jnp.finfo(jnp.float32).tiny)
+    uniform = jax.random.uniform(key, shape, jnp.float32, minval=jnp.finfo(jnp.float32).tiny)
     return MIN_TIME + (1 - MIN_TIME) * uniform ** (1 / TIME_ALPHA)
 
 
@@ -69,7 +69,7 @@ def elbo_weight(time: Array, *, min_time: float = 0.05) -> jax.Array:
 
 def denoising_times(num_steps: int) -> jax.Array:
     """Returns t_0 .. t_N = 1, 1 - 1/N, .., 0, float32 `[N + 1]`."""
-    return jnp.linspace(1.0, 0.0, num_steps + 1)
+    return jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
 
 
 def sde_deviation(index: Array, num_steps: int, *, noise_level: float) -> jax.Array:

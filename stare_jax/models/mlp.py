@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Interval
 from jax.sharding import PartitionSpec as P
 
-from stare_jax.config import Count, Interval, NonNegative, check_fields
+from stare_jax.config import Count, NonNegative, check_fields
 from stare_jax.losses import soft_cross_entropy, soft_labels
 from stare_jax.models.bins import Greedy, bin_coordinate, choose_bins, encode_bins, kl_of_bins, score_bins
 from stare_jax.models.nn.heads import ValueHead, exact_dense
@@ -33,7 +34,7 @@ class MLPConfig:
 
     state_dim: Count = 6
     action_dim: Count = 2
-    num_bins: Annotated[int, Interval(3)] = 12
+    num_bins: Annotated[int, Interval(ge=3)] = 12
     """ids per action dimension; the last two share a centre (`models.bins`), so there are `num_bins` - 1 values."""
     hidden_dims: tuple[Count, ...] = (64, 64)
     value_dims: tuple[Count, ...] = (64, 64)
@@ -83,7 +84,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
         return network.apply({"params": params}, normalize_state(jnp.asarray(observation.state), norm_stats))
 
     def init(key):
-        return network.init(key, jnp.zeros((1, config.state_dim)))["params"]
+        return network.init(key, jnp.zeros((1, config.state_dim), jnp.float32))["params"]
 
     def sample(params, observation, key, *, temperature=1.0):
         logits, value = apply(params, observation)
@@ -125,7 +126,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
 
 def _no_prompt(instructions, state):
     del instructions
-    check_finite(state)
+    check_finite(np.asarray(state))
     return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
 
 

@@ -1,6 +1,5 @@
 """Tokenizers: that of a checkpoint, in Hugging Face's format, and a small one that needs no files."""
 
-import functools
 import re
 import string
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stare_jax.config import ConfigError
+from stare_jax.documents import refuse_dangling, refuse_pointer
 from stare_jax.models.bins import NUM_STATE_BINS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
@@ -29,7 +29,7 @@ class Tokenizer(NamedTuple):
     """The parts of a tokenizer that prompts are built with."""
 
     encode: Callable[[str], list[int]]
-    """text -> ids, without any special token."""
+    """text -> ids, without any special token; raises ValueError for a text that has the name of one in it."""
     bos_id: int
     pad_id: int
     answer_id: int
@@ -99,7 +99,14 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
         raise ConfigError(f"model.tokenizer: got {folder!r} without a token that begins a text, expected one")
     # Padding is masked out, so a tokenizer without a padding token may as well repeat BOS.
     pad_id = tokenizer.bos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+    special = [token for token in tokenizer.all_special_tokens if token]
+
+    def encode(text: str) -> list[int]:
+        # Encoded, "</s>" in an instruction would end the prompt there; openpi's tokenizer takes it for five characters.
+        if found := next((token for token in special if token in text), None):
+            raise ValueError(f"prompt: got {found!r} in {text!r}, expected a text without the tokenizer's own tokens")
+        return tokenizer.encode(text, add_special_tokens=False)
+
     return Tokenizer(encode, tokenizer.bos_token_id, pad_id, answer_id, len(tokenizer))
 
 
@@ -110,6 +117,9 @@ def _load_files(name: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if Path(name).is_dir():
+        refuse_dangling(Path(name))
+        for file in TOKENIZER_FILES:
+            refuse_pointer(Path(name) / file)
         try:
             return PreTrainedTokenizerFast.from_pretrained(name)
         except Exception as error:  # of whatever kind the damage makes the reader raise, in Rust as in Python

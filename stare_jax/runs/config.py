@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from stare_jax.config import Count, Fraction, Interval, Seed, check_fields, from_dict, to_dict
+from annotated_types import Interval
+
+from stare_jax.config import Count, Fraction, Seed, check_fields, from_dict, to_dict
 from stare_jax.data.demos import DemosConfig
 from stare_jax.data.pairs import PairsConfig
 from stare_jax.envs import EnvConfig
@@ -25,7 +27,7 @@ PHASES = ("sft", "tpo", "ppo")
 class MeshConfig:
     """The number of devices along each axis of the mesh; see `sharding.mesh.make_mesh`."""
 
-    data: Annotated[int, Interval(-1)] = -1
+    data: Annotated[int, Interval(ge=-1)] = -1
     """replicas of the model, over which the rows of a batch are split; -1 takes all devices that the others leave."""
     fsdp: Count = 1
     """devices over which batches, weights and optimiser state are split."""
@@ -117,7 +119,10 @@ class RunConfig:
         """
         if "env" not in values:
             return dict(values)
-        env, stages = values["env"], to_dict(values.get("stages")) or {}
+        env, stages = values["env"], to_dict(values.get("stages"))
+        stages = {} if stages is None else stages
+        if not isinstance(stages, Mapping):  # which its type refuses
+            return dict(values)
         env = env if isinstance(env, EnvConfig) else from_dict(EnvConfig, env, path="config.env")
         given = {name: value for name, value in stages.items() if value is not None}
         return {**values, "stages": to_dict(env.spec.params) | given}

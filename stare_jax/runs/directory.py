@@ -9,6 +9,7 @@
     <phase>/checkpoints/
     tpo/pairs/             rollouts of the policy that TPO starts from, and their pairs
     eval/                  evaluations
+    ood/<phase>/           evaluations out of distribution
     set_aside/<n>/         phases that were done again (`set_aside`)
 
 A run goes on in its directory with the same configuration only. Sections of phases that have not begun may change, and
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.documents import check_record, read_json
 from stare_jax.logging import move_aside, replace_text, say, write_versions
+from stare_jax.report.perturbed import ood_folder
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
@@ -70,7 +72,7 @@ def in_words(changes: Sequence[Difference]) -> str:
 class Record(NamedTuple):
     """The content of `record.json`: all that decides what a phase makes."""
 
-    config: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     """sections of the configuration, by name."""
     start: str
     """the weights that it starts from: name of a checkpoint (`runs.load.identify_checkpoint`), of a folder, or
@@ -81,8 +83,13 @@ class Record(NamedTuple):
 
 def record_phase(config: RunConfig, phase: str, *, start: str, data: Mapping[str, Any] | None = None) -> Record:
     """Returns the record of a phase that begins with a configuration."""
-    names = (phase, "pairs") if phase == "tpo" else (phase,)
-    return Record({name: _plain(to_dict(getattr(config, name))) for name in names}, start, _plain(dict(data or {})))
+    sections = {name: _plain(to_dict(getattr(config, name))) for name in _sections(phase)}
+    return Record(sections, start, _plain(dict(data or {})))
+
+
+def _sections(phase: str) -> tuple[str, ...]:
+    """Returns the names of the sections of a configuration that a phase's record has."""
+    return (phase, "pairs") if phase == "tpo" else (phase,)
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -96,7 +103,7 @@ def locked(directory: Path) -> Iterator[None]:
         ConfigError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("a") as file:
+    with (directory / _LOCK).open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -166,6 +173,7 @@ def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
     found = [directory / phase for phase in phases if (directory / phase).exists()]
     found += [file for phase in phases for file in sorted((directory / "eval").glob(f"{phase}.*"))]
     found += [directory / "tb" / phase for phase in phases if (directory / "tb" / phase).exists()]
+    found += [ood_folder(directory, phase) for phase in phases if ood_folder(directory, phase).exists()]
     if not any(has_begun(directory / phase) for phase in PHASES if phase not in phases):
         found += [file for file in [directory / STATISTICS_FILE] if file.exists()]
     return move_aside(directory, found)
@@ -215,7 +223,7 @@ def read_record(phase_directory: Path) -> Record:
     """Returns the record of a phase that has begun; fields that were added since have their defaults.
 
     Raises:
-        ConfigError: it was written by a version of this library whose runs cannot be gone on with.
+        ConfigError: it was written by a version of this library whose runs cannot be gone on with, or is damaged.
     """
     file, types = phase_directory / _RECORD, typing.get_type_hints(RunConfig)
     stored = read_json(file)
@@ -224,7 +232,10 @@ def read_record(phase_directory: Path) -> Record:
             f"{file}: was written by an earlier version; --workdir chooses another directory, and "
             f"--config.init_from={phase_directory} starts from these weights"
         )
-    record = check_record(Record, stored, str(file))
+    record, expected = check_record(Record, stored, str(file)), _sections(phase_directory.name)
+    if set(record.config) != set(expected):
+        got = f"got the sections {', '.join(sorted(record.config)) or 'none'}"
+        raise ConfigError(f"{file}: config: {got}, expected {', '.join(expected)}")
     sections = {name: _plain(to_dict(of_this_version(types[name], x, file))) for name, x in record.config.items()}
     return record._replace(config=sections)
 

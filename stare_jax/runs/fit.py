@@ -7,6 +7,7 @@ import numpy as np
 from stare_jax.config import ConfigError, user_input
 from stare_jax.envs import EnvConfig
 from stare_jax.envs.maniskill.batched import missing_for_cuda
+from stare_jax.envs.maniskill.perturbations import PERTURBATIONS, instructions_of
 from stare_jax.envs.seeds import SLOT_SIZE
 from stare_jax.envs.tasks import load_task
 from stare_jax.models import OpenVLAConfig, Policy
@@ -45,7 +46,32 @@ def check_policy(policy: Policy, env: EnvConfig, *, name: str) -> None:
     wrong = [*_policy(policy, env, "")]
     if wrong:
         raise ConfigError(f"{name}: {'; '.join(wrong)}")
-    check_prompts(policy, [spec.instruction for spec in env.specs])
+    check_prompts(policy, [text for spec in env.specs for text in instructions_of(env.perturbation, spec)])
+
+
+def unseen_perturbation(policy: Policy | None, env: EnvConfig) -> str:
+    """Returns the reason why a policy cannot notice the perturbation of simulators, "" if it can.
+
+    Args:
+        policy: None for experts, which read the state.
+        env: simulators with a perturbation.
+    """
+    seen_in = PERTURBATIONS[env.perturbation].seen_in
+    if not seen_in:
+        return ""
+    if policy is None:
+        return f"experts read no {seen_in}: it would change nothing"
+    if seen_in == "images" and not policy.observation_shape(1).images:
+        return "the policy reads no images: it would change nothing"
+    words = [(spec.instruction, *instructions_of(env.perturbation, spec)) for spec in env.specs]
+    try:
+        check_prompts(policy, [text for texts in words for text in texts])
+    except ConfigError as error:
+        return f"the policy cannot read its words: {error}"
+    no_state = np.zeros((1, policy.observation_shape(1).state.shape[1]), np.float32)
+    prompts = [[policy.tokenize([text], no_state)[0] for text in texts] for texts in words]
+    is_read = any(not np.array_equal(other, usual) for usual, *others in prompts for other in others)
+    return "" if is_read or seen_in != "words" else "the policy reads no words: it would change nothing"
 
 
 def check_expert(env: EnvConfig) -> None:

@@ -63,6 +63,7 @@ from stare_jax.runs.start import (
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TaskSpecs
 from stare_jax.state.checkpoint import load_params
+from stare_jax.state.storage import check_place
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.train.loop import Run
 from stare_jax.train.ppo import train_ppo
@@ -97,6 +98,7 @@ def run_ipi(
     """
     # ---- Checks: of all that takes seconds, before anything is written or collected ---------------------------------
     directory = Path(directory)
+    check_place(directory)
     if redo and redo not in config.phases:
         raise ConfigError(f"redo: got {redo!r}, expected one of the phases {config.phases}")
     if demos_only and ("sft" not in config.phases or config.demos_from):

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
-from stare_jax.documents import read_record
+from stare_jax.config import Fraction, Natural, NonNegative
+from stare_jax.documents import DocumentError, read_record
+from stare_jax.documents.reader import show
 from stare_jax.logging import Interrupted, replace_text
 from stare_jax.runs.study import Job
 
@@ -34,15 +36,15 @@ class Record(NamedTuple):
     """The last attempt at a job."""
 
     arguments: tuple[str, ...]
-    slot: int
+    slot: Natural
     """number of the place, and so of the cores, that it ran in."""
-    pid: int
+    pid: Natural
     """number of the process; 0 where it had not been started yet."""
     started: float
     """seconds since the epoch."""
-    done_before: float = 0.0
+    done_before: Fraction = 0.0
     """the fraction of the job that earlier attempts had done."""
-    seconds: float | None = None
+    seconds: NonNegative | None = None
     """None until it has ended."""
     exit_code: int | None = None
 
@@ -65,11 +67,15 @@ def log_file(folder: Path, job: Job) -> Path:
 
 
 def read_attempt(folder: Path, job: Job) -> Record | None:
-    """Returns the record of the last attempt at a job, None where there was none."""
+    """Returns the record of the last attempt at a job, None where there was none; DocumentError for a damaged one."""
     file = record_file(folder, job)
     if not file.exists():
         return None
-    return read_record(Record, file)
+    record = read_record(Record, file)
+    if (record.seconds is None) != (record.exit_code is None):
+        got = f"got {show(record.seconds)} and exit_code {show(record.exit_code)}"
+        raise DocumentError(f"{file}: seconds: {got}, expected both or neither")
+    return record
 
 
 def is_finished(folder: Path, job: Job) -> bool:

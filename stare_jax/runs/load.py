@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,8 @@ def identify_checkpoint(folder: str | Path, *, step: int | None = None) -> tuple
 
 def identify_folder(folder: Path) -> str:
     """Returns a name for a folder of weights in another format, which changes where a file comes, goes or grows."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    places = os.walk(folder, followlinks=True)  # parts of it may lie on another disk
+    files = sorted(path for place, _, names in places for path in map(Path(place).joinpath, names) if path.is_file())
     sizes = [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
     return f"{folder.resolve().name}/{hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]}"
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Interval
 
-from stare_jax.config import Interval, Natural, NonNegative, Pattern, Positive, check_fields
+from stare_jax.config import Natural, NonNegative, Pattern, Positive, check_fields
 from stare_jax.models.policy import Policy
 from stare_jax.sharding.mesh import path_name
 from stare_jax.types import PyTree
@@ -17,7 +18,7 @@ from stare_jax.types import PyTree
 VALUE_PARAMS = r"^value"
 
 Schedule = Literal["constant", "cosine", "linear"]
-_Decay = Annotated[float, Interval(0, 1, has_high=False)]
+_Decay = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclasses.dataclass(frozen=True)

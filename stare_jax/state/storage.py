@@ -5,11 +5,12 @@ a time besides the arrays themselves, where Orbax's own defaults hold a second c
 """
 
 import contextlib
-import json
 import logging
 import math
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from stare_jax.documents import DocumentError, read_json
 from stare_jax.sharding.mesh import path_name
 from stare_jax.state.checksums import CheckpointError, check_sums, write_sums
 from stare_jax.types import Array, PyTree
@@ -34,12 +36,29 @@ TREE_FILES = re.compile(
 )
 """Names of files and folders that a tree consists of."""
 _READ_BYTES = 2**28
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""errors that damaged files make of Orbax and of NumPy"""
+_WILD = "*?[\\"
+"""characters that mean others in a pattern of paths"""
 _NOISE = (
     # said of every leaf where a tree was copied without the file that was beside it
     *("Metadata file does not exist", "Failed to resolve handler for checkpointable"),
-    "Failed to get metadata for checkpointable",  # an error here
+    *("Failed to get metadata for checkpointable", "TensorStore data files not found"),  # errors here
 )
-logging.getLogger("absl").addFilter(lambda record: not str(record.msg).startswith(_NOISE))
+_SAID_ONCE = ("_SignalingThread.run() raised", "Handler Commit operations", "Save Finalize thread")
+"""parts of what Orbax logs, with tracebacks, of an error that it raises as well"""
+for _logger in (logging.getLogger("absl"), logging.getLogger()):
+    _logger.addFilter(
+        lambda record: not (str(record.msg).startswith(_NOISE) or any(part in str(record.msg) for part in _SAID_ONCE))
+    )
+
+
+def check_place(directory: Path) -> None:
+    """Raises CheckpointError where a checkpoint would be lost: Orbax looks for what it has written by a pattern of its
+    own path, in which some characters stand for others."""
+    if found := set(_WILD) & set(str(Path(directory).absolute())):
+        got = " and ".join(sorted(found))
+        raise CheckpointError(f"{directory}: got {got} in the path, expected one without {' '.join(_WILD)} to write to")
 
 
 def find_damage(folder: Path) -> str | None:
@@ -48,39 +67,42 @@ def find_damage(folder: Path) -> str | None:
     Orbax writes under a temporary name, and this library deletes under one, so that a folder without whole metadata has
     lost them later.
     """
-    try:
-        metadata = json.loads((folder / METADATA_FILE).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / METADATA_FILE).exists():
         return f"got no {METADATA_FILE}, which is written with every checkpoint"
-    except ValueError:  # no JSON, or no text
+    try:
+        metadata = read_json(folder / METADATA_FILE)
+    except DocumentError:
         return f"got a {METADATA_FILE} that is cut off or changed"
-    is_whole = isinstance(metadata, dict) and metadata.get("commit_timestamp_nsecs") is not None
+    is_whole = metadata.get("commit_timestamp_nsecs") is not None
     return None if is_whole else f"got a {METADATA_FILE} without the time of writing"
 
 
 def whole_steps(directory: Path) -> list[int]:
     """Returns the numbers of the folders `<directory>/<step>` that were written to their end, ascending."""
     paths = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in paths if path.name.isdigit() and find_damage(path) is None)
+    return sorted(int(path.name) for path in paths if path.name.isdecimal() and find_damage(path) is None)
 
 
 class BackgroundWriter:
     """Writes folders `<directory>/<step>` in the background, with checksums, and keeps the newest ones."""
 
     def __init__(self, directory: Path, *, keep: int):
+        check_place(directory)
         self._directory, self._keep = directory, keep
-        self._checkpointer = ocp.training.Checkpointer(
-            directory,
-            # Which steps to save is the caller's choice; Orbax's own default skips some.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        )
+        with explained(directory):  # the metadata of all steps is read
+            self._checkpointer = ocp.training.Checkpointer(
+                directory,
+                # Which steps to save is the caller's choice; Orbax's own default skips some.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._finishing: Future | None = None
 
     def write(self, step: int, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
         """Returns when the arrays are copied, so that the caller may donate them."""
         self._wait()
-        saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
+        with _writing(self._directory / str(step)):
+            saving = self._checkpointer.save_checkpointables_async(step, items, custom_metadata=metadata, force=True)
         self._finishing = self._thread.submit(self._finish, saving, self._directory / str(step))
 
     def close(self) -> None:
@@ -89,7 +111,8 @@ class BackgroundWriter:
             self._wait()
         finally:
             self._thread.shutdown()
-            self._checkpointer.close()
+            with _writing(self._directory):
+                self._checkpointer.close()
 
     def _wait(self) -> None:
         if self._finishing is not None:
@@ -97,12 +120,18 @@ class BackgroundWriter:
             finishing.result()
 
     def _finish(self, saving: Any, folder: Path) -> None:
-        saving.result()
-        write_sums(folder)
+        with _writing(folder):
+            saving.result()
+            write_sums(folder)
         for step in whole_steps(self._directory)[: -self._keep]:
             # Under this name it is known to be half deleted, should the process be killed now.
             old = (self._directory / str(step)).rename(self._directory / f"{step}{PARTIAL}")
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a folder, or a link to one, which stays."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def remove_leftovers(directory: Path, names: re.Pattern) -> list[Path]:
@@ -118,17 +147,19 @@ def remove_leftovers(directory: Path, names: re.Pattern) -> list[Path]:
         if path.name.endswith(PARTIAL) and names.fullmatch(path.name.removesuffix(PARTIAL))
     ]
     for path in found:
-        shutil.rmtree(path)
+        _remove(path)
     return found
 
 
 def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
-    """Writes a new folder with checksums, and waits."""
-    _write(folder, items, metadata)
-    write_sums(folder)
+    """Writes a new folder with checksums, and waits; raises CheckpointError where the disk does not take it."""
+    with _writing(folder):
+        _write(folder, items, metadata)
+        write_sums(folder)
 
 
 def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
+    check_place(folder)
     leaves, context = jax.tree.leaves(items), ocp.Context()
     shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
     sizes = [leaf.nbytes for leaf in leaves]
@@ -158,7 +189,7 @@ def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dic
         is_jax = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if is_jax else leaf
 
-    with _reading(like, partial), _explained(folder):
+    with _reading(like, partial), explained(folder):
         return ocp.load_checkpointables(folder, jax.tree.map(abstract, like))
 
 
@@ -171,13 +202,25 @@ def _reading(like: PyTree, partial: bool) -> ocp.Context:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Turns errors about files into a CheckpointError of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever damaged files make of Orbax
+    except _OF_DAMAGE as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be read, files in it are missing or damaged: {reason}") from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns errors of a disk, which may be full, into a CheckpointError of one line."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind the libraries below make it
+        if not (isinstance(error, OSError) or "os_error_code" in str(error)):  # TensorStore's are ValueErrors
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: cannot be written: {reason}") from error
 
 
 def check(folder: Path, *items: str) -> None:
@@ -196,7 +239,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         CheckpointError: a file beside the items is damaged.
     """
     check(folder)
-    with _explained(folder):
+    with explained(folder):
         return ocp.checkpointables_metadata(folder).custom_metadata or {}
 
 
@@ -207,7 +250,7 @@ def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
         CheckpointError: a file beside the items is damaged, or one in them where there are no checksums.
     """
     check(folder)
-    with _explained(folder):
+    with explained(folder):
         items = ocp.checkpointables_metadata(folder).metadata
         if damaged := [name for name, tree in items.items() if tree is None]:
             raise ValueError(f"{', '.join(damaged)}: got no list of what is in it")
@@ -220,16 +263,20 @@ def is_tree(folder: Path) -> bool:
 
 
 def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them."""
+    """Returns shape and dtype of the leaves of a tree that was saved on its own, by path, without reading them.
+
+    Raises CheckpointError where it is damaged, as `load_leaf` does.
+    """
     path, name = _tree_at(folder)
-    return _shapes(ocp.metadata(path, checkpointable_name=name).metadata)
+    with explained(Path(folder)):
+        return _shapes(ocp.metadata(path, checkpointable_name=name).metadata)
 
 
 def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) -> Array:
     """Loads one leaf of a tree that was saved on its own: a NumPy array where `like` has no sharding."""
     path, name = _tree_at(folder)
     wanted = like if like.sharding is not None else np.empty(like.shape, like.dtype)  # nothing is written to it
-    with _reading(like, partial=True):
+    with _reading(like, partial=True), explained(Path(folder)):
         tree = ocp.load(path, nest({leaf_path: wanted}), checkpointable_name=name)
     return jax.tree.leaves(tree)[0]
 
@@ -256,7 +303,8 @@ def save_tree(
         mapped[path] = jax.device_put(np.memmap(file, leaf.dtype, "r", shape=leaf.shape), cpu)  # without a copy
         on_bytes(leaf.nbytes)
         del value, leaf  # before the next one is loaded
-    _write(partial, {name: nest(mapped)}, {})
+    with _writing(partial):
+        _write(partial, {name: nest(mapped)}, {})
     shutil.rmtree(scratch)
     for path in partial.iterdir():
         path.rename(partial.parent / path.name)

@@ -7,9 +7,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Interval
 from jax.sharding import AbstractMesh
 
-from stare_jax.config import Count, Interval, Seed, check_fields
+from stare_jax.config import Count, Seed, check_fields
 from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, progress, say
 from stare_jax.models.policy import Policy
@@ -36,7 +37,7 @@ class SFTConfig:
     microbatch_size: Count | None = None
     """rows in one forward and backward pass; None takes the whole batch."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, freeze=(VALUE_PARAMS,))
-    ema_decay: Annotated[float, Interval(0, 1, False, False)] | None = None
+    ema_decay: Annotated[float, Interval(gt=0, lt=1)] | None = None
     """decay of an exponential moving average of the parameters, which later phases and evaluation take; None: none."""
     seed: Seed = 0
     """seed of the loss's random numbers, such as the noise and the times of flow matching."""
@@ -90,8 +91,8 @@ def make_sft_step(
     def step(state, batch):
         size = batch.action.shape[0]
         keys = jax.random.split(jax.random.fold_in(phase_key(config.seed, PHASE), state.step), size)
-        inputs = (batch, jax.random.key_data(keys))
-        grads, metrics = update.loss_gradients(loss_fn, state, inputs, jnp.ones(size), config.microbatch_size)
+        inputs, weight = (batch, jax.random.key_data(keys)), jnp.ones(size, jnp.float32)
+        grads, metrics = update.loss_gradients(loss_fn, state, inputs, weight, config.microbatch_size)
         state = update.apply_gradients(state, grads, tx, average_decay=config.ema_decay)
         return state, metrics
 

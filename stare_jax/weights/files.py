@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.config import Natural, UserError
-from stare_jax.documents import DocumentError, check_record, parse_json, read_json, read_record
+from stare_jax.documents import DocumentError, check_record, parse_json, read_json, read_record, refuse_pointer
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".npz")
@@ -89,7 +89,7 @@ def is_same(one: Stored, other: Stored, num_rows: int = 1024) -> bool:
 
 def write_json(file: Path, fields: Mapping[str, Any]) -> None:
     """Writes a JSON file as transformers does."""
-    file.write_text(json.dumps(fields, indent=2) + "\n")
+    file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
 def update_json(file: Path, fields: Mapping[str, Any]) -> None:
@@ -107,6 +107,7 @@ class _Header(NamedTuple):
 
 def list_file(file: Path) -> dict[str, Stored]:
     """Returns the tensors of a file; raises WeightsError or DocumentError if it is not there, truncated or damaged."""
+    refuse_pointer(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

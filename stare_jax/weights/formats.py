@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from stare_jax.config import ConfigError
-from stare_jax.documents import read_json
+from stare_jax.documents import read_json, refuse_dangling
 from stare_jax.models import ModelConfig
 from stare_jax.models.blank import init_leaves, leaf_shapes
 from stare_jax.models.nn.lora import adapted_module, is_adapter
@@ -48,6 +48,7 @@ def find_format(source: Path) -> tuple[Format, Tensors] | None:
     if is_ours(source):
         resolve_step(source / CHECKPOINTS)
         return None
+    refuse_dangling(source)
     description = read_json(source / CONFIG, optional=True)
     if "phases" in description:
         phases = ", ".join(sorted(path.parent.name for path in source.glob(f"*/{CHECKPOINTS}"))) or "none yet"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from stare_jax.documents import read_record
+from stare_jax.documents import read_record, refuse_dangling
 from stare_jax.documents.openvla import FloatType
 from stare_jax.documents.peft import read_adapter
 from stare_jax.models.nn.lora import LoRAConfig, adapted_module, name_targets
@@ -53,6 +53,7 @@ def open_adapter(folder: Path, base: Opened) -> Opened:
         WeightsError: it is damaged, of another model, or adapts some of the layers that we keep
             as one array; tensors that do not fit are all listed.
     """
+    refuse_dangling(folder)
     lora, file = read_lora(folder), folder / side_files.ADAPTER_MODEL
     if not file.exists():
         files.refuse_missing(folder, file.name)

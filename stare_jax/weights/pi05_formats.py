@@ -19,7 +19,7 @@ from stare_jax.models.nn.lora import LoRAConfig, LoRAOverride, adapted_module, i
 from stare_jax.models.pi05.network import Pi05Config
 from stare_jax.models.pi05.presets import for_robot
 from stare_jax.models.stored import NAMED_MODELS
-from stare_jax.state.storage import is_tree, load_leaf, save_tree, tree_shapes
+from stare_jax.state.storage import explained, is_tree, load_leaf, save_tree, tree_shapes
 from stare_jax.types import NormStats
 from stare_jax.weights import files
 from stare_jax.weights.files import Spec, Stored, Tensors, WeightsError
@@ -141,7 +141,7 @@ def _read_header(archive: zipfile.ZipFile, name: str) -> Spec:
 
 
 def _read_array(file: Path, name: str, spec: Spec) -> np.ndarray:
-    with np.load(file, allow_pickle=False) as arrays:  # pickles are never read
+    with explained(file), np.load(file, allow_pickle=False) as arrays:  # pickles are never read
         return arrays[name].view(jnp.dtype(spec.dtype))
 
 

@@ -8,6 +8,7 @@ openpi has no dimension that passes through unnormalised, and needs means and de
 What is written gives the policy's own actions when it is put into the other program's formula.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,8 @@ def write_openvla_tables(to: Path, tables: Mapping[str, Any]) -> None:
 def list_assets(folder: Path) -> dict[str, Path]:
     """Returns openpi's files of statistics in a checkpoint, by asset id, which may have slashes in it."""
     assets = folder / ASSETS
-    return {path.parent.relative_to(assets).as_posix(): path for path in sorted(assets.rglob(_OPENPI_FILE))}
+    found = sorted(Path(place) for place, _, names in os.walk(assets, followlinks=True) if _OPENPI_FILE in names)
+    return {path.relative_to(assets).as_posix(): path / _OPENPI_FILE for path in found}
 
 
 def read_asset(

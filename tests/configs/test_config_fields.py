@@ -9,8 +9,9 @@ import typing
 from typing import Annotated, Any
 
 import pytest
+from annotated_types import Interval, MinLen
 
-from stare_jax.config import ConfigError, Interval, Mark, choices
+from stare_jax.config import ConfigError, Mark, choices
 from stare_jax.data.import_rlds import ImportConfig
 from stare_jax.envs import EnvConfig
 from stare_jax.models import PI05_LORA, LoRAConfig, MLPConfig, openvla_tiny, pi05_tiny
@@ -70,11 +71,17 @@ def leaves_of(hint: Any, path: str = "") -> list[tuple[str, Any]]:
     return [(path, hint)]
 
 
+def bounds(interval: Interval) -> tuple[float | None, float | None]:
+    """Returns the lower and the upper bound of an interval, None where there is none."""
+    return interval.ge if interval.gt is None else interval.gt, interval.le if interval.lt is None else interval.lt
+
+
 def filler(hint: Any) -> Any:
     """Returns a value that an annotation allows: 3, which few intervals leave out, or the middle of those that do."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated and isinstance(args[1], Interval):
-        return args[0](3 if args[1].high == math.inf else (args[1].low + args[1].high) / 2)
+        low, high = bounds(args[1])
+        return args[0](3 if high is None else (low + high) / 2)
     if origin is Annotated:
         return filler(args[0])
     if origin is tuple:
@@ -101,10 +108,11 @@ def wrong_values(hint: Any) -> list[Any]:
     values = ["3", True, 2.5 if kind is int else "nan", (3,)]
     values += [2**31, -(2**31)] if kind is int else [math.nan, math.inf, -math.inf]
     for interval in marks:
-        if interval.low > -math.inf:
-            values += [kind(interval.low) - 1] if interval.has_low else [kind(interval.low)]
-        if interval.high < math.inf:
-            values += [kind(interval.high) + 1] if interval.has_high else [kind(interval.high)]
+        low, high = bounds(interval)
+        if low is not None:
+            values += [kind(low) - 1] if interval.gt is None else [kind(low)]
+        if high is not None:
+            values += [kind(high) + 1] if interval.lt is None else [kind(high)]
     return values
 
 
@@ -124,8 +132,8 @@ def test_a_field_takes_no_value_outside_its_declaration(part, name, hint):
             assert str(error.value).startswith(f"{name}{path}: got "), (wrong, str(error.value))
             assert "expected" in str(error.value) and "\n" not in str(error.value)
     for sequence in (hint, *typing.get_args(hint)):
-        if Mark.FILLED in typing.get_args(sequence):
-            with pytest.raises(ConfigError, match=f"{name}: .*expected at least one item"):
+        if MinLen(1) in typing.get_args(sequence):
+            with pytest.raises(ConfigError, match=f"{name}: .*expected at least 1 items"):
                 dataclasses.replace(part, **{name: ()})
         elif typing.get_origin(sequence) is tuple and typing.get_args(sequence)[-1] is Ellipsis:
             with pytest.raises(ConfigError, match=f"^{name}.*: got"):

@@ -85,7 +85,7 @@ def test_quotas_are_the_shares_by_largest_remainder():
     [
         ({"linger": -1}, "linger: got -1, expected >= 0"),
         ({"num_demos": 0}, "num_demos: got 0, expected >= 1"),
-        ({"noise_scales": ()}, r"noise_scales: got \(\), expected at least one item"),
+        ({"noise_scales": ()}, r"noise_scales: got \(\), expected at least 1 items"),
         ({"noise_scales": ((-0.1, 1.0),)}, r"noise_scales\[0\]\[0\]: got -0.1, expected >= 0"),
         ({"noise_scales": ((0.1, 1.0), (0.1, 1.0))}, "each once"),
         ({"noise_scales": ((0.1, 0.0),)}, r"noise_scales\[0\]\[1\]: got 0.0, expected > 0"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 
 import jax
 import numpy as np
@@ -237,13 +238,13 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     with pytest.raises(DocumentError, match=r"manifest\.json: got a file that is not JSON"):
         Dataset(directory)
     for old, new, message in (
-        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected a whole number >= 0"),
+        ('"length": ', '"length": -', r"episodes\[0\]\.length: got -\d+, expected greater than or equal to 0"),
         (
             '"noise_scale": ',
             '"noise_scale": NaN, "was": ',
             r"episodes\[0\]\.noise_scale: got nan, expected a finite number",
         ),
-        ('"success": ', '"success": "", "was": ', r"episodes\[0\]\.success: got '', expected true or false or null"),
+        ('"success": ', '"success": "", "was": ', r"episodes\[0\]\.success: got '', expected true or false"),
         (
             '"num_records": ',
             '"num_records": "", "was": ',
@@ -251,6 +252,14 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
         ),
         ('"task": 0', '"task": 1', "episodes.task: got 1, expected at most 0 for PushCube-v1"),
         ('"episodes": [', '"episodes": [], "were": [', "episodes: got 0 rows, expected 1, as many as the shards hold"),
+        ('"seed": ', '"seed": -1, "was": ', r"episodes\[0\]\.seed: got -1, expected greater than or equal to 0"),
+        ('"length": 1', '"length": 2', r"shards\[0\]\.frames\.num_records: got 2, expected 3, as the lengths of"),
+        ('"name": "', '"name": "../', r"shards\[0\]\.frames\.name: got '\.\./frames-00000.array_record', expected the"),
+        (
+            '"progress": {',
+            '"progress": {"num_read": "x"}, "was": {',
+            r"progress\.num_read: got 'x', expected a whole number",
+        ),
     ):
         assert old in text
         manifest.write_text(text.replace(old, new, 1))
@@ -259,3 +268,43 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     manifest.unlink()
     with pytest.raises(DatasetError, match="has shards but no"):
         DatasetWriter(directory, env_id="PushCube-v1")
+
+
+def test_a_manifest_that_is_not_of_its_shards_is_refused_and_nothing_is_moved(write):
+    directory = write(3)
+    manifest = directory / "manifest.json"
+    text = manifest.read_text()
+    for old, new, message in (
+        ('"state": [4]', '"state": [4, 4]', r"shapes: state: got \[4, 4\], expected \[4\], as in the first frame"),
+        ('"action": [7]', '"acton": [7]', r"shapes: action: got None, expected \[7\]"),
+    ):
+        assert old in text
+        manifest.write_text(text.replace(old, new))
+        with pytest.raises(DatasetError, match=message):
+            Dataset(directory)
+    content = json.loads(text)
+    content["episodes"][:2] = content["episodes"][1::-1]
+    manifest.write_text(json.dumps(content))
+    for read in (lambda dataset: dataset.episode(0), lambda dataset: dataset.signals()):
+        with pytest.raises(DatasetError, match="manifest.json: episode 0: length: got 2, expected 1, as its shard"):
+            read(Dataset(directory))
+
+    manifest.write_text(text.replace("frames-00001", "frames-00009"))
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    message = "got frames-00001.array_record, which manifest.json does not name, and no frames-00009.array_record"
+    with pytest.raises(DatasetError, match=message):
+        DatasetWriter(directory, env_id="PushCube-v1")
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == files
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_episodes_before_stay(write, make_trajectory):
+    directory, limits = write(2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_said = pytest.raises(DatasetError, match="^[^\n]*cannot be written[^\n]*$")
+    try:
+        with is_said, DatasetWriter(directory, env_id="PushCube-v1") as writer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))  # no file grows beyond it
+            writer.append(make_trajectory(3, length=4), **META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    DatasetWriter(directory, env_id="PushCube-v1").close()
+    assert Dataset(directory).num_episodes == 2 and not [*directory.glob("*.partial")]

@@ -108,13 +108,13 @@ def test_killed_between_shard_and_manifest(tmp_path, open_writer, make_trajector
 CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from conftest import _make_trajectory
+from made_trajectories import make_trajectory
 from stare_jax.data.writer import DatasetWriter
 
 with DatasetWriter(sys.argv[2], env_id="PushCube-v1", episodes_per_shard=2) as writer:
     seed = len(writer.manifest.episodes)
     while True:
-        writer.append(_make_trajectory(seed, size=32), instruction="push the cube", seed=seed, source="expert")
+        writer.append(make_trajectory(seed, size=32), instruction="push the cube", seed=seed, source="expert")
         seed += 1
 """
 

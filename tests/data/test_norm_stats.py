@@ -16,6 +16,7 @@ from stare_jax.data.norm_stats import (
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError, fingerprint_of, read_manifest
 from stare_jax.data.writer import DatasetWriter
+from stare_jax.documents import DocumentError
 from stare_jax.models.normalize import is_constant_action, normalize_action
 
 
@@ -89,7 +90,7 @@ def test_wrong_lengths_are_named():
     del statistics["action"]["q99"]
     with pytest.raises(ValueError, match=r"norm_stats.json: action\.q99: got nothing, expected a list"):
         to_norm_stats(statistics, action_dim=7, state_dim=3)
-    with pytest.raises(ValueError, match=r"norm_stats.json: action: got nothing, expected an object with q01, q99"):
+    with pytest.raises(ValueError, match=r"norm_stats.json: action: got nothing, expected an object"):
         to_norm_stats({"proprio": {}}, action_dim=7, state_dim=3)
 
 
@@ -136,10 +137,13 @@ def test_statistics_follow_a_shard_that_was_replaced_by_one_of_equal_length(tmp_
     renew_statistics(replaced)
     written = json.loads((first.directory / "norm_stats.json").read_text())["X"]
     assert written == dataset_statistics(second) | {"fingerprint": second.fingerprint}
-    # Those that are right are left alone.
-    (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
+    # Those that are right are left alone, and damaged ones are named.
+    (first.directory / "norm_stats.json").write_text(json.dumps({"X": written | {"note": "mine"}}))
     renew_statistics(replaced)
-    assert "action" not in json.loads((first.directory / "norm_stats.json").read_text())["X"]
+    assert json.loads((first.directory / "norm_stats.json").read_text())["X"]["note"] == "mine"
+    (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
+    with pytest.raises(DocumentError, match="norm_stats.json: X.action: got nothing, expected an object"):
+        renew_statistics(replaced)
 
 
 def test_statistics_of_somebody_else_are_set_aside_and_not_replaced(tmp_path, capsys):

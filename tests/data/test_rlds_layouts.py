@@ -91,5 +91,9 @@ def test_what_is_not_as_the_layout_says_is_named():
     action[1, 6] = -1.0
     with pytest.raises(ValueError, match="gripper: got -1 to 0, expected 0, closed, to 1, open"):
         recorded_actions(state, action, closed=0.0, opened=1.0)
+    action[:, 6] = [1.0, 0.0, 0.0, 0.0]  # RT-1: close, and hold on
+    message = "gripper: got 0 in 2 of 3 steps, as relative commands have it, expected positions, 1, closed, to -1, open"
+    with pytest.raises(ValueError, match=message):
+        recorded_actions(state, action, closed=1.0, opened=-1.0)
     with pytest.raises(ValueError, match="gripper: got 1 both for closed and for open, expected two numbers"):
         recorded_layout(image="image", action=("action",), instruction="text", state=None, closed=1.0, opened=1.0)

@@ -20,22 +20,22 @@ NAN, INFINITY = float("nan"), float("inf")
 DAMAGE = [
     ({"q01": [NAN, 0.0]}, "q01[0]: got nan, expected a finite number"),
     ({"q99": [1.0, INFINITY]}, "q99[1]: got inf, expected a finite number"),
-    ({"q99": [1.0, 1e39]}, "q99[1]: got 1e+39, expected a finite number"),
+    ({"q99": [1.0, 1e39]}, "q99[1]: got 1e+39, expected less than or equal to 3402823"),
     ({"q01": [None, 0.0]}, "q01[0]: got null, expected a finite number"),
-    ({"q01": None}, "q01: got null, expected a list, each a finite number"),
-    ({"q01": 0.5}, "q01: got 0.5, expected a list, each a finite number"),
-    ({"q01": "0.5"}, "q01: got '0.5', expected a list, each a finite number"),
+    ({"q01": None}, "q01: got null, expected a list"),
+    ({"q01": 0.5}, "q01: got 0.5, expected a list"),
+    ({"q01": "0.5"}, "q01: got '0.5', expected a list"),
     ({"q01": [True, False]}, "q01[0]: got True, expected a finite number"),
     ({"q01": [[0.0], [0.0]]}, "q01[0]: got [0.0], expected a finite number"),
     ({"q99": [1.0]}, "q99: got 1 items, expected 2, as in q01"),
     ({"q01": [1.5, 0.0]}, "q01: got 1.5 in dimension 0, expected at most q99, 1"),
 ]
 OF_OPENVLA = [
-    ({"mask": None}, "mask: got null, expected a list, each true or false"),
-    ({"mask": "yes"}, "mask: got 'yes', expected a list, each true or false"),
+    ({"mask": None}, "mask: got null, expected a list"),
+    ({"mask": "yes"}, "mask: got 'yes', expected a list"),
     ({"mask": ["true", "false"]}, "mask[0]: got 'true', expected true or false"),
     ({"mask": [1, 0]}, "mask[0]: got 1, expected true or false"),
-    ({"mask": True}, "mask: got True, expected a list, each true or false"),
+    ({"mask": True}, "mask: got True, expected a list"),
     ({"mask": [True]}, "mask: got 1 items, expected 2, as in q01"),
     ({"mask": []}, "mask: got 0 items, expected 2, as in q01"),
     ({"max": []}, "max: got 0 items, expected 2, as in q01"),
@@ -69,9 +69,9 @@ def test_damaged_statistics_are_refused_by_every_reader(tmp_path, changes, messa
     [
         ([], "got a list, expected an object of named fields"),
         ({"robot": [1]}, "robot: got [1], expected an object"),
-        ({"robot": {}}, "robot.action: got nothing, expected an object with q01, q99"),
-        ({"robot": {"action": [1]}}, "robot.action: got [1], expected an object with q01, q99"),
-        ({"robot": {"action": ACTION}}, "robot.proprio: got nothing, expected an object with q01, q99"),
+        ({"robot": {}}, "robot.action: got nothing, expected an object"),
+        ({"robot": {"action": [1]}}, "robot.action: got [1], expected an object"),
+        ({"robot": {"action": ACTION}}, "robot.proprio: got nothing, expected an object"),
     ],
 )
 def test_a_file_without_statistics_is_refused(tmp_path, content, message):
@@ -98,5 +98,5 @@ def test_statistics_of_a_run_are_checked_when_they_are_read_again(tmp_path):
         (tmp_path / STATISTICS_FILE).write_text(json.dumps(stored | changes))
         with pytest.raises(DocumentError, match=re.escape(f"{STATISTICS_FILE}: {message}")):
             read_statistics(tmp_path)
-    with pytest.raises(DocumentError, match=r"here: norm_stats: got \[\], expected an object with action_q01"):
+    with pytest.raises(DocumentError, match=r"here: norm_stats: got \[\], expected an object"):
         check_norm_stats([], "here", "norm_stats")

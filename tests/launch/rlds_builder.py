@@ -26,7 +26,7 @@ def _raw(seed, num_steps, instruction, gripper=None):
     state = rng.normal(size=(num_steps, 7)).astype(np.float32)
     action = rng.normal(size=(num_steps, 7)).astype(np.float32)
     action[:, 6] = rng.choice([0.0, 0.02, 0.3, 0.7, 0.97, 1.0], num_steps) if gripper is None else gripper
-    action[0] = 0.0
+    action[:1] = 0.0
     images = [rng.integers(0, 256, (num_steps, *shape), dtype=np.uint8) for shape in (SHAPE, SMALL)]
     return Raw([instruction] * num_steps, state, action, *images)
 
@@ -49,7 +49,8 @@ def raw_episodes() -> dict[str, list[Raw]]:
     broken[1].state[2, 3] = np.nan
     changing = [_raw(11 + i, 8, "close the drawer") for i in range(NUM_SHARDS)]
     changing[0].instruction[:] = ["", "open the drawer", "", "open the drawer", "wait", "wait", "", "open the drawer"]
-    return {"train": train, "broken": broken, "changing": changing}
+    empty = [_raw(14 + i, num_steps, "close the drawer") for i, num_steps in enumerate((4, 0, 4))]
+    return {"train": train, "broken": broken, "changing": changing, "empty": empty}
 
 
 def codes_of(text: str) -> np.ndarray:

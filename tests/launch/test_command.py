@@ -45,8 +45,19 @@ def test_a_mistake_of_the_user_is_one_line(kind, capsys):
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        command.run(_raises(ZeroDivisionError()))
+    for bug in (ZeroDivisionError(), RuntimeError("dictionary changed size during iteration")):
+        with pytest.raises(type(bug)):
+            command.run(_raises(bug))
+
+
+def test_a_device_that_is_not_there_is_one_line_in_whatever_the_terminal_can_print():
+    """JAX's own message; and a text, such as an instruction of a data set, with characters that ASCII has not."""
+    work = r"import jax, sys, command; print('\u2192 \u6f22'); sys.exit(command.run(jax.devices))"
+    environment = os.environ | {"JAX_PLATFORMS": "rocm", "PYTHONIOENCODING": "ascii"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "ascii"}
+    done = subprocess.run([sys.executable, "-c", work], cwd=LAUNCH, env=environment, **pipes)
+    assert (done.returncode, done.stdout) == (1, "\\u2192 \\u6f22\n")
+    assert re.fullmatch(r"error: [^\n]*rocm[^\n]*\n", done.stderr)
 
 
 def test_a_stop_says_how_to_go_on(capsys):

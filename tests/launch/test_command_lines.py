@@ -39,8 +39,13 @@ def write_demonstrations(folder, lengths, instruction=INSTRUCTION):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """A folder of things that command lines name, most of them wrong."""
     folder = tmp_path_factory.mktemp("given")
+    write_given(folder)
+    return folder
+
+
+def write_given(folder):
+    """Fills a folder with things that command lines name, most of them wrong."""
     for name in ("empty", "no_json", "no_tokenizer", "run/sft/checkpoints"):
         (folder / name).mkdir(parents=True)
     (folder / "file").write_text("x")
@@ -52,7 +57,6 @@ def given(tmp_path_factory):
     write_demonstrations(folder / "demos_of_no_action", [0, 0])
     write_demonstrations(folder / "demos_of_one_action", [1])
     write_demonstrations(folder / "demos_with_long_words", [5], "zyx " * 20)
-    return folder
 
 
 @pytest.fixture
@@ -62,6 +66,11 @@ def nothing_starts(monkeypatch):
     def start(config):
         raise AssertionError("a simulator was started")
 
+    replace_start(monkeypatch, start)
+
+
+def replace_start(monkeypatch, start):
+    """Calls `start(config)` where a simulator would be started."""
     for module in (ipi, collect, evaluate, show_stages):
         monkeypatch.setattr(module, "make_vec_env", start)
 
@@ -143,7 +152,8 @@ EXPERT = [f"--config={QUICKSTART}", "--phase=expert", "--workdir=OUT"]
 OTHERS = [
     (evaluate, [*EXPERT, "--config.env.control_mode=pd_joint_delta_pos"], "config.env.control_mode: got 'pd_joint_"),
     (evaluate, [*EXPERT, "--temperature=nan"], "temperature: got nan, expected a finite number >= 0"),
-    (evaluate, [*EXPERT, "--num-episodes=-3"], "num_episodes: got -3, expected >= 0"),
+    (evaluate, [*EXPERT, "--num-episodes=-3"], "num_episodes: got -3, expected in [0, 1000000]"),
+    (evaluate, [*EXPERT, "--num-episodes=2147483647"], "num_episodes: got 2147483647, expected in [0, 1000000]"),
     (evaluate, [*EXPERT, "--first-seed=-1"], "first_seed: got -1, expected >= 0"),
     (evaluate, [*EXPERT, "--workers=0"], "num_workers: got 0, expected >= 1"),
     (evaluate, [*EXPERT, "--step=-1"], "argument --step: got -1, expected >= 0"),
@@ -185,8 +195,15 @@ OTHERS = [
     ),
     (compare, ["--out=OUT", "A=GIVEN/empty"], "empty"),
     (compare, ["--out=OUT", "A=GIVEN/empty", "--target=nan"], "target: got nan, expected in (0, 1]"),
-    (compare, ["--out=OUT", "A=GIVEN/empty", "--smooth=0"], "smooth: got 0, expected at least 1"),
+    (compare, ["--out=OUT", "A=GIVEN/empty", "--smooth=0"], "--smooth: got 0, expected >= 1"),
+    (
+        compare,
+        ["--out=OUT", "A=GIVEN/empty", "--smooth=" + "1" * 30],
+        "1, expected at most 2147483647",
+    ),
     (compare, ["--out=OUT", "--study=GIVEN/empty"], "empty"),
+    (study, ["--study=GIVEN/file", "--workdir=OUT"], "file, expected a Python file that defines get_study(); it has"),
+    (evaluate, ["--config=GIVEN/file", "--phase=expert", "--workdir=OUT"], "file', expected a Python file of configs/"),
     (study, ["--study=GIVEN/no.py", "--workdir=OUT"], "no.py, expected a Python file that defines get_study()"),
     (
         study,

@@ -12,7 +12,7 @@ from PIL import Image
 from stare_jax.evaluate.intervals import wilson_interval
 from stare_jax.logging import make_writer
 from stare_jax.report.comparison import Choices, make_panels, without_paths
-from stare_jax.report.curves import read_runs
+from stare_jax.report.curves import read_run, read_runs
 from stare_jax.report.figures import PALETTE
 
 
@@ -110,11 +110,13 @@ def test_prints_the_tables(settings, tmp_path, capsys):
     assert "20.0 [5.7, 51.0]" in printed and "median steps to target" in printed
 
 
-def test_a_readme_of_something_else_is_not_overwritten(settings, tmp_path, capsys):
-    (tmp_path / "README.md").write_text("mine")
+@pytest.mark.parametrize("names", [["README.md"], ["curves.csv"], ["README.md", "curves.csv"], ["curves_dark.png"]])
+def test_files_of_something_else_are_not_overwritten(settings, tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
     assert command.main([*settings, f"--out={tmp_path}"]) == 1
-    assert f"error: --out: got {tmp_path}, which has another README.md" in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert f"error: --out: got {tmp_path}, which has another {names[0]}" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] * len(names)
 
 
 def test_minutes_of_the_clock_are_said_to_be(tmp_path):
@@ -123,6 +125,15 @@ def test_minutes_of_the_clock_are_said_to_be(tmp_path):
             writer(i, {"env/success": 0.5, "env/steps": 10.0 * i}, phase="ppo")
     assert command.main([f"A={tmp_path / 'old'}", f"--out={tmp_path / 'out'}"]) == 0
     assert "pauses included: A: old" in (tmp_path / "out/README.md").read_text()
+
+
+def test_runs_that_began_from_each_other_end_the_search_for_earlier_evaluations(tmp_path):
+    for name, source in (("a", "b/sft"), ("b", "c/sft"), ("c", "a/sft"), ("itself", "itself/sft")):
+        save_rate(make_run(tmp_path / name, 2, 0, init_from=str(tmp_path / source)), "sft", 3)
+        (tmp_path / name / "sft").mkdir()
+    for name in ("a", "itself"):
+        curve = read_run("A", tmp_path / name, "ppo")
+        assert curve.before.summary.num_episodes == 10
 
 
 @pytest.mark.parametrize(
@@ -154,7 +165,6 @@ def test_paths_are_cut_to_their_last_part(text, expected):
             "metrics: got ppo/entropie; expected some of env/steps, env/success",
         ),
         (["A={}/sta_0", "--target=95"], "target: got 95, expected in (0, 1]"),
-        (["A={}/sta_0", "--smooth=0"], "smooth: got 0, expected at least 1"),
     ],
 )
 def test_says_what_is_wrong_in_one_line(runs, tmp_path, capsys, arguments, message):

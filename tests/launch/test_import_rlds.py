@@ -100,6 +100,15 @@ def test_images_are_resized_with_lanczos(bridge):
             np.testing.assert_allclose(got, np.clip(resized, 0, 255), atol=0.51)
 
 
+def test_a_dimension_that_quantiles_do_not_describe_is_named(bridge, tmp_path, capsys):
+    folder = shutil.copytree(bridge, tmp_path / "copy")
+    content = json.loads((folder / NORM_STATS_FILE).read_text())
+    content["bridge_orig"]["action"]["q99"][2] = content["bridge_orig"]["action"]["q01"][2]
+    (folder / NORM_STATS_FILE).write_text(json.dumps(content))
+    command.report(Dataset(folder))
+    assert "action 2: 98 % of its values lie within 0, all within" in capsys.readouterr().out
+
+
 def test_statistics_are_of_all_actions(bridge):
     (name, statistics), *others = json.loads((bridge / NORM_STATS_FILE).read_text()).items()
     actions = np.concatenate([bridge_actions(RAW[i]) for i in KEPT])
@@ -206,7 +215,7 @@ def test_a_data_set_of_another_layout_is_described(run, tmp_path):
             ["--name=mine"],
             r"got data set 'mine' with steps of action \(float32 \[7\]\), .* expected one of bridge_orig",
         ),
-        (["--split=test"], r"split: got 'test', expected one of \['broken', 'changing', 'train'\]"),
+        (["--split=test"], r"split: got 'test', expected one of \['broken', 'changing', 'empty', 'train'\]"),
         (
             ["--name=mine", "--image-key=observation/rgb", "--action-key=action,gripper"],
             r"got steps of .*observation/image_0 \(uint8 \[80, 96, 3\]\).*; expected observation/rgb, gripper as well",
@@ -320,7 +329,32 @@ def test_a_broken_description_of_a_data_set_is_one_line(run, rlds, tmp_path):
             assert done.status == 1 and re.fullmatch(rf"error: {copy}[^\n]*\n", done.error), (name, content, done.error)
         (copy / name).write_text(whole)
     done = run("--image-size=64", data=copy)  # all files are gone
-    assert done.status == 1 and re.search(r"error: .*episode 0 of 'train' cannot be read: [^\n]+\n$", done.error)
+    assert done.status == 1 and re.search(r"error: .*: got no .*00000-of-00003, .*, expected 3 more file", done.error)
+
+
+def test_missing_files_are_found_before_anything_is_read(run, rlds, tmp_path):
+    copy, out = shutil.copytree(rlds, tmp_path / "bridge_dataset" / "1.0.0"), tmp_path / "out"
+    last = sorted(copy.glob("*train*"))[-1]
+    last.unlink()
+    done = run("--name=mine", *KEYS, data=copy)
+    assert done.status == 1 and f"got no {last.name}, expected 1 more file(s); --limit" in done.error
+    assert not [*out.glob("*.array_record")]
+    assert run("--name=mine", *KEYS, "--limit=1", data=copy).status == 0
+    done = run("--name=mine", *KEYS, "--skip-broken", data=copy)
+    dataset = Dataset(out)
+    assert done.status == 0 and dataset.num_episodes == 7 - dataset.manifest.progress["dropped"]["broken"] < 7
+    shutil.rmtree(out)
+    last.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    done = run("--name=mine", *KEYS, "--skip-broken", data=copy)
+    assert done.status == 1 and f"{last.name}: got a pointer of Git LFS" in done.error
+
+
+def test_an_episode_without_steps_is_too_short(run, tmp_path):
+    done = run("--name=bridge_orig", "--image-size=64", "--split=empty")
+    assert done.status == 0, done.error
+    dataset = Dataset(tmp_path / "out")
+    assert [row.attempt for row in dataset.episodes] == [0, 2]
+    assert dataset.manifest.progress["dropped"] == {"without instruction": 0, "too short": 1}
 
 
 def test_without_tensorflow_it_is_said_how_to_get_it(rlds, tmp_path, monkeypatch, capsys):

@@ -90,6 +90,27 @@ def test_policy(config):
     assert {(leaf.shape, leaf.dtype) for leaf in metrics.values()} == {((2,), np.dtype("float32"))}
 
 
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_floats_have_32_bits_where_jax_has_64_as_well(config):
+    """Another library in the process may have asked for them (jax_enable_x64)."""
+    policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
+    observation = random_observation(policy, INSTRUCTIONS)
+    shape = (2, config.action_dim) if policy.window is None else (2, policy.window, config.action_dim)
+
+    def everything(seed):
+        params = policy.init(jax.random.key(seed))
+        decision = policy.sample(params, observation, jax.random.key(seed), temperature=1.0)
+        score = policy.log_prob(params, observation, decision.trace, reference_params=params)
+        keys = jax.random.split(jax.random.key(seed), 2)
+        loss = policy.imitation_loss(params, observation, np.zeros(shape, np.float32), key=keys)
+        return params, decision, score, policy.value(params, observation), loss
+
+    with jax.enable_x64(True):
+        leaves = jax.tree.leaves_with_path(jax.eval_shape(everything, 0))
+    wide = [jax.tree_util.keystr(path) for path, leaf in leaves if leaf.dtype == np.float64]
+    assert not wide
+
+
 def test_unknown_configurations_are_refused():
     with pytest.raises(TypeError, match="config: got dict, expected one of MLPConfig, OpenVLAConfig, Pi05Config"):
         make_policy({}, some_stats(2, 2))

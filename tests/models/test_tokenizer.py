@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import http.server
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 from llama_tokenizer import NEWLINE_ID, PAD_ID, SPACE_ID, write_llama_tokenizer
 
 from stare_jax import stages
+from stare_jax.config import ConfigError
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models.bins import bin_state
 from stare_jax.models.normalize import identity_stats
@@ -128,6 +131,41 @@ def test_the_lone_space_is_there_once(llama):
     once, with_space = (encode_prompt(tokenizer, text, length=40) for text in (prompt, prompt + " "))
     np.testing.assert_array_equal(once, with_space)
     assert once[0][-2:].tolist() == [llama[1][":"], SPACE_ID]
+
+
+@pytest.mark.parametrize("word", ["</s>", "<s>", "<unk>"])
+def test_a_special_token_in_an_instruction_is_refused(llama, word):
+    """Encoded, it would end the prompt or mask a part of it."""
+    policy = make_policy(openvla_7b(tokenizer=llama[0]), identity_stats(7, 0))
+    with pytest.raises(ValueError, match=f"prompt: got '{word}' in .*, expected a text without the tokenizer's own"):
+        policy.tokenize([f"put {word} carrot"], np.zeros((1, 0)))
+
+
+def test_settings_of_others_in_a_tokenizers_files_do_not_reach_a_prompt(llama, tmp_path):
+    """Sides and lengths of padding, lengths at which to cut, tokens to add: prompts are laid out here."""
+    folder = Path(shutil.copytree(llama[0], tmp_path / "copy"))
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 30}, "direction": "Left", "pad_to_multiple_of": None}
+    fields["padding"] = padding | {"pad_id": PAD_ID, "pad_type_id": 0, "pad_token": "<PAD>"}
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"padding_side": "left", "add_eos_token": True, "model_max_length": 4}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "What action to put carrot on plate?"
+    theirs, ours = (make_tokenizer(place).encode(text) for place in (str(folder), llama[0]))
+    assert theirs == ours and len(ours) > 4
+
+
+@pytest.mark.parametrize(("name", "message"), [("tokenizer.json", "pointer of Git LFS"), ("merges.txt", "links")])
+def test_files_of_a_tokenizer_that_were_not_fetched_are_named(llama, tmp_path, name, message):
+    folder = Path(shutil.copytree(llama[0], tmp_path / "copy"))
+    if name == "tokenizer.json":
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    else:
+        (folder / name).symlink_to(tmp_path / "blobs" / "4d7a")
+    with pytest.raises(ConfigError, match=message):
+        make_tokenizer(str(folder))
 
 
 def test_more_ids_than_the_model_has_are_refused(llama):

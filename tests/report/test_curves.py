@@ -101,7 +101,8 @@ def test_reads_who_a_run_is(tmp_path):
     )
     (directory / "config.json").write_text('{"env": [], "init_from": 3, "phases": []}')
     with pytest.raises(
-        DocumentError, match=r"config.json:\n  env: got \[\], (.|\n)*phases: got 0 items(.|\n)*init_from: got 3"
+        DocumentError,
+        match=r"config.json:\n  env: got \[\], (.|\n)*phases: got \[\], exp(.|\n)*init_from: got 3",
     ):
         read_run("A", directory, "ppo")
     (directory / "config.json").unlink()

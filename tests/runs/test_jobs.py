@@ -7,9 +7,11 @@ import time
 
 import pytest
 
+from stare_jax.config import UserError
 from stare_jax.logging import Interrupted
 from stare_jax.runs.jobs import (
     Queue,
+    Record,
     is_locked,
     last_lines_of,
     log_file,
@@ -167,3 +169,21 @@ def test_the_end_of_a_log_is_what_a_terminal_would_show(tmp_path):
     (tmp_path / "log").write_bytes(b"first\n10 %\r20 %\rdone\n\nerror: x\n")
     assert last_lines_of(tmp_path / "log", 2) == ["done", "error: x"]
     assert last_lines_of(tmp_path / "none", 2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seconds": None}, "seconds: got null and exit_code 0, expected both or neither"),
+        ({"seconds": -1.0}, "seconds: got -1.0, expected greater than or equal to 0"),
+        ({"done_before": 2.0}, r"done_before: got 2.0, expected less than or equal to 1"),
+        ({"slot": -1}, "slot: got -1, expected greater than or equal to 0"),
+        ({"arguments": "a"}, "arguments: got 'a', expected a list"),
+    ],
+)
+def test_a_damaged_record_of_a_job_is_named(tmp_path, changes, message):
+    job, record = Job("t/a/0", ("a",), (), "ppo"), Record(("a",), 0, 1, 0.0, seconds=2.0, exit_code=0)
+    record_file(tmp_path, job).parent.mkdir(parents=True)
+    record_file(tmp_path, job).write_text(json.dumps(record._asdict() | changes))
+    with pytest.raises(UserError, match=f"t/a/0.json: {message}"):
+        Queue((job,), tmp_path, (), ())

@@ -1,6 +1,7 @@
 """Statistics that a run begins with: those of the weights it starts from, or of its demonstrations."""
 
 import dataclasses
+import json
 
 import numpy as np
 import openvla_files
@@ -123,6 +124,12 @@ def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"phases": [')
     with pytest.raises(ConfigError, match=r"config.json: got a file that is not JSON \(.*\), expected one that is$"):
         load_config(tmp_path)
+    for field, value in (("stages", "x"), ("stages", []), ("env", None), ("env", 3), ("model", None)):
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(CONFIG) | {field: value}))
+        with pytest.raises(
+            ConfigError, match=rf"config.json: .*config.{field}: got .*, expected (the fields of|\w+Config)"
+        ):
+            load_config(tmp_path)
 
 
 def with_range(stats, low, high):

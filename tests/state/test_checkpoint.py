@@ -1,6 +1,8 @@
 """Saved states come back; a misfit says where it is; a half-written checkpoint is not there."""
 
 import json
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from stare_jax.documents import DocumentError
 from stare_jax.envs import toy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint, storage
@@ -97,6 +100,7 @@ def test_a_checkpoint_that_does_not_fit_names_every_path(saved, state):
 def test_a_checkpoint_that_is_not_there_says_what_is(saved, state, tmp_path):
     with pytest.raises(CheckpointError, match=r"got complete checkpoints of the steps \[2, 3\], expected step 1"):
         checkpoint.load_params(saved, state.params, step=1)
+    (tmp_path / "nothing" / "²").mkdir(parents=True)  # a digit to Python, and no number
     with pytest.raises(CheckpointError, match=r"steps \[\], expected any checkpoint"):
         checkpoint.restore(tmp_path / "nothing", state)
 
@@ -137,6 +141,7 @@ def all_files(directory):
     [
         (None, "got no _CHECKPOINT_METADATA, which is written with every checkpoint"),
         ('{"commit_time', "got a _CHECKPOINT_METADATA that is cut off or changed"),
+        ("[" * 100_000, "got a _CHECKPOINT_METADATA that is cut off or changed"),
         ('{"commit_timestamp_nsecs": null}', "got a _CHECKPOINT_METADATA without the time of writing"),
     ],
 )
@@ -165,6 +170,18 @@ def test_a_step_that_has_lost_its_metadata_is_named_and_nothing_is_deleted(state
     assert (tmp_path / str(latest - 1) / "params").is_dir()
 
 
+def test_metadata_that_orbax_does_not_take_is_one_line_and_nothing_is_deleted(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / str(checkpoint.complete_steps(tmp_path)[-1]) / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace("performance_metrics", "performance_met2ics"))
+    files = all_files(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path}: cannot be read, files in it are missing or damaged: [^\n]*$"
+    ):
+        Checkpoints(tmp_path)
+    assert all_files(tmp_path) == files
+
+
 def damage(file, how):
     content = file.read_bytes()
     file.unlink()
@@ -172,6 +189,14 @@ def damage(file, how):
         file.write_bytes(content[: len(content) // 2])
     elif how == "flip":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("sums", [{}, {"params/manifest.ocdbt": [1, 1]}, {"../2/d": [1, 1]}])
+def test_checksums_that_are_of_no_file_are_named(saved, tmp_path, sums):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / "3" / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(CheckpointError, match="/3/checksums.json: got no checksum of a file beside it, expected some"):
+        checkpoint.load_model(copy)
 
 
 @pytest.mark.parametrize("how", ["missing", "cut", "flip"])
@@ -203,12 +228,72 @@ def test_a_damaged_file_of_a_checkpoint_is_named(state, saved, tmp_path, how):
     storage.check(copy / step, "params", "state")
 
 
+@pytest.mark.parametrize("name", ["run [2]", "lr=*", "a?b", "back\\slash"])
+def test_a_path_that_is_a_pattern_is_refused_before_anything_is_written(tmp_path, name):
+    """Orbax looks for what it has written by a pattern: it would find nothing, or another run's."""
+    got = next(character for character in name if character in "*?[\\")
+    with pytest.raises(CheckpointError, match=f"got {re.escape(got)} in the path, expected one without"):
+        Checkpoints(tmp_path / name)
+    with pytest.raises(CheckpointError, match="in the path"):
+        storage.write(tmp_path / name, {"params": {"w": np.ones(3)}}, {})
+    assert not (tmp_path / name / "0").exists()
+
+
+@pytest.mark.parametrize("name", ["with space", "100%20", "#1", "übung 漢", "{a}", "a:b", "'\""])
+def test_any_other_path_keeps_a_checkpoint(tmp_path, name):
+    written = {"params": {"w": np.arange(6.0)}}
+    storage.write(tmp_path / name / "0", written, {"a": 1})
+    assert_equal(storage.read(tmp_path / name / "0", {"params": {"w": np.empty(6)}}), written)
+
+
+def test_a_disk_that_is_full_is_one_line_and_the_checkpoints_before_stay(state, saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    large = state.replace(trainable={"kernel": jax.random.normal(jax.random.key(0), (300, 300))}, opt_state={})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # a file that grows beyond it cannot be written
+    try:
+        with pytest.raises(CheckpointError, match="^[^\n]*cannot be written[^\n]*$"), Checkpoints(copy) as checkpoints:
+            checkpoints.save(9, large, norm_stats=toy.norm_stats(), model={}, counters={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.complete_steps(copy) == [2, 3]
+    checkpoint.restore(copy, state)
+
+
+def test_a_step_that_lies_behind_a_link_is_let_go_and_stays(state, saved, tmp_path):
+    copy, elsewhere = shutil.copytree(saved, tmp_path / "copy"), tmp_path / "elsewhere"
+    (copy / "2").rename(elsewhere)
+    (copy / "2").symlink_to(elsewhere)
+    with Checkpoints(copy, keep=2) as checkpoints:
+        checkpoints.save(4, state, norm_stats=toy.norm_stats(), model={}, counters={})
+    assert checkpoint.complete_steps(copy) == [3, 4] and not (copy / "2").is_symlink()
+    (copy / f"2{storage.PARTIAL}").symlink_to(elsewhere)
+    Checkpoints(copy).close()
+    assert not (copy / f"2{storage.PARTIAL}").is_symlink() and storage.find_damage(elsewhere) is None
+
+
+def test_a_checkpoint_that_other_devices_wrote_is_read(state, saved, tmp_path):
+    """Devices that this machine has not are named beside every leaf."""
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    for file in [*copy.rglob("checksums.json"), *copy.rglob("_sharding")]:
+        text = file.read_text()
+        file.unlink() if file.name == "checksums.json" else file.write_text(text.replace("TFRT_CPU_0", "cuda:3"))
+    assert_equal(checkpoint.restore(copy, state).state, checkpoint.restore(saved, state).state)
+
+
 def test_without_checksums_a_checkpoint_loads_and_a_missing_file_is_one_line(state, saved, tmp_path):
     copy = shutil.copytree(saved, tmp_path / "copy")
     for file in copy.rglob("checksums.json"):
         file.unlink()
     assert checkpoint.restore(copy, state).counters == checkpoint.load_counters(saved)
     step = copy / str(checkpoint.complete_steps(copy)[-1])
+    file = step / "_CHECKPOINT_METADATA"
+    whole = json.loads(file.read_text())
+    for name in ("model", "counters", "norm_stats", "extra"):
+        file.write_text(json.dumps(whole | {"custom_metadata": whole["custom_metadata"] | {name: "text"}}))
+        with pytest.raises(DocumentError, match=f"{step}: {name}: got 'text', expected an object"):
+            [load(copy) for load in (checkpoint.load_model, checkpoint.load_counters, checkpoint.load_norm_stats)]
+    file.write_text(json.dumps(whole))
     (step / "params" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match="^[^\n]*cannot be read, files in it are missing or damaged[^\n]*$"):
         checkpoint.restore(copy, state)

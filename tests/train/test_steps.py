@@ -83,6 +83,27 @@ def test_sft_microbatches_give_the_step_of_the_whole_batch(policy, params):
     assert moved(params, whole.params) == {"trunk_0", "logits"} and int(whole.step) == 1
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 8])
+def test_steps_keep_their_types_where_jax_has_64_bits_as_well(policy, params, ppo_batch, microbatch_size):
+    """Another library in the process may have asked for them (jax_enable_x64)."""
+    observation, action = demonstrations(4)
+    sft_batch = SFTBatch(*jax.tree.map(lambda x: x[:24], (observation, action, np.ones(len(action), bool))))
+    ppo = dataclasses.replace(PPO, microbatch_size=microbatch_size)
+    sft = SFTConfig(optimizer=VALUE_FROZEN, batch_size=24, microbatch_size=microbatch_size)
+    for make_step, config, inputs in (
+        (make_sft_step, sft, (sft_batch,)),
+        (make_ppo_step, ppo, (ppo_batch, True, 0.0)),
+    ):
+        tx = make_optimizer(config.optimizer, num_steps=10)
+        layout = {"mesh": make_mesh(), "rules": policy.sharding_rules, "freeze": config.optimizer.freeze}
+        state = create_state(params, tx, **layout)
+        before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        with jax.enable_x64(True):
+            after, metrics = jax.eval_shape(make_step(policy, tx, config), state, *inputs)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == before
+        assert {leaf.dtype for leaf in metrics.values()} == {np.dtype(np.float32)}
+
+
 def test_ppo_starts_at_ratio_one(policy, params, ppo_batch):
     _, metrics = take_step(make_ppo_step, policy, params, PPO, ppo_batch, True, 0.0)
     assert metrics["ppo/clip_frac"] == 0 and metrics["ppo/stopped"] == 0
@@ -170,6 +191,17 @@ def test_tpo_in_two_passes_is_tpo_in_one(policy, params, spec):
     assert_same(cut_metrics, metrics, rtol=1e-3, atol=1e-6)
     assert_same(cut.params, whole.params, atol=1e-4)
     assert moved(params, whole.params) == {"trunk_0", "logits"}
+
+
+def test_more_imitation_is_of_the_chosen_actions_and_of_nothing_else(policy, params, spec):
+    """Minus their mean log-probability, which is the reference's before the first step; rejected ones do not matter."""
+    batch = score_pairs(policy, params, random_pairs(policy, params, 3), spec, batch_size=64)
+    config = TPOConfig(variant="imitation", optimizer=VALUE_FROZEN)
+    after, metrics = take_step(make_tpo_step, policy, params, config, batch)
+    assert metrics["tpo/loss"] == pytest.approx(-batch.chosen.ref_logp[batch.chosen.valid].mean(), rel=1e-5)
+    other, _ = take_step(make_tpo_step, policy, params, config, batch._replace(rejected=batch.chosen))
+    assert_same(other.params, after.params, atol=1e-7)
+    assert moved(params, after.params) == {"trunk_0", "logits"}
 
 
 def test_stages_and_costs_of_a_pair_are_those_of_its_task(policy, params, spec):

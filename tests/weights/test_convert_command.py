@@ -155,6 +155,13 @@ def test_folders_of_something_else_are_named(original, refuse, tmp_path):
     shutil.copy(original / "config.json", tmp_path / "pickled")
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     assert "pickles are never read" in refuse(f"--from={tmp_path / 'pickled'}")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"
+    (tmp_path / "pickled" / "model.safetensors").write_text(pointer)
+    assert "model.safetensors: got a pointer of Git LFS" in refuse(f"--from={tmp_path / 'pickled'}")
+    linked = shutil.copytree(original, tmp_path / "linked")  # as a copy of a cache of Hugging Face's, its links kept
+    (linked / "dataset_statistics.json").unlink()
+    (linked / "dataset_statistics.json").symlink_to("../../blobs/4d7a")
+    assert "links to files that are not there, dataset_statistics.json" in refuse(f"--from={linked}")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     assert "got a PEFT adapter" in refuse(f"--from={tmp_path / 'lora'}")

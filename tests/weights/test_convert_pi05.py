@@ -1,7 +1,10 @@
 """pi0.5 on the command line: every format in and out without a bit lost, and what it refuses."""
 
+import gc
 import json
 import re
+import shutil
+import zipfile
 
 import convert as command
 import jax.numpy as jnp
@@ -232,6 +235,33 @@ def test_all_that_does_not_fit_is_listed_at_once(refuse, tmp_path, model, tree):
     assert "got x, expected PaliGemma's arrays" in refuse(f"--from={tmp_path / 'other.npz'}", model)
     np.savez(tmp_path / "objects.npz", **{"params/img/x": np.array([{}])})
     assert "object" in refuse(f"--from={tmp_path / 'objects.npz'}", model)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tasks that Orbax leaves behind
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "d"])
+def test_a_tree_that_was_not_fetched_to_its_end_is_one_line(original, refuse, tmp_path, name):
+    copy = shutil.copytree(original, tmp_path / "theirs")
+    file = copy / "params" / name
+    if file.is_dir():
+        file = max(file.iterdir(), key=lambda path: path.stat().st_size)
+    file.unlink() if name == "manifest.ocdbt" else file.write_bytes(file.read_bytes()[:100])
+    message = refuse(f"--from={copy}")
+    assert "cannot be read, files in it are missing or damaged" in message and message.count("\n") == 1
+    gc.collect()  # as long as what they say is passed over
+
+
+def test_a_damaged_archive_is_one_line(refuse, tmp_path, model, tree):
+    arrays = {f"params/{n.removeprefix('PaliGemma/')}": x for n, x in tree.items() if n not in EXPERT}
+    file = tmp_path / "pt_224.npz"
+    np.savez(file, **arrays)
+    content = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive:
+        entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[entry.header_offset + entry.file_size // 2] ^= 1
+    file.write_bytes(content)
+    assert re.search(r"pt_224.npz: cannot be read, files in it are .*CRC.*\n$", refuse(f"--from={file}", model))
+    file.write_bytes(content[: len(content) // 2])
+    assert "pt_224.npz: got " in (message := refuse(f"--from={file}", model)) and message.count("\n") == 1
 
 
 def test_mistakes_are_one_line(original, converted, refuse, tmp_path):

@@ -127,7 +127,7 @@ def test_config_of_the_published_model(tmp_path):
     assert read_config(tmp_path) == openvla_7b(tokenizer=str(tmp_path))
     for fields, message in (
         ({"timm_model_ids": ["a", "b"]}, "timm_model_ids[0]: got 'a', expected"),
-        ({"image_sizes": None}, "config.json: image_sizes: got nothing, expected a list of 2 items"),
+        ({"image_sizes": None}, "config.json: image_sizes: got nothing, expected a list"),
         ({"text_config": {"vocab_size": 200}}, "config.json: action_vocab_end: got 136, expected more than 256"),
     ):
         changed = {name: value for name, value in (published | fields).items() if value is not None}
@@ -180,9 +180,7 @@ def test_statistics_of_one_data_set(tmp_path):
     mine = read_norm_stats(tmp_path, unnorm_key="mine", state_dim=1)
     np.testing.assert_array_equal(mine.state_q99, [4.0])
     np.testing.assert_array_equal(mine.action_mask, [True])
-    with pytest.raises(
-        DocumentError, match=r"config.json: norm_stats.robot.proprio: got nothing, expected an object with q01, q99"
-    ):
+    with pytest.raises(DocumentError, match=r"config.json: norm_stats.robot.proprio: got nothing, expected an object"):
         read_norm_stats(tmp_path, unnorm_key="robot", state_dim=1)
 
 

@@ -87,10 +87,13 @@ def test_a_truncated_file_is_named(file, size):
     [
         (lambda header: header["a"].update(dtype="F99"), "got dtype 'F99'"),
         (lambda header: header["a"].update(shape=[4, 5]), r"got 32 bytes for bfloat16\[4, 5\]"),
-        (lambda header: header["a"].update(shape=[-4, -4]), r"a.shape\[0\]: got -4, expected a whole number >= 0"),
-        (lambda header: header["a"].update(shape=["4", 4]), r"a.shape\[0\]: got '4', expected a whole number >= 0"),
+        (
+            lambda header: header["a"].update(shape=[-4, -4]),
+            r"a.shape\[0\]: got -4, expected greater than or equal",
+        ),
+        (lambda header: header["a"].update(shape=["4", 4]), r"a.shape\[0\]: got '4', expected a whole number"),
         (lambda header: header["a"].update(data_offsets=[0, 32.0]), r"a.data_offsets\[1\]: got 32.0, expected a whole"),
-        (lambda header: header.update(a=None), "header: a: got null, expected an object with dtype, shape"),
+        (lambda header: header.update(a=None), "header: a: got null, expected an object"),
         (lambda header: header["b"].update(data_offsets=[16, 32]), "b: got offset .* expected .*the header is damaged"),
         (lambda header: header["b"].pop("dtype"), "header: b.dtype: got nothing, expected text"),
         (lambda header: header.pop("b"), "has bytes that belong to no tensor: got"),

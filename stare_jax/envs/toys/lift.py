@@ -70,7 +70,7 @@ def norm_stats() -> NormStats:
 
 def reset_state(seed: Array) -> LiftState:
     """Draws an episode's start: peg flat on the floor near the centre, open gripper above it or beside it."""
-    draw = jax.random.uniform(jax.random.key(seed), (3,))
+    draw = jax.random.uniform(jax.random.key(seed), (3,), jnp.float32)
     x = 0.08 * (draw[0] - 0.5)
     height = START_HEIGHT[0] + (START_HEIGHT[1] - START_HEIGHT[0]) * draw[1]
     position = jnp.array([x + START_DISTANCE * (2 * draw[2] - 1), height])

@@ -67,7 +67,7 @@ def norm_stats() -> NormStats:
 
 def reset_state(seed: Array) -> PlaceState:
     """Draws an episode's start: block on the floor, stand to its right, open gripper above the block."""
-    draw = jax.random.uniform(jax.random.key(seed), (4,))
+    draw = jax.random.uniform(jax.random.key(seed), (4,), jnp.float32)
     block_x = 0.06 * (draw[0] - 0.5) - 0.05
     goal_x = block_x + GOAL_DISTANCE[0] + (GOAL_DISTANCE[1] - GOAL_DISTANCE[0]) * draw[1]
     height = START_HEIGHT[0] + (START_HEIGHT[1] - START_HEIGHT[0]) * draw[2]

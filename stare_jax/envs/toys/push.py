@@ -63,7 +63,7 @@ def norm_stats() -> NormStats:
 
 def reset_state(seed: Array) -> ToyState:
     """Draws an episode's start: block near the centre, goal to its right, gripper to its left."""
-    draw = jax.random.uniform(jax.random.key(seed), (6,))
+    draw = jax.random.uniform(jax.random.key(seed), (6,), jnp.float32)
     block = 0.06 * (draw[:2] - 0.5)
     goal = block + _offset(draw[2:4], distance=GOAL_DISTANCE, max_angle=0.6)
     gripper = block - _offset(draw[4:6], distance=START_DISTANCE, max_angle=0.9)

@@ -12,9 +12,10 @@ from typing import Annotated, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import MinLen
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from stare_jax.config import Count, Mark, Pattern, Positive, check_fields
+from stare_jax.config import Count, Pattern, Positive, check_fields
 from stare_jax.types import PyTree
 
 ALL_LINEAR = (r"^(dino|siglip|projector|llm)/",)
@@ -43,7 +44,7 @@ class LoRAConfig:
 
     rank: Count = 32
     alpha: Positive = 16.0
-    targets: Annotated[tuple[Pattern, ...], Mark.FILLED] = ALL_LINEAR
+    targets: Annotated[tuple[Pattern, ...], MinLen(1)] = ALL_LINEAR
     """regexes of module paths such as `llm/layers/q_proj`, `dino/patch_embed`, `llm/lm_head`."""
     overrides: tuple[LoRAOverride, ...] = ()
     """rank and alpha of some of the targets, in place of the two above; the first that matches a path counts."""
@@ -162,8 +163,8 @@ def _adapters(
         return None
     if config is None:
         raise ValueError(f"lora: got None, expected the LoRAConfig of the adapters at {path}")
-    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank_of(path)), a_shape)
-    b = module.param(f"{prefix}lora_b", nn.initializers.zeros, b_shape)
+    a = module.param(f"{prefix}lora_a", nn.initializers.normal(1 / config.rank_of(path)), a_shape, jnp.float32)
+    b = module.param(f"{prefix}lora_b", nn.initializers.zeros, b_shape, jnp.float32)
     return Adapters(a, b, config.scale_of(path))
 
 

@@ -11,8 +11,9 @@ from typing import Annotated
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval
 
-from stare_jax.config import Count, Finite, Interval, Natural, Positive, check_fields
+from stare_jax.config import Count, Finite, Natural, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue, self_attend
 from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, gelu, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig
@@ -24,7 +25,7 @@ class ViTConfig:
     """One tower."""
 
     width: Count
-    depth: Annotated[int, Interval(2)]
+    depth: Annotated[int, Interval(ge=2)]
     """blocks in the checkpoint, two or more; the forward pass runs `depth - 1` of them."""
     num_heads: Count
     mlp_dim: Count

@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval
 
-from stare_jax.config import Count, Interval, Natural, NonNegative, Pattern, check_fields
+from stare_jax.config import Count, Natural, NonNegative, Pattern, check_fields
 from stare_jax.models.bins import NUM_BINS, Greedy
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.heads import ValueHead
@@ -50,7 +51,7 @@ class OpenVLAConfig:
     prompt_template: str
     """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt. With
     `state_tokens` it may be empty: a policy of a single task then sees the state alone."""
-    prompt_length: Annotated[int, Interval(3)]
+    prompt_length: Annotated[int, Interval(ge=3)]
     """tokens of the padded prompt, including BOS and the token that predicts the first action."""
     camera: str = "base_camera"
     """name of the camera whose image the policy sees."""
@@ -58,14 +59,14 @@ class OpenVLAConfig:
     """side of the square image, in pixels."""
     resize: Resize = "bicubic"
     """resizer of images of another size, see `models/preprocess.py`."""
-    center_crop: Annotated[float, Interval(0, 1, has_low=False)] = 1.0
+    center_crop: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """share of the image's area, around its middle, that is enlarged to the whole; 1 crops nothing, 0.9 is for
     checkpoints that were trained on random crops."""
     stem: tuple[Count, ...] = ()
     """channels of a convolutional stem that both towers read instead of the image; empty has none."""
     state_tokens: Natural = 0
     """number of tokens into which the state is embedded in place of images; 0 uses images."""
-    action_dim: Annotated[int, Interval(2)] = 7
+    action_dim: Annotated[int, Interval(ge=2)] = 7
     state_dim: Natural = 0
     """numbers of the state; 0 where the policy reads none."""
     label_width: NonNegative = 0.0

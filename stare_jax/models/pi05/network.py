@@ -13,8 +13,9 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval
 
-from stare_jax.config import Count, Interval, Natural, Pattern, Positive, check_fields
+from stare_jax.config import Count, Natural, Pattern, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
 from stare_jax.models.nn.heads import NoiseHead, ValueHead
@@ -46,7 +47,7 @@ class Pi05Config:
     """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
     prompt_template: str
     """with `{instruction}`, and `{state}` where the binned state is part of the prompt."""
-    prompt_length: Annotated[int, Interval(2)]
+    prompt_length: Annotated[int, Interval(ge=2)]
     """tokens of the padded prompt."""
     window: Count
     """H, actions that one decision predicts."""
@@ -139,7 +140,7 @@ def time_embedding(time: jax.Array, width: int) -> jax.Array:
 
     The `width / 2` periods go from 4e-3 to 4, equally far apart in their logarithm.
     """
-    fraction = jnp.linspace(0.0, 1.0, width // 2)
+    fraction = jnp.linspace(0.0, 1.0, width // 2, dtype=jnp.float32)
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
     angle = 2 * jnp.pi * time.astype(jnp.float32)[..., None] / period
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
@@ -292,7 +293,7 @@ class Pi05(nn.Module):
         self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, state: jax.Array, noisy: jax.Array
     ) -> None:
         """Uses every parameter; `init` makes the parameters by this method."""
-        _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0]))
+        _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0], jnp.float32))
         self.value(prefix, jnp.ones(prefix.shape[:2], bool), state)
         if self.config.noise == "learned":
             self.deviation(hidden)

@@ -89,7 +89,7 @@ def _critic(
 def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
     config = network.config
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
-    noisy = jnp.zeros((1, config.window, config.model_action_dim))
+    noisy = jnp.zeros((1, config.window, config.model_action_dim), jnp.float32)
     scene = read_observation(config, norm_stats, blank)
     params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="init_pass")["params"]
     return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
@@ -130,7 +130,7 @@ def _over_executed(config: Pi05Config, norm_stats: NormStats, x: jax.Array) -> j
 def _entropy(config: Pi05Config, norm_stats: NormStats, std: jax.Array, is_drawn: jax.Array) -> jax.Array:
     """Returns the mean entropy `[B]` of the numbers of random steps; `std` broadcasts to `[B, G, H, A]`."""
     if config.noise != "learned":  # fixed by the schedule: a bonus for it would be a constant
-        return jnp.zeros(len(is_drawn))
+        return jnp.zeros(len(is_drawn), jnp.float32)
     full = jnp.broadcast_to(std, (*is_drawn.shape, config.window, config.model_action_dim))
     entropy = _over_executed(config, norm_stats, flow.normal_entropy(full)).mean(axis=(-2, -1))
     return jnp.sum(jnp.where(is_drawn, entropy, 0.0), axis=1) / jnp.maximum(is_drawn.sum(axis=1), 1)
@@ -151,7 +151,7 @@ def _sample(
     prefix, batch = _read(network, norm_stats, params, observation), len(observation.tokens)
     shape = (batch, config.window, config.model_action_dim)
     start_key, index_key, key = jax.random.split(key, 3)
-    start = jax.random.normal(start_key, shape) if noise is None else jnp.asarray(noise, jnp.float32)
+    start = jax.random.normal(start_key, shape, jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)
     is_drawn = jnp.full((batch, num_steps), config.noise == "learned")
     if config.noise == "sde":
         drawn = jax.random.randint(index_key, (batch, 1), 0, num_steps)
@@ -163,7 +163,7 @@ def _sample(
         at = (x[:, None], jnp.full((batch, 1), index), temperature)
         ordinary, random = _steps(network, params, prefix, *at)
         mean, std = (leaf[:, 0] for leaf in _choose(is_drawn[:, None], random, ordinary))
-        x = mean + std * jax.random.normal(key, shape)
+        x = mean + std * jax.random.normal(key, shape, jnp.float32)
         return x, (x, mean, std)
 
     inputs = (jnp.arange(num_steps), is_drawn.T, jax.random.split(key, num_steps))
@@ -245,7 +245,7 @@ def _normalize(config: Pi05Config, norm_stats: NormStats, action: Array) -> jax.
 def _draw(config: Pi05Config, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns noise `[H, A]` and a flow time."""
     noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, (config.window, config.model_action_dim))
+    noise = jax.random.normal(noise_key, (config.window, config.model_action_dim), jnp.float32)
     return noise, flow.sample_times(time_key, ())
 
 
