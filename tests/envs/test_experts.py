@@ -106,7 +106,7 @@ def test_experts_lean_the_tool_where_it_does_not_reach_pointing_down(env_id, see
 
 
 def held_over_goal(aside, over, yaw=0.0):
-    """A cube that is held by a tool that points down, `aside` along x and `over` its goal, and turned in the fingers."""
+    """State in which a tool that points down holds a cube, `aside` of its goal and `over` it, turned by `yaw`."""
     obj, goal = np.array([aside, 0.0, 0.06 + over], np.float32), np.array([0.0, 0.0, 0.06], np.float32)
     return Signals(
         tcp_pos=obj,

@@ -98,15 +98,15 @@ def stumbling(env_id):
 
 
 def dropping(env_id):
-    """The expert, which stops and opens its gripper for good once it holds the object 2.5 cm up.
+    """The expert, which stops and opens its gripper for good once it holds the object 2 cm up, where the grasp ends.
 
-    A tool that opened on its way would throw the object towards the goal.
+    A tool that opened further on its way would throw the object to the goal.
     """
     is_dropped = False
 
     def open_up(signals, action):
         nonlocal is_dropped
-        is_dropped |= bool(signals.is_grasped) and signals.obj_pos[2] - signals.support_z > 0.025
+        is_dropped |= bool(signals.is_grasped) and signals.obj_pos[2] - signals.support_z > 0.02
         return np.array([0, 0, 0, 0, 0, 0, 1], np.float32) if is_dropped else action
 
     return expert_policy(env_id, 25, open_up)

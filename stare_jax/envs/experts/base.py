@@ -6,8 +6,8 @@ demonstrations with execution noise keep clean labels.
 An expert is there to be imitated by a policy that sees one state. The built-in experts have no memory, and read nothing
 that `low_dim_state` does not show. Where a decision changes from one state to the next, the change is far from the
 states in which it matters, or goes on by itself: a grasp is kept while the object is held, and let go of within a
-smaller distance of the goal than the one from which it would be taken up again. A motion that leads to a change does not
-slow to a stop before it, where an imitation of it would come to rest.
+smaller distance of the goal than the one from which it would be taken up again. A motion that leads to a change does
+not slow to a stop before it, where an imitation of it would come to rest.
 """
 
 from collections.abc import Callable, Sequence
