@@ -11,6 +11,8 @@ demonstrations with noise, then learns from about two hundred thousand steps, sa
 judged by its likeliest actions on 300 episodes. Nobody has measured it yet.
 """
 
+import ml_collections
+
 from configs.methods import METHODS, named_method, set_method
 from configs.presets import (
     base_config,
@@ -29,14 +31,26 @@ ALL = "all"
 
 def get_config(variant: str = ""):
     """Returns the configuration; `variant` is a task or "all", a method, STA-PPO if none, and "pi05"."""
-    (task, *_), words = split_variant(variant, tasks=(*TASKS, ALL), words=("pi05", *METHODS))
+    return config_of_state(variant, TASKS, horizon=30, name="franka_state")
+
+
+def config_of_state(variant: str, all_tasks: tuple[str, ...], *, horizon: int, name: str) -> ml_collections.ConfigDict:
+    """Returns the configuration of a policy of the state; see `get_config`.
+
+    Args:
+        variant: a task or "all", a method, and "pi05", comma-separated.
+        all_tasks: of one robot.
+        horizon: actions of an episode.
+        name: first words of the run's name.
+    """
+    (task, *_), words = split_variant(variant, tasks=(*all_tasks, ALL), words=("pi05", *METHODS))
     method = named_method(words, default="sta_ppo")
-    tasks = TASKS if task == ALL else (task,)
+    tasks = all_tasks if task == ALL else (task,)
     env = EnvConfig(
         tasks=tasks,
         num_workers=len(tasks),
         envs_per_worker=16 // len(tasks),
-        horizon=30,
+        horizon=horizon,
         image_size=0,
         use_state="low_dim",
     )
@@ -46,7 +60,7 @@ def get_config(variant: str = ""):
         model = openvla_state(env.state_dim, label_width=4.0)
     else:  # Of one task: the instruction is the same in every row, and took half of the tokens.
         model = openvla_state(env.state_dim, label_width=4.0, prompt_template="", prompt_length=3)
-    name = "_".join(["franka_state", task, method, *(["pi05"] if "pi05" in words else [])])
+    name = "_".join([name, task, method, *(["pi05"] if "pi05" in words else [])])
     config = base_config(env, model, name=name)
     set_method(config, method)
     demos_with_recoveries(config)

@@ -41,6 +41,12 @@ METHODS: Mapping[str, Method] = {
     "sft": Method("SFT: imitation of demonstrations", "sft", "", {}),
     "grape": Method("GRAPE: TPO, preference among whole trajectories", "tpo", "sft", {"tpo.variant": "tpo"}),
     "sta_tpo": Method("SFT → STA-TPO: preference stage by stage", "tpo", "sft", {"tpo.variant": "sta_tpo"}),
+    "chosen": Method(
+        "no row of the paper: more imitation of the chosen trajectories of pairs, the control of GRAPE and STA-TPO",
+        "tpo",
+        "sft",
+        {"tpo.variant": "imitation"},
+    ),
     "ppo": Method("PPO (figure 4): 1 for a success, no shaping", "ppo", "sft", _PPO),
     "rl4vla": Method(
         "RL4VLA: PPO on its reward, in episodes of full length",

@@ -22,6 +22,7 @@ import numpy as np
 
 from stare_jax.config import ConfigError, user_input
 from stare_jax.data.demos import DemosConfig, collect_demos
+from stare_jax.data.norm_stats import say_exceptions
 from stare_jax.data.pairs import PairsConfig, count_kinds
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rollouts import Actor, collect_pairs, expert_actor, policy_actor
@@ -212,6 +213,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
     if dataset.num_skipped:
         say(f"{dataset.num_skipped} episodes lost in damaged shards; they are not collected again")
     report(dataset, env.spec)
+    say_exceptions(dataset)
 
 
 def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:

@@ -83,7 +83,7 @@ def check_out(out: Path) -> None:
         ConfigError: the folder is used for something else.
     """
     readme, there = out / "README.md", [name for name in WRITTEN if (out / name).exists()]
-    text = readme.read_text(errors="replace") if readme.is_file() else ""
+    text = readme.read_text("utf-8", errors="replace") if readme.is_file() else ""
     if there and not any(f"[{name}]({name})" in text for name in ("curves.csv", "success.csv")):
         raise ConfigError(f"--out: got {out}, which has another {there[0]}, expected a folder of its own")
 

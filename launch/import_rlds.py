@@ -19,7 +19,7 @@ import command
 
 from stare_jax.config import ConfigError, Finite, convert, user_input
 from stare_jax.data.import_rlds import IDLE_FILTERS, ImportConfig, import_rlds, known_layout
-from stare_jax.data.norm_stats import NORM_STATS_FILE
+from stare_jax.data.norm_stats import NORM_STATS_FILE, say_exceptions
 from stare_jax.data.reader import Dataset
 from stare_jax.data.rlds_layouts import LAYOUTS, Layout, recorded_layout
 from stare_jax.data.rlds_source import RldsSource, open_source
@@ -107,6 +107,7 @@ def report(dataset: Dataset) -> None:
     columns = [[f"{value:.4f}" for value in statistics[name]] for name in STATISTICS]
     title = f"{manifest.env_id}: {manifest.control_mode}"
     print_table(["action", *STATISTICS], list(zip(DIMENSIONS, *columns, strict=True)), title=title)
+    say_exceptions(dataset)
     path = dataset.directory / "episodes.png"
     contact_sheet(dataset, None).save(path)
     say(f"some episodes: {path}")

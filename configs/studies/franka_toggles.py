@@ -11,19 +11,20 @@ from stare_jax.runs.study import Study, Variant
 
 TASKS = ("StackCube-v1", "LiftPegUpright-v1")
 NUM_STAGES = 4
+TOGGLES = {
+    f"without_{off + 1}": Variant("sta_ppo", {"stages.enabled": tuple(k != off for k in range(NUM_STAGES))})
+    for off in range(NUM_STAGES)
+}
+"""STA-PPO without the signal of one stage; "without_1" has none in the first."""
 
 
 def get_study() -> Study:
-    """Returns the grid of runs; "without_1" has no signal in the first stage."""
-    variants = {}
-    for stage in range(NUM_STAGES):
-        enabled = tuple(k != stage for k in range(NUM_STAGES))
-        variants[f"without_{stage + 1}"] = Variant("sta_ppo", {"stages.enabled": enabled})
+    """Returns the grid of runs."""
     return Study(
         config="configs/franka_state.py:{task},{method}",
-        methods=("ppo", "sta_ppo", *variants),
+        methods=("ppo", "sta_ppo", *TOGGLES),
         tasks=TASKS,
         seeds=(0, 1, 2),
         task_changes={task: {"demos.num_demos": NUM_DEMOS[task]} for task in TASKS},
-        variants=variants,
+        variants=TOGGLES,
     )

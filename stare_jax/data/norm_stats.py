@@ -154,6 +154,12 @@ def renew_statistics(dataset: Dataset, *, action_mask: Sequence[bool] | None = N
     write_statistics(dataset.directory, {key: statistics})
 
 
+def say_exceptions(dataset: Dataset) -> None:
+    """Says which dimensions of a data set policies will not scale by its quantiles, and why."""
+    shapes, key = dataset.manifest.shapes, dataset.manifest.env_id
+    read_norm_stats(dataset.directory, action_dim=shapes["action"][0], state_dim=shapes["state"][0], key=key)
+
+
 def clear_statistics(directory: Path, key: str) -> None:
     """Removes the statistics of a data set that grows; others than this library has computed of it are set aside."""
     path = directory / NORM_STATS_FILE

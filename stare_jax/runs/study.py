@@ -42,9 +42,9 @@ class Variant(NamedTuple):
 class Study:
     """A grid of runs. All methods have the same numbers, but for what makes a method, or a variant, what it is."""
 
-    config: str
+    config: str | Mapping[str, str]
     """configuration of a run as `--config` takes it, with {task} and {method} where these stand:
-    "configs/franka_state.py:{task},{method}"."""
+    "configs/franka_state.py:{task},{method}"; or task -> its configuration."""
     methods: tuple[str, ...]
     """names of methods and variants."""
     tasks: tuple[str, ...]
@@ -58,6 +58,13 @@ class Study:
     """name -> a method with other numbers."""
     without: tuple[tuple[str, str], ...] = ()
     """pairs (task, method) that are left out."""
+    init_from: str = ""
+    """weights that the methods which start a run begin from; empty for random ones."""
+
+    def config_of(self, task: str, method: str) -> str:
+        """Returns the configuration of a method on a task."""
+        text = self.config if isinstance(self.config, str) else self.config[task]
+        return text.format(task=task, method=method)
 
     def seeds_of(self, task: str) -> tuple[int, ...]:
         """Returns the seeds of a task."""
@@ -118,7 +125,7 @@ def _chain(
     step, common = methods[base], {**study.changes, **study.task_changes.get(task, {})}
 
     def job(name: str, phase: str, fields: Mapping[str, Any], after: tuple[str, ...] = ()) -> Job:
-        flags = [f"--config={study.config.format(task=task, method=base)}", *map(_flag, fields, fields.values()), *more]
+        flags = [f"--config={study.config_of(task, base)}", *map(_flag, fields, fields.values()), *more]
         return Job(name, (*flags, f"--workdir={folder / name}"), after, phase)
 
     fields: dict[str, Any] = {"phases": (step.phase,), "seed": seed}
@@ -128,10 +135,13 @@ def _chain(
         yield from earlier
         start = earlier[-1]
         fields["init_from"], after = folder / start.name / start.phase, (start.name,)
-    elif step.phase == "sft" and "demos_from" not in common:
-        demos = job(f"{task}/{DEMOS}", DEMOS, {"phases": ("sft",), "seed": DEMOS_SEED} | common)
-        yield demos._replace(arguments=("--demos_only", *demos.arguments))
-        fields["demos_from"], after = folder / demos.name / "data" / "demos", (demos.name,)
+    else:
+        if study.init_from:
+            fields["init_from"] = study.init_from
+        if step.phase == "sft" and "demos_from" not in common:
+            demos = job(f"{task}/{DEMOS}", DEMOS, {"phases": ("sft",), "seed": DEMOS_SEED} | common)
+            yield demos._replace(arguments=("--demos_only", *demos.arguments))
+            fields["demos_from"], after = folder / demos.name / "data" / "demos", (demos.name,)
     yield job(f"{task}/{method}/seed_{seed}", step.phase, fields | common | dict(changes), after)
 
 
@@ -164,8 +174,10 @@ def check_study(study: Study, methods: Mapping[str, Step]) -> None:
     ):
         if unknown := [name for name in got if name not in expected]:
             raise ConfigError(f"{field}: got {', '.join(unknown)}, expected some of {', '.join(expected)}")
-    if isinstance(study.seeds, Mapping) and set(study.seeds) != set(study.tasks):
-        raise ConfigError(f"seeds: got those of {', '.join(study.seeds)}, expected those of {', '.join(study.tasks)}")
+    for field in ("config", "seeds"):
+        value = getattr(study, field)
+        if isinstance(value, Mapping) and set(value) != set(study.tasks):
+            raise ConfigError(f"{field}: got those of {', '.join(value)}, expected those of {', '.join(study.tasks)}")
     for field, values in (("methods", study.methods), ("tasks", study.tasks), *_seeds(study)):
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"{field}: got {values}, expected at least one, each once")

@@ -1,4 +1,4 @@
-"""Preference: TPO on whole trajectories, and STA-TPO stage by stage."""
+"""Preference: TPO on whole trajectories, STA-TPO stage by stage, and the control that uses the chosen ones alone."""
 
 import dataclasses
 import functools
@@ -35,8 +35,9 @@ PHASE = "tpo"
 class TPOConfig:
     """TPO and STA-TPO; learning rate and optimiser are the paper's (B.2)."""
 
-    variant: Literal["sta_tpo", "tpo"] = "sta_tpo"
-    """"sta_tpo" (6), or "tpo" (1)."""
+    variant: Literal["sta_tpo", "tpo", "imitation"] = "sta_tpo"
+    """"sta_tpo" (6), "tpo" (1), or "imitation": minus the mean log-probability of the chosen actions, which is no
+    preference at all; the rejected trajectories are of no effect on it."""
     num_epochs: Count = 5
     """passes over the pairs."""
     batch_size: Count = 4
@@ -169,11 +170,11 @@ def make_tpo_step(
 
 
 def _preference_loss(logp: Array, batch: PairBatch, config: TPOConfig) -> tuple[Array, update.Metrics]:
-    """The loss of `[B, 2, M]` scores, chosen first."""
+    """The loss of `[B, 2, M]` scores, chosen first; an imitation has the metrics of TPO."""
     chosen, rejected = batch
     chosen_ref_logp, rejected_ref_logp = (side.ref_logp.mean(axis=-1) for side in batch)
     scores = (logp[:, 0], chosen_ref_logp, logp[:, 1], rejected_ref_logp, chosen.valid, rejected.valid)
-    if config.variant == "tpo":
+    if config.variant != "sta_tpo":
         loss, metrics = tpo_loss(*scores, beta=config.beta)
     else:
         loss, metrics = sta_tpo_loss(
@@ -191,6 +192,8 @@ def _preference_loss(logp: Array, batch: PairBatch, config: TPOConfig) -> tuple[
         )
     num_actions = jnp.maximum(chosen.valid.sum(), 1)
     chosen_logp = jnp.sum(jnp.where(chosen.valid, logp[:, 0], 0.0)) / num_actions
+    if config.variant == "imitation":
+        loss = -chosen_logp
     if config.anchor_coef:
         loss = loss - config.anchor_coef * chosen_logp
     return loss, metrics | {"tpo/loss": loss, "tpo/chosen_logp": chosen_logp}

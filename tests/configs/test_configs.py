@@ -34,6 +34,7 @@ VARIANTS = {
         "PullCube-v1,ipi",
         "all,ipi",
     ),
+    "widowx_state": ("PutEggplantInBasketScene-v1,ipi", "all,sta_tpo"),
     "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
     "ipi_maniskill": (
         "pi05",
@@ -76,11 +77,13 @@ def test_the_table_above_lists_every_configuration():
 @pytest.mark.parametrize(("name", "variant"), [(name, variant) for name, all_ in VARIANTS.items() for variant in all_])
 def test_config_is_valid(name, variant):
     config = load(name, variant)
-    assert config.env.horizon == (60 if name in ("ipi_widowx", "sft_bridge") else 30)
+    assert config.env.horizon == (60 if name in ("ipi_widowx", "widowx_state", "sft_bridge") else 30)
     assert config.stages == load(name, variant).stages
 
 
-@pytest.mark.parametrize(("name", "word"), [("ipi_maniskill", ""), ("ipi_widowx", ""), ("franka_state", "all")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("ipi_maniskill", ""), ("ipi_widowx", ""), ("franka_state", "all"), ("widowx_state", "all")]
+)
 def test_one_policy_learns_all_tasks_of_its_robot_or_the_one_that_is_named(name, word):
     tasks = importlib.import_module(f"configs.{name}").TASKS
     config = load(name, word)

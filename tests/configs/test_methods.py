@@ -26,7 +26,7 @@ def values_of(method, *words):
     return values
 
 
-NAMES = ["sft", "grape", "sta_tpo", "ppo", "rl4vla", "pi_rl", "dense"]
+NAMES = ["sft", "grape", "sta_tpo", "chosen", "ppo", "rl4vla", "pi_rl", "dense"]
 NAMES += ["sta_ppo", "sta_ppo_paper", "sta_ppo_zero", "ipi"]
 
 

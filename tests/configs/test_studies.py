@@ -1,6 +1,8 @@
 """Studies: every run of them is a valid configuration, and methods differ in nothing but what makes them methods."""
 
 import importlib
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import study as command
 
 from stare_jax.config import to_dict
 from stare_jax.runs.directory import differences
+from stare_jax.runs.jobs import Queue
 from stare_jax.runs.study import plan_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,11 +30,16 @@ def test_there_are_studies():
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_runs_of_a_study_are_valid_and_have_the_same_numbers(name):
+def test_printed_commands_of_a_study_are_valid_and_have_the_same_numbers(name, tmp_path, capsys):
     methods = importlib.import_module("configs.methods").METHODS
     study = command.load_study(ROOT / "configs" / "studies" / f"{name}.py")
-    jobs = plan_study(study, methods, "runs/x")
-    assert len({job.name for job in jobs}) == len(jobs)
+    planned = plan_study(study, methods, "runs/x")
+    assert len({job.name for job in planned}) == len(planned)
+    command.print_commands(Queue(planned, tmp_path, [sys.executable, str(command.TRAIN)], [[0]]))
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert {tuple(words[:2]) for words in lines} == {("python", "launch/train.py")}
+    jobs = [job._replace(arguments=tuple(words[2:])) for job, words in zip(planned, lines, strict=True)]
+    assert jobs == list(planned)  # so nothing is lost in the shell
     for task in study.tasks:
         seed = study.seeds_of(task)[0]
         configs = {

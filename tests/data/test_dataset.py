@@ -274,7 +274,7 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
         ),
         ('"task": 0', '"task": 1', "episodes.task: got 1, expected at most 0 for PushCube-v1"),
         ('"episodes": [', '"episodes": [], "were": [', "episodes: got 0 rows, expected 1, as many as the shards hold"),
-        ('"seed": ', '"seed": -1, "was": ', r"episodes\[0\]\.seed: got -1, expected a whole number >= 0"),
+        ('"seed": ', '"seed": -1, "was": ', r"episodes\[0\]\.seed: got -1, expected greater than or equal to 0"),
         ('"length": 1', '"length": 2', r"shards\[0\]\.frames\.num_records: got 2, expected 3, as the lengths of"),
         ('"name": "', '"name": "../', r"shards\[0\]\.frames\.name: got '\.\./frames-00000.array_record', expected the"),
         (

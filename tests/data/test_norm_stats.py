@@ -142,7 +142,7 @@ def test_statistics_follow_a_shard_that_was_replaced_by_one_of_equal_length(tmp_
     renew_statistics(replaced)
     assert json.loads((first.directory / "norm_stats.json").read_text())["X"]["note"] == "mine"
     (first.directory / "norm_stats.json").write_text(json.dumps({"X": {"fingerprint": second.fingerprint}}))
-    with pytest.raises(DocumentError, match="norm_stats.json: X.action: got nothing, expected an object with mean"):
+    with pytest.raises(DocumentError, match="norm_stats.json: X.action: got nothing, expected an object"):
         renew_statistics(replaced)
 
 

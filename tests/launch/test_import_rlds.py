@@ -100,6 +100,15 @@ def test_images_are_resized_with_lanczos(bridge):
             np.testing.assert_allclose(got, np.clip(resized, 0, 255), atol=0.51)
 
 
+def test_a_dimension_that_quantiles_do_not_describe_is_named(bridge, tmp_path, capsys):
+    folder = shutil.copytree(bridge, tmp_path / "copy")
+    content = json.loads((folder / NORM_STATS_FILE).read_text())
+    content["bridge_orig"]["action"]["q99"][2] = content["bridge_orig"]["action"]["q01"][2]
+    (folder / NORM_STATS_FILE).write_text(json.dumps(content))
+    command.report(Dataset(folder))
+    assert "action 2: 98 % of its values lie within 0, all within" in capsys.readouterr().out
+
+
 def test_statistics_are_of_all_actions(bridge):
     (name, statistics), *others = json.loads((bridge / NORM_STATS_FILE).read_text()).items()
     actions = np.concatenate([bridge_actions(RAW[i]) for i in KEPT])

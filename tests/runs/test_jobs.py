@@ -175,9 +175,9 @@ def test_the_end_of_a_log_is_what_a_terminal_would_show(tmp_path):
     ("changes", "message"),
     [
         ({"seconds": None}, "seconds: got null and exit_code 0, expected both or neither"),
-        ({"seconds": -1.0}, "seconds: got -1.0, expected a finite number >= 0"),
-        ({"done_before": 2.0}, r"done_before: got 2.0, expected a finite number in \[0, 1\]"),
-        ({"slot": -1}, "slot: got -1, expected a whole number >= 0"),
+        ({"seconds": -1.0}, "seconds: got -1.0, expected greater than or equal to 0"),
+        ({"done_before": 2.0}, r"done_before: got 2.0, expected less than or equal to 1"),
+        ({"slot": -1}, "slot: got -1, expected greater than or equal to 0"),
         ({"arguments": "a"}, "arguments: got 'a', expected a list"),
     ],
 )

@@ -108,6 +108,19 @@ def test_demonstrations_that_are_given_are_not_collected():
     assert flags(jobs, "Push/sft/seed_0")["config.demos_from"] == "data/push"
 
 
+def test_a_task_may_have_a_configuration_of_its_own():
+    jobs = plan(config={"Push": "configs/x.py:{task},{method}", "Pull": "configs/y.py:{method}"})
+    assert flags(jobs, "Push/ppo/seed_0")["config"] == "configs/x.py:Push,ppo"
+    assert flags(jobs, "Pull/demos")["config"] == "configs/y.py:sft"
+
+
+def test_weights_that_are_given_are_those_that_imitations_start_from():
+    jobs = plan(init_from="weights/7b")
+    starts = {name: flags(jobs, name).get("config.init_from") for name in names(jobs) if name.startswith("Push/")}
+    assert starts["Push/sft/seed_0"] == starts["Push/sft/seed_3"] == "weights/7b"
+    assert starts["Push/ppo/seed_3"] == "runs/x/Push/sft/seed_3/sft" and starts["Push/demos"] is None
+
+
 def test_further_arguments_are_those_of_every_run():
     jobs = plan_study(STUDY, METHODS, "runs/x", more=("--config.ppo.gamma=0.7",))
     assert all("--config.ppo.gamma=0.7" in job.arguments for job in jobs)
@@ -134,6 +147,7 @@ def test_some_runs_with_all_that_they_begin_with():
         ({"config": "x.py:{taks}"}, "config: got 'x.py:{taks}', expected no braces but {task} and {method}"),
         ({"seeds": (1, 1)}, "seeds of Push: got .*, expected at least one, each once"),
         ({"seeds": {"Push": (1,)}}, "seeds: got those of Push, expected those of Push, Pull"),
+        ({"config": {"Push": "x"}}, "config: got those of Push, expected those of Push, Pull"),
         ({"task_changes": {"Lift": {}}}, "task_changes: got Lift, expected some of Push, Pull"),
         ({"without": (("Push", "dense"),)}, "without: got dense, expected some of ppo, ipi"),
         ({"variants": {"ppo": Variant("dense", {})}}, "variants: got ppo, expected names that no method has"),

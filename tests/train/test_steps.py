@@ -193,6 +193,17 @@ def test_tpo_in_two_passes_is_tpo_in_one(policy, params, spec):
     assert moved(params, whole.params) == {"trunk_0", "logits"}
 
 
+def test_more_imitation_is_of_the_chosen_actions_and_of_nothing_else(policy, params, spec):
+    """Minus their mean log-probability, which is the reference's before the first step; rejected ones do not matter."""
+    batch = score_pairs(policy, params, random_pairs(policy, params, 3), spec, batch_size=64)
+    config = TPOConfig(variant="imitation", optimizer=VALUE_FROZEN)
+    after, metrics = take_step(make_tpo_step, policy, params, config, batch)
+    assert metrics["tpo/loss"] == pytest.approx(-batch.chosen.ref_logp[batch.chosen.valid].mean(), rel=1e-5)
+    other, _ = take_step(make_tpo_step, policy, params, config, batch._replace(rejected=batch.chosen))
+    assert_same(other.params, after.params, atol=1e-7)
+    assert moved(params, after.params) == {"trunk_0", "logits"}
+
+
 def test_stages_and_costs_of_a_pair_are_those_of_its_task(policy, params, spec):
     pairs = random_pairs(policy, params, 4)
     other = dataclasses.replace(spec, params=dataclasses.replace(spec.params, delta_reach=0.09, lambda_perp=7.0))

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_openvla(tmp_path):
     """Reading holds the model, and no leaf twice; writing two leaves, one as it is stored and one as it is."""
     for name, sizes in {"large": LARGE, "small": SMALL._replace(key_width=16)}.items():
