@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from stare_jax.logging import announce_compiling
 from stare_jax.losses import GroupAdvantage, chunk_rewards, explained_variance, gae, group_advantages, whiten
@@ -23,7 +22,7 @@ from stare_jax.stages import TaskSpec, potentials, separate, shape_rewards, succ
 from stare_jax.stages.rewards import Reward, episode_rewards
 from stare_jax.stages.shaping import TerminalPotential, TimeLimit
 from stare_jax.train import update
-from stare_jax.types import Array, Decisions, Observation, PyTree, Signals
+from stare_jax.types import Array, Decisions, Observation, Signals
 
 Advantage = Literal["gae", *get_args(GroupAdvantage)]
 """Advantage of a decision: over the critic's expectation ("gae"), or its episode's over others that began alike."""
@@ -261,11 +260,8 @@ def _minibatch(batch: PPOBatch, at: tuple[np.ndarray, np.ndarray], size: int) ->
     return DecisionBatch(observation, trace, *(x[at] for x in scores), valid=np.arange(size) < number)
 
 
-def make_rescore(
-    policy: Policy, temperature: float, size: int, microbatch_size: int | None
-) -> Callable[[PyTree, PPOBatch, Mesh], PPOBatch]:
-    """Returns (params, batch, mesh) -> the batch with the log-probabilities that these parameters give, which are
-    rounded as those of the updates: the parts are of the same sizes."""
+def make_rescore(policy: Policy, temperature: float, size: int, microbatch_size: int | None) -> Callable[..., PPOBatch]:
+    """Returns (params, batch, mesh) -> the batch scored by these parameters, in parts as large as those of updates."""
 
     @jax.jit
     def score(params, rows):
