@@ -5,12 +5,16 @@
     python launch/compare.py --out=results/franka_state --study=runs/franka_state --target=0.8
 
 Writes curves.png and curves_dark.png, curves.csv, and README.md with the tables that it also prints. Runs may
-still be under way. Of a study's folder (launch/study.py) it writes these for every task, and above them README.md and
-success.csv: success by method and task over seeds, beside the paper's numbers, and steps to the target. Text given with
---command is put into the README of a comparison, without the folders of absolute paths.
+still be under way. Of a study's folder (launch/study.py) it writes these for every task, and above them README.md,
+success.csv, stages.csv and differences.csv: success by method and task over seeds, beside the paper's numbers, its
+claims, steps to the target, stages by method (figure 5), differences paired by seed, toggles of stages (figure 6), and
+how the numbers were made; where runs have been evaluated out of distribution (launch/evaluate.py --perturb) also ood.md
+and ood.csv, methods by perturbations. Text given with --command is put into the README, without the folders of absolute
+paths.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +24,12 @@ import command
 from stare_jax.config import ConfigError, home_path
 from stare_jax.report.comparison import DIAGNOSTICS, Choices, print_comparison, write_comparison
 from stare_jax.report.curves import CurveError, check_comparable, read_runs
-from stare_jax.report.study import find_runs, write_study
+from stare_jax.report.perturbed_study import write_perturbed_study
+from stare_jax.report.study import write_study
+from stare_jax.report.study_runs import find_runs
 
-WRITTEN = ("README.md", "curves.csv", "curves.png", "curves_dark.png", "success.csv")
+WRITTEN = ("README.md", "curves.csv", "curves.png", "curves_dark.png", "success.csv", "stages.csv")
+WRITTEN += ("differences.csv", "ood.md", "ood.csv")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,18 +37,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("settings", nargs="*", metavar="LABEL=RUN[,RUN...]", help="a setting and its run directories")
     add("--study", type=command.path, metavar="FOLDER", help="a study's folder, in place of settings")
-    add("--baseline", default="ppo", metavar="METHOD", help="of a study: divide steps by its steps (default: ppo)")
+    add(
+        "--baseline",
+        default="ppo",
+        metavar="METHOD",
+        help="of a study: compare others with it (default: ppo)",
+    )
     add("--out", type=command.path, required=True, metavar="FOLDER", help="folder to write into")
     add("--phase", default="ppo", help="phase of the metrics (default: ppo)")
     add("--metrics", metavar="NAME[,NAME...]", help=f"metrics of further panels (default: {','.join(DIAGNOSTICS)})")
     add("--target", type=float, default=0.95, help="success rate to reach (default: 0.95)")
-    add("--smooth", type=int, default=5, metavar="N", help="iterations of the moving average (default: 5)")
+    add("--smooth", type=command.count, default=5, metavar="N", help="iterations of the moving average (default: 5)")
     add("--command", action="append", default=[], help="command that made the runs, to record; may be repeated")
     arguments = parser.parse_args(argv)
     if bool(arguments.settings) == bool(arguments.study):
         parser.error("give settings, LABEL=RUN[,RUN...], or --study=FOLDER")
     if arguments.study and arguments.phase != "ppo":
         parser.error("--study compares the phase ppo")
+    arguments.made_by = shlex.join(["python", "launch/compare.py", *(sys.argv[1:] if argv is None else argv)])
     return arguments
 
 
@@ -68,8 +81,6 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Path]]:
 def make_choices(arguments: argparse.Namespace) -> Choices:
     if not 0 < arguments.target <= 1:
         raise CurveError(f"target: got {arguments.target:g}, expected in (0, 1]")
-    if arguments.smooth < 1:
-        raise CurveError(f"smooth: got {arguments.smooth}, expected at least 1")
     metrics = DIAGNOSTICS
     if arguments.metrics is not None:
         metrics = tuple(dict.fromkeys(name.strip() for name in arguments.metrics.split(",") if name.strip()))
@@ -96,7 +107,10 @@ def compare_study(arguments: argparse.Namespace) -> None:
     choices, runs = make_choices(arguments), find_runs(arguments.study, list(METHODS))
     for task in {run.task for run in runs}:
         check_out(arguments.out / task)
+    choices = choices._replace(commands=(arguments.made_by, *choices.commands))
     write_study(runs, arguments.out, choices, rows=rows, baseline=arguments.baseline)
+    if path := write_perturbed_study(runs, arguments.out):
+        print(f"written: {path}")
     print(f"written: {arguments.out / 'README.md'}")
 
 

@@ -3,6 +3,8 @@
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --num-episodes=100
     python launch/evaluate.py --run=runs/quickstart --phase=ppo --temperature=1 --name=ppo_sampled
     python launch/evaluate.py --run=runs/quickstart --phase=expert
+    python launch/evaluate.py --run=runs/quickstart --phase=ppo --perturb=all
+    python launch/evaluate.py --run=runs/quickstart --phase=sft --perturb=vision/light --perturb=execution
     python launch/evaluate.py --run=runs/widowx --weights=weights/openvla-7b
     python launch/evaluate.py --weights=weights/openvla-7b --config=configs/ipi_widowx.py --mesh.fsdp=1
     python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --num-workers=8 --envs-per-worker=4
@@ -11,6 +13,8 @@
 
 Options that are not given are as in the run's own configuration, so the episodes are those of its other evaluations.
 Without a run a configuration says task, simulators and episodes, and the results go to --workdir.
+With --perturb, episodes out of distribution go to ood/NAME/ of that directory, beside undisturbed ones on the same
+seeds; what is there already, of the same weights and protocol, is not played again.
 Ctrl-C or SIGTERM stops; the parts that are done are kept, and the same command goes on after them.
 """
 
@@ -26,16 +30,20 @@ from typing import NamedTuple
 import command
 import jax
 from configuration import load_configuration, split_fields
+from perturbing import add_option, choose_perturbations, evaluate_perturbed
 
 from stare_jax.config import ConfigError, from_dict, make_name, user_input
 from stare_jax.data.demos import experts_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
 from stare_jax.envs.tasks import make_expert
-from stare_jax.evaluate.protocol import ActOf, EvalConfig, episode_seeds, evaluate_act, policy_act_of
+from stare_jax.evaluate.films import Film
+from stare_jax.evaluate.protocol import ActOf, EvalConfig, Evaluation, episode_seeds, evaluate_act, policy_act_of
 from stare_jax.evaluate.record import evaluation_file, load_results, partial_folder, unused_name
 from stare_jax.evaluate.summary import RateOverRuns, rate_over_runs
 from stare_jax.logging import Clock, Interruption, print_table, say
+from stare_jax.models import Policy
 from stare_jax.report.films import record_evaluation
+from stare_jax.report.perturbed import ood_folder
 from stare_jax.report.report import print_report, write_report
 from stare_jax.report.tables import MISSING
 from stare_jax.runs.config import RunConfig
@@ -56,6 +64,8 @@ class Subject(NamedTuple):
     """Name of the checkpoint, or "expert"."""
     chunk: int
     """Actions of a decision."""
+    policy: Policy | None = None
+    """None for experts."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--across", type=command.path, nargs="+", metavar="RUN", help="print the rates of each phase over several runs"
     )
     add_options(parser)
+    add_option(parser)
     command.add_mesh(parser)
     fields, others = split_fields(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
@@ -85,6 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{fields[0]} goes with --config=FILE")
     if arguments.workdir and not arguments.config:
         parser.error("--workdir goes with --config; the results of a run go to its directory")
+    if arguments.perturb and not (arguments.run or arguments.config):
+        parser.error("--perturb goes with --run or --config")
     return arguments
 
 
@@ -172,7 +185,7 @@ def load_subject(
     _, policy, params = load_policy(folder, step=step, mesh=mesh)
     check_policy(policy, simulators, name=str(folder))
     act_of = policy_act_of(policy, params, jax.random.key(0), temperature=temperature, mesh=mesh)
-    return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk)
+    return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk, policy=policy)
 
 
 def default_name(weights: Path) -> str:
@@ -194,36 +207,61 @@ def choose_config(arguments: argparse.Namespace) -> RunConfig:
     return from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
 
 
-def evaluate_subject(arguments: argparse.Namespace) -> None:
-    """Evaluates the policy or the expert that the command line names and adds the result to its directory."""
-    config, directory = choose_config(arguments), results_directory(arguments)
-    with user_input():
-        name = arguments.name or unused_name(directory, arguments.phase or default_name(arguments.weights))
-        file = evaluation_file(directory, name)
-        evaluation_config = eval_config(config.evaluation, arguments)
-        simulators = env_config(config.env, arguments)
+def play(
+    subject: Subject,
+    config: RunConfig,
+    simulators: EnvConfig,
+    episodes: EvalConfig,
+    directory: Path,
+    name: str,
+    interruption: Interruption,
+) -> tuple[Evaluation, list[Film]]:
+    """Evaluates a subject in simulators and adds the result, under a name, to a directory."""
     spec = config.specs
-    with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption())
-        subject = load_subject(config, simulators, evaluation_config.temperature, arguments)
-        simulator = stack.enter_context(contextlib.closing(make_vec_env(simulators)))
+    with contextlib.closing(make_vec_env(simulators)) as simulator:
         clock = Clock()
         evaluation, films = evaluate_act(
             subject.act_of,
             simulator,
             spec,
-            evaluation_config,
+            episodes,
             depends_on_batch=subject.depends_on_batch,
             conditions=evaluation_conditions(simulators, subject.name),
-            folder=partial_folder(file),
+            folder=partial_folder(evaluation_file(directory, name)),
             desc=f"evaluate {name}",
             should_stop=lambda: interruption.requested,
             clock=clock,
         )
         say(f"evaluate {name}: {evaluation.info.num_steps} steps | {clock.line()}")
     rewards_of = rewards_of_tasks(spec, config.ppo, chunk=subject.chunk)
-    num_videos = evaluation_config.num_videos
-    record_evaluation(directory, name, evaluation, films, spec, rewards_of, num_videos=num_videos)
+    record_evaluation(directory, name, evaluation, films, spec, rewards_of, num_videos=episodes.num_videos)
+    return evaluation, films
+
+
+def evaluate_subject(arguments: argparse.Namespace) -> None:
+    """Evaluates the policy or the expert that the command line names and adds the result to its directory."""
+    config, directory = choose_config(arguments), results_directory(arguments)
+    with user_input():
+        usual = arguments.phase or default_name(arguments.weights)
+        name = arguments.name or (usual if arguments.perturb else unused_name(directory, usual))
+        evaluation_file(directory, name)
+        episodes = eval_config(config.evaluation, arguments)
+        simulators = env_config(config.env, arguments)
+        perturbations = choose_perturbations(arguments.perturb, simulators)
+    with Interruption() as interruption:
+        subject = load_subject(config, simulators, episodes.temperature, arguments)
+        if not perturbations:
+            play(subject, config, simulators, episodes, directory, name, interruption)
+            return
+        with user_input():
+            evaluate_perturbed(
+                lambda changed, folder, file: play(subject, config, changed, episodes, folder, file, interruption),
+                perturbations,
+                subject,
+                simulators,
+                episodes,
+                ood_folder(directory, name),
+            )
 
 
 def compare_runs(directories: Sequence[Path]) -> None:
@@ -264,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = arguments.report or results_directory(arguments)
         if not directory.is_dir():
             raise ConfigError(f"{directory}: expected a run directory, but there is none")
-        print_report(directory)
+        if not arguments.perturb:  # Its own table is printed.
+            print_report(directory)
         say(f"report: {write_report(directory)}")
         return None
 

@@ -118,16 +118,21 @@ def home_path(text: str) -> Path:
     Shells leave a `~` after `=` as it is, so every path of a command line or a configuration comes through here.
 
     Raises:
-        ConfigError: it is empty, or has a line's end in it, or there is no such directory.
+        ConfigError: it is empty, has a line's end in it, there is no such directory, or its links lead in a circle.
     """
     if not text:
         raise ConfigError("got an empty path, expected the name of a file or a folder")
     if any(character < " " for character in text):
         raise ConfigError(f"got {text!r}, expected a path without control characters or line ends")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"got {text!r}, expected a path; no such home directory is known") from error
+    try:
+        path.resolve()
+    except RuntimeError as error:
+        raise ConfigError(f"got {text!r}, expected a path; its links lead in a circle") from error
+    return path
 
 
 def check_name(name: str, field: str) -> str:

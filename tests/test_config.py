@@ -200,7 +200,7 @@ def test_user_input_keeps_the_kind_of_a_users_mistake():
         raise ValueError("y")
 
 
-def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch):
+def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     assert home_path("~/data") == Path("/home/me/data") and home_path("a/~") == Path("a/~")
 
@@ -218,6 +218,9 @@ def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkey
         home_path("")
     with pytest.raises(ConfigError, match=r"got 'data\\r', expected a path without control characters or line ends"):
         home_path("data\r")  # of a script that Windows has saved
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="loop/x', expected a path; its links lead in a circle"):
+        home_path(f"{tmp_path}/loop/x")
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_metadata(tmp_path):
     written = json.loads((tmp_path / "run/versions.json").read_text())
     assert written == versions()
     assert written["packages"]["jax"] and written["device"].endswith("(cpu)")
+    assert written["processor"]  # of every Linux machine
 
 
 # ----------------------------------------------------------------------------------------------------------- terminal

@@ -8,6 +8,7 @@ import numpy as np
 
 from stare_jax.config import Count, Finite, Natural, Positive, check_fields
 from stare_jax.envs.base import SimulatorInfo
+from stare_jax.envs.maniskill.perturbations import obstacle
 from stare_jax.envs.maniskill.scenes import Scene
 from stare_jax.envs.maniskill.widowx import JitterName
 from stare_jax.envs.tasks import load_task
@@ -73,6 +74,10 @@ class EnvConfig:
     together, theirs joined by "+". The tasks have the same robot, camera and number of stages, and different
     instructions."""
 
+    perturbation: str = ""
+    """a change of all episodes that training has not seen, as "vision/light"; a name of `PERTURBATIONS`, see
+    docs/evaluation.md. Empty for none. For simulators on the CPU."""
+
     def __post_init__(self):
         check_fields(self)
         if self.tasks and self.task:
@@ -109,6 +114,9 @@ class EnvConfig:
         if self.num_workers < len(self.tasks):
             expected = f"at least {len(self.tasks)}, one process for each of {self.env_id}"
             raise ValueError(f"num_workers: got {self.num_workers}, expected {expected}")
+        for spec in self.specs if self.perturbation else ():
+            if reason := obstacle(self.perturbation, spec.env_id, has_images=bool(self.image_size)):
+                raise ValueError(f"perturbation: got {self.perturbation!r} for {spec.env_id}, {reason}")
 
     def _join_tasks(self) -> None:
         """Checks that several tasks fit one policy, and sets `env_id`."""
@@ -136,6 +144,8 @@ class EnvConfig:
         """The field that ManiSkill does not support for a part of a batch, as a message; None if there is none."""
         if self.tasks:
             return f"backend: got 'cuda' for {self.env_id}, expected 'cpu': a batch on a GPU is of one task"
+        if self.perturbation:
+            return f"backend: got 'cuda' with perturbation {self.perturbation!r}, expected 'cpu', which alone has them"
         if self.scene.num_starts:
             return (
                 f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
@@ -224,7 +234,9 @@ class EnvConfig:
     def data_settings(self) -> dict[str, Any]:
         """Settings that data from these simulators depend on, besides task, control mode and horizon; for manifests."""
         is_panda_drawn = self.scene.robot == "panda" and bool(self.image_size)
-        return {
+        # Data from before there were perturbations say nothing of them.
+        perturbation = {"perturbation": self.perturbation} if self.perturbation else {}
+        return perturbation | {
             "backend": self.backend,
             "camera": self.scene.camera.name if self.image_size else None,
             "image_shape": list(self.image_shape),

@@ -38,3 +38,10 @@ def euler_xyz(matrix: np.ndarray) -> np.ndarray:
             np.arctan2(-matrix[0, 1], matrix[0, 0]),
         ]
     )
+
+
+def turned_about_z(quat: np.ndarray, angle: float) -> np.ndarray:
+    """Returns the quaternion `[4]` of an orientation turned about the vertical of the world."""
+    cosine, sine = np.cos(angle / 2), np.sin(angle / 2)
+    w, x, y, z = quat
+    return np.array([cosine * w - sine * z, cosine * x - sine * y, cosine * y + sine * x, cosine * z + sine * w])

@@ -70,6 +70,8 @@ class Conditions(NamedTuple):
     """Device of the physics, "cpu" or "cuda"; one seed begins with different states on the two."""
     jitter: str = ""
     """Random displacement of the task's official starts; "none" for tasks without official starts."""
+    perturbation: str = ""
+    """Name of a change of all episodes, as "vision/light"; "" for none."""
 
 
 UNKNOWN = Conditions()
@@ -102,6 +104,8 @@ class EvalInfo(NamedTuple):
     checkpoint: str = ""
     tasks: tuple[TaskStages, ...] = ()
     """The tasks that `Episodes.task` counts; empty where there is one."""
+    perturbation: str = ""
+    """Field of `Conditions`; "" for none, as in files of earlier versions."""
 
 
 class Evaluation(NamedTuple):
@@ -254,6 +258,7 @@ def _info(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditio
         jitter=conditions.jitter,
         checkpoint=conditions.checkpoint,
         tasks=tasks if len(tasks) > 1 else (),
+        perturbation=conditions.perturbation,
     )
 
 

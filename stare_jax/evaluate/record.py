@@ -167,8 +167,8 @@ def headline_results(results: Sequence[PhaseResult]) -> list[PhaseResult]:
     The evaluations that the run itself has made count: they alone have settings, they follow the run's one protocol,
     and each is of the weights that its phase ended with. Evaluations that were added by hand, with other seeds, weights
     or numbers of episodes, do not replace them. Where the run has made none, one that was added stands for each phase
-    whose weights it is of: the one with the most episodes, and of equals the first by name. Where there is none of a
-    phase either, it is the last of all.
+    whose weights it is of, if its episodes were not perturbed: the one with the most episodes, and of equals the first
+    by name. Where there is none of a phase either, it is the last of all.
 
     Args:
         results: as `load_results` returns them.
@@ -179,7 +179,8 @@ def headline_results(results: Sequence[PhaseResult]) -> list[PhaseResult]:
     for result in results:
         phase = result.evaluation.info.checkpoint.partition("/")[0] or result.phase
         best = of_phase.get(phase)
-        if phase in PHASE_ORDER[1:] and (best is None or result.summary.num_episodes > best.summary.num_episodes):
+        is_usual = phase in PHASE_ORDER[1:] and not result.evaluation.info.perturbation
+        if is_usual and (best is None or result.summary.num_episodes > best.summary.num_episodes):
             of_phase[phase] = result
     return [of_phase[phase] for phase in PHASE_ORDER if phase in of_phase] or list(results[-1:])
 

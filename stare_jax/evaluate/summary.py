@@ -76,7 +76,7 @@ def summarize(evaluation: Evaluation) -> Summary:
 
     episodes = evaluation.episodes
     counted = take(episodes, episodes.valid)
-    given = np.concatenate([np.ones_like(counted.completed[:, :1]), counted.completed[:, :-1]], axis=1)
+    given = given_stages(counted.completed)
     stages = tuple(
         StageRate(
             name=name,
@@ -99,6 +99,11 @@ def summarize(evaluation: Evaluation) -> Summary:
         stages=stages,
         tasks=tasks,
     )
+
+
+def given_stages(completed: np.ndarray) -> np.ndarray:
+    """Returns whether the stage before each is completed, bool `[E, K]`, from `[E, K]`; the first has none before."""
+    return np.concatenate([np.ones_like(completed[:, :1]), completed[:, :-1]], axis=1)
 
 
 def of_tasks(evaluation: Evaluation) -> list[Evaluation]:
@@ -126,18 +131,28 @@ def compare(first: Evaluation, second: Evaluation, outcome: SuccessName = "succe
     Raises:
         PairingError: another task or protocol, or no initial state in common; see `pairing_obstacle`.
     """
+    a, b = paired_episodes(first, second)
+    won, lost = getattr(a, outcome), getattr(b, outcome)
+    num_gained, num_lost, num_pairs = int((won & ~lost).sum()), int((lost & ~won).sum()), len(won)
+    num_distinct = min(len(np.unique(a.start)), len(np.unique(b.start)))
+    weight = num_distinct / num_pairs
+    difference = paired_difference(num_gained * weight, num_lost * weight, num_pairs * weight)
+    return Comparison(difference, num_gained, num_lost, num_pairs, num_distinct)
+
+
+def paired_episodes(first: Evaluation, second: Evaluation) -> tuple[Episodes, Episodes]:
+    """Returns the episodes of two evaluations that began in the same states, in one order; see `compare`.
+
+    Raises:
+        PairingError: as `compare` does.
+    """
     if obstacle := _obstacle(first, second):
         raise PairingError(
             f"{obstacle.name}: got {obstacle.got}, expected {obstacle.expected}, to compare like with like"
         )
     a, b = take(first.episodes, first.episodes.valid), take(second.episodes, second.episodes.valid)
     _, rows_a, rows_b = np.intersect1d(_pair_names(a), _pair_names(b), return_indices=True)
-    won, lost = getattr(a, outcome)[rows_a], getattr(b, outcome)[rows_b]
-    num_gained, num_lost, num_pairs = int((won & ~lost).sum()), int((lost & ~won).sum()), len(rows_a)
-    num_distinct = min(len(np.unique(a.start[rows_a])), len(np.unique(b.start[rows_b])))
-    weight = num_distinct / num_pairs
-    difference = paired_difference(num_gained * weight, num_lost * weight, num_pairs * weight)
-    return Comparison(difference, num_gained, num_lost, num_pairs, num_distinct)
+    return take(a, rows_a), take(b, rows_b)
 
 
 def pairing_obstacle(first: Evaluation, second: Evaluation) -> str:
@@ -154,7 +169,7 @@ class _Obstacle(NamedTuple):
     """Value of the first."""
 
 
-_PROTOCOL = ("env_id", "horizon", "temperature", "backend", "jitter")
+_PROTOCOL = ("env_id", "horizon", "temperature", "backend", "jitter", "perturbation")
 """Fields of `EvalInfo` that have to be equal where episodes are compared one by one."""
 
 
@@ -162,7 +177,8 @@ def _obstacle(first: Evaluation, second: Evaluation) -> _Obstacle | None:
     for name in _PROTOCOL:
         of_first, of_second = getattr(first.info, name), getattr(second.info, name)
         if of_first != of_second:
-            return _Obstacle(name, got=_words(of_second), expected=_words(of_first))
+            empty = "none" if name == "perturbation" else "unknown"
+            return _Obstacle(name, got=_words(of_second, empty), expected=_words(of_first, empty))
     a, b = take(first.episodes, first.episodes.valid), take(second.episodes, second.episodes.valid)
     is_old = [bool((part.start_hash == "").any()) for part in (a, b)]
     if is_old[0] != is_old[1]:
@@ -173,8 +189,8 @@ def _obstacle(first: Evaluation, second: Evaluation) -> _Obstacle | None:
     return None
 
 
-def _words(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value) or "unknown"
+def _words(value: object, empty: str = "unknown") -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value) or empty
 
 
 def _pair_names(episodes: Episodes) -> np.ndarray:

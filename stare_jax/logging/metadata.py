@@ -38,11 +38,22 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
+        "processor": _processor(),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "packages": {name: _package_version(name) for name in _PACKAGES},
     }
+
+
+def _processor() -> str | None:
+    """Returns the name of the processor; None where Linux does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
 
 
 def _git(*arguments: str) -> str | None:

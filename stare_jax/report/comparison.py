@@ -156,8 +156,7 @@ def csv_text(runs: Sequence[LearningCurve], metrics: Sequence[str]) -> str:
 def readme_text(runs: Sequence[LearningCurve], choices: Choices) -> str:
     """Returns the settings that were compared, the tables, notes on how to read them, and the commands."""
     labels, task = list(by_label(runs)), next((run.task for run in runs if run.task != "–"), "")
-    picture = '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="curves_dark.png">\n'
-    picture += f'  <img src="curves.png" alt="Learning curves of {_cell(", ".join(labels))}">\n</picture>'
+    picture = picture_of("curves.png", f"Learning curves of {_cell(', '.join(labels))}")
     parts = [f"# {' against '.join(labels)}" + (f", {task}" if task else "")]
     parts += [f"Phase {choices.phase}, {len(runs)} runs of {len(labels)} settings. Numbers: [curves.csv](curves.csv)."]
     parts += [picture, markdown_table(*runs_table(runs, choices)), markdown_table(*settings_table(runs, choices))]
@@ -201,6 +200,18 @@ def _protocol(result: PhaseResult) -> str:
     temperature = result.evaluation.info.temperature
     decoding = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
     return f"{result.summary.num_episodes} episodes, {decoding}"
+
+
+def picture_of(file: str, alt: str) -> str:
+    """Returns a figure as Markdown, in its dark version on a dark page.
+
+    Args:
+        file: PNG file, relative to the page.
+        alt: words for readers who do not see it.
+    """
+    dark = f"{file.removesuffix('.png')}_dark.png"
+    source = f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>\n{source}\n  <img src="{file}" alt="{alt}">\n</picture>'
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

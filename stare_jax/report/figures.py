@@ -22,6 +22,8 @@ from stare_jax.report.timeline import Timeline
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 SUCCESS = "#009E73"
+MAX_BESIDE_TITLE = 4
+"""Most names of a legend for which there is room beside a title."""
 
 
 class Theme(NamedTuple):
@@ -137,14 +139,11 @@ def draw_rates(
         axis.set_yticks(range(0, 101, 20))
         axis.set_ylabel("% of episodes, 95 % interval")
         axis.grid(False, axis="x")
-        axis.legend(
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            ncols=len(series),
-            frameon=False,
-            labelcolor=theme.text,
-            fontsize=9,
-        )
+        look = {"frameon": False, "labelcolor": theme.text, "fontsize": 9}
+        if len(series) > MAX_BESIDE_TITLE:
+            figure.legend(loc="outside lower center", ncols=len(series), columnspacing=1.2, handlelength=1.2, **look)
+        else:
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), **look)
 
     save_figure(draw, path, size=(8.4, 3.4))
 

@@ -12,6 +12,8 @@ from stare_jax.evaluate.summary import compare, pairing_obstacle
 from stare_jax.logging import print_table, read_metrics, replace_text
 from stare_jax.report.figures import PALETTE, dark_path, draw_curves, draw_rates
 from stare_jax.report.page import Html, element, film, join, page, picture, shares, table
+from stare_jax.report.perturbed import FOLDER as PERTURBED
+from stare_jax.report.perturbed import load_perturbed, perturbed_table
 from stare_jax.report.tables import (
     MISSING,
     OUTCOMES,
@@ -55,8 +57,9 @@ def print_report(run_directory: str | Path) -> None:
 def write_report(run_directory: str | Path) -> Path:
     """Writes `report.html` and its figures from the files of the run directory, and returns its path.
 
-    Reads `eval/*.json` with the films and pictures they name, `metrics.jsonl`, `config.json`, `<phase>/versions.json`;
-    missing files are left out. Page and figures are whole at every moment, also while a trainer writes the same ones.
+    Reads `eval/*.json` with the films and pictures they name, those of `ood/*/`, `metrics.jsonl`, `config.json` and
+    `<phase>/versions.json`; missing files are left out. Page and figures are whole at every moment, also while a
+    trainer writes the same ones.
     """
     run_directory = Path(run_directory)
     results = load_results(run_directory)
@@ -66,6 +69,7 @@ def write_report(run_directory: str | Path) -> Path:
     if results:
         sections += [_success_section(run_directory, results), _stages_section(run_directory, results)]
         sections += [_episode_section(run_directory, results), _films_section(run_directory, results)]
+    sections += [_perturbed_section(run_directory)]
     sections += [_pairs_section(lines), _curves_section(run_directory, lines), _time_section(lines, results)]
     sections += [_file_section(run_directory, "config.json", "Configuration")]
     for file in sorted(run_directory.glob("*/versions.json")):
@@ -170,6 +174,21 @@ def _films_section(run_directory: Path, results: Sequence[PhaseResult]) -> Html:
             films = [film(video["file"], f"seed {video['seed']}: {video['outcome']}") for video in videos]
             parts += [element("h3", f"After {result.phase}"), element("div", *films, class_="films")]
     return join(parts) if len(parts) > 1 else Html("")
+
+
+def _perturbed_section(run_directory: Path) -> Html:
+    parts = [element("h2", "Out of distribution")]
+    for folder in sorted((run_directory / PERTURBED).glob("*")):
+        evaluations = load_perturbed(folder)
+        if "" in evaluations:
+            seen = f"{PERTURBED}/{folder.name}/seen.png"
+            parts += [element("h3", folder.name), table(*perturbed_table(evaluations))]
+            parts += [_picture(run_directory, seen, "States of the first episode of each.")]
+    note = (
+        "% of episodes with Wilson's interval; differences from none in points, paired by seed, with a bootstrap over "
+        "the undisturbed starts; all at 95 %."
+    )
+    return join([*parts, element("p", note, class_="muted")]) if len(parts) > 1 else Html("")
 
 
 def _pairs_section(lines: Sequence[Mapping[str, Any]]) -> Html:

@@ -28,6 +28,9 @@ def rates_table(results: Sequence[PhaseResult]) -> Table:
     rows = [(name, *(percent(getattr(s, field)) for s in summaries)) for field, name in rates.items()]
     rows.append(("median steps to success", *(_number(s.median_steps) for s in summaries)))
     rows.append(("episodes, distinct starts", *(f"{s.num_episodes}, {s.num_distinct}" for s in summaries)))
+    perturbations = [result.evaluation.info.perturbation for result in results]
+    if any(perturbations):
+        rows.append(("perturbation", *(name or "none" for name in perturbations)))
     if any(s.num_dropped for s in summaries):
         rows.append(("lost with a simulator", *(str(s.num_dropped) for s in summaries)))
     return ("% of episodes", *(result.phase for result in results)), rows

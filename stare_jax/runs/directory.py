@@ -9,6 +9,7 @@
     <phase>/checkpoints/
     tpo/pairs/             rollouts of the policy that TPO starts from, and their pairs
     eval/                  evaluations
+    ood/<phase>/           evaluations out of distribution
     set_aside/<n>/         phases that were done again (`set_aside`)
 
 A run goes on in its directory with the same configuration only. Sections of phases that have not begun may change, and
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.documents import check_record, read_json
 from stare_jax.logging import move_aside, replace_text, say, write_versions
+from stare_jax.report.perturbed import ood_folder
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
@@ -171,6 +173,7 @@ def set_aside(directory: Path, phases: Sequence[str]) -> Path | None:
     found = [directory / phase for phase in phases if (directory / phase).exists()]
     found += [file for phase in phases for file in sorted((directory / "eval").glob(f"{phase}.*"))]
     found += [directory / "tb" / phase for phase in phases if (directory / "tb" / phase).exists()]
+    found += [ood_folder(directory, phase) for phase in phases if ood_folder(directory, phase).exists()]
     if not any(has_begun(directory / phase) for phase in PHASES if phase not in phases):
         found += [file for file in [directory / STATISTICS_FILE] if file.exists()]
     return move_aside(directory, found)

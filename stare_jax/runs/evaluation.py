@@ -20,7 +20,7 @@ def evaluation_conditions(env: EnvConfig, checkpoint: str) -> Conditions:
         checkpoint: name of the weights, as `runs.load.identify_checkpoint` returns it, or "expert".
     """
     backend = resolve_backend(env, report=lambda text: None).backend
-    return Conditions(checkpoint, backend, env.data_settings["jitter"])
+    return Conditions(checkpoint, backend, env.data_settings["jitter"], env.perturbation)
 
 
 def rewards_of_tasks(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> list[RewardsFn]:

@@ -7,6 +7,7 @@ import numpy as np
 from stare_jax.config import ConfigError, user_input
 from stare_jax.envs import EnvConfig
 from stare_jax.envs.maniskill.batched import missing_for_cuda
+from stare_jax.envs.maniskill.perturbations import PERTURBATIONS, instructions_of
 from stare_jax.envs.seeds import SLOT_SIZE
 from stare_jax.envs.tasks import load_task
 from stare_jax.models import OpenVLAConfig, Policy
@@ -45,7 +46,34 @@ def check_policy(policy: Policy, env: EnvConfig, *, name: str) -> None:
     wrong = [*_policy(policy, env, "")]
     if wrong:
         raise ConfigError(f"{name}: {'; '.join(wrong)}")
-    check_prompts(policy, [spec.instruction for spec in env.specs])
+    check_prompts(policy, [text for spec in env.specs for text in instructions_of(env.perturbation, spec)])
+
+
+def unseen_perturbation(policy: Policy | None, env: EnvConfig) -> str:
+    """Returns the reason why a policy cannot notice the perturbation of simulators, "" if it can.
+
+    Args:
+        policy: None for experts, which read the state.
+        env: simulators with a perturbation.
+    """
+    seen_in = PERTURBATIONS[env.perturbation].seen_in
+    if not seen_in:
+        return ""
+    if policy is None:
+        return f"experts read no {seen_in}: it would change nothing"
+    if seen_in == "images":
+        return "" if policy.observation_shape(1).images else "the policy reads no images: it would change nothing"
+    words = [(spec.instruction, *instructions_of(env.perturbation, spec)) for spec in env.specs]
+    try:
+        check_prompts(policy, [text for texts in words for text in texts])
+    except ConfigError as error:
+        return f"the policy cannot read its words: {error}"
+    no_state = np.zeros((1, policy.observation_shape(1).state.shape[1]), np.float32)
+    for usual, *others in words:
+        prompt = policy.tokenize([usual], no_state)[0]
+        if all(np.array_equal(policy.tokenize([text], no_state)[0], prompt) for text in others):
+            return "the policy reads no words: it would change nothing"
+    return ""
 
 
 def check_expert(env: EnvConfig) -> None:

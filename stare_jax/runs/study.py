@@ -194,7 +194,7 @@ def _check_types(study: Study) -> None:
     """Raises ConfigError where a field of a study is of another type, or its configuration has unknown braces."""
     names = tuple[str, ...]
     for field, hint in (
-        ("config", str),
+        ("init_from", str),
         ("methods", names),
         ("tasks", names),
         ("without", tuple[tuple[str, str], ...]),
@@ -209,10 +209,14 @@ def _check_types(study: Study) -> None:
     seeds = study.seeds.items() if isinstance(study.seeds, Mapping) else [("all tasks", study.seeds)]
     for task, values in seeds:
         convert(tuple[Seed, ...], values, f"seeds of {task}")
-    try:
-        study.config.format(task="", method="")
-    except (LookupError, ValueError, AttributeError) as error:
-        raise ConfigError(f"config: got {study.config!r}, expected no braces but {{task}} and {{method}}") from error
+    configs = study.config.items() if isinstance(study.config, Mapping) else [("", study.config)]
+    for task, text in configs:
+        field = f"config.{task}" if task else "config"
+        convert(str, text, field)
+        try:
+            text.format(task="", method="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{field}: got {text!r}, expected no braces but {{task}} and {{method}}") from error
 
 
 def sections_of(phase: Phase) -> tuple[str, ...]:

@@ -89,11 +89,12 @@ class BackgroundWriter:
     def __init__(self, directory: Path, *, keep: int):
         check_place(directory)
         self._directory, self._keep = directory, keep
-        self._checkpointer = ocp.training.Checkpointer(
-            directory,
-            # Which steps to save is the caller's choice; Orbax's own default skips some.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        )
+        with explained(directory):  # the metadata of all steps is read
+            self._checkpointer = ocp.training.Checkpointer(
+                directory,
+                # Which steps to save is the caller's choice; Orbax's own default skips some.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._finishing: Future | None = None
 

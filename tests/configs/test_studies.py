@@ -1,6 +1,7 @@
 """Studies: every run of them is a valid configuration, and methods differ in nothing but what makes them methods."""
 
 import importlib
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import study as command
 
 from stare_jax.config import to_dict
+from stare_jax.report.study_runs import StudyRun
+from stare_jax.report.study_stages import Toggles, find_toggles
 from stare_jax.runs.directory import differences
 from stare_jax.runs.jobs import Queue
 from stare_jax.runs.study import plan_study
@@ -57,3 +60,17 @@ def test_printed_commands_of_a_study_are_valid_and_have_the_same_numbers(name, t
             changes = differences(to_dict(configs["sft"]), to_dict(config), "config")
             assert {change.path for change in changes} <= own | PLACES, method
             assert config.phases == (step.phase,) and config.seed == seed
+
+
+def test_toggles_are_found_among_the_runs_of_their_study_by_what_they_turn_off():
+    """By configurations as runs keep them; PPO, which has no signal at all, is not the one with all signals."""
+    study = command.load_study(ROOT / "configs" / "studies" / "franka_toggles.py")
+    jobs = plan_study(study, importlib.import_module("configs.methods").METHODS, "runs/x")
+    runs = []
+    for job in jobs:
+        if job.name.startswith("StackCube-v1/") and job.name.endswith(("seed_0", "seed_1")):
+            task, method, seed = job.name.split("/")
+            config = json.loads(json.dumps(to_dict(command.read_config(job))))
+            runs.append(StudyRun(task, method, seed.removeprefix("seed_"), Path(job.name), config, result=...))
+    expected = Toggles("sta_ppo", {stage: f"without_{stage + 1}" for stage in range(4)})
+    assert find_toggles(runs, "StackCube-v1") == find_toggles(runs[::-1], "StackCube-v1") == expected

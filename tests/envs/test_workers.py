@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
+from stare_jax.envs.maniskill.perturbations import episode_instruction
 from stare_jax.envs.maniskill.simulator import Frame
 from stare_jax.envs.pool import fork_server
 from stare_jax.envs.pool.worker import _check_finite
@@ -64,6 +66,17 @@ def test_shapes_and_instructions(pool):
     np.testing.assert_array_equal(state.observation.state, state.signals.tcp_pos)
     assert state.observation.tokens.shape == state.observation.token_mask.shape == (4, 0)
     assert state.signals.obj_quat.shape == (4, 4) and state.signals.success.shape == (4,)
+
+
+def test_the_words_of_an_episode_are_those_of_its_seed(pool, monkeypatch):
+    monkeypatch.setattr(pool, "config", dataclasses.replace(pool.config, perturbation="semantics/words"))
+    spec = get_task("PushCube-v1")
+    pool.reset([0, 1, 2, 3])
+    pool.step(np.zeros((4, 7), np.float32), {1: 40})
+    assert pool.instructions == [episode_instruction("semantics/words", spec, seed) for seed in (0, 40, 2, 3)]
+    monkeypatch.undo()
+    pool.reset([0, 1, 2, 3])
+    assert pool.instructions == [spec.instruction] * 4
 
 
 def test_steps_are_those_of_a_simulator_of_ones_own(pool, simulators):
@@ -404,3 +417,22 @@ def test_workers_end_with_their_parent(tmp_path):
     output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert output.returncode == -signal.SIGKILL, output.stderr
     assert all(is_gone(int(pid)) for pid in output.stdout.split())
+
+
+def test_processes_play_the_same_perturbed_episode_of_a_seed(simulators):
+    config = EnvConfig(envs_per_worker=1, image_size=None, use_state="tcp", perturbation="execution/object_moved")
+    simulator = simulators("PushCube-v1")
+    usual, simulator.config = simulator.config, config
+    try:
+        with contextlib.closing(SimulatorPool(config, report=lambda line: None)) as pool:
+            pool.reset([8, 4], reproducible=True)
+            pool.step(np.zeros((2, 7), np.float32), {0: 5}, reproducible=True)  # Workers have played something else.
+            both, alone = pool.reset([9, 9]), simulator.reset(9)
+            for _ in range(8):
+                action = expert_actions(both.signals)
+                both, alone = pool.step(action), simulator.step(action[0])
+                for leaf, own in zip(both.signals, alone.signals, strict=True):
+                    np.testing.assert_array_equal(leaf, [own, own])
+    finally:
+        simulator.config = usual
+        simulator.reset(0)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stare_jax.evaluate.bootstrap import bootstrap_interval, interquartile_mean
+from stare_jax.evaluate.bootstrap import bootstrap_interval, interquartile_mean, ratio_intervals
 
 
 def test_the_interquartile_mean_is_that_of_the_middle_half():
@@ -59,3 +59,14 @@ def test_infinite_statistics_make_infinite_limits():
     rows = np.array([1.0] * 8 + [math.inf] * 4)
     interval = bootstrap_interval(lambda strata: interquartile_mean(strata[0]), [rows])
     assert interval.low == 1.0 and interval.high == math.inf
+
+
+def test_ratios_of_sums_are_those_of_the_general_bootstrap():
+    """Two strata; a row holds two sums and the number that they are over."""
+    rng = np.random.default_rng(4)
+    strata = [np.column_stack([rng.uniform(-1, 1, (n, 2)), rng.integers(1, 5, n)]) for n in (7, 12)]
+    for k, estimate in enumerate(ratio_intervals(strata, num_resamples=4000)):
+        ratio = lambda rows, k=k: np.mean([part[:, k].sum() / part[:, 2].sum() for part in rows])  # noqa: E731
+        expected = bootstrap_interval(ratio, strata, num_resamples=4000, seed=1)
+        assert estimate.value == pytest.approx(expected.value)
+        np.testing.assert_allclose(estimate, expected, atol=0.02)

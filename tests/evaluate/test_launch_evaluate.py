@@ -212,6 +212,57 @@ def test_a_run_needs_a_phase(command, capsys):
     assert "--run needs --phase or --weights" in capsys.readouterr().err
 
 
+def test_perturbed_episodes_are_evaluated_beside_undisturbed_ones(command, trained_run, capsys, monkeypatch):
+    made = []
+
+    class PushCube(toy.ToyPush):
+        env_id = "PushCube-v1"
+
+    def make(config):
+        made.append(config.perturbation)
+        return PushCube(config.num_envs)
+
+    monkeypatch.setattr(command, "make_vec_env", make)
+    evaluations, ood = sorted(trained_run.glob("eval/*")), trained_run / "ood/ppo"
+    arguments = [f"--run={trained_run}", "--phase=ppo", "--num-episodes=5"]
+    assert command.main([*arguments, "--perturb=execution/robot_pose"]) == 0
+    assert made == ["", "execution/robot_pose"] and "execution, mean of 1" in capsys.readouterr().out
+    old = (ood / "eval/execution-robot_pose.json").read_text().replace("execution/robot_pose", "vision/light")
+    (ood / "eval/vision-light.json").write_text(old.replace("ppo/2/", "ppo/1/"))
+    # The next command goes on; a policy from the state meets perturbations of execution alone.
+    assert command.main([*arguments, "--perturb=all"]) == 0
+    moved = ["execution/start_pose", "execution/object_moved"]
+    assert made[2:] == moved
+    said = capsys.readouterr().out
+    assert "execution-robot_pose: is there" in said and "execution, mean of 3" in said
+    assert "left out: vision/light for ppo/2/" in said and "the policy reads no images: it would change nothing" in said
+    assert "left out: semantics/words" in said and "the policy reads no words" in said
+    for name in moved:
+        info, episodes = load_evaluation(ood / f"eval/{name.replace('/', '-')}.json")
+        assert info.perturbation == name and episodes.seed.tolist() == list(range(5))
+    assert {"README.md", "rates.csv", "seen.png"} <= {file.name for file in ood.iterdir()}
+    assert "Out of distribution" in (trained_run / "report.html").read_text()
+    # Other weights are set aside; the run's own evaluations are untouched.
+    assert not (ood / "eval/vision-light.json").exists() and (ood / "set_aside/1/eval/vision-light.json").exists()
+    assert sorted(trained_run.glob("eval/*")) == evaluations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--perturb=fog"], "--perturb: got 'fog', expected one of all, vision, semantics, execution, vision/light,"),
+        (["--perturb=vision/light"], "--perturb: got 'vision/light' for ppo/2/"),
+        (["--perturb=vision"], "--perturb: got none that ppo/2/"),
+        (["--perturb=execution", "--backend=cuda"], "--perturb: got execution, expected at least one that the task"),
+    ],
+)
+def test_a_perturbation_that_changes_nothing_is_refused(command, trained_run, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(command, "make_vec_env", None)
+    assert command.main([f"--run={trained_run}", "--phase=ppo", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("phase", ["foo", "sft"])
 def test_a_phase_that_is_not_there_is_named_beside_those_that_are(command, trained_run, capsys, phase):
     assert command.main([f"--run={trained_run}", f"--phase={phase}"]) == 1

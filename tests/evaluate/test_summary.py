@@ -139,6 +139,11 @@ def test_compare_takes_another_outcome_and_refuses_another_task():
         ({"horizon": 20}, "horizon: got 20, expected 10", "horizon 10 against 20"),
         ({"backend": "cuda"}, "backend: got cuda, expected cpu", "backend cpu against cuda"),
         ({"backend": ""}, "backend: got unknown, expected cpu", "backend cpu against unknown"),
+        (
+            {"perturbation": "vision/light"},
+            "perturbation: got vision/light, expected none",
+            "perturbation none against vision/light",
+        ),
         ({"jitter": "15mm-15deg"}, "jitter: got 15mm-15deg, expected none", "jitter none against 15mm-15deg"),
         (
             {"start_hash": ["", ""]},

@@ -35,6 +35,30 @@ def save_rate(path, phase, num_successes, num_episodes=10, tasks=("PushCube-v1",
     save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase)
 
 
+def save_stages(path, phase, reached, task="LiftPegUpright-v1", hashes=""):
+    """Episode e completes `reached[e]` of four stages, and succeeds where it completes all, in its last state, too."""
+    reached, numbers = np.array(reached), np.arange(len(reached))
+    completed, is_success, names = reached[:, None] > np.arange(4), reached == 4, ("reach", "grasp", "lift", "upright")
+    episodes = Episodes(
+        seed=numbers,
+        start=numbers,
+        start_hash=np.array([f"{hashes}{number}" for number in numbers]),
+        valid=numbers >= 0,
+        success_end=is_success,
+        success_once=is_success,
+        success_at=np.where(is_success, 3, 6),
+        grasped=completed[:, 1],
+        contacted=completed[:, 0],
+        stage_reached=np.minimum(reached, 3),
+        completed=completed,
+        entered_at=np.zeros(completed.shape, int),
+        stage_len=np.ones(completed.shape, int),
+        task=0 * numbers,
+    )
+    info = EvalInfo(task, names, horizon=5, temperature=0.0, num_steps=50, wall_s=120.0)
+    save_evaluation(path / f"eval/{phase}.json", Evaluation(info, episodes), phase=phase)
+
+
 def make_run(directory, rise, seed, task="PushCube-v1", **config):
     """Success is 0, then 1 from iteration `rise` on; 100 steps and 6 seconds an iteration."""
     write_config(directory, {"seed": seed, "env": {"env_id": task}, **config})

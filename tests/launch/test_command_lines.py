@@ -195,7 +195,12 @@ OTHERS = [
     ),
     (compare, ["--out=OUT", "A=GIVEN/empty"], "empty"),
     (compare, ["--out=OUT", "A=GIVEN/empty", "--target=nan"], "target: got nan, expected in (0, 1]"),
-    (compare, ["--out=OUT", "A=GIVEN/empty", "--smooth=0"], "smooth: got 0, expected at least 1"),
+    (compare, ["--out=OUT", "A=GIVEN/empty", "--smooth=0"], "--smooth: got 0, expected >= 1"),
+    (
+        compare,
+        ["--out=OUT", "A=GIVEN/empty", "--smooth=" + "1" * 30],
+        "1, expected at most 2147483647",
+    ),
     (compare, ["--out=OUT", "--study=GIVEN/empty"], "empty"),
     (study, ["--study=GIVEN/file", "--workdir=OUT"], "file, expected a Python file that defines get_study(); it has"),
     (evaluate, ["--config=GIVEN/file", "--phase=expert", "--workdir=OUT"], "file', expected a Python file of configs/"),

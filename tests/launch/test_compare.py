@@ -156,7 +156,6 @@ def test_paths_are_cut_to_their_last_part(text, expected):
             "metrics: got ppo/entropie; expected some of env/steps, env/success",
         ),
         (["A={}/sta_0", "--target=95"], "target: got 95, expected in (0, 1]"),
-        (["A={}/sta_0", "--smooth=0"], "smooth: got 0, expected at least 1"),
     ],
 )
 def test_says_what_is_wrong_in_one_line(runs, tmp_path, capsys, arguments, message):

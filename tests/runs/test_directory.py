@@ -312,13 +312,15 @@ def test_a_file_of_the_locks_name_is_kept(tmp_path):
 def test_phases_that_are_done_again_are_set_aside(tmp_path):
     begin(tmp_path, CONFIG, "sft", "tpo", "ppo")
     others = ["tpo/pairs/manifest.json", "eval/tpo.json", "eval/sft.json", "tb/tpo/events", "norm_stats.json"]
+    others += ["ood/tpo/eval/none.json", "ood/sft/eval/none.json"]
     for name in others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert set_aside(tmp_path, ("tpo", "ppo")) == tmp_path / "set_aside" / "1"
-    for name in ("tpo/pairs/manifest.json", "eval/tpo.json", "tb/tpo/events", "ppo/record.json"):
+    moved = ["tpo/pairs/manifest.json", "eval/tpo.json", "ood/tpo/eval/none.json", "tb/tpo/events", "ppo/record.json"]
+    for name in moved:
         assert (tmp_path / "set_aside/1" / name).exists() and not (tmp_path / name).exists()
-    for name in ("eval/sft.json", "norm_stats.json", "sft/finished.json"):
+    for name in ("eval/sft.json", "ood/sft/eval/none.json", "norm_stats.json", "sft/finished.json"):
         assert (tmp_path / name).exists()
     assert set_aside(tmp_path, ("tpo", "ppo")) is None  # nothing is left of them
     # Statistics are kept as long as a phase is that was trained with them.

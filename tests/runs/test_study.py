@@ -148,6 +148,12 @@ def test_some_runs_with_all_that_they_begin_with():
         ({"seeds": (1, 1)}, "seeds of Push: got .*, expected at least one, each once"),
         ({"seeds": {"Push": (1,)}}, "seeds: got those of Push, expected those of Push, Pull"),
         ({"config": {"Push": "x"}}, "config: got those of Push, expected those of Push, Pull"),
+        (
+            {"config": {"Push": "x", "Pull": "{x}"}},
+            "config.Pull: got '{x}', expected no braces but {task} and {method}",
+        ),
+        ({"config": {"Push": "x", "Pull": 3}}, "config.Pull: got 3, expected str"),
+        ({"init_from": 3}, "init_from: got 3, expected str"),
         ({"task_changes": {"Lift": {}}}, "task_changes: got Lift, expected some of Push, Pull"),
         ({"without": (("Push", "dense"),)}, "without: got dense, expected some of ppo, ipi"),
         ({"variants": {"ppo": Variant("dense", {})}}, "variants: got ppo, expected names that no method has"),

@@ -168,6 +168,18 @@ def test_a_step_that_has_lost_its_metadata_is_named_and_nothing_is_deleted(state
     assert (tmp_path / str(latest - 1) / "params").is_dir()
 
 
+def test_metadata_that_orbax_does_not_take_is_one_line_and_nothing_is_deleted(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / str(checkpoint.complete_steps(tmp_path)[-1]) / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace("performance_metrics", "performance_met2ics"))
+    files = all_files(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=f"{tmp_path}: cannot be read, files in it are missing or damaged: [^\n]*$"
+    ):
+        Checkpoints(tmp_path)
+    assert all_files(tmp_path) == files
+
+
 def damage(file, how):
     content = file.read_bytes()
     file.unlink()

@@ -97,6 +97,10 @@ class SignalReader:
         self._forces, self.is_touched = {}, False
         return self._signals(poses)
 
+    def shift_start(self, shift: np.ndarray) -> None:
+        """Goals that depend on where the episode began are as if it had begun `shift` `[3]` metres away."""
+        self._start = self._start._replace(obj_pos=self._start.obj_pos + shift)
+
     def look(self) -> None:
         """Notes which links the object touches at this sub-step."""
         self._forces = self._forces_on_links()

@@ -12,8 +12,10 @@ import numpy as np
 
 from stare_jax.envs.config import STATE_DIMS, EnvConfig
 from stare_jax.envs.maniskill.building import make_scene
+from stare_jax.envs.maniskill.built import OVER, Built
 from stare_jax.envs.maniskill.panda_control import make_drive
 from stare_jax.envs.maniskill.panda_lite import flatten_floor
+from stare_jax.envs.maniskill.perturbations import PERTURBATIONS, episode_rng
 from stare_jax.envs.maniskill.reflections import skip_reflections
 from stare_jax.envs.maniskill.signals import SignalReader
 from stare_jax.envs.maniskill.widowx import JITTERS, Backdrop, Starts
@@ -44,6 +46,7 @@ class Simulator:
         self.config = config
         self.env, self._building = make_scene(config)
         self._starts = Starts(self.env, JITTERS[config.jitter]) if config.scene.num_starts else None
+        self._ongoing, self._num_actions = OVER, 0
         self._attach()
 
     def reset(self, seed: int, *, reproducible: bool = False) -> Frame:
@@ -54,15 +57,19 @@ class Simulator:
             reproducible: rebuild the scene, which takes tens of milliseconds instead of two. Equal actions lead to
                 bitwise equal states only after such a reset: PhysX carries contact caches from one episode into the
                 next. (Without it the first states of a WidowX scene, in which objects settle during a reset, also
-                differ by nanometres.)
+                differ by nanometres.) An episode with a perturbation begins with a rebuilt scene in either case.
         """
+        name = self.config.perturbation
         options = {} if self._starts is None else self._starts.place(int(seed))
-        if reproducible:
+        if reproducible or name:
             with self._building():
                 self.env.reset(seed=int(seed), options=options | {"reconfigure": True})
             self._attach()
         else:
             self.env.reset(seed=int(seed), options=options)
+        begin = PERTURBATIONS[name].begin if name else None
+        self._ongoing = begin(self._built(), episode_rng(name, int(seed))) if begin else OVER
+        self._num_actions = 0
         return self._frame(self._reader.begin())
 
     def step(self, action: np.ndarray) -> Frame:
@@ -74,6 +81,9 @@ class Simulator:
         action = np.array(action, np.float32)
         if action.shape != (self.config.action_dim,) or not np.isfinite(action).all():
             raise ValueError(f"action: got {action}, expected {self.config.action_dim} finite numbers")
+        if self._ongoing.before_action is not None:
+            self._ongoing.before_action(self._num_actions)
+        self._num_actions += 1
         self._drive(executed_action(action, self.config.gripper_threshold))
         self._advance()
         return self._frame(self._reader.read())
@@ -100,6 +110,11 @@ class Simulator:
             if self._starts is not None:
                 self._backdrop = Backdrop(self.env, camera, self.config.image_shape)
 
+    def _built(self) -> Built:
+        config = self.config
+        parts = self._reader, self._starts, self._backdrop
+        return Built(self.env, config.spec.env_id, config.scene, *parts, config.image_shape)
+
     def _advance(self) -> None:
         physics, reader, every = self.env.scene.px, self._reader, self.config.scene.contact_every
         for sub_step in range(self.env._sim_steps_per_control, 0, -1):
@@ -115,9 +130,13 @@ class Simulator:
         self._sapien_scene.update_render()
         self._camera.take_picture()
         image = self._camera.get_picture("Color")[..., :3]
-        if self._backdrop is None:
+        see = self._ongoing.see
+        if self._backdrop is None and see is None:
             return image
-        return self._backdrop.behind(image, self._camera.get_picture("PositionSegmentation")[..., 3])
+        segmentation = self._camera.get_picture("PositionSegmentation")[..., 3]
+        if self._backdrop is not None:
+            image = self._backdrop.behind(image, segmentation)
+        return image if see is None else see(image, segmentation)
 
 
 def executed_action(action: Array, gripper_threshold: float | None) -> Array:

@@ -1,12 +1,13 @@
 """SimplerEnv's WidowX scenes, a part of ManiSkill: their building, the first states of episodes, the background."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from stare_jax.envs.rotations import turned_about_z
 from stare_jax.envs.seeds import is_for_evaluation
 
 
@@ -64,11 +65,16 @@ class Starts:
             env: the unwrapped `mani_skill` environment, as it was made.
             jitter: of seeds that are not for evaluation.
         """
-        self._env, self._jitter = env, jitter
+        self._env, self.jitter = env, jitter
         self._positions = env.xyz_configs.float().numpy()
         self._quats = env.quat_configs.float().numpy()
         # The basket in the sink is part of the photograph: only the eggplant can be elsewhere.
         self._movable = [0] if env.scene_setting == "sink" else [0, 1]
+
+    @property
+    def places(self) -> np.ndarray:
+        """The official places of the object, `[N, 2]`, metres along x and y."""
+        return self._positions[:, 0, :2]
 
     @property
     def num_official(self) -> int:
@@ -85,18 +91,11 @@ class Starts:
         positions, quats = self._positions[which_position].copy(), self._quats[which_quat].copy()  # object and target
         if not is_official:
             shift, turn = rng.uniform(-1.0, 1.0, (2, 2)), rng.uniform(-1.0, 1.0)
-            positions[self._movable, :2] += self._jitter.position * shift[self._movable]
-            quats[0] = _turned_about_z(quats[0], self._jitter.yaw * turn)
+            positions[self._movable, :2] += self.jitter.position * shift[self._movable]
+            quats[0] = turned_about_z(quats[0], self.jitter.yaw * turn)
         # The environment is left with this start as the only one to choose.
         self._env.xyz_configs, self._env.quat_configs = torch.from_numpy(positions[None]), torch.from_numpy(quats[None])
         return {"episode_id": torch.zeros(1, dtype=torch.int64)}
-
-
-def _turned_about_z(quat: np.ndarray, angle: float) -> np.ndarray:
-    """Returns the quaternion `[4]` of an orientation turned about the vertical of the world."""
-    cosine, sine = np.cos(angle / 2), np.sin(angle / 2)
-    w, x, y, z = quat
-    return np.array([cosine * w - sine * z, cosine * x - sine * y, cosine * y + sine * x, cosine * z + sine * w])
 
 
 class Backdrop:
@@ -115,17 +114,27 @@ class Backdrop:
             photograph = photograph.convert("RGB")
             if photograph.size != size[::-1]:
                 photograph = photograph.resize(size[::-1], Image.Resampling.BOX)
-            self._photograph = np.asarray(photograph)
+            self.photograph = np.asarray(photograph)
         shown = [env.objs[name] for name in env.objects_excluded_from_greenscreening]
-        ids = [int(part.per_scene_id[0]) for part in [*shown, *env.agent.robot.get_links()]]
-        self._is_shown = np.zeros(max(ids) + 1, bool)
-        self._is_shown[ids] = True
+        self.is_shown = mask_of([*shown, *env.agent.robot.get_links()])
 
     def behind(self, image: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
         """Returns the image `[H, W, 3]` with the photograph where `segmentation` `[H, W]` names nothing to be shown."""
-        segmentation = np.minimum(segmentation, len(self._is_shown))  # a larger id is that of something else
-        is_shown = np.append(self._is_shown, False)[segmentation]
-        return np.where(is_shown[..., None], image, self._photograph)
+        return np.where(names_shown(self.is_shown, segmentation)[..., None], image, self.photograph)
+
+
+def mask_of(parts: Sequence[Any]) -> np.ndarray:
+    """Returns bool `[N]`, True at the ids that actors and links have in a segmentation; N is above all of them."""
+    ids = [int(part.per_scene_id[0]) for part in parts]
+    is_shown = np.zeros(max(ids) + 1, bool)
+    is_shown[ids] = True
+    return is_shown
+
+
+def names_shown(is_shown: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
+    """Returns bool `[H, W]`, True where a segmentation `[H, W]` names one of the parts of `mask_of`."""
+    segmentation = np.minimum(segmentation, len(is_shown))  # a larger id is that of something else
+    return np.append(is_shown, False)[segmentation]
 
 
 def scaled_intrinsics(intrinsics: np.ndarray, native: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

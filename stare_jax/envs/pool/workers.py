@@ -16,6 +16,7 @@ import numpy as np
 from stare_jax.envs.base import EnvStep, SimulatorError
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.panda_lite import ensure_panda_lite, report_to_stderr
+from stare_jax.envs.maniskill.perturbations import episode_instruction
 from stare_jax.envs.maniskill.vulkan import driver_environment
 from stare_jax.envs.pool import worker
 from stare_jax.envs.pool.fork_server import fork
@@ -102,8 +103,8 @@ class SimulatorPool:
         self.env_id, self.num_envs, self.horizon = config.env_id, config.num_envs, config.horizon
         self.action_dim = config.action_dim
         self.task_index = config.task_index
-        words = [spec.instruction for spec in config.specs]
-        self.instructions = [words[task] for task in self.task_index]
+        self._specs = config.specs
+        self.instructions = [self._specs[task].instruction for task in self.task_index]
         self.num_losses = 0
         self._report = report
         if config.image_size and config.lite_robot:
@@ -180,6 +181,8 @@ class SimulatorPool:
         commands = np.where(is_stepped, worker.STEP, worker.STAY).astype(object)
         for row, seed in seeds.items():
             commands[row] = reset + str(int(seed)).encode()
+            spec = self._specs[self.task_index[row]]
+            self.instructions[row] = episode_instruction(self.config.perturbation, spec, int(seed))
         asked = [index for index in range(len(self._workers)) if (commands[self._rows(index)] != worker.STAY).any()]
         self._notice_starts(waits=False)
         while asked and not any(self._workers[index].is_ready for index in asked):
