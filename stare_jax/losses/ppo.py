@@ -76,8 +76,7 @@ def ppo_loss(
     arrays = (advantage, value, old_value, return_, entropy)
     chex.assert_equal_shape(arrays)
     chex.assert_type((logp, old_logp, *arrays), float)
-    if valid is None:
-        valid = jnp.ones(jnp.shape(advantage), bool)
+    valid = jnp.ones(jnp.shape(advantage), bool) if valid is None else valid
     chex.assert_shape(valid, jnp.shape(advantage), custom_message="valid")
     chex.assert_type(valid, bool, custom_message="valid")
     # The contents of a padded row must not even overflow: an infinity times a zero gradient is NaN.
