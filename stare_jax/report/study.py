@@ -121,7 +121,8 @@ NOTES = (
     "[stages.csv](stages.csv).",
     "Differences are of runs of equal seeds, over episodes from equal initial states; – where none can be paired. "
     "Their 95 % intervals are of a bootstrap that draws pairs of seeds anew, and in each of them initial states; of"
-    " one pair, initial states alone. All of them: [differences.csv](differences.csv).",
+    " one pair, initial states alone. All of them: [differences.csv](differences.csv). An interval without a width "
+    "means that all of these episodes ended alike, and not that nothing is left to chance.",
     "Published: the paper's tables 1 and 2, policies of billions of parameters on images; no run of this library. "
     "Figures 5 and 6 have no numbers in the paper's text. Of figure 5 it says that STA-TPO gains most over TPO in "
     "the stages grasp, place and upright; what it says of figure 6 stands in the table of toggles.",

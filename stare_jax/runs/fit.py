@@ -61,19 +61,17 @@ def unseen_perturbation(policy: Policy | None, env: EnvConfig) -> str:
         return ""
     if policy is None:
         return f"experts read no {seen_in}: it would change nothing"
-    if seen_in == "images":
-        return "" if policy.observation_shape(1).images else "the policy reads no images: it would change nothing"
+    if seen_in == "images" and not policy.observation_shape(1).images:
+        return "the policy reads no images: it would change nothing"
     words = [(spec.instruction, *instructions_of(env.perturbation, spec)) for spec in env.specs]
     try:
         check_prompts(policy, [text for texts in words for text in texts])
     except ConfigError as error:
         return f"the policy cannot read its words: {error}"
     no_state = np.zeros((1, policy.observation_shape(1).state.shape[1]), np.float32)
-    for usual, *others in words:
-        prompt = policy.tokenize([usual], no_state)[0]
-        if all(np.array_equal(policy.tokenize([text], no_state)[0], prompt) for text in others):
-            return "the policy reads no words: it would change nothing"
-    return ""
+    prompts = [[policy.tokenize([text], no_state)[0] for text in texts] for texts in words]
+    is_read = any(not np.array_equal(other, usual) for usual, *others in prompts for other in others)
+    return "" if is_read or seen_in != "words" else "the policy reads no words: it would change nothing"
 
 
 def check_expert(env: EnvConfig) -> None:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import AbstractMesh
 
 from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
+from stare_jax.documents import check_record
 from stare_jax.envs.base import SimulatorError, VecEnv
 from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Interrupted, Window, progress, say
@@ -255,7 +256,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
     is_warned = False
-    counters, window = _Counters(**saved), Window(PHASE, run.writer, num_steps=int(state.step))
+    counters = check_record(_Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
+    window = Window(PHASE, run.writer, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
 
     with (
@@ -314,9 +316,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
 class _Counters(NamedTuple):
     """Progress of a run; kept in its checkpoints."""
 
-    iteration: int = 0
-    env_steps: int = 0
-    seeds: int = 0
+    iteration: Natural = 0
+    env_steps: Natural = 0
+    seeds: Natural = 0
     """starts of episodes; every group of episodes, or every episode, takes the next seed of the run."""
 
     def after(self, rollout: Rollout, group_size: int) -> "_Counters":
@@ -344,6 +346,7 @@ def _collect(
             clock=window.clock,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():
-        number = counters.iteration + 1
-        raise SimulatorError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
+        raise SimulatorError(
+            f"{PHASE}: iteration {counters.iteration + 1} lost all of its {rollout.num_dropped} episodes"
+        )
     return rollout

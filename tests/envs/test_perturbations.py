@@ -17,6 +17,7 @@ from stare_jax.envs.maniskill.perturbations import (
     episode_rng,
     instructions_of,
 )
+from stare_jax.models.tokenizer import word_tokenizer
 from stare_jax.stages import TASKS, get_task
 
 CARROT, EGGPLANT = "PutCarrotOnPlateInScene-v1", "PutEggplantInBasketScene-v1"
@@ -182,10 +183,14 @@ def test_instructions_follow_from_the_seed():
         assert words == set(instructions_of("semantics/words", spec)) and len(words) == 4
         assert episode_instruction("execution/robot_pose", spec, 0) == episode_instruction("", spec, 0)
         assert episode_instruction("", spec, 0) == spec.instruction
+        # A prompt of the small models has room for ten tokens: all of them are words that they know.
+        encode = word_tokenizer().encode
+        assert all(len(encode(text)) == len(text.split()) <= 10 for text in words)
     stack = get_task("StackCube-v1")
     text = episode_instruction("semantics/colour", stack, 5)
     first, second = appearance.colours_of("StackCube-v1", episode_rng("semantics/colour", 5))
     assert text == f"stack the {first} cube on the {second} cube" in instructions_of("semantics/colour", stack)
+    assert all(len(encode(text)) == 8 for text in instructions_of("semantics/colour", stack))
     peg = get_task("LiftPegUpright-v1")
     assert instructions_of("semantics/colour", peg) == (peg.instruction,)
 

@@ -38,20 +38,21 @@ def get_study():
 
 
 def main() -> None:
-    if sys.argv[1] == "study":
-        import study
-
-        study.TRAIN = Path(__file__)
-        sys.exit(study.main(sys.argv[2:]))
-
     import command  # noqa: F401, makes the library importable
     import pytest
     import toy_run
-    import train
-    from absl import app
 
     with pytest.MonkeyPatch.context() as patch:
-        toy_run.replace_simulator(patch)
+        toy_run.replace_simulator(patch)  # of a study, too, which makes sure that its configurations fit
+        if sys.argv[1] == "study":
+            import study
+
+            study.TRAIN = Path(__file__)
+            sys.exit(study.main(sys.argv[2:]))
+
+        import train
+        from absl import app
+
         app.run(train.main, flags_parser=train.parse_flags)
 
 

@@ -22,6 +22,10 @@ ROTATION_GAIN = 10.0
 TOOL_DOWN = np.diag([1.0, -1.0, -1.0])
 """orientation `[3, 3]` of a tool that points down with its fingers closing along the world's y axis."""
 PUSH_HEIGHT = 0.02
+RISEN = 0.12
+"""metres; a height at which the tool is clear of a cube."""
+WELL_INSIDE = 0.04
+"""metres from the goal's middle, whose radius is 0.1, at which a cube has been pulled far enough."""
 METRES_PER_UNIT = 0.1
 BASE = np.array([-0.615, 0.0])
 REACH = 0.793
@@ -94,9 +98,14 @@ def push_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
 
 
 def pull_cube(signals: Signals, memory: None) -> tuple[np.ndarray, None]:
-    """Reaches over the cube to its far side with closed fingers, stops short of it, and pulls along -x."""
+    """Reaches over the cube to its far side with closed fingers, stops short of it, pulls along -x, and rises.
+
+    A tool that stayed at the cube would pull it out of the goal again with the smallest error of a policy.
+    """
     tcp, obj, goal = signals.tcp_pos, signals.obj_pos, signals.goal_pos
     beyond = tcp[0] - obj[0]
+    if obj[0] - goal[0] < WELL_INSIDE:
+        return command(signals, (tcp[0], tcp[1], RISEN), gripper=CLOSED), memory
     if beyond > 0.02 and abs(tcp[1] - obj[1]) < 0.02 and tcp[2] < 0.05:
         return _push_along_x(signals, 1.0, goal[0] - 0.02), memory
     target = np.array([obj[0] + 0.055, obj[1], PUSH_HEIGHT])

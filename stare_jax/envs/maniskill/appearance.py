@@ -28,7 +28,7 @@ COLOURS = {
     "yellow": (1.0, 0.9, 0.0),
     "purple": (0.45, 0.0, 0.6),
     "orange": (1.0, 0.4, 0.0),
-    "turquoise": (0.0, 0.7, 0.65),
+    "white": (1.0, 1.0, 1.0),
 }
 """colours that no object of the tasks has -> red, green, blue in [0, 1]"""
 COLOURED = {"PushCube-v1": ("blue",), "PullCube-v1": ("blue",), "StackCube-v1": ("red", "green")}

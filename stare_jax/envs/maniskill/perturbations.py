@@ -26,54 +26,54 @@ PARAPHRASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "PushCube-v1": (
             "slide the blue cube to the target",
             "move the blue cube forward onto the target",
-            "the blue cube should be pushed onto the target",
-            "shove the blue block to the goal",
+            "push the blue block to the goal",
+            "press the blue cube toward the target region",
         ),
         "PullCube-v1": (
-            "drag the blue cube to the target",
+            "slide the blue cube back to the target",
             "move the blue cube back onto the target",
-            "the blue cube should be pulled onto the target",
-            "draw the blue block to the goal",
+            "pull the blue block to the goal",
+            "pull the blue object toward the target region",
         ),
         "LiftPegUpright-v1": (
             "stand the peg up",
-            "put the peg on its end",
-            "the peg should stand upright",
-            "raise the stick until it stands",
+            "put the peg upright on its end",
+            "set the peg upright on the table",
+            "lift and turn the peg until upright",
         ),
         "StackCube-v1": (
-            "put the red cube on top of the green cube",
-            "place the red cube onto the green one",
-            "the red cube should lie on the green cube",
-            "pick up the red block and set it on the green block",
+            "put the red cube on the green cube",
+            "place the red cube onto the green cube",
+            "set the red block down on the green block",
+            "lift the red cube up onto the green cube",
         ),
         "PutSpoonOnTableClothInScene-v1": (
             "place the spoon onto the towel",
-            "pick up the spoon and lay it on the cloth",
-            "the spoon should lie on the towel",
+            "set the spoon down on the cloth",
+            "lift the spoon up onto the towel",
             "move the spoon from the table to the towel",
         ),
         "PutCarrotOnPlateInScene-v1": (
             "place the carrot onto the plate",
-            "pick up the carrot and lay it on the dish",
-            "the carrot should lie on the plate",
+            "set the carrot down on the plate",
+            "lift the carrot up onto the plate",
             "move the carrot from the table to the plate",
         ),
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1": (
-            "put the green cube on top of the yellow cube",
-            "place the green block onto the yellow one",
-            "the green block should lie on the yellow block",
-            "pick up the green block and set it on the yellow block",
+            "put the green cube on the yellow cube",
+            "place the green block onto the yellow block",
+            "set the green block down on the yellow block",
+            "lift the green cube up onto the yellow cube",
         ),
         "PutEggplantInBasketScene-v1": (
             "place the eggplant in the yellow basket",
-            "pick up the eggplant and drop it into the basket",
-            "the eggplant should lie in the yellow basket",
-            "move the eggplant from the sink to the basket",
+            "drop the eggplant into the basket",
+            "set the eggplant down in the basket",
+            "move the eggplant into the yellow basket",
         ),
     }
 )
-"""task -> other words for its instruction"""
+"""task -> other words for its instruction, all of them words that the small tokenizer without files knows, too"""
 _PLAIN = (*appearance.COLOURED, "LiftPegUpright-v1")
 
 
@@ -142,7 +142,7 @@ PERTURBATIONS: Mapping[str, Perturbation] = MappingProxyType(
             because="expected one of the eight tasks: there are no other words for another task's instruction",
         ),
         "semantics/colour": Perturbation(
-            "The objects have other colours (yellow, purple, orange, turquoise), and the instruction names them where "
+            "The objects have other colours (yellow, purple, orange, white), and the instruction names them where "
             "it names the old ones. In the place of RL4VLA's unseen objects.",
             appearance.change_colours,
             tasks=_PLAIN,
