@@ -252,10 +252,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
-    prepare = make_prepare(spec, config, chunk=policy.chunk)
+    prepare, is_warned = make_prepare(spec, config, chunk=policy.chunk), False
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
-    is_warned = False
     counters = check_record(_Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
     window = Window(PHASE, run.writer, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
@@ -346,7 +345,6 @@ def _collect(
             clock=window.clock,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():
-        raise SimulatorError(
-            f"{PHASE}: iteration {counters.iteration + 1} lost all of its {rollout.num_dropped} episodes"
-        )
+        number = counters.iteration + 1
+        raise SimulatorError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
     return rollout
