@@ -106,9 +106,10 @@ def user_input(place: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except ValueError as error:
+        # One of a field does not say where the field is from; others, such as those of documents, name their file.
+        if isinstance(error, UserError) and not (place and type(error) is ConfigError):
+            raise
         raise ConfigError(f"{place}: {error}" if place else str(error)) from error
 
 
@@ -183,6 +184,10 @@ def from_dict(cls: type, values: Mapping[str, Any], *, path: str = "config") -> 
         raise ConfigError(f"{path}: unknown field(s) {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
     if hasattr(cls, "fill_in"):
         values = cls.fill_in(values)
+    absent = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [field.name for field in dataclasses.fields(cls) if (field.default, field.default_factory) == absent]
+    if missing := [name for name in needed if name not in values]:
+        raise ConfigError(f"{path}: got no {', '.join(missing)}, expected all fields that have no default")
     arguments = {name: convert(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**arguments)

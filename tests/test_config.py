@@ -200,6 +200,35 @@ def test_user_input_keeps_the_kind_of_a_users_mistake():
         raise ValueError("y")
 
 
+def test_fields_that_have_to_be_given_are_named():
+    @dataclasses.dataclass(frozen=True)
+    class Needs:
+        env: str
+        depth: int
+        width: int = 1
+
+    with pytest.raises(ConfigError, match="^config: got no env, depth, expected all fields that have no default$"):
+        from_dict(Needs, {})
+    assert from_dict(Needs, {"env": "x", "depth": 2}) == Needs("x", 2)
+
+
+def test_user_input_says_where_a_field_is_from():
+    @dataclasses.dataclass(frozen=True)
+    class Sizes:
+        depth: Count = 1
+
+        def __post_init__(self):
+            check_fields(self)
+
+    class FileError(ConfigError):
+        pass
+
+    with pytest.raises(ConfigError, match="^config.json: depth: got 0, expected >= 1$"), user_input("config.json"):
+        Sizes(depth=0)
+    with pytest.raises(FileError, match="^other.json: y$"), user_input("config.json"):
+        raise FileError("other.json: y")
+
+
 def test_a_tilde_is_the_home_directory_in_every_field_and_stays_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     assert home_path("~/data") == Path("/home/me/data") and home_path("a/~") == Path("a/~")

@@ -45,7 +45,11 @@ class Rope(NamedTuple):
     rope_type: Literal["default"] | None = None
     type: Literal["default"] | None = None
     rope_theta: Positive | None = None
+    factor: _One = None
     partial_rotary_factor: _One = None
+    full_attention: None = None
+    """positions of one kind of layer, where kinds have their own"""
+    sliding_attention: None = None
 
 
 class Text(NamedTuple):
@@ -72,6 +76,12 @@ class Text(NamedTuple):
     use_sliding_window: Off = None
     layer_types: tuple[Literal["full_attention"], ...] | None = None
     quantization_config: None = None
+
+
+def _rope_bases(text: Text) -> dict[str, float | None]:
+    """Returns the base of the rotary positions by each of its names; None where it is not there."""
+    inside = {name: (getattr(text, name) or Rope()).rope_theta for name in ("rope_parameters", "rope_scaling")}
+    return {f"text_config.{name}": base for name, base in {"rope_theta": text.rope_theta, **inside}.items()}
 
 
 class Tower(NamedTuple):
@@ -110,7 +120,7 @@ class Description(NamedTuple):
     @property
     def rope_theta(self) -> float | None:
         """Base of the rotary positions, likewise."""
-        return self.text_config.rope_theta or (self.text_config.rope_parameters or Rope()).rope_theta
+        return next(filter(None, _rope_bases(self.text_config).values()), None)
 
 
 class Generation(NamedTuple):
@@ -177,9 +187,7 @@ def read_description(folder: Path) -> Description:
     description = read_record(Description, file)
     text, (width, height) = description.text_config, description.image_sizes
     one_value(str(file), {name: getattr(description, name) for name in DTYPE_NAMES})
-    parameters = text.rope_parameters or Rope()
-    bases = {"text_config.rope_theta": text.rope_theta, "text_config.rope_parameters": parameters.rope_theta}
-    one_value(str(file), bases)
+    one_value(str(file), _rope_bases(text))
     problems = [] if width == height else [f"image_sizes: got {width} and {height}, expected a square"]
     if text.head_dim is not None and text.head_dim * text.num_attention_heads != text.hidden_size:
         expected = f"expected {text.hidden_size} / {text.num_attention_heads}, hidden_size by num_attention_heads"

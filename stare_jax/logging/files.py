@@ -77,7 +77,7 @@ def move_aside(directory: Path, paths: Sequence[Path]) -> Path | None:
     found = [path for path in paths if path.exists()]
     if not found:
         return None
-    numbers = [int(path.name) for path in (directory / _ASIDE).glob("*") if path.name.isdigit()]
+    numbers = [int(path.name) for path in (directory / _ASIDE).glob("*") if path.name.isdecimal()]
     folder = directory / _ASIDE / str(max(numbers, default=0) + 1)
     for path in found:
         target = folder / path.relative_to(directory)

@@ -126,7 +126,7 @@ def make_mlp(config: MLPConfig, norm_stats: NormStats) -> Policy:
 
 def _no_prompt(instructions, state):
     del instructions
-    check_finite(state)
+    check_finite(np.asarray(state))
     return np.zeros((len(state), 0), np.int32), np.zeros((len(state), 0), bool)
 
 

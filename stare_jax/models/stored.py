@@ -39,6 +39,8 @@ _ROUNDING = 2e-3
 
 def model_from_dict(fields: Mapping[str, Any]) -> ModelConfig:
     """Builds a model's configuration from its fields, which tell its kind; raises ConfigError where one is wrong."""
+    if not fields:
+        raise ConfigError("model: got no fields, expected a configuration, which tells what a checkpoint's weights are")
     return from_dict(_kind(fields), fields, path="model")
 
 

@@ -123,18 +123,22 @@ def has_curve(directory: str | Path, phase: str) -> bool:
     return any(SUCCESS in row for row in last_lines(read_metrics(directory), phase))
 
 
-def results_so_far(directory: Path) -> dict[str, PhaseResult]:
-    """Returns phase -> evaluation of a run, and of the phases of the runs whose weights it began from."""
+def results_so_far(directory: Path, *, passed: frozenset[Path] = frozenset()) -> dict[str, PhaseResult]:
+    """Returns phase -> evaluation of a run, and of the phases of the runs whose weights it began from.
+
+    Runs that were `passed` on the way here are not gone to again: a run may lie where the one it began from has lain.
+    """
+    passed |= {directory.resolve()}
     own = {result.phase: result for result in load_results(directory)}
     source = read_config(directory).get("init_from")
     # A path is relative to the folder in which the command was given, which is often the clone that holds the runs.
     places = [Path(), *directory.resolve().parents] if source else []
     begun = next((place / source for place in places if (place / source).is_dir()), None)
-    if begun is None or begun.name not in PHASE_ORDER:
+    if begun is None or begun.name not in PHASE_ORDER or begun.parent.resolve() in passed:
         return own
     before = PHASE_ORDER[: PHASE_ORDER.index(begun.name) + 1]
-    earlier = {phase: result for phase, result in results_so_far(begun.parent).items() if phase in before}
-    return earlier | own
+    earlier = results_so_far(begun.parent, passed=passed)
+    return {phase: result for phase, result in earlier.items() if phase in before} | own
 
 
 class _Environment(NamedTuple):

@@ -117,4 +117,4 @@ def _of_each_task(run: StudyRun) -> list[StudyRun]:
 
 
 def _number(seed: str) -> int:
-    return int(seed) if seed.isdigit() else 0
+    return int(seed) if seed.isdecimal() else 0

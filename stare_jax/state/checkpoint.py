@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.documents.reader import NOTHING
+from stare_jax.documents.reader import NOTHING, check_record
 from stare_jax.documents.statistics import check_norm_stats
 from stare_jax.logging import move_aside, say
 from stare_jax.state import storage
@@ -31,6 +31,21 @@ FROZEN = "frozen"
 """Name of the folder of frozen parameters, beside the steps."""
 MAX_NAMES = 20
 """Number of paths that an error message lists."""
+
+
+class _Extra(NamedTuple):
+    """Metadata under the name that the first versions had for them."""
+
+    model: dict[str, Any] | None = None
+
+
+class _Metadata(NamedTuple):
+    """JSON that is written with every step, see `_metadata`."""
+
+    norm_stats: Any = NOTHING
+    model: dict[str, Any] | None = None
+    counters: dict[str, Any] = {}
+    extra: _Extra = _Extra()
 
 
 class Restored(NamedTuple):
@@ -130,7 +145,7 @@ def complete_steps(directory: str | Path) -> list[int]:
     directory = Path(directory)
     steps = storage.whole_steps(directory)
     paths = directory.iterdir() if directory.is_dir() else ()
-    latest = max((int(path.name) for path in paths if path.name.isdigit()), default=-1)
+    latest = max((int(path.name) for path in paths if path.name.isdecimal()), default=-1)
     if latest > max(steps, default=-1):
         _check_whole(directory / str(latest))
     return steps
@@ -263,8 +278,8 @@ def param_folders(path: Path) -> list[tuple[Path, dict[str, jax.ShapeDtypeStruct
 
 def load_norm_stats(directory: str | Path, *, step: int | None = None) -> NormStats:
     """Loads the normalisation statistics that the policy of a checkpoint was trained with."""
-    path = step_path(directory, step)
-    return check_norm_stats(storage.read_metadata(path).get("norm_stats", NOTHING), str(path), "norm_stats")
+    stored = _read_metadata(directory, step)
+    return check_norm_stats(stored.norm_stats, str(step_path(directory, step)), "norm_stats")
 
 
 def check_same_norm_stats(directory: str | Path, norm_stats: NormStats) -> None:
@@ -278,13 +293,18 @@ def check_same_norm_stats(directory: str | Path, norm_stats: NormStats) -> None:
 
 def load_model(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
     """Loads the configuration of a checkpoint's model; empty where an earlier version did not write it."""
-    stored = storage.read_metadata(step_path(directory, step))
-    return dict(stored.get("model") or stored.get("extra", {}).get("model") or {})
+    stored = _read_metadata(directory, step)
+    return stored.model or stored.extra.model or {}
 
 
 def load_counters(directory: str | Path, *, step: int | None = None) -> dict[str, Any]:
     """Loads the progress of the loop that saved a checkpoint."""
-    return dict(storage.read_metadata(step_path(directory, step)).get("counters", {}))
+    return _read_metadata(directory, step).counters
+
+
+def _read_metadata(directory: str | Path, step: int | None) -> _Metadata:
+    path = step_path(directory, step)
+    return check_record(_Metadata, storage.read_metadata(path), str(path))
 
 
 def step_path(directory: str | Path, step: int | None) -> Path:

@@ -45,6 +45,8 @@ def check_sums(folder: Path, items: Iterable[str]) -> None:
     """
     file, wanted = folder / CHECKSUM_FILE, set(items)
     expected = check_record(dict[str, tuple[int, int]], read_json(file, optional=True), str(file))
+    if file.exists() and not any("/" not in name for name in expected):  # every checkpoint has files beside its items
+        raise CheckpointError(f"{file}: got no checksum of a file beside it, expected some; the checkpoint is damaged")
     names = [name for name in expected if "/" not in name or name.partition("/")[0] in wanted]
     for name in names:
         path, size = folder / name, expected[name][0]

@@ -80,7 +80,7 @@ def find_damage(folder: Path) -> str | None:
 def whole_steps(directory: Path) -> list[int]:
     """Returns the numbers of the folders `<directory>/<step>` that were written to their end, ascending."""
     paths = directory.iterdir() if directory.is_dir() else ()
-    return sorted(int(path.name) for path in paths if path.name.isdigit() and find_damage(path) is None)
+    return sorted(int(path.name) for path in paths if path.name.isdecimal() and find_damage(path) is None)
 
 
 class BackgroundWriter:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import AbstractMesh
 
 from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
+from stare_jax.documents import check_record
 from stare_jax.envs.base import SimulatorError, VecEnv
 from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Interrupted, progress, say
@@ -220,7 +221,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare = make_prepare(spec, config, chunk=policy.chunk)
-    counters, window = _Counters(**saved), Window(PHASE, run, num_steps=int(state.step))
+    counters = check_record(_Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
+    window = Window(PHASE, run, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
 
     with (
@@ -277,9 +279,9 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
 class _Counters(NamedTuple):
     """Progress of a run; kept in its checkpoints."""
 
-    iteration: int = 0
-    env_steps: int = 0
-    seeds: int = 0
+    iteration: Natural = 0
+    env_steps: Natural = 0
+    seeds: Natural = 0
     """episodes begun; every episode takes the next seed of the run."""
 
     def after(self, rollout: Rollout) -> "_Counters":

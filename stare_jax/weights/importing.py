@@ -90,7 +90,7 @@ def import_weights(
     if norm_stats is None:
         dims = [(action_dim, config.action_dim), (state_dim, config.state_dim)]
         norm_stats = identity_stats(*(default if given is None else given for given, default in dims))
-    with user_input():
+    with user_input(str(source)):
         if form.for_robot is not None:
             config = form.for_robot(config, len(norm_stats.action_q01), len(norm_stats.state_q01))
         policy = make_policy(config, norm_stats)

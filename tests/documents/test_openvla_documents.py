@@ -84,8 +84,10 @@ def test_the_published_file_and_all_that_transformers_writes_of_a_llama_are_take
         ("text_config", None, "got null, expected an object"),
         ("text_config.model_type", "mistral", "got 'mistral', expected 'llama'"),
         ("text_config.hidden_act", "gelu", "got 'gelu', expected 'silu'"),
-        ("text_config.rope_scaling.type", {"type": "linear", "factor": 2.0}, "got 'linear', expected 'default'"),
+        ("text_config.rope_scaling.type", {"type": "linear"}, "got 'linear', expected 'default'"),
         ("text_config.rope_scaling.rope_type", {"rope_type": "llama3"}, "got 'llama3', expected 'default'"),
+        ("text_config.rope_scaling.factor", {"factor": 2.0}, "got 2.0, expected less than or equal to 1"),
+        ("text_config.rope_parameters.full_attention", {"full_attention": {}}, "got {}, expected null"),
         ("text_config.rope_parameters.rope_type", {"rope_type": "yarn"}, "got 'yarn', expected 'default'"),
         ("text_config.rope_theta", float("inf"), "got inf, expected a finite number"),
         ("text_config.partial_rotary_factor", 0.5, r"got 0.5, expected greater than or equal to 1"),
@@ -142,10 +144,14 @@ def test_two_names_of_the_rotary_base_have_one_meaning(tmp_path):
         ({"rope_theta": 500.0}, 500),
         ({"rope_parameters": {"rope_theta": 500.0}}, 500),
         ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 500}}, 500),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}, 500),
+        ({}, None),
     ):
         assert read_description(write(tmp_path, text_config=text)).rope_theta == expected
     with pytest.raises(DocumentError, match="got text_config.rope_theta: 1.0, text_config.rope_parameters: 2.0"):
         read_description(write(tmp_path, text_config={"rope_theta": 1, "rope_parameters": {"rope_theta": 2}}))
+    with pytest.raises(DocumentError, match="got text_config.rope_theta: 1.0, text_config.rope_scaling: 2.0"):
+        read_description(write(tmp_path, text_config={"rope_theta": 1, "rope_scaling": {"rope_theta": 2}}))
 
 
 def test_generation_that_changes_the_most_likely_token_is_refused(tmp_path):

@@ -187,7 +187,9 @@ OTHERS = (
         "config.json",
         rules={
             r"input_features\.observation\.images\.\w+": missing,
+            # What is missing is lerobot's own default, as for lerobot; the last two are not read here.
             r"(chunk_size|n_action_steps|num_inference_steps|max_action_dim|image_resolution|input_features)": optional,
+            r"(max_state_dim|time_sampling_beta_alpha)": missing,
             r"input_features": empty,
             r"input_features\..*\.type": lambda word: word in FEATURES,
         },

@@ -12,7 +12,7 @@ from PIL import Image
 from stare_jax.evaluate.intervals import wilson_interval
 from stare_jax.logging import make_writer
 from stare_jax.report.comparison import Choices, make_panels, without_paths
-from stare_jax.report.curves import read_runs
+from stare_jax.report.curves import read_run, read_runs
 from stare_jax.report.figures import PALETTE
 
 
@@ -125,6 +125,15 @@ def test_minutes_of_the_clock_are_said_to_be(tmp_path):
             writer(i, {"env/success": 0.5, "env/steps": 10.0 * i}, phase="ppo")
     assert command.main([f"A={tmp_path / 'old'}", f"--out={tmp_path / 'out'}"]) == 0
     assert "pauses included: A: old" in (tmp_path / "out/README.md").read_text()
+
+
+def test_runs_that_began_from_each_other_end_the_search_for_earlier_evaluations(tmp_path):
+    for name, source in (("a", "b/sft"), ("b", "c/sft"), ("c", "a/sft"), ("itself", "itself/sft")):
+        save_rate(make_run(tmp_path / name, 2, 0, init_from=str(tmp_path / source)), "sft", 3)
+        (tmp_path / name / "sft").mkdir()
+    for name in ("a", "itself"):
+        curve = read_run("A", tmp_path / name, "ppo")
+        assert curve.before.summary.num_episodes == 10
 
 
 @pytest.mark.parametrize(

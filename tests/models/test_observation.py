@@ -120,7 +120,8 @@ def test_a_state_that_is_not_finite_is_refused_before_it_becomes_text_or_an_acti
     state[1, -1] = wrong
     message = rf"state: got {wrong} in row 1, number {state.shape[1] - 1}, expected finite numbers"
     assert_refused(lambda: with_prompt(policy, observation._replace(state=state), INSTRUCTIONS), message)
-    assert_refused(lambda: policy.tokenize(INSTRUCTIONS, state), message)
+    for given in (state, jnp.asarray(state), state.tolist()):
+        assert_refused(functools.partial(policy.tokenize, INSTRUCTIONS, given), message)
     assert_refused(lambda: policy.value(params, observation._replace(state=state)), message)
 
 

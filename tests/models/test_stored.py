@@ -8,7 +8,7 @@ import pytest
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.models import LoRAConfig, MLPConfig, openvla_7b, openvla_state, openvla_tiny, pi05_tiny
 from stare_jax.models.nn.linear import Execution
-from stare_jax.models.stored import check_same_model, with_colours
+from stare_jax.models.stored import check_same_model, model_from_dict, with_colours
 from stare_jax.weights.openvla import OPENVLA
 
 DESCRIPTION = {
@@ -140,3 +140,8 @@ def test_tokenizers_are_compared_by_their_files(tmp_path):
     check_same_model(to_dict(a), openvla_7b())  # whose files are not at hand
     with pytest.raises(ConfigError, match="model.tokenizer: got .*/a', expected .*/c'"):
         check_same_model(to_dict(a), c)
+
+
+def test_no_fields_are_no_model():
+    with pytest.raises(ConfigError, match="^model: got no fields, expected a configuration"):
+        model_from_dict({})

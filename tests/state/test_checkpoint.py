@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from stare_jax.documents import DocumentError
 from stare_jax.envs import toy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint, storage
@@ -99,6 +100,7 @@ def test_a_checkpoint_that_does_not_fit_names_every_path(saved, state):
 def test_a_checkpoint_that_is_not_there_says_what_is(saved, state, tmp_path):
     with pytest.raises(CheckpointError, match=r"got complete checkpoints of the steps \[2, 3\], expected step 1"):
         checkpoint.load_params(saved, state.params, step=1)
+    (tmp_path / "nothing" / "²").mkdir(parents=True)  # a digit to Python, and no number
     with pytest.raises(CheckpointError, match=r"steps \[\], expected any checkpoint"):
         checkpoint.restore(tmp_path / "nothing", state)
 
@@ -189,6 +191,14 @@ def damage(file, how):
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+@pytest.mark.parametrize("sums", [{}, {"params/manifest.ocdbt": [1, 1]}, {"../2/d": [1, 1]}])
+def test_checksums_that_are_of_no_file_are_named(saved, tmp_path, sums):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / "3" / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(CheckpointError, match="/3/checksums.json: got no checksum of a file beside it, expected some"):
+        checkpoint.load_model(copy)
+
+
 @pytest.mark.parametrize("how", ["missing", "cut", "flip"])
 def test_a_damaged_file_of_a_checkpoint_is_named(state, saved, tmp_path, how):
     """Every file that a reader needs, whatever it is: arrays, their indices, descriptions."""
@@ -277,6 +287,13 @@ def test_without_checksums_a_checkpoint_loads_and_a_missing_file_is_one_line(sta
         file.unlink()
     assert checkpoint.restore(copy, state).counters == checkpoint.load_counters(saved)
     step = copy / str(checkpoint.complete_steps(copy)[-1])
+    file = step / "_CHECKPOINT_METADATA"
+    whole = json.loads(file.read_text())
+    for name in ("model", "counters", "norm_stats", "extra"):
+        file.write_text(json.dumps(whole | {"custom_metadata": whole["custom_metadata"] | {name: "text"}}))
+        with pytest.raises(DocumentError, match=f"{step}: {name}: got 'text', expected an object"):
+            [load(copy) for load in (checkpoint.load_model, checkpoint.load_counters, checkpoint.load_norm_stats)]
+    file.write_text(json.dumps(whole))
     (step / "params" / "manifest.ocdbt").unlink()
     with pytest.raises(CheckpointError, match="^[^\n]*cannot be read, files in it are missing or damaged[^\n]*$"):
         checkpoint.restore(copy, state)

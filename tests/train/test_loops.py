@@ -281,6 +281,11 @@ def test_ppo_reports_what_a_user_looks_for(train, make_run, capsys):
     assert checkpoint.load_counters(directory) == {"iteration": 2, "env_steps": second["env/steps"], "seeds": 40}
     saved = [checkpoint.load_params(directory, params, step=step) for step in (1, 2)]
     assert (saved[0]["trunk_0"]["kernel"] != saved[1]["trunk_0"]["kernel"]).any()
+    (directory / "2" / "checksums.json").unlink()
+    file = directory / "2" / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace('"seeds": 40', '"seeds": -40'))
+    with pytest.raises(ConfigError, match="counters.seeds: got -40, expected greater than or equal to 0"):
+        train("ppo", dataclasses.replace(run, resume=True), num_iterations=3, value_warmup_iterations=1)
 
 
 @pytest.mark.parametrize(("phase", "num_steps"), [("sft", 6), ("tpo", 6)])

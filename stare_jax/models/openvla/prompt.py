@@ -101,7 +101,7 @@ def make_tokenize(config: OpenVLAConfig, norm_stats: NormStats) -> Callable:
         return encode_prompt(tokenizer(), prompt, length=config.prompt_length)
 
     def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        check_finite(state)
+        check_finite(np.asarray(state))
         if "{state}" in config.prompt_template:
             state_bins = bin_state(normalize_state(np.asarray(state, np.float32), norm_stats))
         else:

@@ -79,7 +79,7 @@ def make_tokenize(config: Pi05Config, norm_stats: NormStats) -> Callable:
         return tokens, mask
 
     def tokenize(instructions: Sequence[str], state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        check_finite(state)
+        check_finite(np.asarray(state))
         bins = [()] * len(instructions)
         if "{state}" in config.prompt_template:
             bins = bin_state(to_quantiles(np.asarray(state, np.float32), norm_stats.state_q01, norm_stats.state_q99))
