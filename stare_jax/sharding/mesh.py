@@ -25,25 +25,27 @@ class ShardingError(UserError, ValueError):
     """The table and the tree do not fit; the message names every path or rule concerned."""
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of the first `data * fsdp * tensor` devices.
 
     Args:
         data: replicas of the model; -1 takes all devices that the other two leave.
         fsdp: over how many devices weights and optimiser state are cut; the batch is cut over these, too.
         tensor: over how many devices single matrices are cut.
+        devices: to choose from; all of this process's if None.
 
     Raises:
         ShardingError: more devices asked for than there are.
     """
-    num_devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    num_devices = len(devices)
     if data == -1:
         data = num_devices // max(fsdp * tensor, 1)  # sizes that are too small are refused below
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or np.prod(sizes) > num_devices:
         expected = f"at most {num_devices} device(s), and at least 1 along each axis"
         raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected {expected}")
-    return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=jax.devices()[: int(np.prod(sizes))])
+    return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=devices[: int(np.prod(sizes))])
 
 
 def make_abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import nano_flow
 import numpy as np
-from collectives import moved_out, not_zero3, num_passes, read_collectives
+from collectives import moved_out, not_zero3, num_passes
 from nano_policy import INSTRUCTIONS, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, make_policy
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.plan.exchanges import read_collectives
 from stare_jax.rollout.collect import policy_act
 from stare_jax.sharding.mesh import make_mesh, path_name, place, tree_shardings
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer

@@ -6,14 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from device import Cost, Peak, known_peak
-from openvla_cost import decoder_products, generation_phases, update_flops, vision_products
+from device import known_peak
 
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.normalize import identity_stats
+from stare_jax.plan.chips import Cost, Peak
+from stare_jax.plan.openvla_cost import decoder_products, generation_phases, update_flops, vision_products
 
 RANK, LENGTH, BATCH = 8, 12, 2
 
