@@ -45,6 +45,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+        # The compiler alone, for launch/plan.py --topology; no TPU is needed, and its version follows jaxlib's.
+        "plan": ["libtpu>=0.0.42,<0.1"],
         # tensorflow-cpu, the same without CUDA, does as well and is a quarter of the size: requirements.txt pins that.
         "rlds": ["tensorflow>=2.20,<3"],
         "wandb": ["wandb>=0.19,<1"],

@@ -5,30 +5,23 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
+
+from stare_jax.plan.chips import CHIPS, Peak
 
 MEASURED = "a product of 1536 x 1536 matrices and a copy of 256 MiB, measured here"
 
 
-class Peak(NamedTuple):
-    """Peak rates of a device, from its data sheet, or measured with a large product and a large copy."""
-
-    flops: float
-    """Operations of dense matrix products a second, in the type of the model's weights."""
-    bandwidth: float
-    """Bytes a second between the device's memory and its cores."""
-
-
 BFLOAT16_PEAKS = {
-    "H200": Peak(989e12, 4.8e12),
+    "H200": CHIPS["H200"].peak,
     "H100 PCIe": Peak(756e12, 2.0e12),
-    "H100": Peak(989e12, 3.35e12),
-    "A100": Peak(312e12, 2.0e12),
+    "H100": CHIPS["H100"].peak,
+    "A100": CHIPS["A100-80"].peak,
     "TPU v4": Peak(275e12, 1.2e12),
-    "TPU v5 lite": Peak(197e12, 0.82e12),
-    "TPU v5e": Peak(197e12, 0.82e12),
-    "TPU v5": Peak(459e12, 2.77e12),
-    "TPU v6": Peak(918e12, 1.64e12),
+    "TPU v5 lite": CHIPS["v5e"].peak,
+    "TPU v5e": CHIPS["v5e"].peak,
+    "TPU v5": CHIPS["v5p"].peak,
+    "TPU v6": CHIPS["v6e"].peak,
 }
 """Part of a device's name, as frameworks report it -> its peak; the first that fits counts."""
 
@@ -36,15 +29,6 @@ BFLOAT16_PEAKS = {
 def known_peak(device: str) -> Peak | None:
     """Returns the peak of a device by its name; None where it is not in the table."""
     return next((peak for name, peak in BFLOAT16_PEAKS.items() if name.lower() in device.lower()), None)
-
-
-class Cost(NamedTuple):
-    flops: float
-    bytes: float
-
-    def least_time(self, peak: Peak) -> float:
-        """Seconds that it takes at least: products and memory traffic overlap at best."""
-        return max(self.flops / peak.flops, self.bytes / peak.bandwidth)
 
 
 def measure(run: Callable[[], Any], repeats: int) -> list[float]:

@@ -4,9 +4,9 @@ Both implementations run in processes of their own, in turn, so that each has th
 weights, images and prompts, without padding. PyTorch is timm's and transformers' modules with SDPA attention, eager
 and, on a GPU, compiled (CUDA graphs for single tokens); the faster of the two is compared. Compiling and warming up are
 not timed. A decision is seven action tokens, greedy; an update is AdamW on LoRA adapters of rank 32 in all linear
-layers and on a value head, with RL4VLA's loss. MFU counts the products that the model needs (`openvla_cost.py`), not
-those that rematerialisation repeats; the roofline is the larger of the time for these and the time for reading
-weights, keys and values.
+layers and on a value head, with RL4VLA's loss. MFU counts the products that the model needs
+(`stare_jax/plan/openvla_cost.py`), not those that rematerialisation repeats; the roofline is the larger of the time for
+these and the time for reading weights, keys and values.
 
     python benchmarks/openvla.py --out benchmarks/results/openvla_h100.json                    # on a GPU: 7B, bfloat16
     python benchmarks/openvla.py --batch 32 --cases generate --profile /tmp/trace --only jax
@@ -24,12 +24,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from device import MEASURED, Peak, known_peak, summary
+from device import MEASURED, known_peak, summary
 from openvla_cases import LORA, Spec, make_config
-from openvla_cost import generation_phases, update_flops
 
 from stare_jax.config import home_path
 from stare_jax.models import OpenVLAConfig
+from stare_jax.plan.chips import Peak
+from stare_jax.plan.openvla_cost import generation_phases, update_flops
 
 OURS, EAGER, COMPILED = "stare_jax", "PyTorch", "PyTorch, compiled"
 FOLDER = Path(__file__).parent

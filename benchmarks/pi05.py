@@ -3,8 +3,8 @@
 One chunk is ten Euler steps from noise, and the critic's value. Weights, images, prompts and noise are random, no image
 is missing and no prompt is padded. An imitation step is AdamW on the action expert alone or on all weights, in float32
 beside activations of `--dtype`. Compiling and warming up are not timed. MFU counts the products that the model needs
-(`pi05_cost.py`), not those that rematerialisation repeats; the roofline is the larger of the time for these and the
-time for reading weights, keys and values.
+(`stare_jax/plan/pi05_cost.py`), not those that rematerialisation repeats; the roofline is the larger of the time for
+these and the time for reading weights, keys and values.
 
 Another implementation is measured beside this one, in turn, if it is given as `--peer=module:function`; its contract is
 `pi05_cases.Peer`. Its actions have to agree with ours before anything is timed.
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from device import MEASURED, Cost, Peak, jax_peak, known_peak, measure, reported, summary
+from device import MEASURED, jax_peak, known_peak, measure, reported, summary
 from pi05_cases import (
     Peer,
     build,
@@ -39,10 +39,11 @@ from pi05_cases import (
     our_sampler,
     peer_sampler,
 )
-from pi05_cost import imitation_flops, sampling_phases
 
 from stare_jax.config import home_path
 from stare_jax.models import Pi05Config
+from stare_jax.plan.chips import Cost, Peak
+from stare_jax.plan.pi05_cost import imitation_flops, sampling_phases
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.train_state import create_state

@@ -50,8 +50,10 @@ def train() -> None:
     workdir = command.ROOT / "runs" / _values["name"] if given is None else home_path(given)
     config = from_dict(RunConfig, {name: value for name, value in _values.items() if name != "name"})
     if _PLAN.value:
+        from stare_jax.runs.fit import check_fit
         from stare_jax.runs.plan import print_plan
 
+        check_fit(config, is_here=False)
         print_plan(config)
         return
     from stare_jax.runs.ipi import run_ipi

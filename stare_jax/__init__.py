@@ -13,14 +13,15 @@ Rooms are imported when they are first looked at, so that `import stare_jax` cos
     evaluate  success rates with intervals, stage by stage
     report    figures, films and a page about a run
     runs      whole runs on disk: the phases in order, resumed where they stopped
+    plan      what a run will cost on devices that need not be there
 """
 
 import importlib
 from types import ModuleType
 
 __all__ = [
-    *("config", "data", "documents", "envs", "evaluate", "logging", "losses", "models", "report", "rollout", "runs"),
-    *("sharding", "stages", "state", "train", "types", "weights"),
+    *("config", "data", "documents", "envs", "evaluate", "logging", "losses", "models", "plan", "report", "rollout"),
+    *("runs", "sharding", "stages", "state", "train", "types", "weights"),
 ]
 __version__ = "0.1.0"
 

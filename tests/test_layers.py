@@ -38,6 +38,7 @@ ALLOWED = {
     "evaluate": (*MATHS, "envs.base", "envs.seeds", "models.policy", "rollout", "data"),
     "report": (*MATHS, "rollout", "evaluate"),
     "runs": BELOW_RUNS,
+    "plan": (*BELOW_RUNS, "runs"),
     "serve": BELOW_RUNS,
 }
 """Room of stare_jax -> what it may import of stare_jax, besides itself. Folders outside may import all of it."""

@@ -45,7 +45,11 @@ class Rope(NamedTuple):
     rope_type: Literal["default"] | None = None
     type: Literal["default"] | None = None
     rope_theta: Positive | None = None
+    factor: _One = None
     partial_rotary_factor: _One = None
+    full_attention: None = None
+    """positions of one kind of layer, where kinds have their own"""
+    sliding_attention: None = None
 
 
 class Text(NamedTuple):

@@ -27,6 +27,8 @@ from stare_jax.report.comparison import markdown_table
 from stare_jax.report.tables import MISSING, OUTCOMES, Table, percent
 
 FOLDER, UNDISTURBED = "ood", "none"
+AXES = ("vision", "semantics", "execution")
+"""Axes in the order in which they are shown."""
 SEEN_AT = (0, 6)
 """States of an episode that the picture shows: the first, and one after the object may have been moved."""
 _SIDE = 224
@@ -45,13 +47,18 @@ def file_name(perturbation: str) -> str:
 
 
 def load_perturbed(folder: str | Path) -> dict[str, Evaluation]:
-    """Returns perturbation -> evaluation, "" for the undisturbed one, which comes first; others by name.
+    """Returns perturbation -> evaluation, "" for the undisturbed one, which comes first; others by axis and name.
 
     Raises:
         DocumentError: a file is damaged.
     """
     found = {r.evaluation.info.perturbation: r.evaluation for r in load_results(folder)}
-    return {name: found[name] for name in sorted(found)}
+    return {name: found[name] for name in sorted(found, key=lambda name: (_rank(name), name))}
+
+
+def _rank(perturbation: str) -> int:
+    axis = perturbation.partition("/")[0]
+    return AXES.index(axis) if axis in AXES else -1
 
 
 def outdated(folder: str | Path) -> list[str]:

@@ -13,11 +13,10 @@ from stare_jax.evaluate.protocol import Evaluation
 from stare_jax.evaluate.summary import summarize
 from stare_jax.logging import print_table, replace_text
 from stare_jax.report.comparison import markdown_table
-from stare_jax.report.perturbed import by_axis, load_perturbed, ood_folder
+from stare_jax.report.perturbed import AXES, by_axis, load_perturbed, ood_folder
 from stare_jax.report.study_runs import StudyRun
 from stare_jax.report.tables import MISSING, OUTCOMES, Table
 
-AXES = ("vision", "semantics", "execution")
 PUBLISHED: Mapping[str, tuple[float, float, float, float]] = {
     "OpenVLA-7B before reinforcement learning": (53.91, 38.75, 35.94, 42.11),
     "RL4VLA, OpenVLA-7B (PPO)": (93.75, 80.47, 75.00, 81.77),
@@ -72,7 +71,7 @@ def axes_table(runs: Sequence[PerturbedRun], outcome: str) -> Table:
 
 def differences_table(runs: Sequence[PerturbedRun], outcome: str) -> Table:
     """Returns one row a perturbation, one column a method: the difference from undisturbed, in points."""
-    methods, names = _by_method(runs), sorted({name for run in runs for name in run.evaluations if name})
+    methods, names = _by_method(runs), list(dict.fromkeys(name for run in runs for name in run.evaluations if name))
     rows = []
     for name in names:
         cells = []

@@ -205,7 +205,7 @@ def policy_act(
         temperature: temperature of the action distribution; 0 is greedy.
         mesh: the devices that act; None takes those of `params`.
     """
-    sample = _jitted_sample(policy.sample)
+    sample = _announced_sample(policy.sample)
     sharding = acting_sharding(params) if mesh is None else batch_sharding(mesh)
     ticks = itertools.count()
     temperature = np.float32(temperature)
@@ -256,9 +256,16 @@ def _take_rows(decision: Decision, num_rows: int, observation: Observation) -> D
 
 
 @functools.lru_cache(maxsize=16)
-def _jitted_sample(sample: Callable) -> Callable:
+def jit_sample(sample: Callable) -> Callable:
+    """Compiles what an actor runs at every tick: (params, observation, key, tick, temperature) -> Decision."""
+
     @jax.jit
     def sample_at(params, observation, key, tick, temperature):
         return sample(params, observation, jax.random.fold_in(key, tick), temperature=temperature)
 
-    return announce_compiling("compiling the policy that acts", sample_at)
+    return sample_at
+
+
+@functools.lru_cache(maxsize=16)
+def _announced_sample(sample: Callable) -> Callable:
+    return announce_compiling("compiling the policy that acts", jit_sample(sample))

@@ -15,13 +15,17 @@ from stare_jax.models.blank import blank_policy
 from stare_jax.runs.config import RunConfig
 
 
-def check_fit(config: RunConfig) -> None:
+def check_fit(config: RunConfig, *, is_here: bool = True) -> None:
     """Makes sure that a policy can act in the simulator and be trained as a configuration says.
+
+    Args:
+        config: of a run.
+        is_here: whether the run is to be on this machine, which then needs the devices of the simulators.
 
     Raises:
         ConfigError: names every field that does not fit, got and expected, in one line.
     """
-    wrong = [*_simulator(config), *_seeds(config), *_batches(config)]
+    wrong = [*_simulator(config, is_here=is_here), *_seeds(config), *_batches(config)]
     wrong += _expert(config.env) if collects_demonstrations(config) else []
     if wrong:
         raise ConfigError("; ".join(wrong))
@@ -115,12 +119,12 @@ def _policy(policy: Policy, env: EnvConfig, section: str) -> Iterator[str]:
         yield f"{section}chunk: got {policy.chunk}, expected at most {env.horizon}, the actions of an episode"
 
 
-def _simulator(config: RunConfig) -> Iterator[str]:
+def _simulator(config: RunConfig, *, is_here: bool) -> Iterator[str]:
     """Yields what keeps policy and simulator of a run from working together."""
     env, model = config.env, config.model
     if not acts(config) and not collects_demonstrations(config):
         return
-    if env.backend == "cuda" and (missing := missing_for_cuda(env)):
+    if is_here and env.backend == "cuda" and (missing := missing_for_cuda(env)):
         yield f"config.env.backend: {missing}"
     with user_input():
         yield from _policy(blank_policy(model), env, "config.model.")

@@ -4,12 +4,12 @@ The devices need not be there: the plan of a run on eight accelerators can be ma
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from stare_jax.config import user_input
 from stare_jax.logging import print_table
@@ -18,7 +18,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, make_abstract_mesh
-from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
+from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
 from stare_jax.train import ppo, sft, tpo
@@ -34,6 +34,10 @@ class StepPlan(NamedTuple):
     batch: PyTree
     metrics: dict[str, jax.ShapeDtypeStruct]
     """metrics that the step returns, without shardings."""
+    step: Callable
+    """(state, batch, *inputs) -> (state, metrics)."""
+    inputs: tuple
+    """what the step takes besides; arrays of NumPy's, and shapes where parameters are among it."""
 
 
 def plan_run(config: RunConfig) -> dict[str, StepPlan]:
@@ -44,70 +48,76 @@ def plan_run(config: RunConfig) -> dict[str, StepPlan]:
             nothing by a pattern, or does not fit its batch.
         ShardingError: the rules, the mesh, the model and the batches do not fit.
     """
-    stats = identity_stats(config.model.action_dim, config.model.state_dim)
+    return {phase: plan_phase(config, phase) for phase in config.phases}
+
+
+def plan_phase(config: RunConfig, phase: str) -> StepPlan:
+    """Traces one optimiser step of a phase on shapes alone; raises what `plan_run` does."""
     mesh = make_abstract_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    plans = {"sft": _plan_sft, "tpo": _plan_tpo, "ppo": _plan_ppo}
+    plan = {"sft": _plan_sft, "tpo": _plan_tpo, "ppo": _plan_ppo}[phase]
     with user_input():  # such as a pattern of `freeze` or of `lora.targets` that matches nothing
-        policy = make_policy(config.model, stats)
-        return {phase: plans[phase](config, policy, mesh) for phase in config.phases}
+        return plan(config, plan_policy(config), mesh)
+
+
+def plan_policy(config: RunConfig) -> Policy:
+    """Returns the policy of a run for the sake of its shapes: its statistics change nothing."""
+    return make_policy(config.model, identity_stats(config.model.action_dim, config.model.state_dim))
+
+
+def plan_state(config: RunConfig, phase: str, policy: Policy, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Returns shapes and shardings of the state that a phase trains and keeps.
+
+    Raises:
+        ConfigError, ShardingError: see `plan_run`.
+    """
+    section = getattr(config, phase)
+    state = abstract_state(
+        abstract_params(policy, mesh),
+        _optimizer(config, phase),
+        mesh=mesh,
+        rules=policy.sharding_rules,
+        freeze=frozen_params(policy, section.optimizer),
+        has_average=phase == "sft" and section.ema_decay is not None,
+    )
+    check_precision(state.trainable)
+    return state
+
+
+def _optimizer(config: RunConfig, phase: str) -> optax.GradientTransformation:
+    num_steps = {"sft": config.sft.num_steps, "tpo": 1, "ppo": None}[phase]
+    return make_optimizer(getattr(config, phase).optimizer, num_steps=num_steps)
 
 
 def _plan_sft(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan:
-    phase = config.sft
-    sft.check_mesh(phase, mesh)
-    tx = make_optimizer(phase.optimizer, num_steps=phase.num_steps)
-    step, batch = sft.make_sft_step(policy, tx, phase), sft.batch_shapes(phase, policy)
-    has_average = phase.ema_decay is not None
-    return _trace_step(policy, mesh, tx, phase.optimizer, step, batch, has_average=has_average)
+    sft.check_mesh(config.sft, mesh)
+    step = sft.make_sft_step(policy, _optimizer(config, "sft"), config.sft)
+    return _trace_step(plan_state(config, "sft", policy, mesh), mesh, step, sft.batch_shapes(config.sft, policy))
 
 
 def _plan_tpo(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan:
-    phase = config.tpo
-    tpo.check_mesh(phase, mesh)
-    check_reference(phase.reference, jax.eval_shape(policy.init, jax.random.key(0)))
-    tx = make_optimizer(phase.optimizer, num_steps=1)
+    tpo.check_mesh(config.tpo, mesh)
+    check_reference(config.tpo.reference, jax.eval_shape(policy.init, jax.random.key(0)))
     horizon, num_stages = config.env.horizon, config.env.spec.num_stages
-    batch = tpo.batch_shapes(phase, policy, horizon=horizon, num_stages=num_stages)
-    return _trace_step(policy, mesh, tx, phase.optimizer, tpo.make_tpo_step(policy, tx, phase), batch)
+    batch = tpo.batch_shapes(config.tpo, policy, horizon=horizon, num_stages=num_stages)
+    step = tpo.make_tpo_step(policy, _optimizer(config, "tpo"), config.tpo)
+    return _trace_step(plan_state(config, "tpo", policy, mesh), mesh, step, batch)
 
 
 def _plan_ppo(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan:
-    phase = config.ppo
-    ppo.check_mesh(phase, mesh)
-    tx = make_optimizer(phase.optimizer, num_steps=None)
-    step, batch = ppo.make_ppo_step(policy, tx, phase), decision_shapes(policy, phase.minibatch_size)
-
-    def more_inputs(state):
-        return np.bool_(True), np.float32(0.0), None if phase.kl_coef is None else state.trainable
-
-    return _trace_step(policy, mesh, tx, phase.optimizer, step, batch, more_inputs=more_inputs)
+    ppo.check_mesh(config.ppo, mesh)
+    state = plan_state(config, "ppo", policy, mesh)
+    step = ppo.make_ppo_step(policy, _optimizer(config, "ppo"), config.ppo)
+    reference = None if config.ppo.kl_coef is None else state.trainable
+    batch = decision_shapes(policy, config.ppo.minibatch_size)
+    return _trace_step(state, mesh, step, batch, np.bool_(True), np.float32(0.0), reference)
 
 
-def _trace_step(
-    policy: Policy,
-    mesh: AbstractMesh,
-    tx: optax.GradientTransformation,
-    optimizer: OptimizerConfig,
-    step: Callable,
-    batch: PyTree,
-    *,
-    has_average: bool = False,
-    more_inputs: Callable[[TrainState], tuple] = lambda state: (),
-) -> StepPlan:
-    """Traces (state, batch, *more inputs) -> (state, metrics) on shapes, with the checks that training begins with."""
-    state = abstract_state(
-        abstract_params(policy, mesh),
-        tx,
-        mesh=mesh,
-        rules=policy.sharding_rules,
-        freeze=frozen_params(policy, optimizer),
-        has_average=has_average,
-    )
-    check_precision(state.trainable)
+def _trace_step(state: TrainState, mesh: AbstractMesh, step: Callable, batch: PyTree, *inputs: Any) -> StepPlan:
+    """Traces (state, batch, *inputs) -> (state, metrics) on shapes."""
     sharding = batch_sharding(mesh)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
-    _, metrics = jax.eval_shape(step, state, batch, *more_inputs(state))
-    return StepPlan(state, batch, metrics)
+    _, metrics = jax.eval_shape(step, state, batch, *inputs)
+    return StepPlan(state, batch, metrics, step, inputs)
 
 
 def print_plan(config: RunConfig) -> None:

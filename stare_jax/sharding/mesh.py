@@ -25,25 +25,27 @@ class ShardingError(UserError, ValueError):
     """The table and the tree do not fit; the message names every path or rule concerned."""
 
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of the first `data * fsdp * tensor` devices.
 
     Args:
         data: replicas of the model; -1 takes all devices that the other two leave.
         fsdp: over how many devices weights and optimiser state are cut; the batch is cut over these, too.
         tensor: over how many devices single matrices are cut.
+        devices: to choose from; all of this process's if None.
 
     Raises:
         ShardingError: more devices asked for than there are.
     """
-    num_devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    num_devices = len(devices)
     if data == -1:
         data = num_devices // max(fsdp * tensor, 1)  # sizes that are too small are refused below
     sizes = (data, fsdp, tensor)
     if min(sizes) < 1 or np.prod(sizes) > num_devices:
         expected = f"at most {num_devices} device(s), and at least 1 along each axis"
         raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected {expected}")
-    return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=jax.devices()[: int(np.prod(sizes))])
+    return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=devices[: int(np.prod(sizes))])
 
 
 def make_abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
@@ -137,6 +139,12 @@ def num_parts(mesh: Mesh | AbstractMesh) -> int:
 def place(tree: PyTree, mesh: Mesh) -> PyTree:
     """Puts a batch onto the mesh, cut along its leading axis, whose size `num_parts` divides."""
     return jax.device_put(tree, batch_sharding(mesh))
+
+
+def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
+    """Raises ValueError unless `microbatch_size` is None or divides the batch size, whose config field is `name`."""
+    if microbatch_size is not None and (microbatch_size < 1 or size % microbatch_size):
+        raise ValueError(f"microbatch_size: got {microbatch_size}, expected a divisor of {name} = {size}, or None")
 
 
 def check_batch_size(name: str, size: int | None, mesh: Mesh | AbstractMesh) -> None:

@@ -115,11 +115,8 @@ def test_table_and_files_of_a_policy(folder, capsys):
         write_seen(folder, name, [film_of(frames)], caption="push it")
     path = write_perturbed(folder, {"vision/light": "It is darker."}, command="python x")
     text, said = path.read_text(), capsys.readouterr().out
-    rows = {
-        row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
-        for row in text.splitlines()
-        if row.startswith("|")
-    }
+    lines = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
+    rows = {name: cells for name, *cells in lines}
     low, high = (100 * limit for limit in wilson_interval(6, 10)[1:])
     assert rows["vision/light"][0] == f"60.0 [{low:.1f}, {high:.1f}]" and rows["vision/light"][2].startswith("-20.0 [")
     assert rows["none"][2:] == ["–", "–", "10"]
@@ -131,6 +128,8 @@ def test_table_and_files_of_a_policy(folder, capsys):
     assert (
         len(numbers) == 40 and sum(int(n["success_once"]) for n in numbers if n["perturbation"] == "vision/table") == 4
     )
+    order = ["none", "vision/light", "vision/table", "vision, mean of 2", "execution/object_moved"]
+    assert [name for name, *_ in lines[2:7]] == order
     with Image.open(folder / "seen.png") as sheet:  # sorted: none, light, table; the third is a map
         pixels = np.asarray(sheet)
     third = pixels.shape[1] // 3

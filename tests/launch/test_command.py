@@ -21,7 +21,7 @@ from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.weights.files import WeightsError
 
 LAUNCH = Path(command.__file__).parent
-COMMANDS = ("collect", "compare", "convert", "evaluate", "import_rlds", "show_stages", "study")
+COMMANDS = ("collect", "compare", "convert", "evaluate", "import_rlds", "plan", "show_stages", "study")
 
 
 def _raises(error):
@@ -126,6 +126,7 @@ PATHS = {
     "convert": ["--from=~/a", "--to=~/b", "--adapter=~/c", "--base=~/d"],
     "evaluate": ["--run=~/a", "--weights=~/b"],
     "import_rlds": ["--data=~/a", "--out=~/b"],
+    "plan": ["--config=configs/quickstart.py", "--devices=1x1GB", "--kept=~/a"],
     "show_stages": ["--task=PushCube-v1", "--out=~/a"],
     "study": ["--study=~/a", "--workdir=~/b"],
 }

@@ -148,6 +148,12 @@ def test_a_run_that_does_not_fit_its_task_is_refused(nothing_starts, given, tmp_
     assert {path: path.stat().st_mtime_ns for path in given.rglob("*")} == before
 
 
+def test_a_plan_is_refused_where_the_run_is_but_not_for_devices_that_it_has_elsewhere(capfd):
+    elsewhere = ["--config.env.backend=cuda", "--config.env.num_workers=1"]
+    assert run_train([f"--config={PI05}", *elsewhere, "--config.ppo.num_steps=2", "--plan"]) == 1
+    assert capfd.readouterr().err.startswith("error: config.ppo.num_steps: got 2, expected at least 3, the actions")
+
+
 EXPERT = [f"--config={QUICKSTART}", "--phase=expert", "--workdir=OUT"]
 OTHERS = [
     (evaluate, [*EXPERT, "--config.env.control_mode=pd_joint_delta_pos"], "config.env.control_mode: got 'pd_joint_"),

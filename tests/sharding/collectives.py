@@ -1,82 +1,17 @@
-"""Exchanges between devices in a compiled program, and their places: read from XLA's text."""
+"""What a program may exchange between devices: the weights of one layer at a time, and sums of their gradients."""
 
 import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from stare_jax.models.bins import NUM_BINS
+from stare_jax.plan.exchanges import Collective
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
 """exchanges that weights and their gradients take; the others move activations from one layout to another."""
 IN_LAYERS = re.compile(r"\b(layers|blocks|encoderblock)/")
 """part of paths inside a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
-
-
-class Collective(NamedTuple):
-    """One operation; one that combines several arrays has several sizes."""
-
-    kind: str
-    sizes: tuple[int, ...]
-    """elements of what one device has afterwards."""
-    num_loops: int
-    """loops around it in the compiled program."""
-    num_written: int
-    """loops around it in the program as it was written."""
-    source: str
-    """path of names in the program as it was written."""
-
-    def __str__(self):
-        return f"{self.kind} of {self.sizes} elements in {self.num_loops} loop(s), from {self.source or 'nowhere'}"
-
-
-def read_collectives(text: str) -> list[Collective]:
-    """Reads the collectives of `compiled.as_text()`."""
-    computations = _computations(text)
-    callers = {}
-    for name, lines in computations.items():
-        for line in lines:
-            for role, callee in re.findall(r"(\w+)=%?([\w.\-]+)", line):
-                callers.setdefault(callee, (name, role == "body"))
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                for callee in branches.split(","):
-                    callers.setdefault(callee.strip().lstrip("%"), (name, False))
-
-    def num_loops(name):
-        caller, is_body = callers.get(name, (None, False))
-        return is_body + (num_loops(caller) if caller is not None else 0)
-
-    return [
-        found._replace(num_loops=num_loops(name))
-        for name, lines in computations.items()
-        for found in map(_read, lines)
-        if found is not None
-    ]
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    """Returns the instructions of every computation by its name."""
-    computations, current = {}, []
-    for line in text.splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = computations.setdefault(match.group(1), [])
-        elif " = " in line:
-            current.append(line)
-    return computations
-
-
-def _read(line: str) -> Collective | None:
-    match = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(", line)
-    kind = match and match.group(2).removesuffix("-start")
-    if kind not in KINDS:
-        return None
-    shapes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
-    sizes = tuple(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
-    source = re.search(r'op_name="([^"]*)"', line)
-    source = source.group(1) if source else ""
-    return Collective(kind, sizes, 0, source.count("while/body"), source)
 
 
 def not_zero3(

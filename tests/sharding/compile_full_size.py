@@ -18,22 +18,18 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from collectives import moved_out, not_zero3, num_passes, read_collectives
-from jax.sharding import NamedSharding
+from collectives import moved_out, not_zero3, num_passes
 
 from configs import ipi_widowx
 from stare_jax.config import from_dict
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
+from stare_jax.plan.exchanges import read_collectives
+from stare_jax.plan.programs import placed
 from stare_jax.runs.config import MeshConfig, RunConfig
-from stare_jax.runs.plan import plan_run
+from stare_jax.runs.plan import plan_phase
 from stare_jax.sharding.mesh import batch_sharding, make_mesh, path_name
-from stare_jax.state.optimizer import make_optimizer
 from stare_jax.state.train_state import abstract_params
-from stare_jax.train.ppo import make_ppo_step
-from stare_jax.train.sft import make_sft_step
-from stare_jax.train.tpo import make_tpo_step
 from stare_jax.train.update import lower_step
 
 # Nothing is run: what makes programs fast may be left out.
@@ -46,17 +42,11 @@ def load(fsdp, tensor, words):
     return dataclasses.replace(from_dict(RunConfig, values), mesh=MeshConfig(1, fsdp, tensor))
 
 
-def lower_phase(phase, config, policy, mesh):
+def lower_phase(phase, config, mesh):
     """The step of a phase as `train_*` compiles it, and the arguments that it reuses and that it only reads."""
-    section, plan = getattr(config, phase), plan_run(config)[phase]
-    state, batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), plan[:2]
-    )
-    tx = make_optimizer(section.optimizer, num_steps=None if phase == "ppo" else 10)
-    make_step = {"sft": make_sft_step, "tpo": make_tpo_step, "ppo": make_ppo_step}[phase]
-    reference = state.trainable if phase == "ppo" and section.kl_coef is not None else None
-    extra = (np.bool_(True), np.float32(0.0), reference) if phase == "ppo" else ()
-    lowered = lower_step(make_step(policy, tx, section), state, batch, *extra)
+    state, batch, _, step, inputs = placed(plan_phase(config, phase), mesh)
+    lowered = lower_step(step, state, batch, *inputs)
+    reference = inputs[-1] if phase == "ppo" else None
     # A compiled program is not given what it does not read: values are asked for in PPO alone, and not of a reference.
     read = (state.frozen if phase == "ppo" else without_value(state.frozen), batch, without_value(reference or {}))
     return lowered, state.replace(frozen=None), read
@@ -88,7 +78,7 @@ def main(phase, fsdp, tensor, *words):
     if phase == "sample":
         lowered, moving, read = lower_sampling(policy, mesh)
     else:
-        lowered, moving, read = lower_phase(phase, config, policy, mesh)
+        lowered, moving, read = lower_phase(phase, config, mesh)
     compiled = lowered.compile(compiler_options=QUICK)
     seconds = time.perf_counter() - start
     found, memory = read_collectives(compiled.as_text()), compiled.memory_analysis()

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import nano_flow
 import numpy as np
-from collectives import moved_out, not_zero3, num_passes, read_collectives
+from collectives import moved_out, not_zero3, num_passes
 from nano_policy import INSTRUCTIONS, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, make_policy
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.plan.exchanges import read_collectives
 from stare_jax.rollout.collect import policy_act
 from stare_jax.sharding.mesh import make_mesh, path_name, place, tree_shardings
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
@@ -104,7 +105,7 @@ def sft_batch(model, trained):
 def ppo_batch(model, trained):
     decision, observation = decided(model, trained)
     old_value, advantage, return_, gap = np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float32)
-    numbers = (decision.logp + 0.05 * gap, old_value, advantage, return_)
+    numbers = (decision.logp + 0.05 * gap[:, None] / decision.logp.shape[1], old_value, advantage, return_)
     return DecisionBatch(observation, decision.trace, *numbers, np.arange(SIZE) < SIZE - 3)
 
 

@@ -1,7 +1,9 @@
 """The check of what a program exchanges finds each kind of fault, in programs of a few lines."""
 
 import pytest
-from collectives import moved_out, not_zero3, read_collectives
+from collectives import moved_out, not_zero3
+
+from stare_jax.plan.exchanges import read_collectives
 
 LAYER = "jit(f)/llm.run/while/body/closed_call/layers/up_proj/dot_general"
 HEAD = "jit(f)/llm.logits/lm_head/dot_general"

@@ -6,14 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from device import Cost, Peak, known_peak
-from openvla_cost import decoder_products, generation_phases, update_flops, vision_products
+from device import known_peak
 
 from stare_jax.models import make_policy, openvla_7b
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.normalize import identity_stats
+from stare_jax.plan.chips import Cost, Peak
+from stare_jax.plan.openvla_cost import decoder_products, generation_phases, update_flops, vision_products
 
 RANK, LENGTH, BATCH = 8, 12, 2
 
@@ -80,7 +81,7 @@ def test_the_update_agrees_with_xla():
     def loss(trained, params, observation, bins):
         leaves = jax.tree.unflatten(jax.tree.structure(params), (_leaves(params) | trained).values())
         score = policy.log_prob(leaves, observation, {"bins": bins})
-        return (score.logp + score.value).sum()
+        return score.logp.sum() + score.value.sum()
 
     bins = jax.ShapeDtypeStruct((BATCH, 7), jnp.int32)
     counted = count_by_xla(jax.grad(loss), trained, params, policy.observation_shape(BATCH), bins)

@@ -9,10 +9,10 @@ import pi05
 import pi05_cases
 import pi05_naive
 import pytest
-from pi05_cost import gemma_weights, imitation_flops, prefix_length, sampling_phases, tower_weights
 
 from stare_jax.models import pi05_base
 from stare_jax.models.nn.linear import Execution
+from stare_jax.plan.pi05_cost import gemma_weights, imitation_flops, prefix_length, sampling_phases, tower_weights
 from stare_jax.state.optimizer import merge_params, split_params
 
 TINY = ["--size=tiny", "--batch=2", "--steps=2", "--cameras=2", "--window=3", "--passes=1", "--repeats=2"]

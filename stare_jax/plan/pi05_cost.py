@@ -4,7 +4,7 @@ Only matrix products are counted, two operations for a multiplication and an add
 `tests/weights/test_pi05_benchmark.py` compares the counts with XLA's.
 """
 
-from device import Cost
+from stare_jax.plan.chips import Cost
 
 
 def gemma_shapes(expert) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ although half of it is masked where it is causal. `tests/weights/test_openvla_co
 
 from typing import NamedTuple
 
-from device import Cost
+from stare_jax.plan.chips import Cost
 
 NUM_BINS = 256
 
@@ -53,7 +53,7 @@ def decoder_products(config, tokens: int, keys: int, rank: int = 0) -> Products:
     )
 
 
-def generation_phases(config, batch: int, prompt_length: int, itemsize: int = 2) -> list[Cost]:
+def generation_phases(config, batch: int, prompt_length: int, itemsize: int = 2, rank: int = 0) -> list[Cost]:
     """Returns the cost of the prompt, then of every further action token.
 
     Bytes are what must move at least: the weights once a phase, and the keys and values, which the prompt writes and
@@ -64,15 +64,16 @@ def generation_phases(config, batch: int, prompt_length: int, itemsize: int = 2)
         batch: images at once.
         prompt_length: tokens of text, BOS among them.
         itemsize: bytes of a weight, of a key and of a value.
+        rank: of the adapters, whose bytes do not count; 0 without.
     """
     length, head = _num_patches(config) + prompt_length, 2 * config.llm.width * NUM_BINS
     cache = 2 * config.llm.depth * config.llm.num_kv_heads * config.llm.head_dim * itemsize
     decoder = itemsize * (config.llm.depth * _size(_layer_shapes(config.llm)) + config.llm.width * NUM_BINS)
-    vision, prompt = vision_products(config), decoder_products(config, length, length)
+    vision, prompt = vision_products(config, rank), decoder_products(config, length, length, rank)
     flops = sum(vision) + sum(prompt) + head
     phases = [Cost(batch * flops, decoder + itemsize * vision_weights(config) + batch * length * cache)]
     for i in range(1, config.action_dim):
-        flops = sum(decoder_products(config, 1, length + i)) + head
+        flops = sum(decoder_products(config, 1, length + i, rank)) + head
         phases.append(Cost(batch * flops, decoder + batch * (length + i) * cache))
     return phases
 

@@ -1,0 +1,116 @@
+"""Says what a run will cost on devices that need not be there: memory, operations, exchanges, time; and what fits.
+
+    python launch/plan.py --config=configs/quickstart.py --devices=1x8GB
+    python launch/plan.py --config=configs/ipi_maniskill.py:pi05 --devices=8xH100
+    python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5e:2x4 --config.ppo.microbatch_size=64
+    python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5p:2x2x1 --programs=sample,ppo
+
+Sampling and one optimiser step of every phase are compiled from shapes alone. `--topology` compiles for a slice of
+TPUs and needs libtpu, the extra `plan`; `--devices` compiles for a processor that looks like so many devices. A model
+of full size takes minutes a program; what was compiled once is kept in runs/plans. Exit code 1: something does not fit.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import command
+from configuration import load_configuration, split_fields
+
+from stare_jax.config import ConfigError, from_dict
+from stare_jax.plan.chips import Devices, parse_devices, parse_topology
+
+PROGRAMS = ("sample", "sft", "tpo", "ppo")
+_NO_HARDWARE = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+}
+"""environment in which libtpu does not look for TPUs"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.make_parser(__doc__)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:VARIANT]", help="the run; --config.section.field=VALUE changes it")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--topology", metavar="KIND:AxB", help="a slice of TPUs: v5e:2x4, v5p:2x2x1, v6e:4x4")
+    group.add_argument("--devices", metavar="NxMEMORY", help="8x80GB, or of a kind: 1xA100-80, 8xH100, 1xH200")
+    add("--programs", metavar="NAMES", help=f"some of {','.join(PROGRAMS)} (default: those of the run's phases)")
+    add("--windowed", action="store_true", help="with --topology: let products be cut into windows; takes long")
+    tries = "changes that are compiled at most where a program does not fit (default: 3)"
+    add("--tries", type=command.natural, default=3, metavar="N", help=tries)
+    kept = "where forecasts are kept (default: runs/plans)"
+    add("--kept", type=command.path, default=command.ROOT / "runs" / "plans", metavar="DIR", help=kept)
+    fields, others = split_fields(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
+    if arguments.windowed and not arguments.topology:
+        parser.error("--windowed goes with --topology")
+    return arguments
+
+
+def choose_devices(arguments: argparse.Namespace) -> Devices:
+    """Returns the devices of the command line, and prepares the environment in which JAX is to be imported."""
+    devices = parse_topology(arguments.topology) if arguments.topology else parse_devices(arguments.devices)
+    os.environ.update(_NO_HARDWARE)
+    if devices.number is None:
+        if importlib.util.find_spec("libtpu") is None:
+            raise ConfigError(
+                "--topology: libtpu is not installed, which compiles for TPUs; pip install libtpu (700 MB, the extra "
+                "'plan'), or take --devices"
+            )
+        return devices
+    # Moved out of its loop, the widening of all layers to float32 would be in memory at once, on a processor alone.
+    flags = f"--xla_force_host_platform_device_count={devices.number}"
+    flags += " --xla_disable_hlo_passes=while-loop-invariant-code-motion"
+    if version("jaxlib").startswith("0.10."):  # later ones do not know it; fusing takes most of the time
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    return devices
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Prints the plan and returns an exit code."""
+    devices = choose_devices(arguments)
+    values = load_configuration(arguments.config, arguments.fields)
+    # These import JAX, which reads the environment.
+    from stare_jax.logging import say
+    from stare_jax.plan.changes import first_that_fits
+    from stare_jax.plan.kept import Kept
+    from stare_jax.plan.page import excess_line, fits, print_forecasts
+    from stare_jax.plan.programs import find_devices, programs_of, with_mesh
+    from stare_jax.runs.config import RunConfig
+    from stare_jax.runs.fit import check_fit
+
+    config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+    check_fit(config, is_here=False)
+    programs = programs_of(config)
+    if arguments.programs is not None:
+        chosen = arguments.programs.split(",")
+        if unknown := [name for name in chosen if name not in programs]:
+            raise ConfigError(f"--programs: got {','.join(unknown)}, expected some of {','.join(programs)}")
+        programs = tuple(name for name in programs if name in chosen)
+    num_devices = len(find_devices(devices))
+    config = with_mesh(config, num_devices)
+    kept = Kept(arguments.kept, devices, windowed=arguments.windowed)
+    found = [kept(name, config) for name in programs]
+    print_forecasts(found, config, devices, num_devices, windowed=arguments.windowed)
+    excess = [one for one in found if not fits(one, devices)]
+    for one in excess:
+        proposal = first_that_fits(config, one, devices.memory, kept, max_compilations=arguments.tries)
+        say(excess_line(one, devices.memory, proposal))
+    return command.FAILED if excess else command.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    return command.run(lambda: plan(arguments), after_stop="what was compiled is kept")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Peak rates of devices from their data sheets, and the least time that work takes on them."""
+
+import re
+from typing import NamedTuple
+
+from stare_jax.config import ConfigError
+
+GB, GIB = 10**9, 2**30
+MAX_DEVICES = 512
+"""devices that a processor is made to look like, at most"""
+
+
+class Peak(NamedTuple):
+    """Peak rates of a device, from its data sheet, or measured with a large product and a large copy."""
+
+    flops: float
+    """Operations of dense matrix products a second, in the type of the model's weights."""
+    bandwidth: float
+    """Bytes a second between the device's memory and its cores."""
+
+
+class Cost(NamedTuple):
+    flops: float
+    bytes: float
+
+    def least_time(self, peak: Peak) -> float:
+        """Seconds that it takes at least: products and memory traffic overlap at best."""
+        return max(self.flops / peak.flops, self.bytes / peak.bandwidth)
+
+
+class Chip(NamedTuple):
+    """A device, from its data sheet."""
+
+    peak: Peak
+    """in bfloat16."""
+    memory: float
+    """bytes."""
+    link: float
+    """bytes a second that a device sends to the others of its slice or node, over all its links."""
+    clock: float | None = None
+    """cycles a second, where XLA estimates cycles and the clock is known."""
+
+
+CHIPS = {
+    "v5e": Chip(Peak(197e12, 0.82e12), 16 * GIB, 180e9, 1.5e9),
+    "v5p": Chip(Peak(459e12, 2.77e12), 95 * GIB, 540e9, 1.75e9),
+    "v6e": Chip(Peak(918e12, 1.64e12), 32 * GIB, 360e9),
+    "A100-80": Chip(Peak(312e12, 2.0e12), 80 * GB, 300e9),
+    "H100": Chip(Peak(989e12, 3.35e12), 80 * GB, 450e9),
+    "H200": Chip(Peak(989e12, 4.8e12), 141 * GB, 450e9),
+}
+"""Name on the command line -> device."""
+
+
+class Devices(NamedTuple):
+    """The devices that a plan is for; none of them need be there."""
+
+    text: str
+    """as the command line has them: `v5e:4x4`, `8x80GB` or `8xH100`."""
+    number: int | None
+    """None where the topology says it."""
+    memory: float
+    """bytes of one device."""
+    chip: Chip | None
+    """None where only the memory is known."""
+
+
+def parse_topology(text: str) -> Devices:
+    """Returns the devices of a slice of TPUs, such as `v5e:4x4`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    kinds = [name for name in CHIPS if name.startswith("v")]
+    match = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", text)
+    if match is None or match.group(1) not in kinds:
+        raise ConfigError(f"--topology: got {text!r}, expected KIND:AxB or KIND:AxBxC, KIND one of {', '.join(kinds)}")
+    chip = CHIPS[match.group(1)]
+    return Devices(text, None, chip.memory, chip)
+
+
+def parse_devices(text: str) -> Devices:
+    """Returns a number of devices with so much memory each, `8x80GB`, or of a kind, `8xH100`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    kinds = [name for name in CHIPS if not name.startswith("v")]
+    match = re.fullmatch(r"(\d+)x(?:(\d+(?:\.\d+)?)GB|(.+))", text)
+    number = int(match.group(1)) if match else 0
+    if match is None or not 1 <= number <= MAX_DEVICES or not (match.group(2) or match.group(3) in kinds):
+        expected = f"NUMBERxMEMORY such as 8x80GB, or NUMBERxKIND, KIND one of {', '.join(kinds)}"
+        raise ConfigError(f"--devices: got {text!r}, expected {expected}; NUMBER 1 to {MAX_DEVICES}")
+    if match.group(2):
+        return Devices(text, number, float(match.group(2)) * GB, None)
+    chip = CHIPS[match.group(3)]
+    return Devices(text, number, chip.memory, chip)

@@ -1,0 +1,127 @@
+"""The tables that a plan prints."""
+
+import math
+from collections.abc import Sequence
+
+from stare_jax.logging import print_table, say
+from stare_jax.plan.changes import Proposal
+from stare_jax.plan.chips import GB, Devices
+from stare_jax.plan.programs import Exchange, Forecast
+from stare_jax.runs.config import RunConfig
+
+MISSING = "—"
+FAKE = (
+    "Fake devices: arguments, products and exchanges are those of the program. Times and layouts of the real compiler",
+    "are not known; intermediates are those of a processor's, which keeps more in float32 and fuses less.",
+)
+
+
+def print_forecasts(
+    found: Sequence[Forecast], config: RunConfig, devices: Devices, num_devices: int, *, windowed: bool = False
+) -> None:
+    """Prints what programs cost one device: memory, operations and times, exchanges; and what is not known of it."""
+    mesh = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    title = f"{devices.text}: {num_devices} devices of {size(devices.memory)}, data x fsdp x tensor = {mesh}; of each:"
+    header = ("program", "rows", "arguments", "beside", "intermediates", "peak", "of memory", "fits")
+    print_table(header, [_memory_row(one, devices) for one in found], title=title)
+    say()
+    header = ("program", "operations", "needed", "XLA's time", "roofline", "products", "memory", "exchange", "bound")
+    print_table(header, [_time_row(one, devices) for one in found])
+    say()
+    header = ("exchange", "loops around it", "bytes a pass", "outermost", "bytes of it", "bytes in all")
+    rows = [_exchange_row(one.program, exchange) for one in found for exchange in sorted(one.exchanges, key=_in_all)]
+    if rows:
+        print_table(header, rows)
+        say()
+    if devices.number is not None:
+        say("\n".join(FAKE))
+    elif not windowed:
+        say("Compiled without windowed products (--windowed), which take long to compile and hide exchanges.")
+    for one in found:
+        if one.num_unknown_loops:
+            say(f"{one.program}: the passes of {one.num_unknown_loops} loop(s) are not known; each counts once.")
+        if not one.is_compiled:
+            say(f"{one.program}: the compiler refuses it for want of memory; nothing but sizes is known.")
+
+
+def excess_line(found: Forecast, memory: float, proposal: Proposal | None) -> str:
+    """Returns by how much a program does not fit, and what makes it fit."""
+    line = f"{found.program} does not fit: {size(found.peak)}, {size(found.peak - memory)} more than there is"
+    if proposal is None:
+        return f"{line}; none of the changes that were tried makes it fit"
+    how = "compiled" if proposal.is_compiled else "by its sizes, not compiled"
+    return f"{line}; {size(proposal.peak)} ({how}) with {in_flags(proposal.change.flags)}"
+
+
+def in_flags(changes: dict[str, object]) -> str:
+    """Returns changes as arguments of a command line."""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
+
+
+def size(num_bytes: float) -> str:
+    """Returns `1.23 GB`, or a smaller unit below a tenth of one; 1 GB is 10^9 bytes."""
+    for unit, factor in (("GB", GB), ("MB", 10**6)):
+        if abs(num_bytes) >= factor / 10:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes / 1000:.2f} kB"
+
+
+def _memory_row(one: Forecast, devices: Devices) -> tuple[str, ...]:
+    share = f"{100 * one.peak / devices.memory:.0f} %"
+    sizes = map(size, (one.arguments, one.beside, one.intermediates, one.peak))
+    return (one.program, str(one.num_rows), *sizes, share, "yes" if fits(one, devices) else "no")
+
+
+def fits(one: Forecast, devices: Devices) -> bool:
+    """Returns whether a program fits its device."""
+    return one.is_compiled and one.peak <= devices.memory
+
+
+def _time_row(one: Forecast, devices: Devices) -> tuple[str, ...]:
+    clock = devices.chip and devices.chip.clock
+    estimate = MISSING if one.cycles is None else f"{one.cycles / 1e6:.1f} Mcycles"
+    if one.cycles is not None and clock:
+        estimate = _seconds(one.cycles / clock)
+    times = map(_seconds, (one.roofline_s, one.compute_s, one.memory_s, one.exchange_s))
+    return (one.program, _flops(one.flops), _flops(one.needed), estimate, *times, one.bound or MISSING)
+
+
+def _exchange_row(program: str, one: Exchange) -> tuple[str, ...]:
+    loops = " x ".join(f"{number or '?'} {word}{_plural(word, number)}" for number, word in one.loops) or "none"
+    in_outer = one.num_bytes * _passes(one.loops[1:])
+    outermost = one.loops[0][1] if one.loops else MISSING
+    return (
+        f"{program} {one.kind}",
+        loops,
+        size(one.num_bytes),
+        outermost,
+        size(in_outer) if one.loops else MISSING,
+        size(one.num_bytes * _passes(one.loops)),
+    )
+
+
+def _in_all(one: Exchange) -> float:
+    return -one.num_bytes * _passes(one.loops)
+
+
+def _passes(loops: Sequence[tuple[int, str]]) -> int:
+    return math.prod(number or 1 for number, _ in loops)
+
+
+def _plural(word: str, number: int) -> str:
+    return "" if number == 1 else "es" if word.endswith("s") else "s"
+
+
+def _flops(number: float | None) -> str:
+    if number is None:
+        return MISSING
+    for unit, factor in (("T", 1e12), ("G", 1e9)):
+        if number >= factor / 10:
+            return f"{number / factor:.2f} {unit}"
+    return f"{number / 1e6:.2f} M"
+
+
+def _seconds(number: float | None) -> str:
+    if number is None:
+        return MISSING
+    return f"{number:.2f} s" if number >= 1 else f"{1000 * number:.3g} ms"
