@@ -79,7 +79,7 @@ class Inputs(NamedTuple):
     bins: np.ndarray
     """int32 `[B, A]`."""
     old_logp: np.ndarray
-    """float32 `[B]`, and likewise below."""
+    """float32 `[B]`, the sum over tokens; and likewise below."""
     old_value: np.ndarray
     advantage: np.ndarray
     return_: np.ndarray

@@ -93,7 +93,10 @@ def _generate(policy: Policy, params: PyTree, observation: Observation, batch: i
     decision = run()
     run()
     row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
-    check = {"bins": np.asarray(decision.trace["bins"]).tolist(), "logp": np.asarray(decision.logp).tolist()}
+    check = {
+        "bins": np.asarray(decision.trace["bins"]).tolist(),
+        "logp": np.asarray(decision.logp.sum(axis=1)).tolist(),
+    }
     _profile(run, spec, f"generate_{batch}")
     return row | check | _memory(sample)
 
@@ -136,7 +139,7 @@ def _update(spec: Spec) -> dict[str, Any]:
     row = {"case": "update", "batch": spec.update_batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
     check = {"loss": float(metrics["ppo/loss"]), "grad_norm": float(metrics["grad/norm"])}
     _profile(run, spec, "update")
-    return row | check | {"logp": np.asarray(batch.old_logp).tolist()} | _memory()
+    return row | check | {"logp": np.asarray(batch.old_logp.sum(axis=1)).tolist()} | _memory()
 
 
 def _memory(compiled: Any = None) -> dict[str, float]:

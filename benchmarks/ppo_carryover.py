@@ -71,7 +71,7 @@ class Learner:
             trace = {"bins": bins[at[0], np.minimum(at[1], bins.shape[1] - 1)]}
             score = self.score(params, jax.tree.map(lambda x, at=at: x[at], trajectory.observation), trace)
             number = min(SIZE, len(episode) - first)
-            yield (at[0][:number], at[1][:number]), np.stack([score.logp, score.value])[:, :number]
+            yield (at[0][:number], at[1][:number]), np.stack([score.logp.sum(axis=1), score.value])[:, :number]
 
     def annotated(self, params: PyTree, rollout: Rollout) -> PPOBatch:
         """Returns the batch with the values that the critic has for it now."""
@@ -86,7 +86,7 @@ class Learner:
         where = np.pad(batch.targets.valid_t, [(0, 0), (0, 1)])
         gains, divergences, episodes = [], [], []
         for at, (logp, _) in self.scores(params, rollout, where):
-            log_ratio, advantage = logp - batch.decisions.logp[at], batch.advantage[at]
+            log_ratio, advantage = logp - batch.decisions.logp[at].sum(axis=1), batch.advantage[at]
             # Not clipped: min(.., clip(..)) takes away gains and keeps losses, so it falls for a step in any direction.
             gains.append(np.expm1(log_ratio) * advantage)
             divergences.append(np.expm1(log_ratio) - log_ratio)

@@ -85,7 +85,7 @@ def make_pairs(episodes: Episodes, spec: TaskSpec) -> tuple[Side, Side]:
         state, decision, valid = episodes.state[rows, :-1], episodes.record, episodes.valid[rows, 1:]
         trace = jax.tree.map(lambda x: x[rows], decision.trace)
         of_rows = jax.tree.map(lambda x: x[rows], stages)
-        return Side(state, trace, decision.logp[rows], valid & is_pair[:, None], of_rows)
+        return Side(state, trace, decision.logp[rows].sum(axis=-1), valid & is_pair[:, None], of_rows)
 
     return side(first + best), side(first + worst)
 
@@ -171,7 +171,7 @@ def _fit(params: PyTree, loss_fn: Callable, key: Array, hyper: Hyper, *, size: i
 
 def _log_probs(policy: Policy, params: PyTree, side: Side) -> Array:
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (side.state, side.trace))
-    return policy.log_prob(params, observation_of(flat[0]), flat[1]).logp.reshape(side.valid.shape)
+    return policy.log_prob(params, observation_of(flat[0]), flat[1]).logp.sum(axis=1).reshape(side.valid.shape)
 
 
 def _evaluate(policy: Policy, params: PyTree, toy: Toy, key: Array, num_episodes: int, max_step) -> tuple[Array, Array]:

@@ -52,13 +52,22 @@ if isinstance(sys.stdout, io.TextIOWrapper):  # What a terminal's encoding does 
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses `--option=--`, which argparse turns into an empty list."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for text in args:
+            if text.startswith("-") and text.endswith("=--"):
+                self.error(f"argument {text.removesuffix('=--')}: got '--', expected a value")
+        return super().parse_known_args(args, namespace)
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser whose --help shows a command's docstring: its first paragraph on top, its examples below."""
     description, _, examples = doc.partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=formatter, allow_abbrev=False
-    )
+    return _Parser(description=description, epilog=examples, formatter_class=formatter, allow_abbrev=False)
 
 
 def number(annotation: Any) -> Callable[[str], int | float]:

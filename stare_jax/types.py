@@ -81,7 +81,8 @@ class Decisions(NamedTuple):
     """Named fields `[D, ...]`: all that `Policy.log_prob` needs to score the decisions again. The policy chooses names
     and shapes."""
     logp: Array
-    """float32 `[D]` log-probability of each decision under the policy that made it."""
+    """float32 `[D, T]` terms of each decision's log-probability under the policy that made it, see
+    `models.policy.ActionScore`."""
     value: Array
     """float32 `[D + 1]` that policy's value of states: entry d of the state in which decision d was made; the entry
     after the last valid decision is of the state that the decision led to, 0 where a success ended it halfway."""

@@ -239,7 +239,7 @@ def load_pairs(
             stored prompts.
 
     Returns:
-        NumPy leaves `[P, ...]`.
+        NumPy leaves `[P, ...]`; log-probabilities of decisions are sums, `[P, D, 1]`.
 
     Raises:
         DatasetError: the data set was opened without some of its shards, so that indices mean other episodes; or it has
@@ -253,6 +253,10 @@ def load_pairs(
 
     def load(index: int) -> Trajectory:
         trajectory, row = dataset.episode(index, horizon)
+        if (decisions := trajectory.decisions) is not None:
+            # Of all rollouts the sums: those that another version began hold nothing else.
+            sums = decisions.logp.sum(axis=1, keepdims=True)
+            trajectory = trajectory._replace(decisions=decisions._replace(logp=sums))
         if tokenize is None:
             return trajectory
         valid, observation = trajectory.valid[:, None], trajectory.observation

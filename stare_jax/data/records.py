@@ -140,6 +140,7 @@ def _pad_decisions(record: Mapping[str, Any] | None, *, length: int, num_actions
     if record is None:
         return None
     logp, is_single = record["logp"], record["num_actions"] == record["num_decisions"]
+    logp = logp[:, None] if logp.ndim == 1 else logp  # of format 2: the sum is the only term
     if is_single:
         size = num_actions
     elif num_actions in (length, record["num_actions"]):  # the number of actions of a decision is not stored

@@ -23,10 +23,11 @@ from stare_jax.documents.reader import raise_problems
 from stare_jax.logging import replace_text
 
 FORMAT = "stare_jax/dataset"
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+READ_VERSIONS = (1, 2, 3)
 """Version 1 stored an action's tokens, log-probability and value with every action: its episodes can be imitated and
-continued, and their decisions are not read."""
+continued, and their decisions are not read. Version 2 stored the sum of a decision's log-probability, which is read as
+its only term."""
 MANIFEST_FILE = "manifest.json"
 
 

@@ -1,10 +1,17 @@
 """Proximal policy optimisation (equation 2). STA-PPO (algorithm 2) is the same loss on the GAE of shaped rewards."""
 
+import typing
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from stare_jax.types import Array
+
+Ratio = Literal["decision", "token", "mean"]
+"""The part of a decision that has a ratio of probabilities: "decision", all of it; "token", each term of its
+log-probability, so that each is clipped on its own; "mean", all of it, its log-ratio divided by the number of terms."""
 
 MAX_LOG_RATIO = 20.0
 """Bound of log-ratios, far outside the range that the clipped surrogate lets through."""
@@ -27,6 +34,8 @@ def ppo_loss(
     value_clip_eps: float | None = None,
     huber_delta: float | None = None,
     entropy_coef: float = 0.0,
+    ratio: Ratio = "decision",
+    num_fixed_terms: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns policy loss + value_coef value loss - entropy_coef entropy (2), and metrics `ppo/...`.
 
@@ -34,7 +43,8 @@ def ppo_loss(
     Only `logp`, `value` and `entropy` carry a gradient.
 
     Args:
-      logp: log pi_theta'(a_t|s_t), summed over the action's tokens or chunk.
+      logp: `[..., T]`, the terms whose sum is log pi_theta'(a_t|s_t), of its tokens or of the steps of a flow; or
+        `[...]`, the sum.
       old_logp: the same under the policy that acted.
       advantage: GAE, usually whitened.
       value: V(s_t) now.
@@ -49,28 +59,36 @@ def ppo_loss(
       value_clip_eps: see `value_loss`.
       huber_delta: see `value_loss`.
       entropy_coef: weight of the entropy bonus.
+      ratio: the part of a decision that has a ratio, see `Ratio`. The policy loss is the mean over decisions, in each
+        the mean over its ratios.
+      num_fixed_terms: terms that no parameter moves and `logp` leaves out; "mean" counts them.
 
     Returns:
-      The scalar loss and a flat dict of float32 scalars.
+      The scalar loss and a flat dict of float32 scalars. `ppo/approx_kl` is of whole decisions whatever the ratio is
+      of; `ppo/clip_frac`, `ppo/ratio_...` and `ppo/log_ratio_square`, the mean square of its logarithm, are of the
+      ratio.
+
+    Raises:
+      ValueError: `ratio` has another value.
+
+    Differs from the paper: `ratio` other than "decision".
     """
-    arrays = (logp, old_logp, advantage, value, old_value, return_, entropy)
+    arrays = (advantage, value, old_value, return_, entropy)
     chex.assert_equal_shape(arrays)
-    chex.assert_type(arrays, float)
-    if valid is None:
-        valid = jnp.ones(jnp.shape(logp), bool)
-    chex.assert_shape(valid, logp.shape, custom_message="valid")
+    chex.assert_type((logp, old_logp, *arrays), float)
+    valid = jnp.ones(jnp.shape(advantage), bool) if valid is None else valid
+    chex.assert_shape(valid, jnp.shape(advantage), custom_message="valid")
     chex.assert_type(valid, bool, custom_message="valid")
     # The contents of a padded row must not even overflow: an infinity times a zero gradient is NaN.
     arrays = (jnp.where(valid, jnp.asarray(array, jnp.float32), 0.0) for array in arrays)
-    logp, old_logp, advantage, value, old_value, return_, entropy = arrays
-    old_logp, advantage, old_value, return_ = jax.lax.stop_gradient((old_logp, advantage, old_value, return_))
+    advantage, value, old_value, return_, entropy = arrays
+    advantage, old_value, return_ = jax.lax.stop_gradient((advantage, old_value, return_))
 
-    clip_eps_high = clip_eps if clip_eps_high is None else clip_eps_high
-    # The exponential must not overflow: clipped or not, an infinite ratio has a gradient that is not a number.
-    log_ratio = jnp.clip(logp - old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = jnp.exp(log_ratio)
-    surrogate = clipped_surrogate(ratio, advantage, clip_eps=clip_eps, clip_eps_high=clip_eps_high, dual_clip=dual_clip)
-    policy = _mean(-surrogate, valid)
+    log_ratio, whole_log_ratio = log_ratios(logp, old_logp, valid, ratio=ratio, num_fixed_terms=num_fixed_terms)
+    ratios = jnp.exp(log_ratio)
+    advantage, is_counted = (jnp.broadcast_to(x[..., None], ratios.shape) for x in (advantage, valid))
+    clips = {"clip_eps": clip_eps, "clip_eps_high": clip_eps if clip_eps_high is None else clip_eps_high}
+    policy = _mean(-clipped_surrogate(ratios, advantage, dual_clip=dual_clip, **clips), is_counted)
     critic = _mean(value_loss(value, old_value, return_, clip_eps=value_clip_eps, huber_delta=huber_delta), valid)
     mean_entropy = _mean(entropy, valid)
     loss = policy + value_coef * critic - entropy_coef * mean_entropy
@@ -80,9 +98,42 @@ def ppo_loss(
         "ppo/value_loss": critic,
         "ppo/entropy": mean_entropy,
         "ppo/explained_variance": explained_variance(value, return_, valid),
-        **_ratio_metrics(log_ratio, ratio, valid, clip_eps, clip_eps_high),
+        # The k3 estimator of KL(old || new): never negative, and of low variance.
+        "ppo/approx_kl": _mean(jnp.expm1(whole_log_ratio) - whole_log_ratio, valid),
+        **_ratio_metrics(log_ratio, ratios, is_counted, **clips),
     }
     return loss, {name: jax.lax.stop_gradient(jnp.asarray(value, jnp.float32)) for name, value in metrics.items()}
+
+
+def log_ratios(
+    logp: Array, old_logp: Array, valid: Array, *, ratio: Ratio, num_fixed_terms: int = 0
+) -> tuple[Array, Array]:
+    """Returns log-ratios within +-`MAX_LOG_RATIO`: `[..., T]` of each term or `[..., 1]`, and `[...]` of all of them.
+
+    Args:
+      logp, old_logp: `[..., T]` or `[...]`, see `ppo_loss`; the second carries no gradient.
+      valid: bool `[...]`; elsewhere the log-ratio is 0.
+      ratio: see `Ratio`.
+      num_fixed_terms: see `ppo_loss`.
+
+    Raises:
+      ValueError: `ratio` has another value.
+    """
+    if ratio not in (allowed := typing.get_args(Ratio)):
+        raise ValueError(f"ratio is {ratio!r}, expected one of {allowed}.")
+    chex.assert_equal_shape((logp, old_logp))
+    if jnp.ndim(logp) == jnp.ndim(valid):
+        logp, old_logp = logp[..., None], old_logp[..., None]
+    chex.assert_shape(logp, (*jnp.shape(valid), None))
+    logp, old_logp = (jnp.where(valid[..., None], jnp.asarray(x, jnp.float32), 0.0) for x in (logp, old_logp))
+    old_logp = jax.lax.stop_gradient(old_logp)
+    # The exponential must not overflow: clipped or not, an infinite ratio has a gradient that is not a number.
+    bounds = -MAX_LOG_RATIO, MAX_LOG_RATIO
+    whole = jnp.clip(logp.sum(axis=-1) - old_logp.sum(axis=-1), *bounds)
+    if ratio == "token":
+        return jnp.clip(logp - old_logp, *bounds), whole
+    num_terms = logp.shape[-1] + num_fixed_terms
+    return (whole / num_terms if ratio == "mean" else whole)[..., None], whole
 
 
 def reference_penalty(
@@ -182,13 +233,12 @@ def explained_variance(value: Array, return_: Array, valid: Array | None = None)
 
 
 def _ratio_metrics(
-    log_ratio: Array, ratio: Array, valid: Array, clip_eps: float, clip_eps_high: float
+    log_ratio: Array, ratio: Array, valid: Array, *, clip_eps: float, clip_eps_high: float
 ) -> dict[str, Array]:
     mean_ratio = _mean(ratio, valid)
     is_clipped = (ratio < 1.0 - clip_eps) | (ratio > 1.0 + clip_eps_high)
     return {
-        # The k3 estimator of KL(old || new): never negative, and of low variance.
-        "ppo/approx_kl": _mean(jnp.expm1(log_ratio) - log_ratio, valid),
+        "ppo/log_ratio_square": _mean(jnp.square(log_ratio), valid),
         "ppo/clip_frac": _mean(is_clipped, valid),
         "ppo/ratio_mean": mean_ratio,
         # Padded rows take part as the mean, which is never the extreme.

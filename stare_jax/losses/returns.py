@@ -1,12 +1,15 @@
 """Advantages and returns of one trajectory of N decisions, t = 0 .. N-1."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from stare_jax.types import Array
+
+GroupAdvantage = Literal["grpo", "rloo"]
+"""Advantage of an episode over others with the same start, see `group_advantages`."""
 
 
 class ChunkRewards(NamedTuple):
@@ -87,6 +90,32 @@ def gae(
     delta_t = reward_t + jnp.where(discount_t == 0, 0.0, discount_t * next_value_t) - value_t
     advantage_t = _discounted_sum(delta_t, decay_t, jnp.float32(0.0))
     return advantage_t, advantage_t + value_t
+
+
+def group_advantages(return_g: Array, valid_g: Array, *, kind: GroupAdvantage) -> Array:
+    """Returns the advantages of G episodes that begin alike, float32 `[G]`, 0 for one that is alone or not valid.
+
+        "grpo"  A_g = (R_g - mean R) / std R                        (DeepSeekMath, arXiv:2402.03300)
+        "rloo"  A_g = R_g - the mean of the others' R               (Ahmadian et al., arXiv:2402.14740)
+
+    Args:
+      return_g: `[G]` R, returns of whole episodes.
+      valid_g: bool `[G]`: episodes that count.
+      kind: "grpo", whose deviation is that of the valid episodes, or "rloo".
+
+    Differs from the paper: it estimates advantages with a critic.
+    """
+    chex.assert_rank((return_g, valid_g), 1)
+    if kind == "grpo":
+        return whiten(return_g, valid_g)
+    if kind != "rloo":
+        raise ValueError(f"kind is {kind!r}, expected 'grpo' or 'rloo'.")
+    chex.assert_equal_shape((return_g, valid_g))
+    chex.assert_type((return_g, valid_g), (float, bool))
+    return_g = jnp.where(valid_g, jnp.asarray(return_g, jnp.float32), 0.0)
+    num_others = jnp.sum(valid_g) - 1
+    advantage_g = return_g - (jnp.sum(return_g) - return_g) / jnp.maximum(num_others, 1)
+    return jnp.where(valid_g & (num_others > 0), advantage_g, 0.0)
 
 
 def discounted_returns(reward_t: Array, discount_t: Array, bootstrap_value: Array | float = 0.0) -> Array:

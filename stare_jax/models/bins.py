@@ -133,7 +133,7 @@ def choose_bins(
 
 
 def score_bins(
-    logits: Array, bins: Array, temperature: Array | float, is_decided: Array | None = None
+    logits: Array, bins: Array, temperature: Array | float, is_decided: np.ndarray | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Scores the bins of whole actions in float32.
 
@@ -141,16 +141,18 @@ def score_bins(
         logits: `[..., A, num_bins]`, unscaled.
         bins: int32 `[..., A]` in [0, num_bins).
         temperature: scalar >= 0, may be traced; see `scale_logits`.
-        is_decided: bool `[A]`, the dimensions that count; None for all.
+        is_decided: NumPy bool `[A]`, the dimensions that count; None for all.
 
     Returns:
-        Log-probability `[...]` in nats, summed over the A dimensions, and entropy `[...]` in nats, their mean.
+        Log-probabilities `[..., T]` in nats of the T dimensions that count, and entropy `[...]` in nats, their mean.
     """
     chex.assert_equal_shape_prefix([logits, bins], bins.ndim)
     log_probs = jax.nn.log_softmax(scale_logits(logits, temperature), axis=-1)
     logp = jnp.take_along_axis(log_probs, bins[..., None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-    return logp.sum(axis=-1, where=is_decided), entropy.mean(axis=-1, where=is_decided)
+    if is_decided is None:
+        return logp, entropy.mean(axis=-1)
+    return logp[..., np.flatnonzero(is_decided)], entropy.mean(axis=-1, where=is_decided)
 
 
 def kl_of_bins(logits: Array, reference_logits: Array, temperature: Array | float) -> jax.Array:

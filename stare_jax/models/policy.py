@@ -21,16 +21,18 @@ class Decision(NamedTuple):
     trace: dict[str, Array] | None = None
     """Named fields `[B, ...]`: all that `Policy.log_prob` needs to score the decision again."""
     logp: Array | None = None
-    """float32 `[B]` log-probability of the decision under the distribution that was sampled."""
+    """float32 `[B, T]` terms of the decision's log-probability under the distribution that was sampled, see
+    `ActionScore.logp`."""
     value: Array | None = None
     """float32 `[B]` value of the states."""
 
 
 class ActionScore(NamedTuple):
-    """Scores of decisions in a batch of states, all float32 `[B]`."""
+    """Scores of decisions in a batch of states, all float32, `[B]` unless another shape is given."""
 
     logp: Array
-    """log-probability of the decision, in nats."""
+    """`[B, T]` terms of the decision's log-probability, in nats: of each number that was decided, each given those
+    before it, or of each random step of a flow. Their sum is that of the decision."""
     entropy: Array
     """mean entropy of the numbers that were decided, in nats."""
     value: Array
@@ -76,6 +78,12 @@ class Policy(NamedTuple):
     actions."""
     chunk: int = 1
     """C, actions that one decision executes."""
+    num_fixed_terms: int = 0
+    """terms of a decision's log-probability that no parameter moves, such as the noise that a flow starts from. They
+    are not in `ActionScore.logp`, but RLinf counts them where it takes a mean over terms."""
+    compute_dtype: str = "float32"
+    """type of the network's activations. Below float32 a decision's score depends on the batch that it is computed in:
+    `sample` and `log_prob` differ by rounding."""
     preference_score: Callable | None = None
     """`preference_score(params, observation, action [B, H, A], seeds uint32 [B, K]) -> [B, K, C]`, float32: a stand-in
     for the log-probability of each executed action in preference learning, in K estimates that are comparable where

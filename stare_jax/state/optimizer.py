@@ -50,6 +50,11 @@ class OptimizerConfig:
         check_fields(self)
 
 
+def without_critic(config: OptimizerConfig) -> OptimizerConfig:
+    """Returns the settings with the critic's parameters frozen."""
+    return dataclasses.replace(config, freeze=tuple(dict.fromkeys((*config.freeze, config.value_params))))
+
+
 def make_optimizer(config: OptimizerConfig, *, num_steps: int | None) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of the trainable parameters (`split_params`).
 

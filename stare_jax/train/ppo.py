@@ -15,21 +15,21 @@ from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Se
 from stare_jax.documents import check_record
 from stare_jax.envs.base import SimulatorError, VecEnv
 from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
-from stare_jax.logging import Interrupted, progress, say
-from stare_jax.losses import ppo_loss, reference_penalty
+from stare_jax.logging import Interrupted, Window, progress, say
+from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
-from stare_jax.sharding.mesh import check_batch_size, place
+from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params
+from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params, without_critic
 from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
-from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, save, start_phase
-from stare_jax.train.ppo_metrics import iteration_metrics, report_line
+from stare_jax.train.loop import Run, checkpoint_directory, next_turn, save, start_phase
+from stare_jax.train.ppo_metrics import iteration_metrics, report_line, warn_of_rounding
 from stare_jax.types import PyTree
 
 PHASE = "ppo"
@@ -60,12 +60,23 @@ class PPOConfig:
     microbatch_size: Count | None = None
     """decisions in one forward and backward pass; None takes the whole minibatch."""
     gamma: Fraction = 0.99
+    advantage: ppo_batch.Advantage = "gae"
+    """"gae", over the critic; "grpo" or "rloo", of an episode's return over those of its group: the critic is frozen,
+    and nothing is whitened (`losses.group_advantages`)."""
+    group_size: Count = 1
+    """episodes of each start, one after the other, of which `num_episodes` is a multiple."""
     gae_lambda: Fraction = 0.95
     clip_eps: Positive = 0.2
     clip_eps_high: Positive | None = None
     """upper clip; None: the same."""
     dual_clip: Positive | None = None
     """bound of the loss of a bad action that has become likelier, in advantages; RLinf uses 3."""
+    ratio: Ratio = "decision"
+    """ratio that is clipped: of a whole "decision"; of each "token", or step of a flow; or "mean", the decision's with
+    its logarithm divided by the number of terms, as RLinf tempers flows."""
+    rescore: bool | None = None
+    """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
+    None: where the network computes in less than float32."""
     value_coef: NonNegative = 1.0
     value_clip_eps: Positive | None = None
     """clip of the value's change from that of the rollout; None: no clip."""
@@ -98,9 +109,22 @@ class PPOConfig:
 
     def __post_init__(self):
         check_fields(self)
-        update.check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
+        check_microbatch(self.microbatch_size, self.minibatch_size, "minibatch_size")
         if self.shaping:
             check_ends(self.terminal_potential, self.time_limit)
+        if self.num_episodes % self.group_size or (self.group_size > 1 and self.num_steps is not None):
+            expected = f"a divisor of num_episodes = {self.num_episodes}, or 1 with num_steps"
+            raise ValueError(f"group_size: got {self.group_size}, expected {expected}")
+        if self.advantage != "gae":
+            for name, is_wrong, expected in (
+                ("group_size", self.group_size < 2, "at least 2"),
+                ("time_limit", self.time_limit != "terminate", "'terminate'"),
+                ("value_warmup_iterations", self.value_warmup_iterations > 0, "0"),
+            ):
+                if is_wrong:
+                    got = f"{name}: got {getattr(self, name)!r}, expected {expected}"
+                    raise ValueError(f"{got} without a critic (advantage = {self.advantage!r})")
+            object.__setattr__(self, "optimizer", without_critic(self.optimizer))
 
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
@@ -108,7 +132,14 @@ def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Calla
     """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
     targets_fn = by_task(spec, lambda one, *episode: make_targets_fn(one, config, chunk=chunk)(*episode))
     num_tasks = len(as_specs(spec)) if config.whiten_over == "task" else 1
-    return ppo_batch.compile_targets(targets_fn, chunk=chunk, num_steps=config.num_steps, num_tasks=num_tasks)
+    return ppo_batch.compile_targets(
+        targets_fn,
+        chunk=chunk,
+        num_steps=config.num_steps,
+        num_tasks=num_tasks,
+        advantage=config.advantage,
+        group_size=config.group_size,
+    )
 
 
 def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:
@@ -118,7 +149,7 @@ def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Cal
         spec=spec,
         shaping=config.shaping,
         gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
+        gae_lambda=config.gae_lambda if config.advantage == "gae" else 1.0,
         time_limit=config.time_limit,
         terminal_potential=config.terminal_potential,
         reward=config.reward,
@@ -160,10 +191,12 @@ def make_ppo_step(
             clip_eps=config.clip_eps,
             clip_eps_high=config.clip_eps_high,
             dual_clip=config.dual_clip,
-            value_coef=config.value_coef,
+            value_coef=config.value_coef if config.advantage == "gae" else 0.0,
             value_clip_eps=config.value_clip_eps,
             huber_delta=config.huber_delta,
             entropy_coef=config.entropy_coef,
+            ratio=config.ratio,
+            num_fixed_terms=policy.num_fixed_terms,
         )
         if config.kl_coef is None:
             return loss, metrics
@@ -181,8 +214,7 @@ def make_ppo_step(
             return update.apply_gradients(state, grads, tx, scale=scale, train_policy=train_policy)
 
         state = jax.lax.cond(is_far, lambda state: state, move, state)
-        more = {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
-        return state, metrics | more
+        return state, metrics | {"ppo/stopped": is_far.astype(jnp.float32), "ppo/lr_scale": scale}
 
     return step
 
@@ -220,9 +252,11 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     state, saved = start_phase(PHASE, run, policy, params, tx, config.optimizer)
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
-    prepare = make_prepare(spec, config, chunk=policy.chunk)
+    prepare, is_warned = make_prepare(spec, config, chunk=policy.chunk), False
+    rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
+    is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
     counters = check_record(_Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
-    window = Window(PHASE, run, num_steps=int(state.step))
+    window = Window(PHASE, run.writer, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
 
     with (
@@ -244,6 +278,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
                 batch = prepare(rollout)
+                batch = rescore(state.params, batch, run.mesh) if is_rescoring else batch
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:
                     placed = place(minibatch, run.mesh)
@@ -253,7 +288,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
             updates = window.read()
-            counters = counters.after(rollout)
+            counters = counters.after(rollout, config.group_size)
             turn = next_turn(
                 run, counters.iteration, config.num_iterations, log_every=1, checkpoint_every=config.checkpoint_every
             )
@@ -264,6 +299,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             ) | {"env/steps": counters.env_steps}
             line = report_line(counters.iteration, config.num_iterations, metrics)
             say(f"{line} | {window.clock.line()}")
+            is_warned = warn_of_rounding(metrics, is_warned=is_warned)
             window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
 
@@ -282,10 +318,10 @@ class _Counters(NamedTuple):
     iteration: Natural = 0
     env_steps: Natural = 0
     seeds: Natural = 0
-    """episodes begun; every episode takes the next seed of the run."""
+    """starts of episodes; every group of episodes, or every episode, takes the next seed of the run."""
 
-    def after(self, rollout: Rollout) -> "_Counters":
-        seeds = self.seeds + len(rollout.trajectory.valid)
+    def after(self, rollout: Rollout, group_size: int) -> "_Counters":
+        seeds = self.seeds + len(rollout.trajectory.valid) // group_size
         return _Counters(self.iteration + 1, self.env_steps + rollout.num_steps, seeds)
 
 
@@ -294,13 +330,15 @@ def _collect(
 ) -> Rollout:
     """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
+    starts = np.arange(batch_size) // config.group_size
+    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(starts[-1]) + 1))
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
             act,
-            take_seeds(PPO_SEEDS, config.seed, counters.seeds, batch_size),
+            seeds[starts],
             stop_at_success=config.stop_at_success,
-            tasks=take_turns(spec, counters.seeds + np.arange(batch_size)),
+            tasks=take_turns(spec, counters.seeds + starts),
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,

@@ -3,23 +3,29 @@
 Functions that say so are for one episode, from its first state on; `compile_targets` vmaps and compiles them once.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.losses import chunk_rewards, explained_variance, gae, whiten
+from stare_jax.logging import announce_compiling
+from stare_jax.losses import GroupAdvantage, chunk_rewards, explained_variance, gae, group_advantages, whiten
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
+from stare_jax.sharding.mesh import place
 from stare_jax.stages import TaskSpec, potentials, separate, shape_rewards, success_rewards
 from stare_jax.stages.rewards import Reward, episode_rewards
 from stare_jax.stages.shaping import TerminalPotential, TimeLimit
+from stare_jax.train import update
 from stare_jax.types import Array, Decisions, Observation, Signals
 
+Advantage = Literal["gae", *get_args(GroupAdvantage)]
+"""Advantage of a decision: over the critic's expectation ("gae"), or its episode's over others that began alike."""
 ChunkDiscount = Literal["step", "decision"]
 WhitenOver = Literal["all", "task"]
 """Decisions among which advantages are whitened: all of a batch, or those of each task."""
@@ -58,7 +64,7 @@ class DecisionBatch(NamedTuple):
     trace: dict[str, Array]
     """`[B, ...]`, see `Decision.trace`."""
     old_logp: Array
-    """float32 `[B]`."""
+    """float32 `[B, T]`."""
     old_value: Array
     """float32 `[B]`."""
     advantage: Array
@@ -73,10 +79,9 @@ def batch_shapes(policy: Policy, size: int) -> DecisionBatch:
     """Returns a minibatch of `size` decisions as `jax.ShapeDtypeStruct`s."""
     params = jax.eval_shape(policy.init, jax.random.key(0))
     decision = jax.eval_shape(policy.sample, params, policy.observation_shape(size), jax.random.key(0))
-    number = jax.ShapeDtypeStruct((size,), jnp.float32)
-    valid = jax.ShapeDtypeStruct((size,), bool)
+    number, valid = (jax.ShapeDtypeStruct((size,), dtype) for dtype in (jnp.float32, bool))
     observation = policy.observation_shape(size)
-    return DecisionBatch(observation, decision.trace, number, number, number, number, valid)
+    return DecisionBatch(observation, decision.trace, decision.logp, number, number, number, valid)
 
 
 class PPOBatch(NamedTuple):
@@ -89,7 +94,7 @@ class PPOBatch(NamedTuple):
     targets: Targets
     """NumPy leaves `[E, ...]`."""
     advantage: np.ndarray
-    """float32 `[E, D]`, whitened over the decisions that exist, all or those of each task."""
+    """float32 `[E, D]`, whitened over the decisions that exist, all or those of each task; those of a group are not."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
 
@@ -181,7 +186,13 @@ def _discounts(
 
 
 def compile_targets(
-    targets_fn: Callable[..., Targets], *, chunk: int = 1, num_steps: int | None = None, num_tasks: int = 1
+    targets_fn: Callable[..., Targets],
+    *,
+    chunk: int = 1,
+    num_steps: int | None = None,
+    num_tasks: int = 1,
+    advantage: Advantage = "gae",
+    group_size: int = 1,
 ) -> Callable[[Rollout], PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
 
@@ -191,14 +202,24 @@ def compile_targets(
         num_steps: actions of the batch, if it is one of steps: the most episodes there can be. None: as many as there
             are.
         num_tasks: number of tasks whose advantages are whitened apart; 1 whitens all together.
+        advantage: see `Advantage`; all decisions of an episode have that over its group.
+        group_size: G, episodes in a row that begin alike.
     """
 
     @jax.jit
     def all_episodes(task, signals, valid, value):
+        if advantage != "gae":
+            value = jnp.zeros_like(value)  # There is no critic: nothing is subtracted, or added at an end.
         targets = jax.vmap(targets_fn)(task, signals, valid, value)
-        groups = [True] if num_tasks == 1 else [(task == k)[:, None] for k in range(num_tasks)]
-        advantage = sum(whiten(targets.advantage_d, targets.valid_d & group) for group in groups)  # 0 outside a group
-        return targets, advantage, explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
+        explained = explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
+        if advantage != "gae":
+            # An episode's return is what follows its first decision.
+            of_groups = (x[:, 0].reshape(-1, group_size) for x in (targets.return_d, targets.valid_d))
+            over_others = jax.vmap(functools.partial(group_advantages, kind=advantage))(*of_groups)
+            return targets, jnp.where(targets.valid_d, over_others.reshape(-1, 1), 0.0), explained
+        parts = [True] if num_tasks == 1 else [(task == k)[:, None] for k in range(num_tasks)]
+        whitened = sum(whiten(targets.advantage_d, targets.valid_d & part) for part in parts)  # 0 outside a part
+        return targets, whitened, explained
 
     def prepare(rollout):
         trajectory, decisions = rollout.trajectory, rollout.trajectory.decisions
@@ -206,15 +227,13 @@ def compile_targets(
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
         num_rows = num_steps or num_episodes
         inputs = (rollout.task, trajectory.signals, trajectory.valid, decisions.value)
-        results = jax.device_get(all_episodes(*jax.tree.map(lambda x: _pad(x, num_rows), inputs)))
+        padding = (0, num_rows - num_episodes)
+        padded = jax.tree.map(lambda x: np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)), inputs)
+        results = jax.device_get(all_episodes(*padded))
         observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
         return PPOBatch(observation, decisions, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
 
     return prepare
-
-
-def _pad(x: np.ndarray, num_rows: int) -> np.ndarray:
-    return np.pad(x, [(0, num_rows - len(x))] + [(0, 0)] * (x.ndim - 1))
 
 
 def minibatches(
@@ -230,14 +249,34 @@ def minibatches(
     num_parts = math.ceil(len(episode) / size)
     epochs = (np.array_split(rng.permutation(len(episode)), num_parts) for _ in range(num_epochs))
     for chosen in itertools.chain.from_iterable(epochs):
-        rows = np.concatenate([chosen, np.zeros(size - len(chosen), chosen.dtype)])
-        at = (episode[rows], d[rows])
-        yield DecisionBatch(
-            observation=jax.tree.map(lambda x, at=at: x[at], batch.observation),
-            trace=jax.tree.map(lambda x, at=at: x[at], batch.decisions.trace),
-            old_logp=batch.decisions.logp[at],
-            old_value=batch.decisions.value[at],
-            advantage=batch.advantage[at],
-            return_=batch.targets.return_d[at],
-            valid=np.arange(size) < len(chosen),
+        yield _minibatch(batch, (episode[chosen], d[chosen]), size)
+
+
+def _minibatch(batch: PPOBatch, at: tuple[np.ndarray, np.ndarray], size: int) -> DecisionBatch:
+    """Returns the decisions at indices `[n]` of episodes and decisions, filled up to `size` rows."""
+    number, at = len(at[0]), tuple(np.concatenate([x, np.repeat(x[:1], size - len(x))]) for x in at)
+    observation, trace = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace))
+    scores = (batch.decisions.logp, batch.decisions.value, batch.advantage, batch.targets.return_d)
+    return DecisionBatch(observation, trace, *(x[at] for x in scores), valid=np.arange(size) < number)
+
+
+def make_rescore(policy: Policy, temperature: float, size: int, microbatch_size: int | None) -> Callable[..., PPOBatch]:
+    """Returns (params, batch, mesh) -> the batch scored by these parameters, in parts as large as those of updates."""
+
+    @jax.jit
+    def score(params, rows):
+        return update.map_rows(
+            lambda part: policy.log_prob(params, *part, temperature=temperature).logp, rows, microbatch_size
         )
+
+    score = announce_compiling("compiling the scores of decisions", score)
+
+    def rescore(params, batch, mesh):
+        logp, (episode, d) = np.zeros_like(batch.decisions.logp), np.nonzero(batch.decisions.valid)
+        for start in range(0, len(episode), size):
+            at = episode[start : start + size], d[start : start + size]
+            rows = place(_minibatch(batch, at, size)[:2], mesh)
+            logp[at] = np.asarray(score(params, rows))[: len(at[0])]
+        return batch._replace(decisions=batch.decisions._replace(logp=logp))
+
+    return rescore

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from stare_jax.logging import reduce_metrics, say
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names
-from stare_jax.train.loop import reduce_metrics
 from stare_jax.train.ppo_batch import PPOBatch, Targets
+
+MAX_FIRST_LOG_RATIO = 0.05
+"""Root mean square of log-ratios before the first update; above it, clipping acts on rounding errors."""
 
 
 def iteration_metrics(
@@ -106,8 +109,9 @@ def shaping_metrics(targets: Targets, stage_names: Sequence[str]) -> dict[str, f
 def update_metrics(updates: Sequence[Mapping[str, float]], *, num_decisions: int, size: int) -> dict[str, float]:
     """Returns the means over an iteration's minibatches, the one that stopped it included, and their number.
 
-    Of the ratio the extremes are taken. `ppo/kl_last` is the approximate KL divergence of the last minibatch;
-    `ppo/epochs` counts the minibatches that moved parameters, in passes over the batch.
+    Of the ratio the extremes are taken. `ppo/first_log_ratio_rms` is the root mean square of its logarithm in the first
+    minibatch, `ppo/kl_last` the approximate KL divergence of the last one; `ppo/epochs` counts the minibatches that
+    moved parameters, in passes over the batch.
 
     Args:
         updates: metrics of each minibatch, see `ppo.make_ppo_step`.
@@ -115,10 +119,22 @@ def update_metrics(updates: Sequence[Mapping[str, float]], *, num_decisions: int
         size: of a minibatch.
     """
     num_moves = sum(1 - update["ppo/stopped"] for update in updates)
-    return reduce_metrics(updates) | {
+    means = reduce_metrics(updates)
+    del means["ppo/log_ratio_square"]
+    return means | {
+        "ppo/first_log_ratio_rms": math.sqrt(updates[0]["ppo/log_ratio_square"]),
         "ppo/kl_last": float(updates[-1]["ppo/approx_kl"]),
         "ppo/epochs": float(num_moves / math.ceil(num_decisions / size)),
     }
+
+
+def warn_of_rounding(metrics: Mapping[str, float], *, is_warned: bool) -> bool:
+    """Says once that ratios are not 1 before the first update; returns whether that has been said."""
+    spread = metrics["ppo/first_log_ratio_rms"]
+    if not is_warned and spread > MAX_FIRST_LOG_RATIO:
+        got = f"a root mean square of {spread:.2f} before any update, expected at most {MAX_FIRST_LOG_RATIO}"
+        say(f"ppo: warning: log-ratios of the first minibatch have {got}; ppo.rescore = True puts rounding right")
+    return is_warned or spread > MAX_FIRST_LOG_RATIO
 
 
 def report_line(iteration: int, num_iterations: int, metrics: Mapping[str, float]) -> str:

@@ -12,14 +12,14 @@ from jax.sharding import AbstractMesh
 
 from stare_jax.config import Count, Seed, check_fields
 from stare_jax.envs.seeds import phase_key
-from stare_jax.logging import Interrupted, progress, say
+from stare_jax.logging import Interrupted, Window, progress, reduce_metrics, say
 from stare_jax.models.policy import Policy
-from stare_jax.sharding.mesh import check_batch_size, place
+from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import TrainState
 from stare_jax.train import update
-from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
+from stare_jax.train.loop import Run, checkpoint_directory, next_turn, save, start_phase
 from stare_jax.types import Array, Observation, PyTree
 
 PHASE = "sft"
@@ -49,7 +49,7 @@ class SFTConfig:
 
     def __post_init__(self):
         check_fields(self)
-        update.check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
+        check_microbatch(self.microbatch_size, self.batch_size, "batch_size")
 
 
 # ---- Batch ----------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def train_sft(
     del params
     step_fn = update.jit_step(make_sft_step(policy, tx, config), state)
     first = int(state.step)
-    batch_iterator, window = batches(first), Window(PHASE, run, num_steps=first)
+    batch_iterator, window = batches(first), Window(PHASE, run.writer, num_steps=first)
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,

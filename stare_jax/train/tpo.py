@@ -1,6 +1,7 @@
 """Preference: TPO on whole trajectories, STA-TPO stage by stage, and the control that uses the chosen ones alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import AbstractMesh
 
 from stare_jax.config import Count, NonNegative, Positive, Seed, check_fields
-from stare_jax.logging import Interrupted, progress, say
+from stare_jax.logging import Interrupted, Window, progress, reduce_metrics, say
 from stare_jax.losses import Margin, StageNorm, sta_tpo_loss, tpo_loss
 from stare_jax.models.nn.lora import drop_adapters
 from stare_jax.models.policy import Policy
@@ -22,7 +23,7 @@ from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer, merge_params
 from stare_jax.state.train_state import TrainState, abstract_params
 from stare_jax.train import update
-from stare_jax.train.loop import Run, Window, checkpoint_directory, next_turn, reduce_metrics, save, start_phase
+from stare_jax.train.loop import Run, checkpoint_directory, next_turn, save, start_phase
 from stare_jax.train.tpo_reference import PairBatch, ScoredTrajectory, check_reference, flatten_scores, score_pairs
 from stare_jax.types import Array, Observation, PreferencePair, PyTree
 
@@ -144,7 +145,7 @@ def make_tpo_step(
         def logp_fn(trainable, decisions):
             params, (observation, decision, seed) = merge_params(trainable, state.frozen), decisions
             if policy.preference_score is None:
-                return policy.log_prob(params, observation, decision).logp[:, None]
+                return policy.log_prob(params, observation, decision).logp.sum(axis=1, keepdims=True)
             return policy.preference_score(params, observation, decision, seed).mean(axis=1)
 
         def loss_of_logp(logp):
@@ -155,14 +156,14 @@ def make_tpo_step(
             loss_fn = jax.grad(lambda trainable: loss_of_logp(logp_fn(trainable, decisions)), has_aux=True)
             grads, metrics = loss_fn(state.trainable)
         else:
-            parts = update.split_rows(decisions, config.microbatch_size)
-            logp = update.join_rows(jax.lax.map(lambda part: logp_fn(state.trainable, part), parts), len(decisions[2]))
+            logp = update.map_rows(functools.partial(logp_fn, state.trainable), decisions, config.microbatch_size)
             weight, metrics = jax.grad(loss_of_logp, has_aux=True)(logp)
 
             def weighted(part, weight):
                 return jax.grad(lambda trainable: jnp.vdot(logp_fn(trainable, part), weight))(state.trainable), {}
 
-            grads, _ = update.reduce_parts(weighted, (parts, update.split_rows(weight, config.microbatch_size)))
+            parts = update.split_rows((decisions, weight), config.microbatch_size)
+            grads, _ = update.reduce_parts(weighted, parts)
         return update.apply_gradients(state, grads, tx), metrics | {"grad/norm": optax.tree.norm(grads)}
 
     return step
@@ -266,7 +267,7 @@ def train_tpo(
     del params
     step_fn = update.jit_step(make_tpo_step(policy, tx, config), state)
     first = int(state.step)
-    window = Window(PHASE, run, num_steps=first)
+    window = Window(PHASE, run.writer, num_steps=first)
 
     with (
         Checkpoints(checkpoint_directory(run, PHASE), keep=config.keep_checkpoints) as checkpoints,

@@ -90,7 +90,7 @@ def score_pairs(
     @jax.jit
     def score_decisions(params, observation, decision, seed):
         if policy.preference_score is None:
-            return policy.log_prob(params, observation, decision).logp[:, None, None]
+            return policy.log_prob(params, observation, decision).logp.sum(axis=1)[:, None, None]
         return policy.preference_score(params, observation, decision, seed)
 
     score_aloud = announce_compiling("tpo: compiling the scores of the reference policy", score_decisions)

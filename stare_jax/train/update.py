@@ -5,7 +5,6 @@ up. The gradient is that of the whole batch; metrics are means over its parts, m
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +20,6 @@ from stare_jax.types import Array, PyTree
 Metrics = dict[str, Array]
 REDUCTIONS = {"_min": (jnp.minimum, jnp.inf), "_max": (jnp.maximum, -jnp.inf)}
 """End of a metric's name -> (reduction, its neutral element); all other metrics are averaged."""
-
-
-def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
-    """Raises ValueError unless `microbatch_size` is None or divides the batch size, whose config field is `name`."""
-    if microbatch_size is not None and (microbatch_size < 1 or size % microbatch_size):
-        raise ValueError(f"microbatch_size: got {microbatch_size}, expected a divisor of {name} = {size}, or None")
 
 
 def loss_gradients(
@@ -83,9 +76,12 @@ def split_rows(tree: PyTree, size: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def join_rows(parts: Array, size: int) -> Array:
-    """Joins the parts of one array of `size` rows; the inverse of `split_rows`."""
-    return parts.swapaxes(0, 1).reshape(math.prod(parts.shape[:2]), *parts.shape[2:])[:size]
+def map_rows(fn: Callable[[PyTree], Array], rows: PyTree, microbatch_size: int | None) -> Array:
+    """Returns fn(rows), `[D, ...]`, computed in the parts of `split_rows`; of all at once without a size."""
+    if microbatch_size is None:
+        return fn(rows)
+    parts = jax.lax.map(fn, split_rows(rows, microbatch_size))
+    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])[: len(jax.tree.leaves(rows)[0])]
 
 
 def reduce_parts(fn: Callable[..., tuple[PyTree, Metrics]], parts: tuple) -> tuple[PyTree, Metrics]:

@@ -52,7 +52,7 @@ def make_trajectory(
         action=normal(horizon, action_dim),
         decisions=Decisions(
             trace={"bins": rng.integers(0, 256, (num_decisions, action_dim), dtype=np.int32)},
-            logp=normal(num_decisions),
+            logp=normal(num_decisions, 2),
             value=normal(num_decisions + 1),
             valid=np.ones(num_decisions, bool),
         ),

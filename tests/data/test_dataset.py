@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stare_jax.data import records
+from stare_jax.data.pairs import Pair, load_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.data.records import episode_record
 from stare_jax.data.schema import DatasetError
@@ -93,6 +94,27 @@ def test_a_data_set_of_format_1_is_read_and_continued(tmp_path, make_trajectory,
         writer.append(trajectory, **META)
     assert Dataset(tmp_path).num_episodes == 2
     assert_same(Dataset(tmp_path).episode(1, horizon=5)[0], trajectory)
+
+
+def test_a_data_set_of_format_2_is_read_and_continued(tmp_path, make_trajectory, assert_same):
+    """Its episode records have sums in place of the terms of log-probabilities."""
+    new = make_trajectory(1)
+    decisions = new.decisions
+    old = new._replace(decisions=decisions._replace(logp=decisions.logp.sum(axis=1)))
+    with DatasetWriter(tmp_path, env_id="PushCube-v1") as writer:
+        writer.append(old, **META)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 2}))
+    sums = new._replace(decisions=decisions._replace(logp=decisions.logp.sum(axis=1, keepdims=True)))
+    assert_same(Dataset(tmp_path).episode(0, horizon=5)[0], sums)
+    with DatasetWriter(tmp_path, env_id="PushCube-v1") as writer:
+        writer.append(new, **META)
+    dataset = Dataset(tmp_path)
+    assert_same(dataset.episode(1, horizon=5)[0], new)
+    # In a pair both are sums.
+    pair = load_pairs(dataset, [Pair(0, 1, "success, same start")], horizon=5)
+    for side in (pair.chosen, pair.rejected):
+        assert_same(jax.tree.map(lambda x: x[0], side), sums)
 
 
 def test_padding_is_not_stored(tmp_path, make_trajectory, assert_same):
@@ -225,10 +247,10 @@ def test_folders_that_are_not_data_sets(tmp_path, write):
     directory = write(1)
     manifest = directory / "manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 99'))
     with pytest.raises(DatasetError, match="got format stare_jax/dataset 99, expected stare_jax/dataset in"):
         Dataset(directory)
-    manifest.write_text(text.replace('"format_version": 2', '"format_version": true'))
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": true'))
     with pytest.raises(DocumentError, match="manifest.json: format_version: got True, expected a whole number"):
         Dataset(directory)
     manifest.write_text(text.replace('"length"', '"len"'))

@@ -110,6 +110,7 @@ def test_total_and_metrics_by_hand():
         "ppo/entropy": 0.6,
         "ppo/loss": -1.7 + 0.5 * 4.25 - 0.1 * 0.6,
         "ppo/approx_kl": (ratio - 1 - 0.5) / 2,  # k3: (p - 1) - log p
+        "ppo/log_ratio_square": 0.25 / 2,
         "ppo/clip_frac": 0.5,
         "ppo/ratio_mean": (1 + ratio) / 2,
         "ppo/ratio_min": 1.0,
@@ -119,6 +120,52 @@ def test_total_and_metrics_by_hand():
     assert {name: float(metric) for name, metric in metrics.items()} == pytest.approx(expected, rel=1e-5)
     assert float(loss) == pytest.approx(expected["ppo/loss"], rel=1e-5)
     assert all(metric.shape == () and metric.dtype == jnp.float32 for metric in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "log_ratios", "surrogate"),
+    [
+        # Two decisions of two terms, with log-ratios .5, -.5 and .3, .1; advantages 1 and 2, clips at .8 and 1.2.
+        ({"ratio": "decision"}, [[0.0], [0.4]], [1.0, 2 * 1.2]),
+        ({"ratio": "token"}, [[0.5, -0.5], [0.3, 0.1]], [(1.2 + np.exp(-0.5)) / 2, 2 * (1.2 + np.exp(0.1)) / 2]),
+        ({"ratio": "mean"}, [[0.0], [0.2]], [1.0, 2 * 1.2]),
+        ({"ratio": "mean", "num_fixed_terms": 2}, [[0.0], [0.1]], [1.0, 2 * np.exp(0.1)]),
+    ],
+)
+def test_a_ratio_is_of_a_decision_of_a_token_or_tempered(options, log_ratios, surrogate):
+    logp, advantage = jnp.array([[0.5, -0.5], [0.3, 0.1], [9.0, 9.0]]), jnp.array([1.0, 2.0, 5.0])
+    rest = (jnp.zeros_like(logp), advantage, *jnp.zeros((4, 3)), jnp.array([True, True, False]))
+
+    def loss_fn(logp):
+        return ppo_loss(logp, *rest, clip_eps=0.2, **options)
+
+    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(logp)
+    assert float(loss) == pytest.approx(-np.mean(surrogate), rel=1e-5)
+    ratios = np.exp(log_ratios)
+    expected = {
+        "ppo/approx_kl": (np.exp(0.4) - 1 - 0.4) / 2,  # of whole decisions, the first of which is as likely as before
+        "ppo/log_ratio_square": np.mean(np.square(log_ratios)),
+        "ppo/ratio_mean": ratios.mean(),
+        "ppo/ratio_min": ratios.min(),
+        "ppo/ratio_max": ratios.max(),
+        "ppo/clip_frac": np.mean((ratios < 0.8) | (ratios > 1.2)),
+    }
+    assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    # A term has a gradient where its own ratio is not clipped.
+    is_clipped = np.broadcast_to(ratios > 1.2 + 1e-6, (2, 2))
+    np.testing.assert_array_equal(gradient[:2] == 0, is_clipped)
+    assert not gradient[2].any()
+
+
+def test_the_sum_of_terms_is_the_decisions_and_other_ratios_are_refused():
+    logp, old_logp, *rest = random_batch()
+    terms, old_terms = (jnp.stack([0.25 * x, 0.75 * x], axis=1) for x in (logp, old_logp))
+    whole, of_terms = (ppo_loss(*pair, *rest, **OPTIONS) for pair in ((logp, old_logp), (terms, old_terms)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_terms, whole)
+    with pytest.raises(ValueError, match=r"ratio is 'sum', expected one of \('decision', 'token', 'mean'\)"):
+        ppo_loss(logp, old_logp, *rest, clip_eps=0.2, ratio="sum")
+    with pytest.raises(AssertionError):
+        ppo_loss(terms, logp, *rest, clip_eps=0.2)
 
 
 def test_equal_policies():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stare_jax.losses import discounted_returns, gae, whiten
+from stare_jax.losses import discounted_returns, gae, group_advantages, whiten
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Its own dependencies are deprecated; only tests use it.
@@ -127,6 +127,30 @@ def test_whiten():
     np.testing.assert_allclose(whiten(values[:, :2], epsilon=0.0), expected[:, :2], atol=1e-6)
     np.testing.assert_array_equal(whiten(np.full(4, 3.0, np.float32)), np.zeros(4))
     np.testing.assert_array_equal(whiten(values, np.zeros((2, 3), bool)), np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "returns", "valid", "expected"),
+    [
+        ("grpo", [1, 0, 0, 1], [1, 1, 1, 1], [1, -1, -1, 1]),  # mean .5, deviation .5
+        ("rloo", [1, 0, 0, 1], [1, 1, 1, 1], [2 / 3, -2 / 3, -2 / 3, 2 / 3]),  # less the mean of three others
+        # An episode that was lost is no one's companion.
+        ("grpo", [1, 0, 9, 0.5], [1, 1, 0, 1], [1.5**0.5, -(1.5**0.5), 0, 0]),  # deviation (1 / 6) ** .5
+        ("rloo", [1, 0, 9, 0.5], [1, 1, 0, 1], [0.75, -0.75, 0, 0]),
+        ("grpo", [1, 9], [1, 0], [0, 0]),
+        ("rloo", [1, 9], [1, 0], [0, 0]),
+        ("grpo", [0.3, 0.3], [1, 1], [0, 0]),
+        ("rloo", [0.3, 0.3], [1, 1], [0, 0]),
+    ],
+)
+def test_advantages_over_a_group_by_hand(kind, returns, valid, expected):
+    result = group_advantages(np.float32(returns), np.array(valid, bool), kind=kind)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_another_advantage_over_a_group_is_refused():
+    with pytest.raises(ValueError, match="kind is 'gae', expected 'grpo' or 'rloo'"):
+        group_advantages(np.zeros(2, np.float32), np.ones(2, bool), kind="gae")
 
 
 def test_shapes_are_checked():

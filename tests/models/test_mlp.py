@@ -44,7 +44,7 @@ def test_it_starts_nearly_uniform_and_scores_its_samples_as_it_drew_them(params)
         decision = POLICY.sample(params, observation, jax.random.key(1), temperature=temperature)
         score = POLICY.log_prob(params, observation, decision.trace, temperature=temperature)
         np.testing.assert_allclose(score.logp, decision.logp, rtol=1e-6)
-    np.testing.assert_allclose(POLICY.log_prob(params, observation, decision.trace).logp, -2 * np.log(6), atol=0.1)
+    np.testing.assert_allclose(POLICY.log_prob(params, observation, decision.trace).logp, -np.log(6), atol=0.05)
     np.testing.assert_allclose(score.entropy, np.log(6), atol=0.05)
 
 

@@ -72,17 +72,20 @@ def test_temperature_zero_is_greedy_and_one_follows_the_softmax():
     assert (sample_bins(jax.random.key(2), jnp.broadcast_to(logits, (50, 3)), 0.0) == 1).all()
 
 
-def test_scores_sum_log_probabilities_and_average_entropies():
+def test_scores_are_log_probabilities_and_mean_entropies():
     logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]]))
     logp, entropy = score_bins(logits, jnp.array([[1, 0]]), 1.0)
-    np.testing.assert_allclose(logp, [np.log(0.25) + np.log(0.8)], rtol=1e-6)
+    np.testing.assert_allclose(logp, [np.log([0.25, 0.8])], rtol=1e-6)
     # Entropies: 1.5 ln 2 = 1.03972 and -(0.8 ln 0.8 + 0.2 ln 0.1) = 0.63903.
     np.testing.assert_allclose(entropy, [(1.0397208 + 0.6390319) / 2], rtol=1e-5)
     halved, _ = score_bins(logits, jnp.array([[1, 0]]), 0.5)
     # Squared: 1/16 of 6/16, and 64/66.
-    np.testing.assert_allclose(halved, [np.log(1 / 6) + np.log(64 / 66)], rtol=1e-5)
+    np.testing.assert_allclose(halved, [np.log([1 / 6, 64 / 66])], rtol=1e-5)
     greedy, _ = score_bins(logits, jnp.array([[1, 0]]), 0.0)
     np.testing.assert_allclose(greedy, logp)
+    decided, of_decided = score_bins(logits, jnp.array([[1, 0]]), 1.0, np.array([True, False]))
+    np.testing.assert_allclose(decided, logp[:, :1])
+    np.testing.assert_allclose(of_decided, [1.0397208], rtol=1e-5)
 
 
 def test_scores_are_float32_whatever_the_logits_are():
@@ -90,7 +93,7 @@ def test_scores_are_float32_whatever_the_logits_are():
     bins = jnp.zeros((2, 7), jnp.int32)
     assert {x.dtype for x in score_bins(logits, bins, 1.0)} == {jnp.dtype("float32")}
     exact = score_bins(logits.astype(jnp.float32), bins, 1.0)
-    np.testing.assert_allclose(score_bins(logits, bins, 1.0), exact)
+    jax.tree.map(np.testing.assert_allclose, score_bins(logits, bins, 1.0), exact)
 
 
 def test_value_head_is_rl4vlas_and_float32():

@@ -60,6 +60,7 @@ def test_a_chain_is_scored_as_it_was_drawn(noise, num_drawn):
     assert is_drawn.dtype == bool and (is_drawn.sum(axis=1) == num_drawn).all()
     score = jit(policy.log_prob)(params, observation, decision.trace, temperature=0.7)
     np.testing.assert_allclose(score.logp, decision.logp, rtol=1e-5, atol=1e-4)
+    assert score.logp.shape == (2, num_drawn)
     np.testing.assert_allclose(score.value, decision.value, atol=1e-5)
     # The end of the chain is what is executed, in raw units.
     expected = from_quantiles(chain[:, -1, :2, :3], STATS.action_q01, STATS.action_q99)
@@ -82,7 +83,7 @@ def test_a_density_that_is_computed_by_hand():
         mean = x - delta * v - sigma**2 * delta / (2 * t) * (x + (1 - t) * v)
         z = (after - mean)[:2, :3] / (sigma * np.sqrt(delta))  # executed steps, the robot's dimensions
         expected = np.sum(-0.5 * z**2 - np.log(sigma * np.sqrt(delta)) - 0.5 * np.log(2 * np.pi))
-        np.testing.assert_allclose(decided("sde").logp[row], expected, rtol=1e-4)
+        np.testing.assert_allclose(decided("sde").logp[row], [expected], rtol=1e-4)
 
 
 def by_hand(config, params, observation):
@@ -277,7 +278,7 @@ def test_adapters_of_both_experts_start_as_nothing_and_merge():
     )
     np.testing.assert_allclose(start.logp, plain.logp, rtol=1e-5)
     score, merged, without = (
-        jit(p.log_prob)(tree, observation, trace).logp
+        jit(p.log_prob)(tree, observation, trace).logp.sum(axis=1)
         for p, tree in ((policy, params), (base, merge_adapters(params, lora)), (base, drop_adapters(params)))
     )
     np.testing.assert_allclose(score, merged, rtol=1e-4)

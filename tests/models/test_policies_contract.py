@@ -48,23 +48,25 @@ def test_policy(config):
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), observation)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), policy.observation_shape(2))
 
-    floats = ((2,), np.float32)
+    floats, logp = ((2,), np.float32), ((2, config.action_dim), np.float32)
     trace, action = {"bins": ((2, config.action_dim), np.int32)}, ((2, config.action_dim), np.float32)
     if policy.window is not None:
         num_steps = config.num_denoising_steps
         chain = ((2, num_steps + 1, policy.window, config.model_action_dim), np.float32)
         trace = {"chain": chain, "is_drawn": ((2, num_steps), bool)}
         action = ((2, policy.chunk, config.action_dim), np.float32)
+        logp = ((2, num_steps if config.noise == "learned" else 1), np.float32)
+    assert policy.num_fixed_terms == int(getattr(config, "noise", None) == "learned")
     decision = jit(policy.sample)(params, observation, jax.random.key(1), temperature=1.0)
     assert isinstance(decision, Decision)
-    assert_arrays(decision, {"action": action, "logp": floats, "value": floats})
+    assert_arrays(decision, {"action": action, "logp": logp, "value": floats})
     assert {name: (leaf.shape, leaf.dtype) for name, leaf in decision.trace.items()} == {
         name: (shape, np.dtype(dtype)) for name, (shape, dtype) in trace.items()
     }
     assert jax.eval_shape(policy.log_prob, params, observation, decision.trace).divergence is None
     score = jit(policy.log_prob)(params, observation, decision.trace, reference_params=params)
     assert isinstance(score, ActionScore)
-    assert_arrays(score, dict.fromkeys(("logp", "entropy", "value", "divergence"), floats))
+    assert_arrays(score, dict.fromkeys(("entropy", "value", "divergence"), floats) | {"logp": logp})
     np.testing.assert_allclose(score.logp, decision.logp, atol=1e-4)
     np.testing.assert_allclose(score.value, decision.value, atol=1e-4)
     # A fresh critic is close to zero, and a fresh policy close to uniform over its bins, where it has bins.

@@ -482,7 +482,7 @@ def test_a_policy_acts_reproducibly_and_is_traced_once_for_all_parameters():
     # What is stored scores as it did when it was sampled.
     flat = jax.tree.map(lambda x: x[:, :-1].reshape(7 * 4, *x.shape[2:]), first.observation)
     score = policy.log_prob(params, flat, {"bins": bins.reshape(7 * 4, 2)})
-    np.testing.assert_allclose(score.logp, first.decisions.logp.reshape(-1), rtol=1e-5)
+    np.testing.assert_allclose(score.logp, first.decisions.logp.reshape(-1, 2), rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ several tasks

@@ -105,7 +105,7 @@ def sft_batch(model, trained):
 def ppo_batch(model, trained):
     decision, observation = decided(model, trained)
     old_value, advantage, return_, gap = np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float32)
-    numbers = (decision.logp + 0.05 * gap, old_value, advantage, return_)
+    numbers = (decision.logp + 0.05 * gap[:, None] / decision.logp.shape[1], old_value, advantage, return_)
     return DecisionBatch(observation, decision.trace, *numbers, np.arange(SIZE) < SIZE - 3)
 
 

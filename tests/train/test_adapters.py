@@ -125,7 +125,7 @@ def test_the_reference_is_the_start_or_the_base(policy, params, pairs):
 def gap_of(scored, trajectory):
     """Returns differences of decisions' log-probabilities, as they were made and as they are scored."""
     decisions = trajectory.decisions
-    return np.abs(scored.ref_logp[..., 0] - decisions.logp)[decisions.valid]
+    return np.abs(scored.ref_logp[..., 0] - decisions.logp.sum(axis=-1))[decisions.valid]
 
 
 def test_acting_and_scoring_are_the_same_in_float32(params):

@@ -96,7 +96,7 @@ def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opp
     assert metrics["tpo/margin"] == pytest.approx(0, abs=1e-4)
     if kind == "chain":
         decisions = pairs(kind).chosen.decisions
-        np.testing.assert_allclose(scored.chosen.ref_logp[..., 0], decisions.logp, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(scored.chosen.ref_logp[..., 0], decisions.logp.sum(axis=-1), rtol=1e-4, atol=1e-3)
         np.testing.assert_array_equal(scored.chosen.valid, decisions.valid)
     else:
         # Noise and times are the same for both sides, and different for every draw.

@@ -13,13 +13,13 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.seeds import phase_key
-from stare_jax.logging import Interrupted
+from stare_jax.logging import Interrupted, check_finite
 from stare_jax.models import MLPConfig, openvla_tiny
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.train import update
-from stare_jax.train.loop import check_finite, checkpoint_directory, start_phase
+from stare_jax.train.loop import checkpoint_directory, start_phase
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
 from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
@@ -255,6 +255,41 @@ def test_ppo_on_batches_of_steps_uses_each_seed_once_and_goes_on_where_it_was_st
     assert second.seeds == env.seeds[-len(second.seeds) :]
 
 
+def test_ppo_without_a_critic_plays_each_start_as_often_as_a_group_is_large(train, make_run, params):
+    env, run = Seeing(), make_run()
+    groups = {"advantage": "rloo", "group_size": 4, "num_iterations": 2}
+    trained = train("ppo", run, env, **groups)
+    starts = np.arange(10).repeat(4) + env.seeds[0]
+    assert sorted(env.seeds) == starts.tolist()  # of two iterations
+    assert checkpoint.load_counters(checkpoint_directory(run, "ppo"))["seeds"] == 10
+    jax.tree.map(np.testing.assert_array_equal, trained["value_head"], params["value_head"])
+    assert (trained["trunk_0"]["kernel"] != params["trunk_0"]["kernel"]).any()
+    assert sum(run.writer.column("perf/compilations")[1:]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 7}, "group_size: got 7, expected a divisor of num_episodes = 20, or 1 with num_steps"),
+        ({"group_size": 4, "num_steps": 99}, "group_size: got 4, expected a divisor of num_episodes = 20, or 1 with"),
+        ({"advantage": "grpo"}, r"group_size: got 1, expected at least 2 without a critic \(advantage = 'grpo'\)"),
+        (
+            {"advantage": "rloo", "group_size": 4, "time_limit": "bootstrap"},
+            "time_limit: got 'bootstrap', expected 'te",
+        ),
+        ({"advantage": "rloo", "group_size": 4, "value_warmup_iterations": 1}, "value_warmup_iterations: got 1, exp"),
+    ],
+)
+def test_groups_that_cannot_be_compared_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PPO, **changes)
+
+
+def test_a_configuration_without_a_critic_freezes_it_once():
+    config = dataclasses.replace(PPO, advantage="grpo", group_size=2)
+    assert config.optimizer.freeze == ("^value",) and dataclasses.replace(config, seed=1).optimizer == config.optimizer
+
+
 def test_a_run_plays_no_episode_of_another_run(train, make_run, monkeypatch):
     monkeypatch.setattr("stare_jax.envs.seeds.SLOT_SIZE", 30)
     with pytest.raises(ConfigError, match="seed: got episodes 20 to 40 of run seed 0, expected at most 30 of one run"):
@@ -344,6 +379,9 @@ def test_pairs_are_seen_equally_often_in_an_order_that_the_step_knows():
         (PPOConfig, "microbatch_size", 33),
         (PPOConfig, "num_episodes", 0),
         (PPOConfig, "num_steps", 0),
+        (PPOConfig, "ratio", "sum"),
+        (PPOConfig, "advantage", "group"),
+        (PPOConfig, "rescore", "auto"),
     ],
 )
 def test_configs_name_the_field_they_refuse(config, field, value):

@@ -14,7 +14,7 @@ from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import get_task
 from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
 from stare_jax.train.ppo_batch import Targets
-from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics
+from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics, warn_of_rounding
 from stare_jax.types import Decisions, Trajectory
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ppo.md"
@@ -138,15 +138,31 @@ def test_a_batch_of_steps_is_padded_to_what_it_can_hold_and_learns_the_same(spec
     np.testing.assert_allclose(padded.explained_variance, whole.explained_variance, atol=1e-5)
 
 
+def test_ratios_that_are_not_one_before_the_first_update_are_warned_about_once(capsys):
+    is_warned, said = False, []
+    for spread in (0.04, 0.06, 0.3):
+        is_warned = warn_of_rounding({"ppo/first_log_ratio_rms": spread}, is_warned=is_warned)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2] == ""
+    assert said[1].startswith("ppo: warning: ") and "0.06" in said[1] and "ppo.rescore = True" in said[1]
+
+
 def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing():
     updates = [
-        {"ppo/approx_kl": kl, "ppo/stopped": float(kl > 0.05), "ppo/ratio_min": 1 - kl, "ppo/ratio_max": 1 + kl}
+        {
+            "ppo/approx_kl": kl,
+            "ppo/stopped": float(kl > 0.05),
+            "ppo/ratio_min": 1 - kl,
+            "ppo/ratio_max": 1 + kl,
+            "ppo/log_ratio_square": kl**2,
+        }
         for kl in (0.01, 0.02, 0.03, 0.04, 0.1)
     ]
     metrics = update_metrics([jax.tree.map(np.float32, update) for update in updates], num_decisions=90, size=40)
     # Of the 3 minibatches of an epoch, the last one of 10 actions, 4 moved parameters.
     expected = {"ppo/approx_kl": 0.04, "ppo/stopped": 0.2, "ppo/kl_last": 0.1, "ppo/epochs": 4 / 3}
     expected |= {"ppo/ratio_min": 0.9, "ppo/ratio_max": 1.1}  # of all of them
+    expected |= {"ppo/first_log_ratio_rms": 0.01}  # of the first one alone
     assert metrics == pytest.approx(expected, rel=1e-6)
 
 
@@ -158,6 +174,30 @@ def test_the_page_on_ppo_explains_every_metric_and_no_other(policy, params, make
     logged = {stage.sub("_<stage>", name) for name in run.writer.lines[0] if "/" in name}
     explained = set(re.findall(r"`((?:ppo|env|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))
     assert explained == logged
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+def test_the_decisions_of_an_episode_have_its_advantage_over_its_group(spec, advantage):
+    """Two groups of three episodes, one of which was lost, and values that nothing depends on."""
+    trajectory = expert_episodes(6)
+    valid, value = trajectory.valid.copy(), np.full(trajectory.valid.shape, 7, np.float32)
+    valid[4] = False
+    made = Decisions({"bins": value[:, 1:]}, value[:, 1:, None], value, valid[:, 1:])
+    trajectory = trajectory._replace(decisions=made, valid=valid)
+    rollout = Rollout(trajectory, ("",) * 6, np.zeros(6, int), 0, num_dropped=1, is_complete=True)
+    config = PPOConfig(advantage=advantage, group_size=3, num_episodes=6, gae_lambda=0.5)
+    batch = make_prepare(spec, config)(rollout)
+    gamma_t = config.gamma ** np.arange(toy.HORIZON)
+    returns = (gamma_t * batch.targets.shaped_reward_t).sum(axis=1)
+    first, second = returns[:3], returns[[3, 5]]
+    if advantage == "grpo":
+        expected = np.concatenate([(x - x.mean()) / x.std() for x in (first, second)])
+    else:
+        expected = np.concatenate([1.5 * (first - first.mean()), [second[0] - second[1], second[1] - second[0]]])
+    expected = np.insert(expected, 4, 0.0)
+    assert np.ptp(first) > 0.01 and abs(second[0] - second[1]) > 0.01
+    np.testing.assert_allclose(batch.advantage, np.where(valid[:, 1:], expected[:, None], 0), rtol=1e-2, atol=1e-5)
+    assert np.isfinite(batch.explained_variance)
 
 
 @pytest.mark.parametrize("whiten_over", ["all", "task"])

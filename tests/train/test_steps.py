@@ -138,7 +138,7 @@ def test_the_extremes_of_the_ratio_are_those_of_all_decisions(policy, params, pp
     """One decision in 64 has become twice as likely, one half as likely: no average hides them."""
     shift = np.zeros(64, np.float32)
     shift[5], shift[40] = np.log(2), -np.log(2)
-    batch = ppo_batch._replace(old_logp=ppo_batch.old_logp - shift)
+    batch = ppo_batch._replace(old_logp=ppo_batch.old_logp - shift[:, None] / 2)
     for size in (None, 16):
         config = dataclasses.replace(PPO, microbatch_size=size)
         _, metrics = take_step(make_ppo_step, policy, params, config, batch, True, 0.0)
@@ -147,7 +147,7 @@ def test_the_extremes_of_the_ratio_are_those_of_all_decisions(policy, params, pp
 
 def test_ppo_does_not_step_beyond_its_target_kl(policy, params, ppo_batch):
     # A ratio of e is a divergence of e - 1 - 1 = 0.72 by the estimator ratio - 1 - log(ratio).
-    far = ppo_batch._replace(old_logp=ppo_batch.old_logp - 1.0)
+    far = ppo_batch._replace(old_logp=ppo_batch.old_logp - 0.5)  # of each of the two numbers
     state, metrics = take_step(make_ppo_step, policy, params, PPO, far, True, 0.0)
     np.testing.assert_allclose(metrics["ppo/approx_kl"], np.e - 2, rtol=1e-4)
     assert metrics["ppo/stopped"] == 1 and int(state.step) == 0 and not moved(params, state.params)
@@ -221,7 +221,7 @@ def test_pairs_are_scored_by_the_reference_policy_where_there_are_actions(policy
     batch = score_pairs(policy, params, pairs, spec, batch_size=16)
     for side, trajectory in zip(batch, (pairs.chosen, pairs.rejected), strict=True):
         # The reference is the policy that acted, so what it thought then is what it thinks now.
-        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.decisions.logp, rtol=1e-5)
+        np.testing.assert_allclose(side.ref_logp[..., 0], trajectory.decisions.logp.sum(axis=-1), rtol=1e-5)
         np.testing.assert_array_equal(side.valid, trajectory.valid[:, 1:])
         np.testing.assert_array_equal(side.stage_mask.sum(axis=1), side.valid)
         assert side.stage_cost.shape == (3, spec.num_stages) and (side.stage_cost >= 0).all()

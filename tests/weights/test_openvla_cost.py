@@ -81,7 +81,7 @@ def test_the_update_agrees_with_xla():
     def loss(trained, params, observation, bins):
         leaves = jax.tree.unflatten(jax.tree.structure(params), (_leaves(params) | trained).values())
         score = policy.log_prob(leaves, observation, {"bins": bins})
-        return (score.logp + score.value).sum()
+        return score.logp.sum() + score.value.sum()
 
     bins = jax.ShapeDtypeStruct((BATCH, 7), jnp.int32)
     counted = count_by_xla(jax.grad(loss), trained, params, policy.observation_shape(BATCH), bins)

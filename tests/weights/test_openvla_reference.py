@@ -252,19 +252,19 @@ def test_greedy_tokens_exactly(narrow, functions):
     # What was decided with a cache is what a pass over everything makes of it, here and there.
     close(decision.logp, score(decision.trace).logp)
     logp, _, _ = narrow.model.log_prob(*prompt, tokens)
-    close(decision.logp, logp)
+    close(decision.logp.sum(axis=1), logp)
 
 
 def test_log_probabilities_and_entropies_of_given_actions(narrow, functions):
     _, score = functions
     ours, prompt = score({"bins": narrow.bins.astype(np.int32)}), as_torch(narrow)
     logp, entropy, _ = narrow.model.log_prob(*prompt, token_ids(narrow, narrow.bins))
-    close(ours.logp, logp)
+    close(ours.logp.sum(axis=1), logp)
     close(ours.entropy, entropy)
     for row in range(BATCH):
         tokens = token_ids(narrow, narrow.bins[row : row + 1])
         alone, _, _ = narrow.model.log_prob(*row_of(prompt, row), tokens, padded=False)
-        close(ours.logp[row], alone[0])
+        close(ours.logp[row].sum(), alone[0])
 
 
 # ---- Adapters and the update -----------------------------------------------------------------------------------------
@@ -320,7 +320,14 @@ def test_the_gradient_of_a_ppo_update_of_adapters(narrow):
             hidden = apply(pixels, ids, mask, bins, method="score")
             logp, entropy = score_bins(apply(hidden, method="action_logits"), bins, 1.0)
             value = apply(hidden[:, 0], pixels, None, method="value")
-            data = (logp, scores["old_logp"], scores["advantage"], value, scores["old_value"], scores["return_"])
+            data = (
+                logp.sum(axis=1),
+                scores["old_logp"],
+                scores["advantage"],
+                value,
+                scores["old_value"],
+                scores["return_"],
+            )
             return ppo_loss(*data, entropy, clip_eps=0.2, value_clip_eps=0.2, huber_delta=0.5)[0]
 
         return jax.value_and_grad(objective)(trained)

@@ -67,6 +67,7 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         action_dim=config.action_dim,
         sharding_rules=sharding_rules(config),
         frozen_patterns=all_frozen_patterns(config),
+        compute_dtype=config.execution.dtype,
     )
 
 

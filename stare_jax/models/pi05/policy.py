@@ -55,6 +55,8 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         frozen_patterns=all_frozen_patterns(config),
         window=config.window,
         chunk=config.chunk,
+        num_fixed_terms=int(config.noise == "learned"),
+        compute_dtype=config.execution.dtype,
         preference_score=functools.partial(_flow_score, network, norm_stats) if config.preference == "flow" else None,
     )
 
@@ -169,12 +171,14 @@ def _sample(
     inputs = (jnp.arange(num_steps), is_drawn.T, jax.random.split(key, num_steps))
     x, (points, mean, std) = jax.lax.scan(step, start, inputs)
     points, mean, std = (jnp.moveaxis(leaf, 0, 1) for leaf in (points, mean, std))
-    logp = _over_executed(config, norm_stats, flow.normal_logp(points, flow.Transition(mean, std)))
+    logp = _over_executed(config, norm_stats, flow.normal_logp(points, flow.Transition(mean, std))).sum(axis=(2, 3))
+    if config.noise == "sde":  # the one random step's, as in `_log_prob`
+        logp = logp.sum(axis=1, keepdims=True)
     trace = {"chain": jnp.concatenate([start[:, None], points], axis=1), "is_drawn": is_drawn}
     executed = x[:, : config.chunk, : config.action_dim]
     action = from_quantiles(executed, norm_stats.action_q01, norm_stats.action_q99)
     value = _critic(network, norm_stats, params, prefix, observation)
-    return Decision(action, trace, logp.sum(axis=(1, 2, 3)), value)
+    return Decision(action, trace, logp, value)
 
 
 def _scored_steps(config: Pi05Config, trace: Mapping[str, Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -202,7 +206,8 @@ def _log_prob(
     temperature: Array | float = 1.0,
     reference_params: PyTree | None = None,
 ) -> ActionScore:
-    """Scores the random steps of a chain, all of them after one reading of the prefix; divergences are their sum.
+    """Scores the random steps of a chain, all of them after one reading of the prefix, one term of the log-probability
+    for each: `[B, N]` of Flow-Noise, `[B, 1]` of Flow-SDE, which has one such step. Divergences are their sum.
 
     Those are exact, each step's from the point it left. A reference reads the prefix anew where any of that is trained.
     """
@@ -213,12 +218,12 @@ def _log_prob(
         ordinary, random = _steps(network, params, prefix, before, index, temperature)
         return _choose(is_drawn, random, ordinary)
 
-    def total(x):
-        return _over_executed(config, norm_stats, x).sum(axis=(1, 2, 3))
+    def of_steps(x):
+        return _over_executed(config, norm_stats, x).sum(axis=(2, 3))
 
     prefix = _read(network, norm_stats, params, observation)
     own = step(params, prefix)
-    logp, entropy = total(flow.normal_logp(after, own)), _entropy(config, norm_stats, own.std, is_drawn)
+    logp, entropy = of_steps(flow.normal_logp(after, own)), _entropy(config, norm_stats, own.std, is_drawn)
     value = _critic(network, norm_stats, params, prefix, observation)
     if reference_params is None:
         return ActionScore(logp, entropy, value)
@@ -226,7 +231,7 @@ def _log_prob(
     is_shared = has_frozen_prefix(names, all_frozen_patterns(config))
     reference_prefix = prefix if is_shared else _read(network, norm_stats, reference_params, observation)
     reference = jax.lax.stop_gradient(step(reference_params, reference_prefix))
-    return ActionScore(logp, entropy, value, total(flow.transition_kl(own, reference)))
+    return ActionScore(logp, entropy, value, of_steps(flow.transition_kl(own, reference)).sum(axis=1))
 
 
 def _value(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:
