@@ -30,8 +30,9 @@ _NO_HARDWARE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""environment in which libtpu does not look for TPUs"""
+"""environment in which libtpu looks for no TPUs, and two commands may use it at once"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
