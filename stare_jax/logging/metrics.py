@@ -129,10 +129,11 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
 
 
 def _check_line(line: dict[str, Any], place: str) -> None:
-    """Raises DocumentError where a line has no step or phase, or a metric that is neither a number nor null."""
+    """Raises DocumentError where a line has no step or phase, or a metric that is neither finite nor null."""
     check_record(_Header, line, place)
     metrics = {name: value for name, value in line.items() if name not in _Header._fields}
-    if not all(type(value) in (int, float, type(None)) for value in metrics.values()):  # cheap: lines are many
+    numbers = [value for value in metrics.values() if value is not None]
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in numbers):  # cheap: lines are many
         check_record(dict[str, float | None], metrics, place)
 
 
