@@ -65,6 +65,7 @@ def test_writer_writes_one_object_a_call(tmp_path):
     [
         ('{"step": 1, "phase": "sft", "a/b": "1"}', "a/b: got '1', expected a finite number"),
         ('{"step": 1, "phase": "sft", "a/b": NaN}', "a/b: got nan, expected a finite number"),
+        ('{"step": 1, "phase": "sft", "a/b": 1' + "0" * 400 + "}", "a/b: got 1000"),
         ('{"step": 1, "phase": "sft", "a/b": [1]}', r"a/b: got \[1\], expected a finite number"),
         ('{"step": -1, "phase": "sft"}', "step: got -1, expected greater than or equal to 0"),
         ('{"step": 1, "phase": "sft", "a/', r"got a line that is not JSON \(.*\), expected one that is"),
