@@ -214,6 +214,7 @@ def test_fresh_adapters_beside_weights_of_others(tree, theirs):
     assert sum(path.endswith("lora_a") for path in started) == 10
 
 
+@pytest.mark.slow
 def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
     """Rank 2 in PaliGemma beside rank 3 in the action expert, as openpi has 16 beside 32."""
     lora = dataclasses.replace(PI05_LORA, rank=2, alpha=2.0, overrides=(LoRAOverride(ACTION_EXPERT, 3, 3.0),))
