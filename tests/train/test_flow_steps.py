@@ -125,6 +125,7 @@ def test_preferences_in_two_passes_are_those_in_one(kind):
     assert_close(whole.params, cut.params, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused():
     policy, params = policy_and_params("chain")
     config = TPOConfig(variant="tpo", optimizer=OPTIMIZER)

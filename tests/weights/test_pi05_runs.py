@@ -177,6 +177,7 @@ def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, back, STATS._replace(action_mask=np.ones(7, bool)))
 
 
+@pytest.mark.slow
 def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path, capsys):
     theirs, ours = write_adapted(tmp_path / "theirs", adapted), tmp_path / "ours"
     model = pi05_files.write_config(tmp_path / "model.json", model_config(value_dims=(1024, 512, 256)))
