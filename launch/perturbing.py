@@ -28,7 +28,7 @@ class Evaluated(Protocol):
     """The part of a subject of evaluation that decides what it can notice."""
 
     name: str
-    """of the weights, or "expert"."""
+    """name of the weights, or "expert"."""
     policy: Policy | None
     """None for experts."""
 

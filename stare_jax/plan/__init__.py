@@ -1,1 +1,1 @@
-"""What a run will cost, read from programs that are compiled ahead of time: memory, products, exchanges, time."""
+"""The cost of a run, read from programs that are compiled ahead of time: memory, products, exchanges, time."""

@@ -32,7 +32,7 @@ class Chip(NamedTuple):
     """A device, from its data sheet."""
 
     peak: Peak
-    """in bfloat16."""
+    """operations a second in bfloat16, and bytes of memory a second."""
     memory: float
     """bytes."""
     link: float
@@ -56,7 +56,7 @@ class Devices(NamedTuple):
     """The devices that a plan is for; none of them need be there."""
 
     text: str
-    """as the command line has them: `v5e:4x4`, `8x80GB` or `8xH100`."""
+    """text of the command line: `v5e:4x4`, `8x80GB` or `8xH100`."""
     number: int | None
     """None where the topology says it."""
     memory: float

@@ -33,7 +33,7 @@ class Collective(NamedTuple):
 
     @property
     def times(self) -> int:
-        """How often it is executed; a loop whose passes are not known counts once."""
+        """Number of times it is executed; a loop whose passes are not known counts once."""
         return Place(self.trips).times
 
     @property

@@ -66,7 +66,7 @@ class Forecast:
     """outputs that take the memory of arguments."""
     intermediates: float
     beside: float
-    """what lies there meanwhile and is no argument, such as the optimiser's state during a rollout."""
+    """bytes that lie there meanwhile and are no argument, such as the optimiser's state during a rollout."""
     flops: float
     needed: float | None
     """operations by the analytic count; None where there is none."""
@@ -100,7 +100,7 @@ class Forecast:
 
     @property
     def bound(self) -> str:
-        """What the least time is of; empty where it is not known."""
+        """Name of the largest of three times: of products, of memory, of exchanges; empty where it is not known."""
         times = {"compute": self.compute_s, "memory": self.memory_s, "exchange": self.exchange_s}
         return "" if self.compute_s is None else max(times, key=times.get)
 

@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
     operands: tuple[str, ...]
     """names of the instructions whose results it takes."""
     line: str
-    """its text."""
+    """text of the instruction."""
 
     @property
     def source(self) -> str:
@@ -58,7 +58,7 @@ class Place(NamedTuple):
 
     @property
     def times(self) -> int:
-        """How often the computation is executed; a loop whose passes are not known counts once."""
+        """Number of times the computation is executed; a loop whose passes are not known counts once."""
         return math.prod(trip or 1 for trip in self.trips)
 
 

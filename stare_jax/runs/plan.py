@@ -37,7 +37,7 @@ class StepPlan(NamedTuple):
     step: Callable
     """(state, batch, *inputs) -> (state, metrics)."""
     inputs: tuple
-    """what the step takes besides; arrays of NumPy's, and shapes where parameters are among it."""
+    """further arguments of the step; arrays of NumPy's, and shapes where parameters are among them."""
 
 
 def plan_run(config: RunConfig) -> dict[str, StepPlan]:

@@ -19,9 +19,9 @@ class Built(NamedTuple):
     scene: Scene
     reader: SignalReader
     starts: Starts | None
-    """of WidowX tasks."""
+    """first states of WidowX tasks; None for the others."""
     backdrop: Backdrop | None
-    """of WidowX tasks that are drawn."""
+    """photograph behind WidowX tasks that are drawn; None for the others."""
     image_shape: tuple[int, int]
     """(height, width) of the images."""
 

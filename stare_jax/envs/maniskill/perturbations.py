@@ -81,7 +81,7 @@ class Perturbation(NamedTuple):
     """One way in which episodes differ from those of training."""
 
     changes: str
-    """What changes, by how much, and where the number comes from."""
+    """The change, its size, and the source of the number."""
     begin: Callable[[Built, np.random.Generator], Ongoing]
     """(the scene in the first state of an episode, rebuilt; random numbers of the episode) -> what goes on."""
     seen_in: str = "images"

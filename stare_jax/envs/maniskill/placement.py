@@ -40,14 +40,14 @@ class Box(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the object of a task begins, and where else it can lie."""
+    """The places where the object of a task begins, and where else it can lie."""
 
     trained: Box | None
     """range of its first places; None for the places in `Starts`, each with its jitter."""
     room: Box
-    """where the robot reaches it and the camera sees it."""
+    """places where the robot reaches the object and the camera sees it."""
     moved_within: Box
-    """where it is moved to during an episode."""
+    """places to which it is moved during an episode."""
 
 
 _SQUARE = Places(Box((-0.1, 0.1), (-0.1, 0.1)), Box((-0.16, 0.1), (-0.16, 0.16)), Box((-0.1, 0.1), (-0.1, 0.1)))
