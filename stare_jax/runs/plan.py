@@ -18,12 +18,12 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, make_abstract_mesh
+from stare_jax.state.contexts import lay_out
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
 from stare_jax.train import ppo, sft, tpo
 from stare_jax.train.ppo_batch import batch_shapes as decision_shapes
-from stare_jax.train.ppo_batch import lay_out
 from stare_jax.train.tpo_reference import check_reference
 from stare_jax.types import PyTree
 

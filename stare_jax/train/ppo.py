@@ -25,6 +25,7 @@ from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, che
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
+from stare_jax.state.contexts import context_shapes, score_rows
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params, without_critic
 from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
@@ -175,8 +176,7 @@ def make_ppo_step(
     """
 
     def loss_fn(params, batch, reference, frozen, contexts):
-        # Rows are taken in each microbatch: those of a whole batch would be there twice.
-        score = ppo_batch.score_rows(policy, contexts, batch.row)(
+        score = score_rows(policy, contexts, batch.row)(
             params,
             batch.observation,
             batch.trace,
@@ -230,10 +230,10 @@ def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
 
 
 def kept_contexts(policy: Policy, config: PPOConfig, horizon: int) -> PyTree | None:
-    """Returns the contexts that iterations keep, see `ppo_batch.context_shapes`."""
+    """Returns the contexts that iterations keep, see `context_shapes`."""
     num_decisions = config.num_steps or config.num_episodes * -(-horizon // policy.chunk)
     size = config.microbatch_size or config.minibatch_size
-    return ppo_batch.context_shapes(policy, num_decisions, size, config.context_gb)
+    return context_shapes(policy, num_decisions, size, config.context_gb)
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------

@@ -8,16 +8,16 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from stare_jax.config import Natural
-from stare_jax.logging import announce_compiling, say
+from stare_jax.logging import announce_compiling
 from stare_jax.losses import GroupAdvantage, explained_variance, group_advantages, whiten
 from stare_jax.models.observation import without_scene
-from stare_jax.models.policy import ActionScore, Policy
+from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
-from stare_jax.sharding.mesh import batch_sharding, num_parts, place
-from stare_jax.state.storage import num_bytes
+from stare_jax.sharding.mesh import num_parts, place
+from stare_jax.state.contexts import lay_out, score_rows
 from stare_jax.targets import Targets
 from stare_jax.train import update
 from stare_jax.types import Array, Decisions, Observation, PyTree
@@ -183,39 +183,6 @@ def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> Deci
     return DecisionBatch(observation, trace, *(x[at] for x in scores), valid, row)
 
 
-def context_shapes(policy: Policy, num_decisions: int, size: int, context_gb: float) -> PyTree | None:
-    """Returns the contexts of an iteration as shapes `[R, ...]`; None, and says so, where it cannot keep them.
-
-    Args:
-        policy: which may have `encode`.
-        num_decisions: of an iteration, at most.
-        size: rows that are encoded at a time, of which R is a multiple.
-        context_gb: memory for all of them; 0 asks for none.
-    """
-    if not context_gb:
-        return None
-    if policy.encode is None:
-        say(f"ppo: ppo.context_gb = {context_gb:g} is not used: this policy has no context, or trains what makes it")
-        return None
-    params = jax.eval_shape(policy.init, jax.random.key(0))
-    shapes = jax.eval_shape(policy.encode, params, policy.observation_shape(-(-num_decisions // size) * size))
-    if (needed := num_bytes(shapes) / 1e9) > context_gb:
-        got = f"got {context_gb:g}, expected {needed:.3g} for {num_decisions} decisions"
-        say(f"ppo: ppo.context_gb: {got}; contexts are computed in every epoch")
-        return None
-    return shapes
-
-
-def lay_out(shapes: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """Returns the shapes and the layout of `PPOBatch.contexts` for those of `context_shapes`."""
-    parts, sharding = num_parts(mesh), batch_sharding(mesh)
-
-    def one(x):
-        return jax.ShapeDtypeStruct((parts, x.shape[0] // parts, *x.shape[1:]), x.dtype, sharding=sharding)
-
-    return jax.tree.map(one, shapes)
-
-
 def make_encode(policy: Policy, shapes: PyTree | None, size: int) -> Callable[[PyTree, PPOBatch, Mesh], PPOBatch]:
     """Returns (params, batch, mesh) -> the batch with the contexts of its decisions in place of images and prompts.
 
@@ -249,19 +216,6 @@ def make_encode(policy: Policy, shapes: PyTree | None, size: int) -> Callable[[P
         return batch._replace(observation=without_scene(batch.observation), contexts=contexts, row=row)
 
     return encode
-
-
-def score_rows(policy: Policy, contexts: PyTree | None, row: Array | None) -> Callable[..., ActionScore]:
-    """Returns `policy.log_prob` of rows whose contexts are `PPOBatch.contexts` at these rows; as it is without any."""
-    if contexts is None:
-        return policy.log_prob
-
-    def take(x):
-        # Row by row of each part: nothing leaves its device.
-        taken = jax.vmap(lambda rows, at: rows.at[at].get(mode="promise_in_bounds"))(x, row.reshape(len(x), -1))
-        return taken.reshape(-1, *x.shape[2:])
-
-    return functools.partial(policy.log_prob, context=jax.tree.map(take, contexts))
 
 
 def make_rescore(policy: Policy, temperature: float, size: int, microbatch_size: int | None) -> Callable[..., PPOBatch]:

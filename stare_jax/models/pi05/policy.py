@@ -18,7 +18,14 @@ import numpy as np
 from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.lora import check_patterns, store_frozen
-from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
+from stare_jax.models.normalize import (
+    check_stats,
+    from_quantiles,
+    identity_stats,
+    is_constant_action,
+    scale_state,
+    to_quantiles,
+)
 from stare_jax.models.observation import check_observation, without_scene
 from stare_jax.models.pi05.network import Pi05, Pi05Config, has_frozen_prefix, pool_prefix
 from stare_jax.models.pi05.presets import all_frozen_patterns
@@ -43,9 +50,6 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
     if config.lora is not None:
         check_patterns(config.lora, adaptable_modules())
     network = Pi05(config)
-    has_context = bool(all_frozen_patterns(config)) and _is_prefix_frozen(
-        config, jax.eval_shape(functools.partial(_init, network, norm_stats), jax.random.key(0))
-    )
     return Policy(
         init=functools.partial(_init, network, norm_stats),
         sample=functools.partial(_sample, network, norm_stats),
@@ -61,7 +65,7 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         chunk=config.chunk,
         num_fixed_terms=int(config.noise == "learned"),
         compute_dtype=config.execution.dtype,
-        encode=functools.partial(_encode, network, norm_stats) if has_context else None,
+        encode=functools.partial(_encode, network, norm_stats) if _has_context(config) else None,
         preference_score=functools.partial(_flow_score, network, norm_stats) if config.preference == "flow" else None,
     )
 
@@ -84,6 +88,15 @@ def _apply(network: Pi05, params: PyTree, *args, method: str):
 def _is_prefix_frozen(config: Pi05Config, params: PyTree) -> bool:
     names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
     return has_frozen_prefix(names, all_frozen_patterns(config))
+
+
+@functools.cache
+def _has_context(config: Pi05Config) -> bool:
+    """Returns whether all that images and prompt go through is frozen; traces the network where anything is."""
+    if not all_frozen_patterns(config):
+        return False
+    init = functools.partial(_init, Pi05(config), identity_stats(config.action_dim, config.state_dim))
+    return _is_prefix_frozen(config, jax.eval_shape(init, jax.random.key(0)))
 
 
 def _read(
