@@ -27,6 +27,7 @@ from stare_jax.models import (
 from stare_jax.models.bins import bin_state
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
+from stare_jax.models.observation import without_scene
 from stare_jax.models.pi05.network import Pi05, has_frozen_prefix
 from stare_jax.models.pi05.presets import ACTION_EXPERT
 from stare_jax.models.pi05.prompt import STATE_TEMPLATE, clean, encode_prompt, read_observation
@@ -34,7 +35,7 @@ from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import word_tokenizer
 from stare_jax.sharding.mesh import path_name
 from stare_jax.stages import TASKS, get_task
-from stare_jax.state.optimizer import split_params
+from stare_jax.state.optimizer import merge_params, split_params
 
 STATS = some_stats(3, 2)
 
@@ -166,6 +167,53 @@ def test_a_frozen_prefix_is_read_once_for_policy_and_reference():
         for p, reference in [(policy, None), (policy, other), (whole, other)]
     ]
     assert towers[2] == 2 * towers[1] and towers[1] == towers[0] > 0
+
+
+def test_with_a_context_all_is_as_without_and_images_and_prompt_are_not_read():
+    policy, params, observation = case("learned", stem=(), image_size=8, frozen_patterns=(PI05_PALIGEMMA,))
+    moving, still = split_params(params, policy.frozen_patterns)
+    other = jax.tree.map(lambda x: 1.02 * x, moving)
+
+    @jit
+    def everything(moving, still, observation, context):
+        given = {} if context is None else {"context": context}
+        params = merge_params(moving, still)
+        decision = policy.sample(params, observation, jax.random.key(1), **given)
+
+        def total(moving):
+            score = policy.log_prob(
+                merge_params(moving, still),
+                observation,
+                decision.trace,
+                reference_params=merge_params(other, still),
+                **given,
+            )
+            return sum(leaf.sum() for leaf in score), score
+
+        gradient, score = jax.grad(total, has_aux=True)(moving)
+        return decision, score, gradient, policy.value(params, observation, **given)
+
+    context = jit(policy.encode)(params, observation)
+    assert {len(leaf) for leaf in jax.tree.leaves(context)} == {2}
+    expected = everything(moving, still, observation, None)
+    dark = jax.tree.map(jnp.zeros_like, observation._replace(state=()))._replace(state=observation.state)
+    found = everything(moving, still, dark, context)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    assert any(leaf.any() for leaf in jax.tree.leaves(found[2]["value_head"]))
+    # Another context is another decision; nothing but the state need be there, and that has to be right.
+    swapped = jax.eval_shape(policy.value, params, without_scene(observation), context=context)
+    assert swapped.shape == (2,)
+    found = everything(moving, still, dark, jax.tree.map(lambda x: x[::-1], context))
+    assert np.abs(found[0].action - expected[0].action).max() > 1e-3
+    with pytest.raises(ValueError, match=r"observation.state: got shape \(2, 1\), expected \[B, 2\]"):
+        policy.value(params, observation._replace(state=observation.state[:, :1]), context=context)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"frozen_patterns": (PI05_PALIGEMMA,)}, {"stem": (), "lora": LoRAConfig(rank=2)}]
+)
+def test_there_is_no_context_where_anything_before_it_is_trained(changes):
+    assert case("sde", **changes)[0].encode is None
 
 
 def test_preference_scores_depend_on_seeds_and_executed_actions_alone():
