@@ -1,7 +1,5 @@
 """Contexts that are kept, in the numbers of a plan: operations of an iteration, and memory."""
 
-import dataclasses
-
 import jax
 import pytest
 
@@ -24,7 +22,7 @@ ATTENTION = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 
 
 def small_run(context_gb):
-    """pi0.5 whose prefix costs 20 to 30 times as much as what is trained, as at full size: there 2.06 and 0.088 TFLOP."""
+    """pi0.5 whose prefix costs 20 to 30 times as much as what is trained, as at full size."""
     model = pi05_tiny(
         siglip=SigLIPConfig(width=32, depth=2, num_heads=2, mlp_dim=128, patch_size=4),
         paligemma=GemmaConfig(width=64, mlp_dim=1024, **ATTENTION),
@@ -59,6 +57,6 @@ def test_an_iteration_of_five_epochs_takes_a_quarter_of_the_operations_with_cont
     assert 20 < encode / rest < 30
     assert EPOCHS * rest + encode <= 0.25 * EPOCHS * whole
     # A plan counts contexts, and neither the images nor the prompts of a minibatch.
-    contexts = kept_contexts(policy, dataclasses.replace(small_run(1.0).ppo), 8)
+    contexts = kept_contexts(policy, small_run(1.0).ppo, 8)
     read_once = NUM_ROWS * (64 * 64 * 3 + PROMPT * (4 + 1))
     assert kept.held - without.held == num_bytes(contexts) + 4 * NUM_ROWS - read_once
