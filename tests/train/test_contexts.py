@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flow_policy import flow_policy
 from nano_policy import jit
 from toy_task import NUM_ENVS, fresh
@@ -32,11 +33,12 @@ def frozen_policy():
     return policy, jax.tree.map(lambda s: rng.normal(0, 0.2, s.shape).astype(s.dtype), shapes)
 
 
-def test_iterations_with_contexts_move_the_parameters_as_those_without(spec, make_run, monkeypatch):
+@pytest.mark.parametrize("rescore", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_iterations_with_contexts_move_the_parameters_as_those_without(spec, make_run, monkeypatch, rescore):
     monkeypatch.setattr(jax, "jit", jit)  # all programs alike
     policy, params = frozen_policy()
     results = []
-    for changes in ({}, {"context_gb": 1.0, "rescore": True}):
+    for changes in ({}, {"context_gb": 1.0, "rescore": rescore}):
         run, config = make_run(f"run{len(results)}"), dataclasses.replace(CONFIG, **changes)
         results.append(train_ppo(policy, fresh(params), toy.ToyPush(NUM_ENVS), spec, config, run))
         assert sum(run.writer.column("perf/compilations")[1:]) == 0
