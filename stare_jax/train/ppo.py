@@ -319,7 +319,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
-            del rollout, batch  # Images and contexts of one iteration are enough to hold.
+            del rollout, batch, epochs  # Images and contexts of one iteration are enough to hold.
             if turn.is_stopping:
                 raise Interrupted(stopped.format(counters.iteration))
     return state.result
