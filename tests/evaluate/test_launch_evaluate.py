@@ -106,6 +106,7 @@ def test_the_devices_are_the_runs_own_or_those_of_the_command_line(command, trai
     assert "expected at most" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluation_uses_eight_devices(tmp_path):
     here, root = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
     folders = (root, root / "launch", here)

@@ -33,9 +33,8 @@ def ppo_batch():
     rng = np.random.default_rng(0)
     no_tokens = np.zeros((64, 0), np.int32)
     observation = Observation({}, rng.uniform(-0.2, 0.2, (64, 6)).astype(np.float32), no_tokens, no_tokens.astype(bool))
-    numbers = rng.standard_normal((4, 64)).astype(np.float32)
-    numbers[0] = -5.0
-    return DecisionBatch(observation, {"bins": rng.integers(0, 11, (64, 2))}, *numbers, np.arange(64) < 60)
+    logp, numbers = np.full((64, 2), -2.5, np.float32), rng.standard_normal((3, 64)).astype(np.float32)
+    return DecisionBatch(observation, {"bins": rng.integers(0, 11, (64, 2))}, logp, *numbers, np.arange(64) < 60)
 
 
 def step_on(mesh, make_step, config, batch, *extra):

@@ -4,6 +4,7 @@ import pytest
 from on_eight_devices import check_full_size, check_models, run_on_eight_devices
 
 
+@pytest.mark.slow
 def test_pi05_on_eight_devices_is_that_on_one():
     check_models(run_on_eight_devices("sharded_models.py", "pi05", "few", timeout=600))
 

@@ -136,6 +136,7 @@ def test_acting_and_scoring_are_the_same_in_float32(params):
     assert gap_of(scored.chosen, pairs.chosen).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_two_passes_are_one_with_adapters(params, pairs):
     exact = make_policy(dataclasses.replace(CONFIG, execution=Execution()), toy.norm_stats())
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)

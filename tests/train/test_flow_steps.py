@@ -125,6 +125,7 @@ def test_preferences_in_two_passes_are_those_in_one(kind):
     assert_close(whole.params, cut.params, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_an_anchor_keeps_what_was_chosen_likely_and_chains_of_others_are_refused():
     policy, params = policy_and_params("chain")
     config = TPOConfig(variant="tpo", optimizer=OPTIMIZER)
@@ -152,6 +153,7 @@ def sft_inputs():
     return prompted(policy, observation), *windows
 
 
+@pytest.mark.slow
 def test_microbatches_of_imitation_draw_what_the_whole_batch_does():
     batch = SFTBatch(*jax.tree.map(lambda x: x[:24], sft_inputs()))
     config = SFTConfig(optimizer=OPTIMIZER, batch_size=24)
@@ -164,6 +166,7 @@ def test_microbatches_of_imitation_draw_what_the_whole_batch_does():
     assert abs(other["sft/loss"] - metrics["sft/loss"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_phase_ends_with_the_average_of_its_parameters(make_run):
     policy, params = policy_and_params("sde")
     batches = demo_batches(*sft_inputs(), size=16)

@@ -177,6 +177,7 @@ def test_a_run_in_and_out(tree, theirs, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, back, STATS._replace(action_mask=np.ones(7, bool)))
 
 
+@pytest.mark.slow
 def test_adapters_of_openpi_are_read_trained_and_merged(tree, adapted, tmp_path, capsys):
     theirs, ours = write_adapted(tmp_path / "theirs", adapted), tmp_path / "ours"
     model = pi05_files.write_config(tmp_path / "model.json", model_config(value_dims=(1024, 512, 256)))
@@ -214,6 +215,7 @@ def test_fresh_adapters_beside_weights_of_others(tree, theirs):
     assert sum(path.endswith("lora_a") for path in started) == 10
 
 
+@pytest.mark.slow
 def test_adapters_of_openpis_own_recipe_come_in_and_out(tree, tmp_path):
     """Rank 2 in PaliGemma beside rank 3 in the action expert, as openpi has 16 beside 32."""
     lora = dataclasses.replace(PI05_LORA, rank=2, alpha=2.0, overrides=(LoRAOverride(ACTION_EXPERT, 3, 3.0),))
