@@ -20,7 +20,8 @@ from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.policy import Policy
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, potentials, separate
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.train.ppo_batch import DecisionBatch, Targets, episode_targets
+from stare_jax.targets import Targets, episode_targets
+from stare_jax.train.ppo_batch import DecisionBatch
 from stare_jax.types import Array, Observation, PyTree, Signals
 
 CLIP_EPS = 0.2

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("stare_jax", "launch", "configs", "benchmarks")
 
 GROUND = ("types", "config", "documents", "sharding")
-MATHS = (*GROUND, "logging", "stages", "losses")
+MATHS = (*GROUND, "logging", "stages", "losses", "targets")
 BELOW_STATE = (*MATHS, "models", "envs", "rollout", "data")
 BELOW_TRAIN = (*BELOW_STATE, "state", "weights")
 BELOW_RUNS = (*BELOW_TRAIN, "train", "evaluate", "report")
@@ -28,6 +28,7 @@ ALLOWED = {
     "logging": ("types", "config", "documents"),
     "stages": ("types", "config"),
     "losses": ("types",),
+    "targets": ("types", "stages", "losses"),
     "envs": (*GROUND, "stages"),
     "models": (*GROUND, "losses"),
     "rollout": (*GROUND, "logging", "stages", "envs.base", "models.policy"),
@@ -116,7 +117,7 @@ def check_confined(path: str, source: str) -> Iterator[str]:
 
 
 def check_mathematics(path: str, source: str) -> Iterator[str]:
-    if room_of(path) not in ("stages", "losses"):
+    if room_of(path) not in ("stages", "losses", "targets"):
         return
     for line, name in imports(path, source):
         package = name.split(".")[0]

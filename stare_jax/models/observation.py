@@ -54,6 +54,12 @@ def check_observation(observation: Observation, expected: Observation) -> None:
             raise _error(name, f"{len(leaf)} rows", f"{len(state)}, as the state has")
 
 
+def without_scene(observation: Observation) -> Observation:
+    """Returns an observation without images and with prompts of no tokens: all that is read beside a context."""
+    tokens, token_mask = observation.tokens[..., :0], observation.token_mask[..., :0]
+    return observation._replace(images={}, tokens=tokens, token_mask=token_mask)
+
+
 def check_finite(state: Array) -> None:
     """Raises ObservationError where states `[B, S]` are NumPy and not finite; names the first such number."""
     if isinstance(state, np.ndarray) and not np.isfinite(state).all():

@@ -84,6 +84,11 @@ class Policy(NamedTuple):
     compute_dtype: str = "float32"
     """type of the network's activations. Below float32 a decision's score depends on the batch that it is computed in:
     `sample` and `log_prob` differ by rounding."""
+    encode: Callable | None = None
+    """`encode(params, observation) -> context`, leaves `[B, ...]` of which the first axis may be indexed: all that a
+    score takes from images and prompt. None unless every parameter that it goes through is one of `frozen_patterns`, so
+    that a context never changes. With it `sample`, `log_prob` and `value` take `context=None`; where one is given they
+    read the state alone of the observation (`observation.without_scene`)."""
     preference_score: Callable | None = None
     """`preference_score(params, observation, action [B, H, A], seeds uint32 [B, K]) -> [B, K, C]`, float32: a stand-in
     for the log-probability of each executed action in preference learning, in K estimates that are comparable where

@@ -167,8 +167,8 @@ def lower_program(name: str, config: RunConfig, mesh: Mesh) -> Lowered:
     """
     if name != SAMPLE:
         state, batch, _, step, inputs = placed(plan_phase(config, name), mesh)
-        reference = [tree for tree in inputs if isinstance(tree, dict)]
-        held = num_bytes((state, batch, reference), on_device=True)
+        kept = [tree for tree in inputs if not isinstance(tree, np.generic)]
+        held = num_bytes((state, batch, kept), on_device=True)
         return Lowered(lower_step(step, state, batch, *inputs), held, batch_rows(config, name))
     with user_input():
         policy = plan_policy(config)

@@ -18,6 +18,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, make_abstract_mesh
+from stare_jax.state.contexts import lay_out
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
@@ -37,7 +38,7 @@ class StepPlan(NamedTuple):
     step: Callable
     """(state, batch, *inputs) -> (state, metrics)."""
     inputs: tuple
-    """further arguments of the step; arrays of NumPy's, and shapes where parameters are among them."""
+    """further arguments of the step; arrays of NumPy's, and shapes where parameters or contexts are among them."""
 
 
 def plan_run(config: RunConfig) -> dict[str, StepPlan]:
@@ -108,8 +109,9 @@ def _plan_ppo(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan
     state = plan_state(config, "ppo", policy, mesh)
     step = ppo.make_ppo_step(policy, _optimizer(config, "ppo"), config.ppo)
     reference = None if config.ppo.kl_coef is None else state.trainable
-    batch = decision_shapes(policy, config.ppo.minibatch_size)
-    return _trace_step(state, mesh, step, batch, np.bool_(True), np.float32(0.0), reference)
+    contexts = lay_out(ppo.kept_contexts(policy, config.ppo, config.env.horizon), mesh)
+    batch = decision_shapes(policy, config.ppo.minibatch_size, has_contexts=contexts is not None)
+    return _trace_step(state, mesh, step, batch, np.bool_(True), np.float32(0.0), reference, contexts)
 
 
 def _trace_step(state: TrainState, mesh: AbstractMesh, step: Callable, batch: PyTree, *inputs: Any) -> StepPlan:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
+from stare_jax import targets
 from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
 from stare_jax.documents import check_record
 from stare_jax.envs.base import SimulatorError, VecEnv
@@ -25,6 +25,7 @@ from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, che
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
+from stare_jax.state.contexts import context_shapes, score_rows
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params, without_critic
 from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
@@ -74,6 +75,9 @@ class PPOConfig:
     ratio: Ratio = "decision"
     """ratio that is clipped: of a whole "decision"; of each "token", or step of a flow; or "mean", the decision's with
     its logarithm divided by the number of terms, as RLinf tempers flows."""
+    context_gb: NonNegative = 0.0
+    """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`): where they
+    fit they are computed once an iteration, and otherwise in every epoch."""
     rescore: bool | None = None
     """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
     None: where the network computes in less than float32."""
@@ -90,7 +94,7 @@ class PPOConfig:
     kl_coef: NonNegative | None = None
     """weight in the loss of the KL divergence from the policy that the phase starts from (`ActionScore.divergence`); 0
     measures it alone, None does neither and keeps no copy of that policy's trained parameters."""
-    chunk_discount: ppo_batch.ChunkDiscount = "step"
+    chunk_discount: targets.ChunkDiscount = "step"
     """discount of chunks of actions: "step", gamma an action; "decision", gamma a decision, as pi_RL does."""
     time_limit: TimeLimit = "terminate"
     """end of an episode at the horizon: "terminate", or "bootstrap" from the value of the last state."""
@@ -142,10 +146,10 @@ def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Calla
     )
 
 
-def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.Targets]:
-    """Returns `ppo_batch.episode_targets` of signals, valid and value with the settings of a configuration."""
+def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Callable[..., targets.Targets]:
+    """Returns `targets.episode_targets` of signals, valid and value with the settings of a configuration."""
     return functools.partial(
-        ppo_batch.episode_targets,
+        targets.episode_targets,
         spec=spec,
         shaping=config.shaping,
         gamma=config.gamma,
@@ -163,16 +167,16 @@ def make_targets_fn(spec: TaskSpec, config: PPOConfig, *, chunk: int = 1) -> Cal
 def make_ppo_step(
     policy: Policy, tx: optax.GradientTransformationExtraArgs, config: PPOConfig
 ) -> Callable[..., tuple[TrainState, update.Metrics]]:
-    """Returns the step of PPO (2): (state, batch, train_policy, fraction_done, reference) -> (state, metrics).
+    """Returns the step (2): (state, batch, train_policy, fraction_done, reference, contexts) -> (state, metrics).
 
     Where the approximate KL divergence of the batch is above `config.target_kl` the step changes nothing and says so in
     `ppo/stopped`. `train_policy` False moves the value head alone. `fraction_done`, of all iterations, is the time of
     `config.optimizer.schedule`; the optimiser itself has none. `reference` are the trained parameters of the policy
-    that the loss may keep to, None where `config.kl_coef` is.
+    that the loss may keep to, None where `config.kl_coef` is; `contexts` are `PPOBatch.contexts`.
     """
 
-    def loss_fn(params, batch, reference, frozen):
-        score = policy.log_prob(
+    def loss_fn(params, batch, reference, frozen, contexts):
+        score = score_rows(policy, contexts, batch.row)(
             params,
             batch.observation,
             batch.trace,
@@ -203,8 +207,8 @@ def make_ppo_step(
         penalty, penalty_metrics = reference_penalty(score.divergence, batch.valid, kl_coef=config.kl_coef)
         return loss + penalty, metrics | penalty_metrics | {"ppo/loss": loss + penalty}
 
-    def step(state, batch, train_policy, fraction_done, reference=None):
-        loss = functools.partial(loss_fn, reference=reference, frozen=state.frozen)
+    def step(state, batch, train_policy, fraction_done, reference=None, contexts=None):
+        loss = functools.partial(loss_fn, reference=reference, frozen=state.frozen, contexts=contexts)
         weight = batch.valid.astype(jnp.float32)
         grads, metrics = update.loss_gradients(loss, state, batch, weight, config.microbatch_size)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
@@ -223,6 +227,13 @@ def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
     """Raises ShardingError where the mesh does not divide a minibatch."""
     check_batch_size("ppo.minibatch_size", config.minibatch_size, mesh)
     check_batch_size("ppo.microbatch_size", config.microbatch_size, mesh)
+
+
+def kept_contexts(policy: Policy, config: PPOConfig, horizon: int) -> PyTree | None:
+    """Returns the contexts that iterations keep, see `context_shapes`."""
+    num_decisions = config.num_steps or config.num_episodes * -(-horizon // policy.chunk)
+    size = config.microbatch_size or config.minibatch_size
+    return context_shapes(policy, num_decisions, size, config.context_gb)
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
@@ -253,9 +264,11 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare, is_warned = make_prepare(spec, config, chunk=policy.chunk), False
+    contexts = kept_contexts(policy, config, env.horizon)
+    encode = ppo_batch.make_encode(policy, contexts, config.microbatch_size or config.minibatch_size)
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
-    counters = check_record(_Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
+    counters = check_record(ppo_batch.Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
     window = Window(PHASE, run.writer, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
 
@@ -277,13 +290,13 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             fraction_done = np.float32(counters.iteration / config.num_iterations)
             rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
-                batch = prepare(rollout)
+                batch = encode(state.params, prepare(rollout), run.mesh)
                 batch = rescore(state.params, batch, run.mesh) if is_rescoring else batch
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:
                     placed = place(minibatch, run.mesh)
                     with run.profiler.step(PHASE, counters.iteration):
-                        state, metrics = step_fn(state, placed, train_policy, fraction_done, reference)
+                        state, metrics = step_fn(state, placed, train_policy, fraction_done, reference, batch.contexts)
                     window.add(metrics)
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
@@ -306,27 +319,14 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
-            del rollout, batch  # Images of one iteration are enough to hold.
+            del rollout, batch, epochs  # Images and contexts of one iteration are enough to hold.
             if turn.is_stopping:
                 raise Interrupted(stopped.format(counters.iteration))
     return state.result
 
 
-class _Counters(NamedTuple):
-    """Progress of a run; kept in its checkpoints."""
-
-    iteration: Natural = 0
-    env_steps: Natural = 0
-    seeds: Natural = 0
-    """starts of episodes; every group of episodes, or every episode, takes the next seed of the run."""
-
-    def after(self, rollout: Rollout, group_size: int) -> "_Counters":
-        seeds = self.seeds + len(rollout.trajectory.valid) // group_size
-        return _Counters(self.iteration + 1, self.env_steps + rollout.num_steps, seeds)
-
-
 def _collect(
-    act: Act, env: VecEnv, spec: TaskSpecs, counters: _Counters, config: PPOConfig, run: Run, window: Window
+    act: Act, env: VecEnv, spec: TaskSpecs, counters: ppo_batch.Counters, config: PPOConfig, run: Run, window: Window
 ) -> Rollout:
     """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")

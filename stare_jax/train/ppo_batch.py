@@ -1,59 +1,44 @@
-"""The way from the episodes of an iteration to minibatches: stages, rewards (5), advantages (2), shuffling.
-
-Functions that say so are for one episode, from its first state on; `compile_targets` vmaps and compiles them once.
-"""
+"""The way from the episodes of an iteration to minibatches: targets, contexts, scores, shuffling."""
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from stare_jax.config import Natural
 from stare_jax.logging import announce_compiling
-from stare_jax.losses import GroupAdvantage, chunk_rewards, explained_variance, gae, group_advantages, whiten
+from stare_jax.losses import GroupAdvantage, explained_variance, group_advantages, whiten
+from stare_jax.models.observation import without_scene
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout
-from stare_jax.sharding.mesh import place
-from stare_jax.stages import TaskSpec, potentials, separate, shape_rewards, success_rewards
-from stare_jax.stages.rewards import Reward, episode_rewards
-from stare_jax.stages.shaping import TerminalPotential, TimeLimit
+from stare_jax.sharding.mesh import num_parts, place
+from stare_jax.state.contexts import lay_out, score_rows
+from stare_jax.targets import Targets
 from stare_jax.train import update
-from stare_jax.types import Array, Decisions, Observation, Signals
+from stare_jax.types import Array, Decisions, Observation, PyTree
 
 Advantage = Literal["gae", *get_args(GroupAdvantage)]
 """Advantage of a decision: over the critic's expectation ("gae"), or its episode's over others that began alike."""
-ChunkDiscount = Literal["step", "decision"]
 WhitenOver = Literal["all", "task"]
 """Decisions among which advantages are whitened: all of a batch, or those of each task."""
 
 
-class Targets(NamedTuple):
-    """Rewards and advantages of one episode of N actions and D decisions, padded; zeros where there is none."""
+class Counters(NamedTuple):
+    """Progress of a run; kept in its checkpoints."""
 
-    reward_t: Array
-    """float32 `[N]` r_t."""
-    shaped_reward_t: Array
-    """float32 `[N]` r'_t (5), or r_t where there is no shaping."""
-    advantage_d: Array
-    """float32 `[D]` of each decision."""
-    return_d: Array
-    """float32 `[D]` of each decision."""
-    valid_t: Array
-    """bool `[N]`: actions that exist."""
-    valid_d: Array
-    """bool `[D]`: decisions that exist."""
-    stage_t: Array
-    """int32 `[N + 1]` labels of the states."""
-    completed: Array
-    """bool `[K]`."""
-    success_t: Array
-    """bool `[N]`: the action that led to the first success."""
-    is_over: Array
-    """bool: the episode reached its end, and was not cut short."""
+    iteration: Natural = 0
+    env_steps: Natural = 0
+    seeds: Natural = 0
+    """starts of episodes; every group of episodes, or every episode, takes the next seed of the run."""
+
+    def after(self, rollout: Rollout, group_size: int) -> "Counters":
+        seeds = self.seeds + len(rollout.trajectory.valid) // group_size
+        return Counters(self.iteration + 1, self.env_steps + rollout.num_steps, seeds)
 
 
 class DecisionBatch(NamedTuple):
@@ -73,15 +58,19 @@ class DecisionBatch(NamedTuple):
     """float32 `[B]`."""
     valid: Array
     """bool `[B]`: False in rows that only fill up the batch."""
+    row: Array | None = None
+    """int32 `[B]`, see `PPOBatch.row`; None where no contexts are kept."""
 
 
-def batch_shapes(policy: Policy, size: int) -> DecisionBatch:
-    """Returns a minibatch of `size` decisions as `jax.ShapeDtypeStruct`s."""
+def batch_shapes(policy: Policy, size: int, *, has_contexts: bool = False) -> DecisionBatch:
+    """Returns a minibatch of `size` decisions, whose contexts may be kept, as `jax.ShapeDtypeStruct`s."""
     params = jax.eval_shape(policy.init, jax.random.key(0))
     decision = jax.eval_shape(policy.sample, params, policy.observation_shape(size), jax.random.key(0))
     number, valid = (jax.ShapeDtypeStruct((size,), dtype) for dtype in (jnp.float32, bool))
-    observation = policy.observation_shape(size)
-    return DecisionBatch(observation, decision.trace, decision.logp, number, number, number, valid)
+    observation, row = policy.observation_shape(size), None
+    if has_contexts:
+        observation, row = jax.eval_shape(without_scene, observation), jax.ShapeDtypeStruct((size,), jnp.int32)
+    return DecisionBatch(observation, decision.trace, decision.logp, number, number, number, valid, row)
 
 
 class PPOBatch(NamedTuple):
@@ -97,92 +86,10 @@ class PPOBatch(NamedTuple):
     """float32 `[E, D]`, whitened over the decisions that exist, all or those of each task; those of a group are not."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
-
-
-def episode_targets(
-    signals: Signals,
-    valid: Array,
-    value: Array,
-    *,
-    spec: TaskSpec,
-    shaping: bool,
-    gamma: float,
-    gae_lambda: float,
-    time_limit: TimeLimit,
-    terminal_potential: TerminalPotential,
-    reward: Reward = "success",
-    stop_at_success: bool = True,
-    chunk: int = 1,
-    chunk_discount: ChunkDiscount = "step",
-) -> Targets:
-    """Labels one episode, rewards its actions, shapes the reward (5) and estimates advantages (2).
-
-    Args:
-        signals: leaves `[N + 1, ...]`.
-        valid: bool `[N + 1]` states that exist, a prefix. An episode of fewer than N actions that no success ended was
-            cut short, and is bootstrapped from its last value.
-        value: float32 `[D + 1]`, `types.Decisions.value`: of the states in which decisions were made, and of the state
-            that the last one led to.
-        spec: the task.
-        shaping: whether GAE sees r' (STA-PPO) or r (PPO).
-        gamma: discount factor.
-        gae_lambda: lambda of GAE.
-        reward: r, see `stages.rewards`.
-        stop_at_success: True where the first success ends the episode; False where it goes on to the horizon, and
-            actions after the success are discounted like all others.
-        time_limit: at the horizon of N actions "bootstrap" from the value of the last state, or "terminate" with
-            nothing after it.
-        terminal_potential: see `stages.shaping.shape_rewards`.
-        chunk: C, actions that one decision executes.
-        chunk_discount: "step" discounts by gamma an action, "decision" by gamma a decision and not within it. Shaping
-            follows: over a decision it is the decision's discount times the potential at its end, less the potential
-            at its beginning.
-    """
-    separation = separate(spec, signals, valid)
-    valid_t, success_t = valid[1:], success_rewards(signals.success, valid) > 0
-    reward_t = episode_rewards(reward, spec, signals, separation, valid)
-    stops_t = success_t & stop_at_success
-    gamma_t, discount_t = _discounts(valid_t, stops_t, gamma, time_limit, chunk, chunk_discount)
-
-    shaped_reward_t = reward_t
-    if shaping:
-        phi_t = potentials(spec, signals, separation)
-        shaped_reward_t = shape_rewards(
-            reward_t, phi_t[:-1], phi_t[1:], discount_t, gamma=gamma_t, terminal_potential=terminal_potential
-        )
-    shaped_reward_t = jnp.where(valid_t, shaped_reward_t, 0.0)
-    reward_d, discount_d, valid_d = chunk_rewards(shaped_reward_t, discount_t, valid_t, chunk=chunk)
-    is_last_decision = valid_d & ~jnp.append(valid_d[1:], False)
-    value = jnp.where(jnp.append(True, valid_d), value, 0.0)
-    advantage_d, return_d = gae(
-        reward_d, discount_d, value[:-1], value[1:], gae_lambda=gae_lambda, truncated_t=is_last_decision
-    )
-    return Targets(
-        reward_t=reward_t,
-        shaped_reward_t=shaped_reward_t,
-        advantage_d=jnp.where(valid_d, advantage_d, 0.0),
-        return_d=jnp.where(valid_d, return_d, 0.0),
-        valid_t=valid_t,
-        valid_d=valid_d,
-        stage_t=separation.stage_t,
-        completed=separation.completed,
-        success_t=success_t,
-        is_over=valid_t[-1] | stops_t.any(),
-    )
-
-
-def _discounts(
-    valid_t: Array, is_terminated: Array, gamma: float, time_limit: str, chunk: int, chunk_discount: str
-) -> tuple[Array, Array]:
-    """Returns the discount of each action, float32 `[N]`, and the same with 0 where nothing follows."""
-    ends_t = is_terminated
-    if time_limit == "terminate":
-        ends_t = ends_t.at[-1].set(valid_t[-1])
-    gamma_t = jnp.full(valid_t.shape, gamma, jnp.float32)
-    if chunk_discount == "decision":
-        is_last = valid_t & ~jnp.append(valid_t[1:], False)
-        gamma_t = jnp.where(is_last | (jnp.arange(len(valid_t)) % chunk == chunk - 1), gamma_t, 1.0)
-    return gamma_t, jnp.where(valid_t & ~ends_t, gamma_t, 0.0)
+    contexts: PyTree | None = None
+    """leaves `[P, R, ...]`, each of the P parts of a mesh's batches with R rows of its own; None: not kept."""
+    row: np.ndarray | None = None
+    """int32 `[E, D]`, the row of each decision's context. Of all decisions, the i-th has its in the part i mod P."""
 
 
 def compile_targets(
@@ -241,42 +148,96 @@ def minibatches(
 ) -> Iterator[DecisionBatch]:
     """Yields the decisions of a batch once an epoch, shuffled, in as few minibatches as can be.
 
-    They have equal numbers of decisions, to within one, and are filled up to `size` with rows that are not valid. A
-    last, small minibatch would move the policy as far as the others, on a few decisions, and measure the
-    KL divergence by them.
+    They have equal numbers of decisions, to within one (of each device, where contexts are kept), and are filled up to
+    `size` with rows that are not valid. A last, small minibatch would move the policy as far as the others, on a few
+    decisions, and measure the KL divergence by them.
     """
-    episode, d = np.nonzero(batch.decisions.valid)
-    num_parts = math.ceil(len(episode) / size)
-    epochs = (np.array_split(rng.permutation(len(episode)), num_parts) for _ in range(num_epochs))
-    for chosen in itertools.chain.from_iterable(epochs):
-        yield _minibatch(batch, (episode[chosen], d[chosen]), size)
+    num_minibatches = math.ceil(batch.decisions.valid.sum() / size)
+    for _ in range(num_epochs):
+        shares = (np.array_split(rng.permutation(block), num_minibatches) for block in _blocks(batch))
+        for chosen in zip(*shares, strict=True):
+            yield _minibatch(batch, chosen, size)
 
 
-def _minibatch(batch: PPOBatch, at: tuple[np.ndarray, np.ndarray], size: int) -> DecisionBatch:
-    """Returns the decisions at indices `[n]` of episodes and decisions, filled up to `size` rows."""
-    number, at = len(at[0]), tuple(np.concatenate([x, np.repeat(x[:1], size - len(x))]) for x in at)
-    observation, trace = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace))
+def _blocks(batch: PPOBatch) -> list[np.ndarray]:
+    """Returns the numbers of the decisions whose rows lie in each part of a mesh's batches; of all without contexts."""
+    num_blocks = 1 if batch.contexts is None else len(jax.tree.leaves(batch.contexts)[0])
+    return [np.arange(first, batch.decisions.valid.sum(), num_blocks) for first in range(num_blocks)]
+
+
+def _in_order(batch: PPOBatch, size: int) -> Iterator[list[np.ndarray]]:
+    """Yields the decisions of each block in parts of `size` together."""
+    blocks = _blocks(batch)
+    share = size // len(blocks)
+    yield from ([block[i : i + share] for block in blocks] for i in range(0, len(blocks[0]), share))
+
+
+def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> DecisionBatch:
+    """Returns the decisions with the chosen numbers of each block, every block filled up to its share of `size`."""
+    share = size // len(chosen)
+    number = np.concatenate([np.append(block, np.zeros(share - len(block), int)) for block in chosen])
+    at = tuple(x[number] for x in np.nonzero(batch.decisions.valid))
+    valid = np.concatenate([np.arange(share) < len(block) for block in chosen])
+    observation, trace, row = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace, batch.row))
     scores = (batch.decisions.logp, batch.decisions.value, batch.advantage, batch.targets.return_d)
-    return DecisionBatch(observation, trace, *(x[at] for x in scores), valid=np.arange(size) < number)
+    return DecisionBatch(observation, trace, *(x[at] for x in scores), valid, row)
+
+
+def make_encode(policy: Policy, shapes: PyTree | None, size: int) -> Callable[[PyTree, PPOBatch, Mesh], PPOBatch]:
+    """Returns (params, batch, mesh) -> the batch with the contexts of its decisions in place of images and prompts.
+
+    Args:
+        policy: has `encode`.
+        shapes: `context_shapes`; None returns batches as they are.
+        size: rows that are encoded at a time.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def write(contexts, params, observation, start):
+        def one(x, new):
+            new = new.reshape(x.shape[0], -1, *x.shape[2:])
+            return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
+
+        return jax.tree.map(one, contexts, policy.encode(params, observation))
+
+    write = announce_compiling("compiling the contexts of decisions", write)
+
+    def encode(params, batch, mesh):
+        if shapes is None:
+            return batch
+        parts = num_parts(mesh)
+        contexts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lay_out(shapes, mesh))
+        batch = batch._replace(contexts=contexts)
+        for i, chosen in enumerate(_in_order(batch, size)):
+            observation = place(_minibatch(batch, chosen, size).observation, mesh)
+            contexts = write(contexts, params, observation, np.int32(i * size // parts))
+        row = np.zeros(batch.decisions.valid.shape, np.int32)
+        row[batch.decisions.valid] = np.arange(batch.decisions.valid.sum()) // parts
+        return batch._replace(observation=without_scene(batch.observation), contexts=contexts, row=row)
+
+    return encode
 
 
 def make_rescore(policy: Policy, temperature: float, size: int, microbatch_size: int | None) -> Callable[..., PPOBatch]:
     """Returns (params, batch, mesh) -> the batch scored by these parameters, in parts as large as those of updates."""
 
     @jax.jit
-    def score(params, rows):
-        return update.map_rows(
-            lambda part: policy.log_prob(params, *part, temperature=temperature).logp, rows, microbatch_size
-        )
+    def score(params, rows, contexts):
+        def one(part):
+            observation, trace, row = part
+            return score_rows(policy, contexts, row)(params, observation, trace, temperature=temperature).logp
+
+        return update.map_rows(one, rows, microbatch_size)
 
     score = announce_compiling("compiling the scores of decisions", score)
 
     def rescore(params, batch, mesh):
-        logp, (episode, d) = np.zeros_like(batch.decisions.logp), np.nonzero(batch.decisions.valid)
-        for start in range(0, len(episode), size):
-            at = episode[start : start + size], d[start : start + size]
-            rows = place(_minibatch(batch, at, size)[:2], mesh)
-            logp[at] = np.asarray(score(params, rows))[: len(at[0])]
+        logp, at = np.zeros_like(batch.decisions.logp), np.argwhere(batch.decisions.valid)
+        for chosen in _in_order(batch, size):
+            part = _minibatch(batch, chosen, size)
+            rows = place((part.observation, part.trace, part.row), mesh)
+            scores = np.asarray(score(params, rows, batch.contexts))[part.valid]
+            logp[tuple(at[np.concatenate(chosen)].T)] = scores
         return batch._replace(decisions=batch.decisions._replace(logp=logp))
 
     return rescore

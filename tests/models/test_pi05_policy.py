@@ -27,6 +27,7 @@ from stare_jax.models import (
 from stare_jax.models.bins import bin_state
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
+from stare_jax.models.observation import without_scene
 from stare_jax.models.pi05.network import Pi05, has_frozen_prefix
 from stare_jax.models.pi05.presets import ACTION_EXPERT
 from stare_jax.models.pi05.prompt import STATE_TEMPLATE, clean, encode_prompt, read_observation
@@ -34,7 +35,7 @@ from stare_jax.models.preprocess import resize_with_pad
 from stare_jax.models.tokenizer import word_tokenizer
 from stare_jax.sharding.mesh import path_name
 from stare_jax.stages import TASKS, get_task
-from stare_jax.state.optimizer import split_params
+from stare_jax.state.optimizer import merge_params, split_params
 
 STATS = some_stats(3, 2)
 
@@ -166,6 +167,58 @@ def test_a_frozen_prefix_is_read_once_for_policy_and_reference():
         for p, reference in [(policy, None), (policy, other), (whole, other)]
     ]
     assert towers[2] == 2 * towers[1] and towers[1] == towers[0] > 0
+
+
+def with_and_without_a_context(fn):
+    """fn(policy, params, observation, **settings of a function of the policy's), on what the context's differs from."""
+    policy, params, observation = case("learned", stem=(), image_size=8, frozen_patterns=(PI05_PALIGEMMA,))
+    context = jit(policy.encode)(params, observation)
+    assert {len(leaf) for leaf in jax.tree.leaves(context)} == {2}
+    dark = jax.tree.map(np.zeros_like, observation)._replace(state=observation.state)
+    expected = jit(functools.partial(fn, policy))(params, observation)
+    found = jit(functools.partial(fn, policy))(params, dark, context=context)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+    return policy, params, observation, context, found
+
+
+def test_with_a_context_decisions_are_those_without_and_images_and_prompt_are_not_read():
+    def decide(policy, params, observation, **given):
+        decision = policy.sample(params, observation, jax.random.key(1), **given)
+        score = policy.log_prob(params, observation, decision.trace, **given)
+        return decision, score, policy.value(params, observation, **given)
+
+    policy, params, observation, context, _ = with_and_without_a_context(decide)
+    shown = without_scene(observation)  # nothing but the state need be there, and that has to be right
+    assert jax.eval_shape(policy.value, params, shown, context=context).shape == (2,)
+    with pytest.raises(ValueError, match=r"observation.state: got shape \(2, 1\), expected \[B, 2\]"):
+        policy.value(params, shown._replace(state=shown.state[:, :1]), context=context)
+
+
+@pytest.mark.slow
+def test_with_a_context_gradients_and_divergences_are_those_without():
+    def learn(policy, params, observation, **given):
+        moving, still = split_params(params, policy.frozen_patterns)
+        reference = jax.tree.map(lambda x: 1.02 * x, params)
+        rng = np.random.default_rng(0)
+        trace = {"chain": rng.normal(0, 1, (2, 4, 4, 4)).astype(np.float32), "is_drawn": np.ones((2, 3), bool)}
+
+        def total(moving):
+            rows = (merge_params(moving, still), observation, trace)
+            score = policy.log_prob(*rows, reference_params=reference, **given)
+            return 0.1 * sum(leaf.sum() for leaf in score), score.divergence
+
+        return jax.grad(total, has_aux=True)(moving)
+
+    *_, (gradient, divergence) = with_and_without_a_context(learn)
+    assert (divergence > 1e-3).all() and np.abs(gradient["value_head"]["out"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"frozen_patterns": (PI05_PALIGEMMA,)}, {"stem": (), "lora": LoRAConfig(rank=2, targets=PI05_EXPERTS)}],
+)
+def test_there_is_no_context_where_anything_before_it_is_trained(changes):
+    assert case("sde", **changes)[0].encode is None
 
 
 def test_preference_scores_depend_on_seeds_and_executed_actions_alone():

@@ -71,16 +71,19 @@ def num_passes(
 
     Args:
         phase: "sft", "tpo", "ppo" or "sample".
-        trained: "full", "lora" or, of pi0.5 alone, "expert". Adapters of pi0.5 leave its vision tower as it is.
+        trained: "full", "lora" or, of pi0.5 alone, "expert", or "kept": the same with contexts, in place of images and
+            text. Adapters of pi0.5 leave its vision tower as it is.
         scores_first: whether all decisions are scored before some are differentiated.
         has_reference: whether a reference scores them, too; it shares what images and text become where all of
             that is frozen.
         decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
     """
-    twice = () if not has_reference else ("expert",) if trained == "expert" else STACKS
+    twice = () if not has_reference else ("expert",) if trained in ("expert", "kept") else STACKS
     passes = {stack: 1 + scores_first + (stack in twice) for stack in STACKS}
     if phase == "sample":
         return passes | {"llm": 1 + decodes}
+    if trained == "kept":
+        return dict.fromkeys(STACKS, 0) | {"expert": passes["expert"] + 1}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]
     return {stack: number + (stack not in still) for stack, number in passes.items()}
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from toy_task import NUM_ENVS, random_pairs
+from toy_task import NUM_ENVS, Writer, random_pairs
 
 from stare_jax.envs import toy
 from stare_jax.models.mlp import MLPConfig, make_mlp
@@ -97,6 +98,24 @@ run = Run(Path(sys.argv[1]) / "one", toy.norm_stats(), mesh=one)
 alone = train_ppo(POLICY, jax.device_put(PARAMS, jax.devices()[0]), toy.ToyPush(12), toy.task_spec(), few, run)
 
 
+def with_contexts(policy):
+    """The policy, which scores decisions by contexts alone: the states that they were made in."""
+
+    def log_prob(params, observation, trace, *, context, **settings):
+        return policy.log_prob(params, observation._replace(state=context), trace, **settings)
+
+    return policy._replace(log_prob=log_prob, encode=lambda params, observation: jnp.asarray(observation.state))
+
+
+kept_log_ratios = []
+for rescore in (False, True):
+    kept = dataclasses.replace(few, microbatch_size=16, context_gb=1.0, rescore=rescore)
+    run = Run(Path(sys.argv[1]) / f"kept_{rescore}", toy.norm_stats(), mesh=eight, writer=Writer())
+    params = jax.device_put(PARAMS, lying)
+    train_ppo(with_contexts(POLICY), params, toy.ToyPush(12), toy.task_spec(), kept, run)
+    kept_log_ratios += run.writer.column("ppo/first_log_ratio_rms")
+
+
 def shard_shapes(tree, name):
     return [
         list(leaf.addressable_shards[0].data.shape)
@@ -125,6 +144,7 @@ print(
             "is_scoring_split": is_scoring_split,
             "is_acting_split": is_acting_split,
             "trained_difference": difference(trained, alone),
+            "kept_log_ratios": kept_log_ratios,
         }
     )
 )

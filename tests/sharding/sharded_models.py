@@ -22,9 +22,10 @@ from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, make_poli
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.models.observation import without_scene
 from stare_jax.plan.exchanges import read_collectives
 from stare_jax.rollout.collect import policy_act
-from stare_jax.sharding.mesh import make_mesh, path_name, place, tree_shardings
+from stare_jax.sharding.mesh import make_mesh, num_parts, path_name, place, tree_shardings
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
 from stare_jax.state.train_state import create_state
 from stare_jax.train.ppo import PPOConfig, make_ppo_step
@@ -37,6 +38,8 @@ from stare_jax.train.update import lower_step
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})
 TRAINED = {"openvla": ("full", "lora"), "pi05": ("full", "expert", "lora")}
 """model -> what of it is trained."""
+KEPT = tuple(("kept", "ppo", size, mesh) for size in (None, 8) for mesh in MESHES)
+"""cases of pi0.5 whose expert is trained, with contexts that are kept."""
 FEW = {
     "openvla": (("lora", "ppo", 8, MESHES[0]), ("full", "sft", None, MESHES[1])),
     "pi05": (("full", "sft", None, MESHES[0]), ("expert", "ppo", 8, MESHES[1])),
@@ -50,7 +53,8 @@ TRAINING = (True, 0.0)
 
 
 def all_cases(model):
-    return itertools.product(TRAINED[model], ("sft", "tpo", "ppo"), (None, 8), MESHES)
+    cases = itertools.product(TRAINED[model], ("sft", "tpo", "ppo"), (None, 8), MESHES)
+    return itertools.chain(cases, KEPT if model == "pi05" else ())
 
 
 def nano_pi05(**changes):
@@ -73,7 +77,7 @@ def policy_and_params(model, trained):
         config = nano_config(lora=LoRAConfig(rank=4) if trained == "lora" else None, execution=execution)
     else:
         lora = LoRAConfig(rank=4, targets=PI05_EXPERTS) if trained == "lora" else None
-        frozen = (PI05_PALIGEMMA,) if trained == "expert" else ()
+        frozen = (PI05_PALIGEMMA,) if trained in ("expert", "kept") else ()
         config = nano_pi05(lora=lora, frozen_patterns=frozen, execution=execution)
     policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
     return policy, random_params(policy)
@@ -107,6 +111,15 @@ def ppo_batch(model, trained):
     old_value, advantage, return_, gap = np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float32)
     numbers = (decision.logp + 0.05 * gap[:, None] / decision.logp.shape[1], old_value, advantage, return_)
     return DecisionBatch(observation, decision.trace, *numbers, np.arange(SIZE) < SIZE - 3)
+
+
+def with_contexts(batch, mesh):
+    """The batch without images and prompts, and the contexts of its decisions, of each device those of its own."""
+    (policy, params), num_blocks = policy_and_params("pi05", "kept"), num_parts(mesh)
+    contexts = jax.device_get(jax.jit(policy.encode)(params, batch.observation))
+    contexts = jax.tree.map(lambda x: x.reshape(num_blocks, -1, *x.shape[1:]), contexts)
+    row = np.arange(SIZE, dtype=np.int32) % (SIZE // num_blocks)
+    return batch._replace(observation=without_scene(batch.observation), row=row), place(contexts, mesh)
 
 
 def pair_batch(model, trained):
@@ -153,6 +166,9 @@ def take_steps(model, trained, phase, microbatch, mesh):
     moved, frozen = state.replace(frozen=None), state.frozen
     if phase == "ppo" and config.kl_coef is not None:
         extra = (*extra, jax.tree.map(jnp.copy, state.trainable))
+    if trained == "kept":
+        batch, contexts = with_contexts(batch, mesh)
+        extra = (*extra, contexts)
     inputs = (place(batch, mesh), *extra)
     compiled = lower_step(make_step(policy, tx, config), state, *inputs).compile()
     for _ in range(2):

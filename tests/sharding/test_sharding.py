@@ -56,6 +56,8 @@ def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_pat
     assert report["is_scoring_split"] and all(report["is_scoring_split"])
     assert report["is_acting_split"] and all(report["is_acting_split"])
     assert report["score_difference"] < 1e-5 and report["trained_difference"] < 1e-4
+    # Each decision finds its own context on its device, whether it is scored again or learnt from.
+    assert len(report["kept_log_ratios"]) == 2 and max(report["kept_log_ratios"]) < 1e-4
 
 
 def test_openvla_on_eight_devices_is_that_on_one():

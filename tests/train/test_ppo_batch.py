@@ -9,8 +9,8 @@ from stage_signals import FAMILY_TASKS, random_signals, with_params
 from toy_task import expert_episodes, random_pairs
 
 from stare_jax.stages import TASKS, action_stages, get_task, potentials, separate
+from stare_jax.targets import episode_targets
 from stare_jax.train.ppo import PPOConfig
-from stare_jax.train.ppo_batch import episode_targets
 
 targets_of = jax.jit(
     episode_targets,

@@ -12,8 +12,8 @@ from toy_task import expert_episodes, fresh
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
 from stare_jax.stages import get_task
+from stare_jax.targets import Targets
 from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
-from stare_jax.train.ppo_batch import Targets
 from stare_jax.train.ppo_metrics import rollout_metrics, update_metrics, warn_of_rounding
 from stare_jax.types import Decisions, Trajectory
 

@@ -14,8 +14,9 @@ from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.sharding.mesh import make_mesh, path_name
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.train_state import create_state
+from stare_jax.targets import Targets
 from stare_jax.train.ppo import PPOConfig, make_ppo_step, train_ppo
-from stare_jax.train.ppo_batch import PPOBatch, Targets, make_rescore, minibatches
+from stare_jax.train.ppo_batch import PPOBatch, make_rescore, minibatches
 from stare_jax.types import Decisions
 
 NUM_ROWS, LAYERS, WIDTH = 32, 18, 64

@@ -252,18 +252,15 @@ class Pi05(nn.Module):
         """Returns the noise head's output float32 `[..., H, A]` for hidden states `[..., H, width]`."""
         return self.noise_head(hidden)
 
-    def value(self, hidden: jax.Array, valid: jax.Array, state: jax.Array) -> jax.Array:
+    def value(self, pooled: jax.Array, state: jax.Array) -> jax.Array:
         """Returns float32 `[B]` from the input that `config.critic` selects.
 
         Args:
-            hidden: `[B, P, width]` of the prefix.
-            valid: bool `[B, P]`, False on padding, which the mean leaves out.
+            pooled: `[B, width]` of `pool_prefix`.
             state: float32 `[B, S]`, scaled.
         """
         if self.config.critic == "state":
             return self.value_head(state)
-        hidden = hidden.astype(jnp.float32)
-        pooled = jnp.mean(hidden, axis=1, where=valid[..., None])
         return self.value_head(jax.lax.stop_gradient(pooled) if self.config.critic == "detached" else pooled)
 
     def __call__(
@@ -294,9 +291,14 @@ class Pi05(nn.Module):
     ) -> None:
         """Uses every parameter; `init` makes the parameters by this method."""
         _, prefix, hidden = self(scene, None, tokens, token_mask, noisy, jnp.zeros(noisy.shape[0], jnp.float32))
-        self.value(prefix, jnp.ones(prefix.shape[:2], bool), state)
+        self.value(pool_prefix(prefix, jnp.ones(prefix.shape[:2], bool)), state)
         if self.config.noise == "learned":
             self.deviation(hidden)
+
+
+def pool_prefix(hidden: jax.Array, valid: jax.Array) -> jax.Array:
+    """Returns the mean, float32 `[B, width]`, of the valid ones `[B, P]` of hidden states `[B, P, width]`."""
+    return jnp.mean(hidden.astype(jnp.float32), axis=1, where=valid[..., None])
 
 
 def _positions(valid: jax.Array) -> jax.Array:

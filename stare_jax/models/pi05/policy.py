@@ -18,8 +18,16 @@ import numpy as np
 from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.lora import check_patterns, store_frozen
-from stare_jax.models.normalize import check_stats, from_quantiles, is_constant_action, scale_state, to_quantiles
-from stare_jax.models.pi05.network import Pi05, Pi05Config, has_frozen_prefix
+from stare_jax.models.normalize import (
+    check_stats,
+    from_quantiles,
+    identity_stats,
+    is_constant_action,
+    scale_state,
+    to_quantiles,
+)
+from stare_jax.models.observation import check_observation, without_scene
+from stare_jax.models.pi05.network import Pi05, Pi05Config, has_frozen_prefix, pool_prefix
 from stare_jax.models.pi05.presets import all_frozen_patterns
 from stare_jax.models.pi05.prompt import make_tokenize, observation_shape, read_observation
 from stare_jax.models.pi05.sharding import adaptable_modules, sharding_rules
@@ -57,35 +65,66 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         chunk=config.chunk,
         num_fixed_terms=int(config.noise == "learned"),
         compute_dtype=config.execution.dtype,
+        encode=functools.partial(_encode, network, norm_stats) if _has_context(config) else None,
         preference_score=functools.partial(_flow_score, network, norm_stats) if config.preference == "flow" else None,
     )
 
 
 class _Prefix(NamedTuple):
-    """Images and text after the network, to be attended to by chunks and pooled by the critic."""
+    """Images and text after the network, to be attended to by chunks and read by the critic."""
 
-    hidden: jax.Array
-    """`[B, P, width]` hidden states."""
     cache: KeyValue
-    """`[layers, B, P, K, D]` keys and values."""
+    """`[layers, B, P, K, D]` keys and values; `[B, layers, P, K, D]` in a context."""
     valid: jax.Array
     """bool `[B, P]`, False on padding."""
+    pooled: jax.Array
+    """float32 `[B, width]`, the mean of the valid hidden states."""
 
 
 def _apply(network: Pi05, params: PyTree, *args, method: str):
     return network.apply({"params": params}, *args, method=method)
 
 
-def _read(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> _Prefix:
+def _is_prefix_frozen(config: Pi05Config, params: PyTree) -> bool:
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
+    return has_frozen_prefix(names, all_frozen_patterns(config))
+
+
+@functools.cache
+def _has_context(config: Pi05Config) -> bool:
+    """Returns whether all that images and prompt go through is frozen; traces the network where anything is."""
+    if not all_frozen_patterns(config):
+        return False
+    init = functools.partial(_init, Pi05(config), identity_stats(config.action_dim, config.state_dim))
+    return _is_prefix_frozen(config, jax.eval_shape(init, jax.random.key(0)))
+
+
+def _read(
+    network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation, context: _Prefix | None = None
+) -> _Prefix:
+    """Returns the prefix of a context, or where there is none that of the observation."""
+    if context is not None:
+        check_observation(observation, jax.eval_shape(without_scene, observation_shape(network.config, 1)))
+        return _with_first_axes_swapped(context)
     scene, tokens, token_mask = read_observation(network.config, norm_stats, observation)
-    return _Prefix(*_apply(network, params, scene, None, tokens, token_mask, method="prefix"))
+    hidden, cache, valid = _apply(network, params, scene, None, tokens, token_mask, method="prefix")
+    return _Prefix(cache, valid, pool_prefix(hidden, valid))
+
+
+def _encode(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> _Prefix:
+    return _with_first_axes_swapped(_read(network, norm_stats, params, observation))
+
+
+def _with_first_axes_swapped(prefix: _Prefix) -> _Prefix:
+    """Returns a prefix as a context, whose rows come first, or a context as the prefix that layers read."""
+    return prefix._replace(cache=jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), prefix.cache))
 
 
 def _critic(
     network: Pi05, norm_stats: NormStats, params: PyTree, prefix: _Prefix, observation: Observation
 ) -> jax.Array:
     state = scale_state(jnp.asarray(observation.state), norm_stats)
-    return _apply(network, params, prefix.hidden, prefix.valid, state, method="value")
+    return _apply(network, params, prefix.pooled, state, method="value")
 
 
 def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
@@ -147,10 +186,11 @@ def _sample(
     *,
     temperature: Array | float = 1.0,
     noise: Array | None = None,
+    context: _Prefix | None = None,
 ) -> Decision:
     """Reads the prefix once, then integrates from noise `[B, H, A]` to actions; the noise is drawn if not given."""
     config, num_steps = network.config, network.config.num_denoising_steps
-    prefix, batch = _read(network, norm_stats, params, observation), len(observation.tokens)
+    prefix, batch = _read(network, norm_stats, params, observation, context), len(observation.state)
     shape = (batch, config.window, config.model_action_dim)
     start_key, index_key, key = jax.random.split(key, 3)
     start = jax.random.normal(start_key, shape, jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)
@@ -205,6 +245,7 @@ def _log_prob(
     *,
     temperature: Array | float = 1.0,
     reference_params: PyTree | None = None,
+    context: _Prefix | None = None,
 ) -> ActionScore:
     """Scores the random steps of a chain, all of them after one reading of the prefix, one term of the log-probability
     for each: `[B, N]` of Flow-Noise, `[B, 1]` of Flow-SDE, which has one such step. Divergences are their sum.
@@ -221,21 +262,27 @@ def _log_prob(
     def of_steps(x):
         return _over_executed(config, norm_stats, x).sum(axis=(2, 3))
 
-    prefix = _read(network, norm_stats, params, observation)
+    prefix = _read(network, norm_stats, params, observation, context)
     own = step(params, prefix)
     logp, entropy = of_steps(flow.normal_logp(after, own)), _entropy(config, norm_stats, own.std, is_drawn)
     value = _critic(network, norm_stats, params, prefix, observation)
     if reference_params is None:
         return ActionScore(logp, entropy, value)
-    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params))
-    is_shared = has_frozen_prefix(names, all_frozen_patterns(config))
+    is_shared = _is_prefix_frozen(config, params)
     reference_prefix = prefix if is_shared else _read(network, norm_stats, reference_params, observation)
     reference = jax.lax.stop_gradient(step(reference_params, reference_prefix))
     return ActionScore(logp, entropy, value, of_steps(flow.transition_kl(own, reference)).sum(axis=1))
 
 
-def _value(network: Pi05, norm_stats: NormStats, params: PyTree, observation: Observation) -> jax.Array:
-    prefix = _read(network, norm_stats, params, observation)
+def _value(
+    network: Pi05,
+    norm_stats: NormStats,
+    params: PyTree,
+    observation: Observation,
+    *,
+    context: _Prefix | None = None,
+) -> jax.Array:
+    prefix = _read(network, norm_stats, params, observation, context)
     return _critic(network, norm_stats, params, prefix, observation)
 
 
