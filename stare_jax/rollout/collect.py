@@ -165,7 +165,8 @@ def collect_episodes(
         xp = executed.__array_namespace__()
         executed = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
         with clock("env"):
-            state = env.step(executed, reset_seeds, reproducible=reproducible, is_idle=places.is_idle)
+            env.send(executed, reset_seeds, reproducible=reproducible, is_idle=places.is_idle)
+            state = env.receive()
 
     trajectory, instructions = records.finish(places)
     images = records.images if callable(keep_images) else None

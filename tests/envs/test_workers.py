@@ -121,6 +121,27 @@ def test_idle_environments_stay_as_they_are(pool):
     np.testing.assert_allclose(later.signals.obj_pos[1], fresh.signals.obj_pos[1], atol=1e-4)
 
 
+def test_a_step_can_be_taken_in_two_parts(pool):
+    action = np.full((4, 7), 0.5, np.float32)
+    pool.reset([40, 41, 42, 43], reproducible=True)
+    expected = pool.step(action, {1: 44}, reproducible=True)
+    pool.reset([40, 41, 42, 43], reproducible=True)
+    pool._workers[1].process.send_signal(signal.SIGSTOP)
+    try:
+        pool.send(action, {1: 44}, reproducible=True)  # does not wait for the simulators
+        with pytest.raises(RuntimeError, match="send: got a second call, expected `receive` after the first"):
+            pool.send(action)
+    finally:
+        pool._workers[1].process.send_signal(signal.SIGCONT)
+    for ours, theirs in zip(leaves(pool.receive()), leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(RuntimeError, match="receive: got nothing that was sent, expected `send` before it"):
+        pool.receive()
+    pool.send(action)  # States that nobody has received do not get in the way of a reset.
+    for ours, theirs in zip(leaves(pool.reset([1, 2, 3, 4])), leaves(pool.reset([1, 2, 3, 4])), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
 def test_an_idle_environment_is_lost_with_its_process(pool):
     pool.reset([40, 41, 42, 43])
     pool._workers[1].process.kill()

@@ -45,9 +45,12 @@ class ScriptedEnv:
         assert len(seeds) == self.num_envs
         return self._advance(None, dict(enumerate(seeds)), reproducible)
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
         assert action.dtype == np.float32 and action.shape == (self.num_envs, 2)
-        return self._advance(action, reset_seeds or {}, reproducible, is_idle)
+        self._sent = action, reset_seeds or {}, reproducible, is_idle
+
+    def receive(self):
+        return self._advance(*self._sent)
 
     def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         self.reproducible.add(reproducible)
@@ -95,9 +98,9 @@ def scripted_act(observation, signals, instructions, is_first):
 class ScriptedEnvOnDevice(ScriptedEnv):
     """Its states are JAX arrays, and its actions have to be."""
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
         assert isinstance(action, jax.Array)
-        return super().step(np.asarray(action), reset_seeds, reproducible=reproducible, is_idle=is_idle)
+        super().send(np.asarray(action), reset_seeds, reproducible=reproducible, is_idle=is_idle)
 
     def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         state = super()._advance(action, reset_seeds, reproducible, is_idle)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.base import EnvStep
+from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.batched_signals import BatchedSignalReader
 from stare_jax.envs.maniskill.building import make_scene
@@ -72,7 +72,7 @@ def start_batch(config: EnvConfig) -> "BatchedSimulator":
     return BatchedSimulator(make_scene(config)[0], config)
 
 
-class BatchedSimulator:
+class BatchedSimulator(VecEnv):
     """`VecEnv` of one batched `mani_skill` environment; see `envs.base`.
 
     Observations, signals and actions are JAX arrays on the simulator's device, copied there (`dlpack`). In a call all
@@ -116,15 +116,16 @@ class BatchedSimulator:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
         return self._observe(self._reset(dict(enumerate(seeds))), np.ones(self.num_envs, bool))
 
-    def step(
+    def send(
         self,
         action: Any,
         reset_seeds: Mapping[int, int] | None = None,
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
-    ) -> EnvStep:
-        """Steps all environments with float32 `[B, A]` actions, of JAX or NumPy; then resets those in `reset_seeds`.
+    ) -> None:
+        """Takes float32 `[B, A]` actions, of JAX or NumPy. `receive` steps all environments with them, and then resets
+        those in `reset_seeds`: this process is the simulator's own, and works when its answer is waited for.
 
         Idle ones are stepped with the others: a batch has one physics.
 
@@ -141,6 +142,11 @@ class BatchedSimulator:
         action, is_finite = _executable(jax.device_put(action, self._device), is_reset, self.config.gripper_threshold)
         if not is_finite:  # Waits for the policy, as handing its action over does anyway.
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
+        self._sent = action, dict(reset_seeds), is_reset
+
+    def receive(self) -> EnvStep:
+        """Steps and resets as `send` was told to."""
+        action, reset_seeds, is_reset = self._sent
         info = self._env.step(jax_to_torch(action))[-1]
         return self._observe(self._reset(reset_seeds) if reset_seeds else info, is_reset)
 
