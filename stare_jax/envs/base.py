@@ -63,6 +63,11 @@ class VecEnv(Protocol):
     instructions: Sequence[str]
     """`[B]`, one for each current episode; those of episodes that begin are there after `send`."""
 
+    @property
+    def groups(self) -> Sequence["VecEnv"]:
+        """Parts of the environments that can be stepped one without the other, in order; itself where it has none."""
+        return (self,)
+
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
         """Resets all environments, after waiting for those that are being restarted.
 

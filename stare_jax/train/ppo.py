@@ -297,8 +297,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             metrics = iteration_metrics(
                 rollout, batch, updates, spec, size=config.minibatch_size, shaping=config.shaping
             ) | {"env/steps": counters.env_steps}
-            line = report_line(counters.iteration, config.num_iterations, metrics)
-            say(f"{line} | {window.clock.line()}")
+            say(f"{report_line(counters.iteration, config.num_iterations, metrics)} | {window.clock.line()}")
             is_warned = warn_of_rounding(metrics, is_warned=is_warned)
             window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
@@ -343,6 +342,7 @@ def _collect(
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
             clock=window.clock,
+            in_turns=True,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():
         number = counters.iteration + 1
