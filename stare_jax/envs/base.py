@@ -87,6 +87,7 @@ class VecEnv(Protocol):
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
     ) -> None:
         """Begins to step and to reset; the next call is `receive`, or a `reset` of all.
 
@@ -95,6 +96,8 @@ class VecEnv(Protocol):
             reset_seeds: environment -> seed of the episode to begin.
             reproducible: as for `reset`.
             is_idle: NumPy bool `[B]`: environments that have nothing to do; None for none of them.
+            is_drawn: NumPy bool `[B]`: environments whose images somebody will look at, None for all of them; those of
+                others may be older ones. Environments that are reset are drawn.
         """
         ...
 
@@ -109,9 +112,10 @@ class VecEnv(Protocol):
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
     ) -> EnvStep:
         """Steps and resets: `send` and `receive` in one call."""
-        self.send(action, reset_seeds, reproducible=reproducible, is_idle=is_idle)
+        self.send(action, reset_seeds, reproducible=reproducible, is_idle=is_idle, is_drawn=is_drawn)
         return self.receive()
 
     def close(self) -> None: ...

@@ -45,14 +45,15 @@ class GroupedEnvs(VecEnv):
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
     ) -> None:
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
         for group, rows in self._rows():
             seeds = {i - rows.start: seed for i, seed in reset_seeds.items() if rows.start <= i < rows.stop}
-            idle = None if is_idle is None else is_idle[rows]
-            group.send(action[rows], seeds, reproducible=reproducible, is_idle=idle)
+            idle, drawn = (None if given is None else given[rows] for given in (is_idle, is_drawn))
+            group.send(action[rows], seeds, reproducible=reproducible, is_idle=idle, is_drawn=drawn)
 
     def receive(self) -> EnvStep:
         return _join([group.receive() for group in self._groups])

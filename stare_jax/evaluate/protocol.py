@@ -220,14 +220,7 @@ def evaluate_act(
     num_before = 0 if done.episodes is None else len(done.episodes.seed)
     num_successes = 0 if done.episodes is None else int(done.episodes.success_once.sum())
     shelf = FilmShelf(max(1, config.num_videos), done.films)
-    collect = functools.partial(
-        collect_episodes,
-        stop_at_success=False,
-        reproducible=True,
-        should_stop=should_stop,
-        clock=clock,
-        in_turns=depends_on_batch,
-    )
+    collect = functools.partial(collect_episodes, should_stop=should_stop, clock=clock, in_turns=depends_on_batch)
     with progress(len(seeds), desc, "episode", initial=num_before) as bar:
         num_over = num_before
 
@@ -305,7 +298,9 @@ class _Part:
             self.env,
             self.act_of(self.number),
             [self.seeds[e] for e in episodes],
+            stop_at_success=False,
             tasks=None if self.tasks is None else self.tasks[episodes],
+            reproducible=True,
             on_episode=film_and_tell,
             keep_images=_forget_images if has_frames else False,
         )

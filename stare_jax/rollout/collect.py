@@ -100,7 +100,8 @@ def collect_episodes(
             before its first action, has no valid state.
         should_stop: polled every tick; where it answers True the collection ends, with unfinished episodes invalid.
         clock: `clock("env")` and `clock("policy")` are held while the simulator and `act` work.
-        keep_images: False stores no images. A function (e, episode) -> bool is called when an episode is over, and
+        keep_images: False stores no images, "decisions" those of states in which decisions are made; simulators then
+            need not draw the others. A function (e, episode) -> bool is called when an episode is over, and
             frees its images where it answers False: memory holds those of the episodes under way and of those kept.
         in_turns: groups of environments, `env.groups`, take turns. For actors that remember nothing of an environment
             from call to call, as experts do.
@@ -176,8 +177,11 @@ def collect_episodes(
                 executed = executed if perturb is None else perturb(recorded_action, is_first)
                 xp = executed.__array_namespace__()
                 sent = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
+                # The actor looks at all when a chunk is over, and at last states.
+                is_drawn = chunk.is_over or keep_images is True or callable(keep_images) or places.t == env.horizon
+                options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(is_drawn, env.num_envs)}
                 with clock("env"):
-                    env.send(sent, reset_seeds, reproducible=reproducible, is_idle=places.is_idle)
+                    env.send(sent, reset_seeds, reproducible=reproducible, **options)
             seen = seen if keep_images else seen._replace(images={})
             observation, signals = jax.device_get((seen, state.signals))
             moment = Moment(instructions, observation, signals, recorded_action, decision, is_new, chunk.size)

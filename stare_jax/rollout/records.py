@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,8 +11,9 @@ from stare_jax.models.policy import Decision
 from stare_jax.rollout.places import Tick
 from stare_jax.types import Array, Decisions, Observation, Signals, Trajectory
 
-KeepImages = bool | Callable[[int, Trajectory], bool]
-"""True or False for all episodes, or (e, episode that is over) -> True if its images are to be kept."""
+KeepImages = bool | Literal["decisions"] | Callable[[int, Trajectory], bool]
+"""True or False for all episodes; "decisions", in all episodes, for the states in which decisions are made; or (e,
+episode that is over) -> True if its images are to be kept."""
 
 
 class Moment(NamedTuple):
@@ -55,7 +56,7 @@ class Records:
     def write(self, tick: Tick, moment: Moment) -> None:
         """Records the states of a tick, the decisions made in them, and the actions that are executed."""
         observation, decision = moment.observation, moment.decision
-        if self._keep_images is not True:
+        if self._keep_images is False or callable(self._keep_images):
             observation = observation._replace(images={})
         self._make_room(int(tick.episode.max()) + 1, moment._replace(observation=observation))
         episode, t, store = tick.episode, tick.t, self._store
@@ -65,8 +66,11 @@ class Records:
         def put(stored, batch, rows, index=t):
             stored[episode[rows], index[rows]] = batch[rows]
 
-        seen = observation if moment.is_new else observation._replace(tokens=(), token_mask=())
-        stored = store.observation if moment.is_new else store.observation._replace(tokens=(), token_mask=())
+        seen, stored = observation, store.observation
+        if not moment.is_new:
+            seen, stored = (each._replace(tokens=(), token_mask=()) for each in (seen, stored))
+        if not moment.is_new and self._keep_images == "decisions":
+            seen, stored = (each._replace(images={}) for each in (seen, stored))
         states = (stored, store.signals), (seen, moment.signals)
         jax.tree.map(functools.partial(put, rows=tick.is_live), *states)
         put(store.valid, tick.is_live, tick.is_live)

@@ -23,9 +23,8 @@ from stare_jax.rollout.decisions import Act
 from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
-from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params, without_critic
+from stare_jax.state.optimizer import OptimizerConfig, decay_schedule, make_optimizer, merge_params, without_critic
 from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import Run, checkpoint_directory, next_turn, save, start_phase
@@ -208,7 +207,7 @@ def make_ppo_step(
         weight = batch.valid.astype(jnp.float32)
         grads, metrics = update.loss_gradients(loss, state, batch, weight, config.microbatch_size)
         is_far = metrics["ppo/approx_kl"] > (jnp.inf if config.target_kl is None else config.target_kl)
-        scale = jnp.float32(optimizer.decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
+        scale = jnp.float32(decay_schedule(config.optimizer.schedule, 1.0, 1.0)(fraction_done))
 
         def move(state):
             return update.apply_gradients(state, grads, tx, scale=scale, train_policy=train_policy)
@@ -342,6 +341,7 @@ def _collect(
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
             clock=window.clock,
+            keep_images="decisions",
             in_turns=True,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():

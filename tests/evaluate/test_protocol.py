@@ -120,11 +120,11 @@ class Pictures(toy.ToyPush):
         self.seeds, self.t = np.array(seeds), np.zeros(len(seeds), int)
         return self._with_pictures(super().reset(seeds, reproducible=reproducible))
 
-    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         self.t += 1
         for i, seed in (reset_seeds or {}).items():
             self.seeds[i], self.t[i] = seed, 0
-        super().send(action, reset_seeds, reproducible=reproducible, is_idle=is_idle)
+        super().send(action, reset_seeds, **options)
 
     def receive(self):
         return self._with_pictures(super().receive())

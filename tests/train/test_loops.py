@@ -66,7 +66,7 @@ class Seeing(toy.ToyPush):
         state = super()._observe(measured)
         return state._replace(signals=state.signals._replace(success=state.signals.tcp_pos[:, 0] > -0.06))
 
-    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         self.seeds += (reset_seeds or {}).values()
         super().send(action, reset_seeds)
 
@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, mak
 
 def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_run):
     class Dying(toy.ToyPush):
-        def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+        def send(self, action, reset_seeds=None, **options):
             # A simulator that was lost comes back when it is reset, and is lost again in its first step.
             self.alive = np.isin(np.arange(self.num_envs), list(reset_seeds or ()))
             super().send(action, reset_seeds)

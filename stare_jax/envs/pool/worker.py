@@ -25,8 +25,9 @@ from stare_jax.envs.maniskill.building import import_mani_skill
 from stare_jax.envs.maniskill.simulator import Frame, Simulator
 from stare_jax.types import SIGNAL_FLAGS, SIGNAL_SHAPES, Signals
 
-STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
-"""Commands to one environment; the seed follows a reset. A message has one command per environment, joined."""
+STEP, STEP_UNSEEN, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"u", b"r", b"R", b"-"
+"""Commands to one environment; the seed follows a reset, and an unseen step leaves the image as it is. A message has
+one command per environment, joined."""
 SEPARATOR, CLOSE = b" ", b"c"
 DONE, FAILED = b"d", b"f"
 """Answers; JSON follows a failure: row -> traceback."""
@@ -181,8 +182,8 @@ def _serve(connection: Connection, simulators: list[Simulator], slots: Slots, fi
 
 def _execute(simulator: Simulator, command: bytes, action: np.ndarray, *, is_broken: bool) -> Frame:
     kind, seed = command[:1], command[1:]
-    if kind == STEP:
-        return simulator.step(action)
+    if kind in (STEP, STEP_UNSEEN):
+        return simulator.step(action, is_drawn=kind == STEP)
     return simulator.reset(int(seed), reproducible=is_broken or kind == RESET_REPRODUCIBLY)
 
 

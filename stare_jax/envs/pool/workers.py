@@ -147,8 +147,8 @@ class SimulatorPool(VecEnv):
             self.receive()
         while not all(each.is_ready for each in self._workers):
             self._notice_starts(waits=True)
-        nobody = np.zeros(self.num_envs, bool)
-        self._ask(dict(enumerate(seeds)), is_stepped=nobody, rests=nobody, reproducible=reproducible)
+        commands = np.full(self.num_envs, worker.STAY, object)
+        self._ask(commands, dict(enumerate(seeds)), np.zeros(self.num_envs, bool), reproducible=reproducible)
         return self.receive()
 
     def send(
@@ -158,6 +158,7 @@ class SimulatorPool(VecEnv):
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
     ) -> None:
         """Asks to reset the environments named in `reset_seeds` and to step all the others that are not idle.
 
@@ -184,7 +185,9 @@ class SimulatorPool(VecEnv):
         if not np.isfinite(action[is_stepped]).all():
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
         self._slots.action[:] = action
-        self._ask(reset_seeds, is_stepped=is_stepped, rests=rests, reproducible=reproducible)
+        step = worker.STEP if is_drawn is None else np.where(is_drawn, worker.STEP, worker.STEP_UNSEEN)
+        commands = np.where(is_stepped, step, worker.STAY).astype(object)
+        self._ask(commands, reset_seeds, rests, reproducible=reproducible)
 
     def receive(self) -> EnvStep:
         """Waits for the answers to what was sent, and copies the states.
@@ -214,10 +217,9 @@ class SimulatorPool(VecEnv):
 
     # ---- Calls -------------------------------------------------------------------------------------------------------
 
-    def _ask(self, seeds: Mapping[int, int], *, is_stepped: np.ndarray, rests: np.ndarray, reproducible: bool) -> None:
-        """Sends every worker that has started its commands."""
+    def _ask(self, commands: np.ndarray, seeds: Mapping[int, int], rests: np.ndarray, *, reproducible: bool) -> None:
+        """Sends every worker that has started its commands, `[B]`, and the resets."""
         reset = worker.RESET_REPRODUCIBLY if reproducible else worker.RESET
-        commands = np.where(is_stepped, worker.STEP, worker.STAY).astype(object)
         for row, seed in seeds.items():
             commands[row] = reset + str(int(seed)).encode()
             spec = self._specs[self.task_index[row]]

@@ -74,8 +74,9 @@ class ToyEnv(VecEnv):
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
     ) -> None:
-        del reproducible, is_idle  # All step together.
+        del reproducible, is_idle, is_drawn  # All step together, and there is nothing to draw.
         seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
         for i, seed in (reset_seeds or {}).items():
             seeds[i], is_reset[i] = seed, True
