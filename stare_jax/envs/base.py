@@ -68,6 +68,11 @@ class VecEnv(Protocol):
         """Parts of the environments that can be stepped one without the other, in order; itself where it has none."""
         return (self,)
 
+    @property
+    def spare_of_env(self) -> np.ndarray | None:
+        """int `[B]`, the spare simulator that can take the place of each environment; None where there is none."""
+        return None
+
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
         """Resets all environments, after waiting for those that are being restarted.
 
@@ -88,6 +93,7 @@ class VecEnv(Protocol):
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
         is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> None:
         """Begins to step and to reset; the next call is `receive`, or a `reset` of all.
 
@@ -98,6 +104,8 @@ class VecEnv(Protocol):
             is_idle: NumPy bool `[B]`: environments that have nothing to do; None for none of them.
             is_drawn: NumPy bool `[B]`: environments whose images somebody will look at, None for all of them; those of
                 others may be older ones. Environments that are reset are drawn.
+            next_seeds: spare simulator -> seed of the episode that it begins once the states are there, so that the
+                environment that is reset with this seed has it at once.
         """
         ...
 

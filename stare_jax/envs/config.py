@@ -41,6 +41,10 @@ class EnvConfig:
     """groups into which the processes are divided, and with them the environments: while the simulators of one group
     work, the policy decides for the next. 2 pays where a policy takes as long as the simulators. Policies decide for
     one group at a time, so that sampled actions depend on the number of groups. For simulators on the CPU."""
+    has_spares: bool = False
+    """one simulator more in every process: while the policy decides, it begins the episode that one of the process's
+    environments takes next, so that nobody waits for a reset where policies take longer than that. A policy's episodes
+    begin in another order then. For simulators on the CPU."""
     horizon: Count | None = None
     """actions that an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
     image_size: Natural | None = 64
@@ -156,6 +160,8 @@ class EnvConfig:
             return f"backend: got 'cuda' with perturbation {self.perturbation!r}, expected 'cpu', which alone has them"
         if self.num_groups > 1:
             return f"backend: got 'cuda' with num_groups {self.num_groups}, expected 'cpu': a GPU has one batch"
+        if self.has_spares:
+            return "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"
         if self.scene.num_starts:
             return (
                 f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "

@@ -46,7 +46,9 @@ class GroupedEnvs(VecEnv):
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
         is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> None:
+        del next_seeds  # The groups' own spare simulators are of use to them alone.
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")

@@ -332,8 +332,10 @@ def _add_part(
 
 def _identity(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditions) -> dict[str, Any]:
     """Returns the JSON values on which the results of a part depend."""
-    groups = {"num_groups": len(env.groups)} if len(env.groups) > 1 else {}  # Earlier versions had one.
-    return groups | {
+    layout = {"num_groups": len(env.groups)} if len(env.groups) > 1 else {}  # Earlier versions had one, and no spares.
+    if any(group.spare_of_env is not None for group in env.groups):
+        layout["has_spares"] = True
+    return layout | {
         "env_id": env.env_id,
         "horizon": env.horizon,
         "num_envs": env.num_envs,

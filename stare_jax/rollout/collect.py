@@ -80,7 +80,7 @@ def collect_episodes(
     of one work, `act` decides for another. Which episode begins where follows from the episodes alone, so that equal
     seeds and keys give equal rollouts for one number of groups. Another number gives the same episodes to actors for
     which rows do not depend on what else is in a call or on the number of calls before it; those that draw random
-    numbers for a batch draw others.
+    numbers for a batch draw others. Spare simulators, which begin episodes in advance, change their order alone.
 
     Args:
         env: B environments.
@@ -132,7 +132,7 @@ def collect_episodes(
         task_of_env = np.zeros(env.num_envs, int) if tasks is None else np.asarray(env.task_index)
         if not waiting.are_left(task_of_env):
             return
-        places = Places(task_of_env, waiting)
+        places = Places(task_of_env, waiting, env.spare_of_env if in_turns else None)
         under_way.append(places)
         chunk, num_dead = None, 0
         with clock("env"):
@@ -168,7 +168,7 @@ def collect_episodes(
             budget.spend(group, int(tick.is_acting.sum()), chunk.size if is_new else None)
             is_open = chunk.is_over and budget.left(group) >= chunk.size
             reset_seeds = places.hand_out(tick, state.alive, seeds, is_open=is_open)
-            is_over = places.are_empty and not (waiting.are_left(task_of_env) and budget.left(group) >= chunk.size)
+            is_over = places.are_empty and not (places.are_left and budget.left(group) >= chunk.size)
 
             # ---- Step; record and end episodes while simulators work ------------------------------------------------
             if not is_over:
@@ -181,7 +181,8 @@ def collect_episodes(
                 is_drawn = chunk.is_over or keep_images is True or callable(keep_images) or places.t == env.horizon
                 options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(is_drawn, env.num_envs)}
                 with clock("env"):
-                    env.send(sent, reset_seeds, reproducible=reproducible, **options)
+                    next_seeds = places.reserve(seeds)
+                    env.send(sent, reset_seeds, reproducible=reproducible, next_seeds=next_seeds, **options)
             seen = seen if keep_images else seen._replace(images={})
             observation, signals = jax.device_get((seen, state.signals))
             moment = Moment(instructions, observation, signals, recorded_action, decision, is_new, chunk.size)

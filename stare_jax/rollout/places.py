@@ -39,11 +39,14 @@ class Waiting:
         """Number of the last episode that has started, plus 1; with one task it is the number of those that have."""
 
     def take(self, task: int) -> int:
-        """Starts the next episode of a task and returns its number; -1 where none is left."""
+        """Takes the next episode of a task and returns its number; -1 where none is left."""
         if not self._episodes.get(task):
             return -1
-        e = self._episodes[task].popleft()
-        self.num_started += 1
+        return self._episodes[task].popleft()
+
+    def begin(self, e: int) -> int:
+        """Counts an episode that was taken, and returns its number; -1 is none."""
+        self.num_started += e >= 0
         self.num_rows = max(self.num_rows, e + 1)
         return e
 
@@ -89,19 +92,22 @@ class Budget:
 class Places:
     """The number of the episode in each environment of a group, and how many actions it has executed.
 
-    An environment takes the next episode of its own task.
+    An environment takes the next episode of its own task; or, where spare simulators begin episodes in advance, that of
+    its spare.
     """
 
-    def __init__(self, task_of_env: np.ndarray, waiting: Waiting):
+    def __init__(self, task_of_env: np.ndarray, waiting: Waiting, spare_of_env: np.ndarray | None):
         """Begins the first episodes.
 
         Args:
             task_of_env: int `[B]`.
             waiting: episodes to take.
+            spare_of_env: int `[B]`, see `VecEnv`, or None.
         """
         num_envs = len(task_of_env)
-        self._waiting, self._task_of_env = waiting, task_of_env
-        self.episode = np.array([waiting.take(task) for task in task_of_env.tolist()])
+        self._waiting, self._task_of_env, self._spare_of_env = waiting, task_of_env, spare_of_env
+        self._of_spare: dict[int, int] = {}
+        self.episode = np.array([waiting.begin(waiting.take(task)) for task in task_of_env.tolist()])
         """int `[B]`, -1 where the environment has no episode."""
         self.t = np.zeros(num_envs, int)
         """int `[B]`, actions executed."""
@@ -123,6 +129,11 @@ class Places:
     def are_empty(self) -> bool:
         """True where no environment has an episode."""
         return bool(self.is_idle.all())
+
+    @property
+    def are_left(self) -> bool:
+        """True if episodes wait that environments here can take."""
+        return bool(self._of_spare) or self._waiting.are_left(self._task_of_env)
 
     def judge(self, state: EnvStep, horizon: int, *, stop_at_success: bool, linger: int, budget: float) -> Tick:
         """Decides which episodes are over, and which rows act; at most `budget` rows do.
@@ -161,7 +172,7 @@ class Places:
         self._since_success = np.where(counts, self._since_success + 1, -1)
         self.episode[tick.is_ending] = -1
         for i in np.flatnonzero((self.episode < 0) & alive):
-            if is_open and (e := self._waiting.take(int(self._task_of_env[i]))) >= 0:
+            if is_open and (e := self._waiting.begin(self._next(i))) >= 0:
                 self.episode[i], reset_seeds[int(i)] = e, seeds[e]
         # A simulator that was lost takes an episode only after it has been reset, which may be many calls from now: an
         # episode handed to it before would be lost as well. No seed is tried twice in a row, since the seed may be the
@@ -170,3 +181,29 @@ class Places:
             reset_seeds[int(i)] = seeds[self._num_revivals % len(seeds)]
             self._num_revivals += 1
         return reset_seeds
+
+    def reserve(self, seeds: Sequence[int]) -> dict[int, int]:
+        """Gives every spare simulator that has none an episode of its environments' task.
+
+        Returns:
+            spare -> seed of the episode that it has.
+        """
+        if self._spare_of_env is None:
+            return {}
+        for spare, task in dict(zip(self._spare_of_env.tolist(), self._task_of_env.tolist(), strict=True)).items():
+            if spare not in self._of_spare and (e := self._waiting.take(task)) >= 0:
+                self._of_spare[spare] = e
+        return {spare: seeds[e] for spare, e in self._of_spare.items()}
+
+    def _next(self, i: int) -> int:
+        """Takes the episode of an environment's spare, else the next of its task, else one of another spare; or -1."""
+        task = int(self._task_of_env[i])
+        if self._spare_of_env is None:
+            return self._waiting.take(task)
+        spare = int(self._spare_of_env[i])
+        if spare in self._of_spare:
+            return self._of_spare.pop(spare)
+        if (e := self._waiting.take(task)) >= 0:
+            return e
+        others = self._spare_of_env[self._task_of_env == task].tolist()
+        return next((self._of_spare.pop(other) for other in sorted(set(others)) if other in self._of_spare), -1)

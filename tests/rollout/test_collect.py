@@ -49,7 +49,7 @@ class ScriptedEnv:
         self._is_drawn = np.ones(self.num_envs, bool)
         return self._advance(None, dict(enumerate(seeds)), reproducible)
 
-    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None, is_drawn=None):
+    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None, is_drawn=None, next_seeds=None):
         assert is_drawn.shape == (self.num_envs,)
         self._is_drawn = is_drawn | np.isin(np.arange(self.num_envs), list(reset_seeds or ()))
         assert action.dtype == np.float32 and action.shape == (self.num_envs, 2)

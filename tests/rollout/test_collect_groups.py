@@ -16,6 +16,8 @@ from stare_jax.rollout.collect import collect_episodes, policy_act
 class LoggingEnv(ScriptedEnv):
     """Writes down when it is sent for and received."""
 
+    spare_of_env = None
+
     def __init__(self, num_envs, scripts, name="", log=None):
         super().__init__(num_envs, scripts)
         self.task_index, self.name, self.log = np.zeros(num_envs, int), name, [] if log is None else log
@@ -130,6 +132,44 @@ def test_a_collection_in_turns_can_be_stopped_and_begun_again(last_poll):
         jax.tree.map(lambda x: x[is_whole], expected.trajectory),
     )
     assert_same(collect_episodes(env, scripted_act, SEEDS, **options), expected)
+
+
+class EnvWithSpares(LoggingEnv):
+    """Has a spare for every two environments, and counts the resets whose episode a spare has begun."""
+
+    def __init__(self, num_envs, scripts):
+        super().__init__(num_envs, scripts)
+        self.spare_of_env, self.begun = np.arange(num_envs) // 2, {}
+        self.num_ready = self.num_resets = 0
+
+    @property
+    def groups(self):
+        return [self]
+
+    def send(self, action, reset_seeds=None, *, next_seeds=None, **options):
+        super().send(action, reset_seeds, **options)
+        ready = [seed for i, seed in reset_seeds.items() if self.begun.get(self.spare_of_env[i]) == seed]
+        self.num_ready, self.num_resets = self.num_ready + len(ready), self.num_resets + len(reset_seeds)
+        for spare, seed in self.begun.items():  # It is kept until it is used; in the end another spare's will do.
+            assert next_seeds.get(spare) == seed or seed in reset_seeds.values()
+        assert len(set(next_seeds.values())) == len(next_seeds)
+        self.begun = next_seeds
+
+
+@pytest.mark.parametrize(("num_envs", "chunk"), [(1, 1), (4, 1), (4, 3), (9, 1)])
+def test_a_spare_simulator_has_begun_the_episode_that_its_environment_takes(num_envs, chunk):
+    options = {"stop_at_success": True}
+    acts = [chunk_act(chunk, []) if chunk > 1 else scripted_act for _ in range(2)]
+    expected = collect_episodes(ScriptedEnv(3, SCRIPTS), acts[0], SEEDS, **options)
+    env = EnvWithSpares(num_envs, SCRIPTS)
+    assert_same(collect_episodes(env, acts[1], SEEDS, in_turns=True, **options), expected)
+    assert env.num_resets == max(0, len(SEEDS) - num_envs)
+    # Two environments of one spare may end in the same step.
+    assert env.num_ready == env.num_resets if num_envs == 1 else env.num_ready >= env.num_resets / 2
+    # Steps that are cut leave no rows of episodes that were begun in advance and never played.
+    rollout = collect_episodes(env, acts[1], SEEDS, in_turns=True, max_steps=3, **options)
+    assert rollout.num_steps == 3
+    assert len(rollout.instructions) == (2 if num_envs == 1 else min(num_envs, len(SEEDS)))
 
 
 def test_a_group_takes_episodes_of_its_own_tasks():

@@ -125,6 +125,7 @@ class BatchedSimulator(VecEnv):
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
         is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> None:
         """Takes float32 `[B, A]` actions, of JAX or NumPy. `receive` steps all environments with them, and then resets
         those in `reset_seeds`: this process is the simulator's own, and works when its answer is waited for.
@@ -134,7 +135,7 @@ class BatchedSimulator(VecEnv):
         Raises:
             ValueError: an action of another shape or not finite, or an index out of range.
         """
-        del reproducible, is_idle
+        del reproducible, is_idle, next_seeds
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")

@@ -23,6 +23,7 @@ from stare_jax.envs.pool import worker
 from stare_jax.envs.pool.fork_server import fork
 from stare_jax.types import Observation, Signals
 
+_Seeds = Mapping[int, int]
 REMEDY = "`python launch/doctor.py` checks this machine and says what to do"
 
 
@@ -134,6 +135,10 @@ class SimulatorPool(VecEnv):
             self.close()
             raise
 
+    @property
+    def spare_of_env(self) -> np.ndarray | None:
+        return np.arange(self.num_envs) // self.config.envs_per_worker if self.config.has_spares else None
+
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
         """Resets all environments, after waiting for those that are being restarted.
 
@@ -148,7 +153,7 @@ class SimulatorPool(VecEnv):
         while not all(each.is_ready for each in self._workers):
             self._notice_starts(waits=True)
         commands = np.full(self.num_envs, worker.STAY, object)
-        self._ask(commands, dict(enumerate(seeds)), np.zeros(self.num_envs, bool), reproducible=reproducible)
+        self._ask(commands, dict(enumerate(seeds)), np.zeros(self.num_envs, bool), {}, reproducible=reproducible)
         return self.receive()
 
     def send(
@@ -159,6 +164,7 @@ class SimulatorPool(VecEnv):
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
         is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> None:
         """Asks to reset the environments named in `reset_seeds` and to step all the others that are not idle.
 
@@ -187,7 +193,7 @@ class SimulatorPool(VecEnv):
         self._slots.action[:] = action
         step = worker.STEP if is_drawn is None else np.where(is_drawn, worker.STEP, worker.STEP_UNSEEN)
         commands = np.where(is_stepped, step, worker.STAY).astype(object)
-        self._ask(commands, reset_seeds, rests, reproducible=reproducible)
+        self._ask(commands, reset_seeds, rests, next_seeds or {}, reproducible=reproducible)
 
     def receive(self) -> EnvStep:
         """Waits for the answers to what was sent, and copies the states.
@@ -217,8 +223,10 @@ class SimulatorPool(VecEnv):
 
     # ---- Calls -------------------------------------------------------------------------------------------------------
 
-    def _ask(self, commands: np.ndarray, seeds: Mapping[int, int], rests: np.ndarray, *, reproducible: bool) -> None:
-        """Sends every worker that has started its commands, `[B]`, and the resets."""
+    def _ask(
+        self, commands: np.ndarray, seeds: _Seeds, rests: np.ndarray, next_seeds: _Seeds, *, reproducible: bool
+    ) -> None:
+        """Sends every worker that has started its commands, `[B]`, the resets, and what its spare simulator does."""
         reset = worker.RESET_REPRODUCIBLY if reproducible else worker.RESET
         for row, seed in seeds.items():
             commands[row] = reset + str(int(seed)).encode()
@@ -234,7 +242,8 @@ class SimulatorPool(VecEnv):
             rows = self._rows(index)
             alive[rows] = commands[rows] != worker.STAY
             with contextlib.suppress(OSError):  # As above.
-                self._workers[index].connection.send_bytes(worker.SEPARATOR.join(commands[rows]))
+                spare = reset + str(int(next_seeds[index])).encode() if index in next_seeds else worker.STAY
+                self._workers[index].connection.send_bytes(worker.SEPARATOR.join([*commands[rows], spare]))
         self._asked = _Asked(asked, alive, rests)
 
     def _rows(self, index: int) -> slice:

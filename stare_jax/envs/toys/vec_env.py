@@ -75,8 +75,9 @@ class ToyEnv(VecEnv):
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
         is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> None:
-        del reproducible, is_idle, is_drawn  # All step together, and there is nothing to draw.
+        del reproducible, is_idle, is_drawn, next_seeds  # All step together, and there is nothing to draw.
         seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
         for i, seed in (reset_seeds or {}).items():
             seeds[i], is_reset[i] = seed, True
