@@ -119,7 +119,7 @@ def test_goals_of_the_other_tasks(simulators):
         (
             "num_groups",
             3,
-            "num_groups: got 3, expected a divisor of num_workers = 2, with one process or more in every",
+            "num_groups: got 3, expected a divisor of num_workers = 2, with one process or",
         ),
         ("envs_per_worker", 0, "envs_per_worker: got 0, expected >= 1"),
         ("horizon", 0, "horizon: got 0"),
