@@ -92,7 +92,8 @@ def collect_episodes(
         linger: actions after the first success before it ends the episode; 0 without `stop_at_success`.
         max_steps: actions to execute in all, or up to C a row fewer. Episodes under way when they are spent are cut
             short; the state after the last action is kept with its value, for bootstrapping. As many seeds suffice.
-            With several tasks, rows of episodes that have not begun may lie between others; they have no valid state.
+            With several tasks, or spare simulators, rows of episodes that have not begun may lie between others; they
+            have no valid state.
             None: every seed is played.
         reproducible: passed to the simulator's resets.
         perturb: (action [B, A], is_first [B]) -> the action to execute instead; the one recorded stays as it was.
