@@ -121,9 +121,11 @@ class VecEnv(Protocol):
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
         is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> EnvStep:
         """Steps and resets: `send` and `receive` in one call."""
-        self.send(action, reset_seeds, reproducible=reproducible, is_idle=is_idle, is_drawn=is_drawn)
+        options = {"is_idle": is_idle, "is_drawn": is_drawn, "next_seeds": next_seeds}
+        self.send(action, reset_seeds, reproducible=reproducible, **options)
         return self.receive()
 
     def close(self) -> None: ...

@@ -168,7 +168,7 @@ def test_a_spare_simulator_has_begun_the_episode_that_its_environment_takes(num_
     assert env.num_ready == env.num_resets if num_envs == 1 else env.num_ready >= env.num_resets / 2
     # Steps that are cut leave no rows of episodes that were begun in advance and never played.
     rollout = collect_episodes(env, acts[1], SEEDS, in_turns=True, max_steps=3, **options)
-    assert rollout.num_steps == 3
+    assert rollout.num_steps == (3 if chunk == 1 else 1)  # the first of a chunk's succeeds, and 2 are no chunk
     assert len(rollout.instructions) == (2 if num_envs == 1 else min(num_envs, len(SEEDS)))
 
 
