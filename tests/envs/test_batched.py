@@ -226,8 +226,6 @@ def test_only_what_the_user_can_put_right_loses_its_traceback(error, raised, mon
     [
         ({}, None, ("cuda", 1, 12), "'auto' is 'cuda', one batch of 12 environments"),
         ({}, "got 'cuda', and PyTorch sees none", ("cpu", 3, 4), "'auto' is 'cpu': got 'cuda', and PyTorch sees none"),
-        ({"num_groups": 2}, "backend: got 'cuda' with num_groups 2, expected 'cpu': a GPU has one batch"),
-        ({"has_spares": True}, "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"),
         ({"control_mode": "pd_ee_target_delta_pose"}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*without targets"),
         ({"env_id": "PutSpoonOnTableClothInScene-v1"}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*settle"),
         ({"backend": "cpu"}, None, ("cpu", 3, 4), ""),
