@@ -87,8 +87,8 @@ class SteppingAll:
     def __getattr__(self, name):
         return getattr(self._env, name)
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
-        return self._env.step(action, reset_seeds, reproducible=reproducible)
+    def send(self, action, reset_seeds=None, **options):
+        self._env.send(action, reset_seeds, **options | {"is_idle": None})
 
 
 def measure_idle(env_id: str, image_size: int, repeats: int) -> dict[str, float]:

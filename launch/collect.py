@@ -173,6 +173,7 @@ def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     changes = {name: value for name, value in given.items() if value is not None}
     if changes.get("task", base.task_name) != base.task_name:
         changes = {"horizon": None} | changes  # the task's own, not that of another task
+    changes = {"num_groups": 1, "has_spares": False} | changes  # These are for policies that are trained.
     return dataclasses.replace(base, **changes)
 
 

@@ -163,8 +163,11 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
         "envs_per_worker": arguments.envs_per_worker,
     }
     changes = given = {name: value for name, value in given.items() if value is not None}
+    if "num_workers" in given:  # which the groups of the run need not divide
+        changes = given | {"num_groups": 1}
     if arguments.backend == "cuda":
         changes = {"num_workers": 1, "envs_per_worker": config.num_envs} | given
+        changes |= {"num_groups": 1, "has_spares": False}
     elif arguments.backend and config.backend == "cuda":
         changes = {name: getattr(EnvConfig(), name) for name in ("num_workers", "envs_per_worker")} | given
     return dataclasses.replace(config, **changes)

@@ -28,8 +28,8 @@ class PicturedToy(toy.ToyPush):
     def reset(self, seeds, *, reproducible=False):
         return self._with_pictures(super().reset(seeds, reproducible=reproducible))
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
-        return self._with_pictures(super().step(action, reset_seeds, reproducible=reproducible, is_idle=is_idle))
+    def receive(self):
+        return self._with_pictures(super().receive())
 
     def _with_pictures(self, state):
         frames = np.full((self.num_envs, 32, 32, 3), 200, np.uint8)

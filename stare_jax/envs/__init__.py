@@ -3,6 +3,7 @@
 from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.envs.config import BACKENDS, STATE_DIMS, EnvConfig
 from stare_jax.envs.experts.base import Expert, execution_noise
+from stare_jax.envs.groups import GroupedEnvs
 from stare_jax.envs.maniskill.batched import resolve_backend, start_batch
 from stare_jax.envs.maniskill.building import MissingAssetsError
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError
@@ -38,6 +39,8 @@ def make_vec_env(config: EnvConfig) -> VecEnv:
         SimulatorError: where they do not start, with the reason and the remedy.
     """
     config = resolve_backend(config)
+    if config.backend == "cpu" and config.num_groups > 1:
+        return GroupedEnvs(SimulatorPool(config.of_group) for _ in range(config.num_groups))
     if config.backend == "cpu":
         return SimulatorPool(config)
     try:

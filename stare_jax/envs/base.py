@@ -48,8 +48,9 @@ class SimulatorInfo(NamedTuple):
 class VecEnv(Protocol):
     """`num_envs` environments of one task, or of several, in lock-step.
 
-    `step` resets the environments named in `reset_seeds` (index -> seed) and steps all the others with their row of
-    `action`; rows of environments that are reset are ignored. An environment never resets itself. One that is idle has
+    A step is in two parts, between which the caller can do something else: `send` resets the environments named in
+    `reset_seeds` (index -> seed) and steps all the others with their row of `action`, and `receive` waits for the
+    states. Rows of environments that are reset are ignored. An environment never resets itself. One that is idle has
     nothing to do until it is reset: it need not be stepped, and its state means nothing.
     """
 
@@ -60,16 +61,56 @@ class VecEnv(Protocol):
     task_index: np.ndarray
     """int `[B]`, the task of each environment, from 0; read only where episodes are of several tasks."""
     instructions: Sequence[str]
-    """`[B]`, one for each current episode."""
+    """`[B]`, one for each current episode; those of episodes that begin are there after `send`."""
+
+    @property
+    def groups(self) -> Sequence["VecEnv"]:
+        """Parts of the environments that can be stepped one without the other, in order; itself where it has none."""
+        return (self,)
+
+    @property
+    def spare_of_env(self) -> np.ndarray | None:
+        """int `[B]`, the spare simulator that can take the place of each environment; None where there is none."""
+        return None
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
         """Resets all environments, after waiting for those that are being restarted.
+
+        States that were sent for and not received are dropped.
 
         Args:
             seeds: `[B]`.
             reproducible: ask for resets, slower ones, after which equal actions give equal states; not every simulator
                 has them.
         """
+        ...
+
+    def send(
+        self,
+        action: Array,
+        reset_seeds: Mapping[int, int] | None = None,
+        *,
+        reproducible: bool = False,
+        is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
+    ) -> None:
+        """Begins to step and to reset; the next call is `receive`, or a `reset` of all.
+
+        Args:
+            action: float32 `[B, A]` in the simulator's units, of NumPy; also of JAX where states are JAX arrays.
+            reset_seeds: environment -> seed of the episode to begin.
+            reproducible: as for `reset`.
+            is_idle: NumPy bool `[B]`: environments that have nothing to do; None for none of them.
+            is_drawn: NumPy bool `[B]`: environments whose images somebody will look at, None for all of them; those of
+                others may be older ones. Environments that are reset are drawn.
+            next_seeds: spare simulator -> seed of the episode that it begins once the states are there, so that the
+                environment that is reset with this seed has it at once.
+        """
+        ...
+
+    def receive(self) -> EnvStep:
+        """Waits for what was sent, and returns the states."""
         ...
 
     def step(
@@ -79,15 +120,12 @@ class VecEnv(Protocol):
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
+        is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
     ) -> EnvStep:
-        """Steps and resets.
-
-        Args:
-            action: float32 `[B, A]` in the simulator's units, of NumPy; also of JAX where states are JAX arrays.
-            reset_seeds: environment -> seed of the episode to begin.
-            reproducible: as for `reset`.
-            is_idle: NumPy bool `[B]`: environments that have nothing to do; None for none of them.
-        """
-        ...
+        """Steps and resets: `send` and `receive` in one call."""
+        options = {"is_idle": is_idle, "is_drawn": is_drawn, "next_seeds": next_seeds}
+        self.send(action, reset_seeds, reproducible=reproducible, **options)
+        return self.receive()
 
     def close(self) -> None: ...

@@ -37,6 +37,14 @@ class EnvConfig:
     """environments of a process, one after another: a further one costs megabytes and milliseconds, a further process
     half a gigabyte and seconds, and the policy decides for all of them at once. With "cuda" it is the whole batch, and
     `num_workers` is 1; with "auto" the batch is as large as all processes together."""
+    num_groups: Count = 1
+    """groups into which the processes are divided, and with them the environments: while the simulators of one group
+    work, the policy decides for the next. 2 pays where a policy takes as long as the simulators. Policies decide for
+    one group at a time, so that sampled actions depend on the number of groups. For simulators on the CPU."""
+    has_spares: bool = False
+    """one simulator more in every process: while the policy decides, it begins the episode that one of the process's
+    environments takes next, so that nobody waits for a reset where policies take longer than that. A policy's episodes
+    begin in another order then. For simulators on the CPU."""
     horizon: Count | None = None
     """actions that an episode may take; None for the task's own: 30 for the Panda, 60 for the WidowX (B.5)."""
     image_size: Natural | None = 64
@@ -114,6 +122,10 @@ class EnvConfig:
         if self.num_workers < len(self.tasks):
             expected = f"at least {len(self.tasks)}, one process for each of {self.env_id}"
             raise ValueError(f"num_workers: got {self.num_workers}, expected {expected}")
+        if self.num_groups > 1 and self.num_workers % (self.num_groups * len(self.task_names)):
+            each = "one process of each task" if self.tasks else "one process"
+            expected = f"a divisor of num_workers = {self.num_workers}, with {each} or more in every group"
+            raise ValueError(f"num_groups: got {self.num_groups}, expected {expected}")
         for spec in self.specs if self.perturbation else ():
             if reason := obstacle(self.perturbation, spec.env_id, has_images=bool(self.image_size)):
                 raise ValueError(f"perturbation: got {self.perturbation!r} for {spec.env_id}, {reason}")
@@ -146,6 +158,10 @@ class EnvConfig:
             return f"backend: got 'cuda' for {self.env_id}, expected 'cpu': a batch on a GPU is of one task"
         if self.perturbation:
             return f"backend: got 'cuda' with perturbation {self.perturbation!r}, expected 'cpu', which alone has them"
+        if self.num_groups > 1:
+            return f"backend: got 'cuda' with num_groups {self.num_groups}, expected 'cpu': a GPU has one batch"
+        if self.has_spares:
+            return "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"
         if self.scene.num_starts:
             return (
                 f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
@@ -191,6 +207,11 @@ class EnvConfig:
     def of_task(self, index: int) -> "EnvConfig":
         """Returns the same with one of its tasks alone."""
         return replace(self, tasks=(), task=self.task_names[index])
+
+    @property
+    def of_group(self) -> "EnvConfig":
+        """The same with the processes of one group."""
+        return replace(self, num_workers=self.num_workers // self.num_groups, num_groups=1)
 
     @property
     def spec(self) -> TaskSpec:

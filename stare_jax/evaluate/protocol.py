@@ -1,6 +1,7 @@
 """Evaluation of a policy: whole episodes on named seeds, measured one by one, in parts, so that it can be resumed."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -219,6 +220,7 @@ def evaluate_act(
     num_before = 0 if done.episodes is None else len(done.episodes.seed)
     num_successes = 0 if done.episodes is None else int(done.episodes.success_once.sum())
     shelf = FilmShelf(max(1, config.num_videos), done.films)
+    collect = functools.partial(collect_episodes, should_stop=should_stop, clock=clock, in_turns=depends_on_batch)
     with progress(len(seeds), desc, "episode", initial=num_before) as bar:
         num_over = num_before
 
@@ -232,7 +234,7 @@ def evaluate_act(
             if number < done.num_parts:
                 continue
             start = time.monotonic()
-            part = _Part(env, act_of, number, seeds, tasks, indices, shelf, config.num_videos > 0, should_stop, clock)
+            part = _Part(env, act_of, number, seeds, tasks, indices, shelf, config.num_videos > 0, collect)
             rollout = collect_round(part.run, len(indices), as_a_whole=depends_on_batch, on_episode=on_episode)
             if not rollout.is_complete:
                 kept = "" if folder is None else f"; {indices.start} are kept on disk"
@@ -277,8 +279,8 @@ class _Part:
     """Episodes of the part among these."""
     shelf: FilmShelf
     has_frames: bool
-    should_stop: Callable[[], bool] | None
-    clock: Clock | None
+    collect: Callable[..., Rollout]
+    """`collect_episodes` with the arguments that are those of all parts."""
 
     def run(self, chosen: Sequence[int], on_episode: Callable[[int, Trajectory], None]) -> Rollout:
         """Runs some episodes of the part, counted from its first; a film shows the last try of its episode."""
@@ -292,7 +294,7 @@ class _Part:
                 self.shelf.put(film_of(e, trajectory))
             on_episode(row, trajectory)
 
-        return collect_episodes(
+        return self.collect(
             self.env,
             self.act_of(self.number),
             [self.seeds[e] for e in episodes],
@@ -300,8 +302,6 @@ class _Part:
             tasks=None if self.tasks is None else self.tasks[episodes],
             reproducible=True,
             on_episode=film_and_tell,
-            should_stop=self.should_stop,
-            clock=self.clock,
             keep_images=_forget_images if has_frames else False,
         )
 
@@ -332,7 +332,10 @@ def _add_part(
 
 def _identity(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditions) -> dict[str, Any]:
     """Returns the JSON values on which the results of a part depend."""
-    return {
+    layout = {"num_groups": len(env.groups)} if len(env.groups) > 1 else {}  # Earlier versions had one, and no spares.
+    if any(group.spare_of_env is not None for group in env.groups):
+        layout["has_spares"] = True
+    return layout | {
         "env_id": env.env_id,
         "horizon": env.horizon,
         "num_envs": env.num_envs,

@@ -173,7 +173,8 @@ def lower_program(name: str, config: RunConfig, mesh: Mesh) -> Lowered:
     with user_input():
         policy = plan_policy(config)
         params = abstract_params(policy, mesh)
-    num_rows = config.env.num_envs + -config.env.num_envs % num_parts(mesh)
+    group = config.env.of_group.num_envs  # which the policy decides for at a time
+    num_rows = group + -group % num_parts(mesh)
     sharding = batch_sharding(mesh)
     observation = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), policy.observation_shape(num_rows)

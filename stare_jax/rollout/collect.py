@@ -1,9 +1,11 @@
-"""The one collector: environments in lock-step, one list of seeds, episodes in the order of the seeds."""
+"""The one collector: environments in lock-step, or groups of them that take turns; one list of seeds, whose order is
+that of the episodes."""
 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +16,7 @@ from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.logging import Clock, announce_compiling
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
-from stare_jax.rollout.places import Places
+from stare_jax.rollout.places import Budget, Places, Waiting
 from stare_jax.rollout.records import KeepImages, Moment, Records
 from stare_jax.sharding.mesh import BATCH_AXES, batch_sharding
 from stare_jax.types import Observation, PyTree, Trajectory
@@ -59,20 +61,26 @@ def collect_episodes(
     should_stop: Callable[[], bool] | None = None,
     clock: Clock | None = None,
     keep_images: KeepImages = True,
+    in_turns: bool = False,
 ) -> Rollout:
     """Runs one episode per seed and returns all of them, short or long, so that no statistic is biased.
 
     Environment i takes the next seed of the list, or the next of its own task, when its episode ends: at success (if
     `stop_at_success`, and after at least one action) or at the horizon. In the tick in which it is reset, `act` has
-    been called for the final state, which records its value for bootstrapping. Records are copied to the host before
-    the next step, for which a simulator on a device waits; the action goes from a policy there to such a simulator
-    without leaving it.
+    been called for the final state, which records its value for bootstrapping. Records are written while the simulators
+    work; the action goes from a policy on a device to a simulator there without leaving it.
 
     An environment without an episode, because no seed is left or the next decision is not due, is idle until it is
     reset (see `VecEnv`).
 
     Where decisions hold C actions, all environments decide in the same tick: an episode that ends in between waits for
     the next such tick to be followed by another.
+
+    Groups of environments that take turns are each in lock-step, and take episodes from one list: while the simulators
+    of one work, `act` decides for another. Which episode begins where follows from the episodes alone, so that equal
+    seeds and keys give equal rollouts for one number of groups. Another number gives the same episodes to actors for
+    which rows do not depend on what else is in a call or on the number of calls before it; those that draw random
+    numbers for a batch draw others. Spare simulators, which begin episodes in advance, change their order alone.
 
     Args:
         env: B environments.
@@ -84,7 +92,8 @@ def collect_episodes(
         linger: actions after the first success before it ends the episode; 0 without `stop_at_success`.
         max_steps: actions to execute in all, or up to C a row fewer. Episodes under way when they are spent are cut
             short; the state after the last action is kept with its value, for bootstrapping. As many seeds suffice.
-            With several tasks, rows of episodes that have not begun may lie between others; they have no valid state.
+            With several tasks, or spare simulators, rows of episodes that have not begun may lie between others; they
+            have no valid state.
             None: every seed is played.
         reproducible: passed to the simulator's resets.
         perturb: (action [B, A], is_first [B]) -> the action to execute instead; the one recorded stays as it was.
@@ -92,8 +101,11 @@ def collect_episodes(
             before its first action, has no valid state.
         should_stop: polled every tick; where it answers True the collection ends, with unfinished episodes invalid.
         clock: `clock("env")` and `clock("policy")` are held while the simulator and `act` work.
-        keep_images: False stores no images. A function (e, episode) -> bool is called when an episode is over, and
+        keep_images: False stores no images, "decisions" those of states in which decisions are made; simulators then
+            need not draw the others. A function (e, episode) -> bool is called when an episode is over, and
             frees its images where it answers False: memory holds those of the episodes under way and of those kept.
+        in_turns: groups of environments, `env.groups`, take turns. For actors that remember nothing of an environment
+            from call to call, as experts do.
 
     Raises:
         ValueError: no seeds, no steps, a task without an environment, or `linger` without `stop_at_success`.
@@ -107,70 +119,96 @@ def collect_episodes(
         raise ValueError(f"linger: got {linger}, expected >= 0, and 0 without stop_at_success")
     seeds = [int(seed) for seed in seeds]
     clock = clock or Clock()
-    task_of_env = np.zeros(env.num_envs, int) if tasks is None else np.asarray(env.task_index)
     task_of_episode = np.zeros(len(seeds), np.int32) if tasks is None else np.asarray(tasks, np.int32)
-    if missing := set(task_of_episode.tolist()) - set(task_of_env.tolist()):
-        raise ValueError(f"tasks: got {sorted(missing)}, expected tasks of environments: {task_of_env.tolist()}")
-    places = Places(task_of_env, task_of_episode)
+    tasks_of_envs = [0] if tasks is None else np.asarray(env.task_index).tolist()
+    if missing := set(task_of_episode.tolist()) - set(tasks_of_envs):
+        raise ValueError(f"tasks: got {sorted(missing)}, expected tasks of environments: {tasks_of_envs}")
+    waiting, budget, under_way = Waiting(task_of_episode), Budget(max_steps), []
     records = Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images)
-    chunk: Chunk | None = None
-    num_left, num_dropped, num_dead = math.inf if max_steps is None else max_steps, 0, 0
-    with clock("env"):
-        first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
-        state = env.reset(first, reproducible=reproducible)
+    num_dropped, is_stopped = 0, False
 
-    while True:
-        # Simulators that start again are waited for, but not without end.
-        num_dead = 0 if state.alive.any() else num_dead + 1
-        if num_dead > MAX_DEAD_CALLS:
-            raise SimulatorError(
-                f"{env.env_id}: none of {env.num_envs} environments came back alive in {num_dead} calls in a row; "
-                f"{len(seeds) - places.num_started} of {len(seeds)} episodes wait to begin"
-            )
-
-        # ---- Decide -------------------------------------------------------------------------------------------------
-        is_first, is_new = places.is_first, chunk is None or chunk.is_over
-        shown = _observed(state)
-        decision, seen = None, shown
-        with clock("policy"):
-            if is_new:
-                decided, seen = act(shown, state.signals, env.instructions, is_first)
-                chunk = Chunk(decided)
-                decision = chunk.decision
-            elif (places.t == env.horizon).any():  # for the value of last states
-                decision = jax.device_get(act(shown, state.signals, env.instructions, is_first)[0])
-            action, recorded_action = chunk.next()
-
-        # ---- Record, end episodes, hand out the next seeds ----------------------------------------------------------
-        budget = num_left / chunk.size if is_new else math.inf
-        tick = places.judge(state, env.horizon, stop_at_success=stop_at_success, linger=linger, budget=budget)
-        seen = seen if keep_images else seen._replace(images={})
-        observation, signals = jax.device_get((seen, state.signals))
-        moment = Moment(env.instructions, observation, signals, recorded_action, decision, is_new, chunk.size)
-        records.write(places, tick, moment)
-        records.end_episodes(places, tick, on_episode)
-        num_left, num_dropped = num_left - tick.is_acting.sum(), num_dropped + tick.is_lost.sum()
-        is_open = chunk.is_over and num_left >= chunk.size
-        reset_seeds = places.hand_out(tick, state.alive, seeds, is_open=is_open)
-        is_over = places.are_empty and (places.num_started == len(seeds) or num_left < chunk.size)
-        is_complete = is_over or should_stop is None or not should_stop()
-        if is_over or not is_complete:
-            break
-
-        # ---- Step ---------------------------------------------------------------------------------------------------
-        # The action for a simulator on a device has not left it. To fetch the record after the step would save nothing:
-        # such a simulator returns when the device is done.
-        executed = action if isinstance(state.signals.success, jax.Array) else recorded_action
-        executed = executed if perturb is None else perturb(recorded_action, is_first)
-        xp = executed.__array_namespace__()
-        executed = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
+    def play_episodes(group: int, env: VecEnv) -> Iterator[None]:
+        """Runs episodes in one group of environments, and pauses while its simulators work."""
+        nonlocal num_dropped, is_stopped
+        task_of_env = np.zeros(env.num_envs, int) if tasks is None else np.asarray(env.task_index)
+        if not waiting.are_left(task_of_env):
+            return
+        places = Places(task_of_env, waiting, env.spare_of_env if in_turns else None)
+        under_way.append(places)
+        chunk, num_dead = None, 0
         with clock("env"):
-            state = env.step(executed, reset_seeds, reproducible=reproducible, is_idle=places.is_idle)
+            first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
+            state = env.reset(first, reproducible=reproducible)
 
-    trajectory, instructions = records.finish(places)
+        while True:
+            # Simulators that start again are waited for, but not without end.
+            num_dead = 0 if state.alive.any() else num_dead + 1
+            if num_dead > MAX_DEAD_CALLS:
+                raise SimulatorError(
+                    f"{env.env_id}: none of {env.num_envs} environments came back alive in {num_dead} calls in a row; "
+                    f"{len(seeds) - waiting.num_started} of {len(seeds)} episodes wait to begin"
+                )
+
+            # ---- Decide ---------------------------------------------------------------------------------------------
+            # Instructions are those of now: `send` changes them.
+            is_first, is_new, instructions = places.is_first, chunk is None or chunk.is_over, tuple(env.instructions)
+            shown = _observed(state)
+            decision, seen = None, shown
+            with clock("policy"):
+                if is_new:
+                    decided, seen = act(shown, state.signals, instructions, is_first)
+                    chunk = Chunk(decided)
+                    decision = chunk.decision
+                elif (places.t == env.horizon).any():  # for the value of last states
+                    decision = jax.device_get(act(shown, state.signals, instructions, is_first)[0])
+                action, recorded_action = chunk.next()
+
+            # ---- Judge, hand out the next seeds ---------------------------------------------------------------------
+            most = budget.left(group) / chunk.size if is_new else math.inf
+            tick = places.judge(state, env.horizon, stop_at_success=stop_at_success, linger=linger, budget=most)
+            budget.spend(group, int(tick.is_acting.sum()), chunk.size if is_new else None)
+            is_open = chunk.is_over and budget.left(group) >= chunk.size
+            reset_seeds = places.hand_out(tick, state.alive, seeds, is_open=is_open)
+            is_over = places.are_empty and not (places.are_left and budget.left(group) >= chunk.size)
+
+            # ---- Step; record and end episodes while simulators work ------------------------------------------------
+            if not is_over:
+                # The action for a simulator on a device has not left it.
+                executed = action if isinstance(state.signals.success, jax.Array) else recorded_action
+                executed = executed if perturb is None else perturb(recorded_action, is_first)
+                xp = executed.__array_namespace__()
+                sent = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
+                # The actor looks at all when a chunk is over, and at last states.
+                is_drawn = chunk.is_over or keep_images is True or callable(keep_images) or places.t == env.horizon
+                options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(is_drawn, env.num_envs)}
+                with clock("env"):
+                    next_seeds = places.reserve(seeds)
+                    env.send(sent, reset_seeds, reproducible=reproducible, next_seeds=next_seeds, **options)
+            seen = seen if keep_images else seen._replace(images={})
+            observation, signals = jax.device_get((seen, state.signals))
+            moment = Moment(instructions, observation, signals, recorded_action, decision, is_new, chunk.size)
+            records.write(tick, moment)
+            records.end_episodes(tick, on_episode)
+            num_dropped += int(tick.is_lost.sum())
+            is_stopped = is_stopped or not is_over and should_stop is not None and should_stop()
+            if is_over or is_stopped:
+                budget.release(group)
+                return
+            yield
+            with clock("env"):
+                state = env.receive()
+
+    turns = deque(play_episodes(number, group) for number, group in enumerate(env.groups if in_turns else [env]))
+    while turns and not is_stopped:
+        loop = turns.popleft()
+        if next(loop, "over") is None:
+            turns.append(loop)
+
+    unfinished = [e for places in under_way for e in places.episode.tolist() if e >= 0]
+    trajectory, instructions = records.finish(waiting.num_rows, unfinished)
     images = records.images if callable(keep_images) else None
     task = task_of_episode[: len(instructions)]
-    return Rollout(trajectory, instructions, task, records.num_steps, int(num_dropped), is_complete, images)
+    return Rollout(trajectory, instructions, task, records.num_steps, num_dropped, not is_stopped, images)
 
 
 def _observed(state: EnvStep) -> Observation:

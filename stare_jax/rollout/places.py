@@ -1,6 +1,7 @@
 """The episodes that environments are in: begun one after another, each over at success or at the horizon."""
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,12 @@ from stare_jax.envs.base import EnvStep
 
 
 class Tick(NamedTuple):
-    """Judgement of the episode in each environment, bool `[B]` each."""
+    """The episode in each environment and the judgement of it, `[B]` each; bool where nothing else is said."""
 
+    episode: np.ndarray
+    """int, -1 where the environment has no episode."""
+    t: np.ndarray
+    """int, actions executed."""
     is_live: np.ndarray
     """The state is to be recorded."""
     is_lost: np.ndarray
@@ -22,26 +27,87 @@ class Tick(NamedTuple):
     """The episode is over, cut short or lost."""
 
 
-class Places:
-    """The number of the episode in each environment, and how many actions it has executed.
+class Waiting:
+    """The episodes that have not begun. Groups of environments share them."""
 
-    An environment takes the next episode of its own task.
+    def __init__(self, task_of_episode: np.ndarray):
+        """Lets all episodes wait, whose tasks are int `[E]`."""
+        tasks = set(task_of_episode.tolist())
+        self._episodes = {task: deque(np.flatnonzero(task_of_episode == task).tolist()) for task in tasks}
+        self.num_started = 0
+        self.num_rows = 0
+        """Number of the last episode that has started, plus 1; with one task it is the number of those that have."""
+
+    def take(self, task: int) -> int:
+        """Takes the next episode of a task and returns its number; -1 where none is left."""
+        if not self._episodes.get(task):
+            return -1
+        return self._episodes[task].popleft()
+
+    def begin(self, e: int) -> int:
+        """Counts an episode that was taken, and returns its number; -1 is none."""
+        self.num_started += e >= 0
+        self.num_rows = max(self.num_rows, e + 1)
+        return e
+
+    def are_left(self, tasks: np.ndarray) -> bool:
+        """Returns True if an episode of one of some tasks waits."""
+        return any(self._episodes.get(task) for task in tasks.tolist())
+
+
+class Budget:
+    """Actions that are left to execute. Groups of environments share them.
+
+    Each of C actions that a row has been given counts as spent, for the other groups, until the row has executed it or
+    the group decides again.
     """
 
-    def __init__(self, task_of_env: np.ndarray, task_of_episode: np.ndarray):
+    def __init__(self, num_actions: int | None):
+        """Begins with all actions; None for any number of them."""
+        self._left = math.inf if num_actions is None else num_actions
+        self._promised: Counter[int] = Counter()
+
+    def left(self, group: int) -> float:
+        """Returns the actions that a group may give its rows."""
+        return self._left - sum(number for other, number in self._promised.items() if other != group)
+
+    def spend(self, group: int, num_rows: int, chunk: int | None) -> None:
+        """Subtracts an action of each row that a group executes.
+
+        Args:
+            group: the group.
+            num_rows: rows that act.
+            chunk: C, where the group has decided now, None where it executes what it has decided before.
+        """
+        if chunk is not None:
+            self._promised[group] = num_rows * chunk
+        self._left -= num_rows
+        self._promised[group] -= num_rows
+
+    def release(self, group: int) -> None:
+        """Gives back what a group has been promised, and will not execute."""
+        del self._promised[group]
+
+
+class Places:
+    """The number of the episode in each environment of a group, and how many actions it has executed.
+
+    An environment takes the next episode of its own task; or, where spare simulators begin episodes in advance, that of
+    its spare.
+    """
+
+    def __init__(self, task_of_env: np.ndarray, waiting: Waiting, spare_of_env: np.ndarray | None):
         """Begins the first episodes.
 
         Args:
             task_of_env: int `[B]`.
-            task_of_episode: int `[E]`.
+            waiting: episodes to take.
+            spare_of_env: int `[B]`, see `VecEnv`, or None.
         """
         num_envs = len(task_of_env)
-        self.num_started = 0
-        self.num_rows = 0
-        """Number of the last episode that has started, plus 1; with one task it is the number of those that have."""
-        self._waiting = {task: deque(np.flatnonzero(task_of_episode == task).tolist()) for task in set(task_of_env)}
-        self._task_of_env = task_of_env
-        self.episode = np.array([self._next(i) for i in range(num_envs)])
+        self._waiting, self._task_of_env, self._spare_of_env = waiting, task_of_env, spare_of_env
+        self._of_spare: dict[int, int] = {}
+        self.episode = np.array([waiting.begin(waiting.take(task)) for task in task_of_env.tolist()])
         """int `[B]`, -1 where the environment has no episode."""
         self.t = np.zeros(num_envs, int)
         """int `[B]`, actions executed."""
@@ -64,6 +130,11 @@ class Places:
         """True where no environment has an episode."""
         return bool(self.is_idle.all())
 
+    @property
+    def are_left(self) -> bool:
+        """True if episodes wait that environments here can take."""
+        return bool(self._of_spare) or self._waiting.are_left(self._task_of_env)
+
     def judge(self, state: EnvStep, horizon: int, *, stop_at_success: bool, linger: int, budget: float) -> Tick:
         """Decides which episodes are over, and which rows act; at most `budget` rows do.
 
@@ -83,7 +154,8 @@ class Places:
             is_over |= is_live & (self._since_success >= linger)
         is_acting = is_live & ~is_over
         is_acting &= np.cumsum(is_acting) <= budget
-        return Tick(is_live, (self.episode >= 0) & ~state.alive, is_acting, (self.episode >= 0) & ~is_acting)
+        is_lost, is_ending = (self.episode >= 0) & ~state.alive, (self.episode >= 0) & ~is_acting
+        return Tick(self.episode.copy(), self.t, is_live, is_lost, is_acting, is_ending)
 
     def hand_out(self, tick: Tick, alive: np.ndarray, seeds: Sequence[int], *, is_open: bool) -> dict[int, int]:
         """Moves on by the actions of a tick, and returns the seeds of the environments to be reset.
@@ -100,7 +172,7 @@ class Places:
         self._since_success = np.where(counts, self._since_success + 1, -1)
         self.episode[tick.is_ending] = -1
         for i in np.flatnonzero((self.episode < 0) & alive):
-            if is_open and (e := self._next(i)) >= 0:
+            if is_open and (e := self._waiting.begin(self._next(i))) >= 0:
                 self.episode[i], reset_seeds[int(i)] = e, seeds[e]
         # A simulator that was lost takes an episode only after it has been reset, which may be many calls from now: an
         # episode handed to it before would be lost as well. No seed is tried twice in a row, since the seed may be the
@@ -110,12 +182,28 @@ class Places:
             self._num_revivals += 1
         return reset_seeds
 
+    def reserve(self, seeds: Sequence[int]) -> dict[int, int]:
+        """Gives every spare simulator that has none an episode of its environments' task.
+
+        Returns:
+            spare -> seed of the episode that it has.
+        """
+        if self._spare_of_env is None:
+            return {}
+        for spare, task in dict(zip(self._spare_of_env.tolist(), self._task_of_env.tolist(), strict=True)).items():
+            if spare not in self._of_spare and (e := self._waiting.take(task)) >= 0:
+                self._of_spare[spare] = e
+        return {spare: seeds[e] for spare, e in self._of_spare.items()}
+
     def _next(self, i: int) -> int:
-        """Takes the next episode of an environment's task from those that wait; -1 where none is left."""
-        waiting = self._waiting[self._task_of_env[i]]
-        if not waiting:
-            return -1
-        e = waiting.popleft()
-        self.num_started += 1
-        self.num_rows = max(self.num_rows, e + 1)
-        return e
+        """Takes the episode of an environment's spare, else the next of its task, else one of another spare; or -1."""
+        task = int(self._task_of_env[i])
+        if self._spare_of_env is None:
+            return self._waiting.take(task)
+        spare = int(self._spare_of_env[i])
+        if spare in self._of_spare:
+            return self._of_spare.pop(spare)
+        if (e := self._waiting.take(task)) >= 0:
+            return e
+        others = self._spare_of_env[self._task_of_env == task].tolist()
+        return next((self._of_spare.pop(other) for other in sorted(set(others)) if other in self._of_spare), -1)

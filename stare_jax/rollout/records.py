@@ -1,18 +1,19 @@
 """Episodes as they grow, as NumPy arrays with a row for each."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from stare_jax.models.policy import Decision
-from stare_jax.rollout.places import Places, Tick
+from stare_jax.rollout.places import Tick
 from stare_jax.types import Array, Decisions, Observation, Signals, Trajectory
 
-KeepImages = bool | Callable[[int, Trajectory], bool]
-"""True or False for all episodes, or (e, episode that is over) -> True if its images are to be kept."""
+KeepImages = bool | Literal["decisions"] | Callable[[int, Trajectory], bool]
+"""True or False for all episodes; "decisions", in all episodes, for the states in which decisions are made; or (e,
+episode that is over) -> True if its images are to be kept."""
 
 
 class Moment(NamedTuple):
@@ -52,21 +53,24 @@ class Records:
         self._keep_images = keep_images
         self._store: Trajectory | None = None
 
-    def write(self, places: Places, tick: Tick, moment: Moment) -> None:
+    def write(self, tick: Tick, moment: Moment) -> None:
         """Records the states of a tick, the decisions made in them, and the actions that are executed."""
         observation, decision = moment.observation, moment.decision
-        if self._keep_images is not True:
+        if self._keep_images is False or callable(self._keep_images):
             observation = observation._replace(images={})
-        self._make_room(places.num_rows, moment._replace(observation=observation))
-        for i in np.flatnonzero(places.is_first):
-            self.instructions[places.episode[i]] = moment.instructions[i]
-        episode, t, store = places.episode, places.t, self._store
+        self._make_room(int(tick.episode.max()) + 1, moment._replace(observation=observation))
+        episode, t, store = tick.episode, tick.t, self._store
+        for i in np.flatnonzero((episode >= 0) & (t == 0)):
+            self.instructions[episode[i]] = moment.instructions[i]
 
         def put(stored, batch, rows, index=t):
             stored[episode[rows], index[rows]] = batch[rows]
 
-        seen = observation if moment.is_new else observation._replace(tokens=(), token_mask=())
-        stored = store.observation if moment.is_new else store.observation._replace(tokens=(), token_mask=())
+        seen, stored = observation, store.observation
+        if not moment.is_new:
+            seen, stored = (each._replace(tokens=(), token_mask=()) for each in (seen, stored))
+        if not moment.is_new and self._keep_images == "decisions":
+            seen, stored = (each._replace(images={}) for each in (seen, stored))
         states = (stored, store.signals), (seen, moment.signals)
         jax.tree.map(functools.partial(put, rows=tick.is_live), *states)
         put(store.valid, tick.is_live, tick.is_live)
@@ -81,14 +85,14 @@ class Records:
                 jax.tree.map(functools.partial(put, rows=tick.is_acting, index=number), *made)
                 put(decisions.valid, tick.is_acting, tick.is_acting, number)
         if callable(self._keep_images):
-            self._write_images(places, tick, moment.observation.images)
+            self._write_images(tick, moment.observation.images)
         self.num_steps += int(tick.is_acting.sum())
 
-    def end_episodes(self, places: Places, tick: Tick, on_episode: Callable[[int, Trajectory], None] | None) -> None:
+    def end_episodes(self, tick: Tick, on_episode: Callable[[int, Trajectory], None] | None) -> None:
         """Erases episodes that were lost, or cut before their first action, and reports every episode that is over."""
         for i in np.flatnonzero(tick.is_ending):
-            e = int(places.episode[i])
-            if tick.is_lost[i] or places.t[i] == 0:
+            e = int(tick.episode[i])
+            if tick.is_lost[i] or tick.t[i] == 0:
                 self._erase(e)
             episode = jax.tree.map(lambda x, e=e: x[e], self._store)
             if e in self.images:
@@ -98,12 +102,18 @@ class Records:
             if on_episode is not None:
                 on_episode(e, episode)
 
-    def finish(self, places: Places) -> tuple[Trajectory, tuple[str, ...]]:
-        """Returns trajectories and instructions, without the episodes that are still under way."""
+    def finish(self, num_started: int, unfinished: Iterable[int]) -> tuple[Trajectory, tuple[str, ...]]:
+        """Returns trajectories and instructions, without the episodes that are still under way.
+
+        Args:
+            num_started: number of the last episode that has started, plus 1.
+            unfinished: numbers of the episodes that are under way.
+        """
         # An episode that was handed out when the collection was stopped may have no row yet.
-        num_rows = min(places.num_rows, len(self._store.valid)) if self.grows else self.num_episodes
-        for e in places.episode[(places.episode >= 0) & (places.episode < num_rows)]:
-            self._erase(int(e))
+        num_rows = min(num_started, len(self._store.valid)) if self.grows else self.num_episodes
+        for e in unfinished:
+            if e < num_rows:
+                self._erase(e)
         return jax.tree.map(lambda x: x[:num_rows], self._store), tuple(self.instructions[:num_rows])
 
     def _make_room(self, num_needed: int, moment: Moment) -> None:
@@ -118,9 +128,9 @@ class Records:
             new[: len(old)] = old
         self._store = grown
 
-    def _write_images(self, places: Places, tick: Tick, images: dict[str, np.ndarray]) -> None:
+    def _write_images(self, tick: Tick, images: dict[str, np.ndarray]) -> None:
         for i in np.flatnonzero(tick.is_live):
-            e, t = int(places.episode[i]), places.t[i]
+            e, t = int(tick.episode[i]), tick.t[i]
             if t == 0:
                 self.images[e] = {
                     name: np.zeros((self.horizon + 1, *image.shape[1:]), image.dtype) for name, image in images.items()

@@ -38,7 +38,10 @@ SHARED_FIELDS = (
     *("init_from", "unnorm_key", "demos_from", "demos_of", "skip_broken"),
 )
 """Fields of `RunConfig` on which all phases depend."""
-MACHINE_FIELDS = ("num_workers", "envs_per_worker", "worker_timeout_s", "start_timeout_s", "max_restarts")
+MACHINE_FIELDS = (
+    *("num_workers", "envs_per_worker", "num_groups", "has_spares"),
+    *("worker_timeout_s", "start_timeout_s", "max_restarts"),
+)
 """Fields of `EnvConfig` that may change: they decide speed, and the random numbers of an episode, but not the task."""
 GROWING_FIELDS = {"sft": "num_steps", "ppo": "num_iterations"}
 """Field by which a phase may be made longer; a decaying learning rate follows the longer schedule from then on."""

@@ -135,12 +135,11 @@ class PPOConfig:
 def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
     """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
     targets_fn = by_task(spec, lambda one, *episode: make_targets_fn(one, config, chunk=chunk)(*episode))
-    num_tasks = len(as_specs(spec)) if config.whiten_over == "task" else 1
     return ppo_batch.compile_targets(
         targets_fn,
         chunk=chunk,
         num_steps=config.num_steps,
-        num_tasks=num_tasks,
+        num_tasks=len(as_specs(spec)) if config.whiten_over == "task" else 1,
         advantage=config.advantage,
         group_size=config.group_size,
     )
@@ -310,8 +309,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             metrics = iteration_metrics(
                 rollout, batch, updates, spec, size=config.minibatch_size, shaping=config.shaping
             ) | {"env/steps": counters.env_steps}
-            line = report_line(counters.iteration, config.num_iterations, metrics)
-            say(f"{line} | {window.clock.line()}")
+            say(f"{report_line(counters.iteration, config.num_iterations, metrics)} | {window.clock.line()}")
             is_warned = warn_of_rounding(metrics, is_warned=is_warned)
             window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
@@ -343,6 +341,8 @@ def _collect(
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
             clock=window.clock,
+            keep_images="decisions",
+            in_turns=True,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():
         number = counters.iteration + 1

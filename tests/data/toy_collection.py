@@ -45,10 +45,14 @@ class MortalToy(toy.ToyPush):
         state = super().reset(seeds, reproducible=reproducible)
         return self._kill(state, dict(enumerate(seeds)))
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         reset_seeds = reset_seeds or {}
         assert set(np.flatnonzero(self._is_dead)) <= set(reset_seeds), "an environment that died was not reset"
-        return self._kill(super().step(action, reset_seeds, reproducible=reproducible, is_idle=is_idle), reset_seeds)
+        self._reset_seeds = reset_seeds
+        super().send(action, reset_seeds, **options)
+
+    def receive(self):
+        return self._kill(super().receive(), self._reset_seeds)
 
     def _kill(self, state, reset_seeds):
         self._is_dead = np.isin(np.arange(self.num_envs), [i for i, s in reset_seeds.items() if s in self._killers])

@@ -175,6 +175,10 @@ def test_images_are_the_simulators(rendering_simulator):
     config = EnvConfig(num_workers=1, envs_per_worker=1, image_size=64)
     with contextlib.closing(BatchedSimulator(make_scene(config)[0], config)) as batch:
         image = batch.reset([7]).observation.images["base_camera"]
+        action = np.full((1, 7), 0.5, np.float32)
+        unseen = batch.step(action, is_drawn=np.zeros(1, bool)).observation.images["base_camera"]
+        seen = batch.step(action, is_drawn=np.ones(1, bool)).observation.images["base_camera"]
+    assert unseen is image and (seen != image).any()  # What nobody looks at is not drawn.
     assert image.shape == (1, 64, 64, 3) and image.dtype == np.uint8
     # There the floor is drawn as two triangles.
     assert np.abs(np.asarray(image[0], int) - rendering_simulator.reset(7).image).mean() < 0.5
@@ -185,6 +189,8 @@ def test_images_are_the_simulators(rendering_simulator):
     [
         ({"backend": "tpu"}, "backend: got 'tpu', expected one of"),
         ({"num_workers": 2}, "num_workers: got 2, expected 1 with backend 'cuda', where envs_per_worker is the whole"),
+        ({"num_groups": 2}, "backend: got 'cuda' with num_groups 2, expected 'cpu': a GPU has one batch"),
+        ({"has_spares": True}, "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"),
         ({"control_mode": "pd_ee_target_delta_pose"}, "control_mode: got 'pd_ee_target_delta_pose', expected one with"),
         ({"env_id": "PutSpoonOnTableClothInScene-v1"}, "backend: got 'cuda' for PutSpoon.*, expected 'cpu'.*settle"),
     ],

@@ -116,6 +116,11 @@ def test_goals_of_the_other_tasks(simulators):
     [
         ("env_id", "PushCube-v9", "env_id: got 'PushCube-v9', expected one of"),
         ("num_workers", 0, "num_workers: got 0, expected >= 1"),
+        (
+            "num_groups",
+            3,
+            "num_groups: got 3, expected a divisor of num_workers = 2, with one process or",
+        ),
         ("envs_per_worker", 0, "envs_per_worker: got 0, expected >= 1"),
         ("horizon", 0, "horizon: got 0"),
         ("image_size", -1, "image_size: got -1"),

@@ -45,6 +45,10 @@ def test_one_of_several_is_the_one():
         ({"tasks": ("PushCube-v1",) * 2}, "tasks: got .*, expected tasks with different instructions, each once"),
         ({"tasks": FRANKA, "num_workers": 3}, "num_workers: got 3, expected at least 4, one process for each of Push"),
         (
+            {"tasks": TWO, "num_workers": 2, "num_groups": 2},
+            "num_groups: got 2, expected a divisor of num_workers = 2, with one process of each task or more in every",
+        ),
+        (
             {"tasks": TWO, "env_id": "StackCube-v1"},
             "env_id: got 'StackCube-v1' beside tasks .*, expected '' or no tasks",
         ),

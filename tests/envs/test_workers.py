@@ -1,9 +1,11 @@
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
 from stare_jax.envs.maniskill.perturbations import episode_instruction
 from stare_jax.envs.maniskill.simulator import Frame
 from stare_jax.envs.pool import fork_server
-from stare_jax.envs.pool.worker import _check_finite
+from stare_jax.envs.pool.worker import _check_finite, _serve, map_slots, read_answer, shared_size
 from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.stages import get_task
 from stare_jax.types import SIGNAL_SHAPES, Signals
@@ -119,6 +121,105 @@ def test_idle_environments_stay_as_they_are(pool):
     assert moved[0] == 0 and (moved[2:] > 1e-3).all()
     fresh = pool.reset([40, 44, 42, 43])
     np.testing.assert_allclose(later.signals.obj_pos[1], fresh.signals.obj_pos[1], atol=1e-4)
+
+
+def test_a_step_can_be_taken_in_two_parts(pool):
+    action = np.full((4, 7), 0.5, np.float32)
+    pool.reset([40, 41, 42, 43], reproducible=True)
+    expected = pool.step(action, {1: 44}, reproducible=True)
+    pool.reset([40, 41, 42, 43], reproducible=True)
+    pool._workers[1].process.send_signal(signal.SIGSTOP)
+    try:
+        pool.send(action, {1: 44}, reproducible=True)  # does not wait for the simulators
+        with pytest.raises(RuntimeError, match="send: got a second call, expected `receive` after the first"):
+            pool.send(action)
+    finally:
+        pool._workers[1].process.send_signal(signal.SIGCONT)
+    for ours, theirs in zip(leaves(pool.receive()), leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(RuntimeError, match="receive: got nothing that was sent, expected `send` before it"):
+        pool.receive()
+    pool.send(action)  # States that nobody has received do not get in the way of a reset.
+    for ours, theirs in zip(leaves(pool.reset([1, 2, 3, 4])), leaves(pool.reset([1, 2, 3, 4])), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+class Counted:
+    """A simulator that writes down its resets."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def reset(self, seed, *, reproducible=False):
+        self.log.append((self.name, seed, reproducible))
+        if seed == 13 and self.name == "b":
+            raise ValueError("unlucky")
+        return self.step(None, tcp=seed)
+
+    def step(self, action, *, is_drawn=True, tcp=0):
+        signals = {name: np.zeros(shape, np.float32) for name, shape in SIGNAL_SHAPES._asdict().items()}
+        return Frame(None, np.zeros(0, np.float32), Signals(**signals | {"tcp_pos": np.full(3, tcp)}))
+
+
+def test_a_spare_simulator_takes_the_place_of_one_that_would_have_to_be_reset():
+    log = []
+    config = EnvConfig(num_workers=1, envs_per_worker=2, image_size=0)
+    slots = map_slots(config, bytearray(shared_size(config)))
+    ours, theirs = multiprocessing.Pipe()
+    arguments = theirs, [Counted("a", log), Counted("b", log)], Counted("spare", log), slots, 0
+    thread = threading.Thread(target=_serve, args=arguments)
+    thread.start()
+
+    def tell(message):
+        ours.send_bytes(message)
+        lost = read_answer(ours.recv_bytes())
+        return lost, slots.signals.tcp_pos[:, 0].tolist()
+
+    assert tell(b"r1 r2 -") == ({}, [1, 2])
+    assert tell(b"s s r5") == ({}, [0, 0])
+    assert tell(b"s s r5") == ({}, [0, 0])
+    assert tell(b"s r5 -") == ({}, [0, 5])
+    assert log == [("a", 1, False), ("b", 2, False), ("spare", 5, False)]
+    # The one whose place was taken is the spare now. Where it raises, no episode is lost, and its scene is rebuilt.
+    log.clear()
+    assert tell(b"s s r13") == ({}, [0, 0])
+    assert tell(b"r13 s r13") == ({}, [13, 0])
+    assert tell(b"s s r8") == ({}, [0, 0])
+    assert tell(b"r8 s -") == ({}, [8, 0])
+    assert log == [("b", 13, False), ("a", 13, False), ("b", 8, True)]
+    ours.send_bytes(b"c")
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_pool_with_spare_simulators_begins_the_same_episodes():
+    config = EnvConfig(num_workers=1, envs_per_worker=2, image_size=None, use_state="tcp", has_spares=True)
+    with contextlib.closing(make_vec_env(config)) as pool:
+        assert pool.spare_of_env.tolist() == [0, 0]
+        action, still = np.full((2, 7), 0.5, np.float32), np.zeros((2, 7), np.float32)
+        fresh = pool.reset([1, 5])
+        pool.reset([1, 2])
+        pool.step(action, next_seeds={0: 5})
+        state = pool.step(action, {1: 5}, next_seeds={0: 6})
+        later = pool.step(still)
+    assert state.alive.all() and later.alive.all()
+    np.testing.assert_allclose(state.signals.obj_pos[1], fresh.signals.obj_pos[1], atol=1e-4)
+    np.testing.assert_allclose(state.signals.tcp_pos[1], fresh.signals.tcp_pos[1], atol=1e-4)
+    np.testing.assert_allclose(later.signals.tcp_pos[1], fresh.signals.tcp_pos[1], atol=1e-3)
+
+
+def test_a_step_in_chunks_draws_what_is_looked_at(rendering_pool):
+    action = np.full((4, 7), 0.5, np.float32)
+    before = rendering_pool.reset([1, 2, 3, 4], reproducible=True)
+    seen = rendering_pool.step(action, {3: 5}, is_drawn=np.array([True, False, True, False]), reproducible=True)
+    rendering_pool.reset([1, 2, 3, 4], reproducible=True)
+    every = rendering_pool.step(action, {3: 5}, reproducible=True)
+    for ours, theirs in zip(seen.signals, every.signals, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    (old,), (some,), (all_,) = (state.observation.images.values() for state in (before, seen, every))
+    np.testing.assert_array_equal(some[[0, 2, 3]], all_[[0, 2, 3]])
+    np.testing.assert_array_equal(some[1], old[1])
+    assert (all_[1] != old[1]).any()
 
 
 def test_an_idle_environment_is_lost_with_its_process(pool):

@@ -76,11 +76,11 @@ def test_a_stopped_evaluation_goes_on_by_the_same_command(command, trained_run, 
     class StopsAfter(toy.ToyPush):
         num_steps = 40
 
-        def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+        def send(self, action, reset_seeds=None, **options):
             self.num_steps -= 1
             if not self.num_steps:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().step(action, reset_seeds, reproducible=reproducible, is_idle=is_idle)
+            super().send(action, reset_seeds, **options)
 
     arguments = [f"--run={trained_run}", "--phase=ppo", "--first-seed=70", "--num-workers=1", "--envs-per-worker=4"]
     arguments += ["--temperature=1"]

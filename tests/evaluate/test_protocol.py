@@ -120,11 +120,14 @@ class Pictures(toy.ToyPush):
         self.seeds, self.t = np.array(seeds), np.zeros(len(seeds), int)
         return self._with_pictures(super().reset(seeds, reproducible=reproducible))
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         self.t += 1
         for i, seed in (reset_seeds or {}).items():
             self.seeds[i], self.t[i] = seed, 0
-        return self._with_pictures(super().step(action, reset_seeds, reproducible=reproducible, is_idle=is_idle))
+        super().send(action, reset_seeds, **options)
+
+    def receive(self):
+        return self._with_pictures(super().receive())
 
     def _with_pictures(self, state):
         frames = np.zeros((self.num_envs, self.side, self.side, 3), np.uint8)
@@ -267,8 +270,8 @@ class OneDies(Pictures):
     dies_in = (3,)
     num_calls = 0
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
-        state = super().step(action, reset_seeds, reproducible=reproducible, is_idle=is_idle)
+    def receive(self):
+        state = super().receive()
         self.num_calls += 1
         return state._replace(alive=np.array([True, self.num_calls not in self.dies_in, True, True]))
 
@@ -290,8 +293,8 @@ def test_evaluate_runs_episodes_again_that_were_lost_with_a_simulator(spec, depe
 
 def test_evaluate_gives_up_an_episode_that_kills_its_simulator(spec):
     class Always(OneDies):
-        def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
-            state = Pictures.step(self, action, reset_seeds, reproducible=reproducible, is_idle=is_idle)
+        def receive(self):
+            state = Pictures.receive(self)
             return state._replace(alive=(self.seeds != 1) | (self.t < 3))
 
     config = EvalConfig(num_episodes=7, num_videos=7)

@@ -39,8 +39,8 @@ class DressedToy(toy.ToyPush):
     env_id = "PushCube-v1"
     action_dim = 7
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
-        return super().step(action[:, :2], reset_seeds, reproducible=reproducible, is_idle=is_idle)
+    def send(self, action, reset_seeds=None, **options):
+        super().send(action[:, :2], reset_seeds, **options)
 
     def close(self):
         pass
@@ -55,10 +55,10 @@ class DressedToy(toy.ToyPush):
 class OneStuck(DressedToy):
     """Whatever is decided, the first of two environments does what the expert would, and the second nothing."""
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         guided = np.zeros_like(action)
         guided[0, :2] = toy.expert_action(self._signals)[0]
-        return super().step(guided, reset_seeds, reproducible=reproducible, is_idle=is_idle)
+        super().send(guided, reset_seeds, **options)
 
     def _observe(self, measured):
         step = super()._observe(measured)

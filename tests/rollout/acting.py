@@ -68,9 +68,12 @@ class ToyOnDevice(toy.ToyPush):
     def reset(self, seeds, *, reproducible=False):
         return self._put(super().reset(seeds, reproducible=reproducible))
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         assert isinstance(action, jax.Array) and action.devices() == {jax.devices()[3]}
-        return self._put(super().step(np.asarray(action), reset_seeds, reproducible=reproducible, is_idle=is_idle))
+        super().send(np.asarray(action), reset_seeds, **options)
+
+    def receive(self):
+        return self._put(super().receive())
 
 
 def roll(policy, params, env_class):

@@ -25,7 +25,10 @@ class Script(NamedTuple):
 
 
 class ScriptedEnv:
-    """Observes [seed, t]; succeeds and dies by the script; writes every step into the same arrays."""
+    """Observes [seed, t]; succeeds and dies by the script; writes every step into the same arrays.
+
+    An image has the colour t, or 255 if nobody was to look at it.
+    """
 
     env_id, horizon, action_dim = "Scripted-v0", 4, 2
 
@@ -35,7 +38,7 @@ class ScriptedEnv:
         self._state = np.zeros((num_envs, 2), np.float32)
         self._image = np.zeros((num_envs, 2, 2, 3), np.uint8)
         self._is_dead = np.zeros(num_envs, bool)
-        self.resets, self.executed, self.reproducible = [], [], set()
+        self.resets, self.executed, self.reproducible, self.num_drawn = [], [], set(), 0
 
     @property
     def instructions(self):
@@ -43,11 +46,17 @@ class ScriptedEnv:
 
     def reset(self, seeds, *, reproducible=False):
         assert len(seeds) == self.num_envs
+        self._is_drawn = np.ones(self.num_envs, bool)
         return self._advance(None, dict(enumerate(seeds)), reproducible)
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, *, reproducible=False, is_idle=None, is_drawn=None, next_seeds=None):
+        assert is_drawn.shape == (self.num_envs,)
+        self._is_drawn = is_drawn | np.isin(np.arange(self.num_envs), list(reset_seeds or ()))
         assert action.dtype == np.float32 and action.shape == (self.num_envs, 2)
-        return self._advance(action, reset_seeds or {}, reproducible, is_idle)
+        self._sent = action, reset_seeds or {}, reproducible, is_idle
+
+    def receive(self):
+        return self._advance(*self._sent)
 
     def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         self.reproducible.add(reproducible)
@@ -67,7 +76,8 @@ class ScriptedEnv:
         )
         self._is_dead = np.array([s.dies_at == t for s, t in zip(script, self._t, strict=True)])
         self._state[:] = np.stack([self._seed, self._t], axis=1)
-        self._image[:] = self._t[:, None, None, None]
+        self._image[:] = np.where(self._is_drawn, self._t, 255)[:, None, None, None]
+        self.num_drawn += self._is_drawn.sum()
         self._state[self._is_dead] = np.nan
         zeros = [np.zeros((self.num_envs, *shape), np.float32) for shape in [(3,), (4,)] * 2 + [(3,), (3,), (4,)]]
         no = np.zeros(self.num_envs, bool)
@@ -95,9 +105,9 @@ def scripted_act(observation, signals, instructions, is_first):
 class ScriptedEnvOnDevice(ScriptedEnv):
     """Its states are JAX arrays, and its actions have to be."""
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         assert isinstance(action, jax.Array)
-        return super().step(np.asarray(action), reset_seeds, reproducible=reproducible, is_idle=is_idle)
+        super().send(np.asarray(action), reset_seeds, **options)
 
     def _advance(self, action, reset_seeds, reproducible, is_idle=None):
         state = super()._advance(action, reset_seeds, reproducible, is_idle)

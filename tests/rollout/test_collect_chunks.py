@@ -78,3 +78,40 @@ def test_a_budget_of_steps_is_spent_in_whole_chunks(max_steps, lengths):
     # The state after the last action has its value, for bootstrapping.
     for row, length in zip(rollout.trajectory.decisions.value[valid[:, 0]], lengths, strict=True):
         assert row[length // 2] == 10 + length
+
+
+@pytest.mark.parametrize(("keep_images", "num_drawn"), [("decisions", 2 + 2 + 2), (False, 2 + 2 + 2), (True, 2 * 5)])
+def test_images_are_drawn_where_somebody_looks(keep_images, num_drawn):
+    """Decisions on 3 actions in episodes of 4: in the states 0 and 3, and in the last one for its value."""
+    shown, act = [], chunk_act(3, [])
+
+    def watching_act(observation, signals, instructions, is_first):
+        shown.append(np.stack([observation.state[:, 1], observation.images["camera"][:, 0, 0, 0]], axis=1))
+        return act(observation, signals, instructions, is_first)
+
+    env = ScriptedEnv(2, {})
+    arguments = {"stop_at_success": True, "keep_images": keep_images}
+    rollout = collect_episodes(env, watching_act, [5, 6], **arguments)
+    np.testing.assert_array_equal(shown, [[[t, t]] * 2 for t in (0, 3, 4)])
+    assert env.num_drawn == num_drawn
+    kept = rollout.trajectory.observation.images
+    expected = {True: [0, 1, 2, 3, 4], "decisions": [0, 0, 0, 3, 0]}
+    if keep_images is False:
+        assert kept == {}
+    else:
+        np.testing.assert_array_equal(kept["camera"][:, :, 0, 0, 0], [expected[keep_images]] * 2)
+
+
+def test_an_episode_that_began_later_is_valued_by_the_image_of_its_last_state():
+    """One ends at its horizon within a chunk of the other, which began with a decision less."""
+    env, shown = ScriptedEnv(2, {1: Script(success_at=1)}), []
+    act = chunk_act(3, [])
+
+    def watching_act(observation, signals, instructions, is_first):
+        t, image = observation.state[:, 1], observation.images["camera"][:, 0, 0, 0]
+        shown.append((t.tolist(), image.tolist()))
+        return act(observation, signals, instructions, is_first)
+
+    collect_episodes(env, watching_act, [1, 2, 3], stop_at_success=True, keep_images="decisions")
+    # Both decide; again, the first in another episode; the second is at its horizon. The rest is the first's.
+    assert shown[:3] == [([0, 0], [0, 0]), ([0, 3], [0, 3]), ([1, 4], [255, 4])]

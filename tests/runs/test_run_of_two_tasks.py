@@ -42,12 +42,12 @@ class TwoToys(DressedToy):
         self.instructions = [config.specs[k].instruction for k in self.task_index]
         self._sign = np.where(self.task_index == 1, -1.0, 1.0).astype(np.float32)[:, None]
 
-    def step(self, action, reset_seeds=None, **options):
+    def send(self, action, reset_seeds=None, **options):
         if TwoToys.stop_after is not None:
             TwoToys.stop_after -= 1
             if TwoToys.stop_after == 0:
                 signal.raise_signal(signal.SIGTERM)
-        return super().step(np.array(action) * np.where(np.arange(7) == 0, self._sign, 1), reset_seeds, **options)
+        super().send(np.array(action) * np.where(np.arange(7) == 0, self._sign, 1), reset_seeds, **options)
 
     def _observe(self, measured):
         state = super()._observe(measured)

@@ -30,8 +30,8 @@ class DressedToy(toy.ToyPush):
         super().__init__(num_envs)
         DressedToy.num_started += 1
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
-        return super().step(np.asarray(action)[:, :2], reset_seeds, reproducible=reproducible, is_idle=is_idle)
+    def send(self, action, reset_seeds=None, **options):
+        super().send(np.asarray(action)[:, :2], reset_seeds, **options)
 
     def close(self):
         pass

@@ -66,9 +66,9 @@ class Seeing(toy.ToyPush):
         state = super()._observe(measured)
         return state._replace(signals=state.signals._replace(success=state.signals.tcp_pos[:, 0] > -0.06))
 
-    def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+    def send(self, action, reset_seeds=None, **options):
         self.seeds += (reset_seeds or {}).values()
-        return super().step(action, reset_seeds)
+        super().send(action, reset_seeds)
 
 
 def what_happened(lines):
@@ -344,10 +344,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, mak
 
 def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_run):
     class Dying(toy.ToyPush):
-        def step(self, action, reset_seeds=None, *, reproducible=False, is_idle=None):
+        def send(self, action, reset_seeds=None, **options):
             # A simulator that was lost comes back when it is reset, and is lost again in its first step.
-            alive = np.isin(np.arange(self.num_envs), list(reset_seeds or ()))
-            return super().step(action, reset_seeds)._replace(alive=alive)
+            self.alive = np.isin(np.arange(self.num_envs), list(reset_seeds or ()))
+            super().send(action, reset_seeds)
+
+        def receive(self):
+            return super().receive()._replace(alive=self.alive)
 
     with pytest.raises(SimulatorError, match="iteration 1 lost all of its 20 episodes"):
         train_ppo(policy, fresh(params), Dying(NUM_ENVS), spec, PPO, make_run())

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.base import EnvStep
+from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.batched_signals import BatchedSignalReader
 from stare_jax.envs.maniskill.building import make_scene
@@ -72,7 +72,7 @@ def start_batch(config: EnvConfig) -> "BatchedSimulator":
     return BatchedSimulator(make_scene(config)[0], config)
 
 
-class BatchedSimulator:
+class BatchedSimulator(VecEnv):
     """`VecEnv` of one batched `mani_skill` environment; see `envs.base`.
 
     Observations, signals and actions are JAX arrays on the simulator's device, copied there (`dlpack`). In a call all
@@ -103,6 +103,7 @@ class BatchedSimulator:
         env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)
         self._reader = BatchedSignalReader(env, config.scene)
         env._after_simulation_step = self._reader.look  # ManiSkill's hook at every sub-step.
+        self._images: dict[str, jax.Array] = {}
         self._observed_state = jax.jit(jax.vmap(functools.partial(observed_state, config.use_state)))
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
@@ -116,22 +117,25 @@ class BatchedSimulator:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
         return self._observe(self._reset(dict(enumerate(seeds))), np.ones(self.num_envs, bool))
 
-    def step(
+    def send(
         self,
         action: Any,
         reset_seeds: Mapping[int, int] | None = None,
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
-    ) -> EnvStep:
-        """Steps all environments with float32 `[B, A]` actions, of JAX or NumPy; then resets those in `reset_seeds`.
+        is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
+    ) -> None:
+        """Takes float32 `[B, A]` actions, of JAX or NumPy. `receive` steps all environments with them, and then resets
+        those in `reset_seeds`: this process is the simulator's own, and works when its answer is waited for.
 
-        Idle ones are stepped with the others: a batch has one physics.
+        Idle ones are stepped with the others: a batch has one physics. It is drawn if one of its images is looked at.
 
         Raises:
             ValueError: an action of another shape or not finite, or an index out of range.
         """
-        del reproducible, is_idle
+        del reproducible, is_idle, next_seeds
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
@@ -141,8 +145,14 @@ class BatchedSimulator:
         action, is_finite = _executable(jax.device_put(action, self._device), is_reset, self.config.gripper_threshold)
         if not is_finite:  # Waits for the policy, as handing its action over does anyway.
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
+        draws = is_drawn is None or bool(is_drawn.any() or is_reset.any())
+        self._sent = action, dict(reset_seeds), is_reset, draws
+
+    def receive(self) -> EnvStep:
+        """Steps and resets as `send` was told to."""
+        action, reset_seeds, is_reset, draws = self._sent
         info = self._env.step(jax_to_torch(action))[-1]
-        return self._observe(self._reset(reset_seeds) if reset_seeds else info, is_reset)
+        return self._observe(self._reset(reset_seeds) if reset_seeds else info, is_reset, draws=draws)
 
     def close(self) -> None:
         self._reader = None
@@ -154,14 +164,15 @@ class BatchedSimulator:
         env_idx = torch.tensor(list(seeds), device=self._env.device)
         return self._env.reset(options={"env_idx": env_idx, SEEDS: [int(seed) for seed in seeds.values()]})[1]
 
-    def _observe(self, info: Mapping[str, Any], is_first: np.ndarray) -> EnvStep:
+    def _observe(self, info: Mapping[str, Any], is_first: np.ndarray, *, draws: bool = True) -> EnvStep:
         """Copies everything: the next call overwrites the simulator's buffers."""
-        images = {self.config.scene.camera.name: self._render()} if self.config.image_size else {}
-        reading, images = torch_to_jax((self._reader.ask(info["success"]), images))
+        drawn = {self.config.scene.camera.name: self._render()} if self.config.image_size and draws else {}
+        reading, drawn = torch_to_jax((self._reader.ask(info["success"]), drawn))
+        self._images = self._images | drawn
         signals = self._reader.read(reading, is_first)
         no_tokens = np.zeros((self.num_envs, 0), np.int32)
         state = self._observed_state(signals, reading.gripper_opening)
-        observation = Observation(images, state, no_tokens, no_tokens.astype(bool))
+        observation = Observation(self._images, state, no_tokens, no_tokens.astype(bool))
         return EnvStep(observation, signals, np.ones(self.num_envs, bool))
 
     def _render(self) -> Any:

@@ -72,8 +72,13 @@ class Simulator:
         self._num_actions = 0
         return self._frame(self._reader.begin())
 
-    def step(self, action: np.ndarray) -> Frame:
+    def step(self, action: np.ndarray, *, is_drawn: bool = True) -> Frame:
         """Executes one control step with a float32 action `[A]` in the controller's units; see `executed_action`.
+
+        Args:
+            action: to execute.
+            is_drawn: False leaves the image out, which takes most of the time, unless a perturbation draws random
+                numbers for every image.
 
         Raises:
             ValueError: the action has another shape or is not finite.
@@ -86,7 +91,7 @@ class Simulator:
         self._num_actions += 1
         self._drive(executed_action(action, self.config.gripper_threshold))
         self._advance()
-        return self._frame(self._reader.read())
+        return self._frame(self._reader.read(), is_drawn=is_drawn or self._ongoing.see is not None)
 
     def close(self) -> None:
         self._reader = self._drive = self._camera = self._sapien_scene = self._backdrop = None
@@ -122,9 +127,9 @@ class Simulator:
             if sub_step == 1 or sub_step % every == 0 and not reader.is_touched:
                 reader.look()
 
-    def _frame(self, signals: Signals) -> Frame:
+    def _frame(self, signals: Signals, *, is_drawn: bool = True) -> Frame:
         state = observed_state(self.config.use_state, signals, self._reader.gripper_opening())
-        return Frame(self._render() if self.config.image_size else None, state, signals)
+        return Frame(self._render() if self.config.image_size and is_drawn else None, state, signals)
 
     def _render(self) -> np.ndarray:
         self._sapien_scene.update_render()

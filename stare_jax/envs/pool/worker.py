@@ -25,8 +25,9 @@ from stare_jax.envs.maniskill.building import import_mani_skill
 from stare_jax.envs.maniskill.simulator import Frame, Simulator
 from stare_jax.types import SIGNAL_FLAGS, SIGNAL_SHAPES, Signals
 
-STEP, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"r", b"R", b"-"
-"""Commands to one environment; the seed follows a reset. A message has one command per environment, joined."""
+STEP, STEP_UNSEEN, RESET, RESET_REPRODUCIBLY, STAY = b"s", b"u", b"r", b"R", b"-"
+"""Commands to one environment; the seed follows a reset, and an unseen step leaves the image as it is. A message has
+one command per environment and one for the spare simulator, joined."""
 SEPARATOR, CLOSE = b" ", b"c"
 DONE, FAILED = b"d", b"f"
 """Answers; JSON follows a failure: row -> traceback."""
@@ -108,7 +109,7 @@ def main(socket: int, file: int, first: int) -> None:
             sys.path.extend(folder for folder in path if folder not in sys.path)  # A task of one's own may lie there.
             memory = mmap.mmap(file, shared_size(config))
             os.close(file)
-            simulators = _start(config.of_task(config.task_index[first]))
+            simulators, spare = _start(config.of_task(config.task_index[first]))
         except EOFError:
             return
         except UserError as error:  # The message says what to do: a traceback adds nothing.
@@ -118,7 +119,7 @@ def main(socket: int, file: int, first: int) -> None:
             _answer(connection, {first: traceback.format_exc()})
             return
         _answer(connection, {})
-        _serve(connection, simulators, map_slots(config, memory), first)
+        _serve(connection, simulators, spare, map_slots(config, memory), first)
 
 
 def _answer(connection: Connection, failures: dict[int, str]) -> None:
@@ -140,33 +141,45 @@ def load_simulator() -> None:
     import_mani_skill()
 
 
-def _start(config: EnvConfig) -> list[Simulator]:
+def _start(config: EnvConfig) -> tuple[list[Simulator], Simulator | None]:
     load_simulator()
     np.random.seed()  # A process that is forked has its parent's state, as all others have.
     gc.freeze()  # Rebuilding a scene collects garbage; without the modules' objects that takes 10 ms instead of 150.
     simulators = [Simulator(config) for _ in range(config.envs_per_worker)]
     simulators[0].reset(0)  # The first image compiles shaders, and a task that cannot be read fails here, at the start.
-    return simulators
+    return simulators, Simulator(config) if config.has_spares else None
 
 
-def _serve(connection: Connection, simulators: list[Simulator], slots: Slots, first: int) -> None:
+def _serve(
+    connection: Connection, simulators: list[Simulator], spare: Simulator | None, slots: Slots, first: int
+) -> None:
     """Answers commands until the parent says so or is gone.
 
     An environment that raises does not keep the others of the process from executing their commands. Its scene is
-    rebuilt in its next reset: the error may have left it in any state.
+    rebuilt in its next reset: the error may have left it in any state. An environment that is to begin the episode that
+    the spare simulator has begun changes places with it.
     """
     broken: set[int] = set()
+    begun: tuple[bytes, Frame | None] = STAY, None
+    """the command that the spare simulator has executed, and the first state of its episode, None if it raised"""
+    is_spare_broken = False
     while True:
         try:
             message = connection.recv_bytes()
             if message == CLOSE:
                 return
             failures: dict[int, str] = {}
-            for row, (simulator, command) in enumerate(zip(simulators, message.split(SEPARATOR), strict=True), first):
+            *commands, command_of_spare = message.split(SEPARATOR)
+            for row, command in enumerate(commands, first):
                 if command == STAY:
                     continue
                 try:
-                    frame = _execute(simulator, command, slots.action[row], is_broken=row in broken)
+                    if command == begun[0] and begun[1] is not None and row not in broken:
+                        simulators[row - first], spare = spare, simulators[row - first]
+                        frame, begun = begun[1], (STAY, None)
+                    else:
+                        simulator = simulators[row - first]
+                        frame = _execute(simulator, command, slots.action[row], is_broken=row in broken)
                     _check_finite(frame)
                     write_frame(slots, row, frame)
                 except Exception:
@@ -175,14 +188,25 @@ def _serve(connection: Connection, simulators: list[Simulator], slots: Slots, fi
                     broken.discard(row)
             broken.update(failures)
             _answer(connection, failures)
+            if command_of_spare not in (STAY, begun[0]):
+                begun = command_of_spare, _begin(spare, command_of_spare, is_broken=is_spare_broken)
+                is_spare_broken = begun[1] is None
         except (EOFError, OSError):
             return
 
 
+def _begin(spare: Simulator, command: bytes, *, is_broken: bool) -> Frame | None:
+    """Begins an episode before it is asked for; returns None where that fails: who asks for it will hear why."""
+    try:
+        return _execute(spare, command, np.zeros(0, np.float32), is_broken=is_broken)
+    except Exception:
+        return None
+
+
 def _execute(simulator: Simulator, command: bytes, action: np.ndarray, *, is_broken: bool) -> Frame:
     kind, seed = command[:1], command[1:]
-    if kind == STEP:
-        return simulator.step(action)
+    if kind in (STEP, STEP_UNSEEN):
+        return simulator.step(action, is_drawn=kind == STEP)
     return simulator.reset(int(seed), reproducible=is_broken or kind == RESET_REPRODUCIBLY)
 
 

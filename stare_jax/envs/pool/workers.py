@@ -10,10 +10,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.base import EnvStep, SimulatorError
+from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.panda_lite import ensure_panda_lite, report_to_stderr
 from stare_jax.envs.maniskill.perturbations import episode_instruction
@@ -22,6 +23,7 @@ from stare_jax.envs.pool import worker
 from stare_jax.envs.pool.fork_server import fork
 from stare_jax.types import Observation, Signals
 
+_Seeds = Mapping[int, int]
 REMEDY = "`python launch/doctor.py` checks this machine and says what to do"
 
 
@@ -80,7 +82,17 @@ def _worker_environment() -> dict[str, str]:
     )
 
 
-class SimulatorPool:
+class _Asked(NamedTuple):
+    """Commands that workers have been sent, and whose answers have not been received."""
+
+    workers: list[int]
+    alive: np.ndarray
+    """bool `[B]`, True where an environment executes a command."""
+    rests: np.ndarray
+    """bool `[B]`, True where an environment is idle, and was not lost before."""
+
+
+class SimulatorPool(VecEnv):
     """`VecEnv` of ManiSkill simulators, of one task or of several; see `envs.base`. A process is of one task.
 
     Losing a simulator costs its episode and not the run. An environment that raises an error, or whose physics
@@ -114,6 +126,7 @@ class SimulatorPool:
         self._memory = mmap.mmap(self._file, worker.shared_size(config))
         self._slots = worker.map_slots(config, self._memory)
         self._needs_reset = np.ones(self.num_envs, bool)
+        self._asked: _Asked | None = None
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _shut_down, self._workers, self._file)
         try:
@@ -121,6 +134,10 @@ class SimulatorPool:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def spare_of_env(self) -> np.ndarray | None:
+        return np.arange(self.num_envs) // self.config.envs_per_worker if self.config.has_spares else None
 
     def reset(self, seeds: Sequence[int], *, reproducible: bool = False) -> EnvStep:
         """Resets all environments, after waiting for those that are being restarted.
@@ -131,27 +148,36 @@ class SimulatorPool:
         """
         if len(seeds) != self.num_envs:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
+        if self._asked is not None:  # Somebody was interrupted before he received it.
+            self.receive()
         while not all(each.is_ready for each in self._workers):
             self._notice_starts(waits=True)
-        return self._call(dict(enumerate(seeds)), is_stepped=np.zeros(self.num_envs, bool), reproducible=reproducible)
+        commands = np.full(self.num_envs, worker.STAY, object)
+        self._ask(commands, dict(enumerate(seeds)), np.zeros(self.num_envs, bool), {}, reproducible=reproducible)
+        return self.receive()
 
-    def step(
+    def send(
         self,
         action: np.ndarray,
         reset_seeds: Mapping[int, int] | None = None,
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
-    ) -> EnvStep:
-        """Resets the environments named in `reset_seeds` and steps all the others that are not idle.
+        is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
+    ) -> None:
+        """Asks to reset the environments named in `reset_seeds` and to step all the others that are not idle.
 
         An idle environment is neither stepped nor drawn: it stays as it was, and its process is not asked where it has
         no other to step.
 
         Raises:
             ValueError: an action of another shape or not finite, or an index out of range.
+            RuntimeError: what was sent before has not been received.
             SimulatorError: simulators were lost more often than `config.max_restarts` allows.
         """
+        if self._asked is not None:
+            raise RuntimeError("send: got a second call, expected `receive` after the first")
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
@@ -165,9 +191,31 @@ class SimulatorPool:
         if not np.isfinite(action[is_stepped]).all():
             raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
         self._slots.action[:] = action
-        state = self._call(reset_seeds, is_stepped=is_stepped, reproducible=reproducible)
+        step = worker.STEP if is_drawn is None else np.where(is_drawn, worker.STEP, worker.STEP_UNSEEN)
+        commands = np.where(is_stepped, step, worker.STAY).astype(object)
+        self._ask(commands, reset_seeds, rests, next_seeds or {}, reproducible=reproducible)
+
+    def receive(self) -> EnvStep:
+        """Waits for the answers to what was sent, and copies the states.
+
+        Raises:
+            RuntimeError: nothing was sent.
+            SimulatorError: simulators were lost more often than `config.max_restarts` allows.
+        """
+        if self._asked is None:
+            raise RuntimeError("receive: got nothing that was sent, expected `send` before it")
+        (workers, alive, rests), self._asked = self._asked, None
+        for index, answer in self._answers(workers, self.config.worker_timeout_s):
+            lost = {} if not answer else worker.read_answer(answer)
+            rows = list(lost) if answer else self._rows(index)
+            alive[rows], self._needs_reset[rows] = False, True
+            for row, what in lost.items():
+                self._count_loss(f"simulator {row} of {self.env_id} raised an error and loses its episode", what)
+            if not answer:
+                self._restart(index, "did not answer" if answer is None else "ended")
+        self._needs_reset[alive] = False
         # One that rests is lost only together with its process.
-        return state._replace(alive=state.alive | rests & ~self._needs_reset)
+        return self._read(alive | rests & ~self._needs_reset)
 
     def close(self) -> None:
         """Ends all workers and gives their memory back; a second call does nothing."""
@@ -175,10 +223,11 @@ class SimulatorPool:
 
     # ---- Calls -------------------------------------------------------------------------------------------------------
 
-    def _call(self, seeds: Mapping[int, int], *, is_stepped: np.ndarray, reproducible: bool) -> EnvStep:
-        """Sends every worker that has started its commands, and waits for the answers."""
+    def _ask(
+        self, commands: np.ndarray, seeds: _Seeds, rests: np.ndarray, next_seeds: _Seeds, *, reproducible: bool
+    ) -> None:
+        """Sends every worker that has started its commands, `[B]`, the resets, and what its spare simulator does."""
         reset = worker.RESET_REPRODUCIBLY if reproducible else worker.RESET
-        commands = np.where(is_stepped, worker.STEP, worker.STAY).astype(object)
         for row, seed in seeds.items():
             commands[row] = reset + str(int(seed)).encode()
             spec = self._specs[self.task_index[row]]
@@ -193,17 +242,9 @@ class SimulatorPool:
             rows = self._rows(index)
             alive[rows] = commands[rows] != worker.STAY
             with contextlib.suppress(OSError):  # As above.
-                self._workers[index].connection.send_bytes(worker.SEPARATOR.join(commands[rows]))
-        for index, answer in self._answers(asked, self.config.worker_timeout_s):
-            lost = {} if not answer else worker.read_answer(answer)
-            rows = list(lost) if answer else self._rows(index)
-            alive[rows], self._needs_reset[rows] = False, True
-            for row, what in lost.items():
-                self._count_loss(f"simulator {row} of {self.env_id} raised an error and loses its episode", what)
-            if not answer:
-                self._restart(index, "did not answer" if answer is None else "ended")
-        self._needs_reset[alive] = False
-        return self._read(alive)
+                spare = reset + str(int(next_seeds[index])).encode() if index in next_seeds else worker.STAY
+                self._workers[index].connection.send_bytes(worker.SEPARATOR.join([*commands[rows], spare]))
+        self._asked = _Asked(asked, alive, rests)
 
     def _rows(self, index: int) -> slice:
         """Returns the environments of a worker."""

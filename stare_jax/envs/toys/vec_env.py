@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.base import EnvStep
+from stare_jax.envs.base import EnvStep, VecEnv
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.types import Array, NormStats, Observation
 
@@ -38,7 +38,7 @@ class Toy(NamedTuple):
     norm_stats: NormStats
 
 
-class ToyEnv:
+class ToyEnv(VecEnv):
     """`num_envs` environments of a toy; see `envs.base.VecEnv`."""
 
     def __init__(self, toy: Toy, num_envs: int):
@@ -64,26 +64,30 @@ class ToyEnv:
         del reproducible  # Every reset is.
         if len(seeds) != self.num_envs:
             raise ValueError(f"seeds: got {len(seeds)}, expected one for each of {self.num_envs} environments")
-        self._state, measured = self._reset(np.asarray(seeds, np.uint32))
-        return self._observe(measured)
+        self._state, self._measured = self._reset(np.asarray(seeds, np.uint32))
+        return self._observe(self._measured)
 
-    def step(
+    def send(
         self,
         action: np.ndarray,
         reset_seeds: Mapping[int, int] | None = None,
         *,
         reproducible: bool = False,
         is_idle: np.ndarray | None = None,
-    ) -> EnvStep:
-        del reproducible, is_idle  # All step together.
+        is_drawn: np.ndarray | None = None,
+        next_seeds: Mapping[int, int] | None = None,
+    ) -> None:
+        del reproducible, is_idle, is_drawn, next_seeds  # All step together, and there is nothing to draw.
         seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
         for i, seed in (reset_seeds or {}).items():
             seeds[i], is_reset[i] = seed, True
-        self._state, measured = self._step(self._state, np.asarray(action, np.float32), seeds, is_reset)
-        return self._observe(measured)
+        self._state, self._measured = self._step(self._state, np.asarray(action, np.float32), seeds, is_reset)
+
+    def receive(self) -> EnvStep:
+        return self._observe(self._measured)
 
     def close(self) -> None:
-        del self._state
+        del self._state, self._measured
 
     def _observe(self, measured) -> EnvStep:
         state, signals = jax.device_get(measured)
