@@ -8,13 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from stare_jax.config import Count, check_fields
 from stare_jax.models.nn.attention import AttentionKernel
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
-from stare_jax.sharding.mesh import BATCH_AXES
 
 PRODUCT = "product"
 """name of the results of products, for rematerialisation."""
@@ -53,20 +50,6 @@ def gelu(x: jax.Array) -> jax.Array:
     """Returns the exact GELU x Φ(x), computed in float32 by erf, which CPUs do faster than `jax.nn.gelu`'s erfc."""
     x32 = x.astype(jnp.float32)
     return (x32 * (0.5 + 0.5 * jax.lax.erf(x32 * math.sqrt(0.5)))).astype(x.dtype)
-
-
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Constrains activations `[B, ...]` to be split by rows over the parameters' mesh, where the mesh divides B.
-
-    Without the constraint the compiler splits activations by width, as it finds weights split, and exchanges
-    activations of the whole batch in every layer instead of gathering the layer's weights. A gradient is split only
-    where its activation is constrained: the input of a product whose weights are split by input needs it. On one
-    device this does nothing.
-    """
-    mesh = jax.typeof(x).sharding.mesh  # every value knows it, wherever it is traced
-    if mesh.size <= 1 or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(BATCH_AXES)))
 
 
 class Linear(nn.Module):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from stare_jax.config import Count, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend, self_attend
-from stare_jax.models.nn.linear import Execution, Linear, constrain_batch, scan_layers
+from stare_jax.models.nn.layout import OF_MANY_TOKENS, constrain_batch, layout_of_token
+from stare_jax.models.nn.linear import Execution, Linear, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
 from stare_jax.models.nn.norms import RMSNorm
 from stare_jax.models.nn.rotary import rotary_angles, rotate
@@ -81,27 +82,28 @@ class LlamaBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, call: LlamaCall) -> tuple[jax.Array, KeyValue]:
         """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
-        cfg = self.config
+        cfg, layout = self.config, OF_MANY_TOKENS if cache is None else layout_of_token(x)
         linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora, path_prefix=self.path_prefix)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
         for_query, for_key, for_value = normed, normed, normed
         if cache is not None:
             # Without the barrier XLA's GPU compiler joins the three products and copies their weights for every token.
             for_query, for_key, for_value = jax.lax.optimization_barrier((normed, normed, normed))
-        query = rotate(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query), call.cos, call.sin)
-        key = rotate(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key), call.cos, call.sin)
-        new = KeyValue(key, linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
+        query = layout.sums(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query))
+        key = layout.sums(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key))
+        value = layout.sums(linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
+        query, new = rotate(query, call.cos, call.sin), KeyValue(rotate(key, call.cos, call.sin), value)
         if cache is None:
             implementation = self.execution.attention
             attended = self_attend(query, new, *call.masks, is_causal=True, implementation=implementation)
         else:
             new = jax.tree.map(partial(_write, index=call.index), cache.suffix, new)
             attended = attend(query, [cache.prefix, new], call.masks)
-        x = x + linear((cfg.width,), num_in_axes=2, name="o_proj")(attended)
+        x = layout.read(x + linear((cfg.width,), num_in_axes=2, name="o_proj")(layout.gathered(attended)))
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
-        gate = linear((cfg.mlp_dim,), name="gate_proj")(normed)
-        gated = nn.silu(gate) * linear((cfg.mlp_dim,), name="up_proj")(normed)
-        return constrain_batch(x + linear((cfg.width,), name="down_proj")(gated)), new
+        gate = layout.sums(linear((cfg.mlp_dim,), name="gate_proj")(normed))
+        gated = nn.silu(gate) * layout.sums(linear((cfg.mlp_dim,), name="up_proj")(normed))
+        return layout.read(x + linear((cfg.width,), name="down_proj")(layout.gathered(gated))), new
 
 
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -226,7 +228,8 @@ class Llama(nn.Module):
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         num_slots = jax.tree.leaves(cache.suffix)[0].shape[-3]
         is_decoded = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
-        x, suffix = self._run_layers(x, cache, LlamaCall(cos, sin, (mask[:, None], is_decoded), index), layers)
+        call = LlamaCall(cos, sin, (mask[:, None], is_decoded), index)
+        x, suffix = self._run_layers(layout_of_token(x).read(x), cache, call, layers)
         return self.norm(x), cache._replace(suffix=suffix)
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:
