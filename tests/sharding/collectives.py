@@ -1,4 +1,4 @@
-"""What a program may exchange between devices: the weights of one layer at a time, and sums of their gradients."""
+"""What a program may exchange: weights of one layer at a time and sums of their gradients; of a token, activations."""
 
 import collections
 import math
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from stare_jax.models.bins import NUM_BINS
+from stare_jax.models.nn.llama import LlamaConfig
 from stare_jax.plan.exchanges import Collective
 
 OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
@@ -60,13 +61,37 @@ def moved_out(found: Sequence[Collective]) -> list[str]:
     return [f"moved out of its loop: {one}" for one in of_layers if one.num_loops != one.num_written]
 
 
+def is_of_token(one: Collective) -> bool:
+    """Returns whether an exchange is in the loop over decoded tokens, the outermost one of sampling.
+
+    The output layer's columns, weights that are gathered for all tokens at once, are not.
+    """
+    return re.match(r"jit\([^)]*\)/while/body/", one.source) is not None and "lm_head/" not in one.source
+
+
+def numbers_of_token(found: Sequence[Collective]) -> int:
+    """Returns how many numbers are exchanged for one decoded token."""
+    of_tokens = [one for one in found if is_of_token(one)]
+    return sum(sum(one.sizes) * math.prod(one.trips[1:]) for one in of_tokens)
+
+
+def most_of_token(llm: LlamaConfig, rows: int, rank: int) -> int:
+    """Returns how many numbers a token takes at most where weights stay, for `rows` rows and adapters of a rank.
+
+    Of each layer: what queries, keys, values, gates and the numbers beside these sum up to, with the narrow numbers of
+    their adapters and two norms; what the two products behind them read. Around the layers, the token's embedding, the
+    last norm and a layout for the logits.
+    """
+    attended, hidden = llm.num_heads * llm.head_dim, llm.mlp_dim
+    summed = attended + 2 * llm.num_kv_heads * llm.head_dim + 2 * hidden + 5 * rank + 2
+    return rows * (llm.depth * (summed + attended + hidden) + 3 * llm.width + 2)
+
+
 STACKS = ("dino", "siglip", "img", "llm", "expert")
 """names of stacks of layers in the paths of both models; `expert` is the second one in pi0.5's language model."""
 
 
-def num_passes(
-    phase: str, trained: str, *, scores_first: bool = False, has_reference: bool = False, decodes: bool = False
-) -> dict[str, int]:
+def num_passes(phase: str, trained: str, *, scores_first: bool = False, has_reference: bool = False) -> dict[str, int]:
     """Returns how often a program reads the layers of each of `STACKS`: once, and once more where it learns.
 
     Args:
@@ -76,12 +101,11 @@ def num_passes(
         scores_first: whether all decisions are scored before some are differentiated.
         has_reference: whether a reference scores them, too; it shares what images and text become where all of
             that is frozen.
-        decodes: whether sampling reads the prompt and then decodes, as OpenVLA's does.
     """
     twice = () if not has_reference else ("expert",) if trained in ("expert", "kept") else STACKS
     passes = {stack: 1 + scores_first + (stack in twice) for stack in STACKS}
     if phase == "sample":
-        return passes | {"llm": 1 + decodes}
+        return passes
     if trained == "kept":
         return dict.fromkeys(STACKS, 0) | {"expert": passes["expert"] + 1}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]

@@ -18,7 +18,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from collectives import moved_out, not_zero3, num_passes
+from collectives import is_of_token, moved_out, not_zero3, num_passes, numbers_of_token
 
 from configs import ipi_widowx
 from stare_jax.config import from_dict
@@ -86,14 +86,15 @@ def main(phase, fsdp, tensor, *words):
     leaves = [(path_name(path), leaf.shape, not leaf.sharding.is_fully_replicated) for path, leaf in params]
     trained = "full" if "full" in words else "expert" if "pi05" in words and "lora" not in words else "lora"
     has_reference = phase == "ppo" and config.ppo.kl_coef is not None
-    passes = num_passes(
-        phase, trained, scores_first=phase == "tpo", has_reference=has_reference, decodes="pi05" not in words
-    )
+    passes = num_passes(phase, trained, scores_first=phase == "tpo", has_reference=has_reference)
+    is_decoded = phase == "sample" and "pi05" not in words
+    of_weights = [one for one in found if not (is_decoded and is_of_token(one))]
     largest = max(found, key=lambda one: max(one.sizes))
     print(
         json.dumps(
             {
-                "not_zero3": not_zero3(found, leaves, passes),
+                "not_zero3": not_zero3(of_weights, leaves, passes),
+                "token_numbers": numbers_of_token(found) if is_decoded else None,
                 "moved_out": moved_out(found),
                 "largest": max(largest.sizes),
                 "largest_is": str(largest),

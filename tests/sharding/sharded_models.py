@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import nano_flow
 import numpy as np
-from collectives import moved_out, not_zero3, num_passes
+from collectives import is_of_token, most_of_token, moved_out, not_zero3, num_passes, numbers_of_token
 from nano_policy import INSTRUCTIONS, nano_config, random_observation, random_params, some_stats
 
 from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, make_policy
@@ -45,7 +45,7 @@ FEW = {
     "pi05": (("full", "sft", None, MESHES[0]), ("expert", "ppo", 8, MESHES[1])),
 }
 """model -> (what is trained, phase, microbatch, mesh), of which all kinds of layout are seen at least once."""
-SIZE = 16
+SIZE, RANK = 16, 4
 # With SGD-like moments (large eps) a difference in rounding stays one.
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, eps=1.0)
 TRAINING = (True, 0.0)
@@ -74,9 +74,9 @@ def nano_pi05(**changes):
 def policy_and_params(model, trained):
     execution = Execution(remat="full")
     if model == "openvla":
-        config = nano_config(lora=LoRAConfig(rank=4) if trained == "lora" else None, execution=execution)
+        config = nano_config(lora=LoRAConfig(rank=RANK) if trained == "lora" else None, execution=execution)
     else:
-        lora = LoRAConfig(rank=4, targets=PI05_EXPERTS) if trained == "lora" else None
+        lora = LoRAConfig(rank=RANK, targets=PI05_EXPERTS) if trained == "lora" else None
         frozen = (PI05_PALIGEMMA,) if trained in ("expert", "kept") else ()
         config = nano_pi05(lora=lora, frozen_patterns=frozen, execution=execution)
     policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
@@ -223,9 +223,13 @@ def exchanged_by_sampling(model):
     (policy, params), mesh = policy_and_params(model, "lora"), make_mesh(**MESHES[1])
     placed = jax.device_put(params, tree_shardings(params, mesh, policy.sharding_rules))
     inputs = (placed, place(random_observation(policy, prompts(SIZE)), mesh), jax.random.key(1))
-    text = jax.jit(policy.sample).lower(*inputs).compile().as_text()
-    passes = num_passes("sample", "lora", decodes=policy.window is None)
-    return not_zero3(read_collectives(text), shapes_of(placed), passes)
+    found = read_collectives(jax.jit(policy.sample).lower(*inputs).compile().as_text())
+    problems = []
+    if model == "openvla":
+        numbers, most = numbers_of_token(found), most_of_token(nano_config().llm, SIZE, RANK)
+        problems = [] if 0 < numbers <= most else [f"a token exchanges {numbers} numbers, expected at most {most}"]
+        found = [one for one in found if not is_of_token(one)]
+    return problems + not_zero3(found, shapes_of(placed), num_passes("sample", "lora"))
 
 
 def shapes_of(params):

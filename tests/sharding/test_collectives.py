@@ -1,7 +1,7 @@
 """The check of what a program exchanges finds each kind of fault, in programs of a few lines."""
 
 import pytest
-from collectives import moved_out, not_zero3
+from collectives import is_of_token, moved_out, not_zero3, numbers_of_token
 
 from stare_jax.plan.exchanges import read_collectives
 
@@ -66,6 +66,15 @@ def test_weights_of_one_layer_at_a_time_are_fine():
 def test_every_other_exchange_is_found(in_loop, outside, message):
     found = problems(in_loop, outside)
     assert any(problem.startswith(message) for problem in found), found
+
+
+def test_exchanges_of_a_token_are_counted_in_the_loop_over_tokens_alone():
+    token = "jit(sample)/while/body/closed_call/decode"
+    layer = f"{token}/while/body/layers/(q_proj/dot_general:k_proj/dot_general)"
+    read = read_collectives(program([("all-reduce", "4,8", token)], [("all-gather", "8,16", LAYER)]))
+    assert [is_of_token(one) for one in read] == [True, False]
+    read = [one._replace(trips=(6, 3), source=layer, num_loops=2) for one in read[:1]]
+    assert numbers_of_token(read) == 3 * 32
 
 
 def test_what_is_moved_out_is_found_on_any_mesh():

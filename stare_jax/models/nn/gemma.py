@@ -17,10 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.config import Count, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend
-from stare_jax.models.nn.layout import constrain_batch
 from stare_jax.models.nn.linear import PRODUCT, Execution, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, low_rank_einsum, stacked_adapters
 from stare_jax.models.nn.norms import AdaptiveRMSNorm, OffsetRMSNorm
+from stare_jax.models.nn.placement import constrain_batch
 from stare_jax.models.nn.rotary import rotary_angles, rotate
 
 ROPE_THETA = 10_000.0

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from stare_jax.config import Count, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend, self_attend
-from stare_jax.models.nn.layout import OF_MANY_TOKENS, constrain_batch, layout_of_token
 from stare_jax.models.nn.linear import Execution, Linear, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, module_adapters
 from stare_jax.models.nn.norms import RMSNorm
+from stare_jax.models.nn.placement import MANY_TOKENS, constrain_batch, place_token
 from stare_jax.models.nn.rotary import rotary_angles, rotate
 from stare_jax.types import PyTree
 
@@ -82,16 +82,16 @@ class LlamaBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cache: Cache | None, call: LlamaCall) -> tuple[jax.Array, KeyValue]:
         """Maps `[B, T, width]` to itself; returns the keys and values of this call, or the cache's updated suffix."""
-        cfg, layout = self.config, OF_MANY_TOKENS if cache is None else layout_of_token(x)
+        cfg, place = self.config, MANY_TOKENS if cache is None else place_token(x)
         linear = partial(Linear, execution=self.execution, use_bias=False, lora=self.lora, path_prefix=self.path_prefix)
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="input_norm")(x)
         for_query, for_key, for_value = normed, normed, normed
         if cache is not None:
             # Without the barrier XLA's GPU compiler joins the three products and copies their weights for every token.
             for_query, for_key, for_value = jax.lax.optimization_barrier((normed, normed, normed))
-        query = layout.sums(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query))
-        key = layout.sums(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key))
-        value = layout.sums(linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
+        query = place.sums(linear((cfg.num_heads, cfg.head_dim), name="q_proj")(for_query))
+        key = place.sums(linear((cfg.num_kv_heads, cfg.head_dim), name="k_proj")(for_key))
+        value = place.sums(linear((cfg.num_kv_heads, cfg.head_dim), name="v_proj")(for_value))
         query, new = rotate(query, call.cos, call.sin), KeyValue(rotate(key, call.cos, call.sin), value)
         if cache is None:
             implementation = self.execution.attention
@@ -99,11 +99,11 @@ class LlamaBlock(nn.Module):
         else:
             new = jax.tree.map(partial(_write, index=call.index), cache.suffix, new)
             attended = attend(query, [cache.prefix, new], call.masks)
-        x = layout.read(x + linear((cfg.width,), num_in_axes=2, name="o_proj")(layout.gathered(attended)))
+        x = place.read(x + linear((cfg.width,), num_in_axes=2, name="o_proj")(place.gathered(attended)))
         normed = RMSNorm(cfg.norm_eps, self.execution.param_dtype, name="post_norm")(x)
-        gate = layout.sums(linear((cfg.mlp_dim,), name="gate_proj")(normed))
-        gated = nn.silu(gate) * layout.sums(linear((cfg.mlp_dim,), name="up_proj")(normed))
-        return layout.read(x + linear((cfg.width,), name="down_proj")(layout.gathered(gated))), new
+        gate = place.sums(linear((cfg.mlp_dim,), name="gate_proj")(normed))
+        gated = nn.silu(gate) * place.sums(linear((cfg.mlp_dim,), name="up_proj")(normed))
+        return place.read(x + linear((cfg.width,), name="down_proj")(place.gathered(gated))), new
 
 
 def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Array:
@@ -229,7 +229,7 @@ class Llama(nn.Module):
         num_slots = jax.tree.leaves(cache.suffix)[0].shape[-3]
         is_decoded = jnp.broadcast_to(jnp.arange(num_slots) <= index, (x.shape[0], 1, num_slots))
         call = LlamaCall(cos, sin, (mask[:, None], is_decoded), index)
-        x, suffix = self._run_layers(layout_of_token(x).read(x), cache, call, layers)
+        x, suffix = self._run_layers(place_token(x).read(x), cache, call, layers)
         return self.norm(x), cache._replace(suffix=suffix)
 
     def logits(self, hidden: jax.Array, start: int, stop: int) -> jax.Array:

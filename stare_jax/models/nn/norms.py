@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from stare_jax.models.nn.layout import constrain_batch
 from stare_jax.models.nn.linear import Execution
+from stare_jax.models.nn.placement import constrain_batch
 
 NORM_EPS = 1e-6
 """epsilon of all norms of pi0.5 and of the vision towers."""

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from stare_jax.config import Count, check_fields
 from stare_jax.models.nn.attention import KeyValue, attend
-from stare_jax.models.nn.layout import constrain_batch
 from stare_jax.models.nn.linear import Execution, Linear, scan_layers
 from stare_jax.models.nn.norms import layer_norm
+from stare_jax.models.nn.placement import constrain_batch
 from stare_jax.models.nn.vit import patchify
 
 

@@ -15,10 +15,10 @@ from annotated_types import Interval
 
 from stare_jax.config import Count, Finite, Natural, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue, self_attend
-from stare_jax.models.nn.layout import constrain_batch
 from stare_jax.models.nn.linear import Execution, Linear, gelu, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig
 from stare_jax.models.nn.norms import layer_norm
+from stare_jax.models.nn.placement import constrain_batch
 
 
 @dataclasses.dataclass(frozen=True)

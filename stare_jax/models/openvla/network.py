@@ -20,10 +20,10 @@ from stare_jax.config import Count, Natural, NonNegative, Pattern, check_fields
 from stare_jax.models.bins import NUM_BINS, Greedy
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.heads import ValueHead
-from stare_jax.models.nn.layout import constrain_batch
 from stare_jax.models.nn.linear import Execution, Linear, gelu
 from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.nn.lora import LoRAConfig
+from stare_jax.models.nn.placement import constrain_batch
 from stare_jax.models.nn.vit import ConvStem, ViT, ViTConfig, stem_stride
 from stare_jax.models.preprocess import Resize, crop_center, normalize_image, resize_image
 from stare_jax.models.tokenizer import check_template

@@ -19,9 +19,9 @@ from stare_jax.config import Count, Natural, Pattern, Positive, check_fields
 from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import Gemma, GemmaConfig
 from stare_jax.models.nn.heads import NoiseHead, ValueHead
-from stare_jax.models.nn.layout import constrain_batch
 from stare_jax.models.nn.linear import Execution, Linear
 from stare_jax.models.nn.lora import LoRAConfig
+from stare_jax.models.nn.placement import constrain_batch
 from stare_jax.models.nn.siglip import SigLIP, SigLIPConfig
 from stare_jax.models.nn.vit import ConvStem, stem_stride
 from stare_jax.models.tokenizer import check_template

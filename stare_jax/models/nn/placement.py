@@ -1,4 +1,4 @@
-"""Places of activations on the parameters' mesh: rows beside gathered weights, or few tokens beside weights at rest."""
+"""Places of activations on the parameters' mesh: beside gathered weights, or, of few tokens, beside weights at rest."""
 
 import math
 from collections.abc import Callable
@@ -22,41 +22,44 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     return _constrain(x, BATCH_AXES)
 
 
-class Layout(NamedTuple):
-    """Constraints of the activations of a layer whose first products have weights split by input, its last by output."""
+class Placement(NamedTuple):
+    """Constraints of the activations of a layer, whose first products have weights split by input, the last by output.
+
+    Each takes an array `[B, T, ...]` and returns it.
+    """
 
     read: Callable[[jax.Array], jax.Array]
-    """of the layer's input and output `[B, ..., width]`, which the first products read."""
+    """of what the first products read, `[B, T, width]`, which is also what the last ones return."""
     sums: Callable[[jax.Array], jax.Array]
-    """of the first products' results `[B, T, units, ...]`: heads, or hidden units."""
+    """of the results of the first products, heads `[B, T, H, D]` or hidden units `[B, T, M]`."""
     gathered: Callable[[jax.Array], jax.Array]
-    """of the last products' inputs `[B, T, units, ...]`."""
+    """of what the last products read, likewise."""
 
 
-def _unconstrained(x: jax.Array) -> jax.Array:
+def _leave(x: jax.Array) -> jax.Array:
     return x
 
 
-OF_MANY_TOKENS = Layout(constrain_batch, _unconstrained, _unconstrained)
-"""Each device has rows of its own and gathers the weights of the layer."""
-OF_FEW_TOKENS = Layout(
+MANY_TOKENS = Placement(constrain_batch, _leave, _leave)
+"""Each device keeps its rows and gathers the weights of the layer."""
+FEW_TOKENS = Placement(
     read=lambda x: _constrain(x, "data", None, "fsdp"),
-    # As one constraint it would be met by gathering the weights: the sum is taken first, and then cut.
+    # In two steps: rows asked for at once would be computed from gathered weights.
     sums=lambda x: _constrain(_constrain(x, "data", None, "tensor"), BATCH_AXES, None, "tensor"),
     gathered=lambda x: _constrain(x, "data", None, "tensor"),
 )
-"""Each device multiplies all rows of its `fsdp` group by the part of the weights that it has. Partial sums are
-exchanged, of each row to the device that has it; between the products, in attention for one, rows are where they were."""
+"""Weights stay where they are. Each device multiplies all rows of its `fsdp` group by its part of the weights; the sums
+go to the devices of the rows, where attention and activation functions are computed."""
 
 
-def layout_of_token(x: jax.Array) -> Layout:
-    """Returns the layout that exchanges less for one token a row, `[B, width]` or `[B, 1, width]`.
+def place_token(x: jax.Array) -> Placement:
+    """Returns the placement that exchanges fewer numbers for one token a row, `[B, 1, width]`.
 
-    In a layer, devices exchange either `width * n` numbers of weights or about `rows * n` of activations, with the same
-    n and the rows of one `fsdp` group.
+    A layer's weights are `width * n` numbers, its activations `rows * n` with the same n, for the rows of one `fsdp`
+    group.
     """
     rows = x.shape[0] // _mesh(x).shape.get("data", 1)
-    return OF_FEW_TOKENS if rows < x.shape[-1] else OF_MANY_TOKENS
+    return FEW_TOKENS if rows < x.shape[-1] else MANY_TOKENS
 
 
 def _mesh(x: jax.Array) -> jax.sharding.AbstractMesh:
