@@ -22,7 +22,7 @@ def not_zero3(
 
     Inside a loop over layers that is the weights of one layer, gathered once in every pass, and sums of their
     gradients; no activations. Outside of it, the same of all other weights, of the output layer as many columns as are
-    used, and what the lookup of embeddings takes.
+    used, and what the lookup of embeddings takes; and the layers of stacks whose loops gather nothing, all at once.
 
     Args:
         found: see `read_collectives`.
@@ -35,6 +35,7 @@ def not_zero3(
             size = math.prod(shape[1:])
             in_layers.add(size)
             missing[_stack(path), size] += num_passes[_stack(path)] * is_split
+            elsewhere |= set() if num_passes[_stack(path)] else {math.prod(shape)}
         else:
             elsewhere |= {math.prod(shape), shape[0] * NUM_BINS} if "lm_head" in path else {math.prod(shape)}
     # A tower's class token and registers are put together before anything is done with them.
@@ -105,7 +106,7 @@ def num_passes(phase: str, trained: str, *, scores_first: bool = False, has_refe
     twice = () if not has_reference else ("expert",) if trained in ("expert", "kept") else STACKS
     passes = {stack: 1 + scores_first + (stack in twice) for stack in STACKS}
     if phase == "sample":
-        return passes
+        return passes | {"expert": 0}  # gathered before the loop over denoising steps, see `not_zero3`
     if trained == "kept":
         return dict.fromkeys(STACKS, 0) | {"expert": passes["expert"] + 1}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]
