@@ -14,6 +14,7 @@ from stare_jax.models.nn.attention import KeyValue, attend
 from stare_jax.models.nn.linear import Execution, Linear
 from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.nn.norms import RMSNorm
+from stare_jax.models.nn.placement import FEW_TOKENS, MANY_TOKENS, place_token
 from stare_jax.models.nn.rotary import rotary_angles, rotate
 from stare_jax.models.nn.vit import ConvStem, ViT, ViTBlock, ViTConfig, patchify, strided_windows
 
@@ -183,6 +184,10 @@ def test_decoding_one_by_one_equals_the_whole_sequence(llama_params):
     for i in range(3):
         hidden, cache = decode(x[:, 6 + i : 7 + i], cache, mask, i)
         np.testing.assert_allclose(hidden[:, 0], whole[:, 6 + i], atol=1e-5)
+
+
+def test_weights_stay_where_they_are_for_fewer_rows_than_the_width():
+    assert place_token(jnp.zeros((7, 1, 8))) is FEW_TOKENS and place_token(jnp.zeros((8, 1, 8))) is MANY_TOKENS
 
 
 def test_padding_is_invisible(llama_params):
