@@ -75,7 +75,7 @@ def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:
 def run_generate(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
     config = make_config(spec)
     policy = blank_policy(config)
-    params = make_params(policy, config, spec.seed)
+    params = prepare_params(policy, make_params(policy, config, spec.seed))
     for batch in spec.batches:
         with reported(errors, f"stare_jax, generate {batch}"):
             yield _generate(policy, params, observe(make_inputs(config, batch, spec.seed), config), batch, spec)

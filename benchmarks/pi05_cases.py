@@ -20,6 +20,7 @@ from stare_jax.models.blank import blank_policy
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.sharding.mesh import path_name
 from stare_jax.types import Observation, PyTree
 
@@ -131,8 +132,12 @@ def observe(config: Pi05Config, inputs: Inputs) -> Observation:
 
 
 def our_sampler(config: Pi05Config, params: PyTree, inputs: Inputs) -> Callable[[], np.ndarray]:
-    """Returns a function that samples by this library's policy, its value included; `[B, H, A]`, normalised."""
+    """Returns a function that samples by this library's policy, its value included; `[B, H, A]`, normalised.
+
+    Parameters are prepared beforehand, as for a rollout.
+    """
     policy, observation, noise = build(config), observe(config, inputs), jnp.asarray(inputs.noise)
+    params = prepare_params(policy, params)
 
     @jax.jit
     def sample(params, observation, noise):

@@ -278,8 +278,16 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
             key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
-            act = policy_act(policy, state.params, key, temperature=config.temperature, mesh=run.mesh)
-            rollout = _collect(act, env, spec, counters, config, run, window)
+            # No name for the actor: what it has prepared is freed before the updates.
+            rollout = _collect(
+                policy_act(policy, state.params, key, temperature=config.temperature, mesh=run.mesh),
+                env,
+                spec,
+                counters,
+                config,
+                run,
+                window,
+            )
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
