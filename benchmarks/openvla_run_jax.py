@@ -25,6 +25,7 @@ from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, we
 from stare_jax.models import OpenVLAConfig, Policy
 from stare_jax.models.blank import blank_policy, leaf_shapes
 from stare_jax.models.nn.lora import add_adapters, init_adapters
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.state.storage import nest
 from stare_jax.state.train_state import TrainState

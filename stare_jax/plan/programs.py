@@ -177,9 +177,7 @@ def lower_program(name: str, config: RunConfig, mesh: Mesh) -> Lowered:
     group = config.env.of_group.num_envs  # which the policy decides for at a time
     num_rows = group + -group % num_parts(mesh)
     sharding = batch_sharding(mesh)
-    observation = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), policy.observation_shape(num_rows)
-    )
+    observation = jax.tree.map(lambda x: x.update(sharding=sharding), policy.observation_shape(num_rows))
     prepared, made = prepared_shapes(policy, params)
     held = num_bytes((params, made, observation), on_device=True)
     if "ppo" in config.phases:  # whose optimiser keeps its state during the rollouts
