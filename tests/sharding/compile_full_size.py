@@ -48,8 +48,8 @@ def lower_phase(phase, config, mesh):
     lowered = lower_step(step, state, batch, *inputs)
     reference, contexts = inputs[-2:] if phase == "ppo" else (None, None)
     # A compiled program is not given what it does not read: values are asked for in PPO alone, and not of a reference.
-    read = (state.frozen if phase == "ppo" else without_value(state.frozen), batch, without_value(reference or {}), contexts)
-    return lowered, state.replace(frozen=None), read
+    frozen = state.frozen if phase == "ppo" else without_value(state.frozen)
+    return lowered, state.replace(frozen=None), (frozen, batch, without_value(reference or {}), contexts)
 
 
 def without_value(params):
