@@ -1,0 +1,42 @@
+"""The benchmark of iterations: a small policy acts and learns; a mesh that fails leaves its reason."""
+
+import argparse
+import json
+
+import iteration
+import pytest
+
+CONFIGURATION = """
+from configs.presets import base_config
+from stare_jax.envs import EnvConfig
+from stare_jax.models import MLPConfig
+
+def get_config():
+    size = {"num_workers": 4, "envs_per_worker": 1, "num_groups": 2, "horizon": 3, "image_size": 0}
+    env = EnvConfig("PushCube-v1", use_state="low_dim", **size)
+    config = base_config(env, MLPConfig(state_dim=env.state_dim, hidden_dims=(8,), value_dims=(8,)), name="small")
+    config.ppo.num_episodes, config.ppo.minibatch_size, config.ppo.microbatch_size = 6, 16, 8
+    return config
+"""
+
+
+def test_iterations_are_measured_on_the_meshes_that_there_are(tmp_path, capsys):
+    file, out = tmp_path / "small.py", tmp_path / "result.json"
+    file.write_text(CONFIGURATION)
+    with pytest.raises(SystemExit, match="mesh .*999.*: ShardingError"):
+        iteration.main([f"--config={file}", "--meshes=data999,data1", "--repeats=1", f"--out={out}"])
+    result = json.loads(out.read_text())
+    (row,), (error,) = result["rows"], result["errors"]
+    # Six episodes of three actions: 18 decisions, in two minibatches.
+    assert (row["rows"], row["num_decisions"], row["num_updates"]) == (2, 18, 2)
+    assert sum(row[part] for part in iteration.PARTS) == pytest.approx(row["iteration_s"], rel=0.05)
+    assert min(row[part] for part in iteration.PARTS) > 0 and row["act"]["median_s"] > 0 < row["device"]["median_s"]
+    assert row["first_log_ratio_rms"] < 1e-5 and set(row["peak_bytes"]) == {"start", "rollout", "update"}
+    assert "expected at most 1 device" in error and "data1, peak after update" in capsys.readouterr().out
+
+
+def test_meshes_are_read():
+    sizes = [(mesh.data, mesh.fsdp) for mesh in iteration.parse_meshes("all", 5)]
+    assert sizes == [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
+    with pytest.raises(argparse.ArgumentTypeError, match="got 'tensor2', expected all, or words such as data1"):
+        iteration.parse_meshes("tensor2", 5)
