@@ -75,7 +75,8 @@ class Learner:
 
     def __init__(self, config: RunConfig, seed: int):
         """Fills the devices of the configuration's mesh with random parameters and the optimiser's state."""
-        sizes, self.config = config.mesh, dataclasses.replace(config.ppo, stop_at_success=False)
+        # The same work in every iteration, whatever the policy does.
+        sizes, self.config = config.mesh, dataclasses.replace(config.ppo, stop_at_success=False, target_kl=None)
         self.mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor)
         self.policy: Policy = plan_policy(config)
         group = config.env.of_group.num_envs
@@ -103,17 +104,17 @@ class Learner:
         )
         self._is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
 
-    def iterate(self) -> dict[str, float]:
+    def iterate(self) -> dict[str, Any]:
         """Collects episodes and learns from them; returns seconds, by part, and what the updates say."""
         config, mesh, number, clock = self.config, self.mesh, next(self._number), Clock()
         key, rng = jax.random.fold_in(jax.random.key(0), number), np.random.default_rng(number)
         start = time.perf_counter()
         act = policy_act(self.policy, self.state.params, key, temperature=config.temperature, mesh=mesh)
-        first = number * config.num_episodes
+        num_seeds = config.num_steps or config.num_episodes
         rollout = collect_episodes(
             self.env,
             act,
-            range(first, first + config.num_episodes),
+            number * num_seeds + np.arange(num_seeds) // config.group_size,
             stop_at_success=False,
             max_steps=config.num_steps,
             clock=clock,
@@ -141,7 +142,6 @@ class Learner:
             "num_decisions": num_decisions,
             "num_updates": len(updates),
             "first_log_ratio_rms": said["ppo/first_log_ratio_rms"],
-            "loss": said["ppo/loss"],
             "peak_bytes": {"rollout": rollout_peak, "update": peak_bytes()},
         }
 

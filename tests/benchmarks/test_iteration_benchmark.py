@@ -4,7 +4,12 @@ import argparse
 import json
 
 import iteration
+import numpy as np
 import pytest
+import stored
+
+from stare_jax.models import openvla_tiny
+from stare_jax.models.blank import blank_policy
 
 CONFIGURATION = """
 from configs.presets import base_config
@@ -40,3 +45,15 @@ def test_meshes_are_read():
     assert sizes == [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4)]
     with pytest.raises(argparse.ArgumentTypeError, match="got 'tensor2', expected all, or words such as data1"):
         iteration.parse_meshes("tensor2", 5)
+
+
+def test_stored_observations_have_the_shapes_that_the_policy_takes():
+    policy = blank_policy(openvla_tiny(5, camera="eye"))
+    env = stored.StoredEnv(policy, 3, horizon=4)
+    first = env.reset(range(3)).observation
+    shown = first.images["eye"].copy()
+    first.images["eye"][:] = 0  # The caller owns it.
+    second = env.step(np.zeros((3, 7), np.float32)).observation
+    assert (env.horizon, env.action_dim, env.num_envs) == (4, 7, 3)
+    assert second.images["eye"].shape == (3, 64, 64, 3) and second.state.shape == (3, 5)
+    assert (second.images["eye"][:2] == shown[1:]).all() and not (second.images["eye"] == shown).all()
