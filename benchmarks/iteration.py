@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from stare_jax.config import from_dict, home_path
 from stare_jax.documents import read_json
 from stare_jax.envs.groups import GroupedEnvs
 from stare_jax.envs.toys import push
-from stare_jax.logging import Clock, print_table
+from stare_jax.logging import Clock, print_table, replace_text
 from stare_jax.models import Policy
 from stare_jax.plan.programs import Forecast, with_mesh
 from stare_jax.rollout.collect import collect_episodes, policy_act
@@ -109,11 +109,11 @@ class Learner:
         config, mesh, number, clock = self.config, self.mesh, next(self._number), Clock()
         key, rng = jax.random.fold_in(jax.random.key(0), number), np.random.default_rng(number)
         start = time.perf_counter()
-        act = policy_act(self.policy, self.state.params, key, temperature=config.temperature, mesh=mesh)
         num_seeds = config.num_steps or config.num_episodes
         rollout = collect_episodes(
             self.env,
-            act,
+            # Nothing of the actor is left when the updates begin.
+            policy_act(self.policy, self.state.params, key, temperature=config.temperature, mesh=mesh),
             number * num_seeds + np.arange(num_seeds) // config.group_size,
             stop_at_success=False,
             max_steps=config.num_steps,
@@ -160,6 +160,7 @@ def measure(config: RunConfig, *, repeats: int, seed: int) -> dict[str, Any]:
     acting = make_acting(learner.policy, learner.state.params, observation, words, **options)
     acting.decide(), acting.decide_on_device()
     row |= {name: summary(seconds) for name, seconds in measure_acting(acting, 3 * repeats).items()}
+    del acting
     found = [learner.iterate() for _ in range(repeats)]
     for name in (*PARTS, "iteration_s", "num_decisions", "num_updates"):
         row[name] = statistics.median(one[name] for one in found)
@@ -169,14 +170,14 @@ def measure(config: RunConfig, *, repeats: int, seed: int) -> dict[str, Any]:
 # ---- Meshes, and their plans -----------------------------------------------------------------------------------------
 
 
-def parse_meshes(text: str, num_devices: int) -> list[MeshConfig]:
-    """Returns the meshes of a text such as `data1,data8,fsdp8`; of `all` every power of two, in either way.
+def parse_meshes(text: str, num_devices: int | None = None) -> list[MeshConfig]:
+    """Returns the meshes of a text such as `data1,data8,fsdp8`; of `all` every power of two that there is.
 
     Raises:
         argparse.ArgumentTypeError: a word is not of this form.
     """
     if text == "all":
-        numbers = [2**i for i in range(num_devices.bit_length())]
+        numbers = [2**i for i in range((num_devices or jax.device_count()).bit_length())]
         text = ",".join(f"{axis}{n}" for n in numbers for axis in ("data", "fsdp") if n > 1 or axis == "data")
     words = [re.fullmatch(r"(data|fsdp)([1-9]\d*)", word) for word in text.split(",")]
     if not all(words):
@@ -185,30 +186,33 @@ def parse_meshes(text: str, num_devices: int) -> list[MeshConfig]:
 
 
 @contextlib.contextmanager
-def planned(arguments: Sequence[str], mesh: MeshConfig, row: dict[str, Any]) -> Iterator[None]:
-    """Adds the peaks that `launch/plan.py` foresees to a row; it works beside, on what processors leave."""
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = [f"--config.mesh.{name}={value}" for name, value in dataclasses.asdict(mesh).items()]
-        devices = f"--devices={mesh.data * mesh.fsdp * mesh.tensor}x{ANY_MEMORY}GB"
-        command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments, *sizes, devices]
-        command += ["--programs=sample,ppo", f"--kept={folder}"]
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        process = subprocess.Popen(
-            ["nice", "-n", "19", *command],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield
-            _, said = process.communicate()
-        finally:
-            process.kill()
+def planning(arguments: Sequence[str], mesh: MeshConfig) -> Iterator[Callable[[], dict[str, float]]]:
+    """Starts `launch/plan.py`, which works beside, with less right to the processors.
+
+    Yields:
+        A function that waits for it and returns the peaks of memory that it foresees, by part of an iteration; it
+        raises RuntimeError where the plan failed.
+    """
+
+    def wait():
+        _, said = process.communicate()
         if process.returncode:
             raise RuntimeError(f"launch/plan.py ended with {process.returncode}: {said.strip().splitlines()[-1]}")
         forecasts = [from_dict(Forecast, read_json(file)) for file in Path(folder).glob("*.json")]
-        row["plan_bytes"] = {PROGRAMS[one.program]: one.peak for one in forecasts}
+        return {PROGRAMS[one.program]: one.peak for one in forecasts}
+
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [f"--config.mesh.{name}={value}" for name, value in dataclasses.asdict(mesh).items()]
+        devices = f"--devices={mesh.data * mesh.fsdp * mesh.tensor}x{ANY_MEMORY}GB"
+        command = ["nice", "-n", "5", sys.executable, str(ROOT / "launch" / "plan.py"), *arguments, *sizes, devices]
+        command += ["--programs=sample,ppo", f"--kept={folder}"]
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, **pipes) as process:
+            try:
+                yield wait
+            finally:
+                process.kill()
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -241,8 +245,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:VARIANT]", help="the run; --config.section.field=VALUE changes it")
-    add("--meshes", metavar="NAMES", help="data1,data8,fsdp8 or all; the configuration's own without it")
-    add("--plan", action="store_true", help="also ask launch/plan.py for the peaks of memory")
+    add("--meshes", type=parse_meshes, metavar="NAMES", help="data1,data8,fsdp8 or all; without it the run's own")
+    add("--plan", action="store_true", help="also ask launch/plan.py for the first mesh's peaks of memory")
     add("--repeats", type=int, default=2, help="iterations that count (%(default)s)")
     add("--seed", type=int, default=0, help="of weights and images (%(default)s)")
     add("--out", type=home_path, metavar="PATH", help="also write the result there, as JSON")
@@ -260,27 +264,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     values = load_configuration(args.config, args.fields)
     config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
-    meshes = (
-        parse_meshes(args.meshes, jax.device_count()) if args.meshes else [with_mesh(config, jax.device_count()).mesh]
-    )
+    meshes = args.meshes or [with_mesh(config, jax.device_count()).mesh]
     machine = {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count(), "cores": os.cpu_count()}
     machine |= {"load_average": os.getloadavg(), "python": platform.python_version(), "jax": jax.__version__}
     command = ["python", "benchmarks/iteration.py", *(sys.argv[1:] if argv is None else argv)]
-    rows, errors = [], []
-    for mesh in meshes:
-        row: dict[str, Any] = {}
-        choice = [f"--config={args.config}", *args.fields]
-        plan = planned(choice, mesh, row) if args.plan else contextlib.nullcontext()
-        with reported(errors, f"mesh {dataclasses.asdict(mesh)}"), plan:
-            row |= measure(dataclasses.replace(config, mesh=mesh), repeats=args.repeats, seed=args.seed)
-        rows += [row] if "mesh" in row else []
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            result = {"command": shlex.join(command), "machine": machine, "rows": rows, "errors": errors}
-            args.out.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    result: dict[str, Any] = {"command": shlex.join(command), "machine": machine, "rows": [], "errors": []}
+    rows, errors = result["rows"], result["errors"]
+    choice = [f"--config={args.config}", *args.fields]
+    with planning(choice, meshes[0]) if args.plan else contextlib.nullcontext() as wait_for_plan:
+        for mesh in meshes:
+            with reported(errors, f"mesh {dataclasses.asdict(mesh)}"):
+                rows.append(measure(dataclasses.replace(config, mesh=mesh), repeats=args.repeats, seed=args.seed))
+            write(result, args.out)
+        for row in rows:
+            if args.plan and row["mesh"] == dataclasses.asdict(meshes[0]):
+                with reported(errors, "plan"):
+                    row["plan_bytes"] = wait_for_plan()
+                write(result, args.out)
     print_rows(rows)
     if errors:
         sys.exit("\n".join(errors))
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    """Writes what has been measured so far, if there is a file for it."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(out, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

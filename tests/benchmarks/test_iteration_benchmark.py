@@ -10,6 +10,7 @@ import stored
 
 from stare_jax.models import openvla_tiny
 from stare_jax.models.blank import blank_policy
+from stare_jax.runs.config import MeshConfig
 
 CONFIGURATION = """
 from configs.presets import base_config
@@ -57,3 +58,9 @@ def test_stored_observations_have_the_shapes_that_the_policy_takes():
     assert (env.horizon, env.action_dim, env.num_envs) == (4, 7, 3)
     assert second.images["eye"].shape == (3, 64, 64, 3) and second.state.shape == (3, 5)
     assert (second.images["eye"][:2] == shown[1:]).all() and not (second.images["eye"] == shown).all()
+
+
+def test_a_plan_that_fails_says_why(tmp_path):
+    failing = iteration.planning([f"--config={tmp_path}/none.py"], MeshConfig(data=1))
+    with failing as wait, pytest.raises(RuntimeError, match=r"launch/plan.py ended with \d+: .*none.py"):
+        wait()
