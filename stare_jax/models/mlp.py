@@ -40,7 +40,7 @@ class MLPConfig:
     value_dims: tuple[Count, ...] = (64, 64)
     label_width: NonNegative = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
-    greedy: Greedy = "mode"
+    greedy: Greedy = "mean"
     """decision at temperature 0, see `models.bins.Greedy`."""
 
     @property

@@ -95,6 +95,7 @@ def openvla_state(state_dim: int = 29, **changes) -> OpenVLAConfig:
         state_dim=state_dim,
         label_width=5.0,
         restrict_logits=True,
+        greedy="mean",
         value_dims=(128, 64),
         critic="own",
         execution=Execution(unroll=8),
