@@ -123,6 +123,7 @@ def make_environment(cache: str, *, is_reduced: bool) -> dict[str, str]:
         if version("jaxlib").startswith("0.10."):  # later ones do not know it
             flags += " --xla_cpu_use_fusion_emitters=false"
         found |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": flags}
+        found |= {"OMP_NUM_THREADS": "1"}  # Threads of PyTorch's that wait for each other would take the processor.
     return found
 
 
