@@ -64,3 +64,12 @@ def test_a_plan_that_fails_says_why(tmp_path):
     failing = iteration.planning([f"--config={tmp_path}/none.py"], MeshConfig(data=1))
     with failing as wait, pytest.raises(RuntimeError, match=r"launch/plan.py ended with \d+: .*none.py"):
         wait()
+
+
+@pytest.mark.slow
+def test_a_plan_foresees_the_peaks_of_either_part(tmp_path):
+    file = tmp_path / "small.py"
+    file.write_text(CONFIGURATION)
+    with iteration.planning([f"--config={file}"], MeshConfig(data=1)) as wait:
+        found = wait()
+    assert set(found) == {"rollout", "update"} and min(found.values()) > 1000
