@@ -49,6 +49,7 @@ from stare_jax.models import Policy
 from stare_jax.plan.programs import Forecast, with_mesh
 from stare_jax.rollout.collect import collect_episodes, policy_act
 from stare_jax.runs.config import MeshConfig, RunConfig
+from stare_jax.runs.fit import check_fit
 from stare_jax.runs.plan import plan_policy
 from stare_jax.sharding.mesh import make_mesh, place
 from stare_jax.state.optimizer import frozen_params, make_optimizer
@@ -264,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     values = load_configuration(args.config, args.fields)
     config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+    check_fit(config, is_here=False)
     meshes = args.meshes or [with_mesh(config, jax.device_count()).mesh]
     machine = {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count(), "cores": os.cpu_count()}
     machine |= {"load_average": os.getloadavg(), "python": platform.python_version(), "jax": jax.__version__}

@@ -20,7 +20,8 @@ from stare_jax.models import MLPConfig
 def get_config():
     size = {"num_workers": 4, "envs_per_worker": 1, "num_groups": 2, "horizon": 3, "image_size": 0}
     env = EnvConfig("PushCube-v1", use_state="low_dim", **size)
-    config = base_config(env, MLPConfig(state_dim=env.state_dim, hidden_dims=(8,), value_dims=(8,)), name="small")
+    model = MLPConfig(state_dim=env.state_dim, action_dim=7, hidden_dims=(8,), value_dims=(8,))
+    config = base_config(env, model, name="small")
     config.ppo.num_episodes, config.ppo.minibatch_size, config.ppo.microbatch_size = 6, 16, 8
     return config
 """

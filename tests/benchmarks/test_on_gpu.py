@@ -7,6 +7,12 @@ from pathlib import Path
 
 import iteration
 import on_gpu
+import on_gpu_config
+import pytest
+
+from stare_jax.config import from_dict
+from stare_jax.runs.config import RunConfig
+from stare_jax.runs.fit import check_fit
 
 ROW = {"case": "act", "batch": 2, "implementation": "stare_jax", "median_s": 0.5, "decisions_per_s": 4.0, "mfu": 0.125}
 SAVE = f"import sys, pathlib; pathlib.Path(sys.argv[1][6:]).write_text('''{json.dumps({'rows': [ROW]})}'''); "
@@ -57,3 +63,14 @@ def test_an_iteration_has_a_line_for_each_of_its_parts():
     assert [line[1] for line in lines] == ["act", "device", "iteration", *parts]
     assert lines[0][3:6] == ("fsdp8", "500", "8") and lines[0][-2:] == ("2", "3") and lines[2][-2:] == ("", "4")
     assert set(map(len, lines)) == {len(on_gpu.HEADER)} and on_gpu.ITERATION[1:] == iteration.PARTS
+
+
+@pytest.mark.parametrize("size", ["", ",reduced"])
+@pytest.mark.parametrize("name", on_gpu.MODELS)
+def test_the_configurations_are_runs_of_one_device(name, size):
+    values = on_gpu_config.get_config(name + size).to_dict()
+    config = from_dict(RunConfig, {key: value for key, value in values.items() if key != "name"})
+    check_fit(config, is_here=False)
+    num_decisions = config.ppo.num_episodes * config.env.horizon // getattr(config.model, "chunk", 1)
+    assert num_decisions == config.ppo.minibatch_size == 2 * config.env.num_envs and config.mesh.fsdp == 1
+    assert config.model.execution.dtype == "bfloat16" and (name == "pi05") == (config.model.lora is None)
