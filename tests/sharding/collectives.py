@@ -12,6 +12,8 @@ OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
 """exchanges that weights and their gradients take; the others move activations from one layout to another."""
 IN_LAYERS = re.compile(r"\b(layers|blocks|encoderblock)/")
 """part of paths inside a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
+PAIRS = re.compile(r"(gating|kv)_einsum")
+"""part of the paths of pi0.5's pairs of weights: of gates and the numbers beside them, of keys and values"""
 
 
 def not_zero3(
@@ -31,9 +33,11 @@ def not_zero3(
     in_layers, elsewhere, missing = set(), {1}, collections.Counter()
     for path, shape, is_split in leaves:
         if IN_LAYERS.search(path):
-            size = math.prod(shape[1:])
+            # Of two weights in one array each is gathered for a product of its own.
+            number = 2 if PAIRS.search(path) else 1
+            size = math.prod(shape[1:]) // number
             in_layers.add(size)
-            missing[_stack(path), size] += num_passes[_stack(path)] * is_split
+            missing[_stack(path), size] += number * num_passes[_stack(path)] * is_split
         else:
             elsewhere |= {math.prod(shape), shape[0] * NUM_BINS} if "lm_head" in path else {math.prod(shape)}
     # A tower's class token and registers are put together before anything is done with them.

@@ -17,4 +17,4 @@ def test_every_step_of_pi05_on_eight_devices_is_that_on_one():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["ppo 8 1 pi05", "sft 8 1 pi05 full", "sample 8 1 pi05"])
 def test_pi05_gathers_one_layer_at_a_time(case):
-    check_full_size(case, largest=2 * 2048 * 16384)
+    check_full_size(case, largest=2048 * 16384)
