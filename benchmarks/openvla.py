@@ -1,10 +1,11 @@
 """Measures the speed of OpenVLA's decisions and PPO updates, here and in PyTorch, and compares with the roofline.
 
 Both implementations run in processes of their own, in turn, so that each has the device to itself, with the same sizes,
-weights, images and prompts, without padding. PyTorch is timm's and transformers' modules with SDPA attention, eager
-and, on a GPU, compiled (CUDA graphs for single tokens); the faster of the two is compared. Compiling and warming up are
-not timed. A decision is seven action tokens, greedy; an update is AdamW on LoRA adapters of rank 32 in all linear
-layers and on a value head, with RL4VLA's loss. MFU counts the products that the model needs
+weights, images and prompts, without padding, and LoRA adapters of rank 32 in all linear layers. PyTorch is timm's and
+transformers' modules with SDPA attention, eager and, on a GPU, compiled (CUDA graphs for single tokens); the faster of
+the two is compared. Compiling and warming up are not timed. A decision is seven action tokens, greedy: `act` from bytes
+on the host to tokens there, `generate` the device's part alone. An update is AdamW on the adapters and on a value head,
+with RL4VLA's loss; whole iterations are measured by `iteration.py`. MFU counts the products that the model needs
 (`stare_jax/plan/openvla_cost.py`), not those that rematerialisation repeats; the roofline is the larger of the time for
 these and the time for reading weights, keys and values.
 
@@ -34,31 +35,39 @@ from stare_jax.plan.openvla_cost import generation_phases, update_flops
 
 OURS, EAGER, COMPILED = "stare_jax", "PyTorch", "PyTorch, compiled"
 FOLDER = Path(__file__).parent
+CUT_OFF = (124, 137)
+"""Exit codes of `timeout`."""
 # A process sees the CPU alone where the device is the other framework's.
 SCRIPTS = {"jax": ("openvla_run_jax.py", {}), "torch": ("openvla_run_torch.py", {"JAX_PLATFORMS": "cpu"})}
 
 
-def run(framework: str, spec: Spec, cache: str) -> dict[str, Any]:
+def run(framework: str, spec: Spec, cache: str, limit: float) -> dict[str, Any]:
     """Measures one implementation; what goes wrong is a result, too, and its text goes to stderr."""
     script, environment = SCRIPTS[framework]
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     # What one pass compiles, the next one finds; PyTorch sees to that by itself.
     environment = environment | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(FOLDER / script), json.dumps(dataclasses.asdict(spec))]
+    command = ["timeout", "-k", "5", str(limit), sys.executable, str(FOLDER / script)]
+    command += [json.dumps(dataclasses.asdict(spec))]
     print(f"... {framework}", file=sys.stderr, flush=True)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    result = {"rows": [line for line in lines if "case" in line]}
     if done.returncode:
-        return {"errors": [f"{script} ended with {done.returncode}"], "rows": []}
-    return json.loads(done.stdout.splitlines()[-1])
+        how = f"was cut off after {limit:g} s" if done.returncode in CUT_OFF else f"ended with {done.returncode}"
+        return result | {"errors": [f"{script} {how}"]}
+    return result | lines[-1]
 
 
-def collect(frameworks: list[str], spec: Spec, num_passes: int) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+def collect(
+    frameworks: list[str], spec: Spec, num_passes: int, limit: float
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Returns what each framework said of itself, and its rows, with the seconds of all passes together."""
     about, rows = {}, {name: [] for name in frameworks}
     with tempfile.TemporaryDirectory() as cache:
         for name in frameworks * num_passes:
-            result = run(name, spec, cache)
+            result = run(name, spec, cache, limit)
             found = result.pop("rows")
             before = about.get(name, {})
             if "peak" in result and "peak" in before:
@@ -97,7 +106,7 @@ def analyse(rows: dict[str, list[dict]], spec: Spec, peak: Peak | None) -> list[
             implementation = OURS if name == "jax" else COMPILED if row["compiled"] else EAGER
             line = {"case": row["case"], "batch": row["batch"], "implementation": implementation}
             line |= summary(row["seconds"]) | _costs(row, config, spec, peak)
-            line |= {key: row[key] for key in ("compile_s", "peak_bytes", "temporary_bytes") if key in row}
+            line |= {key: row[key] for key in ("compile_s", "peak_bytes") if key in row}
             lines.append(line)
     for line in lines:
         others = [x for x in lines if (x["case"], x["batch"]) == (line["case"], line["batch"])]
@@ -109,15 +118,17 @@ def analyse(rows: dict[str, list[dict]], spec: Spec, peak: Peak | None) -> list[
 
 def _costs(row: dict, config: OpenVLAConfig, spec: Spec, peak: Peak | None) -> dict[str, float]:
     median = summary(row["seconds"])["median_s"]
-    if row["case"] == "generate":
-        phases = generation_phases(config, row["batch"], spec.prompt_length, 2 if spec.dtype == "bfloat16" else 4)
+    is_decision = row["case"] != "update"
+    if is_decision:
+        itemsize = 2 if spec.dtype == "bfloat16" else 4
+        phases = generation_phases(config, row["batch"], spec.prompt_length, itemsize, LORA.rank)
         flops, rate = sum(phase.flops for phase in phases), {"tokens_per_s": row["batch"] * config.action_dim / median}
     else:
         flops, rate = update_flops(config, row["batch"], spec.prompt_length, LORA.rank), {}
     found = {"flops": flops, "decisions_per_s": row["batch"] / median} | rate
     if peak is None:
         return found
-    least = sum(phase.least_time(peak) for phase in phases) if row["case"] == "generate" else flops / peak.flops
+    least = sum(phase.least_time(peak) for phase in phases) if is_decision else flops / peak.flops
     return found | {"mfu": flops / median / peak.flops, "roofline": least / median}
 
 
@@ -126,7 +137,7 @@ def agreement(rows: dict[str, list[dict]]) -> list[dict[str, Any]]:
     found = []
     for ours in rows.get("jax", []):
         for theirs in rows.get("torch", []):
-            if _identity(ours)[:2] != _identity(theirs)[:2]:
+            if _identity(ours)[:2] != _identity(theirs)[:2] or "logp" not in ours:
                 continue
             line = {"case": ours["case"], "batch": ours["batch"], "compiled": theirs["compiled"]}
             if "bins" in ours:
@@ -175,6 +186,7 @@ def parse() -> argparse.Namespace:
     add("--unstack", action=argparse.BooleanOptionalAction, default=has_gpu, help="OpenVLAConfig.unstack_layers")
     add("--compile", action=argparse.BooleanOptionalAction, default=has_gpu, help="measure PyTorch compiled, too")
     add("--repeats", type=int, default=5, help="of each measurement in a pass (%(default)s)")
+    add("--limit", type=float, default=3600, metavar="S", help="seconds of one implementation in a pass (%(default)s)")
     add("--passes", type=int, default=2, help="turns of each implementation (%(default)s)")
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     add("--profile", metavar="DIR", help="also write a JAX trace of one run of each case there")
@@ -201,7 +213,7 @@ def main() -> None:
         seed=args.seed,
         profile=args.profile,
     )
-    about, rows = collect([args.only] if args.only else ["jax", "torch"], spec, args.passes)
+    about, rows = collect([args.only] if args.only else ["jax", "torch"], spec, args.passes, args.limit)
     peak, source = find_peak(about)
     result: dict[str, Any] = {"command": "python benchmarks/openvla.py " + " ".join(sys.argv[1:])}
     machine = {"cores": os.cpu_count(), "load_average": os.getloadavg(), "python": platform.python_version()}

@@ -43,20 +43,10 @@ class Spec:
     profile: str | None
 
 
-def make_config(spec: Spec, *, lora: bool = False) -> OpenVLAConfig:
-    """The model, for generation or, with adapters, for an update."""
-    execution = Execution(
-        dtype=spec.dtype,
-        param_dtype=spec.dtype,
-        attention=spec.attention,
-        remat=spec.remat if lora else "none",
-    )
-    config = openvla_7b(
-        prompt_length=spec.prompt_length,
-        execution=execution,
-        unstack_layers=spec.unstack,
-        lora=LORA if lora else None,
-    )
+def make_config(spec: Spec) -> OpenVLAConfig:
+    """Returns the model with adapters, as it acts and is trained."""
+    execution = Execution(dtype=spec.dtype, param_dtype=spec.dtype, attention=spec.attention, remat=spec.remat)
+    config = openvla_7b(prompt_length=spec.prompt_length, execution=execution, unstack_layers=spec.unstack, lora=LORA)
     if spec.size == "7b":
         return config
     return dataclasses.replace(

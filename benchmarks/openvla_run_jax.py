@@ -1,4 +1,4 @@
-"""Measures this library's OpenVLA in a process of its own, which `openvla.py` starts: one JSON line on stdout.
+"""Measures this library's OpenVLA in a process of its own, which `openvla.py` starts: a line of JSON for every row.
 
 python benchmarks/openvla_run_jax.py '{"size": "reduced", ...}'
 """
@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from device import jax_peak, measure, reported
 from openvla_cases import Inputs, Spec, make_block, make_config, make_inputs, weight_recipe
+from stored import draw_observation, make_acting, measure_acting, peak_bytes, with_stored_prompt
 
 from stare_jax.models import OpenVLAConfig, Policy
 from stare_jax.models.blank import blank_policy, leaf_shapes
 from stare_jax.models.nn.lora import add_adapters, init_adapters
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.state.storage import nest
 from stare_jax.state.train_state import TrainState
@@ -51,7 +53,7 @@ def _fill(block, offsets, scale, shift, *, shape, kind, dtype, is_stacked):
 
 
 def make_params(policy: Policy, config: OpenVLAConfig, seed: int) -> PyTree:
-    """Returns the base model's parameters on the device, and a fresh value head."""
+    """Returns the base model's parameters on the device, a fresh value head, and adapters that change nothing yet."""
     leaves, block, params = leaf_shapes(config), jnp.asarray(make_block(seed)), {}
     for path, entry in tensor_table(config).items():
         shape = layer_shape(leaves[path].shape, entry)
@@ -60,7 +62,8 @@ def make_params(policy: Policy, config: OpenVLAConfig, seed: int) -> PyTree:
         options = {"shape": shape, "kind": entry.kind, "is_stacked": bool(entry.num_stacked)}
         params[path] = _fill(block, offsets, *recipes[0][1:], dtype=leaves[path].dtype, **options)
     head = jax.jit(lambda key: policy.init(key)["value_head"])(jax.random.key(seed))  # nothing else is computed
-    return nest(params) | {"value_head": head}
+    params = nest(params) | {"value_head": head}
+    return add_adapters(params, init_adapters(policy.init, jax.random.key(1)))
 
 
 def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:
@@ -75,30 +78,32 @@ def observe(inputs: Inputs, config: OpenVLAConfig) -> Observation:
 def run_generate(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
     config = make_config(spec)
     policy = blank_policy(config)
-    params = make_params(policy, config, spec.seed)
+    params = prepare_params(policy, make_params(policy, config, spec.seed))
     for batch in spec.batches:
         with reported(errors, f"stare_jax, generate {batch}"):
-            yield _generate(policy, params, observe(make_inputs(config, batch, spec.seed), config), batch, spec)
+            yield from _generate(policy, params, make_inputs(config, batch, spec.seed), spec)
 
 
-def _generate(policy: Policy, params: PyTree, observation: Observation, batch: int, spec: Spec) -> dict[str, Any]:
-    arguments, greedy = (params, observation, jax.random.key(0)), jnp.float32(0.0)
+def _generate(policy: Policy, params: PyTree, inputs: Inputs, spec: Spec) -> list[dict[str, Any]]:
+    batch = len(inputs.ids)
+    policy, seen = with_stored_prompt(policy, inputs.ids), draw_observation(policy, batch, spec.seed)
+    seen = seen._replace(images=dict.fromkeys(seen.images, inputs.images))
+    acting = make_acting(policy, params, seen, ("",) * batch, temperature=0.0)
     start = time.perf_counter()
-    sample = jax.jit(policy.sample).lower(*arguments, temperature=greedy).compile()
-    compile_s = time.perf_counter() - start
-
-    def run():
-        return jax.block_until_ready(sample(*arguments, temperature=greedy))
-
-    decision = run()
-    run()
-    row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
+    decision = acting.decide_on_device()
+    row = {"batch": batch, "compile_s": time.perf_counter() - start}
+    acting.decide(), acting.decide_on_device()
+    seconds = measure_acting(acting, spec.repeats)
     check = {
         "bins": np.asarray(decision.trace["bins"]).tolist(),
         "logp": np.asarray(decision.logp.sum(axis=1)).tolist(),
     }
-    _profile(run, spec, f"generate_{batch}")
-    return row | check | _memory(sample)
+    _profile(acting.decide_on_device, spec, f"generate_{batch}")
+    row |= {"peak_bytes": peak_bytes()}
+    return [
+        {"case": "act", "seconds": seconds["act"]} | row,
+        {"case": "generate", "seconds": seconds["device"]} | row | check,
+    ]
 
 
 def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
@@ -107,12 +112,12 @@ def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _update(spec: Spec) -> dict[str, Any]:
-    config = make_config(spec, lora=True)
+    config = make_config(spec)
     # RL4VLA's numbers where they are not the defaults.
     sizes = {"minibatch_size": spec.update_batch, "microbatch_size": spec.microbatch}
     settings = PPOConfig(value_clip_eps=0.2, huber_delta=10.0, **sizes)
     policy = blank_policy(config)
-    params = add_adapters(make_params(policy, config, spec.seed), init_adapters(policy.init, jax.random.key(1)))
+    params = make_params(policy, config, spec.seed)
     tx = make_optimizer(settings.optimizer, num_steps=None)
     trainable, frozen = split_params(params, frozen_params(policy, settings.optimizer))
     state = TrainState(jnp.int32(0), trainable, frozen, jax.jit(tx.init)(trainable))
@@ -139,15 +144,7 @@ def _update(spec: Spec) -> dict[str, Any]:
     row = {"case": "update", "batch": spec.update_batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
     check = {"loss": float(metrics["ppo/loss"]), "grad_norm": float(metrics["grad/norm"])}
     _profile(run, spec, "update")
-    return row | check | {"logp": np.asarray(batch.old_logp.sum(axis=1)).tolist()} | _memory()
-
-
-def _memory(compiled: Any = None) -> dict[str, float]:
-    """Bytes in use at most, and what the compiler set aside for intermediate results."""
-    stats = jax.devices()[0].memory_stats() or {}
-    found = {"peak_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
-    analysis = compiled.memory_analysis() if compiled is not None else None
-    return found | ({"temporary_bytes": analysis.temp_size_in_bytes} if analysis is not None else {})
+    return row | check | {"logp": np.asarray(batch.old_logp.sum(axis=1)).tolist(), "peak_bytes": peak_bytes()}
 
 
 def _profile(run, spec: Spec, name: str) -> None:
@@ -162,8 +159,9 @@ def main() -> None:
         device = jax.devices()[0]
         errors: list[str] = []
         runs = {"generate": run_generate, "update": run_update}
-        rows = [row for case in spec.cases for row in runs[case](spec, errors)]
-        result = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "errors": errors, "rows": rows}
+        for row in (row for case in spec.cases for row in runs[case](spec, errors)):
+            print(json.dumps(row), file=sys.__stdout__, flush=True)
+        result = {"device": device.device_kind, "versions": {"jax": jax.__version__}, "errors": errors}
         if device.platform == "cpu":
             result["peak"] = jax_peak(spec.dtype)
     print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""Measures the PyTorch OpenVLA in a process of its own, which `openvla.py` starts: one JSON line on stdout.
+"""Measures the PyTorch OpenVLA in a process of its own, which `openvla.py` starts: a line of JSON for every row.
 
 python benchmarks/openvla_run_torch.py '{"size": "reduced", ...}'
 """
@@ -35,7 +35,7 @@ def wait() -> None:
 
 @torch.no_grad()
 def make_model(config: OpenVLAConfig, spec: Spec) -> OpenVLA:
-    """Returns the base model on the device, filled."""
+    """Returns the model on the device, filled, with adapters that change nothing yet."""
     model = build(config, device=device(), dtype=getattr(torch, spec.dtype))
     block = torch.from_numpy(make_block(spec.seed)).to(device())
     for name, weight in model.named_parameters():
@@ -45,6 +45,8 @@ def make_model(config: OpenVLAConfig, spec: Spec) -> OpenVLA:
         offset, scale, shift = weight_recipe(name, tuple(weight.shape))
         values = torch.roll(block, -offset).repeat(-(-weight.numel() // block.numel()))[: weight.numel()]
         weight.copy_((scale * values + shift).view(weight.shape))
+    torch.manual_seed(spec.seed)
+    add_lora(model, rank=LORA.rank, alpha=LORA.alpha)
     return model
 
 
@@ -76,18 +78,19 @@ def run_generate(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
         for compiled in (False, True)[: 1 + spec.torch_compile]:
             with reported(errors, f"PyTorch{', compiled' if compiled else ''}, generate {batch}"):
                 model.vision_backbone.forward = torch.compile(vision, dynamic=False) if compiled else vision
-                yield _generate(model, config, batch, spec, compiled)
+                yield from _generate(model, config, batch, spec, compiled)
             if compiled:
                 torch.compiler.reset()  # Else the compiler gives up after a number of shapes.
             _release()
 
 
-def _generate(model: OpenVLA, config: OpenVLAConfig, batch: int, spec: Spec, compiled: bool) -> dict[str, Any]:
-    tensors = as_tensors(make_inputs(config, batch, spec.seed), config)
+def _generate(model: OpenVLA, config: OpenVLAConfig, batch: int, spec: Spec, compiled: bool) -> list[dict[str, Any]]:
+    inputs = make_inputs(config, batch, spec.seed)
+    placed = as_tensors(inputs, config)
     length = (config.image_size // config.dino.patch_size) ** 2 + spec.prompt_length
     decoder, dtype = make_decoder(model, batch, length, compiled=compiled), getattr(torch, spec.dtype)
 
-    def run():
+    def run(tensors=placed):
         pixels = normalize(tensors["images"], config, dtype)
         found = generate(model, pixels, tensors["ids"], tensors["mask"], padded=False, decoder=decoder)
         wait()
@@ -97,11 +100,16 @@ def _generate(model: OpenVLA, config: OpenVLAConfig, batch: int, spec: Spec, com
     found = run()
     compile_s = time.perf_counter() - start
     run(), run()  # CUDA graphs are recorded in the second run
-    row = {"case": "generate", "batch": batch, "seconds": measure(run, spec.repeats), "compile_s": compile_s}
+    row = {"batch": batch, "compiled": compiled, "compile_s": compile_s}
+    seconds = {
+        "act": measure(lambda: run(as_tensors(inputs, config)).tokens.cpu().numpy(), spec.repeats),
+        "generate": measure(run, spec.repeats),
+    }
     index = (found.tokens - (config.action_vocab_end - 256))[..., None]
     logp = torch.log_softmax(found.logits, -1).gather(-1, index)[..., 0].sum(1)
     check = {"bins": (config.action_vocab_end - 1 - found.tokens).tolist(), "logp": logp.tolist()}
-    return row | {"compiled": compiled} | check | _memory()
+    rows = [{"case": case} | row | {"seconds": found} | _memory() for case, found in seconds.items()]
+    return [rows[0], rows[1] | check]
 
 
 def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
@@ -110,10 +118,8 @@ def run_update(spec: Spec, errors: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _update(spec: Spec) -> dict[str, Any]:
-    config, dtype = make_config(spec, lora=True), getattr(torch, spec.dtype)
-    torch.manual_seed(spec.seed)
+    config, dtype = make_config(spec), getattr(torch, spec.dtype)
     model = make_model(config, spec)
-    add_lora(model, rank=LORA.rank, alpha=LORA.alpha)
     if spec.torch_remat:
         checkpoint_layers(model)
     head = ValueHead(config.llm.width, config.value_dims).to(device())
@@ -163,9 +169,10 @@ def main() -> None:
         spec = Spec(**json.loads(sys.argv[1]))
         errors: list[str] = []
         runs = {"generate": run_generate, "update": run_update}
-        rows = [row for case in spec.cases for row in runs[case](spec, errors)]
+        for row in (row for case in spec.cases for row in runs[case](spec, errors)):
+            print(json.dumps(row), file=sys.__stdout__, flush=True)
         name, versions = torch.cuda.get_device_name() if device() == "cuda" else "cpu", {"torch": torch.__version__}
-        result = {"device": name, "versions": versions, "errors": errors, "rows": rows}
+        result = {"device": name, "versions": versions, "errors": errors}
         if device() == "cpu":
             result["peak"] = peak(spec.dtype)
     print(json.dumps(result))

@@ -1,16 +1,18 @@
 """Measures the speed of pi0.5's chunks of actions and imitation steps, and compares with the roofline.
 
-One chunk is ten Euler steps from noise, and the critic's value. Weights, images, prompts and noise are random, no image
-is missing and no prompt is padded. An imitation step is AdamW on the action expert alone or on all weights, in float32
-beside activations of `--dtype`. Compiling and warming up are not timed. MFU counts the products that the model needs
-(`stare_jax/plan/pi05_cost.py`), not those that rematerialisation repeats; the roofline is the larger of the time for
-these and the time for reading weights, keys and values.
+One chunk is ten Euler steps from noise, and the critic's value. `sample` is the device's part with the weights alone;
+`act` is with LoRA adapters of rank 32 from bytes on the host to actions there, and `act device` the device's part of
+that. Weights, images, prompts and noise are random, no image is missing and no prompt is padded. An imitation step is
+AdamW on the action expert alone or on all weights, in float32 beside activations of `--dtype`. Compiling and warming up
+are not timed. MFU counts the products that the model needs (`stare_jax/plan/pi05_cost.py`), not those that
+rematerialisation repeats; the roofline is the larger of the time for these and the time for reading weights, keys and
+values. Iterations of PPO are measured by `iteration.py`.
 
-Another implementation is measured beside this one, in turn, if it is given as `--peer=module:function`; its contract is
-`pi05_cases.Peer`. Its actions have to agree with ours before anything is timed.
+Another implementation is measured beside this one, in turn, if it is given as `--peer=FILE.py:function`; its contract
+is `pi05_cases.Peer`. Its actions have to agree with ours before anything is timed.
 
     python benchmarks/pi05.py --out benchmarks/results/pi05_h100.json                # on a GPU: full size, bfloat16
-    python benchmarks/pi05.py --peer=my_openpi:make_sampler --cases sample
+    python benchmarks/pi05.py --peer=my_openpi.py:make_sampler --cases sample
     python benchmarks/pi05.py --peer=pi05_naive:make_sampler --out benchmarks/results/pi05_cpu.json     # a CPU: reduced
 """
 
@@ -33,12 +35,13 @@ from pi05_cases import (
     load_peer,
     make_config,
     make_inputs,
-    make_params,
     make_trained,
     observe,
     our_sampler,
     peer_sampler,
+    with_adapters,
 )
+from stored import draw_observation, make_acting, measure_acting, peak_bytes, random_params, with_stored_prompt
 
 from stare_jax.config import home_path
 from stare_jax.models import Pi05Config
@@ -103,13 +106,29 @@ def measure_sampling(
     return list(rows.values())
 
 
+def measure_decisions(config: Pi05Config, params: PyTree, batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row of decisions from bytes on the host to actions there, and one of the device's part."""
+    inputs, policy = make_inputs(config, batch, args.seed), build(config)
+    seen = draw_observation(policy, batch, args.seed)._replace(
+        images=dict(zip(config.cameras, inputs.images, strict=True))
+    )
+    acting = make_acting(with_stored_prompt(policy, inputs.tokens), params, seen, ("",) * batch)
+    start = time.perf_counter()
+    acting.decide_on_device()
+    row = {"batch": batch, "implementation": OURS, "first_s": time.perf_counter() - start}
+    acting.decide(), acting.decide_on_device()
+    seconds = measure_acting(acting, args.passes * args.repeats)
+    row |= {"peak_bytes": peak_bytes()}
+    return [row | {"case": name, "seconds": seconds[key]} for name, key in (("act", "act"), ("act device", "device"))]
+
+
 def measure_imitation(args: argparse.Namespace, config: Pi05Config) -> dict[str, Any]:
     config = make_trained(config, args.trained, args.remat)
     settings = SFTConfig(batch_size=args.train_batch, microbatch_size=args.microbatch)
     policy, tx = build(config), make_optimizer(settings.optimizer, num_steps=1000)
     freeze = frozen_params(policy, settings.optimizer)
     state = create_state(
-        make_params(policy, args.seed), tx, mesh=make_mesh(), rules=policy.sharding_rules, freeze=freeze
+        random_params(policy, args.seed), tx, mesh=make_mesh(), rules=policy.sharding_rules, freeze=freeze
     )
     step = jit_step(make_sft_step(policy, tx, settings), state)
     inputs = make_inputs(config, args.train_batch, args.seed)
@@ -132,10 +151,17 @@ def measure_imitation(args: argparse.Namespace, config: Pi05Config) -> dict[str,
 def rows_of(args: argparse.Namespace, config: Pi05Config, errors: list[str]) -> Iterator[dict[str, Any]]:
     peer = load_peer(args.peer) if args.peer else None
     if "sample" in args.cases:
-        params = make_params(build(config), args.seed)
+        params = random_params(build(config), args.seed)
         for batch in args.batch:
             with reported(errors, f"sample {batch}"):
                 yield from measure_sampling(config, params, batch, peer, args)
+        del params
+    if "act" in args.cases:
+        adapted = with_adapters(config)
+        params = random_params(build(adapted), args.seed)
+        for batch in args.batch:
+            with reported(errors, f"act {batch}"):
+                yield from measure_decisions(adapted, params, batch, args)
         del params
     if "sft" in args.cases:
         with reported(errors, f"sft {args.train_batch}"):
@@ -172,7 +198,7 @@ def analyse(rows: Sequence[dict], config: Pi05Config, peak: Peak) -> list[dict[s
 
 
 def costs(row: dict, config: Pi05Config) -> list[Cost]:
-    if row["case"] == "sample":
+    if not row["case"].startswith("sft"):  # The products of adapters do not count.
         itemsize = jnp.dtype(config.execution.dtype).itemsize
         return sampling_phases(config, row["batch"], config.num_denoising_steps, itemsize)
     return [Cost(imitation_flops(config, row["batch"], is_prefix_trained=row["case"] == "sft full"), 0.0)]
@@ -205,7 +231,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     sizes = ("full", "reduced", "tiny")
     add("--size", choices=sizes, default="full" if has_gpu else "reduced", help="(%(default)s here)")
     add("--dtype", choices=tuple(TOLERANCE), default="bfloat16" if has_gpu else "float32", help="(%(default)s here)")
-    add("--cases", type=lambda text: tuple(text.split(",")), default=("sample", "sft"), help="of sample and sft")
+    add(
+        "--cases",
+        type=lambda text: tuple(text.split(",")),
+        default=("sample", "act", "sft"),
+        help="of sample, act and sft",
+    )
     add("--batch", type=numbers, default=(1, 32, 256) if has_gpu else (1, 4), help="rows of one call (%(default)s)")
     add("--steps", type=int, default=10, help="Euler steps of a chunk (%(default)s)")
     add("--cameras", type=int, choices=(1, 2, 3), default=3, help="images of a row (%(default)s)")
@@ -214,7 +245,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train-batch", type=int, default=64 if has_gpu else 8, help="rows of an imitation step (%(default)s here)")
     add("--microbatch", type=int, help="rows at once; all without it")
     add("--remat", choices=("none", "full", "dots"), default="full", help="of the imitation step (%(default)s)")
-    add("--peer", metavar="MODULE:FUNCTION", help="another implementation, see pi05_cases.Peer")
+    add("--peer", metavar="FILE.py:FUNCTION", help="another implementation, see pi05_cases.Peer")
     add("--tolerance", type=float, help=f"of its actions, in their deviations ({TOLERANCE})")
     add("--repeats", type=int, default=5, help="of each measurement in a pass (%(default)s)")
     add("--passes", type=int, default=3, help="turns of each implementation (%(default)s)")

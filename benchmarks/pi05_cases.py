@@ -1,25 +1,25 @@
-"""Cases of `pi05.py`: sizes, weights and inputs, the same for every implementation, and our implementation.
+"""Cases of `pi05.py`: sizes and inputs, the same for every implementation, and our implementation.
 
 A peer is `make_sampler(sizes, params) -> sample`, see `Peer`.
 """
 
 import dataclasses
-import importlib
-import sys
-import zlib
+import importlib.util
 from collections.abc import Callable
-from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.models import PI05_PALIGEMMA, Pi05Config, Policy, pi05_base
+from stare_jax.config import ConfigError, home_path
+from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, Pi05Config, Policy, pi05_base
 from stare_jax.models.blank import blank_policy
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.sharding.mesh import path_name
 from stare_jax.types import Observation, PyTree
 
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 class Peer(Protocol):
-    """Another implementation: `make_sampler` in a module on the path.
+    """Another implementation: `make_sampler` in a file that the user names, or in a module on the path.
 
     Called once, it may compile and arrange what it likes; the first calls of what it returns are not timed.
     """
@@ -96,23 +96,13 @@ def make_trained(config: Pi05Config, trained: str, remat: str) -> Pi05Config:
     )
 
 
+def with_adapters(config: Pi05Config) -> Pi05Config:
+    """Returns the model with the recipes' adapters of both language models."""
+    return dataclasses.replace(config, lora=LoRAConfig(rank=32, alpha=32.0, targets=PI05_EXPERTS))
+
+
 def build(config: Pi05Config) -> Policy:
     return blank_policy(config)
-
-
-def make_params(policy: Policy, seed: int) -> PyTree:
-    """Returns random parameters on the device; fresh adaptive norms would switch the expert off."""
-
-    def one(path, leaf):
-        name, scale = path_name(path), 0.02
-        if not name.endswith(("bias", "scale", "embedding")):  # a product: its input's axis is before the output's
-            scale = leaf.shape[-3 if name.endswith(("query/kernel", "key/kernel", "value/kernel")) else -2] ** -0.5
-        # This generator, and even numbers, compile in a fraction of the time of the usual one's normal numbers.
-        key = jax.random.key(zlib.crc32(name.encode()) + seed, impl="unsafe_rbg")
-        return jax.random.uniform(key, leaf.shape, leaf.dtype, -(3**0.5) * scale, 3**0.5 * scale)
-
-    shapes = jax.eval_shape(policy.init, jax.random.key(0))
-    return jax.jit(lambda: jax.tree.map_with_path(one, shapes))()
 
 
 def make_inputs(config: Pi05Config, batch: int, seed: int) -> Inputs:
@@ -131,8 +121,12 @@ def observe(config: Pi05Config, inputs: Inputs) -> Observation:
 
 
 def our_sampler(config: Pi05Config, params: PyTree, inputs: Inputs) -> Callable[[], np.ndarray]:
-    """Returns a function that samples by this library's policy, its value included; `[B, H, A]`, normalised."""
+    """Returns a function that samples by this library's policy, its value included; `[B, H, A]`, normalised.
+
+    Parameters are prepared beforehand, as for a rollout.
+    """
     policy, observation, noise = build(config), observe(config, inputs), jnp.asarray(inputs.noise)
+    params = prepare_params(policy, params)
 
     @jax.jit
     def sample(params, observation, noise):
@@ -162,9 +156,22 @@ def sizes_of(config: Pi05Config) -> dict[str, Any]:
 
 
 def load_peer(name: str) -> Peer:
-    """Returns `module:function`; modules beside this file and in the working directory are found."""
-    module, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f"peer: got {name!r}, expected module:function")
-    sys.path[:0] = [folder for folder in (str(Path.cwd()), str(Path(__file__).parent)) if folder not in sys.path]
-    return getattr(importlib.import_module(module), function)
+    """Returns the function of `FILE.py:function`; or of `module:function`, a module on the path or beside this file.
+
+    Raises:
+        ConfigError: it has another form, or there is no such file, module or function.
+    """
+    place, _, function = name.rpartition(":")
+    if not place:
+        raise ConfigError(f"--peer: got {name!r}, expected FILE.py:function or module:function")
+    try:
+        return getattr(_load_file(place) if place.endswith(".py") else importlib.import_module(place), function)
+    except (FileNotFoundError, ModuleNotFoundError, AttributeError) as error:
+        raise ConfigError(f"--peer: got {name!r}: {error}") from error
+
+
+def _load_file(file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peer", home_path(file))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

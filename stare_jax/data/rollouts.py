@@ -32,6 +32,7 @@ from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.rounds import collect_round
 from stare_jax.stages import TaskSpecs, as_specs, take_turns
 from stare_jax.types import PyTree
@@ -62,7 +63,12 @@ def policy_actor(restore: Callable[[], tuple[Policy, PyTree]], config: PairsConf
         config: temperature and seed.
         source: name of the policy's checkpoint, for the manifest.
     """
-    key, restored = phase_key(config.seed, "pairs"), functools.cache(restore)
+    key = phase_key(config.seed, "pairs")
+
+    @functools.cache
+    def restored() -> tuple[Policy, PyTree]:
+        policy, params = restore()
+        return policy, prepare_params(policy, params)
 
     def act(rollouts: Sequence[int]) -> Act:
         policy, params = restored()

@@ -22,6 +22,7 @@ from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.rounds import collect_round
 from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names, take_turns
 from stare_jax.types import PyTree, Trajectory
@@ -68,7 +69,7 @@ class Conditions(NamedTuple):
     checkpoint: str = ""
     """Name of the weights, as `ppo/500/3f0a5e9c11d2`, or "expert"."""
     backend: str = ""
-    """Device of the physics, "cpu" or "cuda"; one seed begins with different states on the two."""
+    """Device of the physics, "cpu" or "cuda"; on the other one a seed may begin with another state."""
     jitter: str = ""
     """Random displacement of the task's official starts; "none" for tasks without official starts."""
     perturbation: str = ""
@@ -161,8 +162,10 @@ def policy_act_of(
 ) -> ActOf:
     """Returns the actors of a policy: their random numbers depend on the part, and not on the parts before it.
 
-    Random numbers are drawn for all environments at once, so the actors depend on the batch.
+    Random numbers are drawn for all environments at once, so the actors depend on the batch. Parameters are prepared
+    once, for all parts.
     """
+    params = prepare_params(policy, params)
 
     def act_of(part: int) -> Act:
         return policy_act(policy, params, jax.random.fold_in(key, part), temperature=temperature, mesh=mesh)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stare_jax.models.observation import ObservationError
-from stare_jax.types import Array, Observation
+from stare_jax.types import Array, Observation, PyTree
 
 
 class Decision(NamedTuple):
@@ -40,6 +40,11 @@ class ActionScore(NamedTuple):
     divergence: Array | None = None
     """KL(policy ‖ reference), in nats, of the distributions along the decision that was made; None without a
     reference."""
+
+
+def leave_as_they_are(params: PyTree) -> PyTree:
+    """Returns parameters themselves: of policies that sample from them as they are."""
+    return params
 
 
 class Policy(NamedTuple):
@@ -89,6 +94,10 @@ class Policy(NamedTuple):
     score takes from images and prompt. None unless every parameter that it goes through is one of `frozen_patterns`, so
     that a context never changes. With it `sample`, `log_prob` and `value` take `context=None`; where one is given they
     read the state alone of the observation (`observation.without_scene`)."""
+    prepare: Callable = leave_as_they_are
+    """`prepare(params) -> prepared`, which `sample` alone takes in place of `params`, with the same result: leaves in
+    the types and layouts that products read. Once a rollout, so that no decision does it; what needs nothing is the
+    same array (`rollout.prepared`)."""
     preference_score: Callable | None = None
     """`preference_score(params, observation, action [B, H, A], seeds uint32 [B, K]) -> [B, K, C]`, float32: a stand-in
     for the log-probability of each executed action in preference learning, in K estimates that are comparable where

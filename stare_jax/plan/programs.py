@@ -23,6 +23,7 @@ from stare_jax.plan.exchanges import read_collectives
 from stare_jax.plan.products import read_products
 from stare_jax.plan.text import Program
 from stare_jax.rollout.collect import jit_sample
+from stare_jax.rollout.prepared import prepared_shapes
 from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.fit import acts
 from stare_jax.runs.plan import StepPlan, plan_phase, plan_policy, plan_state
@@ -176,16 +177,15 @@ def lower_program(name: str, config: RunConfig, mesh: Mesh) -> Lowered:
     group = config.env.of_group.num_envs  # which the policy decides for at a time
     num_rows = group + -group % num_parts(mesh)
     sharding = batch_sharding(mesh)
-    observation = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), policy.observation_shape(num_rows)
-    )
-    held = num_bytes((params, observation), on_device=True)
+    observation = jax.tree.map(lambda x: x.update(sharding=sharding), policy.observation_shape(num_rows))
+    prepared, made = prepared_shapes(policy, params)
+    held = num_bytes((params, made, observation), on_device=True)
     if "ppo" in config.phases:  # whose optimiser keeps its state during the rollouts
         state = plan_state(config, "ppo", policy, mesh)
         reference = None if config.ppo.kl_coef is None else state.trainable
         held += num_bytes((state.opt_state, reference), on_device=True)
     sample = jit_sample(policy.sample)
-    return Lowered(sample.lower(params, observation, jax.random.key(0), np.uint32(0), np.float32(1)), held, num_rows)
+    return Lowered(sample.lower(prepared, observation, jax.random.key(0), np.uint32(0), np.float32(1)), held, num_rows)
 
 
 def placed(plan: StepPlan, mesh: Mesh) -> StepPlan:

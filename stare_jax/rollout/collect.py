@@ -17,6 +17,7 @@ from stare_jax.logging import Clock, announce_compiling
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
 from stare_jax.rollout.places import Budget, Places, Waiting
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.records import KeepImages, Moment, Records
 from stare_jax.sharding.mesh import BATCH_AXES, batch_sharding
 from stare_jax.types import Observation, PyTree, Trajectory
@@ -234,16 +235,17 @@ def policy_act(
 
     Observations are put where the policy acts, in one place for all callers: their rows are split over the batch axes
     of the mesh, after repeating some where the mesh does not divide their number B. Decisions have B rows again. A
-    simulator whose states are on a device finds the actions there.
+    simulator whose states are on a device finds the actions there. What sampling reads in another type or layout is
+    in memory beside the parameters for as long as the actor is.
 
     Args:
         policy: its `sample` is compiled once per batch size, however many actors are made.
-        params: on the devices where they are to be used.
+        params: on the devices where they are to be used; from `prepare_params`, or prepared here.
         key: consumed; tick n of the actor uses `fold_in(key, n)`.
         temperature: temperature of the action distribution; 0 is greedy.
         mesh: the devices that act; None takes those of `params`.
     """
-    sample = _announced_sample(policy.sample)
+    sample, params = _announced_sample(policy.sample), prepare_params(policy, params)
     sharding = acting_sharding(params) if mesh is None else batch_sharding(mesh)
     ticks = itertools.count()
     temperature = np.float32(temperature)

@@ -280,6 +280,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
             act = policy_act(policy, state.params, key, temperature=config.temperature, mesh=run.mesh)
             rollout = _collect(act, env, spec, counters, config, run, window)
+            del act  # and with it what it has prepared for the rollout alone
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
@@ -299,8 +300,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
                     window.add(metrics)
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
-            updates = window.read()
-            counters = counters.after(rollout, config.group_size)
+            updates, counters = window.read(), counters.after(rollout, config.group_size)
             turn = next_turn(
                 run, counters.iteration, config.num_iterations, log_every=1, checkpoint_every=config.checkpoint_every
             )

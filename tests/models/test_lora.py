@@ -148,7 +148,7 @@ def test_adapters_of_several_ranks_compute_what_their_merged_weights_do(nano, un
     assert {path: adapters[f"{path}/lora_a"].shape[-1] for path in PATHS} == dict(zip(PATHS, (2, 3, 4), strict=True))
     merged = merge_adapters(case.params, OVERRIDDEN)
     key = jax.random.key(0)
-    got = jit(case.policy.sample)(case.params, case.observation, key, temperature=1.0)
+    got = jit(case.policy.sample)(case.policy.prepare(case.params), case.observation, key, temperature=1.0)
     expected = jit(nano.policy.sample)(merged, case.observation, key, temperature=1.0)
     np.testing.assert_array_equal(got.action, expected.action)
     np.testing.assert_allclose(got.logp, expected.logp, atol=1e-4)

@@ -11,6 +11,7 @@ import scipy.special
 from nano_policy import jit
 
 from stare_jax.models.nn.attention import KeyValue, attend
+from stare_jax.models.nn.gemma import FeedForward, GemmaConfig
 from stare_jax.models.nn.linear import Execution, Linear
 from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
 from stare_jax.models.nn.norms import RMSNorm
@@ -250,3 +251,15 @@ def test_computation_in_bfloat16_keeps_float32_logits(llama_params):
 def test_impossible_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_gates_and_the_numbers_beside_them_have_a_product_each_that_moves_nothing():
+    """One product with both weights, whose axes are [2, in, out], would bring one of its arrays into another order."""
+    layer = FeedForward(GemmaConfig(width=8, depth=1, mlp_dim=6, num_heads=1, num_kv_heads=1, head_dim=2), FLOAT32)
+    x = normal(0, 2, 3, 8)
+    params = layer.init(jax.random.key(0), x)
+    names = [eqn.primitive.name for eqn in jax.make_jaxpr(layer.apply)(params, x).eqns]
+    assert names.count("dot_general") == 3 and "transpose" not in names
+    (gate, up), out = (x.reshape(-1, 8) @ w for w in params["params"]["gating_einsum"]), params["params"]["linear"]
+    expected = (jax.nn.gelu(gate, approximate=True) * up) @ out
+    np.testing.assert_allclose(layer.apply(params, x).reshape(-1, 8), expected, atol=1e-5)

@@ -44,7 +44,7 @@ def test_other_ways_to_run_the_decoder_change_nothing(nano, monkeypatch):
     policy = make_policy(config, some_stats(config.action_dim, config.state_dim))
     key = jax.random.key(1)
     expected = nano.sample(nano.params, nano.observation, key, temperature=1.0)
-    decision = jit(policy.sample)(nano.params, nano.observation, key, temperature=1.0)
+    decision = jit(policy.sample)(policy.prepare(nano.params), nano.observation, key, temperature=1.0)
     np.testing.assert_array_equal(decision.trace["bins"], expected.trace["bins"])
     np.testing.assert_allclose(decision.logp, expected.logp, atol=1e-4)
     score = jit(policy.log_prob)(nano.params, nano.observation, decision.trace)

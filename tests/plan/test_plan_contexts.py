@@ -1,5 +1,7 @@
 """Contexts that are kept, in the numbers of a plan: operations of an iteration, and memory."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -12,7 +14,7 @@ from stare_jax.plan.products import read_products
 from stare_jax.plan.programs import lower_program
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.plan import plan_policy
-from stare_jax.sharding.mesh import make_mesh
+from stare_jax.sharding.mesh import make_mesh, path_name
 from stare_jax.stages import get_task
 from stare_jax.state.storage import num_bytes
 from stare_jax.train.ppo import PPOConfig, kept_contexts
@@ -66,3 +68,12 @@ def test_an_iteration_of_five_epochs_takes_a_quarter_of_the_operations_with_cont
     contexts = kept_contexts(policy, config.ppo, 8)
     read_once = NUM_ROWS * (64 * 64 * 3 + PROMPT * (4 + 1))
     assert kept.held - without.held == num_bytes(contexts) + 4 * NUM_ROWS - read_once
+
+
+def test_prepared_parameters_are_counted_beside_those_that_a_run_keeps():
+    config = small_run(0.0, is_compiled=False)
+    stacked = dataclasses.replace(config, model=dataclasses.replace(config.model, unstack_layers=False))
+    apart, given = (lower_program("sample", run, make_mesh()).held for run in (config, stacked))
+    layers = jax.eval_shape(plan_policy(config).init, jax.random.key(0))["PaliGemma"]["llm"]["layers"]
+    expert = [leaf for path, leaf in jax.tree.leaves_with_path(layers) if "_1/" in path_name(path)]
+    assert apart - given == num_bytes(expert) > 0

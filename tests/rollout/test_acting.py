@@ -10,8 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from stare_jax.data.pairs import PairsConfig
+from stare_jax.data.rollouts import policy_actor
+from stare_jax.evaluate.protocol import policy_act_of
 from stare_jax.models.mlp import MLPConfig, make_mlp
+from stare_jax.models.nn.layout import store_as
 from stare_jax.models.normalize import identity_stats
+from stare_jax.rollout import prepared
 from stare_jax.rollout.collect import acting_sharding, place_rows, policy_act
 from stare_jax.sharding.mesh import batch_sharding, make_mesh
 from stare_jax.types import Observation
@@ -65,3 +70,15 @@ def test_a_policy_is_compiled_once_and_that_is_said(capsys):
     for key in (1, 2):
         policy_act(policy, params, jax.random.key(key))(observation, None, ("",), np.ones(1, bool))
     assert capsys.readouterr().err == "compiling the policy that acts (done once; a minute for large models)\n"
+
+
+def test_parameters_are_prepared_once_for_all_parts_of_an_evaluation_and_all_pairs(monkeypatch):
+    calls, jit_changes = [], prepared.jit_changes
+    monkeypatch.setattr(prepared, "jit_changes", lambda prepare: calls.append(prepare) or jit_changes(prepare))
+    policy = make_mlp(MLPConfig(hidden_dims=(4,), value_dims=(4,)), identity_stats(2, 6))
+    policy = policy._replace(prepare=lambda params: store_as(params, ("kernel",), "bfloat16"))
+    params = jax.jit(policy.init)(jax.random.key(0))
+    act_of = policy_act_of(policy, params, jax.random.key(0), temperature=0.0)
+    actor = policy_actor(lambda: (policy, params), PairsConfig(), source="")
+    assert all(callable(act) for act in (act_of(0), act_of(1), actor.act([0, 1]), actor.act([2, 3])))
+    assert calls == [policy.prepare] * 2

@@ -13,6 +13,8 @@ OF_WEIGHTS = ("all-gather", "all-reduce", "reduce-scatter")
 """exchanges that weights and their gradients take; the others move activations from one layout to another."""
 IN_LAYERS = re.compile(r"\b(layers|blocks|encoderblock)/")
 """part of paths inside a loop over layers; paths of what XLA combines are joined, as `(layers/a:layers/b)`."""
+PAIRS = re.compile(r"(gating|kv)_einsum")
+"""part of the paths of pi0.5's pairs of weights: of gates and the numbers beside them, of keys and values"""
 
 
 def not_zero3(
@@ -22,7 +24,7 @@ def not_zero3(
 
     Inside a loop over layers that is the weights of one layer, gathered once in every pass, and sums of their
     gradients; no activations. Outside of it, the same of all other weights, of the output layer as many columns as are
-    used, and what the lookup of embeddings takes; and the layers of stacks whose loops gather nothing, all at once.
+    used, and what the lookup of embeddings takes.
 
     Args:
         found: see `read_collectives`.
@@ -32,10 +34,11 @@ def not_zero3(
     in_layers, elsewhere, missing = set(), {1}, collections.Counter()
     for path, shape, is_split in leaves:
         if IN_LAYERS.search(path):
-            size = math.prod(shape[1:])
+            # Of two weights in one array each is gathered for a product of its own.
+            number = 2 if PAIRS.search(path) else 1
+            size = math.prod(shape[1:]) // number
             in_layers.add(size)
-            missing[_stack(path), size] += num_passes[_stack(path)] * is_split
-            elsewhere |= set() if num_passes[_stack(path)] else {math.prod(shape)}
+            missing[_stack(path), size] += number * num_passes[_stack(path)] * is_split
         else:
             elsewhere |= {math.prod(shape), shape[0] * NUM_BINS} if "lm_head" in path else {math.prod(shape)}
     # A tower's class token and registers are put together before anything is done with them.
@@ -106,7 +109,7 @@ def num_passes(phase: str, trained: str, *, scores_first: bool = False, has_refe
     twice = () if not has_reference else ("expert",) if trained in ("expert", "kept") else STACKS
     passes = {stack: 1 + scores_first + (stack in twice) for stack in STACKS}
     if phase == "sample":
-        return passes | {"expert": 0}  # gathered before the loop over denoising steps, see `not_zero3`
+        return passes
     if trained == "kept":
         return dict.fromkeys(STACKS, 0) | {"expert": passes["expert"] + 1}
     still = {"full": (), "lora": ("img",), "expert": ("img", "llm")}[trained]

@@ -46,10 +46,10 @@ def lower_phase(phase, config, mesh):
     """The step of a phase as `train_*` compiles it, and the arguments that it reuses and that it only reads."""
     state, batch, _, step, inputs = placed(plan_phase(config, phase), mesh)
     lowered = lower_step(step, state, batch, *inputs)
-    reference = inputs[-1] if phase == "ppo" else None
+    reference, contexts = inputs[-2:] if phase == "ppo" else (None, None)
     # A compiled program is not given what it does not read: values are asked for in PPO alone, and not of a reference.
-    read = (state.frozen if phase == "ppo" else without_value(state.frozen), batch, without_value(reference or {}))
-    return lowered, state.replace(frozen=None), read
+    frozen = state.frozen if phase == "ppo" else without_value(state.frozen)
+    return lowered, state.replace(frozen=None), (frozen, batch, without_value(reference or {}), contexts)
 
 
 def without_value(params):

@@ -14,15 +14,7 @@ def test_every_step_of_pi05_on_eight_devices_is_that_on_one():
     check_models(run_on_eight_devices("sharded_models.py", "pi05", timeout=3000))
 
 
-# The gate and up projections, of one layer of PaliGemma or of all layers of the action expert.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "largest"),
-    [
-        ("ppo 8 1 pi05", 2 * 2048 * 16384),
-        ("sft 8 1 pi05 full", 2 * 2048 * 16384),
-        ("sample 8 1 pi05", 18 * 2 * 1024 * 4096),
-    ],
-)
-def test_pi05_gathers_one_layer_at_a_time_or_the_expert_once(case, largest):
-    check_full_size(case, largest)
+@pytest.mark.parametrize("case", ["ppo 8 1 pi05", "sft 8 1 pi05 full", "sample 8 1 pi05"])
+def test_pi05_gathers_one_layer_at_a_time(case):
+    check_full_size(case, largest=2048 * 16384)

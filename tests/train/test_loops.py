@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import weakref
 
 import jax
 import numpy as np
@@ -15,10 +16,12 @@ from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, check_finite
 from stare_jax.models import MLPConfig, openvla_tiny
+from stare_jax.rollout import collect
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
-from stare_jax.train import update
+from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import checkpoint_directory, start_phase
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
@@ -288,6 +291,26 @@ def test_groups_that_cannot_be_compared_are_refused(changes, message):
 def test_a_configuration_without_a_critic_freezes_it_once():
     config = dataclasses.replace(PPO, advantage="grpo", group_size=2)
     assert config.optimizer.freeze == ("^value",) and dataclasses.replace(config, seed=1).optimizer == config.optimizer
+
+
+def test_what_is_prepared_for_the_rollout_is_freed_before_the_updates(policy, params, spec, make_run, monkeypatch):
+    made, alive = [], []
+
+    def noting(policy, params):
+        prepared = prepare_params(policy, params)
+        made.append(weakref.ref(jax.tree.leaves(prepared)[0]))
+        return prepared
+
+    def rescore(params, batch, mesh):  # the first thing after the rollout
+        alive.append(made[-1]())
+        return batch
+
+    monkeypatch.setattr(collect, "prepare_params", noting)
+    monkeypatch.setattr(ppo_batch, "make_rescore", lambda *_: rescore)
+    copying = policy._replace(prepare=lambda params: jax.tree.map(lambda x: x + 0, params))
+    config = dataclasses.replace(PPO, num_iterations=2, rescore=True)
+    train_ppo(copying, fresh(params), toy.ToyPush(NUM_ENVS), spec, config, make_run())
+    assert len(made) == 2 and alive == [None, None]
 
 
 def test_a_run_plays_no_episode_of_another_run(train, make_run, monkeypatch):

@@ -28,8 +28,9 @@ def test_both_implementations_are_timed_and_agree(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     rows = {(row["case"], row["implementation"]): row for row in result["rows"]}
-    assert set(rows) == {(case, name) for case in ("generate", "update") for name in ("stare_jax", "PyTorch")}
-    for case in ("generate", "update"):
+    cases = ("act", "generate", "update")
+    assert set(rows) == {(case, name) for case in cases for name in ("stare_jax", "PyTorch")}
+    for case in cases:
         ours, theirs = rows[case, "stare_jax"], rows[case, "PyTorch"]
         assert ours["ratio"] == theirs["median_s"] / ours["median_s"] and ours["flops"] == theirs["flops"] > 0
     generate, update = sorted(result["agreement"], key=lambda line: line["case"])

@@ -10,6 +10,7 @@ import pi05_cases
 import pi05_naive
 import pytest
 
+from stare_jax.config import ConfigError
 from stare_jax.models import pi05_base
 from stare_jax.models.nn.linear import Execution
 from stare_jax.plan.pi05_cost import gemma_weights, imitation_flops, prefix_length, sampling_phases, tower_weights
@@ -27,9 +28,10 @@ def without_time(sizes, params):
 @pytest.mark.slow
 def test_a_peer_is_timed_and_compared(tmp_path, capsys):
     out = tmp_path / "result.json"
-    pi05.main([*TINY, "--cases=sample,sft", "--train-batch=2", "--peer=pi05_naive:make_sampler", f"--out={out}"])
+    pi05.main([*TINY, "--cases=sample,act,sft", "--train-batch=2", "--peer=pi05_naive:make_sampler", f"--out={out}"])
     result = json.loads(out.read_text())
-    ours, peer, sft = result["rows"]
+    ours, peer, act, device, sft = result["rows"]
+    assert (act["case"], device["case"]) == ("act", "act device") and len(act["seconds"]) == len(device["seconds"]) == 2
     assert (ours["implementation"], peer["implementation"]) == ("stare_jax", "pi05_naive:make_sampler")
     assert len(ours["seconds"]) == len(peer["seconds"]) == len(sft["seconds"]) == 2 and peer["difference"] < 1e-3
     assert ours["ratio"] == peer["median_s"] / ours["median_s"] and ours["flops"] == peer["flops"] > 0
@@ -43,8 +45,21 @@ def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(pi05_naive, "without_time", without_time, raising=False)
     with pytest.raises(SystemExit, match="sample 2: DisagreementError: actions: got a difference .* expected <= 0.001"):
         pi05.main([*TINY, "--cases=sample", "--peer=pi05_naive:without_time"])
-    with pytest.raises(ValueError, match="peer: got 'pi05_naive', expected module:function"):
-        pi05_cases.load_peer("pi05_naive")
+
+
+def test_a_peer_is_a_function_of_a_file_or_of_a_module(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def make_sampler(sizes, params):\n    return sizes\n")
+    assert pi05_cases.load_peer(f"{file}:make_sampler")(3, None) == 3
+    assert pi05_cases.load_peer("pi05_naive:make_sampler") is pi05_naive.make_sampler
+    for name, said in (
+        ("pi05_naive", "expected FILE.py:function or module:function"),
+        (f"{file}:sampler", "no attribute 'sampler'"),
+        (f"{tmp_path}/none.py:sampler", "No such file"),
+        ("no_module:sampler", "No module named 'no_module'"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--peer: got '{name}'.*{said}"):
+            pi05_cases.load_peer(name)
 
 
 def test_the_costs_of_the_published_model():

@@ -48,8 +48,8 @@ class LlamaConfig:
 class Cache(NamedTuple):
     """Keys and values of the tokens before the next one.
 
-    Every array has a leading axis of layers. Where layers are run one by one (`unstack`), each field is a tuple of
-    `KeyValue`, one for every layer, without that axis.
+    Every array has a leading axis of layers. Where layers are run one by one (`layout.unstack`), each field is a tuple
+    of `KeyValue`, one for every layer, without that axis.
     """
 
     prefix: KeyValue
@@ -111,20 +111,6 @@ def _write(buffer: jax.Array, new: jax.Array, index: jax.Array | int) -> jax.Arr
     return jax.lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis=1)
 
 
-def unstack(layers: PyTree, depth: int) -> tuple[PyTree, ...]:
-    """Returns the parameters of each layer as arrays of their own, copied out of their stack.
-
-    XLA's GPU compiler copies a layer out of the stack wherever a matrix product reads it, which takes most of the
-    product's time when there is a single token. The copies made here serve all tokens; the barrier keeps XLA from
-    making them again for each.
-
-    Args:
-        layers: leaves `[depth, ...]`.
-        depth: number of layers.
-    """
-    return jax.lax.optimization_barrier(tuple(jax.tree.map(lambda x: x[i], layers) for i in range(depth)))  # noqa: B023
-
-
 class OutputLayer(nn.Module):
     """The product with a range of columns of the output layer."""
 
@@ -180,7 +166,7 @@ class Llama(nn.Module):
         Args:
             x: `[B, T, width]` embeddings.
             mask: bool `[B, T]`, False on padding; the first token is real. With cuDNN's attention padding comes last.
-            layers: parameters from `unstack`, used in place of the stacked ones.
+            layers: parameters from `layout.unstack`, used in place of the stacked ones.
 
         Returns:
             Hidden states before the final norm `[B, T, width]`; keys and values `[layers, B, T, K, D]`, or of each

@@ -134,14 +134,15 @@ def module_adapters(
 
 
 def stacked_adapters(
-    module: nn.Module, config: LoRAConfig | None, name: str, shape: tuple[int, ...]
+    module: nn.Module, config: LoRAConfig | None, name: str, shape: tuple[int, ...], *, path_prefix: str = ""
 ) -> Adapters | None:
     """Returns the adapters `[..., in, rank]` and `[..., rank, out]` of one weight `[..., in, out]` of a module.
 
     Every matrix of the stack has adapters of its own, as in openpi, whose names they carry: `lora_a` beside a weight
     called `w`, and `<name>_lora_a` beside others. All else is as in `module_adapters`.
     """
-    path = "/".join(module.path if name == "w" else (*module.path, name))
+    names = (path_prefix, *module.path, "" if name == "w" else name)
+    path = "/".join(filter(None, names))
     prefix = "" if name == "w" else f"{name}_"
     rank = 0 if config is None else config.rank_of(path)
     return _adapters(module, config, path, prefix, (*shape[:-1], rank), (*shape[:-2], rank, shape[-1]))
@@ -225,16 +226,6 @@ def init_adapters(init: Callable[[jax.Array], PyTree], key: jax.Array, *, out_sh
     """
     # What is not returned is not computed.
     return jax.jit(lambda key: keep_adapters(init(key)), out_shardings=out_shardings)(key)
-
-
-def store_frozen(params: PyTree, patterns: Sequence[str], dtype: str) -> PyTree:
-    """Returns parameters with those that one of the regexes matches in another type."""
-
-    def store(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return leaf.astype(dtype) if any(re.search(pattern, name) for pattern in patterns) else leaf
-
-    return jax.tree.map_with_path(store, params)
 
 
 def merge_adapters(params: PyTree, config: LoRAConfig) -> PyTree:

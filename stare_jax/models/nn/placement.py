@@ -62,17 +62,6 @@ def place_token(x: jax.Array) -> Placement:
     return FEW_TOKENS if rows < x.shape[-1] else MANY_TOKENS
 
 
-def gather_weight(x: jax.Array, dtype: str) -> jax.Array:
-    """Returns a weight in another type and whole on every device, gathered where this stands and not where it is read.
-
-    On one device, and where single matrices are cut over `tensor`, it is left as it is.
-    """
-    mesh = _mesh(x)
-    if mesh.size <= 1 or mesh.shape["tensor"] > 1:
-        return x
-    return jax.lax.with_sharding_constraint(x.astype(dtype), NamedSharding(mesh, P()))
-
-
 def _mesh(x: jax.Array) -> jax.sharding.AbstractMesh:
     return jax.typeof(x).sharding.mesh  # every value knows it, wherever it is traced
 

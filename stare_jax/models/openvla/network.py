@@ -91,7 +91,7 @@ class OpenVLAConfig:
     decode_unroll: Count = 1
     """action tokens per iteration of the decoding loop."""
     unstack_layers: bool = False
-    """True copies each decoder layer's weights out of their stack before sampling (`llama.unstack`): on GPUs a token
+    """True copies each decoder layer's weights out of their stack before a rollout (`Policy.prepare`): on GPUs a token
     then costs a third of the memory traffic, and the decoder's weights are in memory twice meanwhile."""
 
     @property
@@ -198,7 +198,7 @@ class OpenVLA(nn.Module):
     def prefill(
         self, scene: SceneInput, tokens: jax.Array, token_mask: jax.Array, layers: Sequence[PyTree] | None = None
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """Runs the prompt; `layers` are the decoder's parameters from `unstack`, for this and all calls of `decode`.
+        """Runs the prompt; `layers` are the decoder's parameters from `layout.unstack`, for this and all of `decode`.
 
         Returns:
             The hidden state `[B, width]` of the last prompt token, a cache with room for the action tokens that are fed

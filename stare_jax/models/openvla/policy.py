@@ -24,8 +24,8 @@ from stare_jax.models.bins import (
     kl_of_bins,
     score_bins,
 )
-from stare_jax.models.nn.llama import unstack
-from stare_jax.models.nn.lora import check_patterns, store_frozen
+from stare_jax.models.nn.layout import store_as, unstack
+from stare_jax.models.nn.lora import check_patterns
 from stare_jax.models.normalize import (
     check_stats,
     is_constant_action,
@@ -68,7 +68,26 @@ def make_openvla(config: OpenVLAConfig, norm_stats: NormStats) -> Policy:
         sharding_rules=sharding_rules(config),
         frozen_patterns=all_frozen_patterns(config),
         compute_dtype=config.execution.dtype,
+        prepare=functools.partial(_prepare, config),
     )
+
+
+_IN_PRODUCTS = r"^(?!value_head/)(?!.*/norm[12]/).*/(kernel|bias|lora_[ab]|ls[12])$|^llm/.*norm/scale$"
+"""regex of the parameters that are cast to `execution.dtype` before they do anything"""
+
+
+def _prepare(config: OpenVLAConfig, params: PyTree) -> PyTree:
+    """Returns parameters in the type of the products and, with `unstack_layers`, the decoder's as a tuple of layers."""
+    params = store_as(params, (_IN_PRODUCTS,), config.execution.dtype)
+    if not config.unstack_layers or _unstacked(params) is not None:
+        return params
+    return params | {"llm": params["llm"] | {"layers": unstack(params["llm"]["layers"], config.llm.depth)}}
+
+
+def _unstacked(params: PyTree) -> tuple[PyTree, ...] | None:
+    """Returns the decoder's layers where they are not stacked."""
+    layers = params["llm"]["layers"]
+    return layers if isinstance(layers, tuple) else None
 
 
 def _apply(network: OpenVLA, params: PyTree, *args, method: str):
@@ -96,7 +115,7 @@ def _init(network: OpenVLA, norm_stats: NormStats, key: jax.Array) -> PyTree:
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), observation_shape(config, 1))
     bins = jnp.zeros((1, config.action_dim), jnp.int32)
     params = network.init(key, *_prompt(network, norm_stats, blank), bins, _state(norm_stats, blank))["params"]
-    return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
+    return store_as(params, all_frozen_patterns(config), config.execution.dtype)
 
 
 def _sample(
@@ -118,7 +137,7 @@ def _sample(
     num_later = len(is_decided) - 1
     keys = jax.random.split(key, network.config.action_dim)
     prompt = _prompt(network, norm_stats, observation)
-    layers = unstack(params["llm"]["layers"], network.config.llm.depth) if network.config.unstack_layers else None
+    layers = _unstacked(params)
     hidden, cache, mask = _apply(network, params, *prompt, layers, method="prefill")
 
     def choose(hidden, key, is_decided):

@@ -8,7 +8,6 @@ and divergences are those of the actions that are executed, in the dimensions th
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,8 +17,9 @@ import numpy as np
 
 from stare_jax.losses import flow, flow_matching_loss
 from stare_jax.models.nn.attention import KeyValue
-from stare_jax.models.nn.lora import check_patterns, store_frozen
-from stare_jax.models.nn.placement import gather_weight
+from stare_jax.models.nn.gemma import unstack_expert
+from stare_jax.models.nn.layout import store_as, unstack
+from stare_jax.models.nn.lora import check_patterns
 from stare_jax.models.normalize import (
     check_stats,
     from_quantiles,
@@ -34,11 +34,7 @@ from stare_jax.models.pi05.presets import all_frozen_patterns
 from stare_jax.models.pi05.prompt import make_tokenize, observation_shape, read_observation
 from stare_jax.models.pi05.sharding import adaptable_modules, sharding_rules
 from stare_jax.models.policy import ActionScore, Decision, Policy
-from stare_jax.sharding.mesh import path_name
 from stare_jax.types import Array, NormStats, Observation, PyTree
-
-_EXPERT = re.compile(r"^PaliGemma/llm/.*_1/")
-"""regex of the parameters of the action expert; all are read in the type of products."""
 
 
 def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
@@ -72,15 +68,39 @@ def make_pi05(config: Pi05Config, norm_stats: NormStats) -> Policy:
         num_fixed_terms=int(config.noise == "learned"),
         compute_dtype=config.execution.dtype,
         encode=functools.partial(_encode, network, norm_stats) if _has_context(config) else None,
+        prepare=functools.partial(_prepare, config),
         preference_score=functools.partial(_flow_score, network, norm_stats) if config.preference == "flow" else None,
     )
+
+
+_IN_PRODUCTS = (
+    r"^PaliGemma/llm/.*/(w|gating_einsum|linear|(\w+_)?lora_[ab]|Dense_0/(kernel|bias))$",
+    r"^(PaliGemma/img/.*(MultiHead\w+/\w+|Dense_\d|head)|stem/\w+|state_embed)/(kernel|bias)$",
+)
+"""regexes of the parameters that are cast to `execution.dtype` before they do anything"""
+_IN_EXACT_PRODUCTS = (r"^(action_(in|out)_proj|time_mlp_(in|out)|PaliGemma/img/embedding)/(kernel|bias)$",)
+"""regexes of those that are cast to float32"""
+_EXPERT_LAYERS = "expert_layers"
+"""name of the action expert's layers among prepared parameters, a tuple"""
+
+
+def _prepare(config: Pi05Config, params: PyTree) -> PyTree:
+    """Returns parameters in the type of the products, the action expert's layers each by itself."""
+    params = store_as(params, _IN_PRODUCTS, config.execution.dtype)
+    params = store_as(params, _IN_EXACT_PRODUCTS, "float32")
+    if not config.unstack_layers or _EXPERT_LAYERS in params:
+        return params
+    paligemma, llm = params["PaliGemma"], params["PaliGemma"]["llm"]
+    rest, expert = unstack_expert(llm["layers"], config.expert.depth)
+    return params | {"PaliGemma": paligemma | {"llm": llm | {"layers": rest}}, _EXPERT_LAYERS: expert}
 
 
 class _Prefix(NamedTuple):
     """Images and text after the network, to be attended to by chunks and read by the critic."""
 
-    cache: KeyValue
-    """`[layers, B, P, K, D]` keys and values; `[B, layers, P, K, D]` in a context."""
+    cache: KeyValue | tuple[KeyValue, ...]
+    """`[layers, B, P, K, D]` keys and values; `[B, layers, P, K, D]` in a context; a tuple of those of each layer where
+    the expert's layers are a tuple."""
     valid: jax.Array
     """bool `[B, P]`, False on padding."""
     pooled: jax.Array
@@ -139,20 +159,7 @@ def _init(network: Pi05, norm_stats: NormStats, key: jax.Array) -> PyTree:
     noisy = jnp.zeros((1, config.window, config.model_action_dim), jnp.float32)
     scene = read_observation(config, norm_stats, blank)
     params = network.init(key, *scene, scale_state(blank.state, norm_stats), noisy, method="init_pass")["params"]
-    return store_frozen(params, all_frozen_patterns(config), config.execution.dtype)
-
-
-def _gather_expert(config: Pi05Config, params: PyTree) -> PyTree:
-    """Returns parameters with the action expert's on every device of the mesh, for all denoising steps.
-
-    They are 0.4 of 3.3 billion, and there are about as many tokens as the expert is wide: to exchange activations in
-    every step would cost more than to gather the weights once.
-    """
-
-    def gather(path: tuple, leaf: jax.Array) -> jax.Array:
-        return gather_weight(leaf, config.execution.dtype) if _EXPERT.search(path_name(path)) else leaf
-
-    return jax.tree.map_with_path(gather, params)
+    return store_as(params, all_frozen_patterns(config), config.execution.dtype)
 
 
 def _steps(
@@ -161,7 +168,8 @@ def _steps(
     """Returns the steps of an ordinary and of a random chain from points x_i `[B, G, H, A]`, i int `[B, G]`."""
     config, num_steps = network.config, network.config.num_denoising_steps
     time = flow.denoising_times(num_steps)[index]
-    hidden = _apply(network, params, prefix.cache, prefix.valid, points, time, method="suffix")
+    inputs = prefix.cache, prefix.valid, points, time, params.get(_EXPERT_LAYERS)
+    hidden = _apply(network, params, *inputs, method="suffix")
     velocity = _apply(network, params, hidden, method="velocity")
     ordinary = flow.ode_transition(points, velocity, num_steps)
     if config.noise == "ode":
@@ -210,6 +218,8 @@ def _sample(
     """Reads the prefix once, then integrates from noise `[B, H, A]` to actions; the noise is drawn if not given."""
     config, num_steps = network.config, network.config.num_denoising_steps
     prefix, batch = _read(network, norm_stats, params, observation, context), len(observation.state)
+    if _EXPERT_LAYERS in params:
+        prefix = prefix._replace(cache=unstack(prefix.cache, config.expert.depth))
     shape = (batch, config.window, config.model_action_dim)
     start_key, index_key, key = jax.random.split(key, 3)
     start = jax.random.normal(start_key, shape, jnp.float32) if noise is None else jnp.asarray(noise, jnp.float32)
@@ -218,12 +228,11 @@ def _sample(
         drawn = jax.random.randint(index_key, (batch, 1), 0, num_steps)
         is_drawn = drawn == jnp.arange(num_steps)
     is_drawn &= jnp.asarray(temperature) > 0
-    gathered = _gather_expert(config, params)
 
     def step(x, inputs):
         index, is_drawn, key = inputs
         at = (x[:, None], jnp.full((batch, 1), index), temperature)
-        ordinary, random = _steps(network, gathered, prefix, *at)
+        ordinary, random = _steps(network, params, prefix, *at)
         mean, std = (leaf[:, 0] for leaf in _choose(is_drawn[:, None], random, ordinary))
         x = mean + std * jax.random.normal(key, shape, jnp.float32)
         return x, (x, mean, std)
