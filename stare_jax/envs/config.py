@@ -162,17 +162,6 @@ class EnvConfig:
             return f"backend: got 'cuda' with num_groups {self.num_groups}, expected 'cpu': a GPU has one batch"
         if self.has_spares:
             return "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"
-        if self.scene.num_starts:
-            return (
-                f"backend: got 'cuda' for {self.env_id}, expected 'cpu': ManiSkill lets its objects settle in a reset, "
-                "during which the physics of all other environments runs on, and judges success in every "
-                "environment by how the objects lie in the first"
-            )
-        if "target" in self.resolved_control_mode:
-            return (
-                f"control_mode: got {self.resolved_control_mode!r}, expected one without targets with backend 'cuda', "
-                "where ManiSkill forgets the targets of all environments when one is reset"
-            )
         return None
 
     @property

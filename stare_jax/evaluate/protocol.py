@@ -69,7 +69,7 @@ class Conditions(NamedTuple):
     checkpoint: str = ""
     """Name of the weights, as `ppo/500/3f0a5e9c11d2`, or "expert"."""
     backend: str = ""
-    """Device of the physics, "cpu" or "cuda"; one seed begins with different states on the two."""
+    """Device of the physics, "cpu" or "cuda"; on the other one a seed may begin with another state."""
     jitter: str = ""
     """Random displacement of the task's official starts; "none" for tasks without official starts."""
     perturbation: str = ""

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from standin_gpu import OPENED, StandIn
+from PIL import Image
+from standin_gpu import OPENED, StandIn, WidowXStandIn, widowx_rests
 
 from stare_jax.envs import SimulatorError, make_vec_env
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill import batched
 from stare_jax.envs.maniskill.batched import BatchedSimulator
 from stare_jax.envs.maniskill.building import MissingAssetsError, make_scene
+from stare_jax.envs.maniskill.rests import start_of
 from stare_jax.envs.maniskill.simulator import Simulator
 from stare_jax.envs.tasks import make_expert
 from stare_jax.models.policy import Decision
@@ -26,19 +28,34 @@ pytestmark = [
 ]
 
 SEEDS = [10, 11, 12, 13, 14, 15, 16]
+MODES = {"push": "", "push to targets": "pd_ee_target_delta_pose", "widowx": ""}
+"""stand-in -> control mode"""
+PHOTOGRAPH = (1, 2, 3)  # its colour
 
 
 @pytest.fixture(params=["cpu", "cuda"])
-def make_batch(request):
-    """Returns a function num_envs -> the batch over a stand-in on a device."""
+def make_batch(request, tmp_path):
+    """Returns a function (num_envs, which of `MODES`) -> the batch over a stand-in on a device."""
     if request.param == "cuda" and not (torch.cuda.is_available() and jax.default_backend() == "gpu"):
         pytest.skip("needs a CUDA device that PyTorch and JAX see")
+    Image.new("RGB", (6, 4), PHOTOGRAPH).save(tmp_path / "photograph.png")
 
-    def make(num_envs):
+    def make(num_envs, name="push"):
         config = EnvConfig(
-            "PushCube-v1", "cuda", num_workers=1, envs_per_worker=num_envs, image_size=4, use_state="low_dim"
+            "PutCarrotOnPlateInScene-v1" if name == "widowx" else "PushCube-v1",
+            "cuda",
+            num_workers=1,
+            envs_per_worker=num_envs,
+            image_size=4,
+            image_width=6,
+            use_state="low_dim",
+            control_mode=MODES[name],
         )
-        return BatchedSimulator(StandIn(num_envs, request.param), config)
+        if name != "widowx":
+            return BatchedSimulator(StandIn(num_envs, request.param, bool(MODES[name])), config)
+        num_starts = config.scene.num_starts
+        rests = widowx_rests([start_of(seed, num_starts) for seed in SEEDS], num_starts)
+        return BatchedSimulator(WidowXStandIn(num_envs, request.param, tmp_path / "photograph.png"), config, rests)
 
     return make
 
@@ -110,10 +127,12 @@ def test_a_touch_that_is_over_before_the_last_sub_step_is_noticed(make_batch):
     np.testing.assert_array_equal(noticed, moved)
 
 
-def test_episodes_in_a_batch_are_those_of_environments_alone(make_batch):
+@pytest.mark.parametrize("name", MODES)
+def test_episodes_in_a_batch_are_those_of_environments_alone(make_batch, name):
     """Neither the place in the batch, nor resets of others, nor what was there before makes a difference."""
     collected = [
-        collect_episodes(make_batch(num_envs), act, SEEDS, stop_at_success=True) for num_envs in (1, 3, len(SEEDS))
+        collect_episodes(make_batch(num_envs, name), act, SEEDS, stop_at_success=True)
+        for num_envs in (1, 3, *([len(SEEDS)] if name == "push" else []))
     ]
     alone = collected[0].trajectory
     lengths = alone.valid[:, 1:].sum(axis=1)
@@ -124,6 +143,18 @@ def test_episodes_in_a_batch_are_those_of_environments_alone(make_batch):
         for leaf, expected in zip(*map(jax.tree.leaves, (other.trajectory, alone)), strict=True):
             assert isinstance(leaf, np.ndarray)
             np.testing.assert_allclose(leaf.astype(float), expected.astype(float), atol=1e-6)
+
+
+def test_widowx_environments_begin_where_their_seeds_say_in_front_of_their_photographs(make_batch):
+    batch = make_batch(3, "widowx")
+    state = batch.reset(SEEDS[:3])
+    first, image = state.signals, np.asarray(state.observation.images["3rd_view_camera"])
+    assert (image[:, :, 3:] == PHOTOGRAPH).all()
+    where = np.broadcast_to(255 * (np.asarray(first.obj_pos)[:, None, None] + 0.5), (3, 4, 3, 3))
+    assert np.abs(image[:, :, :3] - where).max() <= 1
+    again = batch.step(np.zeros((3, 7), np.float32), {2: SEEDS[0], 0: SEEDS[1]}).signals
+    for name in ("tcp_pos", "obj_pos", "goal_pos", "support_z"):
+        np.testing.assert_array_equal(getattr(again, name)[jnp.array([2, 0])], getattr(first, name)[:2], err_msg=name)
 
 
 def test_bad_calls_are_refused(make_batch):
@@ -191,8 +222,7 @@ def test_images_are_the_simulators(rendering_simulator):
         ({"num_workers": 2}, "num_workers: got 2, expected 1 with backend 'cuda', where envs_per_worker is the whole"),
         ({"num_groups": 2}, "backend: got 'cuda' with num_groups 2, expected 'cpu': a GPU has one batch"),
         ({"has_spares": True}, "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"),
-        ({"control_mode": "pd_ee_target_delta_pose"}, "control_mode: got 'pd_ee_target_delta_pose', expected one with"),
-        ({"env_id": "PutSpoonOnTableClothInScene-v1"}, "backend: got 'cuda' for PutSpoon.*, expected 'cpu'.*settle"),
+        ({"perturbation": "vision/light"}, "backend: got 'cuda' with perturbation 'vision/light', expected 'cpu'"),
     ],
 )
 def test_what_a_batch_cannot_do_is_refused(settings, message):
@@ -226,8 +256,9 @@ def test_only_what_the_user_can_put_right_loses_its_traceback(error, raised, mon
     [
         ({}, None, ("cuda", 1, 12), "'auto' is 'cuda', one batch of 12 environments"),
         ({}, "got 'cuda', and PyTorch sees none", ("cpu", 3, 4), "'auto' is 'cpu': got 'cuda', and PyTorch sees none"),
-        ({"control_mode": "pd_ee_target_delta_pose"}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*without targets"),
-        ({"env_id": "PutSpoonOnTableClothInScene-v1"}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*settle"),
+        ({"control_mode": "pd_ee_target_delta_pose"}, None, ("cuda", 1, 12), "'auto' is 'cuda', one batch of 12"),
+        ({"env_id": "PutSpoonOnTableClothInScene-v1"}, None, ("cuda", 1, 12), "'auto' is 'cuda', one batch of 12"),
+        ({"has_spares": True}, None, ("cpu", 3, 4), "'auto' is 'cpu': .*has_spares"),
         ({"backend": "cpu"}, None, ("cpu", 3, 4), ""),
     ],
 )

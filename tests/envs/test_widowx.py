@@ -134,6 +134,8 @@ def test_config_knows_the_task():
 @needs_assets
 def test_images_are_those_of_plain_maniskill_whatever_was_built_before(rendering_simulator, simulators):
     """ManiSkill keeps what to show in a list of the class: a second environment shows the first one's objects."""
+    from stare_jax.envs.maniskill.batched_widowx import BatchedBackdrop
+
     rendering_simulator.reset(0)  # Keeps SAPIEN's renderer alive for all the tests.
     first = Simulator(EnvConfig(EGGPLANT, image_size=64))
     simulator = Simulator(EnvConfig(CUBES, image_size=120, image_width=160))
@@ -147,6 +149,10 @@ def test_images_are_those_of_plain_maniskill_whatever_was_built_before(rendering
         sensor_configs=camera,
     )
     image = simulator.reset(3, reproducible=True).image
+    shape, sensor = simulator.config.image_shape, simulator.env.scene.sensors["3rd_view_camera"]
+    pictures = sensor.get_obs(rgb=True, depth=False, position=False, segmentation=True)
+    in_batch = BatchedBackdrop(simulator.env, "3rd_view_camera", shape).behind(**pictures)
+    np.testing.assert_array_equal(in_batch[0].numpy(), image)
     observation, _ = plain.reset(seed=0, options={"reconfigure": True, "episode_id": torch.tensor([3])})
     sensors = observation["sensor_data"]["3rd_view_camera"]
     is_shown = np.isin(sensors["segmentation"][0, ..., 0].numpy(), plain.unwrapped._segmentation_ids_to_keep.numpy())

@@ -15,6 +15,7 @@ from stare_jax.envs.maniskill.batched_signals import BatchedSignalReader
 from stare_jax.envs.maniskill.building import make_scene
 from stare_jax.envs.maniskill.dlpack import jax_to_torch, torch_to_jax
 from stare_jax.envs.maniskill.panda_lite import report_to_stderr
+from stare_jax.envs.maniskill.rests import Rests, load_rests
 from stare_jax.envs.maniskill.simulator import executed_action, observed_state
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError, has_gpu_driver
 from stare_jax.types import Observation
@@ -66,10 +67,12 @@ def start_batch(config: EnvConfig) -> "BatchedSimulator":
     Raises:
         MissingDeviceError: JAX or PyTorch sees no CUDA device, or images are asked for and the GPU cannot draw them.
         MissingAssetsError: the task's assets are missing.
+        SimulatorError: the first states of a WidowX task cannot be computed.
     """
     if missing := missing_for_cuda(config):
         raise MissingDeviceError(f"backend: {missing}")
-    return BatchedSimulator(make_scene(config)[0], config)
+    rests = load_rests(config) if config.scene.num_starts else None
+    return BatchedSimulator(make_scene(config)[0], config, rests)
 
 
 class BatchedSimulator(VecEnv):
@@ -80,17 +83,18 @@ class BatchedSimulator(VecEnv):
     returned, and no physics runs between a reset and the return.
 
     An episode's first state depends on its seed alone, and not on its environment or on the others that are reset with
-    it. It is another state than on the CPU: ManiSkill draws it from the device's own random numbers. Equal actions need
-    not lead to equal states: PhysX does not promise it on a GPU, and the scene, with the contacts that it remembers, is
-    never rebuilt. `reproducible` therefore has no effect. No environment can hang or die alone, so all are always
-    alive.
+    it. The Panda's is another state than on the CPU: ManiSkill draws it from the device's own random numbers. The
+    WidowX's is one that the CPU comes to, see `rests.start_of`. Equal actions need not lead to equal states: PhysX does
+    not promise it on a GPU, and the scene, with the contacts that it remembers, is never rebuilt. `reproducible`
+    therefore has no effect. No environment can hang or die alone, so all are always alive.
     """
 
-    def __init__(self, env: Any, config: EnvConfig):
+    def __init__(self, env: Any, config: EnvConfig, rests: Rests | None = None):
         """
         Args:
             env: the unwrapped `mani_skill` environment; `close` closes it.
             config: the configuration that it was built from.
+            rests: first states of a WidowX task's episodes; None for tasks that draw them.
         """
         import torch
 
@@ -100,9 +104,17 @@ class BatchedSimulator(VecEnv):
         self.task_index = config.task_index
         self.instructions = (config.spec.instruction,) * config.num_envs
         self._env, self._device = env, torch_to_jax(torch.zeros(1, device=env.device)).device
-        env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)
+        self._rests, self._backdrop = rests, None
+        if rests is None:
+            env._initialize_episode = functools.partial(_initialize_each, env, env._initialize_episode)
+        else:
+            self._separate(env)
+        self._is_reset = torch.ones(self.num_envs, dtype=torch.bool, device=env.device)
+        controller = env.agent.controller
+        controller.reset = functools.partial(self._reset_controllers, controller.reset)
         self._reader = BatchedSignalReader(env, config.scene)
-        env._after_simulation_step = self._reader.look  # ManiSkill's hook at every sub-step.
+        self._num_sub_steps = 0
+        env._after_simulation_step = self._look  # ManiSkill's hook at every sub-step.
         self._images: dict[str, jax.Array] = {}
         self._observed_state = jax.jit(jax.vmap(functools.partial(observed_state, config.use_state)))
 
@@ -161,8 +173,40 @@ class BatchedSimulator(VecEnv):
     def _reset(self, seeds: Mapping[int, int]) -> Mapping[str, Any]:
         import torch
 
-        env_idx = torch.tensor(list(seeds), device=self._env.device)
-        return self._env.reset(options={"env_idx": env_idx, SEEDS: [int(seed) for seed in seeds.values()]})[1]
+        rows = sorted(seeds)  # States are written in the order of the environments.
+        ordered = [int(seeds[row]) for row in rows]
+        options = {SEEDS: ordered}
+        if self._rests is not None:
+            options = {"reset_to_env_states": {"env_states": self._rests.of(ordered)}}
+        env_idx = torch.tensor(rows, device=self._env.device)
+        self._is_reset = torch.zeros_like(self._is_reset).index_fill(0, env_idx, True)
+        return self._env.reset(options={"env_idx": env_idx, **options})[1]
+
+    def _reset_controllers(self, reset: Callable[[], None]) -> None:
+        """Resets the controllers of the environments whose episodes begin; the targets of the others stay.
+
+        ManiSkill's partial reset comes to its controllers when it has unmasked all environments again.
+        """
+        scene = self._env.scene
+        unmasked, scene._reset_mask = scene._reset_mask, self._is_reset
+        reset()
+        scene._reset_mask = unmasked
+
+    def _look(self) -> None:
+        """Has contacts read after the sub-steps after which the CPU's simulator reads them."""
+        number = self._env._sim_steps_per_control
+        left = number - self._num_sub_steps % number  # of the control step, this one included
+        self._num_sub_steps += 1
+        if left == 1 or left % self.config.scene.contact_every == 0:
+            self._reader.look()
+
+    def _separate(self, env: Any) -> None:
+        """Prepares a WidowX task, whose environments ManiSkill does not tell apart."""
+        from stare_jax.envs.maniskill.batched_widowx import BatchedBackdrop, separate_environments
+
+        separate_environments(env)
+        if self.config.image_size:
+            self._backdrop = BatchedBackdrop(env, self.config.scene.camera.name, self.config.image_shape)
 
     def _observe(self, info: Mapping[str, Any], is_first: np.ndarray, *, draws: bool = True) -> EnvStep:
         """Copies everything: the next call overwrites the simulator's buffers."""
@@ -180,7 +224,8 @@ class BatchedSimulator(VecEnv):
         scene, camera = self._env.scene, self._env.scene.sensors[self.config.scene.camera.name]
         scene.update_render(update_sensors=True, update_human_render_cameras=False)
         camera.capture()
-        return camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
+        pictures = camera.get_obs(rgb=True, depth=False, position=False, segmentation=self._backdrop is not None)
+        return pictures["rgb"] if self._backdrop is None else self._backdrop.behind(**pictures)
 
 
 @functools.partial(jax.jit, static_argnums=2)

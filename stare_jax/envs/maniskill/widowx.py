@@ -108,19 +108,29 @@ class Backdrop:
             camera: the simulator's name of the camera.
             size: (height, width) of its images.
         """
-        from PIL import Image
-
-        with Image.open(env.rgb_overlay_paths[camera]) as photograph:
-            photograph = photograph.convert("RGB")
-            if photograph.size != size[::-1]:
-                photograph = photograph.resize(size[::-1], Image.Resampling.BOX)
-            self.photograph = np.asarray(photograph)
-        shown = [env.objs[name] for name in env.objects_excluded_from_greenscreening]
-        self.is_shown = mask_of([*shown, *env.agent.robot.get_links()])
+        self.photograph = load_photograph(env, camera, size)
+        self.is_shown = mask_of(shown_parts(env))
 
     def behind(self, image: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
         """Returns the image `[H, W, 3]` with the photograph where `segmentation` `[H, W]` names nothing to be shown."""
         return np.where(names_shown(self.is_shown, segmentation)[..., None], image, self.photograph)
+
+
+def load_photograph(env: Any, camera: str, size: tuple[int, int]) -> np.ndarray:
+    """Returns the photograph behind a camera's images, uint8 `[H, W, 3]`, for the arguments of a `Backdrop`."""
+    from PIL import Image
+
+    with Image.open(env.rgb_overlay_paths[camera]) as photograph:
+        photograph = photograph.convert("RGB")
+        if photograph.size != size[::-1]:
+            photograph = photograph.resize(size[::-1], Image.Resampling.BOX)
+        return np.asarray(photograph)
+
+
+def shown_parts(env: Any) -> list[Any]:
+    """Returns the objects and links of a WidowX scene that are seen in front of the photograph."""
+    shown = [env.objs[name] for name in env.objects_excluded_from_greenscreening]
+    return [*shown, *env.agent.robot.get_links()]
 
 
 def mask_of(parts: Sequence[Any]) -> np.ndarray:

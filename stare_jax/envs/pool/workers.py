@@ -47,7 +47,7 @@ class _Worker:
         """True once the process has started and takes commands."""
         self.must_start_by = time.monotonic() + config.start_timeout_s
         with theirs:
-            arguments, environment = (theirs.fileno(), file, first), _worker_environment()
+            arguments, environment = (theirs.fileno(), file, first), worker_environment()
             try:
                 self.process = fork(arguments, environment, timeout_s=config.start_timeout_s)
             except OSError as error:
@@ -73,8 +73,8 @@ class _Worker:
         return self.process.exit_status()
 
 
-def _worker_environment() -> dict[str, str]:
-    """Returns the environment variables of a worker, which SAPIEN, PyTorch and NumPy read when they are loaded."""
+def worker_environment() -> dict[str, str]:
+    """Returns the variables of a process with simulators, which SAPIEN, PyTorch and NumPy read when they are loaded."""
     paths = [str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return (
