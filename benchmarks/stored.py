@@ -18,6 +18,7 @@ from stare_jax.envs.toys import ToyEnv, push
 from stare_jax.models import Policy
 from stare_jax.models.policy import Decision, with_prompt
 from stare_jax.rollout.collect import acting_sharding, jit_sample, place_rows, policy_act
+from stare_jax.rollout.prepared import prepare_params
 from stare_jax.sharding.mesh import batch_sharding, make_mesh, path_name
 from stare_jax.state.train_state import abstract_params
 from stare_jax.types import Observation, PyTree
@@ -105,13 +106,14 @@ def make_acting(
 
     Args:
         policy: policy that acts.
-        params: on their devices.
+        params: on their devices; prepared here, once for both.
         observation: NumPy leaves `[B, ...]`, with empty prompts.
         instructions: `[B]`.
         temperature: 0 is greedy.
         mesh: devices that act; None takes those of `params`.
     """
     key, is_first = jax.random.key(0), np.zeros(len(instructions), bool)
+    params = prepare_params(policy, params)
     act = policy_act(policy, params, key, temperature=temperature, mesh=mesh)
     sharding = acting_sharding(params) if mesh is None else batch_sharding(mesh)
     placed = place_rows(with_prompt(policy, observation, instructions), sharding)
