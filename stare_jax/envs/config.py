@@ -71,8 +71,8 @@ class EnvConfig:
     start_timeout_s: Positive = 300.0
     """seconds; a process that has not started by then counts as lost."""
     max_restarts: Natural = 100
-    """losses that the simulators survive together: processes that died or hung, and environments that raised an error.
-    One more ends the run."""
+    """losses that the simulators of a group survive together: processes that died or hung, and environments that raised
+    an error. One more ends the run."""
     task: str = ""
     """a task of one's own: the path of a Python file (`path/to/task.py`), or a module (`package.module`), that defines
     `TASK`; see `envs.tasks` and docs/tasks.md. The name of one of the eight is the same as `env_id`."""

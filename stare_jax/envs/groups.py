@@ -52,6 +52,8 @@ class GroupedEnvs(VecEnv):
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
+        if action.shape != (self.num_envs, self.action_dim):
+            raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
         for group, rows in self._rows():
             seeds = {i - rows.start: seed for i, seed in reset_seeds.items() if rows.start <= i < rows.stop}
             idle, drawn = (None if given is None else given[rows] for given in (is_idle, is_drawn))

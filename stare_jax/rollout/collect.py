@@ -128,14 +128,9 @@ def collect_episodes(
     records = Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images)
     num_dropped, is_stopped = 0, False
 
-    def play_episodes(group: int, env: VecEnv) -> Iterator[None]:
+    def play_episodes(group: int, env: VecEnv, places: Places) -> Iterator[None]:
         """Runs episodes in one group of environments, and pauses while its simulators work."""
         nonlocal num_dropped, is_stopped
-        task_of_env = np.zeros(env.num_envs, int) if tasks is None else np.asarray(env.task_index)
-        if not waiting.are_left(task_of_env):
-            return
-        places = Places(task_of_env, waiting, env.spare_of_env if in_turns else None)
-        under_way.append(places)
         chunk, num_dead = None, 0
         with clock("env"):
             first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
@@ -199,7 +194,13 @@ def collect_episodes(
             with clock("env"):
                 state = env.receive()
 
-    turns = deque(play_episodes(number, group) for number, group in enumerate(env.groups if in_turns else [env]))
+    turns: deque[Iterator[None]] = deque()
+    # Every environment takes its first episode before a spare simulator reserves any.
+    for number, group in enumerate(env.groups if in_turns else [env]):
+        task_of_env = np.zeros(group.num_envs, int) if tasks is None else np.asarray(group.task_index)
+        if waiting.are_left(task_of_env):
+            under_way.append(Places(task_of_env, waiting, group.spare_of_env if in_turns else None))
+            turns.append(play_episodes(number, group, under_way[-1]))
     while turns and not is_stopped:
         loop = turns.popleft()
         if next(loop, "over") is None:

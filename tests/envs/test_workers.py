@@ -15,7 +15,7 @@ import pytest
 from stare_jax.envs import EnvConfig, SimulatorError, make_expert, make_vec_env
 from stare_jax.envs.maniskill.perturbations import episode_instruction
 from stare_jax.envs.maniskill.simulator import Frame
-from stare_jax.envs.pool import fork_server
+from stare_jax.envs.pool import fork_server, workers
 from stare_jax.envs.pool.worker import _check_finite, _serve, map_slots, read_answer, shared_size
 from stare_jax.envs.pool.workers import SimulatorPool
 from stare_jax.stages import get_task
@@ -142,6 +142,25 @@ def test_a_step_can_be_taken_in_two_parts(pool):
     pool.send(action)  # States that nobody has received do not get in the way of a reset.
     for ours, theirs in zip(leaves(pool.reset([1, 2, 3, 4])), leaves(pool.reset([1, 2, 3, 4])), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_call_that_was_interrupted_does_not_get_in_the_way_of_a_reset(pool, monkeypatch):
+    receive, calls = workers._receive, []
+
+    def interrupted(connection):
+        calls.append(connection)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return receive(connection)
+
+    pool.reset([1, 2, 3, 4])
+    monkeypatch.setattr(workers, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.step(np.full((4, 7), 0.5, np.float32))
+    monkeypatch.undo()
+    assert pool.reset([1, 2, 3, 4]).alive.all()
+    # No answer is left over, which the next call would take for its own.
+    assert not any(each.connection.poll(0.2) for each in pool._workers)
 
 
 class Counted:

@@ -172,6 +172,13 @@ def test_a_spare_simulator_has_begun_the_episode_that_its_environment_takes(num_
     assert len(rollout.instructions) == (2 if num_envs == 1 else min(num_envs, len(SEEDS)))
 
 
+def test_no_environment_waits_for_its_first_episode_because_a_spare_of_another_group_has_it():
+    groups = [EnvWithSpares(2, {}), EnvWithSpares(2, {})]
+    rollout = collect_episodes(GroupedEnvs(groups), scripted_act, SEEDS[:4], stop_at_success=False, in_turns=True)
+    assert rollout.trajectory.valid.all() and len(rollout.instructions) == 4
+    assert [group.num_resets for group in groups] == [0, 0]
+
+
 def test_a_group_takes_episodes_of_its_own_tasks():
     tasks = [0, 1] * 4
     seeds = [100 + k for k in range(8)]
@@ -197,7 +204,11 @@ def test_environments_in_groups_are_one_batch():
     action = np.random.default_rng(0).uniform(-1, 1, (5, 2)).astype(np.float32)
     options = {"is_idle": np.zeros(5, bool)}
     assert_same(env.step(action, {1: 7, 4: 8}, **options), whole.step(action, {1: 7, 4: 8}, **options))
-    for wrong, message in ((lambda: env.reset([1]), "seeds: got 1"), (lambda: env.step(action, {5: 0}), "below 5")):
+    for wrong, message in (
+        (lambda: env.reset([1]), "seeds: got 1"),
+        (lambda: env.step(action, {5: 0}), "below 5"),
+        (lambda: env.step(np.zeros((6, 2), np.float32)), r"action: got shape \(6, 2\), expected \(5, 2\)"),
+    ):
         with pytest.raises(ValueError, match=message):
             wrong()
     env.close()

@@ -86,6 +86,7 @@ class _Asked(NamedTuple):
     """Commands that workers have been sent, and whose answers have not been received."""
 
     workers: list[int]
+    """those whose answers are missing."""
     alive: np.ndarray
     """bool `[B]`, True where an environment executes a command."""
     rests: np.ndarray
@@ -204,8 +205,9 @@ class SimulatorPool(VecEnv):
         """
         if self._asked is None:
             raise RuntimeError("receive: got nothing that was sent, expected `send` before it")
-        (workers, alive, rests), self._asked = self._asked, None
-        for index, answer in self._answers(workers, self.config.worker_timeout_s):
+        workers, alive, rests = self._asked
+        for index, answer in self._answers(list(workers), self.config.worker_timeout_s):
+            workers.remove(index)  # One who is interrupted here receives the others' answers in the next call.
             lost = {} if not answer else worker.read_answer(answer)
             rows = list(lost) if answer else self._rows(index)
             alive[rows], self._needs_reset[rows] = False, True
@@ -213,6 +215,7 @@ class SimulatorPool(VecEnv):
                 self._count_loss(f"simulator {row} of {self.env_id} raised an error and loses its episode", what)
             if not answer:
                 self._restart(index, "did not answer" if answer is None else "ended")
+        self._asked = None
         self._needs_reset[alive] = False
         # One that rests is lost only together with its process.
         return self._read(alive | rests & ~self._needs_reset)
