@@ -14,9 +14,9 @@ Act = Callable[[Observation, Signals, Sequence[str], np.ndarray], tuple[Decision
 A decision holds one action a row, `[B, A]`, or always the same number C of them, `[B, C, A]`, which are executed one
 after the other before `act` is called again. Observations come raw, with empty prompts; a policy returns the one with
 its prompt filled in. `is_first` marks the rows that are in the first state of an episode; episodes of one task begin
-in the order of their seeds, within one call from the first row to the last. Rows of environments that have nothing left
-to do are passed too; decisions for them are not used. Arrays are those of the simulator, NumPy or JAX, and the
-decision's may be either.
+in the order of their seeds, within one call from the first row to the last, unless groups take turns and have spare
+simulators. Rows of environments that have nothing left to do are passed too; decisions for them are not used. Arrays
+are those of the simulator, NumPy or JAX, and the decision's may be either.
 """
 
 
