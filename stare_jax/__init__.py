@@ -21,7 +21,7 @@ from types import ModuleType
 
 __all__ = [
     *("config", "data", "documents", "envs", "evaluate", "logging", "losses", "models", "plan", "report", "rollout"),
-    *("runs", "sharding", "stages", "state", "train", "types", "weights"),
+    *("runs", "sharding", "stages", "state", "targets", "train", "types", "weights"),
 ]
 __version__ = "0.1.0"
 

@@ -160,11 +160,15 @@ def test_pi05_sees_the_widowx_camera_between_black_bars_and_openvla_squeezed():
     assert load("ipi_widowx", "").env.image_shape == (224, 224)
 
 
-PLANNED = [(name, variants[-1]) for name, variants in VARIANTS.items()]
+# The recipes for the WidowX have the model of those for the Franka arm, and take as long.
+PLANNED = [
+    pytest.param(name, variants[-1], marks=[pytest.mark.slow] if name == "ipi_widowx" else [])
+    for name, variants in VARIANTS.items()
+]
 PLANNED += [
     ("study_pushcube_state", "sta_ppo,pi05"),
     ("ipi_widowx", "pi05"),
-    ("ipi_maniskill", "StackCube-v1,pi05,lora"),
+    pytest.param("ipi_maniskill", "StackCube-v1,pi05,lora", marks=pytest.mark.slow),
 ]
 
 
