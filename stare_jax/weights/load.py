@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from stare_jax.logging import progress_bytes, say
-from stare_jax.models import ModelConfig, Policy
+from stare_jax.models import MLPConfig, ModelConfig, Policy
 from stare_jax.models.nn.lora import add_adapters, drop_adapters, init_adapters, is_adapter, keep_adapters
 from stare_jax.models.stored import check_same_model
 from stare_jax.state.checkpoint import load_model, load_params, param_shapes
@@ -45,7 +45,7 @@ def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh
         has_adapters = any(map(is_adapter, opened.table))
         with progress_bytes(num_bytes(drop_adapters(like)), f"read {source.name}") as on_bytes:
             loaded = read_params(opened, key, like=like, on_bytes=on_bytes)
-    if model.lora is None or has_adapters:
+    if has_adapters or isinstance(model, MLPConfig) or model.lora is None:
         return loaded
     adapters = init_adapters(policy.init, adapters_key, out_shardings=keep_adapters(shardings))
     return add_adapters(loaded, adapters)

@@ -13,8 +13,8 @@ import pytest
 from openvla_files import ACTION, SMALL, load_openvla, read_folder, read_norm_stats
 
 from stare_jax.config import ConfigError, to_dict
-from stare_jax.envs import EnvConfig
-from stare_jax.models import LoRAConfig, make_policy, openvla_state, openvla_tiny
+from stare_jax.envs import EnvConfig, toy
+from stare_jax.models import LoRAConfig, MLPConfig, make_policy, openvla_state, openvla_tiny
 from stare_jax.models.nn.lora import ATTENTION
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
@@ -101,6 +101,16 @@ def test_a_run_starts_from_the_converted_checkpoint(base, tuned):
     for part in expected.keys() - {"value_head"}:  # which is a new one
         jax.tree.map(np.testing.assert_array_equal, direct[part], start[part])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(start)} == {"float32"}
+
+
+def test_a_policy_that_knows_no_adapters_starts_from_a_run(tmp_path):
+    model, stats, mesh = MLPConfig(), toy.norm_stats(), make_mesh()
+    policy = make_policy(model, stats)
+    params = moved(policy.init(jax.random.key(0)))
+    fields = json.loads(json.dumps(to_dict(model)))
+    save_params(tmp_path / "sft" / "checkpoints", 3, params, model=fields, norm_stats=stats)
+    start = starting.initial_params(tmp_path / "sft", policy, model, mesh, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, start, params)
 
 
 def test_all_weights_of_a_run_come_out(base, tuned, tmp_path):
