@@ -88,7 +88,7 @@ class Acting(NamedTuple):
     """Decisions for a batch of observations."""
 
     decide: Callable[[], Decision]
-    """from bytes on the host to actions on the host, through `policy_act`."""
+    """acting, from bytes on the host to actions on the host, through `policy_act`."""
     decide_on_device: Callable[[], Decision]
     """the same program alone: from arrays on the device to arrays on the device."""
 

@@ -54,7 +54,7 @@ class Place(NamedTuple):
     trips: tuple[int | None, ...] = ()
     """passes of each loop, the outermost first; None where the text does not say."""
     is_fused: bool = False
-    """whether it is part of one step of the device."""
+    """True if it is part of one step of the device."""
 
     @property
     def times(self) -> int:

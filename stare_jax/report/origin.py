@@ -19,7 +19,7 @@ _LAST_SECOND = 4e9
 
 
 class Origin(NamedTuple):
-    """How one run was made; "" and NaN stand for unknown."""
+    """Origin of one run; "" and NaN stand for unknown."""
 
     command: str
     days: tuple[str, ...]

@@ -10,7 +10,7 @@ _WIDOWX = (
     "StackGreenCubeOnYellowCubeBakedTexInScene-v1",
     "PutEggplantInBasketScene-v1",
 )
-"""in the order of table 1."""
+"""tasks in the order of table 1."""
 _FRANKA = ("StackCube-v1", "PushCube-v1", "PullCube-v1", "LiftPegUpright-v1")
 
 

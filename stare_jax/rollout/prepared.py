@@ -15,7 +15,7 @@ class _Layout(NamedTuple):
 
     tree: jax.tree_util.PyTreeDef
     sources: tuple[int | None, ...]
-    """of each leaf the number of the given leaf that it is; None where it is computed."""
+    """number of the given leaf that each leaf is; None where it is computed."""
 
 
 def prepare_params(policy: Policy, params: PyTree) -> PyTree:

@@ -29,11 +29,11 @@ class Placement(NamedTuple):
     """
 
     read: Callable[[jax.Array], jax.Array]
-    """of what the first products read, `[B, T, width]`, which is also what the last ones return."""
+    """placement of what the first products read, `[B, T, width]`, which is also what the last ones return."""
     sums: Callable[[jax.Array], jax.Array]
-    """of the results of the first products, heads `[B, T, H, D]` or hidden units `[B, T, M]`."""
+    """placement of the results of the first products, heads `[B, T, H, D]` or hidden units `[B, T, M]`."""
     gathered: Callable[[jax.Array], jax.Array]
-    """of what the last products read, likewise."""
+    """placement of what the last products read, likewise."""
 
 
 def _leave(x: jax.Array) -> jax.Array:
