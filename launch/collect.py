@@ -239,7 +239,7 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
     mesh = command.make_run_mesh(run.mesh, arguments)
 
     def restore() -> tuple[Policy, PyTree]:
-        _, policy, params = load_policy(arguments.checkpoint, step=step, mesh=mesh)
+        _, policy, params = load_policy(arguments.checkpoint, step=step, mesh=mesh, instructions=[spec.instruction])
         return policy, params
 
     return env, spec, policy_actor(restore, config, source=name)

@@ -23,7 +23,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from perturbing import add_option, choose_perturbations, evaluate_perturbed
 from stare_jax.config import ConfigError, from_dict, make_name, user_input
 from stare_jax.data.demos import experts_act
 from stare_jax.envs import BACKENDS, EnvConfig, make_vec_env
+from stare_jax.envs.maniskill.perturbations import instructions_of
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.films import Film
 from stare_jax.evaluate.protocol import ActOf, EvalConfig, Evaluation, episode_seeds, evaluate_act, policy_act_of
@@ -174,9 +175,13 @@ def env_config(config: EnvConfig, arguments: argparse.Namespace) -> EnvConfig:
 
 
 def load_subject(
-    config: RunConfig, simulators: EnvConfig, temperature: float, arguments: argparse.Namespace
+    config: RunConfig,
+    simulators: EnvConfig,
+    perturbations: Collection[str],
+    temperature: float,
+    arguments: argparse.Namespace,
 ) -> Subject:
-    """Returns the experts of the tasks, or the policy of a phase's checkpoint."""
+    """Returns the experts of the tasks, or the policy of a phase's checkpoint, which reads them also perturbed."""
     if arguments.phase == EXPERT:
         check_expert(simulators)
         experts = [make_expert(name) for name in simulators.task_names]
@@ -185,7 +190,9 @@ def load_subject(
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
-    _, policy, params = load_policy(folder, step=step, mesh=mesh)
+    changes = (simulators.perturbation, *perturbations)
+    words = [text for spec in simulators.specs for change in changes for text in instructions_of(change, spec)]
+    _, policy, params = load_policy(folder, step=step, mesh=mesh, instructions=words)
     check_policy(policy, simulators, name=str(folder))
     act_of = policy_act_of(policy, params, jax.random.key(0), temperature=temperature, mesh=mesh)
     return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk, policy=policy)
@@ -252,7 +259,7 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
         simulators = env_config(config.env, arguments)
         perturbations = choose_perturbations(arguments.perturb, simulators)
     with Interruption() as interruption:
-        subject = load_subject(config, simulators, episodes.temperature, arguments)
+        subject = load_subject(config, simulators, perturbations, episodes.temperature, arguments)
         if not perturbations:
             play(subject, config, simulators, episodes, directory, name, interruption)
             return

@@ -98,9 +98,11 @@ def plan(arguments: argparse.Namespace) -> int:
     from stare_jax.plan.programs import find_devices, programs_of, with_mesh
     from stare_jax.runs.config import RunConfig
     from stare_jax.runs.fit import check_fit
+    from stare_jax.runs.start import shorten_planned_prompts
 
     config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
     check_fit(config, is_here=False)
+    config = shorten_planned_prompts(config)
     programs = programs_of(config)
     if arguments.programs is not None:
         chosen = arguments.programs.split(",")

@@ -52,9 +52,10 @@ def train() -> None:
     if _PLAN.value:
         from stare_jax.runs.fit import check_fit
         from stare_jax.runs.plan import print_plan
+        from stare_jax.runs.start import shorten_planned_prompts
 
         check_fit(config, is_here=False)
-        print_plan(config)
+        print_plan(shorten_planned_prompts(config))
         return
     from stare_jax.runs.ipi import run_ipi
 

@@ -28,9 +28,9 @@ from stare_jax.models.tokenizer import TOKENIZER_FILES
 _PRESETS = {preset.__name__: preset for preset in (pi05_base, pi05_droid, pi05_libero, pi05_maniskill)}
 NAMED_MODELS = f"one of {', '.join(_PRESETS)}, or a JSON file of its configuration"
 """models that `named_model` knows, for a message"""
-EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_layers", "greedy")
-"""fields of a model that say how its distributions are computed, kept in memory, trained and decided by, and not which
-they are"""
+EXECUTION_FIELDS = ("execution", "frozen_patterns", "decode_unroll", "unstack_layers", "greedy", "prompt_length")
+"""fields of a model that say how its distributions are computed, kept in memory, trained and decided by, and how much
+text is read, and not which distributions they are"""
 _NAMES = {OpenVLAConfig: "OpenVLA", Pi05Config: "pi0.5", MLPConfig: "an MLP"}
 _COLOURS = ("mean", "std")
 _ROUNDING = 2e-3

@@ -163,6 +163,18 @@ def _in_short(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def is_here(name: str) -> bool:
+    """Returns whether a tokenizer can be read without a download; files that are not one count as well."""
+    if name == "words" or not name or Path(name).is_absolute() or Path(name).is_dir():
+        return bool(name) and (name == "words" or Path(name).is_dir())
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
+    except ValueError:  # no name of a repository
+        return False
+
+
 def make_tokenizer(name: str) -> Tokenizer:
     """Returns the built-in tokenizer for "words", else that of the checkpoint folder `name`."""
     return word_tokenizer() if name == "words" else huggingface_tokenizer(name)

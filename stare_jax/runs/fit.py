@@ -12,6 +12,7 @@ from stare_jax.envs.seeds import SLOT_SIZE
 from stare_jax.envs.tasks import load_task
 from stare_jax.models import OpenVLAConfig, Policy
 from stare_jax.models.blank import blank_policy
+from stare_jax.models.prompts import count_tokens
 from stare_jax.runs.config import RunConfig
 
 
@@ -94,10 +95,8 @@ def check_prompts(policy: Policy, instructions: Sequence[str]) -> None:
     Raises:
         ConfigError: one does not, or it is not.
     """
-    state_dim = policy.observation_shape(1).state.shape[1]
     with user_input():
-        # Far below the data's range, where numbers are written the longest.
-        policy.tokenize(instructions, np.full((len(instructions), state_dim), -1e6, np.float32))
+        count_tokens(policy, instructions)
 
 
 def _policy(policy: Policy, env: EnvConfig, section: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ that was stopped anywhere goes on from there.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
@@ -47,7 +48,6 @@ from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
     check_inputs,
-    check_prompt,
     check_range,
     check_statistics,
     demonstration_statistics,
@@ -55,6 +55,7 @@ from stare_jax.runs.start import (
     describe_demonstrations,
     initial_model,
     read_statistics,
+    shorten_prompts,
     source_statistics,
     start_name,
     start_source,
@@ -112,8 +113,7 @@ def run_ipi(
     check_fit(config)
     check_statistics(config, source_stats)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    check_prompt(config)
-    plan_run(config)  # the last, as it takes seconds
+    plan_run(dataclasses.replace(config, model=shorten_prompts(config, config.model)))  # the last, as it takes seconds
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
@@ -158,7 +158,7 @@ def run_ipi(
             stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
             write_statistics(directory, stats)
         network = initial_model(config)
-        policy = make_policy(network, stats)
+        policy = make_policy(shorten_prompts(config, network), stats)
         if demonstrations is not None and source_stats is not None:
             check_range(demonstrations, config, source_stats)
         model = json.loads(json.dumps(to_dict(network)))

@@ -1,10 +1,11 @@
 """Trained policies on disk, for evaluation, collection and notebooks: phases of runs, and converted folders."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from stare_jax.config import ConfigError, from_dict
 from stare_jax.documents import read_json
 from stare_jax.models import ModelConfig, Policy, make_policy
+from stare_jax.models.prompts import with_short_prompts
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.checkpoint import fingerprint, load_norm_stats, load_params, resolve_step
@@ -85,13 +87,17 @@ def identify_folder(folder: Path) -> str:
     return f"{folder.resolve().name}/{hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:12]}"
 
 
-def load_policy(folder: str | Path, *, step: int | None = None, mesh: Mesh | None = None) -> LoadedPolicy:
+def load_policy(
+    folder: str | Path, *, step: int | None = None, mesh: Mesh | None = None, instructions: Sequence[str] = ()
+) -> LoadedPolicy:
     """Returns a policy with the statistics and the weights of its checkpoint.
 
     Args:
         folder: a phase of a run, such as `runs/quickstart/ppo`, or a folder that `launch/convert.py` has written.
         step: step of the checkpoint; None takes the latest.
         mesh: devices for the weights; None takes one.
+        instructions: all that the policy will read, which then pads prompts no further than these need; without any,
+            or where one does not fit, to the `prompt_length` of the model.
 
     Raises:
         ConfigError: neither a phase of a run nor a converted folder.
@@ -102,6 +108,8 @@ def load_policy(folder: str | Path, *, step: int | None = None, mesh: Mesh | Non
     is_phase = not is_converted(folder) and (folder.parent / CONFIG_FILE).exists()
     config = load_config(folder.parent) if is_phase else None
     model = _stored_model(folder, step, config)
+    with contextlib.suppress(ValueError):  # of a prompt, which the policy raises where it is to read it
+        model = with_short_prompts(model, instructions)
     policy = make_policy(model, load_norm_stats(checkpoints, step=step))
     like = abstract_params(policy, mesh or make_mesh(data=1))
     return LoadedPolicy(config, policy, load_params(checkpoints, like, step=step))

@@ -1,5 +1,6 @@
 """The things that a run begins with: weights, normalisation statistics, demonstrations; all are checked before use."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -14,13 +15,15 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, read_manifest
 from stare_jax.documents import read_json
 from stare_jax.documents.statistics import check_norm_stats
+from stare_jax.envs.maniskill.perturbations import instructions_of
 from stare_jax.logging import replace_text, say
-from stare_jax.models import ModelConfig, Pi05Config
-from stare_jax.models.blank import blank_policy
+from stare_jax.models import MLPConfig, ModelConfig, Pi05Config
 from stare_jax.models.normalize import check_stats
+from stare_jax.models.prompts import with_short_prompts
 from stare_jax.models.stored import with_colours
+from stare_jax.models.tokenizer import is_here
 from stare_jax.runs.config import RunConfig
-from stare_jax.runs.fit import acts, check_prompts, collects_demonstrations
+from stare_jax.runs.fit import acts, collects_demonstrations
 from stare_jax.runs.load import identify_checkpoint, identify_folder
 from stare_jax.state.checkpoint import load_norm_stats
 from stare_jax.state.train_state import CHECKPOINTS
@@ -200,17 +203,38 @@ def check_demonstrations(config: RunConfig) -> None:
         raise ConfigError(f"config.demos_from: {config.demos_from}: got {got}, expected some to imitate")
 
 
-def check_prompt(config: RunConfig) -> None:
-    """Makes sure that the instructions of the simulator's tasks and of the data set fit into the policy's prompt.
+def shorten_prompts(config: RunConfig, model: ModelConfig) -> ModelConfig:
+    """Returns the model of a run with prompts that are padded no further than the instructions of the simulator's tasks
+    and of the data set need.
+
+    All phases pad alike, and nothing is compiled twice. Checkpoints are stored with the model as it is given, which
+    reads longer prompts as well.
 
     Raises:
-        ConfigError: one does not, or the tokenizer is not there.
+        ConfigError: an instruction does not fit into the prompt, or the tokenizer is not there.
     """
-    is_simulated = acts(config) or collects_demonstrations(config)
-    instructions = {spec.instruction for spec in config.env.specs} if is_simulated else set()
+    instructions = set()
+    if acts(config) or collects_demonstrations(config):
+        instructions |= {text for spec in config.env.specs for text in instructions_of(config.env.perturbation, spec)}
     if config.demos_from:
         instructions |= {episode.instruction for episode in read_manifest(config.demos_from).episodes}
-    check_prompts(blank_policy(config.model), sorted(instructions))
+    with user_input():
+        return with_short_prompts(model, sorted(instructions))
+
+
+def shorten_planned_prompts(config: RunConfig) -> RunConfig:
+    """Returns a run with prompts as it will pad them, for a plan; with the longest where it takes a file that is not
+    here to know the instructions' tokens, and says so.
+
+    Raises:
+        ConfigError: see `shorten_prompts`.
+    """
+    if isinstance(config.model, MLPConfig):
+        return config
+    if not is_here(config.model.tokenizer) or (config.demos_from and not Path(config.demos_from).is_dir()):
+        say(f"prompts: {config.model.prompt_length} tokens, the most; a run needs its tokenizer and data to take fewer")
+        return config
+    return dataclasses.replace(config, model=shorten_prompts(config, config.model))
 
 
 def check_range(demonstrations: Dataset, config: RunConfig, stats: NormStats) -> None:

@@ -100,11 +100,18 @@ def test_a_batch_of_different_prompts_equals_one_by_one(nano, decision):
 
 
 def test_the_length_that_prompts_are_padded_to_does_not_matter(nano, decision):
-    longer = make_policy(nano_config(prompt_length=20), some_stats(3, 2))
+    longer = make_policy(nano_config(prompt_length=200), some_stats(3, 2))
     observation = with_prompt(longer, nano.observation, INSTRUCTIONS)
+    assert observation.tokens.shape == (3, 200)
+
+    @jit
+    def both(params, observation, key):
+        drawn = longer.sample(params, observation, key, temperature=1.0)
+        return drawn, longer.log_prob(params, observation, drawn.trace)
+
+    got, score = both(nano.params, observation, jax.random.key(1))
     expected = nano.log_prob(nano.params, nano.observation, decision.trace)
-    got = jit(longer.log_prob)(nano.params, observation, decision.trace)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), (got, score), (decision, expected))
 
 
 def test_image_prompt_and_state_change_the_distribution_and_capitals_do_not(nano, decision):

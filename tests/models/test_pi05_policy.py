@@ -104,6 +104,22 @@ def by_hand(config, params, observation):
     return (cache, valid), velocity
 
 
+def test_the_length_that_prompts_are_padded_to_does_not_matter():
+    policy, params, short = case("sde")
+    longer = make_policy(flow_config(noise="sde", prompt_length=200), STATS)
+    observation = with_prompt(longer, short, INSTRUCTIONS)
+    assert short.tokens.shape == (2, 18) and observation.tokens.shape == (2, 200)
+
+    @jit
+    def both(params, observation, key):
+        drawn = longer.sample(params, observation, key, temperature=0.7)
+        return drawn, longer.log_prob(params, observation, drawn.trace, temperature=0.7)
+
+    got, score = both(params, observation, jax.random.key(1))
+    expected = jit(policy.log_prob)(params, short, decided("sde").trace, temperature=0.7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), (got, score), (decided("sde"), expected))
+
+
 @pytest.mark.parametrize("noise", ["ode", "sde", "learned"])
 def test_without_temperature_it_is_eulers_method(noise):
     policy, params, observation = case(noise)

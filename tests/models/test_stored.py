@@ -126,6 +126,7 @@ def test_how_it_is_computed_is_not_compared():
         decode_unroll=2,
         unstack_layers=True,
         greedy="mean",
+        prompt_length=200,
         lora=LORA,  # beside a model that has none, they are fresh
     )
     check_same_model(to_dict(model), fast)

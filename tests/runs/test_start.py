@@ -7,21 +7,28 @@ import numpy as np
 import openvla_files
 import pi05_files
 import pytest
+import toy_run
 from toy_run import DressedToy, make_config
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.data.reader import Dataset
+from stare_jax.data.schema import Episode, Manifest, Shard, ShardFile, write_manifest
+from stare_jax.envs import toy
+from stare_jax.models import openvla_state
 from stare_jax.runs.ipi import run_ipi
-from stare_jax.runs.load import load_config
+from stare_jax.runs.load import load_config, load_policy
 from stare_jax.runs.start import (
     check_range,
     demonstration_statistics,
     read_statistics,
+    shorten_planned_prompts,
+    shorten_prompts,
     source_statistics,
     write_statistics,
 )
-from stare_jax.state.checkpoint import save_params
+from stare_jax.state.checkpoint import load_model, save_params
 from stare_jax.weights.files import WeightsError
+from stare_jax.weights.load import check_source
 from stare_jax.weights.openvla import read_config
 
 CONFIG = make_config()
@@ -170,3 +177,39 @@ def test_a_run_under_another_robots_statistics_ends_before_it_learns(on_toy, fin
     with pytest.raises(ConfigError, match=r"config.max_clipped: got 0.1, but .* %"):
         run_ipi(config, tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists() and DressedToy.num_started == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_a_run_pads_its_prompts_to_what_its_tasks_and_its_data_need(tmp_path):
+    model = openvla_state(toy.STATE_DIM, prompt_length=200)
+    config = make_config(model=model)
+    assert shorten_prompts(config, model).prompt_length == shorten_planned_prompts(config).model.prompt_length == 16
+    reworded = dataclasses.replace(config.env, perturbation="semantics/words")
+    given = make_config(model=model, demos_from=str(tmp_path / "data"))
+    assert shorten_planned_prompts(given) == given  # the data are not here
+    for words, length in (("push", 16), ("push it " * 25, 64)):
+        episodes = (Episode(0, words, "expert", 0.0, True, 5),)
+        shard = Shard(ShardFile("frames", 6, 0, "0" * 64), ShardFile("episodes", 1, 0, "0" * 64))
+        write_manifest(tmp_path / "data", Manifest("PushCube-v1", "", *({},) * 5, (shard,), episodes))
+        assert shorten_prompts(given, model).prompt_length == length
+    assert shorten_prompts(make_config(model=model, env=reworded), model).prompt_length == 16
+    too_long = dataclasses.replace(model, prompt_length=12)
+    with pytest.raises(ConfigError, match="prompt_length: got 12, expected at least 52 for 'push it push it"):
+        shorten_prompts(given, too_long)
+    download = dataclasses.replace(model, tokenizer="nobody/nothing")
+    assert shorten_planned_prompts(make_config(model=download)).model == download
+
+
+def test_a_run_reads_short_prompts_and_its_checkpoints_up_to_the_longest(finished_run, on_toy):
+    """And whoever loads one pads to what is to be read then."""
+    folder, words = finished_run / "sft", ["push the blue cube to the target"]
+    assert load_model(folder / "checkpoints")["prompt_length"] == CONFIG.model.prompt_length == 64
+    assert set(json.loads((finished_run.parent / "prompt_lengths").read_text())) == {16}
+    toy_run.prompt_lengths.clear()
+    for instructions in ([], words, ["push it " * 12], ["push it " * 200]):
+        load_policy(folder, instructions=instructions)
+    # The last does not fit at all, which the one who lets it be read is told.
+    assert toy_run.prompt_lengths == [64, 16, 32, 64]
+    check_source(folder, dataclasses.replace(CONFIG.model, prompt_length=200))

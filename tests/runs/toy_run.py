@@ -43,16 +43,20 @@ def _act(signals, memory):
     return action, memory
 
 
+prompt_lengths = []
+"""of the configurations that policies were made of"""
+
+
 def make_policy(config, norm_stats):
     """A network of a few hundred parameters, whatever the configuration asks for: compiling is what takes time."""
-    del config
+    prompt_lengths.append(config.prompt_length)
     return make_mlp(MLPConfig(action_dim=7, hidden_dims=(8,), value_dims=(8,), label_width=0.5), norm_stats)
 
 
 def make_config(**changes):
     """A run of all phases, of a few optimiser steps each."""
     env = EnvConfig("PushCube-v1", num_workers=1, envs_per_worker=NUM_ENVS, horizon=toy.HORIZON, image_size=0)
-    model = openvla_state(toy.STATE_DIM)
+    model = openvla_state(toy.STATE_DIM, prompt_length=64)
     config = RunConfig(
         env,
         model,

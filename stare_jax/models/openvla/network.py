@@ -53,7 +53,8 @@ class OpenVLAConfig:
     """with `{instruction}` (lower-cased), and `{state}` where the binned state is part of the prompt. With
     `state_tokens` it may be empty: a policy of a single task then sees the state alone."""
     prompt_length: Annotated[int, Interval(ge=3)]
-    """tokens of the padded prompt, including BOS and the token that predicts the first action."""
+    """most tokens of a prompt, including BOS and the token that predicts the first action; a run pads to fewer where
+    its instructions need fewer (`models.prompts`)."""
     camera: str = "base_camera"
     """name of the camera whose image the policy sees."""
     image_size: Natural = 224

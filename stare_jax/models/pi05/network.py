@@ -50,7 +50,7 @@ class Pi05Config:
     prompt_template: str
     """with `{instruction}`, and `{state}` where the binned state is part of the prompt."""
     prompt_length: Annotated[int, Interval(ge=2)]
-    """tokens of the padded prompt."""
+    """most tokens of a prompt; a run pads to fewer where its instructions need fewer (`models.prompts`)."""
     window: Count
     """H, actions that one decision predicts."""
     chunk: Count

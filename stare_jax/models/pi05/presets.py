@@ -96,8 +96,8 @@ def pi05_maniskill(tokenizer: str = PALIGEMMA_TOKENIZER, **changes) -> Pi05Confi
     """Returns pi0.5 as RLinf trains it by PPO in ManiSkill (pi_RL, arXiv:2510.25889).
 
     Differs from `pi05_base`: a window of 8 actions, of which 5 are executed; 4 denoising steps, all of them random
-    (Flow-Noise); no state in the prompt; one camera. RLinf pads prompts to 200 tokens; 48 hold all instructions here,
-    give the same numbers, and save a third of the work.
+    (Flow-Noise); no state in the prompt; one camera. RLinf pads prompts to 200 tokens; 48 hold all instructions here
+    and give the same numbers.
 
     Args:
         tokenizer: as for `pi05_base`.
