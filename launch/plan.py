@@ -130,8 +130,10 @@ def run_once(arguments: argparse.Namespace) -> int:
     from stare_jax.plan.page import print_once
     from stare_jax.runs.config import RunConfig
 
+    from stare_jax.runs.start import shorten_planned_prompts
+
     config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
-    found = decide_once(config)
+    found = decide_once(shorten_planned_prompts(config))
     print_once(found)
     return command.DONE if found.agrees else command.FAILED
 

@@ -42,10 +42,10 @@ class Chip(NamedTuple):
     """cycles a second, where XLA estimates cycles and the clock is known."""
 
 
-# Operations, memory and its rate: the pages "TPU v5e", "TPU v5p" and "TPU v6e" of Cloud TPU's documentation, and NVIDIA's
-# data sheets of the SXM modules (dense products). Links: the pages name 200, 600 and 448 GB/s a chip, of which one link
-# reaches 45, 90 and 90 in one direction ("How to Scale Your Model", 2025, the source of clocks, too); the data sheets
-# name NVLink in both directions together.
+# Operations, memory and its rate: the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the documentation of Cloud TPU, and
+# NVIDIA's data sheets of the SXM modules (dense products). Links: the pages name 200, 600 and 448 GB/s a chip, of which
+# one link reaches 45, 90 and 90 in one direction ("How to Scale Your Model", 2025, the source of clocks, too); the data
+# sheets name NVLink in both directions together.
 CHIPS = {
     "v5e": Chip(Peak(197e12, 0.819e12), 16 * GIB, 4 * 45e9, 1.5e9),
     "v5p": Chip(Peak(459e12, 2.765e12), 95 * GIB, 6 * 90e9, 1.75e9),
