@@ -129,7 +129,6 @@ def run_once(arguments: argparse.Namespace) -> int:
     from stare_jax.plan.once import decide_once
     from stare_jax.plan.page import print_once
     from stare_jax.runs.config import RunConfig
-
     from stare_jax.runs.start import shorten_planned_prompts
 
     config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
