@@ -4,10 +4,13 @@
     python launch/plan.py --config=configs/ipi_maniskill.py:pi05 --devices=8xH100
     python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5e:2x4 --config.mesh.fsdp=8
     python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5p:2x2x1 --programs=sample,ppo
+    python launch/plan.py --config=configs/ipi_widowx.py --run-once
 
 Sampling and one optimiser step of every phase are compiled from shapes alone. `--topology` compiles for a slice of
 TPUs and needs libtpu, the extra `plan`; `--devices` compiles for a processor that looks like so many devices. A model
 of full size takes minutes a program; what was compiled once is kept in runs/plans. Exit code 1: something does not fit.
+`--run-once` makes one decision of the model, with random weights, on this machine's processor and compares sampling
+with scoring. Exit code 1: they differ by more than rounding.
 """
 
 import argparse
@@ -33,6 +36,9 @@ _NO_HARDWARE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 """environment in which libtpu looks for no TPUs, and two commands may use it at once"""
+_LAYER_BY_LAYER = "--xla_disable_hlo_passes=while-loop-invariant-code-motion"
+"""XLA's flag without which a processor's compiler moves the widening of layers to float32 out of their loop, so that
+all of them are in memory at once"""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +48,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--topology", metavar="KIND:AxB", help="a slice of TPUs: v5e:2x4, v5p:2x2x1, v6e:4x4")
     group.add_argument("--devices", metavar="NxMEMORY", help="8x80GB, or of a kind: 1xA100-80, 8xH100, 1xH200")
+    once = "make one decision with random weights on this machine's processor"
+    group.add_argument("--run-once", action="store_true", help=once)
     add("--programs", metavar="NAMES", help=f"some of {','.join(PROGRAMS)} (default: those of the run's phases)")
     add("--windowed", action="store_true", help="with --topology: let products be cut into windows; takes long")
     tries = "changes that are compiled at most where a program does not fit (default: 3)"
@@ -52,6 +60,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
     if arguments.windowed and not arguments.topology:
         parser.error("--windowed goes with --topology")
+    if arguments.run_once and arguments.programs is not None:
+        parser.error("--programs goes with --topology or --devices")
     return arguments
 
 
@@ -66,13 +76,14 @@ def choose_devices(arguments: argparse.Namespace) -> Devices:
                 "'plan'), or take --devices"
             )
         return devices
-    # Moved out of its loop, the widening of all layers to float32 would be in memory at once, on a processor alone.
-    flags = f"--xla_force_host_platform_device_count={devices.number}"
-    flags += " --xla_disable_hlo_passes=while-loop-invariant-code-motion"
+    add_xla_flags(_LAYER_BY_LAYER, f"--xla_force_host_platform_device_count={devices.number}")
     if version("jaxlib").startswith("0.10."):  # later ones do not know it; fusing takes most of the time
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+        add_xla_flags("--xla_cpu_use_fusion_emitters=false")
     return devices
+
+
+def add_xla_flags(*flags: str) -> None:
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -110,8 +121,26 @@ def plan(arguments: argparse.Namespace) -> int:
     return command.FAILED if excess else command.DONE
 
 
+def run_once(arguments: argparse.Namespace) -> int:
+    """Makes one decision here, prints what it took and how its scores agree, and returns an exit code."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    add_xla_flags(_LAYER_BY_LAYER)
+    values = load_configuration(arguments.config, arguments.fields)
+    from stare_jax.plan.once import decide_once
+    from stare_jax.plan.page import print_once
+    from stare_jax.runs.config import RunConfig
+    from stare_jax.runs.start import shorten_planned_prompts
+
+    config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
+    found = decide_once(shorten_planned_prompts(config))
+    print_once(found)
+    return command.DONE if found.agrees else command.FAILED
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if arguments.run_once:
+        return command.run(lambda: run_once(arguments))
     return command.run(lambda: plan(arguments), after_stop="what was compiled is kept")
 
 

@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from stare_jax.logging import (
     Interruption,
     Profiler,
     Writer,
+    announced,
     make_writer,
+    memory,
     print_table,
     progress,
     read_metrics,
@@ -482,3 +485,32 @@ def test_without_a_profile_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="num_steps: got -1, expected >= 0"):
         Profiler(tmp_path, -1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("3000000\n", 3_000_000 - 2_048_000),
+        ("max\n", 4_096_000),
+        ("9223372036854771712\n", 4_096_000),
+        (None, 4_096_000),
+    ],
+)
+def test_memory_is_what_the_system_gives_or_the_container_leaves(tmp_path, monkeypatch, limit, expected):
+    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:   4000 kB\n", "utf-8")
+    (tmp_path / "status").write_text("Name:\tpython\nRssAnon:\t    2000 kB\n", "utf-8")
+    if limit is not None:
+        (tmp_path / "limit").write_text(limit, "utf-8")
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "_LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    assert memory.available_bytes() == expected
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "none")
+    assert memory.available_bytes() is None
+
+
+def test_what_takes_long_says_for_how_long(capsys):
+    with announced("compiling", every=0.01):
+        time.sleep(0.05)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "compiling" and len(lines) > 1 and set(lines[1:]) == {"compiling: 0 s"}

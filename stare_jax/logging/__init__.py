@@ -14,6 +14,7 @@ from stare_jax.logging.files import replace_bytes as replace_bytes
 from stare_jax.logging.files import replace_text as replace_text
 from stare_jax.logging.files import sync_directory as sync_directory
 from stare_jax.logging.memory import PeakMemory as PeakMemory
+from stare_jax.logging.memory import available_bytes as available_bytes
 from stare_jax.logging.metadata import versions as versions
 from stare_jax.logging.metadata import write_config as write_config
 from stare_jax.logging.metadata import write_versions as write_versions
@@ -26,6 +27,7 @@ from stare_jax.logging.metrics import read_metrics as read_metrics
 from stare_jax.logging.profile import Profiler as Profiler
 from stare_jax.logging.terminal import announce as announce
 from stare_jax.logging.terminal import announce_compiling as announce_compiling
+from stare_jax.logging.terminal import announced as announced
 from stare_jax.logging.terminal import print_table as print_table
 from stare_jax.logging.terminal import progress as progress
 from stare_jax.logging.terminal import progress_bytes as progress_bytes

@@ -4,6 +4,9 @@ import threading
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""files with the limit of a container, in one version of control groups and the other"""
 
 
 class PeakMemory:
@@ -38,9 +41,28 @@ class PeakMemory:
 
 def anonymous_bytes() -> int | None:
     """Returns how much anonymous memory the process holds now; None where the system does not say."""
+    return _size(_STATUS, "RssAnon")
+
+
+def available_bytes() -> int | None:
+    """Returns how much memory the process can still take: what the system has to give, or less where the container that
+    it runs in has a limit; None where the system does not say."""
+    free = _size(_MEMORY, "MemAvailable")
+    if free is None:
+        return None
+    limits = [int(text) for text in map(_read, _LIMITS) if text is not None and text.strip().isdecimal()]
+    return min([free, *(limit - (anonymous_bytes() or 0) for limit in limits)])
+
+
+def _size(file: Path, name: str) -> int | None:
+    """Returns the bytes of one line of a file, as `MemAvailable:  1024 kB`."""
+    lines = (_read(file) or "").splitlines()
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return 1024 * int(sizes[0]) if sizes else None
+
+
+def _read(file: Path) -> str | None:
     try:
-        text = _STATUS.read_text("utf-8")
+        return file.read_text("utf-8")
     except OSError:
         return None
-    sizes = [line.split()[1] for line in text.splitlines() if line.startswith("RssAnon:")]
-    return 1024 * int(sizes[0]) if sizes else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -95,6 +96,25 @@ def announce(text: str, *, stream: Any = None) -> None:
     stream = stream or sys.stderr
     tqdm.write(text, file=stream)
     stream.flush()
+
+
+@contextlib.contextmanager
+def announced(what: str, *, every: float = 30.0) -> Iterator[None]:
+    """Says what goes on inside, and from then on for how long already, every so many seconds."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every):
+            announce(f"{what}: {time.monotonic() - start:.0f} s")
+
+    announce(what)
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def announce_compiling(name: str, compiled: Callable) -> Callable:

@@ -36,20 +36,27 @@ class Chip(NamedTuple):
     memory: float
     """bytes."""
     link: float
-    """bytes a second that a device sends to the others of its slice or node, over all its links."""
+    """bytes a second that a device sends to the others of its slice or node, over all its links; in `CHIPS` over as
+    many as it can have."""
     clock: float | None = None
     """cycles a second, where XLA estimates cycles and the clock is known."""
 
 
+# Operations, memory and its rate: the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the documentation of Cloud TPU, and
+# NVIDIA's data sheets of the SXM modules (dense products). Links: the pages name 200, 600 and 448 GB/s a chip, of which
+# one link reaches 45, 90 and 90 in one direction ("How to Scale Your Model", 2025, the source of clocks, too); the data
+# sheets name NVLink in both directions together.
 CHIPS = {
-    "v5e": Chip(Peak(197e12, 0.82e12), 16 * GIB, 180e9, 1.5e9),
-    "v5p": Chip(Peak(459e12, 2.77e12), 95 * GIB, 540e9, 1.75e9),
-    "v6e": Chip(Peak(918e12, 1.64e12), 32 * GIB, 360e9),
-    "A100-80": Chip(Peak(312e12, 2.0e12), 80 * GB, 300e9),
-    "H100": Chip(Peak(989e12, 3.35e12), 80 * GB, 450e9),
-    "H200": Chip(Peak(989e12, 4.8e12), 141 * GB, 450e9),
+    "v5e": Chip(Peak(197e12, 0.819e12), 16 * GIB, 4 * 45e9, 1.5e9),
+    "v5p": Chip(Peak(459e12, 2.765e12), 95 * GIB, 6 * 90e9, 1.75e9),
+    "v6e": Chip(Peak(918e12, 1.64e12), 32 * GIB, 4 * 90e9),
+    "A100-80": Chip(Peak(312e12, 2.039e12), 80 * GB, 600e9 / 2),
+    "H100": Chip(Peak(989e12, 3.35e12), 80 * GB, 900e9 / 2),
+    "H200": Chip(Peak(989e12, 4.8e12), 141 * GB, 900e9 / 2),
 }
 """Name on the command line -> device."""
+_MOST_LINKS = {"v5e": 4, "v5p": 6, "v6e": 4}
+"""links of a chip in a slice that is large in every direction"""
 
 
 class Devices(NamedTuple):
@@ -72,11 +79,14 @@ def parse_topology(text: str) -> Devices:
         ConfigError: it is none.
     """
     kinds = [name for name in CHIPS if name.startswith("v")]
-    match = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", text)
+    match = re.fullmatch(r"(\w+):(\d+x\d+(x\d+)?)", text)
     if match is None or match.group(1) not in kinds:
         raise ConfigError(f"--topology: got {text!r}, expected KIND:AxB or KIND:AxBxC, KIND one of {', '.join(kinds)}")
-    chip = CHIPS[match.group(1)]
-    return Devices(text, None, chip.memory, chip)
+    kind, sizes = match.group(1), [int(size) for size in match.group(2).split("x")]
+    chip = CHIPS[kind]
+    # One to each neighbour of a chip inside the slice; a single chip sends nothing, whatever its rate.
+    num_links = max(1, min(sum(min(size - 1, 2) for size in sizes), _MOST_LINKS[kind]))
+    return Devices(text, None, chip.memory, chip._replace(link=chip.link * num_links / _MOST_LINKS[kind]))
 
 
 def parse_devices(text: str) -> Devices:

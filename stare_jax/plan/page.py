@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from stare_jax.logging import print_table, say
 from stare_jax.plan.changes import Proposal
 from stare_jax.plan.chips import GB, Devices
+from stare_jax.plan.once import Once
 from stare_jax.plan.programs import Exchange, Forecast
 from stare_jax.runs.config import RunConfig
 
@@ -51,6 +54,20 @@ def excess_line(found: Forecast, memory: float, proposal: Proposal | None) -> st
         return f"{line}; none of the changes that were tried makes it fit"
     how = "compiled" if proposal.is_compiled else "by its sizes, not compiled"
     return f"{line}; {size(proposal.peak)} ({how}) with {in_flags(proposal.change.flags)}"
+
+
+def print_once(found: Once) -> None:
+    """Prints what one decision took, and its log-probability by the rollout and by the update."""
+    title = f"{found.num_params / 1e9:.3g} billion parameters in {found.dtype}, {size(found.weights)}; one decision:"
+    print_table(("part", "time"), [(part, _seconds(seconds)) for part, seconds in found.seconds.items()], title=title)
+    say()
+    say(f"peak memory of the process: {MISSING if found.peak is None else size(found.peak)}")
+    sampled, scored = (float(terms.sum()) for terms in (found.sampled, found.scored))
+    each = np.abs(found.scored - found.sampled).max()
+    terms = f"{found.sampled.size} terms, which differ by {each:.2g} at most"
+    say(f"log-probability of the decision: {sampled:.4f} as sampled, {scored:.4f} as scored; {terms}")
+    verdict = "" if found.agrees else ": more than rounding does; sampling and scoring disagree"
+    say(f"ratio before the first update: {math.exp(found.difference):.4f}{verdict}")
 
 
 def in_flags(changes: dict[str, object]) -> str:

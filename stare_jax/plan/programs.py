@@ -1,12 +1,9 @@
 """Programs of a run, compiled ahead of time from shapes alone for devices that need not be there, and their cost."""
 
-import contextlib
 import dataclasses
-import itertools
 import re
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from stare_jax.config import ConfigError, check_fields, user_input
-from stare_jax.logging import announce
+from stare_jax.logging import announced
 from stare_jax.models import MLPConfig, OpenVLAConfig, Pi05Config
 from stare_jax.plan.analytic import needed_flops
 from stare_jax.plan.chips import GIB, Chip, Devices
@@ -34,7 +31,6 @@ from stare_jax.train.update import lower_step
 from stare_jax.types import PyTree
 
 SAMPLE = "sample"
-_TELL_EVERY = 30.0
 _EXCEEDED = re.compile(r"(?:temporaries \(|Used )([\d.]+)([KMG])")
 """the memory that a program would take, in XLA's message that there is not so much"""
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
@@ -226,7 +222,7 @@ def forecast(name: str, config: RunConfig, devices: Devices, *, windowed: bool =
     if is_tpu:
         options = {} if windowed else {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
     start = time.monotonic()
-    with _told(f"compiling {name} for {devices.text}, mesh {tuple(mesh.shape.values())}"):
+    with announced(f"compiling {name} for {devices.text}, mesh {tuple(mesh.shape.values())}"):
         lowered = lower_program(name, config, mesh)
         needed = needed_flops(config, name, lowered.num_rows)
         known = {"program": name, "num_rows": lowered.num_rows, "needed": needed and needed / mesh.size}
@@ -328,22 +324,3 @@ def batch_rows(config: RunConfig, phase: str) -> int:
     if phase == "tpo":
         return 2 * config.tpo.batch_size * -(-config.env.horizon // getattr(config.model, "chunk", 1))
     return config.ppo.minibatch_size if phase == "ppo" else config.sft.batch_size
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Says every half minute for how long something has been going on."""
-    done, start = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        for _ in itertools.takewhile(lambda _: not done.wait(_TELL_EVERY), itertools.count()):
-            announce(f"{what}: {time.monotonic() - start:.0f} s")
-
-    announce(what)
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.sharding import NamedSharding
 
 from stare_jax.models.policy import Policy
 from stare_jax.types import PyTree
@@ -61,11 +62,15 @@ def jit_changes(prepare: Callable) -> Callable:
 
 def _layout(prepare: Callable, params: PyTree) -> _Layout:
     leaves, tree = jax.tree.flatten(params)
-    return _trace(prepare, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    shardings = [getattr(leaf, "sharding", None) for leaf in leaves]
+    named = [one if isinstance(one, NamedSharding) else None for one in shardings]
+    kinds = tuple((leaf.shape, leaf.dtype, one) for leaf, one in zip(leaves, named, strict=True))
+    return _trace(prepare, tree, kinds)
 
 
 @functools.lru_cache(maxsize=16)
-def _trace(prepare: Callable, tree: jax.tree_util.PyTreeDef, shapes: tuple) -> _Layout:
+def _trace(prepare: Callable, tree: jax.tree_util.PyTreeDef, kinds: tuple) -> _Layout:
+    """Returns the layout for leaves of these shapes, types and shardings; what is prepared may depend on the mesh."""
     found = []
 
     def record(params):
@@ -74,7 +79,8 @@ def _trace(prepare: Callable, tree: jax.tree_util.PyTreeDef, shapes: tuple) -> _
         found.append(_Layout(prepared, tuple(given.get(id(leaf)) for leaf in leaves)))
         return leaves
 
-    jax.eval_shape(record, jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*one) for one in shapes]))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in kinds]
+    jax.eval_shape(record, jax.tree.unflatten(tree, shapes))
     return found[0]
 
 

@@ -11,19 +11,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stare_jax.envs import EnvConfig
-from stare_jax.models import LoRAConfig, MLPConfig, openvla_7b
+from stare_jax.models import LoRAConfig, MLPConfig, openvla_7b, pi05_tiny
+from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.llama import LlamaConfig
+from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.plan.changes import first_that_fits
 from stare_jax.plan.chips import parse_devices
 from stare_jax.plan.exchanges import read_collectives
 from stare_jax.plan.kept import Kept
 from stare_jax.plan.page import excess_line, print_forecasts
 from stare_jax.plan.products import read_products
-from stare_jax.plan.programs import with_mesh
+from stare_jax.plan.programs import lower_program, with_mesh
 from stare_jax.runs.config import MeshConfig, RunConfig
+from stare_jax.runs.plan import plan_policy
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import get_task
+from stare_jax.state.storage import flatten, num_bytes
 from stare_jax.train.ppo import PPOConfig
 
 EIGHT = parse_devices("8xH100")
@@ -85,6 +89,31 @@ def sampling(folder):
     }
 
 
+def denoising():
+    """Sampling of pi0.5 whose weights are cut: what its steps exchange, and what lies on a device."""
+    heads = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    model = pi05_tiny(
+        siglip=SigLIPConfig(width=16, depth=1, num_heads=2, mlp_dim=32, patch_size=8),
+        paligemma=GemmaConfig(width=16, mlp_dim=32, **heads),
+        expert=GemmaConfig(width=32, mlp_dim=64, **heads),
+        stem=(),
+        image_size=16,
+        num_denoising_steps=5,
+    )
+    config, mesh = dataclasses.replace(run_of(model, 16), mesh=MeshConfig(1, 8)), make_mesh(fsdp=8)
+    stacked = dataclasses.replace(config, model=dataclasses.replace(model, unstack_layers=False))
+    apart, given = (lower_program("sample", one, mesh) for one in (config, stacked))
+    llm = jax.eval_shape(plan_policy(config).init, jax.random.key(0))["PaliGemma"]["llm"]
+    whole = {path: x for path, x in flatten(llm).items() if "_1/" in path}
+    found = read_collectives(apart.program.compile().as_text())
+    return {
+        "of_steps": [str(one) for one in found if "Pi05.suffix" in one.source],
+        "num_of_prefix": sum("Pi05.prefix" in one.source for one in found),
+        "made": apart.held - given.held,
+        "expert": num_bytes([x for path, x in whole.items() if path != "final_norm_1/Dense_0/bias"]),
+    }
+
+
 def fitting(folder):
     """An update of a small policy on many rows, for less memory than it takes."""
     model = MLPConfig(29, action_dim=7, num_bins=16, hidden_dims=(32,), value_dims=(32,))
@@ -118,5 +147,6 @@ def fitting(folder):
     }
 
 
-found = {"loop": known_loop(), "sampling": sampling(Path(sys.argv[1])), "fitting": fitting(Path(sys.argv[1]))}
-print(json.dumps(found))
+kept_in = Path(sys.argv[1])
+found = {"sampling": sampling(kept_in), "fitting": fitting(kept_in)}
+print(json.dumps({"loop": known_loop(), "denoising": denoising(), **found}))

@@ -53,4 +53,19 @@ def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys, tmp_path
 def test_devices_have_the_memory_that_is_given_or_that_of_their_kind():
     assert parse_devices("8x80GB")[1:] == (8, 80e9, None)
     assert parse_devices("1xH200")[1:] == (1, 141e9, CHIPS["H200"])
-    assert parse_topology("v5p:2x2x1")[1:] == (None, 95 * 2**30, CHIPS["v5p"])
+    assert parse_topology("v5p:4x4x4")[1:] == (None, 95 * 2**30, CHIPS["v5p"])
+
+
+@pytest.mark.parametrize(
+    ("topology", "links", "rate"),
+    [
+        ("v5e:1x1", 1, 45e9),
+        ("v5e:2x4", 1 + 2, 45e9),
+        ("v5e:4x4", 2 + 2, 45e9),
+        ("v5p:2x2x1", 1 + 1, 90e9),
+        ("v5p:2x2x2", 3, 90e9),
+        ("v6e:16x16", 4, 90e9),
+    ],
+)
+def test_a_chip_sends_over_as_many_links_as_its_slice_has_directions(topology, links, rate):
+    assert parse_topology(topology).chip.link == links * rate

@@ -18,6 +18,11 @@ def test_the_plan_of_a_small_run_on_eight_devices(tmp_path):
     assert sampling["loops"] == ["layer", "token"] and sampling["bound"] in ("compute", "memory", "exchange")
     assert sampling["beside"] > 1000  # the optimiser's state
 
+    # The weights that denoising steps read are whole on every device before the first of them.
+    denoising = found["denoising"]
+    assert denoising["of_steps"] == [] and denoising["num_of_prefix"] > 0
+    assert denoising["made"] == denoising["expert"] > 0
+
     fitting = found["fitting"]
     assert fitting["peak"] == fitting["of_xla"]
     flags, peak, is_compiled = fitting["proposed"]

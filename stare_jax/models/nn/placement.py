@@ -1,6 +1,10 @@
-"""Places of activations on the parameters' mesh: beside gathered weights, or, of few tokens, beside weights at rest."""
+"""Places of activations on the parameters' mesh: beside gathered weights, or, of few tokens, beside weights at rest.
+
+Weights that are read many times are gathered before the first.
+"""
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +12,8 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stare_jax.sharding.mesh import BATCH_AXES
+from stare_jax.sharding.mesh import BATCH_AXES, Rules, path_name
+from stare_jax.types import PyTree
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -60,6 +65,30 @@ def place_token(x: jax.Array) -> Placement:
     """
     rows = x.shape[0] // _mesh(x).shape.get("data", 1)
     return FEW_TOKENS if rows < x.shape[-1] else MANY_TOKENS
+
+
+def gather_weights(params: PyTree, pattern: str, rules: Rules) -> PyTree:
+    """Returns parameters of which those that a regex matches are whole on every device of an `fsdp` group.
+
+    Where a loop reads weights that are split, every pass gathers them. An axis over `tensor` stays split.
+
+    Args:
+        params: leaves with paths from the root of the model.
+        pattern: regex over paths; each that it matches has a rule.
+        rules: of the model's parameters.
+    """
+
+    def gather(path, leaf):
+        name, mesh = path_name(path), _mesh(leaf)
+        if mesh.shape.get("fsdp", 1) == 1 or not re.search(pattern, name):
+            return leaf
+        spec = next(spec for rule, spec in rules if re.search(rule, name))
+        if "fsdp" not in spec:
+            return leaf
+        whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
+
+    return jax.tree.map_with_path(gather, params)
 
 
 def _mesh(x: jax.Array) -> jax.sharding.AbstractMesh:

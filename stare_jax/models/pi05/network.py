@@ -99,7 +99,8 @@ class Pi05Config:
     the type `execution.dtype`, trained ones `execution.param_dtype`. `presets.PALIGEMMA` freezes all but the expert."""
     unstack_layers: bool = True
     """True copies each layer of the action expert out of its stack before a rollout (`Policy.prepare`), as XLA's
-    compilers for GPUs and CPUs would do in every denoising step: 0.85 GB in bfloat16 for the published sizes."""
+    compilers for GPUs and CPUs would do in every denoising step: 0.85 GB in bfloat16 for the published sizes. Each
+    device has all of it, also where the mesh cuts weights over `fsdp`: no step gathers any."""
 
     def __post_init__(self):
         check_fields(self)

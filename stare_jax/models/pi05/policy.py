@@ -20,6 +20,7 @@ from stare_jax.models.nn.attention import KeyValue
 from stare_jax.models.nn.gemma import unstack_expert
 from stare_jax.models.nn.layout import store_as, unstack
 from stare_jax.models.nn.lora import check_patterns
+from stare_jax.models.nn.placement import gather_weights
 from stare_jax.models.normalize import (
     check_stats,
     from_quantiles,
@@ -80,16 +81,19 @@ _IN_PRODUCTS = (
 """regexes of the parameters that are cast to `execution.dtype` before they do anything"""
 _IN_EXACT_PRODUCTS = (r"^(action_(in|out)_proj|time_mlp_(in|out)|PaliGemma/img/embedding)/(kernel|bias)$",)
 """regexes of those that are cast to float32"""
+_IN_STEPS = r"^PaliGemma/llm/.*_1/"
+"""regex of the parameters that every denoising step reads, of those that a mesh may cut"""
 _EXPERT_LAYERS = "expert_layers"
 """name of the action expert's layers among prepared parameters, a tuple"""
 
 
 def _prepare(config: Pi05Config, params: PyTree) -> PyTree:
-    """Returns parameters in the type of the products, the action expert's layers each by itself."""
+    """Returns parameters in the type of the products, the action expert's layers each by itself and whole."""
     params = store_as(params, _IN_PRODUCTS, config.execution.dtype)
     params = store_as(params, _IN_EXACT_PRODUCTS, "float32")
     if not config.unstack_layers or _EXPERT_LAYERS in params:
         return params
+    params = gather_weights(params, _IN_STEPS, sharding_rules(config))
     paligemma, llm = params["PaliGemma"], params["PaliGemma"]["llm"]
     rest, expert = unstack_expert(llm["layers"], config.expert.depth)
     return params | {"PaliGemma": paligemma | {"llm": llm | {"layers": rest}}, _EXPERT_LAYERS: expert}
