@@ -46,7 +46,8 @@ def set_node(config: ml_collections.ConfigDict, words: Collection[str]) -> None:
     """
     trained = _trained(words)
     config.mesh.fsdp = 8 if trained.endswith("full") else 1
-    _set_passes(config, trained, ON_NODE[trained])
+    set_passes(config, ON_NODE[trained])
+    _keep_contexts(config, trained)
 
 
 def set_one_gpu(config: ml_collections.ConfigDict, words: Collection[str]) -> None:
@@ -61,7 +62,8 @@ def set_one_gpu(config: ml_collections.ConfigDict, words: Collection[str]) -> No
         raise ValueError(f"variant: got one_gpu and full, expected one of them: {needed}")
     config.mesh.data = 1
     config.env.num_workers, config.env.envs_per_worker = 16, 4
-    _set_passes(config, trained, ON_ONE_GPU[trained])
+    set_passes(config, ON_ONE_GPU[trained])
+    _keep_contexts(config, trained)
 
 
 def _trained(words: Collection[str]) -> str:
@@ -72,9 +74,12 @@ def _trained(words: Collection[str]) -> str:
     return "pi05 lora" if {"pi05", "lora"} <= set(words) else model
 
 
-def _set_passes(config: ml_collections.ConfigDict, trained: str, passes: Passes) -> None:
+def set_passes(config: ml_collections.ConfigDict, passes: Passes) -> None:
     for phase in ("sft", "tpo", "ppo"):
         config[phase].microbatch_size = getattr(passes, phase)
     config.model.execution.remat = passes.remat
+
+
+def _keep_contexts(config: ml_collections.ConfigDict, trained: str) -> None:
     if trained == "pi05":  # whose tower and language model are frozen, so that contexts are constants
         config.ppo.context_gb = CONTEXT_GB
