@@ -6,9 +6,10 @@
     python launch/train.py --config=configs/franka_state.py:all,ipi                 one policy for all four tasks
     python launch/study.py --study=configs/studies/franka_state.py                  the methods side by side
 
-One set of numbers for all tasks and methods. A policy of a tenth of a million parameters imitates some hundred
-demonstrations with noise, then learns from about two hundred thousand steps, sampled at the temperature below; it is
-judged by the means of its action distributions on 300 episodes.
+One set of numbers for all tasks and methods. A policy of 0.4 million parameters imitates demonstrations with noise,
+then learns from about two hundred thousand steps. Its actions are spread over bins by `LABEL_WIDTH`, which is the noise
+that it explores with; it is judged by the means of its action distributions, on 100 episodes every fifth iteration and
+on 300 others at the end.
 """
 
 import ml_collections
@@ -23,10 +24,12 @@ from configs.presets import (
     split_variant,
 )
 from stare_jax.envs import EnvConfig
-from stare_jax.models import openvla_state, pi05_state
+from stare_jax.models import MLPConfig, openvla_state, pi05_state
 
 TASKS = ("StackCube-v1", "LiftPegUpright-v1", "PushCube-v1", "PullCube-v1")
 ALL = "all"
+LABEL_WIDTH = 16.0
+"""Bins, of 256, that the target of an action dimension is spread over in imitation."""
 
 
 def get_config(variant: str = ""):
@@ -56,10 +59,11 @@ def config_of_state(variant: str, all_tasks: tuple[str, ...], *, horizon: int, n
     )
     if "pi05" in words:
         model = pi05_state(env.state_dim)
-    elif task == ALL:
-        model = openvla_state(env.state_dim, label_width=4.0)
-    else:  # Of one task: the instruction is the same in every row, and took half of the tokens.
-        model = openvla_state(env.state_dim, label_width=4.0, prompt_template="", prompt_length=3)
+    elif task == ALL:  # The instruction says which task it is.
+        model = openvla_state(env.state_dim, label_width=LABEL_WIDTH)
+    else:
+        sizes = {"hidden_dims": (192, 192, 192), "value_dims": (128, 64), "label_width": LABEL_WIDTH}
+        model = MLPConfig(env.state_dim, env.action_dim, num_bins=256, **sizes)
     name = "_".join([name, task, method, *(["pi05"] if "pi05" in words else [])])
     config = base_config(env, model, name=name)
     set_method(config, method)
@@ -71,6 +75,5 @@ def config_of_state(variant: str, all_tasks: tuple[str, ...], *, horizon: int, n
     config.ppo.num_iterations = 70
     config.evaluation.temperature = 0.0
     config.evaluation.num_videos = 0
-    if "pi05" not in words:
-        config.ppo.temperature = 0.4
+    config.ppo.validation.every = 5
     return config
