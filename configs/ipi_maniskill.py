@@ -8,11 +8,13 @@ One policy learns all four tasks, from as many demonstrations and pairs of each,
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,full --plan    # all weights, not adapters
     python launch/train.py --config=configs/ipi_maniskill.py:pi05 --plan                 # the action expert alone
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,pi05,lora --plan
+    python launch/train.py --config=configs/ipi_maniskill.py:pi05,one_gpu --plan         # for one device of 80 GB
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,ppo --plan     # a row of the table: SFT, PPO
     python launch/train.py --config=configs/ipi_maniskill.py:StackCube-v1,pi05,pi_rl --plan  # another: pi_RL
 
 The paper reports 96.4 % over PushCube, PullCube, StackCube and LiftPegUpright (table 2), on 300 episodes of 30 actions;
-nobody has run this here. A node of eight 80 GB accelerators; `--plan` prints how the model is laid out.
+nobody has run this here. A node of eight 80 GB accelerators, or one of them with `one_gpu`, which does not go with
+`full`; `--plan` prints how the model is laid out, docs/plan.md says how long it takes at least.
 """
 
 from configs.presets import WORDS, base_config, make_model, set_recipe, split_variant

@@ -8,10 +8,12 @@ One policy learns all four tasks, from as many demonstrations and pairs of each,
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1,full --plan
     python launch/train.py --config=configs/ipi_widowx.py:pi05 --plan
     python launch/train.py --config=configs/ipi_widowx.py:PutSpoonOnTableClothInScene-v1,pi05,full --plan
+    python launch/train.py --config=configs/ipi_widowx.py:pi05,one_gpu --plan    # for one device of 80 GB
     python launch/train.py --config=configs/ipi_widowx.py:rl4vla --plan    # a row of the table: SFT, RL4VLA
 
 The paper reports 98.0 % over the four tasks (table 1), on 300 episodes of 60 actions; nobody has run this here. A node
-of eight 80 GB accelerators; `--plan` prints how the model is laid out.
+of eight 80 GB accelerators, or one of them with `one_gpu`, which does not go with `full`; `--plan` prints how the model
+is laid out, docs/plan.md says how long it takes at least.
 """
 
 from configs.presets import WORDS, base_config, make_model, set_recipe, split_variant

@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from configs.devices import set_node, set_one_gpu
 from configs.methods import METHODS, named_method, set_method
 from stare_jax.config import choices, to_dict
 from stare_jax.envs import EnvConfig
@@ -28,10 +29,10 @@ from stare_jax.models import (
 from stare_jax.runs.config import RunConfig
 from stare_jax.stages import StageParams
 
-WORDS = ("pi05", "full", "lora", *METHODS)
+WORDS = ("pi05", "full", "lora", "one_gpu", *METHODS)
 """Words of the recipes' variants. pi05: pi0.5 in place of OpenVLA-7B. full: all weights are trained. lora: adapters are
-trained, which is OpenVLA's default, while pi0.5 trains its action expert alone. The rest are `methods.METHODS`, of
-which IPI is the one without a word."""
+trained, which is OpenVLA's default, while pi0.5 trains its action expert alone. one_gpu: for one accelerator of 80 GB,
+in place of a node of eight. The rest are `methods.METHODS`, of which IPI is the one without a word."""
 
 
 UNIONS = (typing.Union, types.UnionType)
@@ -188,20 +189,13 @@ def set_recipe(config: ml_collections.ConfigDict, words: Collection[str]) -> Non
     config.pairs.num_pairs = 50
     config.tpo.num_epochs = 5
     config.tpo.batch_size = 8
-    config.tpo.microbatch_size = 16
     config.tpo.optimizer.learning_rate = 2e-5
     config.ppo.num_iterations = 400
     config.ppo.value_clip_eps = 0.2
     config.ppo.huber_delta = 10.0
     config.evaluation.num_episodes = 300
-    set_node(config)
     (set_flow if "pi05" in words else set_tokens)(config)
-
-
-def set_node(config: ml_collections.ConfigDict) -> None:
-    """Spreads the model over a node of eight accelerators."""
-    config.mesh.fsdp = 8
-    config.mesh.data = -1
+    (set_one_gpu if "one_gpu" in words else set_node)(config, words)
 
 
 def set_tokens(config: ml_collections.ConfigDict) -> None:
@@ -211,7 +205,6 @@ def set_tokens(config: ml_collections.ConfigDict) -> None:
     config.sft.optimizer.learning_rate = 1e-5
     config.ppo.num_episodes = 128
     config.ppo.minibatch_size = 160
-    config.ppo.microbatch_size = 8
     config.ppo.optimizer.learning_rate = 1e-4
     config.ppo.optimizer.value_learning_rate = 3e-3
 
@@ -222,7 +215,6 @@ def set_flow(config: ml_collections.ConfigDict) -> None:
         config[section].optimizer.b2 = 0.95
     config.sft.num_steps = 5000
     config.sft.batch_size = 256
-    config.sft.microbatch_size = 64
     config.sft.ema_decay = 0.999
     config.sft.optimizer.learning_rate = 2.5e-5
     config.sft.optimizer.warmup_steps = 1000
@@ -232,7 +224,6 @@ def set_flow(config: ml_collections.ConfigDict) -> None:
     config.ppo.num_epochs = 5
     # One minibatch of all decisions there can be, as 320 episodes of 80 actions are in RLinf.
     config.ppo.minibatch_size = config.ppo.num_episodes * -(-config.env.horizon // config.model.chunk)
-    config.ppo.microbatch_size = 64
     config.ppo.entropy_coef = 0.005
     config.ppo.kl_coef = 0.0  # measured
     config.ppo.optimizer.learning_rate = 7.91e-6

@@ -13,7 +13,7 @@ The 7B one has OpenVLA's own settings and needs a node of eight 80 GB accelerato
 
 import dataclasses
 
-from configs.presets import base_config, imitation_on_cpu, make_model, set_node
+from configs.presets import base_config, imitation_on_cpu, make_model
 from stare_jax.envs import EnvConfig
 from stare_jax.models import openvla_tiny
 
@@ -47,5 +47,5 @@ def get_config(arg: str = "tiny"):
         config.sft.optimizer.weight_decay = 0.0
         config.sft.batch_size = 256
         config.sft.microbatch_size = 64
-        set_node(config)
+        config.mesh.fsdp = 8
     return config

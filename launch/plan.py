@@ -2,7 +2,7 @@
 
     python launch/plan.py --config=configs/quickstart.py --devices=1x8GB
     python launch/plan.py --config=configs/ipi_maniskill.py:pi05 --devices=8xH100
-    python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5e:2x4 --config.ppo.microbatch_size=64
+    python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5e:2x4 --config.mesh.fsdp=8
     python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5p:2x2x1 --programs=sample,ppo
     python launch/plan.py --config=configs/ipi_widowx.py --run-once
 

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from full_size_shardings import FOLDER
 from ml_collections import config_flags
 
 from configs.presets import base_config
@@ -18,9 +21,11 @@ from stare_jax.envs import EnvConfig
 from stare_jax.models import MLPConfig
 from stare_jax.models.blank import blank_policy
 from stare_jax.models.preprocess import resize_with_pad
-from stare_jax.runs.config import RunConfig
+from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.plan import plan_run
+from stare_jax.sharding.mesh import make_abstract_mesh
 from stare_jax.stages import get_task
+from stare_jax.train import ppo, sft, tpo
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
@@ -38,6 +43,7 @@ VARIANTS = {
     "sft_bridge": ("7b", "tiny", "tiny,PutSpoonOnTableClothInScene-v1"),
     "ipi_maniskill": (
         "pi05",
+        "pi05,one_gpu",
         "PushCube-v1,full",
         "PullCube-v1,ppo",
         "StackCube-v1,sta_ppo_paper",
@@ -47,6 +53,7 @@ VARIANTS = {
     ),
     "ipi_widowx": (
         "pi05",
+        "PutCarrotOnPlateInScene-v1,one_gpu",
         "pi05,sta_ppo_paper",
         "rl4vla",
         "StackGreenCubeOnYellowCubeBakedTexInScene-v1,pi05,full",
@@ -70,7 +77,7 @@ def load(name: str, variant: str) -> RunConfig:
 
 
 def test_the_table_above_lists_every_configuration():
-    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"presets", "methods"}
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"presets", "methods", "devices"}
     assert files == set(VARIANTS)
 
 
@@ -139,6 +146,37 @@ def test_recipes_clip_values_as_rl4vla_does(variant):
     for name in ("ipi_maniskill", "ipi_widowx"):
         config = load(name, variant)
         assert (config.ppo.value_clip_eps, config.ppo.huber_delta) == (0.2, 10.0)
+
+
+@pytest.mark.parametrize("devices", ["", "one_gpu"])
+@pytest.mark.parametrize("trained", ["", "lora", "full"])
+@pytest.mark.parametrize("model", ["", "pi05"])
+@pytest.mark.parametrize("name", ["ipi_maniskill", "ipi_widowx"])
+def test_words_of_model_weights_and_devices_go_together(name, model, trained, devices):
+    words = ",".join(filter(None, (model, trained, devices, "rl4vla" if name == "ipi_widowx" else "grape")))
+    if (trained, devices) == ("full", "one_gpu"):
+        needed = 81 if model else 150
+        with pytest.raises(ValueError, match=f"got one_gpu and full, expected one of them: .* take {needed} GB, of 80"):
+            load(name, words)
+        return
+    config, num_devices = load(name, words), 1 if devices else 8
+    assert config.mesh == MeshConfig(1 if devices else -1, 8 if trained == "full" else 1)
+    assert config.env.num_envs == 64
+    mesh = make_abstract_mesh(data=num_devices // config.mesh.fsdp, fsdp=config.mesh.fsdp)
+    for phase, module in (("sft", sft), ("tpo", tpo), ("ppo", ppo)):
+        module.check_mesh(getattr(config, phase), mesh)
+    # Contexts that are constants are kept: those of the most decisions that there can be.
+    is_expert = (model, trained) == ("pi05", "")
+    most = config.ppo.num_episodes * -(-config.env.horizon // getattr(config.model, "chunk", 1))
+    assert config.ppo.context_gb >= most * 5.6e-3 if is_expert else config.ppo.context_gb == 0
+
+
+@pytest.mark.parametrize(("trained", "num_bytes"), [("openvla full", 20), ("pi05 full", 24)])
+def test_what_training_all_weights_takes_is_counted_from_their_shapes(trained, num_bytes):
+    name = {"openvla full": "openvla_7b_full", "pi05 full": "pi05_full"}[trained]
+    lines = (FOLDER / f"{name}.txt").read_text("utf-8").splitlines()
+    sizes = [math.prod(map(int, re.search(r"\[(.*?)\]", line)[1].split(","))) for line in lines]
+    assert importlib.import_module("configs.devices").FULL_GB[trained] == round(num_bytes * sum(sizes) / 1e9)
 
 
 def test_recipes_refuse_two_algorithms():

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from collectives import is_of_token, moved_out, not_zero3, num_passes, numbers_of_token
 
 from configs import ipi_widowx
+from configs.devices import ON_NODE, set_passes
 from stare_jax.config import from_dict
 from stare_jax.models import make_policy
 from stare_jax.models.normalize import identity_stats
@@ -37,7 +38,11 @@ QUICK = {"xla_backend_optimization_level": 0}
 
 
 def load(fsdp, tensor, words):
-    values = ipi_widowx.get_config(",".join(["PutCarrotOnPlateInScene-v1", *words])).to_dict()
+    """Returns the recipe with its weights cut over the mesh, in the passes of recipes that cut them."""
+    config = ipi_widowx.get_config(",".join(["PutCarrotOnPlateInScene-v1", *words]))
+    set_passes(config, ON_NODE["pi05 full" if "pi05" in words else "openvla full"])
+    config.ppo.context_gb = 0.0
+    values = config.to_dict()
     values.pop("name")
     return dataclasses.replace(from_dict(RunConfig, values), mesh=MeshConfig(1, fsdp, tensor))
 
