@@ -31,7 +31,7 @@ ALLOWED = {
     "targets": ("types", "stages", "losses"),
     "envs": (*GROUND, "stages"),
     "models": (*GROUND, "losses"),
-    "rollout": (*GROUND, "logging", "stages", "envs.base", "models.policy"),
+    "rollout": (*GROUND, "logging", "stages", "envs.base", "envs.seeds", "models.policy"),
     "data": (*GROUND, "logging", "stages", "envs.base", "envs.experts.base", "envs.seeds", "models", "rollout"),
     "state": (*GROUND, "logging", "models.policy"),
     "weights": (*GROUND, "logging", "models", "state"),

@@ -4,6 +4,7 @@
     demonstrations  100,000,000 .. 199,999,999
     pairs           200,000,000 .. 299,999,999
     ppo             300,000,000 .. 399,999,999
+    validation      400,000,000 .. 499,999,999
 
 Within a region every run seed (0 .. 99) has a slot of a million seeds, one for each episode in the order of collection.
 """
@@ -21,6 +22,7 @@ EVALUATION_SEEDS = 0
 DEMO_SEEDS = 1 * REGION_SIZE
 PAIR_SEEDS = 2 * REGION_SIZE
 PPO_SEEDS = 3 * REGION_SIZE
+VALIDATION_SEEDS = 4 * REGION_SIZE
 
 
 def first_seed(region: int, run_seed: int) -> int:

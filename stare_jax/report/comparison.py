@@ -18,17 +18,18 @@ from stare_jax.report.curve_figure import Curve, Panel, draw_comparison
 from stare_jax.report.curves import (
     BEFORE,
     NUM_ENDS,
+    NUM_VALIDATIONS,
     SUCCESS,
     LearningCurve,
     by_label,
     ends,
-    first_reached,
     mean_curve,
     moving_mean,
+    target_at,
 )
 from stare_jax.report.tables import MISSING, Table
 
-DIAGNOSTICS = ("ppo/approx_kl", "ppo/clip_frac", "ppo/explained_variance", "ppo/entropy")
+DIAGNOSTICS = ("validation/success", "ppo/approx_kl", "ppo/clip_frac", "ppo/explained_variance", "ppo/entropy")
 
 
 class Choices(NamedTuple):
@@ -54,7 +55,7 @@ def runs_table(runs: Sequence[LearningCurve], choices: Choices) -> Table:
     rows = []
     for run in runs:
         series, (first, last) = run.series, ends(run.series.success)
-        at = first_reached(series.success, choices.target, choices.smooth)
+        at = target_at(series, choices.target, choices.smooth)
         reached = ("not reached",) * 2
         if at is not None:
             reached = (_count(series.env_steps[at]), f"{series.minutes[at]:.1f}")
@@ -69,7 +70,7 @@ def settings_table(runs: Sequence[LearningCurve], choices: Choices) -> Table:
     header = ("setting", "runs", "reached", "median steps to target", "median minutes to target")
     rows = []
     for label, group in by_label(runs).items():
-        at = [first_reached(run.series.success, choices.target, choices.smooth) for run in group]
+        at = [target_at(run.series, choices.target, choices.smooth) for run in group]
         steps, minutes = (
             statistics.median(
                 math.inf if i is None else float(column[i]) for i, column in zip(at, columns, strict=True)
@@ -183,7 +184,10 @@ def _notes(runs: Sequence[LearningCurve], choices: Choices) -> list[str]:
         f"first and last {NUM_ENDS} iterations."
     )
     window = f"mean of {choices.smooth} successive iterations" if choices.smooth > 1 else "success of an iteration"
-    notes.append(f"to {target}: the first time the {window} is at least {target}.")
+    notes.append(
+        f"to {target}: the first time the {window} is at least {target}; of a run with validations, where the policy "
+        f"decides as in an evaluation, the mean of {NUM_VALIDATIONS} successive ones."
+    )
     notes.append(f"Lines show means of {choices.smooth} iterations, thick ones those over runs, as far as all runs go.")
     notes.append("Medians count a run that did not reach the target as slower than any that did.")
     by_clock = [f"{run.label}: {run.name}" for run in runs if run.by_clock]

@@ -14,6 +14,9 @@ from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
 
 SUCCESS, STEPS = "env/success", "env/steps"
+VALIDATION = "validation/success"
+NUM_VALIDATIONS = 2
+"""Successive validations whose mean has to reach a target."""
 BEFORE = "sft"
 NUM_ENDS = 5
 """Iterations at the beginning and at the end of a run over which the table averages success."""
@@ -198,6 +201,20 @@ def first_reached(success: np.ndarray, target: float, window: int) -> int | None
     num_known = np.convolve(np.isfinite(success), np.ones(window))[: len(success)]
     is_there &= num_known == window
     return int(is_there.argmax()) if is_there.any() else None
+
+
+def target_at(series: Series, target: float, window: int) -> int | None:
+    """Returns the index of the iteration after which the policy has reached the target; None for never.
+
+    It is judged by its validations, `NUM_VALIDATIONS` at a time, where the run has some, or else by the episodes that
+    it learns from, those of `window` successive iterations.
+    """
+    validated = series.metrics.get(VALIDATION, np.empty(0))
+    known = np.flatnonzero(np.isfinite(validated))
+    if not len(known):
+        return first_reached(series.success, target, window)
+    at = first_reached(validated[known], target, NUM_VALIDATIONS)
+    return None if at is None else max(int(known[at]) - 1, 0)  # An iteration validates the policy it begins with.
 
 
 def mean_curve(

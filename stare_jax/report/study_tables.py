@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from stare_jax.evaluate.intervals import Estimate, mean_interval, mean_of_rates, ratio_of_means
-from stare_jax.report.curves import LearningCurve, first_reached
+from stare_jax.report.curves import LearningCurve, target_at
 from stare_jax.report.published import OPENVLA, PI05, PUBLISHED, PUBLISHED_HOLDING
 from stare_jax.report.study_runs import StudyRun, tasks_of
 from stare_jax.report.tables import HOLDING_STAGE, MISSING, OUTCOMES, Table
@@ -112,10 +112,10 @@ class Ratio(NamedTuple):
 
 
 def steps_of(curves: Sequence[LearningCurve], target: float, smooth: int) -> dict[str, dict[str, Steps]]:
-    """Returns method -> seed -> steps until the mean of `smooth` iterations is at least the target."""
+    """Returns method -> seed -> steps until the target is reached, see `target_at`."""
     found: dict[str, dict[str, Steps]] = {}
     for run in curves:
-        at = first_reached(run.series.success, target, smooth)
+        at = target_at(run.series, target, smooth)
         number = float(run.series.env_steps[-1 if at is None else at])
         found.setdefault(run.label, {})[run.seed] = Steps(number, at is not None)
     return found

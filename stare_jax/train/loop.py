@@ -105,7 +105,7 @@ class Turn(NamedTuple):
     """True where it has been asked to stop before its last step."""
 
 
-def next_turn(run: Run, step: int, num_steps: int, *, log_every: int, checkpoint_every: int) -> Turn:
+def next_turn(run: Run, step: int, num_steps: int, *, log_every: int = 1, checkpoint_every: int) -> Turn:
     """Returns the duties of a loop after step number `step` of `num_steps`."""
     is_last = step == num_steps
     is_stopping = run.should_stop() and not is_last

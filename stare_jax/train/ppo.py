@@ -20,6 +20,7 @@ from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.validation import ValidationConfig, validate
 from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
@@ -107,6 +108,7 @@ class PPOConfig:
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
     seed: Seed = 0
     """seed of actions, minibatches and episodes (`envs.seeds`)."""
+    validation: ValidationConfig = ValidationConfig()
     checkpoint_every: Count = 10
     """iterations."""
     keep_checkpoints: Count = 2
@@ -278,9 +280,11 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
             key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
-            act = policy_act(policy, state.params, key, temperature=config.temperature, mesh=run.mesh)
-            rollout = _collect(act, env, spec, counters, config, run, window)
-            del act  # and with it what it has prepared for the rollout alone
+            acting = functools.partial(policy_act, policy, state.params, key, mesh=run.mesh)
+            rates = validate(
+                acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
+            )
+            rollout = _collect(acting(temperature=config.temperature), env, spec, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
@@ -301,14 +305,11 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
             updates, counters = window.read(), counters.after(rollout, config.group_size)
-            turn = next_turn(
-                run, counters.iteration, config.num_iterations, log_every=1, checkpoint_every=config.checkpoint_every
-            )
+            turn = next_turn(run, counters.iteration, config.num_iterations, checkpoint_every=config.checkpoint_every)
 
             # ---- Report ---------------------------------------------------------------------------------------------
-            metrics = iteration_metrics(
-                rollout, batch, updates, spec, size=config.minibatch_size, shaping=config.shaping
-            ) | {"env/steps": counters.env_steps}
+            metrics = rates | {"env/steps": counters.env_steps}
+            metrics |= iteration_metrics(rollout, batch, updates, spec, config.minibatch_size, config.shaping)
             say(f"{report_line(counters.iteration, config.num_iterations, metrics)} | {window.clock.line()}")
             is_warned = warn_of_rounding(metrics, is_warned=is_warned)
             window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
@@ -345,6 +346,5 @@ def _collect(
             in_turns=True,
         )
     if rollout.is_complete and not rollout.trajectory.valid.any():
-        number = counters.iteration + 1
-        raise SimulatorError(f"{PHASE}: iteration {number} lost all of its {rollout.num_dropped} episodes")
+        raise SimulatorError(f"{PHASE}: iteration {counters.iteration + 1} lost all {rollout.num_dropped} episodes")
     return rollout

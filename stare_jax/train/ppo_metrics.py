@@ -18,7 +18,6 @@ def iteration_metrics(
     batch: PPOBatch,
     updates: Sequence[Mapping[str, float]],
     spec: TaskSpecs,
-    *,
     size: int,
     shaping: bool,
 ) -> dict[str, float]:

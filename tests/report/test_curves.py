@@ -14,6 +14,7 @@ from stare_jax.report.curves import (
     moving_mean,
     read_run,
     read_runs,
+    target_at,
 )
 
 
@@ -71,6 +72,19 @@ def test_a_target_is_reached_by_a_mean_of_whole_windows():
     assert first_reached(success, 0.97, 3) is None
     assert first_reached(success, 0.1, 7) is None  # never so many iterations
     assert first_reached(np.full(7, 0.95), 0.95, 5) == 4  # though sums are rounded
+
+
+def test_validations_count_where_there_are_some():
+    rows = [{"step": i + 1, "env/success": 1.0, "env/steps": 100.0 * (i + 1)} for i in range(7)]
+    assert target_at(make_series(rows)[0], 0.8, 3) == 2
+    for row, share in zip(rows[::2], (0.1, 0.7, 0.9, 0.5), strict=True):
+        row["validation/success"] = share
+    series, _ = make_series(rows)
+    # The fifth iteration begins with the policy of the fourth, whose validation and the one before have a mean of 0.8.
+    assert target_at(series, 0.8, 3) == 3 and series.env_steps[3] == 400
+    assert target_at(series, 0.81, 3) is None
+    rows[0]["validation/success"] = 0.9
+    assert target_at(make_series(rows)[0], 0.8, 3) == 1  # two, never one alone
 
 
 def test_mean_over_runs_where_all_of_them_are():

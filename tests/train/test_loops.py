@@ -13,11 +13,12 @@ from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, rand
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
-from stare_jax.envs.seeds import phase_key
+from stare_jax.envs.seeds import VALIDATION_SEEDS, first_seed, phase_key
 from stare_jax.logging import Interrupted, check_finite
 from stare_jax.models import MLPConfig, openvla_tiny
 from stare_jax.rollout import collect
 from stare_jax.rollout.prepared import prepare_params
+from stare_jax.rollout.validation import ValidationConfig
 from stare_jax.state import checkpoint
 from stare_jax.state.checkpoint import CheckpointError
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
@@ -79,6 +80,33 @@ def what_happened(lines):
     return [
         {name: value for name, value in line.items() if name.split("/")[0] not in ("time", "perf")} for line in lines
     ]
+
+
+def test_validation_has_starts_of_its_own_and_changes_nothing_else(train, make_run):
+    plain, validated, first = Seeing(), Seeing(), first_seed(VALIDATION_SEEDS, 0)
+    expected = train("ppo", make_run("plain"), plain)
+    validation = ValidationConfig(every=2, num_episodes=NUM_ENVS + 2)
+    whole = make_run("validated")
+    jax.tree.map(np.testing.assert_array_equal, train("ppo", whole, validated, validation=validation), expected)
+    of_validation = [seed for seed in validated.seeds if seed >= first]
+    assert set(of_validation) == set(range(first, first + NUM_ENVS + 2))
+    assert [seed for seed in validated.seeds if seed < first] == plain.seeds
+    known = {line["step"]: line for line in whole.writer.lines if "validation/success" in line}
+    assert list(known) == [1, 3]  # of the policies that iterations 1 and 3 begin with
+    for line in known.values():
+        assert 0 <= line["validation/success_end"] <= line["validation/success"] <= 1
+    assert known[1]["validation/success"] > 0
+    assert sum(whole.writer.column("perf/compilations")[1:]) == 0
+
+    # A validation that is interrupted is done again when the run goes on.
+    env = Seeing()
+    stopped = make_run("stopped")
+    stopped = dataclasses.replace(stopped, should_stop=lambda: env.seeds.count(first) > 1)
+    with pytest.raises(Interrupted, match="ppo: stopped and saved after 2 of 4 iterations"):
+        train("ppo", stopped, env, validation=validation)
+    resumed = make_run("stopped", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, train("ppo", resumed, Seeing(), validation=validation), expected)
+    assert what_happened(stopped.writer.lines + resumed.writer.lines) == what_happened(whole.writer.lines)
 
 
 @pytest.mark.parametrize(("phase", "stop_after"), [("sft", 3), ("tpo", 4), ("ppo", 2)])
@@ -375,7 +403,7 @@ def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_
         def receive(self):
             return super().receive()._replace(alive=self.alive)
 
-    with pytest.raises(SimulatorError, match="iteration 1 lost all of its 20 episodes"):
+    with pytest.raises(SimulatorError, match="iteration 1 lost all 20 episodes"):
         train_ppo(policy, fresh(params), Dying(NUM_ENVS), spec, PPO, make_run())
 
 

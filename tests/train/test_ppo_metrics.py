@@ -11,6 +11,7 @@ from toy_task import expert_episodes, fresh
 
 from stare_jax.envs import toy
 from stare_jax.rollout.collect import Rollout
+from stare_jax.rollout.validation import ValidationConfig
 from stare_jax.stages import get_task
 from stare_jax.targets import Targets
 from stare_jax.train.ppo import PPOConfig, make_prepare, train_ppo
@@ -168,11 +169,12 @@ def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing
 
 def test_the_page_on_ppo_explains_every_metric_and_no_other(policy, params, make_run, spec):
     run = make_run()
-    config = PPOConfig(num_iterations=1, num_episodes=20, minibatch_size=256)
+    validation = ValidationConfig(every=1, num_episodes=20)
+    config = PPOConfig(num_iterations=1, num_episodes=20, minibatch_size=256, validation=validation)
     train_ppo(policy, fresh(params), toy.ToyPush(16), spec, config, run)
     stage = re.compile(f"_({'|'.join(spec.stage_names)})$")
     logged = {stage.sub("_<stage>", name) for name in run.writer.lines[0] if "/" in name}
-    explained = set(re.findall(r"`((?:ppo|env|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))
+    explained = set(re.findall(r"`((?:ppo|env|validation|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))
     assert explained == logged
 
 

@@ -1,0 +1,75 @@
+"""Episodes, now and then during training, of the policy as it will be judged."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from stare_jax.config import Count, Natural, NonNegative, check_fields
+from stare_jax.envs.base import VecEnv
+from stare_jax.envs.seeds import VALIDATION_SEEDS, take_seeds
+from stare_jax.logging import Clock
+from stare_jax.rollout.collect import collect_episodes
+from stare_jax.rollout.decisions import Act
+from stare_jax.stages.several import TaskSpecs, take_turns
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """How often a policy in training is judged, and by how many episodes."""
+
+    every: Natural = 0
+    """iterations from one validation to the next, the first before the first of all; 0: none."""
+    num_episodes: Count = 100
+    """episodes of full length, from the same starts every time. A run's evaluation has others, training too."""
+    temperature: NonNegative = 0.0
+    """temperature of the actions; 0 for the most likely ones, or their means."""
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def validate(
+    act: Callable[..., Act],
+    env: VecEnv,
+    spec: TaskSpecs,
+    config: ValidationConfig,
+    iteration: int,
+    seed: int,
+    should_stop: Callable[[], bool],
+    clock: Clock,
+) -> dict[str, float]:
+    """Returns `validation/success`, at any step, and `validation/success_end`; {} where none is due or it has to stop.
+
+    Args:
+        act: temperature -> the policy.
+        env: simulators.
+        spec: the task, or all.
+        config: see `ValidationConfig`.
+        iteration: number of iterations done.
+        seed: of the run; another one has other starts.
+        should_stop: asked between steps.
+        clock: charges the time to "validation".
+    """
+    if not config.every or iteration % config.every:
+        return {}
+    numbers = np.arange(config.num_episodes)
+    with clock("validation"):
+        rollout = collect_episodes(
+            env,
+            act(temperature=config.temperature),
+            take_seeds(VALIDATION_SEEDS, seed, 0, len(numbers)),
+            stop_at_success=False,
+            tasks=take_turns(spec, numbers),
+            should_stop=should_stop,
+            keep_images="decisions",
+            in_turns=True,
+        )
+    if not rollout.is_complete:
+        return {}
+    valid = rollout.trajectory.valid
+    is_success = rollout.trajectory.signals.success[valid.any(axis=1)]  # without episodes that were lost
+    names = ("validation/success", "validation/success_end")
+    shares = (is_success.any(axis=1), is_success[:, -1])
+    return {name: float(share.mean()) if len(share) else math.nan for name, share in zip(names, shares, strict=True)}
