@@ -51,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     once = "make one decision with random weights on this machine's processor"
     group.add_argument("--run-once", action="store_true", help=once)
     add("--programs", metavar="NAMES", help=f"some of {','.join(PROGRAMS)} (default: those of the run's phases)")
+    add("--propose", action="store_true", help="say what fits best, also where the given configuration fits")
     add("--windowed", action="store_true", help="with --topology: let products be cut into windows; takes long")
     tries = "changes that are compiled at most where a program does not fit (default: 3)"
     add("--tries", type=command.natural, default=3, metavar="N", help=tries)
@@ -60,8 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
     if arguments.windowed and not arguments.topology:
         parser.error("--windowed goes with --topology")
-    if arguments.run_once and arguments.programs is not None:
-        parser.error("--programs goes with --topology or --devices")
+    if arguments.run_once and (arguments.programs is not None or arguments.propose):
+        parser.error("--programs and --propose go with --topology or --devices")
     return arguments
 
 
@@ -94,8 +95,9 @@ def plan(arguments: argparse.Namespace) -> int:
     from stare_jax.logging import say
     from stare_jax.plan.changes import first_that_fits
     from stare_jax.plan.kept import Kept
-    from stare_jax.plan.page import excess_line, fits, print_forecasts
+    from stare_jax.plan.page import excess_line, fits, print_fit, print_forecasts
     from stare_jax.plan.programs import find_devices, programs_of, with_mesh
+    from stare_jax.plan.proposals import propose
     from stare_jax.runs.config import RunConfig
     from stare_jax.runs.fit import check_fit
     from stare_jax.runs.start import shorten_planned_prompts
@@ -118,6 +120,9 @@ def plan(arguments: argparse.Namespace) -> int:
     for one in excess:
         proposal = first_that_fits(config, one, devices.memory, kept, max_compilations=arguments.tries)
         say(excess_line(one, devices.memory, proposal))
+    if excess or arguments.propose:
+        best = propose(config, found, devices, num_devices, kept, max_compilations=arguments.tries)
+        print_fit(best, config, devices, num_devices, windowed=arguments.windowed)
     return command.FAILED if excess else command.DONE
 
 

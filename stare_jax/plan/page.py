@@ -10,6 +10,7 @@ from stare_jax.plan.changes import Proposal
 from stare_jax.plan.chips import GB, Devices
 from stare_jax.plan.once import Once
 from stare_jax.plan.programs import Exchange, Forecast
+from stare_jax.plan.proposals import UNKNOWN, Fit, changed_fields, enough_tokens
 from stare_jax.runs.config import RunConfig
 
 MISSING = "—"
@@ -68,6 +69,27 @@ def print_once(found: Once) -> None:
     say(f"log-probability of the decision: {sampled:.4f} as sampled, {scored:.4f} as scored; {terms}")
     verdict = "" if found.agrees else ": more than rounding does; sampling and scoring disagree"
     say(f"ratio before the first update: {math.exp(found.difference):.4f}{verdict}")
+
+
+def print_fit(
+    fit: Fit | None, config: RunConfig, devices: Devices, num_devices: int, *, windowed: bool = False
+) -> None:
+    """Prints what fits best, by its sizes and as it was compiled."""
+    tokens = enough_tokens(config)
+    if tokens is not None:
+        flags = in_flags({"model.prompt_length": tokens})
+        say(f"prompts that are padded to fewer tokens take less, and {flags} holds all of them")
+    if fit is None:
+        say("no mesh, microbatch and rematerialisation was found with which all of it fits")
+        return
+    rates = "" if devices.chip else f", at the rates of an {UNKNOWN}"
+    flags = in_flags(changed_fields(config, fit.config)) or "the given configuration"
+    rows = [(name, size(one.peak), *map(_seconds, (one.seconds, *one[1:]))) for name, one in fit.estimates.items()]
+    header = ("program", "peak", "roofline", "products", "memory", "exchange")
+    print_table(header, rows, title=f"fits best by its sizes{rates}: {flags}")
+    if fit.forecasts:
+        say("\ncompiled:\n")
+        print_forecasts(fit.forecasts, fit.config, devices, num_devices, windowed=windowed)
 
 
 def in_flags(changes: dict[str, object]) -> str:

@@ -242,7 +242,7 @@ def forecast(name: str, config: RunConfig, devices: Devices, *, windowed: bool =
         beside=max(lowered.held - memory.argument_size_in_bytes, 0),
         compile_s=seconds,
         # A processor's compiler widens to float32 what other devices multiply in bfloat16.
-        **_work(compiled.as_text(), config, name, devices.chip, widest=8.0 if is_tpu else _itemsize(config)),
+        **_work(compiled.as_text(), config, name, devices.chip, widest=8.0 if is_tpu else itemsize_of(config)),
     )
 
 
@@ -289,7 +289,8 @@ def _exceeded(known: dict[str, Any], held: int, message: str, seconds: float) ->
     )
 
 
-def _itemsize(config: RunConfig) -> float:
+def itemsize_of(config: RunConfig) -> float:
+    """Returns the bytes of a number in products."""
     return 4.0 if isinstance(config.model, MLPConfig) else jnp.dtype(config.model.execution.dtype).itemsize
 
 

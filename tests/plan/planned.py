@@ -23,6 +23,7 @@ from stare_jax.plan.kept import Kept
 from stare_jax.plan.page import excess_line, print_forecasts
 from stare_jax.plan.products import read_products
 from stare_jax.plan.programs import lower_program, with_mesh
+from stare_jax.plan.proposals import changed_fields, propose
 from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.plan import plan_policy
 from stare_jax.sharding.mesh import make_mesh
@@ -132,6 +133,7 @@ def fitting(folder):
     slow = dataclasses.replace(before, compile_s=1e6)
     by_size = first_that_fits(config, slow, limit, kept, max_compilations=0)
     num_compiled = len(compiled)
+    best = propose(config, [before], EIGHT._replace(memory=limit), 8, kept, max_compilations=2)
     return {
         "peak": before.peak - before.beside,
         "of_xla": memory.argument_size_in_bytes
@@ -143,7 +145,8 @@ def fitting(folder):
         "by_size": [by_size.change.flags, by_size.peak, by_size.is_compiled],
         "none": first_that_fits(config, before, 1.0, kept, max_compilations=3) is None,
         "line": excess_line(before, limit, proposal),
-        "is_kept": Kept(folder, EIGHT)("ppo", config) == before and len(compiled) == num_compiled == 2,
+        "best": [changed_fields(config, best.config), best.forecasts[0].peak],
+        "is_kept": Kept(folder, EIGHT)("ppo", config) == before and num_compiled == 2,
     }
 
 

@@ -62,7 +62,7 @@ def test_what_does_not_fit_this_machine_is_refused_before_anything_is_compiled(m
     assert capsys.readouterr().err.startswith(message)
 
 
-@pytest.mark.parametrize("others", [["--devices=1x8GB"], ["--programs=sample"]])
+@pytest.mark.parametrize("others", [["--devices=1x8GB"], ["--programs=sample"], ["--propose"]])
 def test_options_of_compilations_do_not_go_with_it(others):
     with pytest.raises(SystemExit):
         plan.main([f"--config={STATE}", "--run-once", *others])
