@@ -220,6 +220,7 @@ def make_demos(arguments: argparse.Namespace, should_stop: Callable[[], bool]) -
 def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[EnvConfig, TaskSpec, Actor]:
     """Returns the simulator that the policy of a checkpoint was trained in, its task, and the policy."""
     # All of training, which experts do without.
+    from stare_jax.envs.maniskill.perturbations import instructions_of
     from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
 
     run = load_config(arguments.checkpoint.parent)
@@ -236,10 +237,10 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
             f"{arguments.checkpoint} was trained with env.backend {env.backend!r}: give --no-reproducible"
         )
     spec = dataclasses.replace(env.spec, params=run.stages)
-    mesh = command.make_run_mesh(run.mesh, arguments)
+    mesh, words = command.make_run_mesh(run.mesh, arguments), instructions_of(env.perturbation, spec)
 
     def restore() -> tuple[Policy, PyTree]:
-        _, policy, params = load_policy(arguments.checkpoint, step=step, mesh=mesh, instructions=[spec.instruction])
+        _, policy, params = load_policy(arguments.checkpoint, step=step, mesh=mesh, instructions=words)
         return policy, params
 
     return env, spec, policy_actor(restore, config, source=name)

@@ -190,7 +190,7 @@ def load_subject(
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
-    changes = (simulators.perturbation, *perturbations)
+    changes = {simulators.perturbation, *perturbations} | ({""} if perturbations else set())  # played beside them
     words = [text for spec in simulators.specs for change in changes for text in instructions_of(change, spec)]
     _, policy, params = load_policy(folder, step=step, mesh=mesh, instructions=words)
     check_policy(policy, simulators, name=str(folder))

@@ -235,15 +235,15 @@ def load_pairs(
         dataset: the rollouts.
         pairs: P pairs, all of them or those of a minibatch.
         horizon: number of actions N to pad to.
-        tokenize: `Policy.tokenize`, for a policy that reads other prompts than the acting policy; None keeps the
-            stored prompts.
+        tokenize: `Policy.tokenize`, for a policy that reads other prompts than the acting policy, or of another length;
+            None keeps the stored prompts.
 
     Returns:
         NumPy leaves `[P, ...]`; log-probabilities of decisions are sums, `[P, D, 1]`.
 
     Raises:
         DatasetError: the data set was opened without some of its shards, so that indices mean other episodes; or it has
-            no signals.
+            no signals; or stored prompts are to be kept and differ in length.
     """
     dataset.require_signals()
     if dataset.num_episodes != (num_expected := len(dataset.manifest.episodes)):
@@ -265,7 +265,12 @@ def load_pairs(
         return trajectory._replace(observation=prompted)
 
     def stack(indices: Sequence[int]) -> Trajectory:
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(load, indices))
+        found = [load(index) for index in indices]
+        lengths = sorted({one.observation.tokens.shape[1] for one in found})
+        if len(lengths) > 1:
+            got = f"got stored prompts of {lengths} tokens"
+            raise DatasetError(f"{dataset.directory}: {got}, expected one length, or `tokenize`")
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
     task = np.array([dataset.episodes[pair.chosen].task for pair in pairs], np.int32)
     return PreferencePair(stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs]), task)

@@ -71,7 +71,8 @@ class Dataset:
         record, shapes = self.frame(0), self.manifest.shapes
         found = {f"image/{name}": image for name, image in record["images"].items()}
         found |= {name: record[name] for name in ("state", "tokens", "action")}
-        wrong = {name: list(x.shape) for name, x in found.items() if shapes.get(name) != list(x.shape)}
+        here = {name: list(x.shape) for name, x in found.items()}
+        wrong = {name: shape for name, shape in here.items() if not schema.go_together(name, shapes.get(name), shape)}
         if wrong:
             words = "; ".join(f"{name}: got {shapes.get(name)}, expected {shape}" for name, shape in wrong.items())
             raise DatasetError(f"{self.directory / schema.MANIFEST_FILE}: shapes: {words}, as in the first frame")

@@ -93,7 +93,8 @@ class Manifest(NamedTuple):
     """Progress of the collection, from which it is continued."""
     shapes: dict[str, list[Natural]]
     """Shapes of an observation's and an action's leaves, `image/<camera>`, `state`, `tokens`, `action`, and, where a
-    policy acted, those of a decision's trace, `decision/<field>`."""
+    policy acted, those of a decision's trace, `decision/<field>`. Prompts (`tokens`) have the shape of the first
+    episode's, and in others may be padded to another length."""
     shards: tuple[Shard, ...]
     episodes: tuple[Episode, ...]
 
@@ -164,6 +165,13 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     content["shards"] = [{name: file._asdict() for name, file in shard._asdict().items()} for shard in manifest.shards]
     content["episodes"] = [episode._asdict() for episode in manifest.episodes]
     replace_text(Path(directory) / MANIFEST_FILE, _format_json(content))
+
+
+def go_together(name: str, shape: list[int] | None, other: list[int] | None) -> bool:
+    """Returns whether a leaf may have two shapes in one data set: prompts are padded to what a run reads, which may be
+    more or less when a collection goes on."""
+    are_prompts = name == "tokens" and bool(shape and other) and all(len(x) == 1 and x[0] for x in (shape, other))
+    return shape == other or are_prompts
 
 
 def fingerprint_of(shards: Sequence[Shard]) -> str:

@@ -199,8 +199,9 @@ class DatasetWriter:
         expected = self._manifest.shapes
         if not expected:
             self._manifest = self._manifest._replace(shapes=shapes)
-        elif shapes != expected:
-            names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+            return
+        names = sorted({*shapes, *expected})
+        if names := [name for name in names if not schema.go_together(name, shapes.get(name), expected.get(name))]:
             differences = [f"{name}: got {shapes.get(name)}, expected {expected.get(name)}" for name in names]
             raise ValueError(f"trajectory does not fit {self._directory}: " + "; ".join(differences))
 

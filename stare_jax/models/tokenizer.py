@@ -113,7 +113,6 @@ def huggingface_tokenizer(folder: str) -> Tokenizer:
 def _load_files(name: str) -> Any:
     """Returns a tokenizer of transformers, from a folder, from the copy of an earlier download, or from the network."""
     # Not AutoTokenizer, which goes by config.json and asks on the terminal whether to run the code that comes with it.
-    from huggingface_hub import try_to_load_from_cache
     from transformers import PreTrainedTokenizerFast
 
     if Path(name).is_dir():
@@ -126,7 +125,7 @@ def _load_files(name: str) -> Any:
             reason = f"{type(error).__name__}: {_in_short(error)}"
             raise ConfigError(f"model.tokenizer: got {name!r}, whose files are no tokenizer ({reason})") from error
     try:
-        if all(try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json")):
+        if _is_downloaded(name):
             return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=True)
         _require_network(name)
         return PreTrainedTokenizerFast.from_pretrained(name)
@@ -167,12 +166,18 @@ def is_here(name: str) -> bool:
     """Returns whether a tokenizer can be read without a download; files that are not one count as well."""
     if name == "words" or not name or Path(name).is_absolute() or Path(name).is_dir():
         return bool(name) and (name == "words" or Path(name).is_dir())
-    from huggingface_hub import try_to_load_from_cache
-
     try:
-        return isinstance(try_to_load_from_cache(name, "tokenizer.json"), str)
+        return _is_downloaded(name)
     except ValueError:  # no name of a repository
         return False
+
+
+def _is_downloaded(name: str) -> bool:
+    """Returns whether an earlier download of a repository has left all that its tokenizer is read from."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file, settings = (try_to_load_from_cache(name, file) for file in ("tokenizer.json", "tokenizer_config.json"))
+    return isinstance(file, str) and settings is not None  # or an object that says that the repository has none
 
 
 def make_tokenizer(name: str) -> Tokenizer:

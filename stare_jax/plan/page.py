@@ -14,6 +14,8 @@ from stare_jax.plan.proposals import UNKNOWN, Fit, changed_fields, enough_tokens
 from stare_jax.runs.config import RunConfig
 
 MISSING = "—"
+_MOST_NATS = 10.0
+"""difference of log-probabilities whose ratio is still printed; the exponential of a far larger one is no float"""
 FAKE = (
     "Fake devices: arguments, products and exchanges are those of the program. Times and layouts of the real compiler",
     "are not known; intermediates are those of a processor's, which keeps more in float32 and fuses less.",
@@ -68,7 +70,9 @@ def print_once(found: Once) -> None:
     terms = f"{found.sampled.size} terms, which differ by {each:.2g} at most"
     say(f"log-probability of the decision: {sampled:.4f} as sampled, {scored:.4f} as scored; {terms}")
     verdict = "" if found.agrees else ": more than rounding does; sampling and scoring disagree"
-    say(f"ratio before the first update: {math.exp(found.difference):.4f}{verdict}")
+    is_huge = found.difference > _MOST_NATS
+    ratio = f"above {math.exp(_MOST_NATS):.0f}" if is_huge else f"{math.exp(found.difference):.4f}"
+    say(f"ratio before the first update: {ratio}{verdict}")
 
 
 def print_fit(

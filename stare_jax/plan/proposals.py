@@ -172,10 +172,11 @@ def changed_fields(before: RunConfig, after: RunConfig) -> dict[str, object]:
 
 def enough_tokens(config: RunConfig) -> int | None:
     """Returns a shorter `model.prompt_length` that holds all instructions of the simulator's tasks, whatever the
-    tokenizer, of whose tokens none has less than a byte of text; None where there is no shorter one.
+    tokenizer, of whose tokens none has less than a byte of text; None where there is no shorter one, and where a data
+    set has others.
     """
     model = config.model
-    if isinstance(model, MLPConfig):
+    if isinstance(model, MLPConfig) or config.demos_from or config.demos_of:
         return None
     texts = (text for spec in config.env.specs for text in instructions_of(config.env.perturbation, spec))
     state = " -100" * model.state_dim

@@ -191,7 +191,7 @@ def _notes(runs: Sequence[LearningCurve], choices: Choices) -> list[str]:
     notes.append(f"Lines show means of {choices.smooth} iterations, thick ones those over runs, as far as all runs go.")
     notes.append("Medians count a run that did not reach the target as slower than any that did.")
     by_clock = [f"{run.label}: {run.name}" for run in runs if run.by_clock]
-    notes.append("Minutes are the time iterations took, pauses and evaluations left out.")
+    notes.append("Minutes are the time iterations took, pauses, evaluations and validations left out.")
     if by_clock:
         notes.append(
             f"These runs have not logged the time of every iteration; their minutes are those of the clock from the "

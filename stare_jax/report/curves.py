@@ -14,7 +14,7 @@ from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
 
 SUCCESS, STEPS = "env/success", "env/steps"
-VALIDATION = "validation/success"
+VALIDATION, VALIDATION_TIME = "validation/success", "time/validation_s"
 NUM_VALIDATIONS = 2
 """Successive validations whose mean has to reach a target."""
 BEFORE = "sft"
@@ -107,12 +107,12 @@ def read_run(label: str, directory: str | Path, phase: str) -> LearningCurve:
 def make_series(rows: Sequence[Mapping[str, Any]]) -> tuple[Series, bool]:
     """Returns the columns of the lines of a run, and whether the minutes had to be read from the clock.
 
-    Minutes are the sum of `time/*_s`, the seconds an iteration took; where an iteration has none, they are those since
-    the first line was written.
+    Minutes are the sum of `time/*_s`, the seconds an iteration took without its validation; where an iteration has
+    none, they are those since the first line was written.
     """
     names = sorted({name for row in rows for name in row if "/" in name})
     columns = {name: np.array([float(row.get(name, math.nan)) for row in rows]) for name in names}
-    timed = [name for name in names if name.startswith("time/") and name.endswith("_s")]
+    timed = [name for name in names if name.startswith("time/") and name.endswith("_s") and name != VALIDATION_TIME]
     seconds = np.array([sum(row.get(name, 0.0) for name in timed) for row in rows], float)
     by_clock = not (np.isfinite(seconds).all() and (seconds > 0).all())
     wall_time = np.array([row.get("wall_time", math.nan) for row in rows], float)

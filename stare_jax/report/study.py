@@ -84,7 +84,7 @@ def _task_parts(
     if curves:
         known = {name for run in curves for name in run.series.metrics}
         write_comparison(curves, out / task, choices._replace(metrics=tuple(n for n in choices.metrics if n in known)))
-        title = f"Environment steps until {100 * choices.target:g} % of training episodes succeed"
+        title = f"Environment steps to {100 * choices.target:g} % success"
         steps = steps_table(steps_of(curves, choices.target, choices.smooth), baseline)
         parts += [f"### {title}", _shown(steps, f"{task}: {title}"), caption(of_task)]
         parts += [f"[Curves and numbers]({task}/README.md)"]
@@ -126,7 +126,8 @@ NOTES = (
     "Published: the paper's tables 1 and 2, policies of billions of parameters on images; no run of this library. "
     "Figures 5 and 6 have no numbers in the paper's text. Of figure 5 it says that STA-TPO gains most over TPO in "
     "the stages grasp, place and upright; what it says of figure 6 stands in the table of toggles.",
-    "Ratios of steps are paired by seed, with a 95 % bootstrap interval over the pairs. A run that did not reach "
-    "the target counts with all its steps: ≥ and ≤ mark ratios that are bounds for that reason, ? those that are "
-    "neither.",
+    "Steps to a success rate are counted as the page of the task's curves says: by a run's validations or, where it "
+    "has none, by the episodes that it learns from. Ratios of steps are paired by seed, with a 95 % bootstrap interval "
+    "over the pairs. A run that did not reach the target counts with all its steps: ≥ and ≤ mark ratios that are "
+    "bounds for that reason, ? those that are neither.",
 )

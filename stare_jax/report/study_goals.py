@@ -21,7 +21,7 @@ from stare_jax.report.study_tables import (
 from stare_jax.report.tables import OUTCOMES, Table
 
 GOAL_TARGET = 0.8
-"""Success rate of training episodes until which steps are counted."""
+"""Success rate until which steps are counted, see `curves.target_at`."""
 HALF, BOUND = 0.5, 0.75
 """Largest ratio of STA-PPO's steps to PPO's that is wanted, and the largest upper bound of it."""
 LAST_DROP = 0.2
@@ -69,7 +69,7 @@ def _speed(task: str, steps: Mapping[str, Mapping[str, Steps]]) -> Iterator[Goal
     for baseline, most, bound in (("ppo", HALF, BOUND), ("rl4vla", 1.0, 1.0)):
         ratio = ratio_of_steps(steps.get("sta_ppo", {}), steps.get(baseline, {}))
         if ratio is not None:
-            claim = f"sta_ppo's steps to {100 * GOAL_TARGET:g} % of training episodes / {baseline}'s"
+            claim = f"sta_ppo's steps to {100 * GOAL_TARGET:g} % success / {baseline}'s"
             wanted = f"at most {most:g}, upper bound below {bound:g}"
             yield Goal(claim, task, ratio_text(ratio), wanted, judge_ratio(ratio, most, bound))
 

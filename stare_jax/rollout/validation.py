@@ -8,7 +8,7 @@ import numpy as np
 
 from stare_jax.config import Count, Natural, NonNegative, check_fields
 from stare_jax.envs.base import VecEnv
-from stare_jax.envs.seeds import VALIDATION_SEEDS, take_seeds
+from stare_jax.envs.seeds import VALIDATION_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Clock
 from stare_jax.rollout.collect import collect_episodes
 from stare_jax.rollout.decisions import Act
@@ -24,7 +24,8 @@ class ValidationConfig:
     num_episodes: Count = 100
     """episodes of full length, from the same starts every time. A run's evaluation has others, training too."""
     temperature: NonNegative = 0.0
-    """temperature of the actions; 0 for the most likely ones, or their means."""
+    """temperature of the actions; 0 for the most likely ones, or their means. A flow still starts from noise, which is
+    the same every time."""
 
     def __post_init__(self):
         check_fields(self)
@@ -43,7 +44,7 @@ def validate(
     """Returns `validation/success`, at any step, and `validation/success_end`; {} where none is due or it has to stop.
 
     Args:
-        act: temperature -> the policy.
+        act: (key, temperature=...) -> the policy.
         env: simulators.
         spec: the task, or all.
         config: see `ValidationConfig`.
@@ -58,12 +59,12 @@ def validate(
     with clock("validation"):
         rollout = collect_episodes(
             env,
-            act(temperature=config.temperature),
+            act(phase_key(seed, "validation"), temperature=config.temperature),
             take_seeds(VALIDATION_SEEDS, seed, 0, len(numbers)),
             stop_at_success=False,
             tasks=take_turns(spec, numbers),
             should_stop=should_stop,
-            keep_images="decisions",
+            keep_images=False,
             in_turns=True,
         )
     if not rollout.is_complete:

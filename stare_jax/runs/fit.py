@@ -157,6 +157,8 @@ def _seeds(config: RunConfig) -> Iterator[str]:
         counts[f"config.pairs.max_rollouts / rollouts_per_seed{of_each}"] = -(-num_rollouts // pairs.rollouts_per_seed)
     if "ppo" in config.phases and ppo.num_steps is None:
         counts["config.ppo.num_iterations x num_episodes"] = ppo.num_iterations * ppo.num_episodes
+    if "ppo" in config.phases and ppo.validation.every:
+        counts["config.ppo.validation.num_episodes"] = ppo.validation.num_episodes
     for name, count in counts.items():
         if count > SLOT_SIZE:
             yield f"{name}: got {count:,}, expected at most {SLOT_SIZE:,}, the simulator's seeds of one run"

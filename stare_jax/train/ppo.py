@@ -280,11 +280,11 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
             key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
-            acting = functools.partial(policy_act, policy, state.params, key, mesh=run.mesh)
+            acting = functools.partial(policy_act, policy, state.params, mesh=run.mesh)
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
-            rollout = _collect(acting(temperature=config.temperature), env, spec, counters, config, run, window)
+            rollout = _collect(acting(key, temperature=config.temperature), env, spec, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))

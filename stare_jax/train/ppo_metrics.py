@@ -11,6 +11,7 @@ from stare_jax.train.ppo_batch import PPOBatch
 
 MAX_FIRST_LOG_RATIO = 0.05
 """Root mean square of log-ratios before the first update; above it, clipping acts on rounding errors."""
+VALIDATED = "validation/success"
 
 
 def iteration_metrics(
@@ -139,10 +140,11 @@ def warn_of_rounding(metrics: Mapping[str, float], *, is_warned: bool) -> bool:
 
 def report_line(iteration: int, num_iterations: int, metrics: Mapping[str, float]) -> str:
     """Returns the metrics of an iteration that a user looks for, on one line."""
+    validated = f"validated {100 * metrics[VALIDATED]:.0f} %  " if VALIDATED in metrics else ""
     return (
         f"ppo {iteration}/{num_iterations}  "
         f"success {metrics['env/num_successes']:.0f}/{metrics['env/num_episodes']:.0f} "
-        f"({100 * metrics['env/success']:.0f} %)  return {metrics['env/return_shaped']:.2f}  "
+        f"({100 * metrics['env/success']:.0f} %)  {validated}return {metrics['env/return_shaped']:.2f}  "
         f"kl {metrics['ppo/approx_kl']:.4f}  clip {metrics['ppo/clip_frac']:.2f}  "
         f"ev {metrics['ppo/explained_variance']:.2f}  entropy {metrics['ppo/entropy']:.2f}  "
         f"{metrics['env/steps']} steps"

@@ -171,6 +171,23 @@ def test_pairs_for_a_policy_with_other_prompts(rollouts):
     np.testing.assert_array_equal(pair.chosen.observation.token_mask, valid.repeat(3, axis=2))
 
 
+def test_a_collection_goes_on_with_prompts_of_another_length(tmp_path, make_trajectory):
+    """As a run does that another version began, which padded all prompts to the longest."""
+    for number, length in enumerate((12, 5)):
+        with DatasetWriter(tmp_path, env_id="PushCube-v1") as writer:
+            trajectory = make_trajectory(number, num_tokens=length)
+            writer.append(trajectory, instruction="push", seed=5, source="sft")
+    dataset, pairs = Dataset(tmp_path), [Pair(0, 1, SUCCESS_SAME), Pair(1, 0, SUCCESS_SAME)]
+    assert [dataset.episode(e)[0].observation.tokens.shape[1] for e in (0, 1)] == [12, 5]
+
+    def tokenize(instructions, state):
+        return np.ones((len(state), 5), np.int32), np.ones((len(state), 5), bool)
+
+    assert load_pairs(dataset, pairs, horizon=5, tokenize=tokenize).chosen.observation.tokens.shape == (2, 6, 5)
+    with pytest.raises(DatasetError, match=r"got stored prompts of \[5, 12\] tokens, expected one length"):
+        load_pairs(dataset, pairs, horizon=5)
+
+
 def test_pairs_need_all_episodes(tmp_path, make_trajectory):
     with DatasetWriter(tmp_path, env_id="PushCube-v1", episodes_per_shard=1) as writer:
         for i in range(3):

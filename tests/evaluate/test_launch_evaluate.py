@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from toy_evaluation import load_command, use_toy, write_run
 
-from stare_jax.config import to_dict
+from stare_jax.config import ConfigError, to_dict
 from stare_jax.envs import EnvConfig, Expert, toy
+from stare_jax.envs.maniskill.perturbations import PARAPHRASES
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.evaluate.record import load_evaluation, unused_name
 from stare_jax.models import openvla_tiny
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.runs.config import MeshConfig
+from stare_jax.runs.load import load_config
 from stare_jax.state.checkpoint import save_params
 
 
@@ -246,6 +248,24 @@ def test_perturbed_episodes_are_evaluated_beside_undisturbed_ones(command, train
     # Other weights are set aside; the run's own evaluations are untouched.
     assert not (ood / "eval/vision-light.json").exists() and (ood / "set_aside/1/eval/vision-light.json").exists()
     assert sorted(trained_run.glob("eval/*")) == evaluations
+
+
+def test_prompts_are_padded_to_all_words_that_are_played_also_undisturbed(command, trained_run, monkeypatch):
+    """A policy that was trained on other words is played with the task's own beside a perturbation."""
+    read = []
+
+    def load_policy(folder, *, instructions, **options):
+        read.append(set(instructions))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(command, "load_policy", load_policy)
+    config = load_config(trained_run)
+    reworded = dataclasses.replace(config.env, perturbation="semantics/words")
+    arguments = command.parse_arguments([f"--run={trained_run}", "--phase=ppo"])
+    for perturbations in ({}, {"execution/robot_pose": True}):
+        with pytest.raises(ConfigError, match="enough"):
+            command.load_subject(config, reworded, perturbations, 0.0, arguments)
+    assert read == [set(PARAPHRASES["PushCube-v1"]), {*PARAPHRASES["PushCube-v1"], config.env.spec.instruction}]
 
 
 @pytest.mark.parametrize(

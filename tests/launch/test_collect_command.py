@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stare_jax.config import to_dict
+from stare_jax.config import ConfigError, to_dict
 from stare_jax.data.filters import imitation_frames
-from stare_jax.data.pairs import read_pairs
+from stare_jax.data.pairs import PairsConfig, read_pairs
 from stare_jax.data.reader import Dataset
 from stare_jax.envs import EnvConfig, Expert, make_vec_env, toy
+from stare_jax.envs.maniskill.perturbations import PARAPHRASES
 from stare_jax.envs.seeds import DEMO_SEEDS, PAIR_SEEDS, SLOT_SIZE
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.models.normalize import identity_stats
@@ -280,6 +281,24 @@ def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
     assert "was trained with another image_shape" in capsys.readouterr().err
     assert collect(*arguments, "--workers=1") == 1  # What a policy samples depends on how many environments there are.
     assert "its settings.num_envs is 16, not 8" in capsys.readouterr().err
+
+
+def test_a_policy_reads_the_words_of_the_simulator_that_it_was_trained_in(run, monkeypatch):
+    config = load_config(run)
+    env = dataclasses.replace(config.env, perturbation="semantics/words")
+    (run / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(config, env=env))))
+    read = []
+
+    def load_policy(folder, *, instructions, **options):
+        read.extend(instructions)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(restore, "load_policy", load_policy)
+    arguments = command.parse_arguments(["--pairs=9", f"--checkpoint={run / 'sft'}", "--out=x"])
+    actor = command.policy_source(arguments, PairsConfig())[-1]
+    with pytest.raises(ConfigError, match="enough"):
+        actor.act([0])
+    assert tuple(read) == PARAPHRASES["PushCube-v1"]
 
 
 def test_a_checkpoint_is_the_same_wherever_it_lies_and_no_other_weights_are(

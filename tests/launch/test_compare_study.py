@@ -88,7 +88,7 @@ def tables(out):
 
 def test_steps_to_the_target_against_the_baseline(out):
     text = (out / "README.md").read_text()
-    assert "### Environment steps until 80 % of training episodes succeed" in text
+    assert "### Environment steps to 80 % success" in text
     steps = {row[0]: row[1:] for row in rows_of(text.split("## PushCube-v1")[1]) if len(row) == 5}
     assert steps["ppo"] == ["3 of 3", "600", "–", "–"]
     value, low, high = ratio_of_means([200, 300, 200], [500, 600, 700])

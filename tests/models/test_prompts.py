@@ -64,3 +64,14 @@ def test_a_tokenizer_is_here_without_a_download(tmp_path):
         and not is_here(str(tmp_path / "absent"))
         and not is_here("a/b/c")
     )
+
+
+@pytest.mark.parametrize(
+    ("cached", "expected"),
+    [({"tokenizer.json": "x", "tokenizer_config.json": "y"}, True), ({"tokenizer.json": "x"}, False), ({}, False)],
+)
+def test_a_download_that_broke_off_is_not_here(monkeypatch, cached, expected):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: cached.get(file))
+    assert is_here("somebody/something") == expected

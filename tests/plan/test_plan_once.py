@@ -88,6 +88,8 @@ def test_scores_that_are_not_those_of_the_rollout_are_found(monkeypatch, capsys)
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith(f"ratio before the first update: {ratio:.2f}") and said.endswith("disagree")
     assert found._replace(dtype="bfloat16").agrees  # whose rounding is larger
+    print_once(found._replace(scored=found.scored + 1e4))
+    assert "first update: above 22026: more than rounding does" in capsys.readouterr().out
 
 
 def test_drawn_parameters_hide_nothing_and_keep_the_scale_of_what_goes_through_them():

@@ -139,5 +139,7 @@ def test_prompts_longer_than_any_instruction_are_named(config, capsys):
     tokens = proposals.enough_tokens(long)
     text = long.model.prompt_template.replace("{instruction}", long.env.spec.instruction)
     assert len(text) < tokens < 200 and proposals.enough_tokens(config) is None
+    # A data set, here or not, may have longer instructions.
+    assert proposals.enough_tokens(dataclasses.replace(long, demos_from="elsewhere")) is None
     print_fit(None, long, Devices("8x1GB", 8, 1e9, None), 8)
     assert f"--config.model.prompt_length={tokens} holds all of them" in capsys.readouterr().out

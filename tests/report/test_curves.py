@@ -47,6 +47,7 @@ def test_minutes_are_those_of_the_iterations_and_of_the_clock_only_where_they_we
         {"step": 1, "wall_time": 1000.0, "env/success": 0.0, "env/steps": 10.0, "time/env_s": 6.0, "time/other_s": 6.0},
         {"step": 2, "wall_time": 9000.0, "env/success": 0.5, "env/steps": 20.0, "time/env_s": 12.0, "ppo/kl": 0.1},
     ]
+    rows[1]["time/validation_s"] = 600.0  # is no training
     series, by_clock = make_series(rows)
     np.testing.assert_allclose(series.minutes, [0.2, 0.4])  # 12 s, and 12 s more; not the 8000 s between the stamps
     np.testing.assert_array_equal(series.metrics["ppo/kl"], [math.nan, 0.1])

@@ -17,6 +17,7 @@ from stare_jax.envs.seeds import SLOT_SIZE
 from stare_jax.evaluate.record import load_results
 from stare_jax.logging import Interrupted, read_metrics
 from stare_jax.report.report import print_report
+from stare_jax.rollout.validation import ValidationConfig
 from stare_jax.runs import ipi
 from stare_jax.runs.fit import check_fit
 from stare_jax.runs.ipi import run_ipi
@@ -159,6 +160,12 @@ def test_seeds_have_to_be_enough_for_all_tasks():
     demos = dataclasses.replace(CONFIG.demos, num_demos=SLOT_SIZE // 2 + 1)
     with pytest.raises(ConfigError, match="demos.num_demos of each of 2 tasks: got 1,000,002, expected at most 1,000,"):
         check_fit(dataclasses.replace(CONFIG, demos=demos))
+    for every in (1, 0):
+        validation = ValidationConfig(every=every, num_episodes=SLOT_SIZE + 1)
+        with pytest.raises(ConfigError) as refused:  # in any case, as this model is the toy's
+            check_fit(dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, validation=validation)))
+        expected = "config.ppo.validation.num_episodes: got 1,000,001, expected at most 1,000,000,"
+        assert (expected in str(refused.value)) == (every > 0)
 
 
 def test_statistics_are_over_all_tasks(whole):

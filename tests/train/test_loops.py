@@ -82,7 +82,7 @@ def what_happened(lines):
     ]
 
 
-def test_validation_has_starts_of_its_own_and_changes_nothing_else(train, make_run):
+def test_validation_has_starts_of_its_own_and_changes_nothing_else(train, make_run, capsys):
     plain, validated, first = Seeing(), Seeing(), first_seed(VALIDATION_SEEDS, 0)
     expected = train("ppo", make_run("plain"), plain)
     validation = ValidationConfig(every=2, num_episodes=NUM_ENVS + 2)
@@ -93,6 +93,7 @@ def test_validation_has_starts_of_its_own_and_changes_nothing_else(train, make_r
     assert [seed for seed in validated.seeds if seed < first] == plain.seeds
     known = {line["step"]: line for line in whole.writer.lines if "validation/success" in line}
     assert list(known) == [1, 3]  # of the policies that iterations 1 and 3 begin with
+    assert capsys.readouterr().out.count(" %)  validated ") == len(known)
     for line in known.values():
         assert 0 <= line["validation/success_end"] <= line["validation/success"] <= 1
     assert known[1]["validation/success"] > 0
