@@ -12,6 +12,7 @@ of the update, `unseen` on those of the third batch, with its standard error. Th
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -49,7 +50,7 @@ class Learner:
         self.config: PPOConfig = dataclasses.replace(ppo, optimizer=optimizer, target_kl=None, minibatch_size=SIZE)
         self.tx = make_optimizer(optimizer, num_steps=None)
         self.step = jax.jit(make_ppo_step(self.policy, self.tx, self.config))
-        self.score = jax.jit(self.policy.log_prob)
+        self.score = jax.jit(functools.partial(self.policy.log_prob, temperature=ppo.temperature))
         self.prepare = make_prepare(self.spec, self.config)
 
     def start(self, params: PyTree) -> TrainState:
@@ -98,12 +99,12 @@ class Learner:
         return {"gain": float(gains.mean()), "error": error, "kl": float(divergences.mean())}
 
 
-def collect(restored: LoadedPolicy, policy: Policy, episodes: int) -> list[Rollout]:
-    """Returns three batches of episodes of the imitation, sampled at temperature 1."""
-    act = policy_act(policy, restored.params, jax.random.key(0))
+def collect(restored: LoadedPolicy, policy: Policy, episodes: int, num_batches: int = 3) -> list[Rollout]:
+    """Returns batches of episodes of the imitation, sampled at the run's temperature."""
+    act = policy_act(policy, restored.params, jax.random.key(0), temperature=restored.config.ppo.temperature)
     with contextlib.closing(make_vec_env(restored.config.env)) as env:
-        seeds = PPO_SEEDS + np.arange(3 * episodes)
-        return [collect_episodes(env, act, part, stop_at_success=True) for part in np.split(seeds, 3)]
+        batches = np.split(PPO_SEEDS + np.arange(num_batches * episodes), num_batches)
+        return [collect_episodes(env, act, seeds, stop_at_success=True, in_turns=True) for seeds in batches]
 
 
 def measure(restored: LoadedPolicy, episodes: int, rates: list[float], epochs: list[int]) -> list[dict]:

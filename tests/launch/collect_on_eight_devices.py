@@ -34,7 +34,7 @@ def watched(config, norm_stats):
 
 directory = Path(sys.argv[1])
 write_config(directory, to_dict(make_config()))
-params = jax.jit(make_policy(None, STATS).init)(jax.random.key(0))
+params = jax.jit(make_policy(make_config().model, STATS).init)(jax.random.key(0))
 save_params(directory / "sft" / "checkpoints", 1, params, norm_stats=STATS, model={})
 load.make_policy = watched
 command.make_vec_env = lambda config: DressedToy(config.num_envs)

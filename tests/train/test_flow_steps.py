@@ -86,7 +86,7 @@ def test_a_ratio_of_one_and_no_divergence_at_the_start(kind):
     assert_close(results[0][0].params, results[1][0].params, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["sde", "chain"])
+@pytest.mark.parametrize("kind", ["chain", pytest.param("sde", marks=pytest.mark.slow)])
 def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opposite(kind):
     policy, params = policy_and_params(kind)
     spec, config = toy.task_spec(), TPOConfig(variant="tpo", optimizer=OPTIMIZER, num_draws=4, draws_per_step=2)
