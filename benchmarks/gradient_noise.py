@@ -137,7 +137,7 @@ def main() -> None:
     print(f"{arguments.episodes} episodes, {rollout.num_steps:,} actions, success {100 * rate:.0f} %")
     rows = measure(restored, rollout, arguments.lambdas, arguments.size)
     if arguments.json:
-        with open(home_path(arguments.json), "w") as file:
+        with home_path(arguments.json).open("w", encoding="utf-8") as file:
             json.dump({"arguments": vars(arguments), "rows": rows}, file, indent=1)
 
 
