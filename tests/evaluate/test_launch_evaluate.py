@@ -262,7 +262,7 @@ def test_prompts_are_padded_to_all_words_that_are_played_also_undisturbed(comman
     config = load_config(trained_run)
     reworded = dataclasses.replace(config.env, perturbation="semantics/words")
     arguments = command.parse_arguments([f"--run={trained_run}", "--phase=ppo"])
-    for perturbations in ({}, {"execution/robot_pose": True}):
+    for perturbations in ({}, {"semantics/words": True}):
         with pytest.raises(ConfigError, match="enough"):
             command.load_subject(config, reworded, perturbations, 0.0, arguments)
     assert read == [set(PARAPHRASES["PushCube-v1"]), {*PARAPHRASES["PushCube-v1"], config.env.spec.instruction}]
