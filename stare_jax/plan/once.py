@@ -67,7 +67,7 @@ class Once(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the two differ by no more than rounding does: 1e-3 nats in float32, 1 in types of 16 bits."""
+        """Says that the two differ by no more than rounding does: 1e-3 nats in float32, 1 in types of 16 bits."""
         return abs(self.difference) <= (1e-3 if self.dtype == "float32" else 1.0)
 
 

@@ -55,7 +55,7 @@ class Fit(NamedTuple):
 
     config: RunConfig
     estimates: dict[str, Estimate]
-    """of each program."""
+    """estimate of each program."""
     forecasts: tuple[Forecast, ...] = ()
     """the programs, compiled; empty where they are not."""
 

@@ -17,7 +17,7 @@ from stare_jax.stages.several import TaskSpecs, take_turns
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """How often a policy in training is judged, and by how many episodes."""
+    """Interval and size of the validations of a policy in training."""
 
     every: Natural = 0
     """iterations from one validation to the next, the first before the first of all; 0: none."""
