@@ -12,9 +12,10 @@ from stare_jax.config import UserError
 from stare_jax.documents import check_record, read_json
 from stare_jax.evaluate.record import PHASE_ORDER, PhaseResult, load_results
 from stare_jax.logging import last_lines, read_metrics
+from stare_jax.rollout.validation import VALIDATED
 
 SUCCESS, STEPS = "env/success", "env/steps"
-VALIDATION, VALIDATION_TIME = "validation/success", "time/validation_s"
+VALIDATION_TIME = "time/validation_s"
 NUM_VALIDATIONS = 2
 """Successive validations whose mean has to reach a target."""
 BEFORE = "sft"
@@ -209,7 +210,7 @@ def target_at(series: Series, target: float, window: int) -> int | None:
     It is judged by its validations, `NUM_VALIDATIONS` at a time, where the run has some, or else by the episodes that
     it learns from, those of `window` successive iterations.
     """
-    validated = series.metrics.get(VALIDATION, np.empty(0))
+    validated = series.metrics.get(VALIDATED, np.empty(0))
     known = np.flatnonzero(np.isfinite(validated))
     if not len(known):
         return first_reached(series.success, target, window)

@@ -14,6 +14,9 @@ from stare_jax.rollout.collect import collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.stages.several import TaskSpecs, take_turns
 
+VALIDATED = "validation/success"
+"""Metric of a validation: share of the episodes with success at any step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
@@ -71,6 +74,6 @@ def validate(
         return {}
     valid = rollout.trajectory.valid
     is_success = rollout.trajectory.signals.success[valid.any(axis=1)]  # without episodes that were lost
-    names = ("validation/success", "validation/success_end")
+    names = (VALIDATED, f"{VALIDATED}_end")
     shares = (is_success.any(axis=1), is_success[:, -1])
     return {name: float(share.mean()) if len(share) else math.nan for name, share in zip(names, shares, strict=True)}

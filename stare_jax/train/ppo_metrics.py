@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from stare_jax.logging import reduce_metrics, say
 from stare_jax.rollout.collect import Rollout
+from stare_jax.rollout.validation import VALIDATED
 from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names
 from stare_jax.targets import Targets
 from stare_jax.train.ppo_batch import PPOBatch
 
 MAX_FIRST_LOG_RATIO = 0.05
 """Root mean square of log-ratios before the first update; above it, clipping acts on rounding errors."""
-VALIDATED = "validation/success"
 
 
 def iteration_metrics(
