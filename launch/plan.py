@@ -15,6 +15,7 @@ with scoring. Exit code 1: they differ by more than rounding.
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from importlib.metadata import version
 import command
 from configuration import load_configuration, split_fields
 
-from stare_jax.config import ConfigError, from_dict
+from stare_jax.config import ConfigError, from_dict, to_dict
 from stare_jax.plan.chips import Devices, parse_devices, parse_topology
 
 PROGRAMS = ("sample", "sft", "tpo", "ppo")
@@ -57,12 +58,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tries", type=command.natural, default=3, metavar="N", help=tries)
     kept = "where forecasts are kept (default: runs/plans)"
     add("--kept", type=command.path, default=command.ROOT / "runs" / "plans", metavar="DIR", help=kept)
+    add("--json", type=command.path, metavar="FILE", help="write what was found of each program to a file, too")
     fields, others = split_fields(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
     if arguments.windowed and not arguments.topology:
         parser.error("--windowed goes with --topology")
-    if arguments.run_once and (arguments.programs is not None or arguments.propose):
-        parser.error("--programs and --propose go with --topology or --devices")
+    if arguments.run_once and (arguments.programs is not None or arguments.propose or arguments.json):
+        parser.error("--programs, --propose and --json go with --topology or --devices")
     return arguments
 
 
@@ -92,7 +94,7 @@ def plan(arguments: argparse.Namespace) -> int:
     devices = choose_devices(arguments)
     values = load_configuration(arguments.config, arguments.fields)
     # These import JAX, which reads the environment.
-    from stare_jax.logging import say
+    from stare_jax.logging import replace_text, say
     from stare_jax.plan.changes import first_that_fits
     from stare_jax.plan.kept import Kept
     from stare_jax.plan.page import excess_line, fits, print_fit, print_forecasts
@@ -116,6 +118,9 @@ def plan(arguments: argparse.Namespace) -> int:
     kept = Kept(arguments.kept, devices, windowed=arguments.windowed)
     found = [kept(name, config) for name in programs]
     print_forecasts(found, config, devices, num_devices, windowed=arguments.windowed)
+    if arguments.json is not None:
+        known = {one.program: to_dict(one) | {"peak": one.peak, "fits": fits(one, devices)} for one in found}
+        replace_text(arguments.json, json.dumps(known, indent=1) + "\n")
     excess = [one for one in found if not fits(one, devices)]
     for one in excess:
         proposal = first_that_fits(config, one, devices.memory, kept, max_compilations=arguments.tries)
