@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from stare_jax.config import from_dict, home_path
 from stare_jax.logging import replace_text, say
 from stare_jax.models import Pi05Config
@@ -137,19 +139,15 @@ def fill(table: Table, rows: Sequence[Row], out: Path, kept: Path) -> None:
         out: file of the table.
         kept: folder of `launch/plan.py --kept`.
     """
-    for row, program in ((row, program) for row in rows for program in row.programs):
+    for row in rows:
         known = table.setdefault(row.name, {})
-        if program in known:
-            continue
-        least = least_bytes(row, program)
-        if least > chips_of(row).memory:
-            known[program] = {"fits": False, "is_compiled": False, "least": least}
-        else:
-            found = compile_program(row, program, kept)
-            if found is None:
-                continue
-            known[program] = found | {"least": least}
-        replace_text(out, json.dumps(table, indent=1) + "\n")
+        for program in [name for name in row.programs if name not in known]:
+            least = least_bytes(row, program)
+            if least > chips_of(row).memory:
+                known[program] = {"fits": False, "is_compiled": False, "least": least}
+            elif (found := compile_program(row, program, kept)) is not None:
+                known[program] = found | {"least": least}
+            replace_text(out, json.dumps(table, indent=1) + "\n")
 
 
 def config_of(row: Row) -> RunConfig:
@@ -176,7 +174,7 @@ def compile_program(row: Row, program: str, kept: Path) -> dict[str, Any] | None
         options = [f"--programs={program}", "--tries=0", f"--json={file}", f"--kept={kept}"]
         say(f"{row.name}: {program}")
         subprocess.run([sys.executable, ROOT / "launch" / "plan.py", *row.command, *options], check=False)
-        return json.loads(file.read_text())[program] if file.exists() else None
+        return json.loads(file.read_text("utf-8"))[program] if file.exists() else None
 
 
 # ---- Pages ----------------------------------------------------------------------------------------------------------
@@ -274,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kept", type=home_path, default=ROOT / "runs" / "plans", metavar="DIR", help="of plan.py")
     parser.add_argument("--show", action="store_true", help="print the tables and compile nothing")
     arguments = parser.parse_args(argv)
-    table: Table = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    jax.config.update("jax_platforms", "cpu")  # where libtpu is installed, JAX would look for a TPU
+    table: Table = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
     if not arguments.show:
         fill(table, [row for row in ROWS if arguments.rows in f"{row.name} {row.words}"], arguments.out, arguments.kept)
     print(page(table))

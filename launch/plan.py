@@ -24,7 +24,7 @@ from importlib.metadata import version
 import command
 from configuration import load_configuration, split_fields
 
-from stare_jax.config import ConfigError, from_dict, to_dict
+from stare_jax.config import ConfigError, from_dict
 from stare_jax.plan.chips import Devices, parse_devices, parse_topology
 
 PROGRAMS = ("sample", "sft", "tpo", "ppo")
@@ -97,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from stare_jax.logging import replace_text, say
     from stare_jax.plan.changes import first_that_fits
     from stare_jax.plan.kept import Kept
-    from stare_jax.plan.page import excess_line, fits, print_fit, print_forecasts
+    from stare_jax.plan.page import document, excess_line, fits, print_fit, print_forecasts
     from stare_jax.plan.programs import find_devices, programs_of, with_mesh
     from stare_jax.plan.proposals import propose
     from stare_jax.runs.config import RunConfig
@@ -119,8 +119,7 @@ def plan(arguments: argparse.Namespace) -> int:
     found = [kept(name, config) for name in programs]
     print_forecasts(found, config, devices, num_devices, windowed=arguments.windowed)
     if arguments.json is not None:
-        known = {one.program: to_dict(one) | {"peak": one.peak, "fits": fits(one, devices)} for one in found}
-        replace_text(arguments.json, json.dumps(known, indent=1) + "\n")
+        replace_text(arguments.json, json.dumps(document(found, devices), indent=1) + "\n")
     excess = [one for one in found if not fits(one, devices)]
     for one in excess:
         proposal = first_that_fits(config, one, devices.memory, kept, max_compilations=arguments.tries)

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from stare_jax.config import to_dict
 from stare_jax.logging import print_table, say
 from stare_jax.plan.changes import Proposal
 from stare_jax.plan.chips import GB, Devices
@@ -107,6 +109,15 @@ def size(num_bytes: float) -> str:
         if abs(num_bytes) >= factor / 10:
             return f"{num_bytes / factor:.2f} {unit}"
     return f"{num_bytes / 1000:.2f} kB"
+
+
+def document(found: Sequence[Forecast], devices: Devices) -> dict[str, dict[str, Any]]:
+    """Returns what is known of each program, by its name, as JSON has it; exchanges in all, not one by one."""
+    known = {}
+    for one in found:
+        fields = to_dict(one) | {"peak": one.peak, "fits": fits(one, devices)}
+        known[one.program] = {name: value for name, value in fields.items() if name not in ("program", "exchanges")}
+    return known
 
 
 def _memory_row(one: Forecast, devices: Devices) -> tuple[str, ...]:
