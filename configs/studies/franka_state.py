@@ -14,8 +14,8 @@ NUM_DEMOS = {"StackCube-v1": 50, "LiftPegUpright-v1": 12, "PushCube-v1": 3, "Pul
 """Demonstrations of a task, for imitations that succeed about as often as the paper's: in 12, 5, 12 and 31 % of
 episodes. The rule: of 3, 6, 12, 25, 50, 100, and of 10 for the last two tasks, the largest number whose start succeeds
 in at most 31 % of sampled episodes, which PPO begins to learn from (100 episodes, seed 90; in brackets by the means of
-the actions). StackCube: 50 give 30 (49) %, 100 give 44 (83); LiftPegUpright: 12 give 27 (37), 25 give 57 (74); PushCube:
-3 give 25 (23), 10 give 97 (96); PullCube: 3 give 17 (20), 10 give 99 (98)."""
+the actions). StackCube: 50 give 30 (49) %, 100 give 44 (83); LiftPegUpright: 12 give 27 (37), 25 give 57 (74);
+PushCube: 3 give 25 (23), 10 give 97 (96); PullCube: 3 give 17 (20), 10 give 99 (98)."""
 
 
 def get_study() -> Study:
