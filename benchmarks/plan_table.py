@@ -115,7 +115,7 @@ TPUS = (
     Row("pi0.5, adapters", "v5e:4x4", 16, "pi05,lora", ("mesh.fsdp=16", REMAT)),
     Row("pi0.5, all weights", "v5e:4x4", 16, "pi05,full", ("mesh.fsdp=16",)),
 )
-ROWS = (*GPUS, *(goal.row for goal in GOALS), *TPUS)
+ROWS = (*(goal.row for goal in GOALS), *GPUS, *TPUS)
 """in the order in which they are compiled"""
 
 
