@@ -241,6 +241,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=10, help="Euler steps of a chunk (%(default)s)")
     add("--cameras", type=int, choices=(1, 2, 3), default=3, help="images of a row (%(default)s)")
     add("--window", type=int, default=50 if has_gpu else 10, help="actions of a chunk (%(default)s here)")
+    add("--attention", choices=("xla", "cudnn"), default="xla", help="of images and text (%(default)s)")
     add("--trained", choices=("expert", "full"), default="expert", help="of the imitation step (%(default)s)")
     add("--train-batch", type=int, default=64 if has_gpu else 8, help="rows of an imitation step (%(default)s here)")
     add("--microbatch", type=int, help="rows at once; all without it")
@@ -258,9 +259,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args, errors = parse(arguments), []
-    config = make_config(
-        args.size, args.dtype, num_cameras=args.cameras, window=args.window, num_denoising_steps=args.steps
-    )
+    sizes = {"num_cameras": args.cameras, "window": args.window, "num_denoising_steps": args.steps}
+    config = make_config(args.size, args.dtype, attention=args.attention, **sizes)
     before, _ = find_peak(args.dtype)  # and once more after all, as other work on the machine comes and goes
     rows = list(rows_of(args, config, errors))
     peak, source = find_peak(args.dtype, before)

@@ -16,6 +16,7 @@ import numpy as np
 from stare_jax.config import ConfigError, home_path
 from stare_jax.models import PI05_EXPERTS, PI05_PALIGEMMA, LoRAConfig, Pi05Config, Policy, pi05_base
 from stare_jax.models.blank import blank_policy
+from stare_jax.models.nn.attention import AttentionKernel
 from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
@@ -61,7 +62,9 @@ class Peer(Protocol):
         """
 
 
-def make_config(size: str, dtype: str, *, num_cameras: int, window: int, **changes) -> Pi05Config:
+def make_config(
+    size: str, dtype: str, *, num_cameras: int, window: int, attention: AttentionKernel = "xla", **changes
+) -> Pi05Config:
     """Returns the model: "full", "reduced" for CPUs, or "tiny" for tests."""
     config = pi05_base(
         tokenizer="words",
@@ -71,7 +74,7 @@ def make_config(size: str, dtype: str, *, num_cameras: int, window: int, **chang
         noise="ode",
         prompt_template="{instruction}",
         state_dim=0,
-        execution=Execution(dtype=dtype, param_dtype=dtype),
+        execution=Execution(dtype=dtype, param_dtype=dtype, attention=attention),
     )
     if size != "full":
         divisor, depth, length = {"reduced": (4, 4, 48), "tiny": (32, 2, 8)}[size]

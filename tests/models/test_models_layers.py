@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 from nano_policy import jit
 
-from stare_jax.models.nn.attention import KeyValue, attend
+from stare_jax.models.nn.attention import KeyValue, attend, self_attend
 from stare_jax.models.nn.gemma import FeedForward, GemmaConfig
 from stare_jax.models.nn.linear import Execution, Linear
 from stare_jax.models.nn.llama import Cache, Llama, LlamaConfig
@@ -67,6 +67,42 @@ def test_a_row_that_may_attend_to_nothing_takes_the_mean_of_all_values():
     np.testing.assert_allclose(jit(attended)(query)[0, 1], value[0].mean(axis=0), atol=1e-5)
     gradient = jit(jax.grad(lambda query: attended(query).sum()))(query)
     assert np.isfinite(gradient).all() and not gradient[0, 1].any() and gradient[0, 0].any()
+
+
+def by_lengths_and_by_masks(num_tokens, num_heads, head_dim, lengths):
+    """The attention of padded rows, and its gradient, by each implementation, as float32; padding is zero."""
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    query, *new = (jnp.asarray(normal(i, 2, num_tokens, k, head_dim), dtype) for i, k in enumerate((num_heads, 1, 1)))
+    is_valid = np.arange(num_tokens) < np.asarray(lengths)[:, None]
+    mask = is_valid[:, :, None] & is_valid[:, None]
+
+    def attended(query, new, implementation):
+        out = self_attend(
+            query, KeyValue(*new), mask, is_causal=False, implementation=implementation, lengths=jnp.asarray(lengths)
+        )
+        return jnp.where(is_valid[..., None, None], out.astype(jnp.float32), 0.0)
+
+    def found(implementation):
+        gradient = jax.grad(lambda *arrays: (attended(*arrays, implementation) ** 2).sum(), argnums=(0, 1))
+        return attended(query, new, implementation), gradient(query, new)
+
+    return [jit(partial(found, implementation))() for implementation in ("cudnn", "xla")]
+
+
+@pytest.mark.parametrize("num_tokens", [6, 7])
+def test_attention_by_lengths_is_that_of_masks(num_tokens):
+    """Also of an odd number of tokens, to which one of padding is added, and where there is no GPU for cuDNN."""
+    ours, expected = by_lengths_and_by_masks(num_tokens, 2, 8, [num_tokens, 4])
+    atol = 2e-2 if jax.default_backend() == "gpu" else 1e-5
+    jax.tree.map(partial(np.testing.assert_allclose, atol=atol), ours, expected)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no CUDA device")
+@pytest.mark.parametrize(("num_tokens", "num_heads", "head_dim"), [(256, 16, 72), (273, 8, 256)])
+def test_cudnn_has_the_sizes_of_pi05(num_tokens, num_heads, head_dim):
+    """Heads of the tower and of PaliGemma; those of 256 numbers need the Hopper generation."""
+    ours, expected = by_lengths_and_by_masks(num_tokens, num_heads, head_dim, [num_tokens, num_tokens - 20])
+    jax.tree.map(partial(np.testing.assert_allclose, atol=5e-2), ours, expected)
 
 
 def fill(shapes, seed=0, scale=0.5):
@@ -150,6 +186,16 @@ def test_rotary_positions_are_hugging_faces():
             a, b = x[0, t, :, i], x[0, t, :, i + 2]
             np.testing.assert_allclose(got[0, t, :, i], a * np.cos(angle) - b * np.sin(angle), atol=1e-5)
             np.testing.assert_allclose(got[0, t, :, i + 2], b * np.cos(angle) + a * np.sin(angle), atol=1e-5)
+
+
+def test_rotary_positions_turn_halves():
+    """No array of whole heads is float32, which would be written and read beside those of 16 bits."""
+    angles = rotary_angles(np.zeros((1, 3), np.int32), 6, 10_000.0)
+    assert [angle.shape for angle in angles] == [(1, 3, 1, 3)] * 2
+    turn = jax.make_jaxpr(rotate)(jnp.zeros((1, 3, 2, 6), jnp.bfloat16), *angles)
+    made = [x.aval for eqn in turn.eqns for x in eqn.outvars]
+    assert made[-1].shape == (1, 3, 2, 6) and made[-1].dtype == jnp.bfloat16
+    assert not [x for x in made if x.dtype == jnp.float32 and x.shape[-1] == 6]
 
 
 def test_rms_norm_reduces_in_float32():

@@ -25,6 +25,7 @@ from stare_jax.models import (
     with_prompt,
 )
 from stare_jax.models.bins import bin_state
+from stare_jax.models.nn.gemma import GemmaConfig
 from stare_jax.models.nn.linear import Execution
 from stare_jax.models.normalize import from_quantiles, identity_stats, to_quantiles
 from stare_jax.models.observation import without_scene
@@ -278,6 +279,34 @@ def test_the_imitation_loss_is_the_flow_matching_error():
     assert np.isfinite(jit(strict.imitation_loss)(params, observation, other, valid=valid, key=keys)[0]).all()
 
 
+def test_attention_of_the_prefix_by_lengths_is_that_by_masks(monkeypatch):
+    """Where cuDNN attends, images and text know no mask but their number, and padding is seen by nobody."""
+    monkeypatch.setattr(Execution, "__post_init__", lambda self: None)  # its stand-in on this device takes float32
+    _, params, observation = case("sde")
+    images, tokens, mask = read_observation(flow_config(), STATS, observation)
+
+    def reader(attention):
+        network = Pi05(flow_config(execution=Execution(attention=attention)))
+
+        @jit
+        def read(images, scene_mask=None):
+            inputs = images, scene_mask, tokens, mask
+            hidden, cache, valid = network.apply({"params": params}, *inputs, method="prefix")
+            kept = [jnp.where(valid[..., None, None], x, 0) for x in cache]
+            return [jnp.where(valid[..., None], hidden, 0), *kept]
+
+        return read
+
+    def assert_equal(a, b):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
+
+    by_lengths = reader("cudnn")
+    assert_equal(by_lengths(images), reader("xla")(images))
+    # An image that is missing lies before the text, which no length says.
+    is_seen, others = np.array([[False, True]] * 2), (0.5 * images[0], images[1])
+    assert_equal(by_lengths(images, is_seen), by_lengths(others, is_seen))
+
+
 def test_a_camera_that_is_left_out_is_one_that_is_masked():
     config = flow_config()
     policy, params, observation = case("sde")
@@ -462,7 +491,7 @@ def test_what_is_missing_is_named():
         ({"state_dim": 0, "prompt_template": "{instruction} {state}"}, "state_dim: got 0"),
         ({"prompt_template": "go"}, "prompt_template: got 'go'"),
         ({"num_denoising_steps": 0}, "num_denoising_steps: got 0"),
-        ({"execution": Execution(dtype="bfloat16", attention="cudnn")}, "execution.attention: got 'cudnn'"),
+        ({"expert": GemmaConfig(12, 3, 20, 2, 1, 8)}, "expert.depth: got 3, expected 2, that of paligemma"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(changes, message):

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 AttentionKernel = Literal["xla", "cudnn"]
-"""implementations of attention over whole sequences, see `self_attend`; cuDNN's needs an NVIDIA GPU and 16 bits."""
+"""implementations of attention over whole sequences, see `self_attend`; cuDNN's needs 16 bits and an NVIDIA GPU, one of
+the Hopper generation or later for heads wider than 128, as those of PaliGemma"""
 
 
 class KeyValue(NamedTuple):
@@ -18,30 +19,41 @@ class KeyValue(NamedTuple):
 
 
 def self_attend(
-    query: jax.Array, new: KeyValue, mask: jax.Array | None, *, is_causal: bool, implementation: AttentionKernel
+    query: jax.Array,
+    new: KeyValue,
+    mask: jax.Array | None,
+    *,
+    is_causal: bool,
+    implementation: AttentionKernel,
+    lengths: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the attention `[B, T, H, D]` of a whole sequence to itself.
 
     Args:
         query: `[B, T, H, D]`.
         new: `[B, T, K, D]` each.
-        mask: for "xla", as in `attend`, causality included. "cudnn" knows causality alone: padding has to come last,
-            where the tokens before it never see it.
+        mask: for "xla", as in `attend`, causality included. "cudnn" knows causality and `lengths` alone: padding has to
+            come last, where causality hides it from the tokens before it, or `lengths` from all.
         is_causal: whether tokens see only those before them.
-        implementation: "xla", or "cudnn", which stores no matrix of scores and computes no scores that causality hides.
+        implementation: "xla", or "cudnn", which stores no matrix of scores and computes no scores that causality hides;
+            where the program is traced without a GPU, JAX's own attention stands in for cuDNN's.
+        lengths: for "cudnn", int32 `[B]` in [1, T], the tokens of each row that are no padding; None where causality
+            hides it, or there is none. Padding itself attends to them: finite, and for nobody to read.
     """
     if implementation == "xla":
         return attend(query, [new], [mask])
     batch, length = query.shape[:2]
     padding = length % 2  # JAX refuses cuDNN's backward pass of an odd number of tokens.
-    padded = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, *new))
-    lengths = jnp.full(batch, length, jnp.int32) if padding and not is_causal else None
+    query, key, value = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (query, *new))
+    if lengths is None and padding and not is_causal:
+        lengths = jnp.full(batch, length, jnp.int32)
     attended = jax.nn.dot_product_attention(
-        *padded,
-        query_seq_lengths=lengths,
+        query,
+        key,
+        value,
         key_value_seq_lengths=lengths,
         is_causal=is_causal,
-        implementation=implementation,
+        implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
     )
     return attended[:, :length]
 

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
 from stare_jax.config import Count, check_fields
-from stare_jax.models.nn.attention import KeyValue, attend
+from stare_jax.models.nn.attention import KeyValue, attend, self_attend
 from stare_jax.models.nn.layout import unstack
 from stare_jax.models.nn.linear import PRODUCT, Execution, scan_layers
 from stare_jax.models.nn.lora import LoRAConfig, low_rank_einsum, stacked_adapters
@@ -55,12 +55,15 @@ class GemmaCall(NamedTuple):
     """Arrays of one call that all layers read."""
 
     cos: jax.Array
-    """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the tokens of this call, expert 0's first."""
+    """float32 `[B, T, 1, D/2]`, and `sin` likewise: rotary angles of the tokens of this call, expert 0's first."""
     sin: jax.Array
     masks: tuple[jax.Array, ...]
     """bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call."""
     cond: jax.Array | None
     """`[B, G, width]` condition of expert 1's norms: one for each of G equally long runs of its tokens."""
+    lengths: jax.Array | None = None
+    """int32 `[B]`, tokens of a call without a cache that all tokens of the row see, where these come first; None where
+    masks alone say it."""
 
 
 Tokens = tuple[jax.Array | None, jax.Array | None]
@@ -187,8 +190,12 @@ class Attention(nn.Module):
             values.append(value)
         query, key, value = (jnp.concatenate(parts, axis=1) for parts in (queries, keys, values))
         new = KeyValue(rotate(key, call.cos, call.sin), value)
-        segments = [new] if cache is None else [cache, new]
-        attended = attend(rotate(query, call.cos, call.sin), segments, call.masks)
+        query, segments = rotate(query, call.cos, call.sin), [new] if cache is None else [cache, new]
+        if call.lengths is None:
+            attended = attend(query, segments, call.masks)
+        else:
+            of_call = {"implementation": self.execution.attention, "lengths": call.lengths}
+            attended = self_attend(query, new, *call.masks, is_causal=False, **of_call)
         outputs, start = [], 0
         for i, (x, cfg) in enumerate(zip(xs, self.configs, strict=True)):
             if x is None:
@@ -312,6 +319,7 @@ class Gemma(nn.Module):
         positions: jax.Array,
         masks: Sequence[jax.Array],
         *,
+        lengths: jax.Array | None = None,
         cond: jax.Array | None = None,
         cache: KeyValue | Sequence[KeyValue] | None = None,
         layers: Sequence[PyTree] | None = None,
@@ -322,6 +330,7 @@ class Gemma(nn.Module):
             xs: embeddings of each expert's tokens.
             positions: int32 `[B, T]` of all tokens of this call, expert 0's first.
             masks: bool `[B, T, S]`: of the cache, where there is one, and of the tokens of this call.
+            lengths: int32 `[B]`, see `GemmaCall`; without them `execution.attention` is "xla" in any case.
             cond: `[B, G, width]` condition of expert 1, see `GemmaCall`; required where it has tokens.
             cache: keys and values `[layers, B, P, K, D]` of an earlier call, which the tokens attend to as well; with
                 `layers` those of each layer.
@@ -333,7 +342,7 @@ class Gemma(nn.Module):
             `layers`.
         """
         cos, sin = rotary_angles(positions, self.configs[0].head_dim, ROPE_THETA)
-        call, new = GemmaCall(cos, sin, tuple(masks), cond), None
+        call, new = GemmaCall(cos, sin, tuple(masks), cond, lengths), None
         if layers is None:
             xs, new = self.layers(xs, cache, call)
         else:

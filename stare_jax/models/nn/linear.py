@@ -38,7 +38,7 @@ class Execution:
     unroll: Count = 1
     """layers per iteration of the scan over layers."""
     attention: AttentionKernel = "xla"
-    """implementation of attention over whole sequences."""
+    """implementation of attention over whole sequences, as far as their masks allow another than "xla"."""
 
     def __post_init__(self):
         check_fields(self)

@@ -62,7 +62,7 @@ class LlamaCall(NamedTuple):
     """Arrays of one call that all layers read."""
 
     cos: jax.Array
-    """float32 `[B, T, 1, D]`, and `sin` likewise: rotary angles of the new tokens."""
+    """float32 `[B, T, 1, D/2]`, and `sin` likewise: rotary angles of the new tokens."""
     sin: jax.Array
     masks: tuple[jax.Array | None, ...]
     """bool `[B, T, S]`, one for each segment of keys; None where causality alone decides."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from stare_jax.config import Count, check_fields
-from stare_jax.models.nn.attention import KeyValue, attend
+from stare_jax.models.nn.attention import KeyValue, self_attend
 from stare_jax.models.nn.linear import Execution, Linear, scan_layers
 from stare_jax.models.nn.norms import layer_norm
 from stare_jax.models.nn.placement import constrain_batch
@@ -43,7 +43,9 @@ class SelfAttention(nn.Module):
         linear = partial(Linear, execution=self.execution)
         heads = (cfg.num_heads, cfg.width // cfg.num_heads)
         query, key, value = (linear(heads, name=name)(x) for name in ("query", "key", "value"))
-        return linear((cfg.width,), num_in_axes=2, name="out")(attend(query, [KeyValue(key, value)], [None]))
+        implementation = self.execution.attention
+        attended = self_attend(query, KeyValue(key, value), None, is_causal=False, implementation=implementation)
+        return linear((cfg.width,), num_in_axes=2, name="out")(attended)
 
 
 class MLP(nn.Module):

@@ -109,8 +109,6 @@ class Pi05Config:
             if got != expected:
                 raise ValueError(f"expert.{name}: got {got}, expected {expected}, that of paligemma")
         self._check_scene()
-        if self.execution.attention != "xla":
-            raise ValueError(f"execution.attention: got {self.execution.attention!r}, expected 'xla' for pi0.5")
         if self.preference == "chain" and self.noise != "learned":
             raise ValueError(f"preference: got 'chain', expected 'flow' with noise {self.noise!r}")
         check_template(self.prompt_template)
@@ -228,7 +226,9 @@ class Pi05(nn.Module):
         """
         embeds, valid = self.embed_prefix(scene, scene_mask, tokens, token_mask)
         mask = valid[:, :, None] & valid[:, None, :]
-        (hidden, _), cache = self.PaliGemma.llm((embeds, None), _positions(valid), [mask])
+        # Padding comes last where no image is missing: text is the end of the prefix, and padded at its own.
+        lengths = None if scene_mask is not None else valid.sum(axis=1, dtype=jnp.int32)
+        (hidden, _), cache = self.PaliGemma.llm((embeds, None), _positions(valid), [mask], lengths=lengths)
         return hidden, cache, valid
 
     def condition(self, time: jax.Array) -> jax.Array:
