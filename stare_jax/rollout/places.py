@@ -32,7 +32,7 @@ Spare = tuple[int, int]
 
 
 class Waiting:
-    """The episodes that have not begun, some of them reserved for spare simulators. Groups of environments share them."""
+    """The episodes that have not begun, some reserved for spare simulators. Groups of environments share them."""
 
     def __init__(self, task_of_episode: np.ndarray):
         """Lets all episodes wait, whose tasks are int `[E]`."""
@@ -58,7 +58,7 @@ class Waiting:
         return reserved.pop(min(reserved, key=reserved.__getitem__)) if reserved else -1
 
     def reserve(self, task: int, spare: Spare) -> int:
-        """Returns the episode of a task that a spare has reserved, from now on if it had none; -1 where none is left."""
+        """Returns the episode of a task that a spare has reserved, now if it had none; -1 where none is left."""
         if spare not in self._reserved.get(task, {}) and self._episodes.get(task):
             self._reserved[task][spare] = self._episodes[task].popleft()
         return self._reserved.get(task, {}).get(spare, -1)
