@@ -9,7 +9,10 @@ one of the 24 tasks.
 **Arms.** PPO with an episode's end terminated or bootstrapped; shaping with the paper's or the progressive potentials,
 ended with "zero" or "keep", terminated or bootstrapped; and controls: `critic_plus_potential`, PPO with the critic
 V + Phi, which must coincide with progressive, zero, terminate; `larger_reward`, PPO whose reward is 1 + gamma; `dense`,
-the distance that remains, not differenced; `rl4vla`, its reward (tasks with a grasp).
+the distance that remains, not differenced; `rl4vla`, its reward (tasks with a grasp). Added when the others had been
+measured on three tasks, and these on none: `ppo_jump_start` and `progressive_jump_start`, half of whose episodes the
+expert begins (`ppo.jump_start`; its steps count, the success of its episodes does not), and
+`progressive_whiten_by_stage`; the shaping of both is progressive, keep, terminate.
 
 **Metrics.** Success of an iteration is the share of successes among its 64 sampled episodes. The *area* is the mean of
 it over all 50 iterations. *Steps to 90 %* are environment steps until the mean of three iterations in a row is at least
@@ -69,6 +72,9 @@ ARMS = {
     "larger_reward": Arm(shaping=False, is_reward_larger=True),
     "dense": Arm(shaping=False, reward="dense"),
     "rl4vla": Arm(shaping=False, reward="rl4vla"),
+    "ppo_jump_start": Arm(shaping=False, jump_start=0.5),
+    "progressive_jump_start": Arm(jump_start=0.5),
+    "progressive_whiten_by_stage": Arm(whiten_by_stage=True),
 }
 
 

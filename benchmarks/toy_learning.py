@@ -1,4 +1,4 @@
-"""Learning on the toys as one compiled program: episodes, imitation, and PPO with one of several rewards.
+"""Learning on the toys as one compiled program: episodes, and PPO with one of several rewards.
 
 All of it runs on the device, in scans over steps, minibatches and iterations, for several seeds at a time. Stages,
 rewards, advantages, losses and policies are the library's own; the loops replace `rollout.collect` and `train.ppo`,
@@ -18,7 +18,16 @@ from stare_jax.envs.toys import Toy
 from stare_jax.losses import ppo_loss, whiten
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.policy import Policy
-from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, potentials, separate
+from stare_jax.stages import (
+    Reward,
+    StageCarry,
+    TaskSpec,
+    TerminalPotential,
+    TimeLimit,
+    potentials,
+    separate,
+    step_stage,
+)
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.targets import Targets, episode_targets
 from stare_jax.train.ppo_batch import DecisionBatch
@@ -28,11 +37,6 @@ CLIP_EPS = 0.2
 MAX_GRAD_NORM = 10.0
 NUM_MINIBATCHES = 4
 """minibatches of an epoch."""
-DEMO_EPISODES = 256
-DEMO_NOISE = 0.3
-"""Standard deviation of the disturbance of the expert, whose actions are at most 1; what it wanted is imitated."""
-IMITATION_BATCH = 256
-IMITATION_RATE = 1e-3
 
 
 class Arm(NamedTuple):
@@ -47,6 +51,10 @@ class Arm(NamedTuple):
     """The reward is 1 + gamma times as large: what success is paid, all in all, where the potential is kept."""
     has_potential_in_critic: bool = False
     """No shaping; the critic is V + Phi, and V is what is learned."""
+    jump_start: float = 0.0
+    """Share of the episodes that the expert begins, see `rollout.jump_start`; success is that of the others."""
+    whiten_by_stage: bool = False
+    """Advantages are whitened among the decisions of each stage."""
 
 
 class Hyper(NamedTuple):
@@ -98,7 +106,9 @@ def observation_of(state: Array) -> Observation:
 
 
 # ---- Episodes -------------------------------------------------------------------------------------------------------
-def play(toy: Toy, choose: Callable, seeds: Array, key: Array, *, max_step: Array | float) -> Episodes:
+def play(
+    toy: Toy, choose: Callable, seeds: Array, key: Array, *, max_step: Array | float, until: Array | None = None
+) -> Episodes:
     """Plays one episode of each seed.
 
     Args:
@@ -107,20 +117,25 @@ def play(toy: Toy, choose: Callable, seeds: Array, key: Array, *, max_step: Arra
         seeds: uint32 `[E]`.
         key: consumed.
         max_step: see `Toy`.
+        until: int32 `[E]`, the stage until which the toy's expert acts; None for 0.
     """
     move, observe = jax.vmap(functools.partial(toy.step, max_step=max_step)), jax.vmap(toy.observe)
+    label = jax.vmap(functools.partial(step_stage, toy.spec))
+    until = jnp.zeros(seeds.shape, jnp.int32) if until is None else until
 
     def step(carry, key):
-        state, (seen, signals), is_running = carry
+        state, (seen, signals), is_running, completed = carry
         action, record = choose(seen, signals, key)
+        (completed,), stage = label(StageCarry(completed), signals)
+        action = _where(stage < until, toy.expert(signals, max_step=max_step), action)
         moved = jax.tree.map(functools.partial(_where, is_running), move(state, action), state)
         measured = observe(moved)
-        return (moved, measured, is_running & ~measured[1].success), (*measured, is_running, record)
+        return (moved, measured, is_running & ~measured[1].success, completed), (*measured, is_running, record)
 
     state = jax.vmap(toy.reset)(seeds)
-    start = (state, observe(state), jnp.ones(seeds.shape, bool))
+    exists = (*observe(state), jnp.ones(seeds.shape, bool))
+    start = (state, exists[:2], exists[2], jnp.zeros(seeds.shape, jnp.int32))
     _, (*measured, is_action, record) = jax.lax.scan(step, start, jax.random.split(key, toy.horizon))
-    exists = (*start[1], start[2])
     state, signals, valid = jax.tree.map(
         lambda first, others: jnp.concatenate([first[None], others]), exists, (*measured, is_action)
     )
@@ -136,43 +151,25 @@ def draw_seeds(key: Array, num_episodes: int) -> Array:
     return jax.random.bits(key, (num_episodes,), jnp.uint32)
 
 
-def play_policy(policy: Policy, params: PyTree, toy: Toy, seeds: Array, key: Array, *, max_step) -> Episodes:
-    """Plays episodes of a policy, sampled at temperature 1; the record is its `Decision`."""
+def play_policy(policy: Policy, params: PyTree, toy: Toy, seeds: Array, key: Array, **options) -> Episodes:
+    """Plays episodes of a policy, sampled at temperature 1; the record is its `Decision`. `options` are of `play`."""
 
     def choose(state, signals, key):
         decision = policy.sample(params, observation_of(state), key)
         return decision.action, decision
 
-    return play(toy, choose, seeds, key, max_step=max_step)
+    return play(toy, choose, seeds, key, **options)
 
 
-# ---- Imitation ------------------------------------------------------------------------------------------------------
-def imitate(policy: Policy, params: PyTree, toy: Toy, key: Array, *, num_steps: Array, max_step: Array) -> PyTree:
-    """Imitates the toy's expert for `num_steps` steps, which may be traced; more make a better start."""
-    play_key, seed_key, step_key = jax.random.split(key, 3)
-
-    def choose(state, signals, key):
-        action = toy.expert(signals, max_step=max_step)
-        return jnp.clip(action + DEMO_NOISE * jax.random.normal(key, action.shape), -1, 1), action
-
-    demos = play(toy, choose, draw_seeds(seed_key, DEMO_EPISODES), play_key, max_step=max_step)
-    state, action, is_action = (_flat(x) for x in (demos.state[:, :-1], demos.record, demos.valid[:, 1:]))
-    tx = make_optimizer(OptimizerConfig(IMITATION_RATE, weight_decay=0.0), num_steps=None)
-
-    def loss_fn(params, rows):
-        loss, _ = policy.imitation_loss(params, observation_of(state[rows]), action[rows])
-        return jnp.mean(loss, where=is_action[rows])
-
-    def step(i, carry):
-        params, opt_state = carry
-        rows = jax.random.randint(jax.random.fold_in(step_key, i), (IMITATION_BATCH,), 0, len(is_action))
-        updates, opt_state = tx.update(jax.grad(loss_fn)(params, rows), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    return jax.lax.fori_loop(0, num_steps, step, (params, tx.init(params)))[0]
+def draw_until(key: Array, fraction: Array, num_episodes: int, num_stages: int) -> Array:
+    """Draws the stage that a policy takes over in, int32 `[E]`: 0, or in a fraction of the episodes a later one."""
+    share_key, stage_key = jax.random.split(key)
+    later = jax.random.randint(stage_key, (num_episodes,), 1, num_stages)
+    return jnp.where(jax.random.uniform(share_key, (num_episodes,)) < fraction, later, 0)
 
 
-def _flat(x: Array) -> Array:
+def flat(x: Array) -> Array:
+    """Joins the first two axes."""
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
@@ -205,23 +202,32 @@ def arm_targets(arm: Arm, spec: TaskSpec) -> Callable[..., Targets]:
 
 # ---- PPO ------------------------------------------------------------------------------------------------------------
 def make_batch(
-    policy: Policy, params: PyTree, episodes: Episodes, targets_fn: Callable
+    policy: Policy,
+    params: PyTree,
+    episodes: Episodes,
+    targets_fn: Callable,
+    *,
+    until: Array | int = 0,
+    by_stage: Array | bool = False,
 ) -> tuple[DecisionBatch, Targets]:
-    """Labels and rewards episodes and whitens their advantages."""
+    """Labels and rewards episodes and whitens the advantages of decisions from stage `until`, `[E]` or one, on."""
     decision = episodes.record
     last_value = policy.value(params, observation_of(episodes.state[:, -1]))
     value = jnp.concatenate([decision.value, last_value[:, None]], axis=1)
     targets = jax.vmap(targets_fn)(episodes.signals, episodes.valid, value)
+    stage_d = targets.stage_t[:, :-1]
+    own_d = targets.valid_d & (stage_d >= jnp.reshape(until, (-1, 1)))
+    parts = [whiten(targets.advantage_d, own_d & (stage_d == k)) for k in range(targets.completed.shape[1])]
     batch = DecisionBatch(
         observation=observation_of(episodes.state[:, :-1]),
         trace=decision.trace,
         old_logp=decision.logp,
         old_value=decision.value,
-        advantage=whiten(targets.advantage_d, targets.valid_d),
+        advantage=jnp.where(by_stage, sum(parts), whiten(targets.advantage_d, own_d)),
         return_=targets.return_d,
-        valid=targets.valid_d,
+        valid=own_d,
     )
-    return jax.tree.map(_flat, batch), targets
+    return jax.tree.map(flat, batch), targets
 
 
 def update(policy: Policy, params: PyTree, opt_state: PyTree, batch: DecisionBatch, key: Array, hyper: Hyper):
@@ -286,6 +292,8 @@ def make_training(toy: Toy, arms: Sequence[Arm], *, num_iterations: int, num_epi
     """
     policy = make_policy(toy)
     all_targets = [arm_targets(arm, toy.spec) for arm in arms]
+    fractions = jnp.array([arm.jump_start for arm in arms])
+    by_stage = jnp.array([arm.whiten_by_stage for arm in arms])
 
     def train(params, key, arm, hyper, max_step):
         def targets_fn(signals, valid, value):
@@ -296,30 +304,18 @@ def make_training(toy: Toy, arms: Sequence[Arm], *, num_iterations: int, num_epi
             params, opt_state, num_steps = carry
             seed_key, play_key, update_key = jax.random.split(key, 3)
             seeds = draw_seeds(seed_key, num_episodes)
-            episodes = play_policy(policy, params, toy, seeds, play_key, max_step=max_step)
-            batch, targets = make_batch(policy, params, episodes, targets_fn)
+            until = draw_until(jax.random.fold_in(key, 1), fractions[arm], num_episodes, toy.spec.num_stages)
+            episodes = play_policy(policy, params, toy, seeds, play_key, max_step=max_step, until=until)
+            batch, targets = make_batch(policy, params, episodes, targets_fn, until=until, by_stage=by_stage[arm])
             params, opt_state = update(policy, params, opt_state, batch, update_key, hyper)
-            num_steps += batch.valid.sum()
-            success = targets.success_t.any(axis=1).mean()
-            return (params, opt_state, num_steps), Curve(success, num_steps, targets.completed.mean(axis=0))
+            num_steps += targets.valid_d.sum()  # those of the expert, too
+            own = until == 0
+            success = targets.success_t.any(axis=1).mean(where=own)
+            completed = targets.completed.mean(axis=0, where=own[:, None])
+            return (params, opt_state, num_steps), Curve(success, num_steps, completed)
 
         start = (params, _optimizer().init(params), jnp.int32(0))
         return jax.lax.scan(iteration, start, jax.random.split(key, num_iterations))[1]
 
     rows = Hyper(*(None if name == "num_epochs" else 0 for name in Hyper._fields))
     return jax.jit(jax.vmap(train, in_axes=(0, 0, None, rows, None)))
-
-
-def make_start(toy: Toy, *, num_episodes: int = 512) -> Callable[..., tuple[PyTree, Array]]:
-    """Compiles the start of training: (seeds `[S]`, number of imitation steps, max_step) -> (params, success `[S]`)."""
-    policy = make_policy(toy)
-
-    def start(seed, num_steps, max_step):
-        init_key, imitation_key, seed_key, play_key = jax.random.split(jax.random.key(seed), 4)
-        params = policy.init(init_key)
-        params = imitate(policy, params, toy, imitation_key, num_steps=num_steps, max_step=max_step)
-        seeds = draw_seeds(seed_key, num_episodes)
-        episodes = play_policy(policy, params, toy, seeds, play_key, max_step=max_step)
-        return params, (episodes.signals.success & episodes.valid).any(axis=1).mean()
-
-    return jax.jit(jax.vmap(start, in_axes=(0, None, None)))

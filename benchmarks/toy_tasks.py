@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from toy_learning import make_start
+from toy_start import make_start
 
 from stare_jax.envs.toys import TOYS
 from stare_jax.logging import say

@@ -33,6 +33,7 @@ _STA_PPO = {
     "ppo.time_limit": "terminate",
     "ppo.terminal_potential": "keep",
     "ppo.chunk_discount": "step",
+    "ppo.jump_start.fraction": 0.0,
     "stages.progressive": True,
 }
 _PPO = _STA_PPO | {"ppo.shaping": False}
@@ -63,6 +64,12 @@ METHODS: Mapping[str, Method] = {
     "sta_ppo": Method("SFT → STA-PPO: progressive potentials, kept at the end of an episode", "ppo", "sft", _STA_PPO),
     "sta_ppo_paper": Method(
         "SFT → STA-PPO with the paper's own potentials", "ppo", "sft", _STA_PPO | {"stages.progressive": False}
+    ),
+    "sta_ppo_jump_start": Method(
+        "no row of the paper: STA-PPO, half of whose episodes begin, for the policy, in a later stage",
+        "ppo",
+        "sft",
+        _STA_PPO | {"ppo.jump_start.fraction": 0.5},
     ),
     "sta_ppo_zero": Method(
         "no row of the paper: potentials that end at zero, which have the advantages of PPO with another critic",

@@ -45,6 +45,9 @@ class Rollout(NamedTuple):
     images: dict[int, dict[str, np.ndarray]] | None = None
     """e -> camera -> uint8 `[N + 1, H, W, 3]` of the episodes whose images a function chose to keep; `trajectory` has
     none then. None where all episodes or none have theirs."""
+    handover: np.ndarray | None = None
+    """int32 `[E]`, the stage from which on the policy acted in each episode, 0 from the first state on (`jump_start`);
+    None: 0 in all."""
 
 
 def collect_episodes(

@@ -27,7 +27,7 @@ def check_fit(config: RunConfig, *, is_here: bool = True) -> None:
         ConfigError: names every field that does not fit, got and expected, in one line.
     """
     wrong = [*_simulator(config, is_here=is_here), *_seeds(config), *_batches(config)]
-    wrong += _expert(config.env) if collects_demonstrations(config) else []
+    wrong += _expert(config.env) if collects_demonstrations(config) or jump_starts(config) else []
     if wrong:
         raise ConfigError("; ".join(wrong))
 
@@ -40,6 +40,11 @@ def acts(config: RunConfig) -> bool:
 def collects_demonstrations(config: RunConfig) -> bool:
     """Returns whether the expert acts in the simulator."""
     return "sft" in config.phases and not config.demos_from
+
+
+def jump_starts(config: RunConfig) -> bool:
+    """Returns whether the expert begins episodes that the policy is trained in."""
+    return "ppo" in config.phases and config.ppo.jump_start.fraction > 0
 
 
 def check_policy(policy: Policy, env: EnvConfig, *, name: str) -> None:

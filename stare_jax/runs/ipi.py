@@ -22,6 +22,7 @@ from stare_jax.data.rollouts import collect_pairs, policy_actor
 from stare_jax.documents import read_json
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
+from stare_jax.envs.experts.base import Expert
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
 from stare_jax.evaluate.record import evaluation_file, partial_folder, set_aside_evaluation
@@ -43,7 +44,7 @@ from stare_jax.runs.directory import (
     set_aside,
 )
 from stare_jax.runs.evaluation import evaluation_conditions, rewards_of_tasks
-from stare_jax.runs.fit import check_fit
+from stare_jax.runs.fit import check_fit, jump_starts
 from stare_jax.runs.load import identify_checkpoint
 from stare_jax.runs.plan import plan_run
 from stare_jax.runs.start import (
@@ -203,7 +204,8 @@ def run_ipi(
                         run,
                     )
                 else:
-                    trained = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run)
+                    experts = _experts(config) if jump_starts(config) else []
+                    trained = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run, experts)
                 held.append(trained)
                 del trained
                 finish_phase(directory / phase)
@@ -216,6 +218,10 @@ def run_ipi(
     return report
 
 
+def _experts(config: RunConfig) -> list[Expert]:
+    return [make_expert(name) for name in config.env.task_names]
+
+
 def _demonstrations(
     config: RunConfig, directory: Path, simulator: StartSimulator, writer: Writer, should_stop: Callable[[], bool]
 ) -> Dataset:
@@ -226,7 +232,7 @@ def _demonstrations(
     demonstrations = collect_demos(
         simulator,
         config.env.info,
-        [make_expert(name) for name in config.env.task_names],
+        _experts(config),
         config.demos,
         demonstrations_folder(directory, config),
         should_stop=should_stop,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,18 @@ from jax.sharding import AbstractMesh
 from stare_jax import targets
 from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
 from stare_jax.documents import check_record
-from stare_jax.envs.base import SimulatorError, VecEnv
-from stare_jax.envs.seeds import PPO_SEEDS, phase_key, take_seeds
+from stare_jax.envs.base import VecEnv
+from stare_jax.envs.experts.base import Expert
+from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, Window, progress, say
 from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
-from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.collect import Rollout, policy_act
+from stare_jax.rollout.jump_start import JumpStartConfig, lead
 from stare_jax.rollout.validation import ValidationConfig, validate
 from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
-from stare_jax.stages.several import TaskSpecs, as_specs, by_task, take_turns
+from stare_jax.stages.several import TaskSpecs, as_specs, by_task
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.contexts import context_shapes, score_rows
@@ -102,12 +103,13 @@ class PPOConfig:
     terminal_potential: TerminalPotential = "keep"
     """potential after which nothing follows: "keep" its own, or "zero"."""
     whiten_over: ppo_batch.WhitenOver = "all"
-    """decisions among which advantages are whitened: "all" of a batch, or those of each "task"."""
+    """decisions among which advantages are whitened: "all" of a batch, or those of each "task" or "stage"."""
     temperature: Positive = 1.0
     """temperature of the actions that are sampled and scored."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, value_learning_rate=3e-3, max_grad_norm=10.0)
     seed: Seed = 0
     """seed of actions, minibatches and episodes (`envs.seeds`)."""
+    jump_start: JumpStartConfig = JumpStartConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint_every: Count = 10
     """iterations."""
@@ -126,6 +128,7 @@ class PPOConfig:
                 ("group_size", self.group_size < 2, "at least 2"),
                 ("time_limit", self.time_limit != "terminate", "'terminate'"),
                 ("value_warmup_iterations", self.value_warmup_iterations > 0, "0"),
+                ("jump_start", self.jump_start.fraction > 0, "none"),
             ):
                 if is_wrong:
                     got = f"{name}: got {getattr(self, name)!r}, expected {expected}"
@@ -141,7 +144,8 @@ def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Calla
         targets_fn,
         chunk=chunk,
         num_steps=config.num_steps,
-        num_tasks=len(as_specs(spec)) if config.whiten_over == "task" else 1,
+        whiten_over=config.whiten_over,
+        num_parts={"all": 1, "task": len(as_specs(spec)), "stage": as_specs(spec)[0].num_stages}[config.whiten_over],
         advantage=config.advantage,
         group_size=config.group_size,
     )
@@ -238,7 +242,15 @@ def kept_contexts(policy: Policy, config: PPOConfig, horizon: int) -> PyTree | N
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
-def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, config: PPOConfig, run: Run) -> PyTree:
+def train_ppo(
+    policy: Policy,
+    params: PyTree,
+    env: VecEnv,
+    spec: TaskSpecs,
+    config: PPOConfig,
+    run: Run,
+    experts: Sequence[Expert] = (),
+) -> PyTree:
     """Alternates between episodes and updates on them, and returns the parameters.
 
     Args:
@@ -249,6 +261,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             turns, so that a batch of episodes has as many of each, to within one.
         config: see `PPOConfig`.
         run: see `Run`.
+        experts: one a task, for `config.jump_start` alone.
 
     Raises:
         Interrupted: `run.should_stop` asked for it; a checkpoint has been saved. A batch that was being collected is
@@ -269,6 +282,7 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
     encode = ppo_batch.make_encode(policy, contexts, config.microbatch_size or config.minibatch_size)
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
+    led = lead(env, spec, experts, config.jump_start)
     counters = check_record(ppo_batch.Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
     window = Window(PHASE, run.writer, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"
@@ -284,7 +298,8 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
-            rollout = _collect(acting(key, temperature=config.temperature), env, spec, counters, config, run, window)
+            act = acting(key, temperature=config.temperature)
+            rollout = ppo_batch.collect(act, led, spec, counters, config, run, window)
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
@@ -322,29 +337,3 @@ def train_ppo(policy: Policy, params: PyTree, env: VecEnv, spec: TaskSpecs, conf
             if turn.is_stopping:
                 raise Interrupted(stopped.format(counters.iteration))
     return state.result
-
-
-def _collect(
-    act: Act, env: VecEnv, spec: TaskSpecs, counters: ppo_batch.Counters, config: PPOConfig, run: Run, window: Window
-) -> Rollout:
-    """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
-    batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
-    starts = np.arange(batch_size) // config.group_size
-    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(starts[-1]) + 1))
-    with progress(batch_size, "collect", unit) as bar:
-        rollout = collect_episodes(
-            env,
-            act,
-            seeds[starts],
-            stop_at_success=config.stop_at_success,
-            tasks=take_turns(spec, counters.seeds + starts),
-            max_steps=config.num_steps,
-            on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
-            should_stop=run.should_stop,
-            clock=window.clock,
-            keep_images="decisions",
-            in_turns=True,
-        )
-    if rollout.is_complete and not rollout.trajectory.valid.any():
-        raise SimulatorError(f"{PHASE}: iteration {counters.iteration + 1} lost all {rollout.num_dropped} episodes")
-    return rollout

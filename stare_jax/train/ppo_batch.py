@@ -1,9 +1,9 @@
-"""The way from the episodes of an iteration to minibatches: targets, contexts, scores, shuffling."""
+"""The episodes of an iteration, and the way from them to minibatches: targets, contexts, scores, shuffling."""
 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stare_jax.config import Natural
-from stare_jax.logging import announce_compiling
+from stare_jax.envs.base import SimulatorError, VecEnv
+from stare_jax.envs.seeds import PPO_SEEDS, take_seeds
+from stare_jax.logging import Window, announce_compiling, progress
 from stare_jax.losses import GroupAdvantage, explained_variance, group_advantages, whiten
 from stare_jax.models.observation import without_scene
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Rollout
+from stare_jax.rollout.collect import Rollout, collect_episodes
+from stare_jax.rollout.decisions import Act
+from stare_jax.rollout.jump_start import draw_stages
 from stare_jax.sharding.mesh import num_parts, place
+from stare_jax.stages.several import TaskSpecs, as_specs, take_turns
 from stare_jax.state.contexts import lay_out, score_rows
 from stare_jax.targets import Targets
 from stare_jax.train import update
+from stare_jax.train.loop import Run
 from stare_jax.types import Array, Decisions, Observation, PyTree
+
+if TYPE_CHECKING:  # It imports this module.
+    from stare_jax.train.ppo import PPOConfig
 
 Advantage = Literal["gae", *get_args(GroupAdvantage)]
 """Advantage of a decision: over the critic's expectation ("gae"), or its episode's over others that began alike."""
-WhitenOver = Literal["all", "task"]
-"""Decisions among which advantages are whitened: all of a batch, or those of each task."""
+WhitenOver = Literal["all", "task", "stage"]
+"""Decisions among which advantages are whitened: all of a batch, those of each task, or those of each stage."""
 
 
 class Counters(NamedTuple):
@@ -79,11 +88,11 @@ class PPOBatch(NamedTuple):
     observation: Observation
     """NumPy leaves `[E, D, ...]`, views of the states in which decisions were made."""
     decisions: Decisions
-    """NumPy leaves `[E, D, ...]`."""
+    """NumPy leaves `[E, D, ...]`; valid are those that the policy made, and not an expert before it."""
     targets: Targets
-    """NumPy leaves `[E, ...]`."""
+    """NumPy leaves `[E, ...]`; `valid_d` likewise."""
     advantage: np.ndarray
-    """float32 `[E, D]`, whitened over the decisions that exist, all or those of each task; those of a group are not."""
+    """float32 `[E, D]`, whitened over the decisions that count (`WhitenOver`); those of a group are not."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
     contexts: PyTree | None = None
@@ -92,12 +101,41 @@ class PPOBatch(NamedTuple):
     """int32 `[E, D]`, the row of each decision's context. Of all decisions, the i-th has its in the part i mod P."""
 
 
+def collect(
+    act: Act, env: VecEnv, spec: TaskSpecs, counters: Counters, config: "PPOConfig", run: Run, window: Window
+) -> Rollout:
+    """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
+    batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
+    starts = np.arange(batch_size) // config.group_size
+    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(starts[-1]) + 1))
+    with progress(batch_size, "collect", unit) as bar:
+        rollout = collect_episodes(
+            env,
+            act,
+            seeds[starts],
+            stop_at_success=config.stop_at_success,
+            tasks=take_turns(spec, counters.seeds + starts),
+            max_steps=config.num_steps,
+            on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
+            should_stop=run.should_stop,
+            clock=window.clock,
+            keep_images="decisions",
+            in_turns=True,
+        )
+    stages = draw_stages(config.jump_start, seeds[starts][: len(rollout.instructions)], as_specs(spec)[0].num_stages)
+    rollout = rollout._replace(handover=stages)
+    if rollout.is_complete and not rollout.trajectory.valid.any():
+        raise SimulatorError(f"ppo: iteration {counters.iteration + 1} lost all {rollout.num_dropped} episodes")
+    return rollout
+
+
 def compile_targets(
     targets_fn: Callable[..., Targets],
     *,
     chunk: int = 1,
     num_steps: int | None = None,
-    num_tasks: int = 1,
+    whiten_over: WhitenOver = "all",
+    num_parts: int = 1,
     advantage: Advantage = "gae",
     group_size: int = 1,
 ) -> Callable[[Rollout], PPOBatch]:
@@ -108,24 +146,28 @@ def compile_targets(
         chunk: C, actions that one decision executes.
         num_steps: actions of the batch, if it is one of steps: the most episodes there can be. None: as many as there
             are.
-        num_tasks: number of tasks whose advantages are whitened apart; 1 whitens all together.
+        whiten_over: see `WhitenOver`.
+        num_parts: number of tasks, or of stages, whose advantages are whitened apart.
         advantage: see `Advantage`; all decisions of an episode have that over its group.
         group_size: G, episodes in a row that begin alike.
     """
 
     @jax.jit
-    def all_episodes(task, signals, valid, value):
+    def all_episodes(task, signals, valid, value, handover):
         if advantage != "gae":
             value = jnp.zeros_like(value)  # There is no critic: nothing is subtracted, or added at an end.
         targets = jax.vmap(targets_fn)(task, signals, valid, value)
+        stage_d = targets.stage_t[:, :-1:chunk]
+        targets = targets._replace(valid_d=targets.valid_d & (stage_d >= handover[:, None]))
         explained = explained_variance(value[:, :-1], targets.return_d, targets.valid_d)
         if advantage != "gae":
             # An episode's return is what follows its first decision.
             of_groups = (x[:, 0].reshape(-1, group_size) for x in (targets.return_d, targets.valid_d))
             over_others = jax.vmap(functools.partial(group_advantages, kind=advantage))(*of_groups)
             return targets, jnp.where(targets.valid_d, over_others.reshape(-1, 1), 0.0), explained
-        parts = [True] if num_tasks == 1 else [(task == k)[:, None] for k in range(num_tasks)]
-        whitened = sum(whiten(targets.advantage_d, targets.valid_d & part) for part in parts)  # 0 outside a part
+        part_d = {"all": jnp.zeros_like(stage_d), "task": task[:, None], "stage": stage_d}[whiten_over]
+        parts = [targets.valid_d & (part_d == k) for k in range(num_parts)]
+        whitened = sum(whiten(targets.advantage_d, part) for part in parts)  # 0 outside a part
         return targets, whitened, explained
 
     def prepare(rollout):
@@ -133,12 +175,15 @@ def compile_targets(
         num_episodes, num_decisions = decisions.valid.shape
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
         num_rows = num_steps or num_episodes
-        inputs = (rollout.task, trajectory.signals, trajectory.valid, decisions.value)
+        handover = np.zeros(num_episodes, np.int32) if rollout.handover is None else rollout.handover
+        inputs = (rollout.task, trajectory.signals, trajectory.valid, decisions.value, handover)
         padding = (0, num_rows - num_episodes)
         padded = jax.tree.map(lambda x: np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)), inputs)
         results = jax.device_get(all_episodes(*padded))
+        targets, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
         observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
-        return PPOBatch(observation, decisions, *jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results))
+        decisions = decisions._replace(valid=decisions.valid & targets.valid_d)
+        return PPOBatch(observation, decisions, targets, *others)
 
     return prepare
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from stare_jax.logging import reduce_metrics, say
 from stare_jax.rollout.collect import Rollout
 from stare_jax.rollout.validation import VALIDATED
@@ -31,11 +33,12 @@ def iteration_metrics(
 
 
 def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shaping: bool) -> dict[str, float]:
-    """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions.
+    """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions of the policy.
 
-    An episode is over at the horizon, or at success if success ends it. Episodes that were cut short or lost do not
-    count, and means are NaN where no episode is over. In a batch of a fixed number of steps short episodes end more
-    often than long ones, so the success rate is above that of whole episodes.
+    An episode is over at the horizon, or at success if success ends it. Those that an expert began count in
+    `env/success_from_<stage>` alone, by the stage in which the policy took over. Episodes that were cut short or lost
+    do not count, and means are NaN where no episode is over. In a batch of a fixed number of steps short episodes end
+    more often than long ones, so the success rate is above that of whole episodes.
 
     Args:
         rollout: E episodes.
@@ -46,7 +49,9 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
     """
     specs = as_specs(spec)
     names = shared_stage_names(specs)
-    valid_t, valid_d, is_over = targets.valid_t, targets.valid_d, targets.is_over
+    valid_t, valid_d = targets.valid_t, targets.valid_d
+    handover = np.zeros_like(rollout.task) if rollout.handover is None else rollout.handover
+    is_over = targets.is_over & (handover == 0)
     num_over = int(is_over.sum())
     over = Targets(*(x[is_over] for x in targets))
     is_success = over.success_t.any(axis=1)
@@ -68,12 +73,20 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
         "env/return_raw": per_episode(over.reward_t.sum()),
         "env/return_shaped": per_episode(over.shaped_reward_t.sum()),
         **(of_tasks if len(specs) > 1 else {}),
+        **_success_of_led(targets, handover, names),
         **completed,
         **(shaping_metrics(over, names) if shaping else {}),
         "ppo/advantage_std": float(targets.advantage_d[valid_d].std()),
         "ppo/return_mean": float(targets.return_d[valid_d].mean()),
         "ppo/value_mean": float(rollout.trajectory.decisions.value[:, :-1][valid_d].mean()),
     }
+
+
+def _success_of_led(targets: Targets, handover: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Returns the success of episodes that an expert began, by the stage that the policy took over in, where any."""
+    led = {name: targets.is_over & (handover == k) for k, name in enumerate(names) if k > 0}
+    is_success = targets.success_t.any(axis=1)
+    return {f"env/success_from_{name}": float(is_success[of].mean()) for name, of in led.items() if of.any()}
 
 
 def shaping_metrics(targets: Targets, stage_names: Sequence[str]) -> dict[str, float]:

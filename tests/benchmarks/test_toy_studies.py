@@ -12,6 +12,7 @@ import shaping
 import toy_tasks
 from cells import Settings, choose_draws, read_results, read_rows, run_cells, run_task, tuning_cells
 from shaping_report import steps_to_target, write_report
+from toy_expert import expert_of_toy
 from toy_learning import (
     Arm,
     arm_targets,
@@ -28,6 +29,7 @@ from toy_preference import EPISODES_PER_START, make_pairs
 from stare_jax.envs.toys import TOYS, ToyEnv
 from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import collect_episodes
+from stare_jax.rollout.jump_start import LedEnvs
 
 SMALL = Settings(num_blocks=1, draws_per_block=2, num_tuning_seeds=1, num_fresh_seeds=2)
 PREFERENCES = ["tpo", "sta_tpo_offset_valid"]
@@ -58,6 +60,23 @@ def test_episodes_on_the_device_are_those_of_the_collector(name):
     np.testing.assert_allclose(episodes.state[exists], expected.observation.state[exists], atol=1e-5)
     np.testing.assert_allclose(episodes.record[exists[:, 1:]], expected.action[exists[:, 1:]], atol=1e-4)
     assert episodes.signals.success[exists].sum() == 8
+
+
+def test_the_expert_begins_the_same_episodes_on_the_device_as_for_the_collector():
+    toy, seeds, until = TOYS["place"], np.arange(8), np.array([0, 1, 2, 3] * 2, np.int32)
+
+    def choose(state, signals, key):
+        return jnp.zeros((len(state), toy.action_dim)), ()
+
+    def act(observation, signals, instructions, is_first):
+        return Decision(np.zeros((len(is_first), toy.action_dim), np.float32)), observation
+
+    there = play(toy, choose, seeds.astype(np.uint32), jax.random.key(0), max_step=toy.max_step, until=until)
+    led = LedEnvs(ToyEnv(toy, 8), (toy.spec,), [expert_of_toy(toy)], lambda seed: int(until[seed]))
+    here = collect_episodes(led, act, seeds, stop_at_success=True).trajectory
+    np.testing.assert_array_equal(there.valid, here.valid)
+    for one, other in zip(there.signals, here.signals, strict=True):
+        np.testing.assert_allclose(one[here.valid], other[here.valid], atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from toy_learning import make_policy, make_start
+from toy_learning import make_policy
+from toy_start import make_start
 from toy_task import Writer
 
 from stare_jax.envs.toys import TOYS, ToyEnv

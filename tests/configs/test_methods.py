@@ -27,7 +27,7 @@ def values_of(method, *words):
 
 
 NAMES = ["sft", "grape", "sta_tpo", "chosen", "ppo", "rl4vla", "pi_rl", "dense"]
-NAMES += ["sta_ppo", "sta_ppo_paper", "sta_ppo_zero", "ipi"]
+NAMES += ["sta_ppo", "sta_ppo_paper", "sta_ppo_jump_start", "sta_ppo_zero", "ipi"]
 
 
 def test_the_names_are_those_of_the_tables():

@@ -538,6 +538,7 @@ def test_workers_end_with_their_parent(tmp_path):
     assert all(is_gone(int(pid)) for pid in output.stdout.split())
 
 
+@pytest.mark.slow
 def test_processes_play_the_same_perturbed_episode_of_a_seed(simulators):
     config = EnvConfig(envs_per_worker=1, image_size=None, use_state="tcp", perturbation="execution/object_moved")
     simulator = simulators("PushCube-v1")

@@ -217,7 +217,7 @@ def load_from(endpoint, cache, name="some/llama"):
     return done.stdout, time.monotonic() - start
 
 
-@pytest.mark.parametrize("is_silent", [False, True], ids=["refuses", "is silent"])
+@pytest.mark.parametrize("is_silent", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["refuses", "is silent"])
 def test_a_tokenizer_that_cannot_be_downloaded_is_one_line_and_soon(tmp_path, is_silent):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

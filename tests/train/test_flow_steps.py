@@ -113,7 +113,8 @@ def test_the_reference_prefers_nothing_and_sides_that_are_swapped_prefer_the_opp
     assert abs(margin[0]) > 1e-5 and margin[0] == pytest.approx(-margin[1], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["sde", pytest.param("chain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sde", "chain"])
 def test_preferences_in_two_passes_are_those_in_one(kind):
     policy, params = policy_and_params(kind)
     config = TPOConfig(optimizer=OPTIMIZER, num_draws=4, draws_per_step=2)

@@ -7,10 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from toy_expert import expert_of_toy
 from toy_task import expert_episodes, fresh
 
 from stare_jax.envs import toy
+from stare_jax.envs.toys import TOYS
 from stare_jax.rollout.collect import Rollout
+from stare_jax.rollout.jump_start import JumpStartConfig
 from stare_jax.rollout.validation import ValidationConfig
 from stare_jax.stages import get_task
 from stare_jax.targets import Targets
@@ -170,8 +173,14 @@ def test_the_minibatch_that_stops_an_iteration_is_in_the_means_but_moves_nothing
 def test_the_page_on_ppo_explains_every_metric_and_no_other(policy, params, make_run, spec):
     run = make_run()
     validation = ValidationConfig(every=1, num_episodes=20)
-    config = PPOConfig(num_iterations=1, num_episodes=20, minibatch_size=256, validation=validation)
-    train_ppo(policy, fresh(params), toy.ToyPush(16), spec, config, run)
+    config = PPOConfig(
+        num_iterations=1,
+        num_episodes=20,
+        minibatch_size=256,
+        validation=validation,
+        jump_start=JumpStartConfig(fraction=0.5),
+    )
+    train_ppo(policy, fresh(params), toy.ToyPush(16), spec, config, run, [expert_of_toy(TOYS["push"])])
     stage = re.compile(f"_({'|'.join(spec.stage_names)})$")
     logged = {stage.sub("_<stage>", name) for name in run.writer.lines[0] if "/" in name}
     explained = set(re.findall(r"`((?:ppo|env|validation|shaping|time|perf|grad)/[\w<>]+)`", PAGE.read_text()))
