@@ -210,8 +210,7 @@ def run_ipi(
                 del trained
                 finish_phase(directory / phase)
             if config.has_evaluation and not _is_evaluated(directory, phase, config):
-                if not held:
-                    held.append(load_params(directory / phase / CHECKPOINTS, abstract_params(policy, mesh)))
+                held = held or [load_params(directory / phase / CHECKPOINTS, abstract_params(policy, mesh))]
                 _evaluate_phase(config, directory, phase, policy, held, spec, simulator, should_stop)
         report = write_report(directory)
         print_report(directory)

@@ -297,7 +297,7 @@ def test_weights_that_a_phase_starts_from_are_kept_by_nobody_above_it(run, monke
 def test_a_run_starts_from_a_phase_of_another_with_its_statistics(run, on_toy, tmp_path, monkeypatch):
     seen = []
 
-    def train_ppo(policy, params, env, spec, config, run):
+    def train_ppo(policy, params, env, spec, config, run, experts):
         seen.append((params, run.norm_stats))
         raise StopIteration
 
