@@ -22,6 +22,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         print(f"{line['decisions_per_s']:>12.2f}{tokens}{shares}{ratio}")
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     has_gpu = Path("/dev/nvidia0").exists()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -191,7 +192,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     add("--profile", metavar="DIR", help="also write a JAX trace of one run of each case there")
     add("--out", type=home_path, metavar="PATH", help="also write the result there, as JSON")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

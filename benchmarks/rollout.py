@@ -5,15 +5,21 @@ All cases take turns in one run, over the same simulators, and each is compared 
 - a free policy: the part of the time that is neither the simulators' nor the policy's;
 - a policy as dear as the simulators, in one group of environments and in two that take turns. The policy waits, as this
   process does for an accelerator, in proportion to the rows that it decides for;
-- decisions on some actions at a time, with images of all states and with those alone that decisions are made in.
+- decisions on some actions at a time, with images of all states and with those alone that decisions are made in;
+- of another task, whose resets are dear: a step in which an environment of every process begins an episode, with and
+  without spare simulators, beside steps in which none does.
+
+What is asked of each is printed beside what was found. On two idle cores it takes three to four minutes, and with
+`--quick` two.
 
     python benchmarks/rollout.py --json benchmarks/results/rollout_cpu.json
-    python benchmarks/rollout.py --workers 2 --envs-per-worker 2 --rounds 1 --repeats 1
+    python benchmarks/rollout.py --quick
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -31,6 +37,8 @@ from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.records import KeepImages
 
 AREAS = {"env": "simulator", "policy": "policy", "other": "other"}
+RESET_EVERY = 4
+"""steps from one reset in every process to the next"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +130,63 @@ def compare(config: EnvConfig, chunk: int, rounds: int, repeats: int) -> list[di
     return table
 
 
+def measure_resets(config: EnvConfig, num_steps: int) -> dict[str, float]:
+    """Returns milliseconds of a step with a reset in every process and of one without, medians, and their ratio.
+
+    Between two steps a policy waits, as long as a step without a reset takes.
+    """
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    number, seeds = config.envs_per_worker, itertools.count()
+    rng = np.random.default_rng(0)
+    with contextlib.closing(make_vec_env(config)) as env:
+        env.reset([next(seeds) for _ in range(env.num_envs)])
+        spares = range(config.num_workers if config.has_spares else 0)
+        begun, wait_s = {spare: next(seeds) for spare in spares}, 0.0
+        for step in range(num_steps):
+            time.sleep(wait_s)
+            reset_seeds = {}
+            if step % RESET_EVERY == RESET_EVERY - 1:
+                for process in range(config.num_workers):
+                    row = process * number + step // RESET_EVERY % number
+                    reset_seeds[row] = begun.pop(process) if begun else next(seeds)
+                begun = {spare: next(seeds) for spare in spares}
+            action = rng.uniform(-0.3, 0.3, (env.num_envs, env.action_dim)).astype(np.float32)
+            start = time.perf_counter()
+            env.step(action, reset_seeds, next_seeds=begun)
+            seconds[bool(reset_seeds)].append(time.perf_counter() - start)
+            wait_s = statistics.median(seconds[False])
+    found = {name: 1e3 * statistics.median(seconds[has]) for name, has in (("reset_ms", True), ("step_ms", False))}
+    return found | {"ratio": found["reset_ms"] / found["step_ms"]}
+
+
+def goals(rows: list[dict], resets: dict[str, dict[str, float]]) -> list[dict]:
+    """Returns what is asked for, what was found, and whether that is enough."""
+    ratios = {row["case"]: row["ratio"] for row in rows}
+    chunks = next(name for name in ratios if name.endswith(", and two groups"))
+    asked = [
+        ("neither simulators nor policy, of the time", rows[0]["other_fraction"], "at most", 0.05),
+        ("dear policy: two groups beside one, steps/s", ratios["dear policy, two groups"], "at least", 1.6),
+        (f"{chunks} beside all images, steps/s", ratios[chunks], "at least", 2.0),
+        ("step with resets beside one without, spares", resets["spares"]["ratio"], "at most", 1.2),
+    ]
+    table = []
+    for what, found, bound, limit in asked:
+        is_met = found <= limit if bound == "at most" else found >= limit
+        table.append({"goal": what, "found": found, "asked": f"{bound} {limit:g}", "is_met": is_met})
+    return table
+
+
+def print_goals(resets: dict[str, dict[str, float]], found: list[dict]) -> None:
+    print()
+    for name, row in resets.items():
+        times = f"{row['reset_ms']:.1f} ms a step with resets, {row['step_ms']:.1f} ms without"
+        print(f"{name}: {times}, {row['ratio']:.2f}")
+    print()
+    for row in found:
+        verdict = "met" if row["is_met"] else "MISSED"
+        print(f"{row['goal']:<48}{row['found']:>8.3f}  {row['asked']:<14}{verdict}")
+
+
 def print_table(rows: list[dict]) -> None:
     print(f"\n{'case':<32}{'steps/s':>9}" + "".join(f"{name:>11}" for name in AREAS.values()) + f"{'ratio':>8}")
     for row in rows:
@@ -140,8 +205,13 @@ def main() -> None:
     add("--chunk", type=int, default=5, help="actions of a decision (%(default)s)")
     add("--rounds", type=int, default=2, help="episodes of an environment (%(default)s)")
     add("--repeats", type=int, default=3, help="that count, after one that warms up (%(default)s)")
+    add("--reset-task", default="PutEggplantInBasketScene-v1", help="whose resets are measured (%(default)s)")
+    add("--reset-steps", type=int, default=48, help="steps of these, of four environments a process (%(default)s)")
+    add("--quick", action="store_true", help="a single repeat of a single round")
     add("--json", type=home_path, metavar="PATH", help="also write the result there")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds = args.repeats = 1
     config = EnvConfig(
         args.task,
         num_workers=args.workers,
@@ -150,13 +220,20 @@ def main() -> None:
         image_size=args.image_size,
     )
     rows = compare(config, args.chunk, args.rounds, args.repeats)
+    resetting = EnvConfig(args.reset_task, num_workers=args.workers, envs_per_worker=4, image_size=args.image_size)
+    resets = {
+        name: measure_resets(dataclasses.replace(resetting, has_spares=has_spares), args.reset_steps)
+        for name, has_spares in (("no spares", False), ("spares", True))
+    }
     print_table(rows)
+    print_goals(resets, found := goals(rows, resets))
     if args.json:
         load = [round(x, 2) for x in os.getloadavg()]
         machine = {"cores": os.cpu_count(), "load_average": load, "jax": jax.__version__}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         document = {"command": "python benchmarks/rollout.py", "arguments": vars(args) | {"json": None}}
-        args.json.write_text(json.dumps(document | {"machine": machine, "rows": rows}, indent=2) + "\n", "utf-8")
+        document |= {"machine": machine, "rows": rows, "resets": resets, "goals": found}
+        args.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

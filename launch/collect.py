@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 
 import command
@@ -30,6 +31,7 @@ from stare_jax.data.schema import DamagedShardError, DatasetError
 from stare_jax.data.summary import contact_sheet, summarize_episodes, summarize_stages
 from stare_jax.documents import DocumentError
 from stare_jax.envs import STATE_DIMS, EnvConfig, SimulatorError, make_expert, make_vec_env
+from stare_jax.envs.maniskill.shrinking import ShrinkName
 from stare_jax.envs.maniskill.widowx import JITTERS
 from stare_jax.logging import Clock, Interruption, print_table, say
 from stare_jax.models import Policy
@@ -83,6 +85,13 @@ def add_simulator_options(group: argparse._ArgumentGroup) -> None:
     add("--horizon", type=int, metavar="N", help="actions an episode may take (default: the task's own)")
     add("--image-size", type=int, metavar="PIXELS", help=f"height, 0 for no images (default: {ENV.image_size})")
     add("--image-width", type=int, metavar="PIXELS", help="(default: as the height; the WidowX camera has 480 x 640)")
+    add(
+        "--render-size",
+        type=int,
+        metavar="PIXELS",
+        help="height before images are made smaller (default: 0, not)",
+    )
+    add("--resize", choices=typing.get_args(ShrinkName), help=f"how (default: {ENV.resize})")
     add("--use-state", "--state", choices=tuple(STATE_DIMS), help=f"proprioception to store (default: {ENV.use_state})")
     add(
         "--jitter",
@@ -160,17 +169,9 @@ def parse_noise(text: str) -> tuple[tuple[float, float], ...]:
 
 def env_config(arguments: argparse.Namespace, base: EnvConfig) -> EnvConfig:
     """Returns the simulator's configuration: `base` with what the command line changes."""
-    given = {
-        "task": arguments.task,
-        "num_workers": arguments.num_workers,
-        "envs_per_worker": arguments.envs_per_worker,
-        "horizon": arguments.horizon,
-        "image_size": arguments.image_size,
-        "image_width": arguments.image_width,
-        "use_state": arguments.use_state,
-        "jitter": arguments.jitter,
-    }
-    changes = {name: value for name, value in given.items() if value is not None}
+    layout, images = ("num_workers", "envs_per_worker"), ("image_size", "image_width", "render_size", "resize")
+    names = ("task", *layout, "horizon", *images, "use_state", "jitter")
+    changes = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if changes.get("task", base.task_name) != base.task_name:
         changes = {"horizon": None} | changes  # the task's own, not that of another task
     changes = {"num_groups": 1, "has_spares": False} | changes  # These are for policies that are trained.
@@ -229,7 +230,7 @@ def policy_source(arguments: argparse.Namespace, config: PairsConfig) -> tuple[E
         raise ConfigError(f"{arguments.checkpoint}: got a policy of {run.env.env_id}, expected one of a single task")
     with user_input():
         env = env_config(arguments, run.env)
-    seen = ("env_id", "image_shape", "use_state")
+    seen = ("env_id", "image_shape", "drawn_shape", "resize", "use_state")
     if changed := [name for name in seen if getattr(env, name) != getattr(run.env, name)]:
         raise ConfigError(f"{arguments.checkpoint} was trained with another {', '.join(changed)}")
     if config.reproducible and not env.has_reproducible_resets:

@@ -10,6 +10,7 @@ from stare_jax.config import Count, Finite, Natural, Positive, check_fields
 from stare_jax.envs.base import SimulatorInfo
 from stare_jax.envs.maniskill.perturbations import obstacle
 from stare_jax.envs.maniskill.scenes import Scene
+from stare_jax.envs.maniskill.shrinking import ShrinkName
 from stare_jax.envs.maniskill.widowx import JitterName
 from stare_jax.envs.tasks import load_task
 from stare_jax.stages import TASKS, TaskSpec
@@ -52,6 +53,13 @@ class EnvConfig:
     image_width: Count | None = None
     """width of the images in pixels; None for square ones. The WidowX camera's own images are 480 x 640; another shape
     shows the same view, squeezed, so 168 x 224 keeps its proportions and 224 x 224 does not."""
+    render_size: Natural = 0
+    """height of the images as they are drawn, in the camera's own proportions; the process makes them as small as
+    `image_size` and `image_width` say before anybody sees them. 0 draws them of that size, which is cheaper, and leaves
+    edges that are not smooth. For policies that learnt from resized images. For simulators on the CPU."""
+    resize: ShrinkName = "lanczos3"
+    """resizer of images that are drawn larger: "lanczos3", TensorFlow's, of OpenVLA's training data and of data that
+    `launch/import_rlds.py` imports; "bilinear", PIL's, of openpi; "bicubic", PIL's, of Hugging Face's processor."""
     use_state: StateName = "none"
     """`Observation.state`: "none" `[0]`; "tcp", the tool centre point's position `[3]`; "low_dim", the poses of tool,
     object and goal, and the gripper `[29]`, see `low_dim_state`."""
@@ -126,9 +134,19 @@ class EnvConfig:
             each = "one process of each task" if self.tasks else "one process"
             expected = f"a divisor of num_workers = {self.num_workers}, with {each} or more in every group"
             raise ValueError(f"num_groups: got {self.num_groups}, expected {expected}")
+        self._check_drawn_shape()
         for spec in self.specs if self.perturbation else ():
             if reason := obstacle(self.perturbation, spec.env_id, has_images=bool(self.image_size)):
                 raise ValueError(f"perturbation: got {self.perturbation!r} for {spec.env_id}, {reason}")
+
+    def _check_drawn_shape(self) -> None:
+        """Makes sure that images are drawn at least as large as they are seen."""
+        (height, width), (_, drawn_width) = self.image_shape, self.drawn_shape
+        if self.render_size and not height:
+            raise ValueError(f"render_size: got {self.render_size} with image_size 0, expected 0, as nothing is drawn")
+        if self.render_size and (self.render_size < height or drawn_width < width):
+            got = f"{self.render_size}, {self.render_size} x {drawn_width} pixels"
+            raise ValueError(f"render_size: got {got}, expected 0, or no less than {height} x {width}, the images'")
 
     def _join_tasks(self) -> None:
         """Checks that several tasks fit one policy, and sets `env_id`."""
@@ -162,6 +180,9 @@ class EnvConfig:
             return f"backend: got 'cuda' with num_groups {self.num_groups}, expected 'cpu': a GPU has one batch"
         if self.has_spares:
             return "backend: got 'cuda' with has_spares, expected 'cpu': a GPU has one batch"
+        if self.render_size:
+            got = f"got 'cuda' with render_size {self.render_size}"
+            return f"backend: {got}, expected 'cpu', whose processes make images smaller"
         return None
 
     @property
@@ -219,6 +240,16 @@ class EnvConfig:
         return height, (self.image_width or height) if height else 0
 
     @property
+    def drawn_shape(self) -> tuple[int, int]:
+        """(height, width) of the images as they are drawn, before they are made smaller; zeros without rendering."""
+        height, width = self.image_shape
+        if not self.render_size or not height:
+            return height, width
+        if self.scene.camera.intrinsics is not None:  # Images of other proportions are this one's view, squeezed.
+            height, width = self.scene.camera.size
+        return self.render_size, round(self.render_size * width / height)
+
+    @property
     def resolved_control_mode(self) -> str:
         return self.control_mode or next(iter(self.scene.action_dims))
 
@@ -244,9 +275,11 @@ class EnvConfig:
     def data_settings(self) -> dict[str, Any]:
         """Settings that data from these simulators depend on, besides task, control mode and horizon; for manifests."""
         is_panda_drawn = self.scene.robot == "panda" and bool(self.image_size)
-        # Data from before there were perturbations say nothing of them.
-        perturbation = {"perturbation": self.perturbation} if self.perturbation else {}
-        return perturbation | {
+        # Data from before there were perturbations, or images drawn larger, say nothing of them.
+        changes = {"perturbation": self.perturbation} if self.perturbation else {}
+        if self.render_size:
+            changes |= {"drawn_shape": list(self.drawn_shape), "resize": self.resize}
+        return changes | {
             "backend": self.backend,
             "camera": self.scene.camera.name if self.image_size else None,
             "image_shape": list(self.image_shape),

@@ -52,8 +52,15 @@ class GroupedEnvs(VecEnv):
         reset_seeds = reset_seeds or {}
         if not all(0 <= i < self.num_envs for i in reset_seeds):
             raise ValueError(f"reset_seeds: got {sorted(reset_seeds)}, expected indices below {self.num_envs}")
+        # All is checked before any group is sent for: those that were would wait to be received.
+        with np.errstate(over="ignore"):
+            action = np.asarray(action, np.float32)
         if action.shape != (self.num_envs, self.action_dim):
             raise ValueError(f"action: got shape {action.shape}, expected {(self.num_envs, self.action_dim)}")
+        is_stepped = np.ones(self.num_envs, bool) if is_idle is None else ~np.asarray(is_idle)
+        is_stepped[list(reset_seeds)] = False
+        if not np.isfinite(action[is_stepped]).all():
+            raise ValueError(f"action: got {action.tolist()}, expected finite numbers")
         for group, rows in self._rows():
             seeds = {i - rows.start: seed for i, seed in reset_seeds.items() if rows.start <= i < rows.stop}
             idle, drawn = (None if given is None else given[rows] for given in (is_idle, is_drawn))

@@ -143,8 +143,10 @@ def evaluate(
         conditions, folder, desc, should_stop, clock: as for `evaluate_act`.
     """
     key = jax.random.key(0) if key is None else key
+    act_of = policy_act_of(policy, params, key, temperature=config.temperature, mesh=mesh)
+    del params  # Where the caller keeps none, those that are prepared are alone in memory.
     return evaluate_act(
-        policy_act_of(policy, params, key, temperature=config.temperature, mesh=mesh),
+        act_of,
         env,
         spec,
         config,

@@ -1,6 +1,8 @@
 """Changes of a configuration that make a program fit its devices: computed by compiling them, or scaled from sizes."""
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -130,23 +132,39 @@ def held_bytes(name: str, config: RunConfig) -> Held:
 
 def _fewer_rows(config: RunConfig, name: str) -> Iterator[Change]:
     """Yields halvings of the rows that are worked on at a time, as often as the run and its mesh accept them."""
-    if name == SAMPLE:
-        section, field = "env", "num_workers" if config.env.num_workers > 1 else "envs_per_worker"
-        start, parts = getattr(config.env, field), 1
-    else:
-        section, field = name, "microbatch_size"
-        start = getattr(config, name).microbatch_size or batch_rows(config, name)
-        parts = config.mesh.data * config.mesh.fsdp
-    for halvings in range(1, _HALVINGS + 1):
-        size, rest = divmod(start, 2**halvings)
-        if rest or size % parts:
-            return
+    halvings = _fewer_simulators(config) if name == SAMPLE else _smaller_microbatches(config, name)
+    yield from itertools.islice(halvings, _HALVINGS)
+
+
+def _smaller_microbatches(config: RunConfig, name: str) -> Iterator[Change]:
+    size = start = getattr(config, name).microbatch_size or batch_rows(config, name)
+    while size % 2 == 0 and size // 2 % (config.mesh.data * config.mesh.fsdp) == 0:
+        size //= 2
         try:
-            changed = dataclasses.replace(getattr(config, section), **{field: size})
-            changed = dataclasses.replace(config, **{section: changed})
-        except ValueError:  # such as several tasks, each of which needs a simulator
+            changed = dataclasses.replace(getattr(config, name), microbatch_size=size)
+            changed = dataclasses.replace(config, **{name: changed})
+        except ValueError:
             return
-        yield Change({f"{section}.{field}": size}, changed, size / start)
+        yield Change({f"{name}.microbatch_size": size}, changed, size / start)
+
+
+def _fewer_simulators(config: RunConfig) -> Iterator[Change]:
+    """Yields halvings of the simulators of a group, those that the policy decides for at a time.
+
+    They are halvings of the processes, as long as every group has one of each task, and then of their environments.
+    """
+    changed, flags = config, {}
+    while True:
+        for field in ("num_workers", "envs_per_worker"):
+            size, rest = divmod(getattr(changed.env, field), 2)
+            with contextlib.suppress(ValueError):  # a group, or a task, without a process
+                if not rest:
+                    changed = dataclasses.replace(changed, env=dataclasses.replace(changed.env, **{field: size}))
+                    break
+        else:
+            return
+        flags = flags | {f"env.{field}": size}
+        yield Change(flags, changed, changed.env.of_group.num_envs / config.env.of_group.num_envs)
 
 
 def _full_remat(config: RunConfig) -> Change | None:

@@ -202,7 +202,7 @@ def collect_episodes(
     for number, group in enumerate(env.groups if in_turns else [env]):
         task_of_env = np.zeros(group.num_envs, int) if tasks is None else np.asarray(group.task_index)
         if waiting.are_left(task_of_env):
-            under_way.append(Places(task_of_env, waiting, group.spare_of_env if in_turns else None))
+            under_way.append(Places(number, task_of_env, waiting, group.spare_of_env if in_turns else None))
             turns.append(play_episodes(number, group, under_way[-1]))
     while turns and not is_stopped:
         loop = turns.popleft()

@@ -27,22 +27,41 @@ class Tick(NamedTuple):
     """The episode is over, cut short or lost."""
 
 
+Spare = tuple[int, int]
+"""A spare simulator: its group of environments and its number there."""
+
+
 class Waiting:
-    """The episodes that have not begun. Groups of environments share them."""
+    """The episodes that have not begun, some reserved for spare simulators. Groups of environments share them."""
 
     def __init__(self, task_of_episode: np.ndarray):
         """Lets all episodes wait, whose tasks are int `[E]`."""
         tasks = set(task_of_episode.tolist())
         self._episodes = {task: deque(np.flatnonzero(task_of_episode == task).tolist()) for task in tasks}
+        self._reserved: dict[int, dict[Spare, int]] = {task: {} for task in tasks}
+        """task -> spare -> episode"""
         self.num_started = 0
         self.num_rows = 0
         """Number of the last episode that has started, plus 1; with one task it is the number of those that have."""
 
-    def take(self, task: int) -> int:
-        """Takes the next episode of a task and returns its number; -1 where none is left."""
-        if not self._episodes.get(task):
-            return -1
-        return self._episodes[task].popleft()
+    def take(self, task: int, spare: Spare | None = None) -> int:
+        """Takes an episode of a task and returns its number; -1 where none is left.
+
+        It is the one of `spare`, if that has reserved one, else the next, else the first that another spare has
+        reserved, which may be of another group: in the end nobody waits while episodes do.
+        """
+        reserved = self._reserved.get(task, {})
+        if spare in reserved:
+            return reserved.pop(spare)
+        if self._episodes.get(task):
+            return self._episodes[task].popleft()
+        return reserved.pop(min(reserved, key=reserved.__getitem__)) if reserved else -1
+
+    def reserve(self, task: int, spare: Spare) -> int:
+        """Returns the episode of a task that a spare has reserved, now if it had none; -1 where none is left."""
+        if spare not in self._reserved.get(task, {}) and self._episodes.get(task):
+            self._reserved[task][spare] = self._episodes[task].popleft()
+        return self._reserved.get(task, {}).get(spare, -1)
 
     def begin(self, e: int) -> int:
         """Counts an episode that was taken, and returns its number; -1 is none."""
@@ -52,7 +71,7 @@ class Waiting:
 
     def are_left(self, tasks: np.ndarray) -> bool:
         """Returns True if an episode of one of some tasks waits."""
-        return any(self._episodes.get(task) for task in tasks.tolist())
+        return any(self._episodes.get(task) or self._reserved.get(task) for task in tasks.tolist())
 
 
 class Budget:
@@ -96,17 +115,18 @@ class Places:
     its spare.
     """
 
-    def __init__(self, task_of_env: np.ndarray, waiting: Waiting, spare_of_env: np.ndarray | None):
+    def __init__(self, group: int, task_of_env: np.ndarray, waiting: Waiting, spare_of_env: np.ndarray | None):
         """Begins the first episodes.
 
         Args:
+            group: number of the group.
             task_of_env: int `[B]`.
             waiting: episodes to take.
             spare_of_env: int `[B]`, see `VecEnv`, or None.
         """
         num_envs = len(task_of_env)
-        self._waiting, self._task_of_env, self._spare_of_env = waiting, task_of_env, spare_of_env
-        self._of_spare: dict[int, int] = {}
+        self._waiting, self._task_of_env = waiting, task_of_env
+        self._spares = None if spare_of_env is None else [(group, spare) for spare in spare_of_env.tolist()]
         self.episode = np.array([waiting.begin(waiting.take(task)) for task in task_of_env.tolist()])
         """int `[B]`, -1 where the environment has no episode."""
         self.t = np.zeros(num_envs, int)
@@ -133,7 +153,7 @@ class Places:
     @property
     def are_left(self) -> bool:
         """True if episodes wait that environments here can take."""
-        return bool(self._of_spare) or self._waiting.are_left(self._task_of_env)
+        return self._waiting.are_left(self._task_of_env)
 
     def judge(self, state: EnvStep, horizon: int, *, stop_at_success: bool, linger: int, budget: float) -> Tick:
         """Decides which episodes are over, and which rows act; at most `budget` rows do.
@@ -188,22 +208,12 @@ class Places:
         Returns:
             spare -> seed of the episode that it has.
         """
-        if self._spare_of_env is None:
+        if self._spares is None:
             return {}
-        for spare, task in dict(zip(self._spare_of_env.tolist(), self._task_of_env.tolist(), strict=True)).items():
-            if spare not in self._of_spare and (e := self._waiting.take(task)) >= 0:
-                self._of_spare[spare] = e
-        return {spare: seeds[e] for spare, e in self._of_spare.items()}
+        tasks = dict(zip(self._spares, self._task_of_env.tolist(), strict=True))
+        reserved = {spare: self._waiting.reserve(task, spare) for spare, task in tasks.items()}
+        return {number: seeds[e] for (_, number), e in reserved.items() if e >= 0}
 
     def _next(self, i: int) -> int:
-        """Takes the episode of an environment's spare, else the next of its task, else one of another spare; or -1."""
-        task = int(self._task_of_env[i])
-        if self._spare_of_env is None:
-            return self._waiting.take(task)
-        spare = int(self._spare_of_env[i])
-        if spare in self._of_spare:
-            return self._of_spare.pop(spare)
-        if (e := self._waiting.take(task)) >= 0:
-            return e
-        others = self._spare_of_env[self._task_of_env == task].tolist()
-        return next((self._of_spare.pop(other) for other in sorted(set(others)) if other in self._of_spare), -1)
+        """Takes the episode of an environment's spare, else another of its task; or -1."""
+        return self._waiting.take(int(self._task_of_env[i]), self._spares[i] if self._spares else None)

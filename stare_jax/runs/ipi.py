@@ -167,17 +167,17 @@ def run_ipi(
 
         # ---- Phases -------------------------------------------------------------------------------------------------
         for phase in config.phases:
-            params = None
+            # A phase, or its evaluation, uses the memory of what it is given: nothing here may keep it.
+            held: list[PyTree] = []
             if not is_finished(directory, phase, config):
                 start, source = start_name(directory, config, phase), start_source(directory, config, phase)
                 data = describe_demonstrations(demonstrations) if phase == "sft" else {}
                 begin_phase(directory / phase, record_phase(config, phase, start=start, data=data))
                 set_aside_evaluation(directory, phase)
-                # A phase uses the memory of what it starts from: nothing here may keep it.
-                held = [initial_params(source, policy, network, mesh, jax.random.key(config.seed))]
+                held.append(initial_params(source, policy, network, mesh, jax.random.key(config.seed)))
                 if phase == "sft":
                     batches = functools.partial(_imitation_batches, config, policy, demonstrations)
-                    params = train_sft(policy, held.pop(), batches, config.sft, run)
+                    trained = train_sft(policy, held.pop(), batches, config.sft, run)
                 elif phase == "tpo":
                     clock = Clock()
                     actor = policy_actor(lambda held=held: (policy, held[0]), config.pairs, source=start)
@@ -195,7 +195,7 @@ def run_ipi(
                     if "env" in clock.seconds():  # something was missing
                         _report_collection("pairs", rollouts, clock, writer)
                     _report_pairs(pairs, rollouts, config, writer)
-                    params = train_tpo(
+                    trained = train_tpo(
                         policy,
                         held.pop(),
                         load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize),
@@ -205,12 +205,13 @@ def run_ipi(
                     )
                 else:
                     experts = _experts(config) if jump_starts(config) else []
-                    params = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run, experts)
+                    trained = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run, experts)
+                held.append(trained)
+                del trained
                 finish_phase(directory / phase)
             if config.has_evaluation and not _is_evaluated(directory, phase, config):
-                if params is None:
-                    params = load_params(directory / phase / CHECKPOINTS, abstract_params(policy, mesh))
-                _evaluate_phase(config, directory, phase, policy, params, spec, simulator, should_stop)
+                held = held or [load_params(directory / phase / CHECKPOINTS, abstract_params(policy, mesh))]
+                _evaluate_phase(config, directory, phase, policy, held, spec, simulator, should_stop)
         report = write_report(directory)
         print_report(directory)
     return report
@@ -286,17 +287,17 @@ def _evaluate_phase(
     directory: Path,
     phase: str,
     policy: Policy,
-    params: PyTree,
+    held: list[PyTree],
     spec: TaskSpecs,
     simulator: StartSimulator,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Evaluates a phase, and shows some of its episodes."""
+    """Evaluates a phase with the parameters that `held` has, which it takes, and shows some of its episodes."""
     clock, file = Clock(), evaluation_file(directory, phase)
     _, checkpoint = identify_checkpoint(directory / phase)
     evaluation, films = evaluate(
         policy,
-        params,
+        held.pop(),
         simulator(),
         spec,
         config.evaluation,

@@ -1,5 +1,6 @@
 """The script for a GPU: parts that fail or last too long leave their reason and what they measured; one table."""
 
+import importlib
 import json
 import os
 import time
@@ -51,6 +52,17 @@ def test_the_parts_of_a_gpu_fit_into_eight_minutes():
         assert sum(part.limit for part in parts) <= on_gpu.TOTAL < 8 * 60
         assert all((on_gpu.ROOT / part.arguments[0]).is_file() for part in parts)
         assert sum("--peer=my.py:make" in part.arguments for part in parts) == 1
+
+
+@pytest.mark.parametrize("is_reduced", [False, True])
+def test_every_part_takes_its_arguments(is_reduced):
+    read = {}
+    for part in on_gpu.find_parts(peer="my.py:make", is_reduced=is_reduced):
+        script, *arguments = part.arguments
+        read[part.name] = importlib.import_module(Path(script).stem).parse([*arguments, "--out=result.json"])
+    assert len(read) == 4 and all(args.out == Path("result.json") for args in read.values())
+    sizes = read["openvla"].size, read["pi05"].size, read["openvla"].batch, read["pi05"].batch
+    assert sizes == (("reduced", "tiny", (1,), (2,)) if is_reduced else ("7b", "full", (1, 32), (1, 32)))
 
 
 def test_an_iteration_has_a_line_for_each_of_its_parts():

@@ -11,6 +11,7 @@ from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill import building
 from stare_jax.envs.maniskill.building import import_mani_skill, materials_without_device, require_assets
 from stare_jax.envs.maniskill.scenes import SCENES
+from stare_jax.envs.maniskill.shrinking import shrink
 from stare_jax.envs.maniskill.simulator import Simulator, executed_action
 from stare_jax.envs.maniskill.widowx import bridge_scene, scaled_intrinsics
 from stare_jax.envs.seeds import DEMO_SEEDS
@@ -180,10 +181,14 @@ def test_a_small_image_is_the_large_one_made_smaller(rendering_simulator):
     large, small = (
         Simulator(EnvConfig(CUBES, image_size=size, image_width=width)) for size, width in ((480, 640), (60, 80))
     )
-    shrunk = np.asarray(Image.fromarray(large.reset(7).image).resize((80, 60), Image.Resampling.BOX)).astype(int)
+    whole = large.reset(7).image
+    shrunk = np.asarray(Image.fromarray(whole).resize((80, 60), Image.Resampling.BOX)).astype(int)
     assert np.abs(shrunk - small.reset(7).image).mean() < 4
-    large.close()
-    small.close()
+    # Images may also be drawn like that and made smaller, here squeezed to a square.
+    squeezed = Simulator(EnvConfig(CUBES, image_size=60, render_size=480))
+    np.testing.assert_array_equal(squeezed.reset(7).image, shrink(whole, (60, 60), "lanczos3"))
+    for simulator in (large, small, squeezed):
+        simulator.close()
 
 
 @needs_assets

@@ -56,8 +56,9 @@ NAMES = {
     collect: {
         "path": "--weights --out",
         "number": "--demos --pairs --seed --num-workers --envs-per-worker --horizon --image-size --image-width "
+        "--render-size "
         "--linger --limit --step --temperature --pair-noise --rollouts-per-seed --max-rollouts --mesh.data",
-        "text": "--task --use-state --jitter --noise",
+        "text": "--task --use-state --jitter --noise --resize",
         "flag": "--no-reproducible --skip-broken",
     },
     show_stages: {"path": "--out", "number": "--seed --image-size", "text": "--task"},

@@ -229,6 +229,8 @@ def test_a_task_has_its_own_horizon_and_images():
         "lite_robot": None,
         "gripper_threshold": None,
     }
+    drawn = env_config(f"--task={CUBES}", "--image-size=48", "--render-size=96", "--resize=bilinear").data_settings
+    assert (drawn["image_shape"], drawn["drawn_shape"], drawn["resize"]) == ([48, 48], [96, 128], "bilinear")
     assert env_config("--image-size=0").data_settings["camera"] is None
     assert env_config("--image-size=0").data_settings["lite_robot"] is None
     assert env_config(base=EnvConfig(lite_robot=False)).data_settings["lite_robot"] is False
@@ -279,6 +281,8 @@ def test_pairs_from_a_checkpoint(collect, run, tmp_path, capsys, monkeypatch):
 
     assert collect(*arguments, "--image-size=32") == 1
     assert "was trained with another image_shape" in capsys.readouterr().err
+    assert collect(*arguments, "--render-size=128") == 1
+    assert "was trained with another drawn_shape" in capsys.readouterr().err
     assert collect(*arguments, "--workers=1") == 1  # What a policy samples depends on how many environments there are.
     assert "its settings.num_envs is 16, not 8" in capsys.readouterr().err
 

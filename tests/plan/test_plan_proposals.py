@@ -11,7 +11,7 @@ from nano_policy import nano_config
 
 from stare_jax.envs import EnvConfig
 from stare_jax.models import LoRAConfig, pi05_maniskill
-from stare_jax.plan import proposals
+from stare_jax.plan import changes, proposals
 from stare_jax.plan.chips import Chip, Devices, Peak
 from stare_jax.plan.page import print_fit
 from stare_jax.plan.programs import Forecast, batch_rows, num_microbatches
@@ -104,6 +104,27 @@ def test_what_fits_is_in_the_order_of_its_time(config, programs):
         mesh, size = fit.config.mesh, fit.config.ppo.microbatch_size or batch_rows(fit.config, "ppo")
         assert mesh.data * mesh.fsdp * mesh.tensor == 8 and size % (mesh.data * mesh.fsdp) == 0 == ROWS % size
     assert fits(config, programs, 1.0) == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ((2, 4, 1), [(1, 4), (1, 2), (1, 1)]),
+        ((4, 4, 2), [(2, 4), (2, 2), (2, 1)]),
+        ((6, 2, 2), [(6, 1)]),
+        ((3, 1, 3), []),
+        ((64, 1, 2), [(32, 1), (16, 1), (8, 1), (4, 1)]),
+    ],
+)
+def test_fewer_simulators_are_fewer_of_every_group(config, layout, expected):
+    names = ("num_workers", "envs_per_worker", "num_groups")
+    env = dataclasses.replace(config.env, **dict(zip(names, layout, strict=True)))
+    found = [*changes._fewer_rows(dataclasses.replace(config, env=env), "sample")]
+    assert [(one.config.env.num_workers, one.config.env.envs_per_worker) for one in found] == expected
+    assert [one.rows for one in found] == [0.5 ** (k + 1) for k in range(len(expected))]
+    for one in found:
+        changed = {name: getattr(one.config.env, name) for name in names}
+        assert one.flags == {f"env.{n}": size for n, size in changed.items() if size != getattr(env, n)}
 
 
 def test_the_best_is_compiled_until_one_fits(config, programs, capsys, monkeypatch):

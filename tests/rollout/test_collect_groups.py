@@ -137,9 +137,10 @@ def test_a_collection_in_turns_can_be_stopped_and_begun_again(last_poll):
 class EnvWithSpares(LoggingEnv):
     """Has a spare for every two environments, and counts the resets whose episode a spare has begun."""
 
-    def __init__(self, num_envs, scripts):
+    def __init__(self, num_envs, scripts, taken=None):
         super().__init__(num_envs, scripts)
         self.spare_of_env, self.begun = np.arange(num_envs) // 2, {}
+        self.taken = [] if taken is None else taken  # seeds of all groups' resets
         self.num_ready = self.num_resets = 0
 
     @property
@@ -150,8 +151,9 @@ class EnvWithSpares(LoggingEnv):
         super().send(action, reset_seeds, **options)
         ready = [seed for i, seed in reset_seeds.items() if self.begun.get(self.spare_of_env[i]) == seed]
         self.num_ready, self.num_resets = self.num_ready + len(ready), self.num_resets + len(reset_seeds)
+        self.taken += reset_seeds.values()
         for spare, seed in self.begun.items():  # It is kept until it is used; in the end another spare's will do.
-            assert next_seeds.get(spare) == seed or seed in reset_seeds.values()
+            assert next_seeds.get(spare) == seed or seed in self.taken
         assert len(set(next_seeds.values())) == len(next_seeds)
         self.begun = next_seeds
 
@@ -177,6 +179,15 @@ def test_no_environment_waits_for_its_first_episode_because_a_spare_of_another_g
     rollout = collect_episodes(GroupedEnvs(groups), scripted_act, SEEDS[:4], stop_at_success=False, in_turns=True)
     assert rollout.trajectory.valid.all() and len(rollout.instructions) == 4
     assert [group.num_resets for group in groups] == [0, 0]
+
+
+def test_an_environment_without_an_episode_takes_one_that_a_spare_of_another_group_has():
+    scripts, taken = {10: Script(success_at=1), 12: Script(success_at=1)}, []
+    groups = [EnvWithSpares(1, scripts, taken), EnvWithSpares(1, scripts, taken)]
+    rollout = collect_episodes(GroupedEnvs(groups), scripted_act, range(10, 14), stop_at_success=True, in_turns=True)
+    assert (rollout.trajectory.valid.sum(axis=1) - 1).tolist() == [1, 4, 1, 4]
+    # The first group plays 10 and 12, one action each; 13 is the spare's of the second, which plays 11 for long.
+    assert taken == [12, 13] and [group.num_resets for group in groups] == [2, 0]
 
 
 def test_a_group_takes_episodes_of_its_own_tasks():
@@ -212,3 +223,19 @@ def test_environments_in_groups_are_one_batch():
         with pytest.raises(ValueError, match=message):
             wrong()
     env.close()
+
+
+def test_no_group_steps_where_an_action_of_another_cannot_be_executed():
+    log = []
+    env = grouped((1, 2), {}, log)
+    env.reset(range(3))
+    action, options = np.zeros((3, 2)), {"is_drawn": np.ones(3, bool), "is_idle": np.zeros(3, bool)}
+    action[2] = 1e300  # not finite as the float32 that simulators take
+    for wrong in (action, action[:2], action[0], action[:, :1]):
+        with pytest.raises(ValueError, match="action: got"):
+            env.send(wrong, {}, **options)
+    assert log == []
+    # Rows that nobody executes may hold anything.
+    env.step(action, {2: 5}, **options)
+    env.step(action, {}, **options | {"is_idle": np.array([False, False, True])})
+    assert log == ["send a", "send b", "receive a", "receive b"] * 2

@@ -10,7 +10,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
-from toy_run import DressedToy, make_config
+from toy_run import DressedToy, make_config, make_policy
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.data.demos import collect_demos
@@ -130,10 +130,29 @@ def test_a_finished_run_loads_nothing_and_starts_nothing(run, monkeypatch, capsy
     }
 
 
-def test_an_evaluation_that_is_missing_is_made_with_the_phases_weights(run):
+def test_an_evaluation_that_is_missing_is_made_with_the_phases_weights(run, monkeypatch):
+    """They are in memory only until what acts is prepared."""
+    given, alive, load_params, send = [], [], ipi.load_params, DressedToy.send
+
+    def load(*arguments):
+        params = load_params(*arguments)
+        given.extend(map(weakref.ref, jax.tree.leaves(params)))
+        return params
+
+    def note(self, *arguments, **options):
+        alive.append(sum(leaf() is not None for leaf in given))
+        send(self, *arguments, **options)
+
+    def copying(*arguments):
+        return make_policy(*arguments)._replace(prepare=lambda params: jax.tree.map(lambda x: x + 0, params))
+
+    monkeypatch.setattr(ipi, "load_params", load)
+    monkeypatch.setattr(ipi, "make_policy", copying)
+    monkeypatch.setattr(DressedToy, "send", note)
     before = (run / "eval" / "sft.json").read_text()
     (run / "eval" / "sft.json").unlink()
     run_ipi(CONFIG, run)
+    assert len(given) > 4 and set(alive) == {0}
     episodes = [json.loads(text)["episodes"] for text in (before, (run / "eval" / "sft.json").read_text())]
     assert episodes[0] == episodes[1]
 
@@ -278,7 +297,7 @@ def test_weights_that_a_phase_starts_from_are_kept_by_nobody_above_it(run, monke
 def test_a_run_starts_from_a_phase_of_another_with_its_statistics(run, on_toy, tmp_path, monkeypatch):
     seen = []
 
-    def train_ppo(policy, params, env, spec, config, run):
+    def train_ppo(policy, params, env, spec, config, run, experts):
         seen.append((params, run.norm_stats))
         raise StopIteration
 

@@ -67,7 +67,7 @@ def sampled_batch(policy, params):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["openvla", "learned", "sde"])
 def test_in_bfloat16_decisions_that_are_scored_again_have_a_ratio_of_one(kind, monkeypatch):
-    """Scored in microbatches of the update's size, whichever rows are in them; those of the rollout are too far off."""
+    """Scored in microbatches of the update's size, whichever rows are in them; most of the rollout are too far off."""
     monkeypatch.setattr(jax, "jit", jit)  # all programs alike
     policy = deep_policy(kind)
     params = random_params(policy, kind)
@@ -84,7 +84,8 @@ def test_in_bfloat16_decisions_that_are_scored_again_have_a_ratio_of_one(kind, m
 
     rescore = make_rescore(policy, CONFIG.temperature, NUM_ROWS, CONFIG.microbatch_size)
     before, after = first(batch), first(rescore(state.params, batch, make_mesh()))
-    assert before["log_ratio_square"] ** 0.5 > 0.02
+    # Steps of an SDE have so much noise that a rounded mean moves their scores little.
+    assert (before["log_ratio_square"] ** 0.5 > 0.02) == (kind != "sde")
     assert after["log_ratio_square"] ** 0.5 <= 0.02 and after["ratio_min"] >= 0.8 and after["ratio_max"] <= 1.2
 
 

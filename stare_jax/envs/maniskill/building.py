@@ -96,7 +96,7 @@ def require_assets(names: Sequence[str]) -> None:
 
 def camera_settings(config: EnvConfig) -> dict[str, Any]:
     """Returns ManiSkill's settings of the task's camera."""
-    height, width = config.image_shape
+    height, width = config.drawn_shape
     settings = {"width": width, "height": height, "shader_pack": "minimal"}
     camera = config.scene.camera
     if camera.intrinsics is not None:

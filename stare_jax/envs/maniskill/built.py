@@ -23,14 +23,14 @@ class Built(NamedTuple):
     backdrop: Backdrop | None
     """photograph behind WidowX tasks that are drawn; None for the others."""
     image_shape: tuple[int, int]
-    """(height, width) of the images."""
+    """(height, width) of the images as they are drawn."""
 
 
 class Ongoing(NamedTuple):
     """The part of a perturbation that goes on during the episode."""
 
     see: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
-    """(image uint8 `[H, W, 3]`, segmentation int `[H, W]`) -> image that policies see; None leaves it as it is."""
+    """(image uint8 `[H, W, 3]`, segmentation int `[H, W]`) -> image that the camera gives; None leaves it as it is."""
     before_action: Callable[[int], None] | None = None
     """called before an action is executed, with the number of actions before it; None does nothing."""
 

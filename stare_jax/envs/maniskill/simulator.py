@@ -17,6 +17,7 @@ from stare_jax.envs.maniskill.panda_control import make_drive
 from stare_jax.envs.maniskill.panda_lite import flatten_floor
 from stare_jax.envs.maniskill.perturbations import PERTURBATIONS, episode_rng
 from stare_jax.envs.maniskill.reflections import skip_reflections
+from stare_jax.envs.maniskill.shrinking import shrink
 from stare_jax.envs.maniskill.signals import SignalReader
 from stare_jax.envs.maniskill.widowx import JITTERS, Backdrop, Starts
 from stare_jax.stages.geometry import body_axis
@@ -113,12 +114,12 @@ class Simulator:
             self._camera = scene.sensors[camera].camera._render_cameras[0]
             skip_reflections(self._sapien_scene.render_system, self._camera)
             if self._starts is not None:
-                self._backdrop = Backdrop(self.env, camera, self.config.image_shape)
+                self._backdrop = Backdrop(self.env, camera, self.config.drawn_shape)
 
     def _built(self) -> Built:
         config = self.config
         parts = self._reader, self._starts, self._backdrop
-        return Built(self.env, config.spec.env_id, config.scene, *parts, config.image_shape)
+        return Built(self.env, config.spec.env_id, config.scene, *parts, config.drawn_shape)
 
     def _advance(self) -> None:
         physics, reader, every = self.env.scene.px, self._reader, self.config.scene.contact_every
@@ -129,7 +130,11 @@ class Simulator:
 
     def _frame(self, signals: Signals, *, is_drawn: bool = True) -> Frame:
         state = observed_state(self.config.use_state, signals, self._reader.gripper_opening())
-        return Frame(self._render() if self.config.image_size and is_drawn else None, state, signals)
+        return Frame(self._image() if self.config.image_size and is_drawn else None, state, signals)
+
+    def _image(self) -> np.ndarray:
+        """Draws the state, and makes the image as small as policies see it."""
+        return shrink(self._render(), self.config.image_shape, self.config.resize)
 
     def _render(self) -> np.ndarray:
         self._sapien_scene.update_render()

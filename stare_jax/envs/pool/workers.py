@@ -266,8 +266,9 @@ class SimulatorPool(VecEnv):
 
     def _start_all(self) -> None:
         config, start = self.config, time.monotonic()
-        height, width = config.image_shape
+        (height, width), (drawn_height, drawn_width) = config.image_shape, config.drawn_shape
         what = f"images of {height} x {width}" if config.image_size else "no images"
+        what += f", drawn {drawn_height} x {drawn_width}" if config.render_size else ""
         each = config.envs_per_worker
         self._report(f"starting {config.num_workers} x {each} simulators of {config.env_id} ({what})")
         for index in range(config.num_workers):
