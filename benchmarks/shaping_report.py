@@ -18,7 +18,14 @@ from stare_jax.report.figures import PALETTE, save_figure, style_axis
 
 TARGET, WINDOW = 0.9, 3
 PPO = ("ppo_terminate", "ppo_bootstrap")
-DRAWN = (*PPO, "progressive_keep_terminate", "paper_keep_terminate", "progressive_zero_terminate", "rl4vla", "dense")
+DRAWN = (
+    *PPO,
+    "progressive_keep_terminate",
+    "paper_keep_terminate",
+    "progressive_zero_terminate",
+    "rl4vla",
+    "ppo_jump_start",
+)
 """Arms of the picture, a colour each."""
 HEADER = ("arm", "area, best draw", "steps to 90 %", "area less PPO's", "steps / PPO's", "area, median draw")
 
