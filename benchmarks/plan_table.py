@@ -83,8 +83,7 @@ GOALS = (
     Goal("OpenVLA, 32 decisions, one v5p", Row(ADAPTERS, "v5p:2x2x1", 1, "", _CHIP, ("sample",)), 1.6, "1.6 times"),
     Goal("OpenVLA, PPO, 256", Row(ADAPTERS, "v5e:4x4", 16, "", _UPDATE, ("ppo",)), 1 / 0.45, "45 % of the peak"),
 )
-"""Sampling with prompts of 32 tokens on one chip (libtpu knows no slice of less than four), and an update of 256 decisions on
-sixteen."""
+"""Sampling on one chip, of the four of the smallest slice that libtpu knows, and an update of 256 decisions."""
 GPUS = (
     Row("OpenVLA-7B, all weights", "1xH100", 1, "full", ("mesh.fsdp=1",)),
     Row("OpenVLA-7B, all weights", "1xH200", 1, "full", ("mesh.fsdp=1",)),
