@@ -302,9 +302,9 @@ def make_training(toy: Toy, arms: Sequence[Arm], *, num_iterations: int, num_epi
 
         def iteration(carry, key):
             params, opt_state, num_steps = carry
-            seed_key, play_key, update_key = jax.random.split(key, 3)
+            seed_key, play_key, update_key, until_key = jax.random.split(key, 4)
             seeds = draw_seeds(seed_key, num_episodes)
-            until = draw_until(jax.random.fold_in(key, 1), fractions[arm], num_episodes, toy.spec.num_stages)
+            until = draw_until(until_key, fractions[arm], num_episodes, toy.spec.num_stages)
             episodes = play_policy(policy, params, toy, seeds, play_key, max_step=max_step, until=until)
             batch, targets = make_batch(policy, params, episodes, targets_fn, until=until, by_stage=by_stage[arm])
             params, opt_state = update(policy, params, opt_state, batch, update_key, hyper)

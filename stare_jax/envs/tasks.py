@@ -69,7 +69,7 @@ def make_expert(name: str, *, limit: float = 1.0) -> Expert:
     """
     task = load_task(name)
     if task.expert is None:
-        raise ConfigError(f"task: {name} has no expert, expected one to collect demonstrations with (docs/tasks.md)")
+        raise ConfigError(f"task: {name} has no expert, expected one that acts; see docs/tasks.md")
     if not 0.0 < limit <= 1.0:
         raise ValueError(f"limit: got {limit}, expected 0 < limit <= 1")
     scale = task.scene.action_scale

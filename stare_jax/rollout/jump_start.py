@@ -46,26 +46,32 @@ def draw_stages(config: JumpStartConfig, seeds: Sequence[int], num_stages: int) 
     return np.array([draw(seed) for seed in seeds], np.int32)
 
 
-def lead(env: VecEnv, spec: TaskSpecs, experts: Sequence[Expert], config: JumpStartConfig) -> VecEnv:
+def lead(
+    env: VecEnv, spec: TaskSpecs, experts: Sequence[Expert], config: JumpStartConfig, *, chunk: int = 1
+) -> VecEnv:
     """Returns environments in which experts act until the stage of `draw_stages` has begun; `env` with no such episode.
 
     Actions that are sent before are not executed. Whoever records them records those of the policy, not the expert's.
+    An expert goes on to the end of a chunk: the policy decided on the rest of it in a state before the stage.
 
     Args:
         env: environments whose episodes are over.
         spec: the task, or all in the order of `env.task_index`.
         experts: one a task.
         config: see `JumpStartConfig`.
+        chunk: actions of a decision, the first of which is on an episode's first state.
 
     Raises:
-        ValueError: there is not one expert a task.
+        ValueError: there is not one expert a task, or no later stage.
     """
     specs = as_specs(spec)
     if not config.fraction:
         return env
+    if specs[0].num_stages < 2:
+        raise ValueError(f"fraction: got {config.fraction} for a task of one stage, expected 0: there is no later one")
     if len(experts) != len(specs):
         raise ValueError(f"experts: got {len(experts)}, expected one for each of {len(specs)} tasks")
-    return LedEnvs(env, specs, experts, lambda seed: int(draw_stages(config, [seed], specs[0].num_stages)[0]))
+    return LedEnvs(env, specs, experts, lambda seed: int(draw_stages(config, [seed], specs[0].num_stages)[0]), chunk)
 
 
 @functools.lru_cache(maxsize=4)
@@ -84,6 +90,7 @@ class LedEnvs(VecEnv):
         specs: tuple[TaskSpec, ...],
         experts: Sequence[Expert],
         stage_of: Callable[[int], int],
+        chunk: int = 1,
     ):
         """Waits for the environments' next episodes.
 
@@ -92,14 +99,15 @@ class LedEnvs(VecEnv):
             specs: the tasks, in the order of `env.task_index`.
             experts: one a task.
             stage_of: seed of an episode -> the stage until which its expert acts; 0 for none.
+            chunk: see `lead`.
         """
-        self._env, self._experts, self._stage_of = env, experts, stage_of
+        self._env, self._experts, self._stage_of, self._chunk = env, experts, stage_of, chunk
         self.env_id, self.num_envs = env.env_id, env.num_envs
         self.horizon, self.action_dim, self.task_index = env.horizon, env.action_dim, env.task_index
-        self._groups = [LedEnvs(group, specs, experts, stage_of) for group in env.groups if group is not env]
+        self._groups = [LedEnvs(group, specs, experts, stage_of, chunk) for group in env.groups if group is not env]
         self._step_stage = _jit_step_stage(specs)
-        self._until, self._stage = (np.zeros(env.num_envs, np.int32) for _ in range(2))
-        self._completed = np.zeros(env.num_envs, np.int32)
+        self._until, self._completed, self._t = (np.zeros(env.num_envs, np.int32) for _ in range(3))
+        self._is_led = np.zeros(env.num_envs, bool)
         self._memories = [None] * env.num_envs
 
     @property
@@ -129,12 +137,13 @@ class LedEnvs(VecEnv):
         next_seeds: Mapping[int, int] | None = None,
     ) -> None:
         options = {"is_idle": is_idle, "is_drawn": is_drawn, "next_seeds": next_seeds}
-        is_led = (self._stage < self._until) & self._alive & (True if is_idle is None else ~is_idle)
+        is_led = self._is_led & self._alive & (True if is_idle is None else ~is_idle)
         if is_led.any():
             action = np.array(action, np.float32)
         for i in np.flatnonzero(is_led):
             signals = Signals(*(leaf[i] for leaf in self._signals))
             action[i], self._memories[i] = self._expert(i).act(signals, self._memories[i])
+        self._t += 1
         self._begin(reset_seeds or {})
         self._env.send(action, reset_seeds, reproducible=reproducible, **options)
 
@@ -150,7 +159,8 @@ class LedEnvs(VecEnv):
     def _begin(self, seeds: Mapping[int, int]) -> None:
         """Notes that episodes of some seeds begin in some environments."""
         for i, seed in seeds.items():
-            self._until[i], self._completed[i] = self._stage_of(seed), 0
+            self._until[i], self._completed[i], self._t[i] = self._stage_of(seed), 0, 0
+            self._is_led[i] = self._until[i] > 0
             self._memories[i] = self._expert(i).init()
 
     def _watch(self, state: EnvStep) -> EnvStep:
@@ -160,5 +170,6 @@ class LedEnvs(VecEnv):
         carry, stage = jax.device_get(self._step_stage(task, self._completed, self._signals))
         # States of dead environments mean nothing.
         self._completed = np.where(self._alive, carry.num_completed, self._completed)
-        self._stage = np.where(self._alive, stage, self._stage)
+        # What is left of a chunk was decided on before the stage began.
+        self._is_led &= ~(self._alive & (stage >= self._until) & (self._t % self._chunk == 0))
         return state

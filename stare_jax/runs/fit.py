@@ -27,7 +27,13 @@ def check_fit(config: RunConfig, *, is_here: bool = True) -> None:
         ConfigError: names every field that does not fit, got and expected, in one line.
     """
     wrong = [*_simulator(config, is_here=is_here), *_seeds(config), *_batches(config)]
-    wrong += _expert(config.env) if collects_demonstrations(config) or jump_starts(config) else []
+    if collects_demonstrations(config):
+        wrong += _expert(config.env, "to collect demonstrations with")
+    elif jump_starts(config):
+        wrong += _expert(config.env, "to begin episodes (config.ppo.jump_start)")
+    if jump_starts(config) and config.env.spec.num_stages < 2:
+        got = f"got {config.ppo.jump_start.fraction} for {config.env.env_id}"
+        wrong.append(f"config.ppo.jump_start.fraction: {got}, expected 0 for a task of one stage")
     if wrong:
         raise ConfigError("; ".join(wrong))
 
@@ -90,7 +96,7 @@ def check_expert(env: EnvConfig) -> None:
     Raises:
         ConfigError: one has none, or the control mode is another one.
     """
-    if wrong := [*_expert(env)]:
+    if wrong := [*_expert(env, "to evaluate")]:
         raise ConfigError("; ".join(wrong))
 
 
@@ -140,11 +146,11 @@ def _simulator(config: RunConfig, *, is_here: bool) -> Iterator[str]:
         )
 
 
-def _expert(env: EnvConfig) -> Iterator[str]:
-    """Yields what keeps experts from acting in their tasks."""
+def _expert(env: EnvConfig, purpose: str) -> Iterator[str]:
+    """Yields what keeps experts from acting in their tasks, as they are to for a purpose."""
     for name in env.task_names:
         if load_task(name).expert is None:
-            yield f"config.env: {name} has no expert, expected one to collect demonstrations with (docs/tasks.md)"
+            yield f"config.env: {name} has no expert, expected one {purpose}; see docs/tasks.md"
     default = next(iter(env.scene.action_dims))
     if env.resolved_control_mode != default:
         yield f"config.env.control_mode: got {env.control_mode!r}, expected {default!r}, in which the expert acts"

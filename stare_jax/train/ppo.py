@@ -282,7 +282,7 @@ def train_ppo(
     encode = ppo_batch.make_encode(policy, contexts, config.microbatch_size or config.minibatch_size)
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
-    led = lead(env, spec, experts, config.jump_start)
+    led = lead(env, spec, experts, config.jump_start, chunk=policy.chunk)
     counters = check_record(ppo_batch.Counters, saved, str(checkpoint_directory(run, PHASE)), path="counters")
     window = Window(PHASE, run.writer, num_steps=int(state.step))
     stopped = f"{PHASE}: stopped and saved after {{}} of {config.num_iterations} iterations"

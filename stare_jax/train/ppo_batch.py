@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from stare_jax.config import Natural
+from stare_jax.config import Natural, UserError
 from stare_jax.envs.base import SimulatorError, VecEnv
 from stare_jax.envs.seeds import PPO_SEEDS, take_seeds
 from stare_jax.logging import Window, announce_compiling, progress
@@ -183,6 +183,9 @@ def compile_targets(
         targets, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
         observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
         decisions = decisions._replace(valid=decisions.valid & targets.valid_d)
+        if not decisions.valid.any():
+            got = f"got no decision of the policy in {num_episodes} episodes, as experts never came to a later stage"
+            raise UserError(f"ppo.jump_start.fraction: {got}; expected a smaller fraction, or more episodes in a batch")
         return PPOBatch(observation, decisions, targets, *others)
 
     return prepare

@@ -36,8 +36,8 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
     """Returns `env/...` and `shaping/...` of the episodes that are over, and `ppo/...` of all decisions of the policy.
 
     An episode is over at the horizon, or at success if success ends it. Those that an expert began count in
-    `env/success_from_<stage>` alone, by the stage in which the policy took over. Episodes that were cut short or lost
-    do not count, and means are NaN where no episode is over. In a batch of a fixed number of steps short episodes end
+    `env/success_from_<stage>` alone, by the stage in which the policy took over, and in `env/num_cut` if they were.
+    Episodes that were cut short or lost do not count elsewhere, and means are NaN where no episode is over. In a batch of a fixed number of steps short episodes end
     more often than long ones, so the success rate is above that of whole episodes.
 
     Args:
@@ -51,7 +51,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
     names = shared_stage_names(specs)
     valid_t, valid_d = targets.valid_t, targets.valid_d
     handover = np.zeros_like(rollout.task) if rollout.handover is None else rollout.handover
-    is_over = targets.is_over & (handover == 0)
+    is_cut, is_over = valid_t.any(axis=1) & ~targets.is_over, targets.is_over & (handover == 0)
     num_over = int(is_over.sum())
     over = Targets(*(x[is_over] for x in targets))
     is_success = over.success_t.any(axis=1)
@@ -67,7 +67,7 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
         "env/success": per_episode(num_successes),
         "env/num_successes": num_successes,
         "env/num_episodes": num_over,
-        "env/num_cut": int((valid_t.any(axis=1) & ~is_over).sum()),
+        "env/num_cut": int(is_cut.sum()),
         "env/num_dropped": rollout.num_dropped,
         "env/episode_length": per_episode(over.valid_t.sum()),
         "env/return_raw": per_episode(over.reward_t.sum()),
@@ -83,8 +83,12 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
 
 
 def _success_of_led(targets: Targets, handover: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Returns the success of episodes that an expert began, by the stage that the policy took over in, where any."""
-    led = {name: targets.is_over & (handover == k) for k, name in enumerate(names) if k > 0}
+    """Returns the success of episodes that an expert began, by the stage that the policy took over in, where any.
+
+    An episode in which the expert does not come to that stage, or succeeds itself, says nothing of the policy.
+    """
+    is_own = targets.is_over & targets.valid_d.any(axis=1)
+    led = {name: is_own & (handover == k) for k, name in enumerate(names) if k > 0}
     is_success = targets.success_t.any(axis=1)
     return {f"env/success_from_{name}": float(is_success[of].mean()) for name, of in led.items() if of.any()}
 

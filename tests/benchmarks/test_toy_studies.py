@@ -9,6 +9,7 @@ import numpy as np
 import preference
 import pytest
 import shaping
+import toy_learning
 import toy_tasks
 from cells import Settings, choose_draws, read_results, read_rows, run_cells, run_task, tuning_cells
 from shaping_report import steps_to_target, write_report
@@ -77,6 +78,31 @@ def test_the_expert_begins_the_same_episodes_on_the_device_as_for_the_collector(
     np.testing.assert_array_equal(there.valid, here.valid)
     for one, other in zip(there.signals, here.signals, strict=True):
         np.testing.assert_allclose(one[here.valid], other[here.valid], atol=1e-5)
+
+
+def test_no_two_draws_of_an_iteration_share_a_key(monkeypatch):
+    keys = []
+
+    class Enough(Exception):
+        """The first iteration has drawn all that is looked at."""
+
+    def note(key, *others):
+        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return jnp.zeros(4, jnp.uint32)
+
+    def last(policy, params, toy, seeds, key, **options):
+        note(key)
+        raise Enough
+
+    monkeypatch.setattr(toy_learning, "draw_until", note)
+    monkeypatch.setattr(toy_learning, "draw_seeds", note)
+    monkeypatch.setattr(toy_learning, "play_policy", last)
+    for name in ("jit", "vmap"):
+        monkeypatch.setattr(jax, name, lambda fn, **options: fn)
+    train = make_training(TOYS["place"], [Arm(jump_start=0.5)], num_iterations=1, num_episodes=4)
+    with jax.disable_jit(), pytest.raises(Enough):
+        train({}, jax.random.key(3), 0, None, 1.0)
+    assert len(set(keys)) == len(keys) == 3
 
 
 @pytest.fixture(scope="module")

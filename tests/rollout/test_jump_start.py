@@ -8,6 +8,7 @@ import pytest
 from toy_expert import expert_of_toy
 from toy_task import Writer, fresh
 
+from stare_jax.config import UserError
 from stare_jax.envs.groups import GroupedEnvs
 from stare_jax.envs.toys import TOYS, ToyEnv
 from stare_jax.models.mlp import MLPConfig, make_mlp
@@ -73,15 +74,33 @@ def test_groups_and_idle_environments_change_no_episode():
         jax.tree.map(np.testing.assert_array_equal, play(env).trajectory.signals, whole.trajectory.signals)
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_nothing_is_learnt_from_decisions_before_the_handover(chunk):
-    def in_chunks(*state):
+def in_chunks_of(chunk):
+    def act(*state):
         decision, seen = stand_still(*state)
         action = decision.action if chunk == 1 else np.repeat(decision.action[:, None], chunk, axis=1)
         return decision._replace(action=action), seen
 
-    env = lead(ToyEnv(PLACE, 8), PLACE.spec, [expert_of_toy(PLACE)], HALF)
-    rollout = collect_episodes(env, in_chunks, SEEDS, stop_at_success=True)
+    return act
+
+
+def test_the_policy_takes_over_where_it_decides_and_not_within_a_chunk():
+    """The rest of a chunk was decided on before the expert had done its stages: it would open a hand that has closed."""
+    env = GroupedEnvs([ToyEnv(PLACE, 8), ToyEnv(PLACE, 8)])
+    led = lead(env, PLACE.spec, [expert_of_toy(PLACE)], HALF, chunk=4)
+    rollout = collect_episodes(led, in_chunks_of(4), SEEDS, stop_at_success=True, in_turns=True)
+    signals, valid_t = rollout.trajectory.signals, rollout.trajectory.valid[:, 1:]
+    moved = (np.abs(np.diff(signals.tcp_pos, axis=1)).max(axis=2) > 1e-6) & valid_t
+    stage_t, until = stages_of(rollout)[:, :-1], draw_stages(HALF, SEEDS, 4)[:, None]
+    decided_in = np.repeat(stage_t[:, ::4], 4, axis=1)[:, : stage_t.shape[1]]
+    assert not moved[decided_in >= until].any()
+    rest = (decided_in < until) & (stage_t >= until) & valid_t
+    assert rest.sum() > 4 and moved[rest].mean() > 0.6
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_nothing_is_learnt_from_decisions_before_the_handover(chunk):
+    env = lead(ToyEnv(PLACE, 8), PLACE.spec, [expert_of_toy(PLACE)], HALF, chunk=chunk)
+    rollout = collect_episodes(env, in_chunks_of(chunk), SEEDS, stop_at_success=True)
     handover = draw_stages(HALF, SEEDS, 4)
     batch = make_prepare(PLACE.spec, PPOConfig(), chunk=chunk)(rollout._replace(handover=handover))
     own = rollout.trajectory.decisions.valid & (stages_of(rollout)[:, :-1:chunk] >= handover[:, None])
@@ -106,18 +125,26 @@ def test_training_tells_of_led_episodes_apart_and_compiles_once(tmp_path):
     led = [name for name in first if name.startswith("env/success_from_")]
     assert len(led) == 3 and all(np.isfinite(first[name]) for name in led)
     assert sum(run.writer.column("perf/compilations")[1:]) == 0
+    again = dataclasses.replace(run, directory=tmp_path / "b")
     with pytest.raises(ValueError, match="experts: got 0, expected one for each of 1 tasks"):
-        train_ppo(
-            policy,
-            fresh(params),
-            ToyEnv(PLACE, 8),
-            PLACE.spec,
-            config,
-            dataclasses.replace(run, directory=tmp_path / "b"),
-        )
+        train_ppo(policy, fresh(params), ToyEnv(PLACE, 8), PLACE.spec, config, again)
+
+
+def test_a_batch_without_a_decision_of_the_policy_is_a_users_mistake():
+    """There is nothing to whiten, and no minibatch."""
+    rollout = collect_episodes(ToyEnv(PLACE, 2), stand_still, range(2), stop_at_success=True)
+    prepare = make_prepare(PLACE.spec, PPOConfig())
+    assert prepare(rollout).decisions.valid.any()
+    with pytest.raises(UserError, match="jump_start.fraction: got no decision of the policy in 2 episodes.*smaller"):
+        prepare(rollout._replace(handover=np.array([2, 3])))
 
 
 def test_what_cannot_be_is_refused():
+    spec = PLACE.spec
+    parts = {name: getattr(spec, name)[:1] for name in ("stage_names", "event_fns", "cost_fns", "potential_fns")}
+    whole = dataclasses.replace(spec, **parts, distance_fns=spec.distance_fns[:1])
+    with pytest.raises(ValueError, match="fraction: got 0.5 for a task of one stage, expected 0"):
+        lead(ToyEnv(PLACE, 1), whole, [expert_of_toy(PLACE)], HALF)
     with pytest.raises(ValueError, match="fraction: got 1.0, expected less"):
         JumpStartConfig(fraction=1.0)
     with pytest.raises(ValueError, match="jump_start: got JumpStartConfig.*expected none without a critic"):

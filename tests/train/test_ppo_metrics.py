@@ -91,6 +91,18 @@ def test_only_episodes_that_are_over_say_how_often_the_policy_succeeds(rollout, 
     assert not any(name.startswith("shaping/") for name in metrics)
 
 
+def test_episodes_that_an_expert_began_are_told_apart(rollout, targets, spec):
+    """The policy took over in the success, which is its own, and made no decision in the failure, nor in what was cut
+    before."""
+    valid_d = targets.valid_d.copy()
+    valid_d[0, 0], valid_d[1:3] = False, False
+    for handover, expected in (([1, 1, 2, 0], (0, 1, 1.0)), ([1, 0, 2, 0], (1, 1, 1.0)), ([0, 1, 2, 0], (1, 1, None))):
+        led = rollout._replace(handover=np.array(handover))
+        metrics = rollout_metrics(led, targets._replace(valid_d=valid_d), spec, shaping=False)
+        from_contact = metrics.get(f"env/success_from_{spec.stage_names[1]}")
+        assert (metrics["env/num_episodes"], metrics["env/num_cut"], from_contact) == expected
+
+
 def test_shaping_is_told_by_where_it_is_paid(rollout, targets, spec):
     metrics = rollout_metrics(rollout, targets, spec, shaping=True)
     reach, contact, push, goal = spec.stage_names
