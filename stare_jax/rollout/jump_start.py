@@ -46,9 +46,7 @@ def draw_stages(config: JumpStartConfig, seeds: Sequence[int], num_stages: int) 
     return np.array([draw(seed) for seed in seeds], np.int32)
 
 
-def lead(
-    env: VecEnv, spec: TaskSpecs, experts: Sequence[Expert], config: JumpStartConfig, *, chunk: int = 1
-) -> VecEnv:
+def lead(env: VecEnv, spec: TaskSpecs, experts: Sequence[Expert], config: JumpStartConfig, *, chunk: int = 1) -> VecEnv:
     """Returns environments in which experts act until the stage of `draw_stages` has begun; `env` with no such episode.
 
     Actions that are sent before are not executed. Whoever records them records those of the policy, not the expert's.

@@ -37,8 +37,9 @@ def rollout_metrics(rollout: Rollout, targets: Targets, spec: TaskSpecs, *, shap
 
     An episode is over at the horizon, or at success if success ends it. Those that an expert began count in
     `env/success_from_<stage>` alone, by the stage in which the policy took over, and in `env/num_cut` if they were.
-    Episodes that were cut short or lost do not count elsewhere, and means are NaN where no episode is over. In a batch of a fixed number of steps short episodes end
-    more often than long ones, so the success rate is above that of whole episodes.
+    Episodes that were cut short or lost do not count elsewhere, and means are NaN where no episode is over. In a batch
+    of a fixed number of steps short episodes end more often than long ones, so the success rate is above that of whole
+    episodes.
 
     Args:
         rollout: E episodes.

@@ -84,7 +84,7 @@ def in_chunks_of(chunk):
 
 
 def test_the_policy_takes_over_where_it_decides_and_not_within_a_chunk():
-    """The rest of a chunk was decided on before the expert had done its stages: it would open a hand that has closed."""
+    """The rest of a chunk was decided on before the stage: it would open a hand that the expert has closed."""
     env = GroupedEnvs([ToyEnv(PLACE, 8), ToyEnv(PLACE, 8)])
     led = lead(env, PLACE.spec, [expert_of_toy(PLACE)], HALF, chunk=4)
     rollout = collect_episodes(led, in_chunks_of(4), SEEDS, stop_at_success=True, in_turns=True)
