@@ -74,6 +74,8 @@ class Conditions(NamedTuple):
     """Random displacement of the task's official starts; "none" for tasks without official starts."""
     perturbation: str = ""
     """Name of a change of all episodes, as "vision/light"; "" for none."""
+    settings: dict[str, Any] | None = None
+    """All else about the simulators that episodes depend on, JSON-able; None for unknown."""
 
 
 UNKNOWN = Conditions()
@@ -108,6 +110,8 @@ class EvalInfo(NamedTuple):
     """The tasks that `Episodes.task` counts; empty where there is one."""
     perturbation: str = ""
     """Field of `Conditions`; "" for none, as in files of earlier versions."""
+    settings: dict[str, Any] | None = None
+    """Field of `Conditions`; None in files of earlier versions."""
 
 
 class Evaluation(NamedTuple):
@@ -266,6 +270,7 @@ def _info(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditio
         checkpoint=conditions.checkpoint,
         tasks=tasks if len(tasks) > 1 else (),
         perturbation=conditions.perturbation,
+        settings=conditions.settings,
     )
 
 
