@@ -109,9 +109,8 @@ class EvalInfo(NamedTuple):
     tasks: tuple[TaskStages, ...] = ()
     """The tasks that `Episodes.task` counts; empty where there is one."""
     perturbation: str = ""
-    """Field of `Conditions`; "" for none, as in files of earlier versions."""
     settings: dict[str, Any] | None = None
-    """Field of `Conditions`; None in files of earlier versions."""
+    """Field of `Conditions`, like the one above; both are empty in files of earlier versions."""
 
 
 class Evaluation(NamedTuple):
@@ -265,12 +264,8 @@ def _info(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditio
         temperature=config.temperature,
         num_steps=done.num_steps,
         wall_s=done.wall_s,
-        backend=conditions.backend,
-        jitter=conditions.jitter,
-        checkpoint=conditions.checkpoint,
         tasks=tasks if len(tasks) > 1 else (),
-        perturbation=conditions.perturbation,
-        settings=conditions.settings,
+        **conditions._asdict(),
     )
 
 
