@@ -100,7 +100,7 @@ def test_evaluate_runs_to_the_horizon_and_is_reproducible(spec, policy, params):
     jax.tree.map(np.testing.assert_array_equal, evaluation.episodes, again.episodes)
     assert set(clock.seconds()) == {"env", "policy", "other"}
     assert evaluation.info[:4] == ("ToyPush-v0", spec.stage_names, toy.HORIZON, 0.0)
-    assert evaluation.info[-5:] == ("cpu", "none", "ppo/3/ab", (), "")
+    assert evaluation.info[-6:] == ("cpu", "none", "ppo/3/ab", (), "", None)
 
 
 def test_success_at_the_end_differs_from_success_at_any_step(spec, expert_act):
