@@ -139,6 +139,8 @@ def _is_there(file: Path, simulators: EnvConfig, checkpoint: str, episodes: Eval
     conditions = evaluation_conditions(simulators, checkpoint)
     wanted = conditions._asdict() | {"env_id": simulators.env_id, "horizon": simulators.horizon}
     wanted["temperature"] = episodes.temperature
+    if evaluation.info.settings is None:  # An earlier version did not tell them.
+        del wanted["settings"]
     seeds = sorted(set(evaluation.episodes.seed.tolist()))
     return all(getattr(evaluation.info, name) == value for name, value in wanted.items()) and seeds == sorted(
         episode_seeds(episodes)

@@ -74,6 +74,8 @@ class Conditions(NamedTuple):
     """Random displacement of the task's official starts; "none" for tasks without official starts."""
     perturbation: str = ""
     """Name of a change of all episodes, as "vision/light"; "" for none."""
+    settings: dict[str, Any] | None = None
+    """All else about the simulators that episodes depend on, JSON-able; None for unknown."""
 
 
 UNKNOWN = Conditions()
@@ -107,7 +109,8 @@ class EvalInfo(NamedTuple):
     tasks: tuple[TaskStages, ...] = ()
     """The tasks that `Episodes.task` counts; empty where there is one."""
     perturbation: str = ""
-    """Field of `Conditions`; "" for none, as in files of earlier versions."""
+    settings: dict[str, Any] | None = None
+    """Field of `Conditions`, like the one above; both are empty in files of earlier versions."""
 
 
 class Evaluation(NamedTuple):
@@ -261,11 +264,8 @@ def _info(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Conditio
         temperature=config.temperature,
         num_steps=done.num_steps,
         wall_s=done.wall_s,
-        backend=conditions.backend,
-        jitter=conditions.jitter,
-        checkpoint=conditions.checkpoint,
         tasks=tasks if len(tasks) > 1 else (),
-        perturbation=conditions.perturbation,
+        **conditions._asdict(),
     )
 
 

@@ -19,8 +19,9 @@ def evaluation_conditions(env: EnvConfig, checkpoint: str) -> Conditions:
         env: the simulators.
         checkpoint: name of the weights, as `runs.load.identify_checkpoint` returns it, or "expert".
     """
-    backend = resolve_backend(env, report=lambda text: None).backend
-    return Conditions(checkpoint, backend, env.data_settings["jitter"], env.perturbation)
+    env = resolve_backend(env, report=lambda text: None)
+    settings = env.data_settings | {"control_mode": env.resolved_control_mode}
+    return Conditions(checkpoint, env.backend, settings["jitter"], env.perturbation, settings)
 
 
 def rewards_of_tasks(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> list[RewardsFn]:
