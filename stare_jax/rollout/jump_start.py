@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -129,12 +130,9 @@ class LedEnvs(VecEnv):
         action: Array,
         reset_seeds: Mapping[int, int] | None = None,
         *,
-        reproducible: bool = False,
         is_idle: np.ndarray | None = None,
-        is_drawn: np.ndarray | None = None,
-        next_seeds: Mapping[int, int] | None = None,
+        **options: Any,
     ) -> None:
-        options = {"is_idle": is_idle, "is_drawn": is_drawn, "next_seeds": next_seeds}
         is_led = self._is_led & self._alive & (True if is_idle is None else ~is_idle)
         if is_led.any():
             action = np.array(action, np.float32)
@@ -143,7 +141,7 @@ class LedEnvs(VecEnv):
             action[i], self._memories[i] = self._expert(i).act(signals, self._memories[i])
         self._t += 1
         self._begin(reset_seeds or {})
-        self._env.send(action, reset_seeds, reproducible=reproducible, **options)
+        self._env.send(action, reset_seeds, is_idle=is_idle, **options)
 
     def receive(self) -> EnvStep:
         return self._watch(self._env.receive())
