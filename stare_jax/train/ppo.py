@@ -298,8 +298,9 @@ def train_ppo(
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
-            act = acting(key, temperature=config.temperature)
-            rollout = ppo_batch.collect(act, led, spec, counters, config, run, window)
+            rollout = ppo_batch.collect(  # An actor with a name would keep what it prepared through the updates.
+                acting(key, temperature=config.temperature), led, spec, counters, config, run, window
+            )
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))

@@ -62,7 +62,8 @@ def assert_close(tree, other, **tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), tree, other)
 
 
-@pytest.mark.parametrize("kind", ["sde", pytest.param("learned", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sde", "learned"])
 def test_a_ratio_of_one_and_no_divergence_at_the_start(kind):
     policy, params = policy_and_params(kind)
     act = policy_act(policy, params, jax.random.key(3))
