@@ -1,4 +1,4 @@
-"""What the recipes cost at full size on devices that need not be there: sampling and PPO, row by row, into one file.
+"""Costs of the recipes at full size on devices that need not be there: sampling and PPO, row by row, into one file.
 
     python benchmarks/plan_table.py                    # compiles what is missing; rows of TPUs need libtpu
     python benchmarks/plan_table.py --rows=one_gpu     # rows with this text in their model, devices or recipe
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     number: int
     """devices."""
     words: str = ""
-    """of the recipe."""
+    """words of the recipe."""
     fields: tuple[str, ...] = ()
     """differences from the recipe, without `--config.` in front."""
     programs: tuple[str, ...] = ("sample", "ppo")
@@ -116,7 +116,7 @@ TPUS = (
     Row("pi0.5, all weights", "v5e:4x4", 16, "pi05,full", ("mesh.fsdp=16",)),
 )
 ROWS = (*(goal.row for goal in GOALS), *GPUS, *TPUS)
-"""in the order in which they are compiled"""
+"""all rows, in the order in which they are compiled"""
 
 
 def is_topology(devices: str) -> bool:
