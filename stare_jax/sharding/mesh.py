@@ -153,12 +153,6 @@ def has_own_parts(mesh: Mesh | AbstractMesh) -> bool:
     return num_parts(mesh) % num_hosts(mesh) == 0
 
 
-def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
-    """Raises ValueError unless `microbatch_size` is None or divides the batch size, whose config field is `name`."""
-    if microbatch_size is not None and (microbatch_size < 1 or size % microbatch_size):
-        raise ValueError(f"microbatch_size: got {microbatch_size}, expected a divisor of {name} = {size}, or None")
-
-
 def check_batch_size(name: str, size: int | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError unless a batch of `size` can be cut over the mesh; `name` is the config field to blame."""
     if size is not None and size % num_parts(mesh):

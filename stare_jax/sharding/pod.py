@@ -141,6 +141,12 @@ def share(rows: Sequence) -> Sequence:
     return rows[number * process_id() // n : number * (process_id() + 1) // n]
 
 
+def deal(number: int, block: int = 1) -> np.ndarray:
+    """Returns numbers of this process's own, int `[number]`: of 0, 1, 2 .. processes take `block` each in turn."""
+    i = np.arange(number)
+    return (i // block * num_processes() + process_id()) * block + i % block
+
+
 def own_key(key: jax.Array) -> jax.Array:
     """Returns a key of this process's own."""
     return key if num_processes() == 1 else jax.random.fold_in(key, process_id())

@@ -22,6 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from stare_jax.documents import DocumentError, read_json
+from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import path_name
 from stare_jax.state.checksums import CheckpointError, check_sums, write_sums
 from stare_jax.types import Array, PyTree
@@ -122,6 +123,8 @@ class BackgroundWriter:
     def _finish(self, saving: Any, folder: Path) -> None:
         with _writing(folder):
             saving.result()
+            if not pod.is_main():
+                return
             write_sums(folder)
         for step in whole_steps(self._directory)[: -self._keep]:
             # Under this name it is known to be half deleted, should the process be killed now.
@@ -155,7 +158,7 @@ def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> N
     """Writes a new folder with checksums, and waits; raises CheckpointError where the disk does not take it."""
     with _writing(folder):
         _write(folder, items, metadata)
-        write_sums(folder)
+        pod.on_main(write_sums, folder)
 
 
 def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:

@@ -19,10 +19,13 @@ from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, Window, progress, say
 from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Rollout, policy_act
+from stare_jax.rollout.collect import policy_act
 from stare_jax.rollout.jump_start import JumpStartConfig, lead
+from stare_jax.rollout.rounds import gather_rollout
 from stare_jax.rollout.validation import ValidationConfig, validate
-from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
+from stare_jax.sharding import pod
+from stare_jax.sharding.mesh import ShardingError, check_batch_size, has_own_parts, num_hosts
+from stare_jax.sharding.microbatch import check_microbatch
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task
 from stare_jax.state import optimizer
@@ -137,7 +140,7 @@ class PPOConfig:
 
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
-def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
+def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.PPOBatch]:
     """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
     targets_fn = by_task(spec, lambda one, *episode: make_targets_fn(one, config, chunk=chunk)(*episode))
     return ppo_batch.compile_targets(
@@ -229,9 +232,14 @@ def make_ppo_step(
 
 
 def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
-    """Raises ShardingError where the mesh does not divide a minibatch."""
+    """Raises ShardingError where the mesh does not divide a minibatch, or its hosts do not the episodes."""
     check_batch_size("ppo.minibatch_size", config.minibatch_size, mesh)
     check_batch_size("ppo.microbatch_size", config.microbatch_size, mesh)
+    name = "num_episodes" if config.num_steps is None else "num_steps"
+    if (size := getattr(config, name)) % (num_hosts(mesh) * config.group_size):
+        raise ShardingError(f"ppo.{name}: got {size}, expected a multiple of {num_hosts(mesh)} processes x group_size")
+    if config.context_gb and not has_own_parts(mesh):
+        raise ShardingError(f"ppo.context_gb: got {config.context_gb:g}, expected 0 where tensor goes across hosts")
 
 
 def kept_contexts(policy: Policy, config: PPOConfig, horizon: int) -> PyTree | None:
@@ -294,47 +302,49 @@ def train_ppo(
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
             key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
-            acting = functools.partial(policy_act, policy, state.params, mesh=run.mesh)
+            acting = functools.partial(policy_act, policy, pod.on_host(state.params))
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
-            rollout = ppo_batch.collect(  # An actor with a name would keep what it prepared through the updates.
+            rollout, after = ppo_batch.collect(  # An actor with a name would keep what it prepared through the updates.
                 acting(key, temperature=config.temperature), led, spec, counters, config, run, window
             )
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
+            del acting
 
             # ---- Targets and updates; a stop waits for them ---------------------------------------------------------
             train_policy = np.bool_(counters.iteration >= config.value_warmup_iterations)
             fraction_done = np.float32(counters.iteration / config.num_iterations)
             rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
-                batch = encode(state.params, prepare(rollout), run.mesh)
+                whole = gather_rollout(rollout)
+                batch = encode(state.params, prepare(rollout, whole), run.mesh)
                 batch = rescore(state.params, batch, run.mesh) if is_rescoring else batch
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:
-                    placed = place(minibatch, run.mesh)
+                    placed = pod.to_mesh(minibatch, run.mesh)
                     with run.profiler.step(PHASE, counters.iteration):
                         state, metrics = step_fn(state, placed, train_policy, fraction_done, reference, batch.contexts)
                     window.add(metrics)
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
-            updates, counters = window.read(), counters.after(rollout, config.group_size)
+            updates, counters = window.read(), after
             turn = next_turn(run, counters.iteration, config.num_iterations, checkpoint_every=config.checkpoint_every)
 
             # ---- Report ---------------------------------------------------------------------------------------------
             metrics = rates | {"env/steps": counters.env_steps}
-            metrics |= iteration_metrics(rollout, batch, updates, spec, config.minibatch_size, config.shaping)
+            metrics |= iteration_metrics(whole, batch, updates, spec, config.minibatch_size, config.shaping)
             say(f"{report_line(counters.iteration, config.num_iterations, metrics)} | {window.clock.line()}")
             is_warned = warn_of_rounding(metrics, is_warned=is_warned)
-            window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
+            window.write(counters.iteration, metrics, env_steps=whole.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
 
             # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
-            del rollout, batch, epochs  # Images and contexts of one iteration are enough to hold.
+            del rollout, whole, batch, epochs  # Images and contexts of one iteration are enough to hold.
             if turn.is_stopping:
                 raise Interrupted(stopped.format(counters.iteration))
     return state.result

@@ -20,11 +20,12 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.jump_start import draw_stages
-from stare_jax.sharding.mesh import num_parts, place
+from stare_jax.sharding import pod
+from stare_jax.sharding.mesh import num_parts
+from stare_jax.sharding.microbatch import map_rows
 from stare_jax.stages.several import TaskSpecs, as_specs, take_turns
 from stare_jax.state.contexts import lay_out, score_rows
 from stare_jax.targets import Targets
-from stare_jax.train import update
 from stare_jax.train.loop import Run
 from stare_jax.types import Array, Decisions, Observation, PyTree
 
@@ -44,10 +45,6 @@ class Counters(NamedTuple):
     env_steps: Natural = 0
     seeds: Natural = 0
     """starts of episodes; every group of episodes, or every episode, takes the next seed of the run."""
-
-    def after(self, rollout: Rollout, group_size: int) -> "Counters":
-        seeds = self.seeds + len(rollout.trajectory.valid) // group_size
-        return Counters(self.iteration + 1, self.env_steps + rollout.num_steps, seeds)
 
 
 class DecisionBatch(NamedTuple):
@@ -95,26 +92,34 @@ class PPOBatch(NamedTuple):
     """float32 `[E, D]`, whitened over the decisions that count (`WhitenOver`); those of a group are not."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
+    everyones: Targets | None = None
+    """the targets of the episodes of all processes."""
     contexts: PyTree | None = None
     """leaves `[P, R, ...]`, each of the P parts of a mesh's batches with R rows of its own; None: not kept."""
     row: np.ndarray | None = None
-    """int32 `[E, D]`, the row of each decision's context. Of all decisions, the i-th has its in the part i mod P."""
+    """int32 `[E, D]`, the row of each decision's context. Of all decisions of a process, the i-th has its in the part
+    i mod P of the process's parts."""
 
 
 def collect(
     act: Act, env: VecEnv, spec: TaskSpecs, counters: Counters, config: "PPOConfig", run: Run, window: Window
-) -> Rollout:
-    """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
+) -> tuple[Rollout, Counters]:
+    """Returns this process's episodes of an iteration, and the counters after it.
+
+    The rollout is complete where those of all processes are. Raises SimulatorError where every episode of all was lost.
+    """
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
-    starts = np.arange(batch_size) // config.group_size
-    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(starts[-1]) + 1))
+    batch_size //= pod.num_processes()
+    start = np.arange(batch_size) // config.group_size
+    start = pod.deal(start[-1] + 1, len(as_specs(spec)))[start]
+    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(start[-1]) + 1))[start]
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
             act,
-            seeds[starts],
+            seeds,
             stop_at_success=config.stop_at_success,
-            tasks=take_turns(spec, counters.seeds + starts),
+            tasks=take_turns(spec, counters.seeds + start),
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
@@ -122,11 +127,15 @@ def collect(
             keep_images="decisions",
             in_turns=True,
         )
-    stages = draw_stages(config.jump_start, seeds[starts][: len(rollout.instructions)], as_specs(spec)[0].num_stages)
-    rollout = rollout._replace(handover=stages)
-    if rollout.is_complete and not rollout.trajectory.valid.any():
+    num_episodes = len(rollout.instructions)
+    stages = draw_stages(config.jump_start, seeds[:num_episodes], as_specs(spec)[0].num_stages)
+    own = (rollout.is_complete, rollout.trajectory.valid.any(), rollout.num_steps, start[num_episodes - 1])
+    is_complete, has_any, num_steps, last = map(np.array, zip(*pod.gather(own), strict=True))
+    if is_complete.all() and not has_any.any():
         raise SimulatorError(f"ppo: iteration {counters.iteration + 1} lost all {rollout.num_dropped} episodes")
-    return rollout
+    added = Counters(1, int(num_steps.sum()), int(last.max()) + 1)
+    after = Counters(*map(sum, zip(counters, added, strict=True)))
+    return rollout._replace(handover=stages, is_complete=bool(is_complete.all())), after
 
 
 def compile_targets(
@@ -138,8 +147,11 @@ def compile_targets(
     num_parts: int = 1,
     advantage: Advantage = "gae",
     group_size: int = 1,
-) -> Callable[[Rollout], PPOBatch]:
+) -> Callable[..., PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
+
+    It takes this process's rollout, and that of all processes where there are several (`gather_rollout`): advantages
+    are whitened among those of all.
 
     Args:
         targets_fn: (task, signals, valid, value) -> `episode_targets` with its keyword arguments, those of the task.
@@ -170,7 +182,8 @@ def compile_targets(
         whitened = sum(whiten(targets.advantage_d, part) for part in parts)  # 0 outside a part
         return targets, whitened, explained
 
-    def prepare(rollout):
+    def prepare(own, rollout=None):
+        rollout = own if rollout is None else rollout
         trajectory, decisions = rollout.trajectory, rollout.trajectory.decisions
         num_episodes, num_decisions = decisions.valid.shape
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
@@ -180,13 +193,17 @@ def compile_targets(
         padding = (0, num_rows - num_episodes)
         padded = jax.tree.map(lambda x: np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)), inputs)
         results = jax.device_get(all_episodes(*padded))
-        targets, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
-        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
+        everyones, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
+        num_own = len(own.trajectory.valid)
+        first = sum(pod.gather(num_own)[: pod.process_id()])
+        targets, *others = jax.tree.map(lambda x: x[first : first + num_own] if x.ndim else x, (everyones, *others))
+        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], own.trajectory.observation)
+        decisions = own.trajectory.decisions
         decisions = decisions._replace(valid=decisions.valid & targets.valid_d)
-        if not decisions.valid.any():
+        if not pod.agree(decisions.valid.any()):
             got = f"got no decision of the policy in {num_episodes} episodes, as experts never came to a later stage"
             raise UserError(f"ppo.jump_start.fraction: {got}; expected a smaller fraction, or more episodes in a batch")
-        return PPOBatch(observation, decisions, targets, *others)
+        return PPOBatch(observation, decisions, targets, *others, everyones)
 
     return prepare
 
@@ -200,31 +217,39 @@ def minibatches(
     `size` with rows that are not valid. A last, small minibatch would move the policy as far as the others, on a few
     decisions, and measure the KL divergence by them.
     """
-    num_minibatches = math.ceil(batch.decisions.valid.sum() / size)
+    own, num_minibatches = _own_parts(batch, size)
     for _ in range(num_epochs):
         shares = (np.array_split(rng.permutation(block), num_minibatches) for block in _blocks(batch))
         for chosen in zip(*shares, strict=True):
-            yield _minibatch(batch, chosen, size)
+            yield _minibatch(batch, chosen, own)
+
+
+def _own_parts(batch: PPOBatch, size: int) -> tuple[int, int]:
+    """Returns this process's rows of `size` decisions, and the parts that the decisions of any process make up."""
+    own = size // pod.num_processes()
+    return own, max(pod.gather(math.ceil(batch.decisions.valid.sum() / own)))
 
 
 def _blocks(batch: PPOBatch) -> list[np.ndarray]:
-    """Returns the numbers of the decisions whose rows lie in each part of a mesh's batches; of all without contexts."""
-    num_blocks = 1 if batch.contexts is None else len(jax.tree.leaves(batch.contexts)[0])
+    """Returns the numbers of the decisions whose rows lie in each of this process's parts of a mesh's batches; of all
+    without contexts."""
+    num_blocks = 1 if batch.contexts is None else len(jax.tree.leaves(batch.contexts)[0]) // pod.num_processes()
     return [np.arange(first, batch.decisions.valid.sum(), num_blocks) for first in range(num_blocks)]
 
 
 def _in_order(batch: PPOBatch, size: int) -> Iterator[list[np.ndarray]]:
-    """Yields the decisions of each block in parts of `size` together."""
-    blocks = _blocks(batch)
-    share = size // len(blocks)
-    yield from ([block[i : i + share] for block in blocks] for i in range(0, len(blocks[0]), share))
+    """Yields the decisions of each block in parts of `size` together, in all processes."""
+    blocks, (own, num_parts) = _blocks(batch), _own_parts(batch, size)
+    share = own // len(blocks)
+    yield from ([block[i * share : (i + 1) * share] for block in blocks] for i in range(num_parts))
 
 
 def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> DecisionBatch:
     """Returns the decisions with the chosen numbers of each block, every block filled up to its share of `size`."""
     share = size // len(chosen)
     number = np.concatenate([np.append(block, np.zeros(share - len(block), int)) for block in chosen])
-    at = tuple(x[number] for x in np.nonzero(batch.decisions.valid))
+    decided = np.nonzero(batch.decisions.valid)
+    at = tuple(x[number] if len(x) else number for x in decided)  # a process may have lost all of its episodes
     valid = np.concatenate([np.arange(share) < len(block) for block in chosen])
     observation, trace, row = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace, batch.row))
     scores = (batch.decisions.logp, batch.decisions.value, batch.advantage, batch.targets.return_d)
@@ -253,14 +278,14 @@ def make_encode(policy: Policy, shapes: PyTree | None, size: int) -> Callable[[P
     def encode(params, batch, mesh):
         if shapes is None:
             return batch
-        parts = num_parts(mesh)
+        parts, own = num_parts(mesh), size // pod.num_processes()
         contexts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lay_out(shapes, mesh))
         batch = batch._replace(contexts=contexts)
         for i, chosen in enumerate(_in_order(batch, size)):
-            observation = place(_minibatch(batch, chosen, size).observation, mesh)
+            observation = pod.to_mesh(_minibatch(batch, chosen, own).observation, mesh)
             contexts = write(contexts, params, observation, np.int32(i * size // parts))
         row = np.zeros(batch.decisions.valid.shape, np.int32)
-        row[batch.decisions.valid] = np.arange(batch.decisions.valid.sum()) // parts
+        row[batch.decisions.valid] = np.arange(batch.decisions.valid.sum()) // (parts // pod.num_processes())
         return batch._replace(observation=without_scene(batch.observation), contexts=contexts, row=row)
 
     return encode
@@ -275,16 +300,16 @@ def make_rescore(policy: Policy, temperature: float, size: int, microbatch_size:
             observation, trace, row = part
             return score_rows(policy, contexts, row)(params, observation, trace, temperature=temperature).logp
 
-        return update.map_rows(one, rows, microbatch_size)
+        return map_rows(one, rows, microbatch_size)
 
     score = announce_compiling("compiling the scores of decisions", score)
 
     def rescore(params, batch, mesh):
         logp, at = np.zeros_like(batch.decisions.logp), np.argwhere(batch.decisions.valid)
         for chosen in _in_order(batch, size):
-            part = _minibatch(batch, chosen, size)
-            rows = place((part.observation, part.trace, part.row), mesh)
-            scores = np.asarray(score(params, rows, batch.contexts))[part.valid]
+            part = _minibatch(batch, chosen, size // pod.num_processes())
+            rows = pod.to_mesh((part.observation, part.trace, part.row), mesh)
+            scores = pod.own_rows(score(params, rows, batch.contexts))[part.valid]
             logp[tuple(at[np.concatenate(chosen)].T)] = scores
         return batch._replace(decisions=batch.decisions._replace(logp=logp))
 
