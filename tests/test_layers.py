@@ -25,7 +25,7 @@ ALLOWED = {
     "config": (),
     "documents": ("types", "config"),
     "sharding": ("types", "config"),
-    "logging": ("types", "config", "documents"),
+    "logging": ("types", "config", "documents", "sharding.pod"),
     "stages": ("types", "config"),
     "losses": ("types",),
     "targets": ("types", "stages", "losses"),

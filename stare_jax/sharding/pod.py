@@ -2,7 +2,7 @@
 
 Values go from process to process through the store of JAX's coordinator, which process 0 has, and not over devices: a
 process that waits there may do so for hours, hears a signal meanwhile, and compiles nothing. All processes call the
-functions below in the same order, but for `is_main`, `share`, `own_key`, `is_stopping` and `ask_to_stop`.
+functions below in the same order, but for `is_main`, `share`, `deal`, `own_key` and `is_stopping`.
 """
 
 import atexit
@@ -53,7 +53,9 @@ def start(address: str = "", num_processes: int | None = None, process_id: int |
         got = f"coordinator {address!r}, num_processes {num_processes}, process_id {process_id}"
         raise UserError(f"pod: got {got}, expected HOST:PORT with both others, or none of the three")
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if not address and int(os.environ.get("SLURM_NTASKS", 1)) < 2 and len(hosts) < 2:
+    # Of SLURM's variables this one is there in steps alone (srun), and not where a batch script runs.
+    in_step = "SLURM_STEP_NUM_NODES" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    if not address and not in_step and len(hosts) < 2:
         return
     given = (None, *given) if address in ("", "auto") else (address, *given)
     try:
@@ -206,16 +208,15 @@ def agree(flag: bool) -> bool:
     return any(gather(bool(flag)))
 
 
-def is_stopping() -> bool:
-    """Returns whether any process has been asked to stop, as far as it has got about; loops `agree` on it."""
-    return _stopping.is_set()
+def is_stopping(is_asked: bool) -> bool:
+    """Returns whether this process has been asked to stop, or another one has, which is told within a second.
 
-
-def ask_to_stop() -> None:
-    """Lets `is_stopping` be true everywhere, within a second."""
-    if num_processes() > 1 and not _stopping.is_set():
+    Not all processes have the same answer at the same time: loops `agree` on it.
+    """
+    if num_processes() > 1 and is_asked and not _stopping.is_set():
         _client().key_value_set(f"{_SAID}/stop", "", allow_overwrite=True)
-    _stopping.set()
+        _stopping.set()
+    return is_asked or _stopping.is_set()
 
 
 # ---- Arrays ---------------------------------------------------------------------------------------------------------
