@@ -170,13 +170,11 @@ def run_ipi(
             # A phase, or its evaluation, uses the memory of what it is given: nothing here may keep it.
             held: list[PyTree] = []
             if not pod.on_main(is_finished, directory, phase, config):
-                start, source = (
-                    pod.on_main(start_name, directory, config, phase),
-                    start_source(directory, config, phase),
-                )
+                start = pod.on_main(start_name, directory, config, phase)
                 data = describe_demonstrations(demonstrations) if phase == "sft" else {}
                 pod.on_main(begin_phase, directory / phase, record_phase(config, phase, start=start, data=data))
                 pod.on_main(set_aside_evaluation, directory, phase)
+                source = start_source(directory, config, phase)
                 held.append(initial_params(source, policy, network, mesh, jax.random.key(config.seed)))
                 if phase == "sft":
                     batches = functools.partial(_imitation_batches, config, policy, demonstrations)

@@ -57,10 +57,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one phase, newest `keep` kept; saving goes on in the background. Use it in a `with`.
-
-    All processes save together, each its parts of the arrays; process 0 does the rest.
-    """
+    """The checkpoints of one phase, newest `keep` kept, saved in the background by all processes. For a `with`."""
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
         if keep < 1:
@@ -77,9 +74,8 @@ class Checkpoints:
         frozen = self._directory / FROZEN
         if complete_steps(self._directory):
             _check_whole(frozen)
-        # Frozen parameters without a step may be those of other starting weights.
         elif folder := move_aside(self._directory, [frozen]):
-            say(f"{frozen} is of no checkpoint; it is in {folder} now")
+            say(f"{frozen} is of no checkpoint; it is in {folder} now")  # and may be of other starting weights
 
     def save(
         self, step: int, state: TrainState, *, norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]
@@ -105,13 +101,12 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._writer.close()
-        pod.from_main(None)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        # All processes have to be there for a checkpoint to be finished; after an error of one they are not.
+        # After an error of one process the others do not come to finish a checkpoint.
         if pod.num_processes() == 1 or kind is None or issubclass(kind, Interrupted):
             self.close()
 

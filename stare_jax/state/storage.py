@@ -114,6 +114,7 @@ class BackgroundWriter:
             self._thread.shutdown()
             with _writing(self._directory):
                 self._checkpointer.close()
+            pod.from_main(None)
 
     def _wait(self) -> None:
         if self._finishing is not None:
@@ -123,10 +124,8 @@ class BackgroundWriter:
     def _finish(self, saving: Any, folder: Path) -> None:
         with _writing(folder):
             saving.result()
-            if not pod.is_main():
-                return
-            write_sums(folder)
-        for step in whole_steps(self._directory)[: -self._keep]:
+            write_sums(folder) if pod.is_main() else None
+        for step in whole_steps(self._directory)[: -self._keep] if pod.is_main() else ():
             # Under this name it is known to be half deleted, should the process be killed now.
             old = (self._directory / str(step)).rename(self._directory / f"{step}{PARTIAL}")
             _remove(old)

@@ -194,18 +194,21 @@ def compile_targets(
         padded = jax.tree.map(lambda x: np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)), inputs)
         results = jax.device_get(all_episodes(*padded))
         everyones, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
-        num_own = len(own.trajectory.valid)
-        first = sum(pod.gather(num_own)[: pod.process_id()])
-        targets, *others = jax.tree.map(lambda x: x[first : first + num_own] if x.ndim else x, (everyones, *others))
+        targets, *others = _own_episodes((everyones, *others), len(own.trajectory.valid))
         observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], own.trajectory.observation)
-        decisions = own.trajectory.decisions
-        decisions = decisions._replace(valid=decisions.valid & targets.valid_d)
-        if not pod.agree(decisions.valid.any()):
+        valid = own.trajectory.decisions.valid & targets.valid_d
+        if not pod.agree(valid.any()):
             got = f"got no decision of the policy in {num_episodes} episodes, as experts never came to a later stage"
             raise UserError(f"ppo.jump_start.fraction: {got}; expected a smaller fraction, or more episodes in a batch")
-        return PPOBatch(observation, decisions, targets, *others, everyones)
+        return PPOBatch(observation, own.trajectory.decisions._replace(valid=valid), targets, *others, everyones)
 
     return prepare
+
+
+def _own_episodes(of_all: PyTree, num_own: int) -> PyTree:
+    """Returns the rows of this process's episodes among those of all processes, one after the other."""
+    first = sum(pod.gather(num_own)[: pod.process_id()])
+    return jax.tree.map(lambda x: x[first : first + num_own] if x.ndim else x, of_all)
 
 
 def minibatches(
