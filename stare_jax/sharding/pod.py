@@ -7,6 +7,7 @@ functions below in the same order, but for `is_main`, `share`, `deal`, `own_key`
 
 import atexit
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -237,15 +238,14 @@ def to_mesh(rows: PyTree, mesh: Mesh) -> PyTree:
         return jax.make_array_from_process_local_data(by_host, np.asarray(x), shape)
 
     placed = jax.tree.map(one, rows)
-    return placed if by_host is sharding else jax.jit(lambda x: x, out_shardings=sharding)(placed)
+    return placed if by_host is sharding else _move(placed, jax.tree.map(lambda x: sharding, placed))
 
 
 def own_rows(batch: Array) -> np.ndarray:
     """Returns the rows of an array on the mesh that this process gave to `to_mesh`; of one that is small."""
     if num_processes() == 1:
         return np.asarray(batch)
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(batch.sharding.mesh, P()))(batch)
-    return share(np.asarray(whole))
+    return share(np.asarray(_move(batch, NamedSharding(batch.sharding.mesh, P()))))
 
 
 def on_host(params: PyTree) -> PyTree:
@@ -261,8 +261,7 @@ def on_host(params: PyTree) -> PyTree:
     fsdp = math.gcd(mesh.shape["fsdp"], len(local) // tensor)
     if (fsdp, tensor) != (mesh.shape["fsdp"], mesh.shape["tensor"]):
         copies = Mesh(mesh.devices.reshape(-1, fsdp, tensor), AXES, AXIS_TYPES)
-        to = jax.tree.map(lambda x: NamedSharding(copies, x.sharding.spec), params)
-        params = jax.jit(lambda x: x, out_shardings=to)(params)
+        params = _move(params, jax.tree.map(lambda x: NamedSharding(copies, x.sharding.spec), params))
     here = Mesh(np.array(local).reshape(-1, fsdp, tensor), AXES, AXIS_TYPES)
 
     def one(x):
@@ -270,6 +269,16 @@ def on_host(params: PyTree) -> PyTree:
         return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(here, x.sharding.spec), parts)
 
     return jax.tree.map(one, params)
+
+
+def _move(tree: PyTree, shardings: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, _mover(tuple(jax.tree.leaves(shardings)))(leaves))
+
+
+@functools.lru_cache(maxsize=16)
+def _mover(shardings: tuple[NamedSharding, ...]) -> Callable[[list[Array]], list[Array]]:
+    return jax.jit(lambda leaves: leaves, out_shardings=list(shardings))
 
 
 def _client() -> Any:

@@ -1,0 +1,23 @@
+"""The configuration that tests of several processes train: all phases on the toy, a few optimiser steps each."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configs.pod_smoke import get_config as whole_config
+
+
+def get_config():
+    config = whole_config("state")
+    config.name = "pod"
+    config.env.envs_per_worker = 4
+    config.demos.num_demos = 8
+    config.sft.update(num_steps=4, batch_size=16, checkpoint_every=2, log_every=1)
+    config.pairs.update(num_pairs=4, max_rollouts=32, temperature=3.0)
+    config.tpo.batch_size = 8
+    # All decisions of an iteration are in one minibatch: of several, each number of processes draws others.
+    config.ppo.update(num_iterations=2, num_episodes=8, minibatch_size=512)
+    config.evaluation.num_episodes = 0
+    config.logging.tensorboard = False
+    return config
