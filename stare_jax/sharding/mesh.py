@@ -153,6 +153,13 @@ def has_own_parts(mesh: Mesh | AbstractMesh) -> bool:
     return num_parts(mesh) % num_hosts(mesh) == 0
 
 
+def check_shares(name: str, size: int, unit: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ShardingError unless processes can share `size` in equal parts of whole units; `name` is to blame."""
+    if size % (num_hosts(mesh) * unit):
+        expected = f"a multiple of {num_hosts(mesh)} processes" + (f" x {unit}" if unit > 1 else "")
+        raise ShardingError(f"{name}: got {size}, expected {expected}")
+
+
 def check_batch_size(name: str, size: int | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError unless a batch of `size` can be cut over the mesh; `name` is the config field to blame."""
     if size is not None and size % num_parts(mesh):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from stare_jax import targets
 from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
@@ -21,16 +21,15 @@ from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import policy_act
 from stare_jax.rollout.jump_start import JumpStartConfig, lead
-from stare_jax.rollout.rounds import gather_rollout
 from stare_jax.rollout.validation import ValidationConfig, validate
 from stare_jax.sharding import pod
-from stare_jax.sharding.mesh import ShardingError, check_batch_size, has_own_parts, num_hosts
+from stare_jax.sharding.mesh import check_batch_size, check_shares, num_hosts, num_parts
 from stare_jax.sharding.microbatch import check_microbatch
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.contexts import context_shapes, score_rows
+from stare_jax.state.contexts import Kept, kept_contexts, num_acting_rows, score_rows
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params, without_critic
 from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
@@ -81,8 +80,9 @@ class PPOConfig:
     """ratio that is clipped: of a whole "decision"; of each "token", or step of a flow; or "mean", the decision's with
     its logarithm divided by the number of terms, as RLinf tempers flows."""
     context_gb: NonNegative = 0.0
-    """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`): where they
-    fit they are computed once an iteration, and otherwise in every epoch."""
+    """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`). Where they
+    fit, the actor keeps those that it makes; where those of decisions alone fit, and not of idle environments, they are
+    computed once an iteration; and otherwise in every epoch."""
     rescore: bool | None = None
     """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
     None: where the network computes in less than float32."""
@@ -236,17 +236,18 @@ def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
     check_batch_size("ppo.minibatch_size", config.minibatch_size, mesh)
     check_batch_size("ppo.microbatch_size", config.microbatch_size, mesh)
     name = "num_episodes" if config.num_steps is None else "num_steps"
-    if (size := getattr(config, name)) % (num_hosts(mesh) * config.group_size):
-        raise ShardingError(f"ppo.{name}: got {size}, expected a multiple of {num_hosts(mesh)} processes x group_size")
-    if config.context_gb and not has_own_parts(mesh):
-        raise ShardingError(f"ppo.context_gb: got {config.context_gb:g}, expected 0 where tensor goes across hosts")
+    check_shares(f"ppo.{name}", getattr(config, name), config.group_size, mesh)
 
 
-def kept_contexts(policy: Policy, config: PPOConfig, horizon: int) -> PyTree | None:
-    """Returns the contexts that iterations keep, see `context_shapes`."""
+def plan_contexts(
+    policy: Policy, config: PPOConfig, horizon: int, groups: Sequence[int], mesh: Mesh | AbstractMesh
+) -> Kept | None:
+    """Returns the contexts that iterations keep, see `contexts.kept_contexts`; `groups` are the environments of each
+    group that acts by itself."""
     num_decisions = config.num_steps or config.num_episodes * -(-horizon // policy.chunk)
     size = config.microbatch_size or config.minibatch_size
-    return context_shapes(policy, num_decisions, size, config.context_gb)
+    num_acting = num_acting_rows(num_decisions, horizon, policy.chunk, groups, num_parts(mesh))
+    return kept_contexts(policy, num_decisions, num_acting, size, config.context_gb * (num_hosts(mesh) == 1))
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
@@ -275,8 +276,7 @@ def train_ppo(
         Interrupted: `run.should_stop` asked for it; a checkpoint has been saved. A batch that was being collected is
             collected again when the run goes on; an update that was under way has been finished.
         FloatingPointError: the loss is not finite.
-        SimulatorError: every episode of an iteration was lost.
-        CheckpointError: see `loop.start_phase`.
+        SimulatorError, CheckpointError: every episode of an iteration was lost; see `loop.start_phase`.
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_mesh(config, run.mesh)
@@ -286,8 +286,8 @@ def train_ppo(
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare, is_warned = make_prepare(spec, config, chunk=policy.chunk), False
-    contexts = kept_contexts(policy, config, env.horizon)
-    encode = ppo_batch.make_encode(policy, contexts, config.microbatch_size or config.minibatch_size)
+    kept = plan_contexts(policy, config, env.horizon, [group.num_envs for group in env.groups], run.mesh)
+    encode = ppo_batch.make_encode(policy, kept, config.microbatch_size or config.minibatch_size)
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
     led = lead(env, spec, experts, config.jump_start, chunk=policy.chunk)
@@ -306,10 +306,11 @@ def train_ppo(
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
-            rollout, after = ppo_batch.collect(  # An actor with a name would keep what it prepared through the updates.
-                acting(key, temperature=config.temperature), led, spec, counters, config, run, window
+            store = ppo_batch.make_store(kept, run.mesh)
+            rollout, whole, after = ppo_batch.collect(  # An actor with a name would keep what it prepared.
+                acting(key, temperature=config.temperature, keep=store), led, spec, counters, config, run, window
             )
-            if not rollout.is_complete:
+            if not whole.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
             del acting
@@ -319,8 +320,7 @@ def train_ppo(
             fraction_done = np.float32(counters.iteration / config.num_iterations)
             rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
-                whole = gather_rollout(rollout)
-                batch = encode(state.params, prepare(rollout, whole), run.mesh)
+                batch = encode(state.params, prepare(rollout, whole), run.mesh, store)
                 batch = rescore(state.params, batch, run.mesh) if is_rescoring else batch
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:

@@ -20,11 +20,12 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.jump_start import draw_stages
+from stare_jax.rollout.kept import KEPT_ROW, ContextStore, write_rows
+from stare_jax.rollout.rounds import gather_rollout
 from stare_jax.sharding import pod
-from stare_jax.sharding.mesh import num_parts
 from stare_jax.sharding.microbatch import map_rows
 from stare_jax.stages.several import TaskSpecs, as_specs, take_turns
-from stare_jax.state.contexts import lay_out, score_rows
+from stare_jax.state.contexts import Kept, lay_out, score_rows
 from stare_jax.targets import Targets
 from stare_jax.train.loop import Run
 from stare_jax.types import Array, Decisions, Observation, PyTree
@@ -97,16 +98,15 @@ class PPOBatch(NamedTuple):
     contexts: PyTree | None = None
     """leaves `[P, R, ...]`, each of the P parts of a mesh's batches with R rows of its own; None: not kept."""
     row: np.ndarray | None = None
-    """int32 `[E, D]`, the row of each decision's context. Of all decisions of a process, the i-th has its in the part
-    i mod P of the process's parts."""
+    """int32 `[E, D]`, the row of each decision's context, row r of part p being p R + r."""
 
 
 def collect(
     act: Act, env: VecEnv, spec: TaskSpecs, counters: Counters, config: "PPOConfig", run: Run, window: Window
-) -> tuple[Rollout, Counters]:
-    """Returns this process's episodes of an iteration, and the counters after it.
+) -> tuple[Rollout, Rollout, Counters]:
+    """Returns this process's episodes of an iteration, those of all (`gather_rollout`), and the counters after it.
 
-    The rollout is complete where those of all processes are. Raises SimulatorError where every episode of all was lost.
+    Raises SimulatorError where every episode was lost.
     """
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
     batch_size //= pod.num_processes()
@@ -129,13 +129,12 @@ def collect(
         )
     num_episodes = len(rollout.instructions)
     stages = draw_stages(config.jump_start, seeds[:num_episodes], as_specs(spec)[0].num_stages)
-    own = (rollout.is_complete, rollout.trajectory.valid.any(), rollout.num_steps, start[num_episodes - 1])
-    is_complete, has_any, num_steps, last = map(np.array, zip(*pod.gather(own), strict=True))
-    if is_complete.all() and not has_any.any():
-        raise SimulatorError(f"ppo: iteration {counters.iteration + 1} lost all {rollout.num_dropped} episodes")
-    added = Counters(1, int(num_steps.sum()), int(last.max()) + 1)
-    after = Counters(*map(sum, zip(counters, added, strict=True)))
-    return rollout._replace(handover=stages, is_complete=bool(is_complete.all())), after
+    rollout = rollout._replace(handover=stages)
+    whole = gather_rollout(rollout)
+    if whole.is_complete and not whole.trajectory.valid.any():
+        raise SimulatorError(f"ppo: iteration {counters.iteration + 1} lost all {whole.num_dropped} episodes")
+    added = Counters(1, whole.num_steps, max(pod.gather(int(start[num_episodes - 1]))) + 1)
+    return rollout, whole, Counters(*map(sum, zip(counters, added, strict=True)))
 
 
 def compile_targets(
@@ -220,29 +219,33 @@ def minibatches(
     `size` with rows that are not valid. A last, small minibatch would move the policy as far as the others, on a few
     decisions, and measure the KL divergence by them.
     """
-    own, num_minibatches = _own_parts(batch, size)
+    blocks = _blocks(batch)
+    own, num_minibatches = _own_parts(blocks, size)
     for _ in range(num_epochs):
-        shares = (np.array_split(rng.permutation(block), num_minibatches) for block in _blocks(batch))
+        shares = (np.array_split(rng.permutation(block), num_minibatches) for block in blocks)
         for chosen in zip(*shares, strict=True):
             yield _minibatch(batch, chosen, own)
 
 
-def _own_parts(batch: PPOBatch, size: int) -> tuple[int, int]:
-    """Returns this process's rows of `size` decisions, and the parts that the decisions of any process make up."""
+def _own_parts(blocks: Sequence[np.ndarray], size: int) -> tuple[int, int]:
+    """Returns this process's rows of `size` decisions, and the parts that the blocks of any process make up."""
     own = size // pod.num_processes()
-    return own, max(pod.gather(math.ceil(batch.decisions.valid.sum() / own)))
+    return own, max(pod.gather(math.ceil(max(map(len, blocks)) * len(blocks) / own)))
 
 
 def _blocks(batch: PPOBatch) -> list[np.ndarray]:
-    """Returns the numbers of the decisions whose rows lie in each of this process's parts of a mesh's batches; of all
-    without contexts."""
-    num_blocks = 1 if batch.contexts is None else len(jax.tree.leaves(batch.contexts)[0]) // pod.num_processes()
-    return [np.arange(first, batch.decisions.valid.sum(), num_blocks) for first in range(num_blocks)]
+    """Returns the numbers of the decisions whose rows lie in each part of a mesh's batches; of all without contexts."""
+    if batch.contexts is None:
+        return [np.arange(batch.decisions.valid.sum())]
+    num_parts, num_rows = jax.tree.leaves(batch.contexts)[0].shape[:2]
+    part = batch.row[batch.decisions.valid] // num_rows
+    return [np.flatnonzero(part == p) for p in range(num_parts)]
 
 
 def _in_order(batch: PPOBatch, size: int) -> Iterator[list[np.ndarray]]:
     """Yields the decisions of each block in parts of `size` together, in all processes."""
-    blocks, (own, num_parts) = _blocks(batch), _own_parts(batch, size)
+    blocks = _blocks(batch)
+    own, num_parts = _own_parts(blocks, size)
     share = own // len(blocks)
     yield from ([block[i * share : (i + 1) * share] for block in blocks] for i in range(num_parts))
 
@@ -255,40 +258,53 @@ def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> Deci
     at = tuple(x[number] if len(x) else number for x in decided)  # a process may have lost all of its episodes
     valid = np.concatenate([np.arange(share) < len(block) for block in chosen])
     observation, trace, row = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace, batch.row))
+    if batch.contexts is not None:
+        row = row % jax.tree.leaves(batch.contexts)[0].shape[1]
     scores = (batch.decisions.logp, batch.decisions.value, batch.advantage, batch.targets.return_d)
     return DecisionBatch(observation, trace, *(x[at] for x in scores), valid, row)
 
 
-def make_encode(policy: Policy, shapes: PyTree | None, size: int) -> Callable[[PyTree, PPOBatch, Mesh], PPOBatch]:
-    """Returns (params, batch, mesh) -> the batch with the contexts of its decisions in place of images and prompts.
+def make_store(kept: Kept | None, mesh: Mesh) -> ContextStore | None:
+    """Returns room for the contexts of a rollout on the devices; None where the actor keeps none."""
+    return ContextStore(_blank(kept, mesh)) if kept is not None and kept.is_from_rollout else None
+
+
+def _blank(kept: Kept, mesh: Mesh) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lay_out(kept.shapes, mesh))
+
+
+def make_encode(policy: Policy, kept: Kept | None, size: int) -> Callable[..., PPOBatch]:
+    """Returns (params, batch, mesh, store) -> the batch with the contexts of its decisions in place of images and
+    prompts: those of a store, which is empty then, or computed here where it has none, or not all.
 
     Args:
         policy: has `encode`.
-        shapes: `context_shapes`; None returns batches as they are.
+        kept: None returns batches as they are.
         size: rows that are encoded at a time.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def write(contexts, params, observation, start):
-        def one(x, new):
-            new = new.reshape(x.shape[0], -1, *x.shape[2:])
-            return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
-
-        return jax.tree.map(one, contexts, policy.encode(params, observation))
+        return write_rows(contexts, policy.encode(params, observation), start)
 
     write = announce_compiling("compiling the contexts of decisions", write)
 
-    def encode(params, batch, mesh):
-        if shapes is None:
+    def encode(params, batch, mesh, store=None):
+        if kept is None:
             return batch
-        parts, own = num_parts(mesh), size // pod.num_processes()
-        contexts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lay_out(shapes, mesh))
-        batch = batch._replace(contexts=contexts)
-        for i, chosen in enumerate(_in_order(batch, size)):
-            observation = pod.to_mesh(_minibatch(batch, chosen, own).observation, mesh)
-            contexts = write(contexts, params, observation, np.int32(i * size // parts))
-        row = np.zeros(batch.decisions.valid.shape, np.int32)
-        row[batch.decisions.valid] = np.arange(batch.decisions.valid.sum()) // (parts // pod.num_processes())
+        trace = dict(batch.decisions.trace)
+        row = trace.pop(KEPT_ROW, None)
+        batch = batch._replace(decisions=batch.decisions._replace(trace=trace))
+        contexts = _blank(kept, mesh) if store is None else store.take()
+        if store is None or not store.is_whole:
+            parts, num_rows = jax.tree.leaves(contexts)[0].shape[:2]
+            number = np.arange(batch.decisions.valid.sum())
+            row = np.zeros(batch.decisions.valid.shape, np.int32)
+            row[batch.decisions.valid] = number % parts * num_rows + number // parts
+            batch = batch._replace(contexts=contexts, row=row)
+            for i, chosen in enumerate(_in_order(batch, size)):
+                observation = pod.to_mesh(_minibatch(batch, chosen, size).observation, mesh)
+                contexts = write(contexts, params, observation, np.int32(i * size // parts))
         return batch._replace(observation=without_scene(batch.observation), contexts=contexts, row=row)
 
     return encode

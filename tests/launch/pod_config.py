@@ -17,7 +17,7 @@ def get_config():
     config.pairs.update(num_pairs=4, max_rollouts=32, temperature=3.0)
     config.tpo.batch_size = 8
     # All decisions of an iteration are in one minibatch: of several, each number of processes draws others.
-    config.ppo.update(num_iterations=2, num_episodes=8, minibatch_size=512)
+    config.ppo.update(num_iterations=3, num_episodes=8, minibatch_size=512)
     config.evaluation.num_episodes = 0
     config.logging.tensorboard = False
     return config

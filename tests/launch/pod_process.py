@@ -34,7 +34,7 @@ def record(folder):
 
     def keep(*arguments):
         found = collect(*arguments)
-        (folder / f"{found[1].iteration}_{pod.process_id()}.pkl").write_bytes(pickle.dumps(found))
+        (folder / f"{found[2].iteration}_{pod.process_id()}.pkl").write_bytes(pickle.dumps(found))
         return found
 
     ppo_batch.collect = keep
@@ -47,8 +47,9 @@ def replay(folder):
 
     def stored(act, env, spec, counters, config, run, window):
         files = sorted(folder.glob(f"{counters.iteration + 1}_*.pkl"))
-        rollouts, after = zip(*(pickle.loads(file.read_bytes()) for file in files), strict=True)
-        return join_rollouts(rollouts), after[0]
+        rollouts, _, after = zip(*(pickle.loads(file.read_bytes()) for file in files), strict=True)
+        whole = join_rollouts(rollouts)
+        return whole, whole, after[0]
 
     ppo_batch.collect = stored
 
