@@ -11,6 +11,7 @@ from configs.pod_smoke import get_config as whole_config
 def get_config():
     config = whole_config("state")
     config.name = "pod"
+    config.model.update(hidden_dims=(16,), value_dims=(16,))
     config.env.envs_per_worker = 4
     config.demos.num_demos = 8
     config.sft.update(num_steps=4, batch_size=16, checkpoint_every=2, log_every=1)

@@ -23,4 +23,4 @@ def test_two_processes_train_as_one_does(tmp_path):
     (alone,) = in_pod.reports(in_pod.finish(in_pod.start("replay", tmp_path, num_processes=1)))
     assert alone["codes"] == [0, 0]
     # Sums over devices are taken in another order.
-    assert max(alone[phase] for phase in ("sft", "tpo", "ppo")) < 1e-6 < 1e-5 < min(alone["moved"].values())
+    assert max(alone[phase] for phase in ("sft", "tpo", "ppo")) < 1e-6 < 5e-6 < min(alone["moved"].values())
