@@ -82,7 +82,7 @@ class PPOConfig:
     context_gb: NonNegative = 0.0
     """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`). Where they
     fit, the actor keeps those that it makes; where those of decisions alone fit, and not of idle environments, they are
-    computed once an iteration; and otherwise in every epoch."""
+    computed once an iteration; and otherwise, or by several processes, in every epoch."""
     rescore: bool | None = None
     """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
     None: where the network computes in less than float32."""

@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 CONFIG = f"--config={HERE / 'pod_config.py'}"
 
 
-def start(mode, folder, *flags, num_processes=2, num_devices=8):
+def start(mode, folder, *flags, variant="", num_processes=2, num_devices=8):
     """Starts the processes of a run, each with its share of the devices."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -28,7 +28,14 @@ def start(mode, folder, *flags, num_processes=2, num_devices=8):
             "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
         }
         pod = [f"--coordinator={address}", f"--num_processes={num_processes}", f"--process_id={number}"]
-        command = [sys.executable, str(HERE / "pod_process.py"), mode, str(folder), CONFIG, "--config.mesh.data=-1"]
+        command = [
+            sys.executable,
+            str(HERE / "pod_process.py"),
+            mode,
+            str(folder),
+            CONFIG + variant,
+            "--config.mesh.data=-1",
+        ]
         command += [*(pod if num_processes > 1 else ()), "--lost_after_s=20", *flags]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **pipes))

@@ -3,6 +3,7 @@
     record   trains, keeps the episodes of interaction in FOLDER, and tries the functions of `sharding.pod`
     replay   one process trains on these episodes, goes on from the other run's imitation, and says how far both differ
     train    trains
+    fail     trains, until process 1 raises an error in its second iteration
 
 Prints JSON at last.
 """
@@ -38,6 +39,21 @@ def record(folder):
         return found
 
     ppo_batch.collect = keep
+
+
+def fail():
+    """Lets process 1 raise an error while the other one collects."""
+    from stare_jax.sharding import pod
+    from stare_jax.train import ppo_batch
+
+    collect = ppo_batch.collect
+
+    def broken(act, env, spec, counters, *rest):
+        if counters.iteration == 1 and pod.process_id() == 1:
+            raise ValueError("a simulator of one host is broken")
+        return collect(act, env, spec, counters, *rest)
+
+    ppo_batch.collect = broken
 
 
 def replay(folder):
@@ -105,7 +121,9 @@ def differences(runs, phases):
 def main():
     mode, folder, flags = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     two, alone, after_imitation = (folder / name for name in ("two", "alone", "after_imitation"))
-    if mode == "train":
+    if mode == "fail":
+        fail()
+    if mode in ("train", "fail"):
         sys.exit(run(*flags))
     if mode == "record":
         record(folder)
