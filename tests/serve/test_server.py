@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import serve
 from serving_toy import request, toy_policy, write_checkpoint
 
 from stare_jax.models.policy import with_prompt
@@ -137,6 +138,34 @@ def test_clients_at_once_get_each_their_own_answers(served):
         for reply in found[i]:
             np.testing.assert_allclose(reply["actions"], alone[i], atol=1e-6)
     assert max(reply["policy_timing"]["batch_size"] for replies in found.values() for reply in replies) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ([], 2, "--checkpoint"),
+        (["--checkpoint=/nowhere"], 1, "error: /nowhere"),
+        (["--checkpoint=/nowhere", "--port=65536"], 2, "--port: got 65536, expected at most 65535"),
+        (["--checkpoint=/nowhere", "--max-batch=0"], 2, "--max-batch"),
+        (["--checkpoint=/nowhere", "--max-batch=257"], 2, "--max-batch: got 257, expected at most 256"),
+        (["--checkpoint=/nowhere", "--temperature=-1"], 2, "--temperature: got -1.0, expected >= 0"),
+        (["--checkpoint=/nowhere", "--window-ms=nan"], 2, "--window-ms: got nan, expected 0 to 1000"),
+        (["--checkpoint=/nowhere", "--convention=other"], 2, "--convention"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, code, said):
+    try:
+        found = serve.main(arguments)
+    except SystemExit as ended:
+        found = ended.code
+    shown = capsys.readouterr().err
+    assert (found, "Traceback" in shown) == (code, False)
+    assert said in shown
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (6, (1, 2, 4, 6)), (8, (1, 2, 4, 8))])
+def test_batches_are_powers_of_two_up_to_the_largest(most, sizes):
+    assert serve.batch_sizes(most) == sizes
 
 
 OPENPI_CLIENT = """
