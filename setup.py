@@ -31,6 +31,7 @@ setup(
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11,<14",
         "pydantic>=2.12,<3",
+        "pyyaml>=6,<7",
         "rich>=14,<16",
         "safetensors>=0.6,<0.9",
         "sapien>=3.0.3,<3.1",

@@ -6,6 +6,7 @@
     python launch/train.py --config=configs/quickstart.py --redo=tpo
     python launch/train.py --config=configs/quickstart.py --demos_only --workdir=runs/demos
     python launch/train.py --config=configs/ipi_widowx.py --plan
+    python launch/train.py --config=configs/ipi_widowx.py --coordinator=auto     on every host (docs/pods.md)
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
 is named and refused, but for phases that have not begun and a larger number of steps.
@@ -29,6 +30,14 @@ _PROFILE = flags.DEFINE_integer(
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
 _DEMOS_ONLY = flags.DEFINE_bool("demos_only", False, "Collect the demonstrations into data/demos, and stop.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several, or auto: JAX asks the machine. SLURM's variables suffice."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of all processes, with --coordinator=HOST:PORT.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator=HOST:PORT.")
+_LOST_AFTER_S = flags.DEFINE_integer(
+    "lost_after_s", 60, "Seconds of silence after which a process counts as lost, and all others end.", lower_bound=1
+)
 flags.mark_flag_as_required("config")
 
 _values: dict[str, Any] = {}
@@ -43,7 +52,7 @@ def main(argv: list[str]) -> int:
 def train() -> None:
     """Runs the phases of the configuration, or prints their plan."""
     from stare_jax.config import from_dict, home_path
-    from stare_jax.logging import say
+    from stare_jax.logging import Interrupted, say, silence
     from stare_jax.runs.config import RunConfig
 
     given = _WORKDIR.value
@@ -57,11 +66,17 @@ def train() -> None:
         check_fit(config, is_here=False)
         print_plan(shorten_planned_prompts(config))
         return
-    from stare_jax.runs.ipi import run_ipi
+    from stare_jax.sharding import pod
 
-    demos_only = _DEMOS_ONLY.value
-    made = run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value, demos_only=demos_only)
-    say(f"{'demonstrations' if demos_only else 'report'}: {made}")
+    pod_flags = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _LOST_AFTER_S.value)
+    with pod.joined(*pod_flags, agreed=Interrupted):
+        if not pod.is_main():
+            silence()
+        from stare_jax.runs.ipi import run_ipi
+
+        demos_only = _DEMOS_ONLY.value
+        made = run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value, demos_only=demos_only)
+        say(f"{'demonstrations' if demos_only else 'report'}: {made}")
 
 
 def go_on_command() -> str:

@@ -11,6 +11,7 @@ import pytest
 from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, random_pairs
 
 from stare_jax.config import ConfigError, to_dict
+from stare_jax.data.pairs import pair_indices
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.seeds import VALIDATION_SEEDS, first_seed, phase_key
@@ -26,7 +27,7 @@ from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import checkpoint_directory, start_phase
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
+from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.train.tpo_reference import score_pairs
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, schedule="linear")
