@@ -6,6 +6,7 @@ setup(
     name="stare_jax",
     version="0.1.0",
     description="Stage-aware reinforcement fine-tuning of vision-language-action models in JAX",
+    license="Apache-2.0",
     packages=find_packages(include=["stare_jax", "stare_jax.*"]),
     package_data={"stare_jax": ["**/*.json", "**/*.npz", "**/*.html", "**/*.txt"]},
     python_requires=">=3.11",
