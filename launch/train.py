@@ -7,10 +7,12 @@
     python launch/train.py --config=configs/quickstart.py --demos_only --workdir=runs/demos
     python launch/train.py --config=configs/ipi_widowx.py --plan
 
-Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
-is named and refused, but for phases that have not begun and a larger number of steps.
+Ctrl-C or SIGTERM saves and stops; the same command goes on, as it does after a crash or a kill (docs/resume.md). A run
+goes on with its own configuration only: what differs is named and refused, but for phases that have not begun and a
+larger number of steps.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -28,9 +30,18 @@ _PROFILE = flags.DEFINE_integer(
 )
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
 _DEMOS_ONLY = flags.DEFINE_bool("demos_only", False, "Collect the demonstrations into data/demos, and stop.")
+_GRACE = flags.DEFINE_float(
+    "grace", 0.0, "End at the latest this many seconds after SIGTERM, saved or not; 0 waits.", lower_bound=0.0
+)
+_HANG_TIMEOUT = flags.DEFINE_float(
+    "hang_timeout", 0.0, "End with code 75 after this many seconds without a sign of life; 0 waits.", lower_bound=0.0
+)
+_DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Let XLA use programs alone that repeat their bits on GPUs.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 flags.mark_flag_as_required("config")
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+"""Flags of XLA with which a GPU repeats its bits: no sums in a varying order, no program chosen by its time."""
 _values: dict[str, Any] = {}
 """The configuration, once the command line has been read."""
 
@@ -57,10 +68,13 @@ def train() -> None:
         check_fit(config, is_here=False)
         print_plan(shorten_planned_prompts(config))
         return
+    if _DETERMINISTIC.value:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     from stare_jax.runs.ipi import run_ipi
 
     demos_only = _DEMOS_ONLY.value
-    made = run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value, demos_only=demos_only)
+    options = {"redo": _REDO.value, "profile": _PROFILE.value, "demos_only": demos_only}
+    made = run_ipi(config, workdir, **options, grace=_GRACE.value, hang_timeout=_HANG_TIMEOUT.value)
     say(f"{'demonstrations' if demos_only else 'report'}: {made}")
 
 

@@ -24,6 +24,7 @@ from stare_jax.documents.statistics import check_norm_stats
 from stare_jax.logging import move_aside, say
 from stare_jax.state import storage
 from stare_jax.state.checksums import CheckpointError
+from stare_jax.state.finite import check_state
 from stare_jax.state.train_state import CHECKPOINTS, TrainState
 from stare_jax.types import NormStats, PyTree
 
@@ -87,7 +88,9 @@ class Checkpoints:
             norm_stats: normalisation statistics of the policy.
             model: configuration of the policy's model, as JSON takes it.
             counters: progress of the loop, as JSON takes it.
+        Values that are not finite raise FloatingPointError.
         """
+        check_state(self._directory.parent.name, state)
         if step == self._last or step in complete_steps(self._directory):
             return
         if jax.tree.leaves(state.frozen) and not (self._directory / FROZEN).exists():
@@ -204,6 +207,7 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     Raises:
         CheckpointError: none there, a damaged one, or other paths, shapes or dtypes than `like`; or one that an earlier
             version of this library wrote.
+        FloatingPointError: what is trained has values that are not finite.
     """
     path, wanted = step_path(directory, step), _items(like)
     storage.check(path, *wanted)
@@ -222,6 +226,7 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     rest = items["state"]
     trainable, average = (items["params"], None) if like.average is None else (rest["trainable"], items["params"])
     state = TrainState(rest["step"], trainable, frozen, rest["opt_state"], average)
+    check_state(Path(directory).parent.name, state)
     return Restored(state, load_counters(directory, step=step))
 
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from stare_jax.config import ConfigError
-from stare_jax.data.schema import DatasetError
-from stare_jax.data.windows import window_indices
+from stare_jax.data.decisions import decisions_of
+from stare_jax.data.scores import Keep
 from stare_jax.logging import Interrupted, announce_compiling, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
@@ -67,6 +67,7 @@ def score_pairs(
     batch_size: int,
     num_draws: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
+    keep: Keep = lambda side, inputs, compute: compute(),
 ) -> PairBatch:
     """Computes the scores of the reference policy, stage masks and stage costs.
 
@@ -78,6 +79,7 @@ def score_pairs(
         batch_size: decisions scored at a time, cut over the devices of `params`.
         num_draws: G, estimates of each score where the policy makes estimates.
         should_stop: polled before each batch of decisions.
+        keep: asked for the scores of each side, which it has or computes (`data.scores.keep_scores`).
 
     Returns:
         NumPy leaves `[P, ...]`.
@@ -99,18 +101,23 @@ def score_pairs(
         observation, decision, is_decided = decisions_of(policy, trajectory)
         shape = (*is_decided.shape, 1 if policy.preference_score is None else num_draws)
         seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-        scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
         pair, d = np.nonzero(is_decided)
-        with progress(len(pair), f"tpo: reference, {side}", "decision") as bar:
-            for start in range(0, len(pair), batch_size):
-                if should_stop():
-                    raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
-                rows = np.arange(start, start + batch_size) % len(pair)
-                at = (pair[rows], d[rows])
-                inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
-                placed = place_rows(inputs, acting_sharding(params))
-                scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
-                bar.update(min(batch_size, len(pair) - start))
+
+        def compute() -> np.ndarray:
+            scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
+            with progress(len(pair), f"tpo: reference, {side}", "decision") as bar:
+                for start in range(0, len(pair), batch_size):
+                    if should_stop():
+                        raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
+                    rows = np.arange(start, start + batch_size) % len(pair)
+                    at = (pair[rows], d[rows])
+                    inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
+                    placed = place_rows(inputs, acting_sharding(params))
+                    scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
+                    bar.update(min(batch_size, len(pair) - start))
+            return scores
+
+        scores = keep(side, (observation, decision, is_decided, seed), compute)
         mask, cost, completed = jax.device_get(_jitted_stages(spec)(task, trajectory.signals, trajectory.valid))
         valid = np.asarray(trajectory.valid)[:, 1:]
         if policy.preference_score is None:
@@ -132,32 +139,3 @@ def flatten_scores(score: Array, num_scores: int) -> Array:
     The last decision may have executed fewer actions than C.
     """
     return score.reshape(*score.shape[:-2], -1)[..., :num_scores]
-
-
-def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, PyTree, np.ndarray]:
-    """Returns the decisions of trajectories, as they are to be scored.
-
-    Args:
-        policy: policy that is to score the decisions.
-        trajectory: NumPy leaves `[P, ...]`.
-
-    Returns:
-        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; bool `[P, D]`, decisions that exist.
-
-    Raises:
-        DatasetError: log-probabilities are asked of decisions that this policy did not make.
-    """
-    valid = np.asarray(trajectory.valid)[:, 1:]
-    starts = np.arange(0, valid.shape[1], policy.chunk)
-    observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
-    if policy.preference_score is not None:
-        index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
-        return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid[:, starts]
-    decisions, params = trajectory.decisions, jax.eval_shape(policy.init, jax.random.key(0))
-    made = jax.eval_shape(policy.sample, params, policy.observation_shape(1), jax.random.key(0)).trace
-    expected = jax.tree.map(lambda x: x.shape[1:], made)
-    found = None if decisions is None else jax.tree.map(lambda x: x.shape[2:], decisions.trace)
-    if found != expected or decisions.valid.shape[1] != len(starts):
-        remedy = "collect them anew with this policy" + ("; model.preference 'flow' does without" * bool(policy.window))
-        raise DatasetError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
-    return observation, decisions.trace, np.asarray(decisions.valid)
