@@ -48,7 +48,8 @@ class DemosConfig:
     seed: Seed = 0
     """Seed of the run, from which the simulator seeds (`envs.seeds`) and the noise follow."""
     idle_translation: Finite = 0.01
-    """Largest norm of an idle action's translation, as a fraction of the largest command; negative keeps idle ones."""
+    """Largest norm of an idle action's translation, as a fraction of the largest command; negative keeps idle ones.
+    Actions of fewer than four numbers, as some toys have, are all kept."""
     idle_rotation: Finite = 0.06
     """Largest norm of an idle action's rotation, as a fraction of the largest command."""
     reproducible: bool = False
@@ -215,7 +216,8 @@ def _kind(expert: Expert, config: DemosConfig, info: SimulatorInfo) -> Kind:
     translation = config.idle_translation * max(expert.action_scale[:3])
     rotation = config.idle_rotation * max(expert.action_scale[3:-1], default=0.0)
     idle = {"translation": round(translation, 9), "rotation": round(rotation, 9)}  # 0.021 and not 0.0209...98
-    filters = {"idle": idle} if config.idle_translation >= 0 else {}
+    has_gripper = len(expert.action_scale) > 3
+    filters = {"idle": idle} if config.idle_translation >= 0 and has_gripper else {}
     settings = common | {"horizon": info.horizon} | dict(info.settings)
     return Kind(info.env_id, info.control_mode, settings, filters)
 

@@ -12,11 +12,10 @@ from stare_jax.envs.maniskill.perturbations import obstacle
 from stare_jax.envs.maniskill.scenes import Scene
 from stare_jax.envs.maniskill.shrinking import ShrinkName
 from stare_jax.envs.maniskill.widowx import JitterName
-from stare_jax.envs.tasks import load_task
-from stare_jax.stages import TASKS, TaskSpec
+from stare_jax.envs.state import STATE_DIMS, StateName
+from stare_jax.envs.tasks import TASK_NAMES, ToyScene, load_task
+from stare_jax.stages import TaskSpec
 
-STATE_DIMS = {"none": 0, "tcp": 3, "low_dim": 29}
-StateName = Literal[*STATE_DIMS]
 Backend = Literal["cpu", "cuda", "auto"]
 BACKENDS = typing.get_args(Backend)
 
@@ -26,8 +25,8 @@ class EnvConfig:
     """A batch of simulators of one task, or of several; see `make_vec_env`."""
 
     env_id: str = ""
-    """the simulator's name of the task: one of the eight in `stages.TASKS`, PushCube-v1 if nothing names a task. With
-    `task` it is that of the task's `TaskSpec`, whatever is given here."""
+    """the simulator's name of the task: one of `tasks.TASK_NAMES`, PushCube-v1 if nothing names a task. With `task` it
+    is that of the task's `TaskSpec`, whatever is given here."""
     backend: Backend = "cpu"
     """device of the physics. "cpu": processes that have some environments each. "cuda": this process's GPU, with all
     environments at once, see `BatchedSimulator`. "auto": the second if this machine and the task allow it, else the
@@ -105,14 +104,14 @@ class EnvConfig:
             object.__setattr__(self, "env_id", "PushCube-v1")
         if self.tasks:
             self._join_tasks()
-        elif self.task in TASKS:
+        elif self.task in TASK_NAMES:
             object.__setattr__(self, "env_id", self.task)
             object.__setattr__(self, "task", "")
         elif self.task:
             object.__setattr__(self, "env_id", self.spec.env_id)
-        elif self.env_id not in TASKS:
+        elif self.env_id not in TASK_NAMES:
             raise ValueError(
-                f"env_id: got {self.env_id!r}, expected one of {sorted(TASKS)}; a task of one's own is named by `task`"
+                f"env_id: got {self.env_id!r}, expected one of {sorted(TASK_NAMES)}; `task` names a task of one's own"
             )
         if self.horizon is None:
             object.__setattr__(self, "horizon", self.scene.horizon)
@@ -134,6 +133,8 @@ class EnvConfig:
             each = "one process of each task" if self.tasks else "one process"
             expected = f"a divisor of num_workers = {self.num_workers}, with {each} or more in every group"
             raise ValueError(f"num_groups: got {self.num_groups}, expected {expected}")
+        if self.is_toy and self.refused_by_toys:
+            raise ValueError(self.refused_by_toys)
         self._check_drawn_shape()
         for spec in self.specs if self.perturbation else ():
             if reason := obstacle(self.perturbation, spec.env_id, has_images=bool(self.image_size)):
@@ -172,6 +173,8 @@ class EnvConfig:
     @property
     def refused_by_cuda(self) -> str | None:
         """The field that ManiSkill does not support for a part of a batch, as a message; None if there is none."""
+        if self.is_toy:
+            return f"backend: got 'cuda' for {self.env_id}, expected 'cpu': toys are one program of JAX"
         if self.tasks:
             return f"backend: got 'cuda' for {self.env_id}, expected 'cpu': a batch on a GPU is of one task"
         if self.perturbation:
@@ -183,6 +186,21 @@ class EnvConfig:
         if self.render_size:
             got = f"got 'cuda' with render_size {self.render_size}"
             return f"backend: {got}, expected 'cpu', whose processes make images smaller"
+        return None
+
+    @property
+    def is_toy(self) -> bool:
+        """True for a toy, which JAX computes in this process, wherever it computes."""
+        return isinstance(self.scene, ToyScene)
+
+    @property
+    def refused_by_toys(self) -> str | None:
+        """The field that toys do not have, as a message; None if there is none."""
+        for name, expected in (("backend", "cpu"), ("num_groups", 1), ("has_spares", False), ("render_size", 0)):
+            if (got := getattr(self, name)) != expected and (name, got) != ("backend", "auto"):
+                return f"{name}: got {got!r} for {self.env_id}, expected {expected!r}: toys are one program of JAX"
+        if self.perturbation:
+            return f"perturbation: got {self.perturbation!r} for {self.env_id}, expected '': toys have none"
         return None
 
     @property
@@ -229,7 +247,7 @@ class EnvConfig:
         return self.specs[0]
 
     @property
-    def scene(self) -> Scene:
+    def scene(self) -> Scene | ToyScene:
         """The robot, camera, objects and goal of the task; of several the first's, whose robot and camera all have."""
         return load_task(self.task_name).scene
 
@@ -260,7 +278,7 @@ class EnvConfig:
     @property
     def takes_metres(self) -> bool:
         """True if actions are metres and radians, and not fractions of the largest command."""
-        return self.scene.robot != "panda"
+        return self.scene.robot not in ("panda", "toy")
 
     @property
     def state_dim(self) -> int:

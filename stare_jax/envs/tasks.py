@@ -1,4 +1,4 @@
-"""Tasks by name: the eight of the paper, and tasks of a user's own, each a Python file outside the library.
+"""Tasks by name: the eight of the paper, the toys, and tasks of a user's own, each a Python file outside the library.
 
 A task of one's own is named and never pickled: the processes of the simulators import the same file or module.
 """
@@ -14,13 +14,20 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from stare_jax.config import ConfigError, check_name, home_path
 from stare_jax.envs.experts import panda, widowx
 from stare_jax.envs.experts.base import Expert, ExpertFn, limit_translations
-from stare_jax.envs.maniskill.scenes import SCENES, Scene
+from stare_jax.envs.maniskill.scenes import SCENES, Camera, Scene
+from stare_jax.envs.toys import CAMERA, TOY_TASKS, Toy
 from stare_jax.stages import TASKS, TaskSpec, get_task
+from stare_jax.types import Signals
 
 TASK_NAME = "TASK"
+TASK_NAMES = (*TASKS, *TOY_TASKS)
+"""The tasks that need no file: the eight of the paper, and the toys."""
 
 
 def no_memory() -> None:
@@ -28,12 +35,24 @@ def no_memory() -> None:
     return None
 
 
+class ToyScene(NamedTuple):
+    """The part of `maniskill.scenes.Scene` that a toy has as well; its objects and goal are the toy's own."""
+
+    toy: Toy
+    camera: Camera
+    horizon: int
+    action_dims: Mapping[str, int]
+    action_scale: tuple[float, ...]
+    robot: str = "toy"
+    num_starts: int = 0
+
+
 class Task(NamedTuple):
     """One task of the simulator."""
 
     spec: TaskSpec
     """stages, instruction, and the id under which the simulator knows the task."""
-    scene: Scene
+    scene: Scene | ToyScene
     """robot, camera, objects and goal."""
     expert: ExpertFn | None = None
     """closed-loop function in the scene's default control mode; None where no demonstrations are to be collected."""
@@ -45,8 +64,8 @@ def load_task(name: str) -> Task:
     """Returns the task of a name.
 
     Args:
-        name: one of the eight ids in `stages.TASKS`; the path of a Python file, which ends in `.py`; or a module,
-            `package.module`, found on Python's path or in the working directory. File and module define `TASK`.
+        name: one of `TASK_NAMES`; the path of a Python file, which ends in `.py`; or a module, `package.module`, found
+            on Python's path or in the working directory. File and module define `TASK`.
 
     Raises:
         ConfigError: there is no such task, the file cannot be imported, it has no `TASK`, or parts of the task do not
@@ -118,8 +137,8 @@ def _import_module(name: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and not f"{name}.".startswith(f"{missing}."):
             raise  # The module exists, and one that it imports does not.
         raise ConfigError(
-            f"task: got {name!r}, expected one of {', '.join(TASKS)}, a Python file (path/to/task.py), or a module "
-            "(package.module) on Python's path or in the working directory"
+            f"task: got {name!r}, expected one of {', '.join(TASK_NAMES)}, a Python file (path/to/task.py), or a "
+            "module (package.module) on Python's path or in the working directory"
         ) from None
 
 
@@ -160,6 +179,19 @@ _EXPERTS: Mapping[str, tuple[ExpertFn, Callable[[], Any]]] = MappingProxyType(
         "PutEggplantInBasketScene-v1": (widowx.make_act(widowx.EGGPLANT), no_memory),
     }
 )
+
+
+def _toy_task(toy: Toy) -> Task:
+    """Returns a toy as a task; its actions are fractions of the largest step."""
+
+    def act(signals: Signals, memory: Any) -> tuple[np.ndarray, Any]:
+        return toy.expert(jax.tree.map(lambda leaf: np.asarray(leaf)[None], signals))[0], memory
+
+    scene = ToyScene(toy, Camera(CAMERA, (64, 64)), toy.horizon, {"toy": toy.action_dim}, (1.0,) * toy.action_dim)
+    return Task(toy.spec, scene, act)
+
+
 _BUILT_IN: Mapping[str, Task] = MappingProxyType(
     {env_id: Task(get_task(env_id), SCENES[env_id], *_EXPERTS[env_id]) for env_id in TASKS}
+    | {env_id: _toy_task(toy) for env_id, toy in TOY_TASKS.items()}
 )

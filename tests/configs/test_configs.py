@@ -30,6 +30,7 @@ from stare_jax.train import ppo, sft, tpo
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
     "quickstart": ("", "tcp", "pi05"),
+    "pod_smoke": ("", "pi05", "state"),
     "study_pushcube_state": ("ppo", "sta_ppo_paper", "sta_ppo_zero", "sta_ppo,pi05", "sta_ppo"),
     "study_pushcube_images": ("ppo", "sta_ppo_zero", "ipi"),
     "franka_state": (
@@ -110,7 +111,9 @@ def test_a_policy_of_the_state_reads_which_of_its_tasks_it_has():
 
 def test_a_configuration_called_ipi_has_all_three_phases():
     for name in VARIANTS:
-        assert (load(name, "").phases == ("sft", "tpo", "ppo")) == (name.startswith("ipi") or name == "quickstart")
+        assert (load(name, "").phases == ("sft", "tpo", "ppo")) == (
+            name.startswith("ipi") or name in ("quickstart", "pod_smoke")
+        )
 
 
 SHAPINGS = {  # shaping, progressive, terminal potential
@@ -221,7 +224,8 @@ def test_model_optimizer_and_batches_have_shapes(name, variant):
     assert least < num_params < most
     for plan in plans.values():
         # Two moments for whatever is trained and perhaps its average, nothing for what is frozen.
-        trainable = 112e6 if config.model.lora is not None else 434e6 if config.model.frozen_patterns else num_params
+        is_lora, is_part = (getattr(config.model, name, None) for name in ("lora", "frozen_patterns"))
+        trainable = 112e6 if is_lora else 434e6 if is_part else num_params
         num_moments = sum(leaf.size for leaf in jax.tree.leaves(plan.state.opt_state))
         assert num_moments <= (2 + (config.sft.ema_decay is not None)) * trainable + 10
     if "tpo" in plans:

@@ -4,7 +4,7 @@ import pytest
 
 from stare_jax.envs.experts.base import execution_noise
 from stare_jax.envs.experts.panda import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
-from stare_jax.envs.maniskill.simulator import low_dim_state
+from stare_jax.envs.state import low_dim_state
 from stare_jax.envs.tasks import make_expert
 from stare_jax.stages import TASKS, get_task, separate
 from stare_jax.types import Signals

@@ -8,7 +8,8 @@ from plain_maniskill import Touches, assert_signals_are_those_of_torch, physics_
 
 from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.building import import_mani_skill, materials_without_device
-from stare_jax.envs.maniskill.simulator import Simulator, low_dim_state
+from stare_jax.envs.maniskill.simulator import Simulator
+from stare_jax.envs.state import low_dim_state
 from stare_jax.envs.tasks import make_expert
 from stare_jax.stages.geometry import body_axis
 

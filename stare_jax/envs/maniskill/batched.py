@@ -16,8 +16,9 @@ from stare_jax.envs.maniskill.building import make_scene
 from stare_jax.envs.maniskill.dlpack import jax_to_torch, torch_to_jax
 from stare_jax.envs.maniskill.panda_lite import report_to_stderr
 from stare_jax.envs.maniskill.rests import Rests, load_rests
-from stare_jax.envs.maniskill.simulator import executed_action, observed_state
+from stare_jax.envs.maniskill.simulator import executed_action
 from stare_jax.envs.maniskill.vulkan import MissingDeviceError, has_gpu_driver
+from stare_jax.envs.state import observed_state
 from stare_jax.types import Observation
 
 SEEDS = "episode_seeds"  # our own among the options of a reset

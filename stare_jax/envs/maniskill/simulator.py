@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.envs.config import STATE_DIMS, EnvConfig
+from stare_jax.envs.config import EnvConfig
 from stare_jax.envs.maniskill.building import make_scene
 from stare_jax.envs.maniskill.built import OVER, Built
 from stare_jax.envs.maniskill.panda_control import make_drive
@@ -20,7 +20,7 @@ from stare_jax.envs.maniskill.reflections import skip_reflections
 from stare_jax.envs.maniskill.shrinking import shrink
 from stare_jax.envs.maniskill.signals import SignalReader
 from stare_jax.envs.maniskill.widowx import JITTERS, Backdrop, Starts
-from stare_jax.stages.geometry import body_axis
+from stare_jax.envs.state import observed_state
 from stare_jax.types import Array, Signals
 
 
@@ -161,47 +161,6 @@ def executed_action(action: Array, gripper_threshold: float | None) -> Array:
     xp = action.__array_namespace__()
     gripper = xp.where(action[..., -1:] > gripper_threshold, 1.0, -1.0)
     return xp.concatenate([action[..., :-1], gripper], axis=-1, dtype=xp.float32)
-
-
-def observed_state(use_state: str, signals: Signals, gripper_opening: float | Array) -> Array:
-    """Returns the state `[S]` of one environment that a policy sees, in the namespace of the signals' arrays.
-
-    Args:
-        use_state: as in `EnvConfig`.
-        signals: of the environment.
-        gripper_opening: distance between the fingers, in metres.
-    """
-    if use_state == "low_dim":
-        return low_dim_state(signals, gripper_opening)
-    return signals.tcp_pos[: STATE_DIMS[use_state]]  # all of it, or nothing
-
-
-def low_dim_state(signals: Signals, gripper_opening: float | Array) -> Array:
-    """Returns float32 `[29]`: tool (position, orientation), gripper opening, object (position, orientation), goal
-    position, tool to grasp point, object to goal, is_grasped. Metres; an orientation is the first two columns of its
-    rotation matrix.
-    """
-    xp = signals.tcp_pos.__array_namespace__()
-    parts = (
-        signals.tcp_pos,
-        _first_columns(signals.tcp_quat),
-        xp.array([gripper_opening]),
-        signals.obj_pos,
-        _first_columns(signals.obj_quat),
-        signals.goal_pos,
-        signals.grasp_pos - signals.tcp_pos,
-        signals.goal_pos - signals.obj_pos,
-        xp.array([signals.is_grasped]),
-    )
-    return xp.concatenate(parts, dtype=xp.float32)
-
-
-def _first_columns(quat: Array) -> Array:
-    """Returns `[6]`, the first two columns of the rotation matrix, which move smoothly with the orientation.
-
-    A quaternion does not: its sign flips somewhere, and with w >= 0 it flips where tools point down.
-    """
-    return quat.__array_namespace__().concatenate([body_axis(quat, 0), body_axis(quat, 1)])
 
 
 def _drive_of_mani_skill(agent: Any) -> Callable[[np.ndarray], None]:

@@ -13,7 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.toys.gripper import HOLDING_OPENING, WORKSPACE, Gripper, approach, move_fingers, move_gripper
+from stare_jax.envs.toys.drawing import OBJECT, Shape, box
+from stare_jax.envs.toys.gripper import (
+    HOLDING_OPENING,
+    VIEW,
+    WORKSPACE,
+    Gripper,
+    approach,
+    finger_opening,
+    floor_shape,
+    gripper_shapes,
+    move_fingers,
+    move_gripper,
+)
 from stare_jax.envs.toys.vec_env import Toy, array_module, bounded
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.stages.tasks import get_task
@@ -205,6 +217,12 @@ def expert_action(signals: Signals, *, speed: Array | float = 1.0, max_step: Arr
     return xp.concatenate([move, fingers[:, None]], axis=-1).astype(xp.float32)
 
 
+def shapes(state: LiftState) -> tuple[Shape, ...]:
+    """Returns what is seen: floor, peg and gripper."""
+    peg = box(state.peg, PEG_HALF_LENGTH, PEG_RADIUS, OBJECT, state.angle)
+    return (floor_shape(), peg, *gripper_shapes(state.gripper))
+
+
 TOY = Toy(
     env_id=ENV_ID,
     instruction=INSTRUCTION,
@@ -218,4 +236,7 @@ TOY = Toy(
     expert=expert_action,
     spec=task_spec(),
     norm_stats=norm_stats(),
+    opening=lambda state: finger_opening(state.gripper),
+    shapes=shapes,
+    view=VIEW,
 )

@@ -12,7 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stare_jax.envs.toys.gripper import HOLDING_OPENING, WORKSPACE, Gripper, approach, move_fingers, move_gripper
+from stare_jax.envs.toys.drawing import GOAL, OBJECT, Shape, box, disc
+from stare_jax.envs.toys.gripper import (
+    HOLDING_OPENING,
+    VIEW,
+    WORKSPACE,
+    Gripper,
+    approach,
+    finger_opening,
+    floor_shape,
+    gripper_shapes,
+    move_fingers,
+    move_gripper,
+)
 from stare_jax.envs.toys.vec_env import Toy, array_module, bounded
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.stages.tasks import get_task
@@ -183,6 +195,17 @@ def expert_action(signals: Signals, *, speed: Array | float = 1.0, max_step: Arr
     return xp.concatenate([move, fingers[:, None]], axis=-1).astype(xp.float32)
 
 
+def shapes(state: PlaceState) -> tuple[Shape, ...]:
+    """Returns what is seen: floor, stand, block and gripper."""
+    half = 0.5 * STAND_HEIGHT
+    return (
+        floor_shape(),
+        box(jnp.stack([state.goal_x, jnp.float32(half)]), STAND_RADIUS, half, GOAL),
+        disc(state.block, BLOCK_RADIUS, OBJECT),
+        *gripper_shapes(state.gripper),
+    )
+
+
 TOY = Toy(
     env_id=ENV_ID,
     instruction=INSTRUCTION,
@@ -196,4 +219,7 @@ TOY = Toy(
     expert=expert_action,
     spec=task_spec(),
     norm_stats=norm_stats(),
+    opening=lambda state: finger_opening(state.gripper),
+    shapes=shapes,
+    view=VIEW,
 )

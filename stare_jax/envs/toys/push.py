@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stare_jax.envs.toys.drawing import GOAL, GRIPPER, OBJECT, Shape, View, disc
 from stare_jax.envs.toys.vec_env import Toy, ToyEnv, array_module, bounded, unit_vector
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.stages.tasks import get_task
@@ -32,6 +33,8 @@ HEIGHT = 0.02
 START_DISTANCE = (0.07, 0.10)
 GOAL_DISTANCE = (0.05, 0.07)
 NUM_SUBSTEPS = 4
+VIEW = View(left=-0.165, bottom=-0.15, side=0.3)
+"""The part of the plane that pictures show: where episodes take place, but for those that go wrong."""
 
 
 class ToyState(NamedTuple):
@@ -134,6 +137,15 @@ def expert_action(signals: Signals, *, speed: Array | float = 1.0, max_step: Arr
     return bounded((target - gripper) / max_step, speed).astype(xp.float32)
 
 
+def shapes(state: ToyState) -> tuple[Shape, ...]:
+    """Returns what is seen: the goal, as far from which a block may be for success, the block and the gripper."""
+    return (
+        disc(state.goal, SUCCESS_DISTANCE, GOAL),
+        disc(state.block, BLOCK_RADIUS, OBJECT),
+        disc(state.gripper, GRIPPER_RADIUS, GRIPPER),
+    )
+
+
 TOY = Toy(
     env_id=ENV_ID,
     instruction=INSTRUCTION,
@@ -147,6 +159,9 @@ TOY = Toy(
     expert=expert_action,
     spec=task_spec(),
     norm_stats=norm_stats(),
+    opening=lambda state: jnp.float32(0.0),
+    shapes=shapes,
+    view=VIEW,
 )
 
 

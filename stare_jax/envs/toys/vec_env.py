@@ -1,4 +1,4 @@
-"""`VecEnv` over the pure functions of a toy."""
+"""`VecEnv` over the pure functions of a toy, all on the device that JAX computes on."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stare_jax.envs.base import EnvStep, VecEnv
+from stare_jax.envs.state import observed_state
+from stare_jax.envs.toys.drawing import View, draw
 from stare_jax.stages.spec import TaskSpec
 from stare_jax.types import Array, NormStats, Observation
 
@@ -36,17 +38,35 @@ class Toy(NamedTuple):
     It follows from the observed state alone. `speed` is the fraction of the largest step that it uses."""
     spec: TaskSpec
     norm_stats: NormStats
+    opening: Callable
+    """`opening(state) -> metres between the fingers`."""
+    shapes: Callable
+    """`shapes(state) -> drawing.Shape of everything`, the later ones over the earlier."""
+    view: View
+    """the part of the plane that pictures show."""
+
+
+CAMERA = "base_camera"
+"""The name of the pictures, that of ManiSkill's Panda, so that policies see toys without a change."""
 
 
 class ToyEnv(VecEnv):
     """`num_envs` environments of a toy; see `envs.base.VecEnv`."""
 
-    def __init__(self, toy: Toy, num_envs: int):
+    def __init__(self, toy: Toy, num_envs: int, *, use_state: str | None = None, image_shape: tuple[int, int] = (0, 0)):
+        """
+        Args:
+            toy: the task.
+            num_envs: environments.
+            use_state: as in `EnvConfig`; None for the toy's own state.
+            image_shape: (height, width) of the pictures in pixels, zeros for none.
+        """
         self.toy = toy
         self.num_envs = num_envs
         self.task_index = np.zeros(num_envs, int)
         self.instructions = (toy.instruction,) * num_envs
-        self._reset, self._step = _compile(toy.reset, toy.step, toy.observe, toy.max_step)
+        look = _look(toy.observe, toy.opening, toy.shapes, toy.view, use_state, image_shape)
+        self._reset, self._step = _compile(toy.reset, toy.step, look, toy.max_step)
 
     @property
     def env_id(self) -> str:
@@ -77,7 +97,7 @@ class ToyEnv(VecEnv):
         is_drawn: np.ndarray | None = None,
         next_seeds: Mapping[int, int] | None = None,
     ) -> None:
-        del reproducible, is_idle, is_drawn, next_seeds  # All step together, and there is nothing to draw.
+        del reproducible, is_idle, is_drawn, next_seeds  # All step together, and are drawn in the same program.
         seeds, is_reset = np.zeros(self.num_envs, np.uint32), np.zeros(self.num_envs, bool)
         for i, seed in (reset_seeds or {}).items():
             seeds[i], is_reset[i] = seed, True
@@ -90,10 +110,31 @@ class ToyEnv(VecEnv):
         del self._state, self._measured
 
     def _observe(self, measured) -> EnvStep:
-        state, signals = jax.device_get(measured)
+        images, state, signals = jax.device_get(measured)
         no_tokens = np.zeros((self.num_envs, 0), np.int32)
-        observation = Observation(images={}, state=state, tokens=no_tokens, token_mask=no_tokens.astype(bool))
+        observation = Observation(images=images, state=state, tokens=no_tokens, token_mask=no_tokens.astype(bool))
         return EnvStep(observation, signals, np.ones(self.num_envs, bool))
+
+
+@functools.lru_cache(maxsize=16)
+def _look(
+    observe: Callable,
+    opening: Callable,
+    shapes: Callable,
+    view: View,
+    use_state: str | None,
+    image_shape: tuple[int, int],
+) -> Callable:
+    """Returns `look(state) -> (images, observed state, signals)` of one environment; equal arguments, one function."""
+
+    def look(state):
+        observed, signals = observe(state)
+        if use_state is not None:
+            observed = observed_state(use_state, signals, opening(state))
+        images = {CAMERA: draw(shapes(state), view, *image_shape)} if all(image_shape) else {}
+        return images, observed, signals
+
+    return look
 
 
 @functools.lru_cache(maxsize=16)
