@@ -82,7 +82,7 @@ def contents_of(directory: Path) -> dict[str, Any]:
 
     Names of checkpoints hold the time of writing, and are left out with all other times.
     """
-    found: dict[str, Any] = {"norm_stats": json.loads((directory / "norm_stats.json").read_text())}
+    found: dict[str, Any] = {"norm_stats": json.loads((directory / "norm_stats.json").read_text("utf-8"))}
     lines = read_metrics(directory)
     for phase in sorted({line["phase"] for line in lines}):
         history = [{name: repr(x) for name, x in line.items() if _is_result(name)} for line in last_lines(lines, phase)]
@@ -97,7 +97,7 @@ def contents_of(directory: Path) -> dict[str, Any]:
         rows = [[str(x) for name, x in row._asdict().items() if name != "source"] for row in manifest.episodes]
         found[f"{folder.name}: rows"], found[f"{folder.name}: progress"] = rows, manifest.progress
         found[f"{folder.name}: frames"] = [shard.frames.sha256 for shard in manifest.shards]
-    found["pairs: pairs"] = json.loads((directory / "tpo" / "pairs" / "pairs.json").read_text())
+    found["pairs: pairs"] = json.loads((directory / "tpo" / "pairs" / "pairs.json").read_text("utf-8"))
     for result in load_results(directory):
         info = result.evaluation.info._replace(wall_s=0.0, checkpoint="")
         episodes = {name: column.tolist() for name, column in result.evaluation.episodes._asdict().items()}

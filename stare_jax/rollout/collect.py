@@ -137,11 +137,10 @@ def collect_episodes(
     def play_episodes(group: int, env: VecEnv, places: Places) -> Iterator[None]:
         """Runs episodes in one group of environments, and pauses while its simulators work."""
         nonlocal num_dropped, is_stopped
-        chunk, num_dead = None, 0
+        chunk, num_dead, rebuilds = None, 0, True
         with clock("env"):
             first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
-            state = env.reset(first, reproducible=True)
-        is_begin = True
+            state = env.reset(first, reproducible=rebuilds)
 
         while True:
             # Simulators that start again are waited for, but not without end.
@@ -187,9 +186,8 @@ def collect_episodes(
                 options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(is_drawn, env.num_envs)}
                 with clock("env"):
                     next_seeds = places.reserve(seeds)
-                    # Spare simulators begin their first episodes now.
-                    is_rebuilt, is_begin = reproducible or is_begin, False
-                    env.send(sent, reset_seeds, reproducible=is_rebuilt, next_seeds=next_seeds, **options)
+                    env.send(sent, reset_seeds, reproducible=rebuilds, next_seeds=next_seeds, **options)
+                rebuilds = reproducible  # Spare simulators have begun their first episodes, too.
             seen = seen if keep_images else seen._replace(images={})
             observation, signals = jax.device_get((seen, state.signals))
             check_states(observation.state, signals, tick, seeds)

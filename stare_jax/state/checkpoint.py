@@ -29,9 +29,9 @@ from stare_jax.state.train_state import CHECKPOINTS, TrainState
 from stare_jax.types import NormStats, PyTree
 
 FROZEN = "frozen"
-"""Name of the folder of frozen parameters, beside the steps."""
+"""Folder of frozen parameters, beside the steps."""
 MAX_NAMES = 20
-"""Number of paths that an error message lists."""
+"""Paths that an error message lists."""
 
 
 class _Extra(NamedTuple):
@@ -80,7 +80,8 @@ class Checkpoints:
     ) -> None:
         """Starts to save; returns when the arrays are copied, so that the caller may go on and donate them.
 
-        The first call writes the frozen parameters and waits for them; others leave them out.
+        The first call writes the frozen parameters and waits for them; others leave them out. FloatingPointError
+        names what is not finite.
 
         Args:
             step: name of the checkpoint; one that is there already, or that is being written, is left as it is.
@@ -88,7 +89,6 @@ class Checkpoints:
             norm_stats: normalisation statistics of the policy.
             model: configuration of the policy's model, as JSON takes it.
             counters: progress of the loop, as JSON takes it.
-        Values that are not finite raise FloatingPointError.
         """
         check_state(self._directory.parent.name, state)
         if step == self._last or step in complete_steps(self._directory):
