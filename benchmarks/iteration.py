@@ -99,7 +99,8 @@ class Learner:
         part = config.microbatch_size or config.minibatch_size
         self._step = jit_step(ppo.make_ppo_step(policy, self.tx, config), self.state)
         self._prepare = ppo.make_prepare(push.TOY.spec, config, chunk=policy.chunk)
-        self._encode = ppo_batch.make_encode(policy, ppo.kept_contexts(policy, config, horizon), part)
+        self._kept = ppo.plan_contexts(policy, config, horizon, [env.num_envs for env in self.env.groups], self.mesh)
+        self._encode = ppo_batch.make_encode(policy, self._kept, part)
         self._rescore = ppo_batch.make_rescore(
             policy, config.temperature, config.minibatch_size, config.microbatch_size
         )
@@ -111,10 +112,11 @@ class Learner:
         key, rng = jax.random.fold_in(jax.random.key(0), number), np.random.default_rng(number)
         start = time.perf_counter()
         num_seeds = config.num_steps or config.num_episodes
+        store = ppo_batch.make_store(self._kept, mesh)
         rollout = collect_episodes(
             self.env,
             # Nothing of the actor is left when the updates begin.
-            policy_act(self.policy, self.state.params, key, temperature=config.temperature, mesh=mesh),
+            policy_act(self.policy, self.state.params, key, temperature=config.temperature, mesh=mesh, keep=store),
             number * num_seeds + np.arange(num_seeds) // config.group_size,
             stop_at_success=False,
             max_steps=config.num_steps,
@@ -124,7 +126,7 @@ class Learner:
         )
         seconds, rollout_peak = clock.seconds(), peak_bytes()
         prepared = time.perf_counter()
-        batch = self._encode(self.state.params, self._prepare(rollout), mesh)
+        batch = self._encode(self.state.params, self._prepare(rollout), mesh, store)
         batch = self._rescore(self.state.params, batch, mesh) if self._is_rescoring else batch
         jax.block_until_ready(batch.contexts)
         updated, updates = time.perf_counter(), []

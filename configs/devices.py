@@ -31,8 +31,9 @@ ON_ONE_GPU = {
     "pi05": Passes(128, 48, 320, "full"),
     "pi05 lora": Passes(64, 48, 64, "dots"),
 }
-CONTEXT_GB = 22.0
-"""memory of the contexts of an iteration of pi0.5 with its action expert trained: 3840 decisions of 5.6 MB"""
+CONTEXT_GB = 27.0
+"""memory of the contexts of a rollout of pi0.5 with its action expert trained: 3840 decisions of 5.6 MB, and those of
+environments that are idle while the last episodes end"""
 FULL_GB = {"openvla full": 150, "pi05 full": 81}
 """weights, two moments of Adam, the gradients of a pass and their sum in float32, 20 bytes for each weight; 4 more for
 pi0.5, whose imitation keeps an average, and whose PPO the policy that it starts from"""

@@ -16,7 +16,10 @@ from stare_jax.envs.maniskill.vulkan import has_gpu_driver, software_driver
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "--config.env.envs_per_worker=2",
-    # Compiling takes most of the time here, and loops that are not unrolled compile faster.
+    # Compiling takes most of the time here: a network of few layers, and loops that are not unrolled, compile faster.
+    "--config.model.dino.depth=2",
+    "--config.model.siglip.depth=2",
+    "--config.model.llm.depth=1",
     "--config.model.execution.unroll=1",
     "--config.model.decode_unroll=1",
     "--config.demos.num_demos=12",

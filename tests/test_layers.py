@@ -17,6 +17,7 @@ FOLDERS = ("stare_jax", "launch", "configs", "benchmarks")
 
 GROUND = ("types", "config", "documents", "sharding")
 MATHS = (*GROUND, "logging", "stages", "losses", "targets")
+POLICIES = ("models.policy", "models.observation")
 BELOW_STATE = (*MATHS, "models", "envs", "rollout", "data")
 BELOW_TRAIN = (*BELOW_STATE, "state", "weights")
 BELOW_RUNS = (*BELOW_TRAIN, "train", "evaluate", "report")
@@ -31,7 +32,7 @@ ALLOWED = {
     "targets": ("types", "stages", "losses"),
     "envs": (*GROUND, "stages"),
     "models": (*GROUND, "losses"),
-    "rollout": (*GROUND, "logging", "stages", "envs.base", "envs.experts.base", "envs.seeds", "models.policy"),
+    "rollout": (*GROUND, "logging", "stages", "envs.base", "envs.experts.base", "envs.seeds", *POLICIES),
     "data": (*GROUND, "logging", "stages", "envs.base", "envs.experts.base", "envs.seeds", "models", "rollout"),
     "state": (*GROUND, "logging", "models.policy"),
     "weights": (*GROUND, "logging", "models", "state"),

@@ -95,9 +95,9 @@ class Policy(NamedTuple):
     that a context never changes. With it `sample`, `log_prob` and `value` take `context=None`; where one is given they
     read the state alone of the observation (`observation.without_scene`)."""
     prepare: Callable = leave_as_they_are
-    """`prepare(params) -> prepared`, which `sample` alone takes in place of `params`, with the same result: leaves in
-    the types and layouts that products read. Once a rollout, so that no decision does it; what needs nothing is the
-    same array (`rollout.prepared`)."""
+    """`prepare(params) -> prepared`, which `sample` and `encode` alone take in place of `params`, with the same result:
+    leaves in the types and layouts that products read. Once a rollout, so that no decision does it; what needs nothing
+    is the same array (`rollout.prepared`)."""
     preference_score: Callable | None = None
     """`preference_score(params, observation, action [B, H, A], seeds uint32 [B, K]) -> [B, K, C]`, float32: a stand-in
     for the log-probability of each executed action in preference learning, in K estimates that are comparable where

@@ -20,11 +20,13 @@ from stare_jax.plan.exchanges import read_collectives
 from stare_jax.plan.products import read_products
 from stare_jax.plan.text import Program
 from stare_jax.rollout.collect import jit_sample
+from stare_jax.rollout.kept import jit_sample_and_keep
 from stare_jax.rollout.prepared import prepared_shapes
 from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.fit import acts
-from stare_jax.runs.plan import StepPlan, plan_phase, plan_policy, plan_state
+from stare_jax.runs.plan import StepPlan, plan_kept, plan_phase, plan_policy, plan_state
 from stare_jax.sharding.mesh import ShardingError, batch_sharding, make_mesh, num_parts
+from stare_jax.state.contexts import lay_out
 from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import abstract_params
 from stare_jax.train.update import lower_step
@@ -180,8 +182,14 @@ def lower_program(name: str, config: RunConfig, mesh: Mesh) -> Lowered:
         state = plan_state(config, "ppo", policy, mesh)
         reference = None if config.ppo.kl_coef is None else state.trainable
         held += num_bytes((state.opt_state, reference), on_device=True)
-    sample = jit_sample(policy.sample)
-    return Lowered(sample.lower(prepared, observation, jax.random.key(0), np.uint32(0), np.float32(1)), held, num_rows)
+    inputs = (prepared, observation, jax.random.key(0), np.uint32(0), np.float32(1))
+    kept = plan_kept(config, policy, mesh) if "ppo" in config.phases else None
+    if kept is None or not kept.is_from_rollout:
+        return Lowered(jit_sample(policy.sample).lower(*inputs), held, num_rows)
+    contexts = lay_out(kept.shapes, mesh)
+    held += num_bytes(contexts, on_device=True)
+    sample = jit_sample_and_keep(policy.sample, policy.encode)
+    return Lowered(sample.lower(*inputs, contexts, np.int32(0)), held, num_rows)
 
 
 def placed(plan: StepPlan, mesh: Mesh) -> StepPlan:

@@ -17,6 +17,7 @@ from stare_jax.logging import Clock, announce_compiling
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
 from stare_jax.rollout.finite import check_actions, check_states
+from stare_jax.rollout.kept import KEPT_ROW, ContextStore, jit_sample_and_keep
 from stare_jax.rollout.places import Budget, Places, Waiting
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.records import KeepImages, Moment, Records
@@ -239,7 +240,13 @@ def get_episode(rollout: Rollout, e: int) -> Trajectory:
 
 
 def policy_act(
-    policy: Policy, params: PyTree, key: jax.Array, *, temperature: float = 1.0, mesh: Mesh | None = None
+    policy: Policy,
+    params: PyTree,
+    key: jax.Array,
+    *,
+    temperature: float = 1.0,
+    mesh: Mesh | None = None,
+    keep: ContextStore | None = None,
 ) -> Act:
     """Returns an `Act` that samples from a policy; equal keys act equally, new parameters compile nothing.
 
@@ -254,8 +261,11 @@ def policy_act(
         key: consumed; tick n of the actor uses `fold_in(key, n)`.
         temperature: temperature of the action distribution; 0 is greedy.
         mesh: the devices that act; None takes those of `params`.
+        keep: takes the contexts of all calls, on the devices of `mesh`, and decisions say in their trace which row each
+            has (`KEPT_ROW`); None keeps none. For policies with `encode`.
     """
-    sample, params = _announced_sample(policy.sample), prepare_params(policy, params)
+    params = prepare_params(policy, params)
+    sample = _announced_sample(policy.sample) if keep is None else _announced_keeping(policy.sample, policy.encode)
     sharding = acting_sharding(params) if mesh is None else batch_sharding(mesh)
     ticks = itertools.count()
     temperature = np.float32(temperature)
@@ -263,9 +273,12 @@ def policy_act(
     def act(observation, signals, instructions, is_first):
         del signals, is_first
         seen = with_prompt(policy, observation, instructions)
-        placed = place_rows(seen, sharding)
-        decision = sample(params, placed, key, np.uint32(next(ticks)), temperature)
-        return _take_rows(decision, len(instructions), observation), seen
+        inputs = (params, place_rows(seen, sharding), key, np.uint32(next(ticks)), temperature)
+        if keep is None:
+            return _take_rows(sample(*inputs), len(instructions), observation), seen
+        decision, row = keep.write(functools.partial(sample, *inputs), len(inputs[1].state))
+        decision = _take_rows(decision, len(instructions), observation)
+        return decision._replace(trace=decision.trace | {KEPT_ROW: row[: len(instructions)]}), seen
 
     return act
 
@@ -319,3 +332,8 @@ def jit_sample(sample: Callable) -> Callable:
 @functools.lru_cache(maxsize=16)
 def _announced_sample(sample: Callable) -> Callable:
     return announce_compiling("compiling the policy that acts", jit_sample(sample))
+
+
+@functools.lru_cache(maxsize=16)
+def _announced_keeping(sample: Callable, encode: Callable) -> Callable:
+    return announce_compiling("compiling the policy that acts", jit_sample_and_keep(sample, encode))

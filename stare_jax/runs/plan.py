@@ -18,7 +18,7 @@ from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Policy
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.sharding.mesh import batch_sharding, make_abstract_mesh
-from stare_jax.state.contexts import lay_out
+from stare_jax.state.contexts import Kept, lay_out
 from stare_jax.state.optimizer import frozen_params, make_optimizer
 from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import TrainState, abstract_params, abstract_state, check_precision
@@ -109,9 +109,16 @@ def _plan_ppo(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> StepPlan
     state = plan_state(config, "ppo", policy, mesh)
     step = ppo.make_ppo_step(policy, _optimizer(config, "ppo"), config.ppo)
     reference = None if config.ppo.kl_coef is None else state.trainable
-    contexts = lay_out(ppo.kept_contexts(policy, config.ppo, config.env.horizon), mesh)
+    kept = plan_kept(config, policy, mesh)
+    contexts = None if kept is None else lay_out(kept.shapes, mesh)
     batch = decision_shapes(policy, config.ppo.minibatch_size, has_contexts=contexts is not None)
     return _trace_step(state, mesh, step, batch, np.bool_(True), np.float32(0.0), reference, contexts)
+
+
+def plan_kept(config: RunConfig, policy: Policy, mesh: AbstractMesh) -> Kept | None:
+    """Returns the contexts that iterations of PPO keep."""
+    groups = [config.env.of_group.num_envs] * config.env.num_groups
+    return ppo.plan_contexts(policy, config.ppo, config.env.horizon, groups, mesh)
 
 
 def _trace_step(state: TrainState, mesh: AbstractMesh, step: Callable, batch: PyTree, *inputs: Any) -> StepPlan:

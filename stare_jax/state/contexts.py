@@ -1,7 +1,8 @@
 """Contexts of decisions (`Policy.encode`) that are kept on the devices: their shapes, their layout, their rows."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -13,13 +14,25 @@ from stare_jax.state.storage import num_bytes
 from stare_jax.types import Array, PyTree
 
 
-def context_shapes(policy: Policy, num_decisions: int, size: int, context_gb: float) -> PyTree | None:
-    """Returns the contexts of an iteration as shapes `[R, ...]`; None, and says so, where it cannot keep them.
+class Kept(NamedTuple):
+    """The contexts that an iteration keeps."""
+
+    shapes: PyTree
+    """`jax.ShapeDtypeStruct`s `[R, ...]`."""
+    is_from_rollout: bool
+    """True: the actor leaves them behind; False: they are computed once, before the updates."""
+
+
+def kept_contexts(
+    policy: Policy, num_decisions: int, num_acting: int | None, size: int, context_gb: float
+) -> Kept | None:
+    """Returns the contexts that an iteration keeps; None, and says so, where it cannot keep them.
 
     Args:
         policy: which may have `encode`.
         num_decisions: of an iteration, at most.
-        size: rows that are encoded at a time, of which R is a multiple.
+        num_acting: rows of all calls of the actor, at most, see `num_acting_rows`; None where it is to keep none.
+        size: rows that are encoded at a time, of which R is a multiple where they are.
         context_gb: memory for all of them; 0 asks for none.
     """
     if not context_gb:
@@ -28,16 +41,42 @@ def context_shapes(policy: Policy, num_decisions: int, size: int, context_gb: fl
         say(f"ppo: ppo.context_gb = {context_gb:g} is not used: this policy has no context, or trains what makes it")
         return None
     params = jax.eval_shape(policy.init, jax.random.key(0))
-    shapes = jax.eval_shape(policy.encode, params, policy.observation_shape(-(-num_decisions // size) * size))
-    if (needed := num_bytes(shapes) / 1e9) > context_gb:
-        got = f"got {context_gb:g}, expected {needed:.3g} for {num_decisions} decisions"
-        say(f"ppo: ppo.context_gb: {got}; contexts are computed in every epoch")
+
+    def shapes_of(num_rows: int) -> PyTree:
+        return jax.eval_shape(policy.encode, params, policy.observation_shape(num_rows))
+
+    num_encoded = -(-num_decisions // size) * size
+    one, got = num_bytes(shapes_of(1)) / 1e9, f"ppo: ppo.context_gb: got {context_gb:g}, expected"
+    if (needed := one * num_encoded) > context_gb:
+        say(f"{got} {needed:.3g} for {num_decisions} decisions; contexts are computed in every epoch")
         return None
-    return shapes
+    if num_acting is not None and (needed := one * max(num_acting, num_encoded)) > context_gb:
+        say(f"{got} {needed:.3g} for those of the rollout; contexts are computed once more, once an iteration")
+        num_acting = None
+    return Kept(shapes_of(max(num_acting or 0, num_encoded)), num_acting is not None)
+
+
+def num_acting_rows(num_decisions: int, horizon: int, chunk: int, groups: Sequence[int], num_parts: int) -> int:
+    """Returns the rows of all calls of an actor in a rollout, idle environments and repeated rows included, at most.
+
+    No environment waits while an episode is still to begin, so that the last ends no later than one episode after an
+    even share of all. Losses of simulators, and tasks with unequal shares of the environments, may take more.
+
+    Args:
+        num_decisions: of the rollout, at most.
+        horizon: actions of an episode.
+        chunk: actions that one decision executes.
+        groups: environments of each group that acts by itself.
+        num_parts: parts of a mesh's batches.
+    """
+    calls = -(-num_decisions // sum(groups)) + -(-horizon // chunk) + 1
+    if horizon % chunk:  # values of last states are asked for in between
+        calls *= 2
+    return calls * sum(-(-num // num_parts) * num_parts for num in groups)
 
 
 def lay_out(shapes: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
-    """Returns `context_shapes` as `[P, R / P, ...]`, each of the P parts of a mesh's batches with rows of its own."""
+    """Returns shapes `[R, ...]` as `[P, R / P, ...]`, each of the P parts of a mesh's batches with rows of its own."""
     parts, sharding = num_parts(mesh), batch_sharding(mesh)
 
     def one(x):
@@ -54,8 +93,8 @@ def score_rows(policy: Policy, contexts: PyTree | None, row: Array | None) -> Ca
     Args:
         policy: scores them.
         contexts: leaves `[P, R / P, ...]`, see `lay_out`; or None.
-        row: int32 `[B]`, of each decision the row in its part; the B decisions are those of P parts in turn, of each as
-            many.
+        row: int32 `[B]`, of each decision the row in its part, below R / P; the B decisions are those of P parts one
+            after the other, of each as many.
     """
     if contexts is None:
         return policy.log_prob

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from stare_jax import targets
 from stare_jax.config import Count, Fraction, Natural, NonNegative, Positive, Seed, check_fields
@@ -22,12 +22,12 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, policy_act
 from stare_jax.rollout.jump_start import JumpStartConfig, lead
 from stare_jax.rollout.validation import ValidationConfig, validate
-from stare_jax.sharding.mesh import check_batch_size, check_microbatch, place
+from stare_jax.sharding.mesh import check_batch_size, check_microbatch, num_parts, place
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task
 from stare_jax.state import optimizer
 from stare_jax.state.checkpoint import Checkpoints
-from stare_jax.state.contexts import context_shapes, score_rows
+from stare_jax.state.contexts import Kept, kept_contexts, num_acting_rows, score_rows
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer, merge_params, without_critic
 from stare_jax.state.train_state import TrainState, copy_trainable
 from stare_jax.train import ppo_batch, update
@@ -78,8 +78,9 @@ class PPOConfig:
     """ratio that is clipped: of a whole "decision"; of each "token", or step of a flow; or "mean", the decision's with
     its logarithm divided by the number of terms, as RLinf tempers flows."""
     context_gb: NonNegative = 0.0
-    """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`): where they
-    fit they are computed once an iteration, and otherwise in every epoch."""
+    """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`). Where they
+    fit, the actor keeps those that it makes; where those of decisions alone fit, and not of idle environments, they are
+    computed once an iteration; and otherwise in every epoch."""
     rescore: bool | None = None
     """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
     None: where the network computes in less than float32."""
@@ -234,11 +235,15 @@ def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
     check_batch_size("ppo.microbatch_size", config.microbatch_size, mesh)
 
 
-def kept_contexts(policy: Policy, config: PPOConfig, horizon: int) -> PyTree | None:
-    """Returns the contexts that iterations keep, see `context_shapes`."""
+def plan_contexts(
+    policy: Policy, config: PPOConfig, horizon: int, groups: Sequence[int], mesh: Mesh | AbstractMesh
+) -> Kept | None:
+    """Returns the contexts that iterations keep, see `contexts.kept_contexts`; `groups` are the environments of each
+    group that acts by itself."""
     num_decisions = config.num_steps or config.num_episodes * -(-horizon // policy.chunk)
     size = config.microbatch_size or config.minibatch_size
-    return context_shapes(policy, num_decisions, size, config.context_gb)
+    num_acting = num_acting_rows(num_decisions, horizon, policy.chunk, groups, num_parts(mesh))
+    return kept_contexts(policy, num_decisions, num_acting, size, config.context_gb)
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
@@ -278,8 +283,8 @@ def train_ppo(
     del params
     step_fn = update.jit_step(make_ppo_step(policy, tx, config), state)
     prepare, is_warned = make_prepare(spec, config, chunk=policy.chunk), False
-    contexts = kept_contexts(policy, config, env.horizon)
-    encode = ppo_batch.make_encode(policy, contexts, config.microbatch_size or config.minibatch_size)
+    kept = plan_contexts(policy, config, env.horizon, [group.num_envs for group in env.groups], run.mesh)
+    encode = ppo_batch.make_encode(policy, kept, config.microbatch_size or config.minibatch_size)
     rescore = ppo_batch.make_rescore(policy, config.temperature, config.minibatch_size, config.microbatch_size)
     is_rescoring = policy.compute_dtype != "float32" if config.rescore is None else config.rescore
     led = lead(env, spec, experts, config.jump_start, chunk=policy.chunk)
@@ -298,8 +303,9 @@ def train_ppo(
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
+            store = ppo_batch.make_store(kept, run.mesh)
             rollout = ppo_batch.collect(  # An actor with a name would keep what it prepared through the updates.
-                acting(key, temperature=config.temperature), led, spec, counters, config, run, window
+                acting(key, temperature=config.temperature, keep=store), led, spec, counters, config, run, window
             )
             if not rollout.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
@@ -310,7 +316,7 @@ def train_ppo(
             fraction_done = np.float32(counters.iteration / config.num_iterations)
             rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
-                batch = encode(state.params, prepare(rollout), run.mesh)
+                batch = encode(state.params, prepare(rollout), run.mesh, store)
                 batch = rescore(state.params, batch, run.mesh) if is_rescoring else batch
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:

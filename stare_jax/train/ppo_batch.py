@@ -20,9 +20,10 @@ from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.jump_start import draw_stages
-from stare_jax.sharding.mesh import num_parts, place
+from stare_jax.rollout.kept import KEPT_ROW, ContextStore, write_rows
+from stare_jax.sharding.mesh import place
 from stare_jax.stages.several import TaskSpecs, as_specs, take_turns
-from stare_jax.state.contexts import lay_out, score_rows
+from stare_jax.state.contexts import Kept, lay_out, score_rows
 from stare_jax.targets import Targets
 from stare_jax.train import update
 from stare_jax.train.loop import Run
@@ -98,7 +99,7 @@ class PPOBatch(NamedTuple):
     contexts: PyTree | None = None
     """leaves `[P, R, ...]`, each of the P parts of a mesh's batches with R rows of its own; None: not kept."""
     row: np.ndarray | None = None
-    """int32 `[E, D]`, the row of each decision's context. Of all decisions, the i-th has its in the part i mod P."""
+    """int32 `[E, D]`, the row of each decision's context, row r of part p being p R + r."""
 
 
 def collect(
@@ -200,24 +201,28 @@ def minibatches(
     `size` with rows that are not valid. A last, small minibatch would move the policy as far as the others, on a few
     decisions, and measure the KL divergence by them.
     """
-    num_minibatches = math.ceil(batch.decisions.valid.sum() / size)
+    blocks = _blocks(batch)
+    num_minibatches = math.ceil(max(map(len, blocks)) * len(blocks) / size)
     for _ in range(num_epochs):
-        shares = (np.array_split(rng.permutation(block), num_minibatches) for block in _blocks(batch))
+        shares = (np.array_split(rng.permutation(block), num_minibatches) for block in blocks)
         for chosen in zip(*shares, strict=True):
             yield _minibatch(batch, chosen, size)
 
 
 def _blocks(batch: PPOBatch) -> list[np.ndarray]:
     """Returns the numbers of the decisions whose rows lie in each part of a mesh's batches; of all without contexts."""
-    num_blocks = 1 if batch.contexts is None else len(jax.tree.leaves(batch.contexts)[0])
-    return [np.arange(first, batch.decisions.valid.sum(), num_blocks) for first in range(num_blocks)]
+    if batch.contexts is None:
+        return [np.arange(batch.decisions.valid.sum())]
+    num_parts, num_rows = jax.tree.leaves(batch.contexts)[0].shape[:2]
+    part = batch.row[batch.decisions.valid] // num_rows
+    return [np.flatnonzero(part == p) for p in range(num_parts)]
 
 
 def _in_order(batch: PPOBatch, size: int) -> Iterator[list[np.ndarray]]:
     """Yields the decisions of each block in parts of `size` together."""
     blocks = _blocks(batch)
     share = size // len(blocks)
-    yield from ([block[i : i + share] for block in blocks] for i in range(0, len(blocks[0]), share))
+    yield from ([block[i : i + share] for block in blocks] for i in range(0, max(map(len, blocks)), share))
 
 
 def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> DecisionBatch:
@@ -227,40 +232,53 @@ def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> Deci
     at = tuple(x[number] for x in np.nonzero(batch.decisions.valid))
     valid = np.concatenate([np.arange(share) < len(block) for block in chosen])
     observation, trace, row = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace, batch.row))
+    if batch.contexts is not None:
+        row = row % jax.tree.leaves(batch.contexts)[0].shape[1]
     scores = (batch.decisions.logp, batch.decisions.value, batch.advantage, batch.targets.return_d)
     return DecisionBatch(observation, trace, *(x[at] for x in scores), valid, row)
 
 
-def make_encode(policy: Policy, shapes: PyTree | None, size: int) -> Callable[[PyTree, PPOBatch, Mesh], PPOBatch]:
-    """Returns (params, batch, mesh) -> the batch with the contexts of its decisions in place of images and prompts.
+def make_store(kept: Kept | None, mesh: Mesh) -> ContextStore | None:
+    """Returns room for the contexts of a rollout on the devices; None where the actor keeps none."""
+    return ContextStore(_blank(kept, mesh)) if kept is not None and kept.is_from_rollout else None
+
+
+def _blank(kept: Kept, mesh: Mesh) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lay_out(kept.shapes, mesh))
+
+
+def make_encode(policy: Policy, kept: Kept | None, size: int) -> Callable[..., PPOBatch]:
+    """Returns (params, batch, mesh, store) -> the batch with the contexts of its decisions in place of images and
+    prompts: those of a store, which is empty then, or computed here where it has none, or not all.
 
     Args:
         policy: has `encode`.
-        shapes: `context_shapes`; None returns batches as they are.
+        kept: None returns batches as they are.
         size: rows that are encoded at a time.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
     def write(contexts, params, observation, start):
-        def one(x, new):
-            new = new.reshape(x.shape[0], -1, *x.shape[2:])
-            return jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=1)
-
-        return jax.tree.map(one, contexts, policy.encode(params, observation))
+        return write_rows(contexts, policy.encode(params, observation), start)
 
     write = announce_compiling("compiling the contexts of decisions", write)
 
-    def encode(params, batch, mesh):
-        if shapes is None:
+    def encode(params, batch, mesh, store=None):
+        if kept is None:
             return batch
-        parts = num_parts(mesh)
-        contexts = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), lay_out(shapes, mesh))
-        batch = batch._replace(contexts=contexts)
-        for i, chosen in enumerate(_in_order(batch, size)):
-            observation = place(_minibatch(batch, chosen, size).observation, mesh)
-            contexts = write(contexts, params, observation, np.int32(i * size // parts))
-        row = np.zeros(batch.decisions.valid.shape, np.int32)
-        row[batch.decisions.valid] = np.arange(batch.decisions.valid.sum()) // parts
+        trace = dict(batch.decisions.trace)
+        row = trace.pop(KEPT_ROW, None)
+        batch = batch._replace(decisions=batch.decisions._replace(trace=trace))
+        contexts = _blank(kept, mesh) if store is None else store.take()
+        if store is None or not store.is_whole:
+            parts, num_rows = jax.tree.leaves(contexts)[0].shape[:2]
+            number = np.arange(batch.decisions.valid.sum())
+            row = np.zeros(batch.decisions.valid.shape, np.int32)
+            row[batch.decisions.valid] = number % parts * num_rows + number // parts
+            batch = batch._replace(contexts=contexts, row=row)
+            for i, chosen in enumerate(_in_order(batch, size)):
+                observation = place(_minibatch(batch, chosen, size).observation, mesh)
+                contexts = write(contexts, params, observation, np.int32(i * size // parts))
         return batch._replace(observation=without_scene(batch.observation), contexts=contexts, row=row)
 
     return encode

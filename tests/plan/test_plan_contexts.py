@@ -13,11 +13,11 @@ from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.plan.products import read_products
 from stare_jax.plan.programs import lower_program
 from stare_jax.runs.config import RunConfig
-from stare_jax.runs.plan import plan_policy
+from stare_jax.runs.plan import plan_kept, plan_policy
 from stare_jax.sharding.mesh import make_mesh, path_name
 from stare_jax.stages import get_task
 from stare_jax.state.storage import num_bytes
-from stare_jax.train.ppo import PPOConfig, kept_contexts
+from stare_jax.train.ppo import PPOConfig
 
 NUM_ROWS, PART, EPOCHS, PATCHES, PROMPT = 16, 8, 5, 256, 12
 ATTENTION = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
@@ -64,10 +64,21 @@ def test_an_iteration_of_five_epochs_takes_a_quarter_of_the_operations_with_cont
     assert whole - rest == pytest.approx(encode, rel=0.02)
     assert encode / rest < (18 if is_compiled else 24)
     assert EPOCHS * rest + encode <= 0.25 * EPOCHS * whole
+    # Where the actor leaves them behind, updates compute none.
+    contexts = plan_kept(config, policy, make_mesh())
+    assert contexts.is_from_rollout and rest <= 0.06 * whole
     # A plan counts contexts, and neither the images nor the prompts of a minibatch.
-    contexts = kept_contexts(policy, config.ppo, 8)
     read_once = NUM_ROWS * (64 * 64 * 3 + PROMPT * (4 + 1))
-    assert kept.held - without.held == num_bytes(contexts) + 4 * NUM_ROWS - read_once
+    assert kept.held - without.held == num_bytes(contexts.shapes) + 4 * NUM_ROWS - read_once
+
+
+def test_a_plan_of_acting_counts_the_contexts_that_stay():
+    kept, without = (small_run(context_gb, is_compiled=False) for context_gb in (1.0, 0.0))
+    after, before = (lower_program("sample", config, make_mesh()) for config in (kept, without))
+    contexts = plan_kept(kept, plan_policy(kept), make_mesh())
+    assert after.held - before.held == num_bytes(contexts.shapes)
+    # Reading happens once, and what is read is put aside.
+    assert flops(after.program, False) == pytest.approx(flops(before.program, False), rel=0.02)
 
 
 def test_prepared_parameters_are_counted_beside_those_that_a_run_keeps():

@@ -99,12 +99,19 @@ alone = train_ppo(POLICY, jax.device_put(PARAMS, jax.devices()[0]), toy.ToyPush(
 
 
 def with_contexts(policy):
-    """The policy, which scores decisions by contexts alone: the states that they were made in."""
+    """The policy, which acts and scores decisions by contexts alone: the states that they were made in."""
 
     def log_prob(params, observation, trace, *, context, **settings):
         return policy.log_prob(params, observation._replace(state=context), trace, **settings)
 
-    return policy._replace(log_prob=log_prob, encode=lambda params, observation: jnp.asarray(observation.state))
+    def sample(params, observation, key, *, context=None, **settings):
+        seen = observation if context is None else observation._replace(state=context)
+        return policy.sample(params, seen, key, **settings)
+
+    def encode(params, observation):
+        return jnp.asarray(observation.state)
+
+    return policy._replace(sample=sample, log_prob=log_prob, encode=encode)
 
 
 kept_log_ratios = []

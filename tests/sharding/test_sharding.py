@@ -60,6 +60,7 @@ def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_pat
     assert len(report["kept_log_ratios"]) == 2 and max(report["kept_log_ratios"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_openvla_on_eight_devices_is_that_on_one():
     check_models(run_on_eight_devices("sharded_models.py", "openvla", "few", timeout=600))
 

@@ -409,9 +409,13 @@ def test_a_state_that_is_not_finite_is_not_saved_and_named(policy, params, make_
     start = jax.jit(policy.init)(jax.random.key(0))
     state, _ = start_phase("sft", run, policy, start, make_optimizer(VALUE_FROZEN, num_steps=1), VALUE_FROZEN)
     moments = jax.tree.map(lambda x: x + np.float32("inf") if x.dtype == np.float32 else x, state.opt_state)
-    with checkpoint.Checkpoints(checkpoint_directory(run, "sft")) as checkpoints:
-        with pytest.raises(FloatingPointError, match=r"sft: after step 0, .* in opt_state/.* and \d+ more that are"):
-            checkpoints.save(1, state.replace(opt_state=moments), norm_stats=run.norm_stats, model={}, counters={})
+    message = r"sft: after step 0, .* in opt_state/.* and \d+ more that are"
+    with (
+        checkpoint.Checkpoints(checkpoint_directory(run, "sft")) as checkpoints,
+        pytest.raises(FloatingPointError, match=message),
+    ):
+        state = state.replace(opt_state=moments)
+        checkpoints.save(1, state, norm_stats=run.norm_stats, model={}, counters={})
     assert checkpoint.complete_steps(checkpoint_directory(run, "sft")) == []
 
 
