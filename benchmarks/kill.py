@@ -149,7 +149,7 @@ def wait_for(pid: int, seconds: float) -> int | None:
 
 
 def kill_runs(
-    start: Callable[[Path, random.Random], int],
+    start: Callable[[Path, random.Random | None], int],
     base: Path,
     whole: dict[str, Any],
     *,
@@ -163,7 +163,7 @@ def kill_runs(
 
     Args:
         start: begins or goes on with the run of a directory in a process that leads a group of its own, and returns its
-            number; it may have it kill itself.
+            number. It may let the run kill itself at a moment of its random numbers, but not where these are None.
         base: folder of the runs; a run that comes to its end before enough kills is followed by another.
         whole: contents of the run that nobody killed.
         num_kills: number of kills.
@@ -178,7 +178,7 @@ def kill_runs(
     while True:
         directory = base / str(number)
         begin, is_last = time.monotonic(), len(kills) >= num_kills
-        pid = start(directory, rng)
+        pid = start(directory, None if is_last else rng)
         code = wait_for(pid, 3600.0 if is_last else rng.uniform(0.0, 2.0 * seconds / num_kills))
         if code is None:
             os.killpg(pid, signal.SIGKILL)
@@ -197,7 +197,7 @@ def kill_runs(
             return Outcome(kills, [], different)
 
 
-def start_training(directory: Path, rng: random.Random) -> int:
+def start_training(directory: Path, rng: random.Random | None) -> int:
     """Starts or goes on with the small run of PushCube from images."""
     del rng
     command = [sys.executable, "launch/train.py", "--config=configs/quickstart.py", f"--workdir={directory}", *SMALL]

@@ -112,6 +112,8 @@ def main(base, num_kills, seed):
 
     def start(directory, rng):
         # Every second one is killed at a moment of its work on files.
+        if rng is None:
+            return fork(lambda: train(directory))
         at = rng.randrange(1, 1 + 2 * num_events // num_kills) if rng.random() < 0.5 else 0
         return fork(lambda: train(directory, at, jump=rng.choice((0, -86_400, 86_400))))
 
