@@ -49,6 +49,7 @@ setup(
         "plan": ["libtpu>=0.0.42,<0.1"],
         # tensorflow-cpu, the same without CUDA, does as well and is a quarter of the size: requirements.txt pins that.
         "rlds": ["tensorflow>=2.20,<3"],
+        "serve": ["websockets>=14,<18"],
         "wandb": ["wandb>=0.19,<1"],
         "reference": ["timm>=1,<2"],
         "test": [
@@ -59,6 +60,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "rlax>=0.1.8,<0.2",
             "ruff>=0.17,<0.18",
+            "websockets>=14,<18",
         ],
     },
 )

@@ -14,6 +14,7 @@ Rooms are imported when they are first looked at, so that `import stare_jax` cos
     report    figures, films and a page about a run
     runs      whole runs on disk: the phases in order, resumed where they stopped
     plan      what a run will cost on devices that need not be there
+    serve     a policy behind a socket
 """
 
 import importlib
@@ -21,7 +22,7 @@ from types import ModuleType
 
 __all__ = [
     *("config", "data", "documents", "envs", "evaluate", "logging", "losses", "models", "plan", "report", "rollout"),
-    *("runs", "sharding", "stages", "state", "targets", "train", "types", "weights"),
+    *("runs", "serve", "sharding", "stages", "state", "targets", "train", "types", "weights"),
 ]
 __version__ = "0.1.0"
 
