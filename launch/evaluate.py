@@ -7,6 +7,7 @@
     python launch/evaluate.py --run=runs/quickstart --phase=sft --perturb=vision/light --perturb=execution
     python launch/evaluate.py --run=runs/widowx --weights=weights/openvla-7b
     python launch/evaluate.py --weights=weights/openvla-7b --config=configs/ipi_widowx.py --mesh.fsdp=1
+    python launch/evaluate.py --policy=ws://localhost:8000 --config=configs/ipi_widowx.py
     python launch/evaluate.py --run=runs/on_gpu --phase=ppo --backend=cpu --num-workers=8 --envs-per-worker=4
     python launch/evaluate.py --report=runs/quickstart
     python launch/evaluate.py --across runs/seed0 runs/seed1 runs/seed2
@@ -51,13 +52,14 @@ from stare_jax.runs.config import RunConfig
 from stare_jax.runs.evaluation import evaluation_conditions, rewards_of_tasks
 from stare_jax.runs.fit import check_expert, check_policy
 from stare_jax.runs.load import identify_checkpoint, load_config, load_policy
+from stare_jax.serve import Adapter, RemotePolicy, read_adapter
 
 EXPERT = "expert"
 OUTCOMES = {"success_once": "success, any step", "success_end": "success, end"}
 
 
 class Subject(NamedTuple):
-    """The policy or the expert that is evaluated."""
+    """The policy, the server or the expert that is evaluated."""
 
     act_of: ActOf
     depends_on_batch: bool
@@ -89,10 +91,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_mesh(parser)
     fields, others = split_fields(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(others, argparse.Namespace(fields=fields))
-    if arguments.run and bool(arguments.phase) == bool(arguments.weights):
-        parser.error("--run needs --phase or --weights")
-    if arguments.config and bool(arguments.phase == EXPERT) == bool(arguments.weights):
-        parser.error(f"--config needs --weights=FOLDER, or --phase={EXPERT}; phases are those of a --run")
+    subjects = sum(map(bool, (arguments.phase, arguments.weights, arguments.policy)))
+    if arguments.run and subjects != 1:
+        parser.error("--run needs --phase or --weights, or --policy=ws://HOST:PORT")
+    if arguments.config and (subjects != 1 or arguments.phase not in (None, EXPERT)):
+        needed = f"--weights=FOLDER, --policy=ws://HOST:PORT, or --phase={EXPERT}"
+        parser.error(f"--config needs {needed}; phases are those of a --run")
+    if (arguments.adapter or arguments.api_key) and not arguments.policy:
+        parser.error("--adapter and --api-key go with --policy")
     if fields and not arguments.config:
         parser.error(f"{fields[0]} goes with --config=FILE")
     if arguments.workdir and not arguments.config:
@@ -116,6 +122,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="with --config: where the results go (default: runs/eval_FOLDER)",
     )
+    add("--policy", metavar="ws://HOST:PORT", help="a server of openpi's protocol, ours (launch/serve.py) or another")
+    add("--adapter", type=command.path, metavar="FILE", help="the server's convention, a YAML of configs/policies")
+    add("--api-key", default="", metavar="KEY", help="that the server asks for")
     add("--step", type=command.natural, metavar="N", help="step of the checkpoint (default: the phase's latest)")
     add(
         "--name",
@@ -187,6 +196,10 @@ def load_subject(
         experts = [make_expert(name) for name in simulators.task_names]
         expert_of = [experts[task] for task in simulators.task_index].__getitem__
         return Subject(lambda part: experts_act(expert_of), depends_on_batch=False, name=EXPERT, chunk=1)
+    if arguments.policy:
+        adapter = Adapter() if arguments.adapter is None else read_adapter(arguments.adapter)
+        remote = RemotePolicy(arguments.policy, adapter, simulators.action_dim, api_key=arguments.api_key)
+        return Subject(remote.act_of, depends_on_batch=True, name=remote.name, chunk=adapter.chunk)
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
@@ -198,15 +211,17 @@ def load_subject(
     return Subject(act_of, depends_on_batch=True, name=name, chunk=policy.chunk, policy=policy)
 
 
-def default_name(weights: Path) -> str:
-    """Returns a name for the evaluation of a folder of weights: that of the folder, as a file may have it."""
-    return make_name(weights.resolve().name)
+def default_name(arguments: argparse.Namespace) -> str:
+    """Returns a name for an evaluation: the phase, or that of the folder of weights or of the server, as a file may
+    have it."""
+    if arguments.policy:
+        return make_name(arguments.policy.partition("://")[2])
+    return arguments.phase or make_name(arguments.weights.resolve().name)
 
 
 def results_directory(arguments: argparse.Namespace) -> Path:
     """Returns the directory that the results go to: the run, or without one the working directory."""
-    weights = EXPERT if arguments.weights is None else default_name(arguments.weights)
-    return arguments.run or arguments.workdir or command.ROOT / "runs" / f"eval_{weights}"
+    return arguments.run or arguments.workdir or command.ROOT / "runs" / f"eval_{default_name(arguments)}"
 
 
 def choose_config(arguments: argparse.Namespace) -> RunConfig:
@@ -252,7 +267,7 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
     """Evaluates the policy or the expert that the command line names and adds the result to its directory."""
     config, directory = choose_config(arguments), results_directory(arguments)
     with user_input():
-        usual = arguments.phase or default_name(arguments.weights)
+        usual = default_name(arguments)
         name = arguments.name or (usual if arguments.perturb else unused_name(directory, usual))
         evaluation_file(directory, name)
         episodes = eval_config(config.evaluation, arguments)

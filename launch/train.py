@@ -6,6 +6,7 @@
     python launch/train.py --config=configs/quickstart.py --redo=tpo
     python launch/train.py --config=configs/quickstart.py --demos_only --workdir=runs/demos
     python launch/train.py --config=configs/ipi_widowx.py --plan
+    python launch/train.py --config=configs/ipi_widowx.py --coordinator=auto     on every host (docs/pods.md)
 
 Ctrl-C or SIGTERM saves and stops; the same command goes on, as it does after a crash or a kill (docs/resume.md). A run
 goes on with its own configuration only: what differs is named and refused, but for phases that have not begun and a
@@ -38,6 +39,14 @@ _HANG_TIMEOUT = flags.DEFINE_float(
 )
 _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Let XLA use programs alone that repeat their bits on GPUs.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0 of several, or auto: JAX asks the machine. SLURM's variables suffice."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of all processes, with --coordinator=HOST:PORT.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0, with --coordinator=HOST:PORT.")
+_LOST_AFTER_S = flags.DEFINE_integer(
+    "lost_after_s", 60, "Seconds of silence after which a process counts as lost, and all others end.", lower_bound=1
+)
 flags.mark_flag_as_required("config")
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
@@ -54,7 +63,7 @@ def main(argv: list[str]) -> int:
 def train() -> None:
     """Runs the phases of the configuration, or prints their plan."""
     from stare_jax.config import from_dict, home_path
-    from stare_jax.logging import say
+    from stare_jax.logging import Interrupted, say, silence
     from stare_jax.runs.config import RunConfig
 
     given = _WORKDIR.value
@@ -70,12 +79,18 @@ def train() -> None:
         return
     if _DETERMINISTIC.value:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
-    from stare_jax.runs.ipi import run_ipi
+    from stare_jax.sharding import pod
 
-    demos_only = _DEMOS_ONLY.value
-    options = {"redo": _REDO.value, "profile": _PROFILE.value, "demos_only": demos_only}
-    made = run_ipi(config, workdir, **options, grace=_GRACE.value, hang_timeout=_HANG_TIMEOUT.value)
-    say(f"{'demonstrations' if demos_only else 'report'}: {made}")
+    pod_flags = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _LOST_AFTER_S.value)
+    with pod.joined(*pod_flags, agreed=Interrupted):
+        if not pod.is_main():
+            silence()
+        from stare_jax.runs.ipi import run_ipi
+
+        demos_only = _DEMOS_ONLY.value
+        options = {"redo": _REDO.value, "profile": _PROFILE.value, "demos_only": demos_only}
+        made = run_ipi(config, workdir, **options, grace=_GRACE.value, hang_timeout=_HANG_TIMEOUT.value)
+        say(f"{'demonstrations' if demos_only else 'report'}: {made}")
 
 
 def go_on_command() -> str:

@@ -111,6 +111,7 @@ def test_the_report_links_only_to_what_is_there(run):
         assert files and any(f"{kind}/{file.name}" in html for file in files)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_done_again(run):
     log = run["directory"].parent / "again.txt"
     with log.open("w") as file:

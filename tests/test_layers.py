@@ -5,6 +5,7 @@ that break them. Messages read `file:line: what is wrong`.
 """
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ ALLOWED = {
     "config": (),
     "documents": ("types", "config"),
     "sharding": ("types", "config"),
-    "logging": ("types", "config", "documents"),
+    "logging": ("types", "config", "documents", "sharding.pod"),
     "stages": ("types", "config"),
     "losses": ("types",),
     "targets": ("types", "stages", "losses"),
@@ -192,6 +193,11 @@ def test_one_file_imports(package: str):
         path for path, source in project_files().items() for _, name in imports(path, source) if within(name, package)
     }
     assert len(importers) == 1, f"{package} is imported in {sorted(importers)}, expected one file"
+
+
+def test_one_file_knows_of_processes():
+    names = re.compile(r"jax\.(process_\w+|distributed)|import distributed|multihost_utils")
+    assert {path for path, source in project_files().items() if names.search(source)} == {"stare_jax/sharding/pod.py"}
 
 
 VIOLATIONS = [

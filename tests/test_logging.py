@@ -128,7 +128,7 @@ def test_writer_refuses_names_without_an_area(tmp_path):
 
 
 def test_writer_of_another_process_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("jax.process_index", lambda: 1)
+    monkeypatch.setattr("stare_jax.sharding.pod.process_id", lambda: 1)
     with make_writer(tmp_path / "run") as writer:
         writer(1, {"a/b": 1.0}, phase="sft")
     assert not (tmp_path / "run").exists()

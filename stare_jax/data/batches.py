@@ -11,6 +11,7 @@ import numpy as np
 from stare_jax.data.filters import imitation_frames
 from stare_jax.data.reader import Dataset
 from stare_jax.data.windows import ActionWindows
+from stare_jax.sharding import pod
 from stare_jax.types import Array, Observation
 
 Tokenize = Callable[[Sequence[str], np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -80,6 +81,8 @@ def imitation_batches(
 ) -> Iterator[ImitationBatch]:
     """Yields batches without end; every epoch goes once through all frames, in an order of its own.
 
+    Of several processes, which have the same order, each yields its own rows of every batch (`pod.share`).
+
     A background thread prepares the next batches while the caller computes. If all decoded frames fit into the cache,
     they are decoded once, before the first batch.
 
@@ -99,6 +102,7 @@ def imitation_batches(
     read = _cached_reader(dataset, indices) if _num_mib(dataset, len(indices)) <= cache_mib else None
 
     def make_batch(rows: np.ndarray) -> ImitationBatch:
+        rows = pod.share(rows)
         frames = read(rows) if read else read_frames(dataset, indices[rows])
         instructions = [dataset.episodes[i].instruction for i in frames.episode]
         state = frames.observation.state if with_state else np.zeros((len(rows), 0), np.float32)

@@ -6,10 +6,11 @@ Equal configs collect the same seeds in the same rounds, with the same noise, in
 environments, also if some of these die; with `reproducible` their episodes are the same bit for bit.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from stare_jax.models.policy import Decision
 from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.rounds import collect_round
+from stare_jax.sharding import pod
 from stare_jax.types import Signals
 
 EXPERT_SOURCE = "expert"
@@ -118,6 +120,8 @@ def collect_demos(
 ) -> Dataset:
     """Collects demonstrations into a data set, or continues one that was interrupted, and writes its statistics.
 
+    Processes share the episodes of a round; process 0 writes.
+
     A data set that is complete is returned as it is, without a simulator; with a larger `num_demos` it grows.
 
     Args:
@@ -139,13 +143,27 @@ def collect_demos(
     """
     experts = expert if isinstance(expert, list) else [expert]
     kind = _kind(experts[0], config, info)
-    if (Path(directory) / MANIFEST_FILE).exists():
+    if pod.on_main((Path(directory) / MANIFEST_FILE).exists):
         manifest = read_manifest(directory)
         require_same_kind(directory, manifest, kind)
         dataset = Dataset(directory, skip_broken=skip_broken)  # Damage is found before hours of collecting, not after.
         if not _missing(config, manifest, len(experts)):
-            renew_statistics(dataset, action_mask=action_mask)
+            pod.on_main(renew_statistics, dataset, action_mask=action_mask)
             return dataset
+    with writing_rounds(directory, kind) as writer:
+        _fill(writer, simulator(), experts, config, should_stop=should_stop, clock=clock or Clock())
+    pod.from_main(None)  # The others read only what is whole.
+    dataset = Dataset(directory, skip_broken=skip_broken)
+    pod.on_main(renew_statistics, dataset, action_mask=action_mask)
+    return dataset
+
+
+@contextlib.contextmanager
+def writing_rounds(directory: str | os.PathLike, kind: Kind) -> Iterator[DatasetWriter | None]:
+    """Opens a data set in process 0, to be written round after round; the others get None."""
+    if not pod.is_main():
+        yield None
+        return
     with DatasetWriter(
         directory,
         env_id=kind.env_id,
@@ -154,14 +172,11 @@ def collect_demos(
         filters=kind.filters,
         episodes_per_shard=None,
     ) as writer:
-        _fill(writer, simulator(), experts, config, should_stop=should_stop, clock=clock or Clock())
-    dataset = Dataset(directory, skip_broken=skip_broken)
-    renew_statistics(dataset, action_mask=action_mask)
-    return dataset
+        yield writer
 
 
 def _fill(
-    writer: DatasetWriter,
+    writer: DatasetWriter | None,
     env: VecEnv,
     experts: Sequence[Expert],
     config: DemosConfig,
@@ -170,12 +185,12 @@ def _fill(
     clock: Clock,
 ) -> None:
     """Collects and stores round after round, until no demonstration is missing."""
-    num_done, num_demos = len(writer.manifest.episodes), config.num_demos * len(experts)
+    num_done, num_demos = pod.on_main(lambda: len(writer.manifest.episodes)), config.num_demos * len(experts)
     with progress(num_demos, "demonstrations", "episode", initial=num_done) as bar:
-        while (wanted := _next_round(config, writer.manifest, len(experts))) is not None:
+        while (wanted := pod.on_main(lambda: _next_round(config, writer.manifest, len(experts)))) is not None:
             task, scale, seeds = wanted
-            # Statistics are those of a complete data set, or absent.
-            clear_statistics(writer.directory, writer.manifest.env_id)
+            if writer is not None:  # Statistics are those of a complete data set, or absent.
+                clear_statistics(writer.directory, writer.manifest.env_id)
 
             def run(chosen, tell, task=task, scale=scale, seeds=seeds):
                 chosen_seeds, scales, expert = [seeds[e] for e in chosen], [scale] * len(chosen), experts[task]
@@ -200,10 +215,11 @@ def _fill(
                 on_episode=lambda episode: bar.update(int(episode.signals.success.any())),
             )
             if not rollout.is_complete:
-                num_done = len(writer.manifest.episodes)
-                raise Interrupted(f"demonstrations: {num_done} of {num_demos} are safe in {writer.directory}")
-            with clock("data"):
-                _append_successes(writer, rollout, scale, seeds, first=first_seed(DEMO_SEEDS, config.seed))
+                num_done, folder = pod.on_main(lambda: (len(writer.manifest.episodes), writer.directory))
+                raise Interrupted(f"demonstrations: {num_done} of {num_demos} are safe in {folder}")
+            if writer is not None:
+                with clock("data"):
+                    _append_successes(writer, rollout, scale, seeds, first=first_seed(DEMO_SEEDS, config.seed))
 
 
 def _kind(expert: Expert, config: DemosConfig, info: SimulatorInfo) -> Kind:

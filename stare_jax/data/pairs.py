@@ -23,10 +23,12 @@ from stare_jax.config import Count, Natural, Positive, Seed, check_fields
 from stare_jax.data.batches import Tokenize
 from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import DatasetError
+from stare_jax.data.windows import window_indices
 from stare_jax.documents import DocumentError, read_record
 from stare_jax.logging import replace_text
+from stare_jax.models.policy import Policy
 from stare_jax.stages import TaskSpecs, by_task, separate
-from stare_jax.types import PreferencePair, Signals, Trajectory
+from stare_jax.types import Observation, PreferencePair, PyTree, Signals, Trajectory
 
 PAIRS_FILE = "pairs.json"
 Kind = Literal["success, same start", "stage, same start", "success, other start", "stage, other start"]
@@ -274,3 +276,43 @@ def load_pairs(
 
     task = np.array([dataset.episodes[pair.chosen].task for pair in pairs], np.int32)
     return PreferencePair(stack([pair.chosen for pair in pairs]), stack([pair.rejected for pair in pairs]), task)
+
+
+def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:
+    """Returns the pairs of one optimiser step, int `[batch_size]`.
+
+    Batches are cut from epochs laid end to end, each a permutation of its own, so that all pairs are seen equally often
+    and the step number alone says which come next.
+    """
+    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {e: np.random.default_rng((seed, e)).permutation(num_pairs) for e in np.unique(position // num_pairs)}
+    return np.array([orders[p // num_pairs][p % num_pairs] for p in position])
+
+
+def decisions_of(policy: Policy, trajectory: Trajectory) -> tuple[Observation, PyTree, np.ndarray]:
+    """Returns the decisions of trajectories, as they are to be scored.
+
+    Args:
+        policy: policy that is to score the decisions.
+        trajectory: NumPy leaves `[P, ...]`.
+
+    Returns:
+        Observations `[P, D, ...]`; `ScoredTrajectory.decision`; bool `[P, D]`, decisions that exist.
+
+    Raises:
+        DatasetError: log-probabilities are asked of decisions that this policy did not make.
+    """
+    valid = np.asarray(trajectory.valid)[:, 1:]
+    starts = np.arange(0, valid.shape[1], policy.chunk)
+    observation = jax.tree.map(lambda x: x[:, starts], trajectory.observation)
+    if policy.preference_score is not None:
+        index, _ = window_indices(starts, valid.sum(axis=1)[:, None], policy.window)
+        return observation, trajectory.action[np.arange(len(valid))[:, None, None], index], valid[:, starts]
+    decisions, params = trajectory.decisions, jax.eval_shape(policy.init, jax.random.key(0))
+    made = jax.eval_shape(policy.sample, params, policy.observation_shape(1), jax.random.key(0)).trace
+    expected = jax.tree.map(lambda x: x.shape[1:], made)
+    found = None if decisions is None else jax.tree.map(lambda x: x.shape[2:], decisions.trace)
+    if found != expected or decisions.valid.shape[1] != len(starts):
+        remedy = "collect them anew with this policy" + ("; model.preference 'flow' does without" * bool(policy.window))
+        raise DatasetError(f"pairs: got decisions {found}, expected {expected} of the policy that is trained; {remedy}")
+    return observation, decisions.trace, np.asarray(decisions.valid)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from stare_jax.data.demos import EXPERT_SOURCE, expert_act
+from stare_jax.data.demos import EXPERT_SOURCE, expert_act, writing_rounds
 from stare_jax.data.pairs import (
     SAME_START_KINDS,
     Outcome,
@@ -34,6 +34,7 @@ from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.rounds import collect_round
+from stare_jax.sharding import pod
 from stare_jax.stages import TaskSpecs, as_specs, take_turns
 from stare_jax.types import PyTree
 
@@ -128,7 +129,8 @@ def collect_pairs(
 
     Rollouts end when there are enough pairs that start alike, or at `config.max_rollouts`; the others are pairs of
     different starts. Several tasks take turns, one initial state each, until all have enough. Interrupted rollouts
-    continue where they stopped. A data set that is complete is returned as it is, without a simulator.
+    continue where they stopped. A data set that is complete is returned as it is, without a simulator. Processes share
+    the rollouts of a round; process 0 writes.
 
     Args:
         simulator: starts the simulators; called only if rollouts are missing.
@@ -146,26 +148,21 @@ def collect_pairs(
     """
     kind = _kind(actor, config, info)
     outcomes: list[Outcome] = []
-    if (Path(directory) / MANIFEST_FILE).exists():
+    if pod.on_main((Path(directory) / MANIFEST_FILE).exists):
         manifest = read_manifest(directory)
         require_same_kind(directory, manifest, kind)
         dataset = Dataset(directory)
         outcomes = dataset_outcomes(dataset, spec) if dataset.num_episodes else []
         if outcomes and not _next_rollouts(config, spec, outcomes, manifest.progress):
-            return dataset, _write_pairs(directory, outcomes, config)
-    with DatasetWriter(
-        directory,
-        env_id=kind.env_id,
-        control_mode=kind.control_mode,
-        settings=kind.settings,
-        episodes_per_shard=None,
-    ) as writer:
+            return dataset, pod.on_main(_write_pairs, directory, outcomes, config)
+    with writing_rounds(directory, kind) as writer:
         _fill(writer, outcomes, simulator(), actor, spec, config, should_stop=should_stop, clock=clock or Clock())
-    return Dataset(directory), _write_pairs(directory, outcomes, config)
+    pairs = pod.on_main(_write_pairs, directory, outcomes, config)
+    return Dataset(directory), pairs
 
 
 def _fill(
-    writer: DatasetWriter,
+    writer: DatasetWriter | None,
     outcomes: list[Outcome],
     env: VecEnv,
     actor: Actor,
@@ -176,14 +173,14 @@ def _fill(
     clock: Clock,
 ) -> None:
     """Collects and stores round after round until there are enough pairs; adds their outcomes to `outcomes`."""
-    num_done = writer.manifest.progress.get("num_attempts", 0)
+    num_done = pod.on_main(lambda: writer.manifest.progress.get("num_attempts", 0))
     num_tasks = len(as_specs(spec))
 
     def num_made() -> str:
         return f"{sum(_num_same_start(outcomes, config).values())}/{config.num_pairs * num_tasks}"
 
     with progress(config.max_rollouts * num_tasks, "rollouts for pairs", "rollout", initial=num_done) as bar:
-        while rollouts := _next_rollouts(config, spec, outcomes, writer.manifest.progress):
+        while rollouts := pod.on_main(lambda: _next_rollouts(config, spec, outcomes, writer.manifest.progress)):
             bar.update(0, pairs=num_made())
 
             def run(chosen, tell, rollouts=rollouts):
@@ -204,9 +201,11 @@ def _fill(
                 run, len(rollouts), as_a_whole=actor.depends_on_batch, on_episode=lambda _: bar.update(1)
             )
             if not rollout.is_complete:
-                raise Interrupted(f"preference pairs: {len(outcomes)} rollouts are safe in {writer.directory}")
-            with clock("data"):
-                outcomes += _append(writer, rollout, actor, spec, _simulator_seeds(config, rollouts), rollouts)
+                num_safe, folder = pod.on_main(lambda: (len(outcomes), writer.directory))
+                raise Interrupted(f"preference pairs: {num_safe} rollouts are safe in {folder}")
+            if writer is not None:
+                with clock("data"):
+                    outcomes.extend(_append(writer, rollout, actor, spec, _simulator_seeds(config, rollouts), rollouts))
         bar.update(0, pairs=num_made())
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from stare_jax.data.arrays import read_arrays, write_arrays
+from stare_jax.sharding import pod
 from stare_jax.types import PyTree
 
 FOLDER = "tpo/reference"
@@ -35,16 +36,22 @@ def keep_scores(directory: str | Path, source: str) -> Keep:
             return compute()
         file = Path(directory) / FOLDER / f"{name}.npz"
         identity = json.dumps({"source": source, "inputs": fingerprint_arrays(inputs)})
-        if file.exists():
-            about = {"expected": "scores of a reference policy", "advice": "delete it to have them computed again"}
-            kept = read_arrays(file, "identity", "scores", **about)
-            if str(kept["identity"]) == identity:
-                return kept["scores"]
-        scores = compute()
-        write_arrays(file, {"identity": identity, "scores": scores})
+        scores = pod.on_main(_read, file, identity)
+        if scores is None:
+            scores = compute()
+            pod.on_main(write_arrays, file, {"identity": identity, "scores": scores})
         return scores
 
     return keep
+
+
+def _read(file: Path, identity: str) -> np.ndarray | None:
+    """Returns the scores in a file; None where it is not there, or has those of something else."""
+    if not file.exists():
+        return None
+    about = {"expected": "scores of a reference policy", "advice": "delete it to have them computed again"}
+    kept = read_arrays(file, "identity", "scores", **about)
+    return kept["scores"] if str(kept["identity"]) == identity else None
 
 
 def fingerprint_arrays(tree: PyTree) -> str:

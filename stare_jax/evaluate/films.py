@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from stare_jax.sharding import pod
 from stare_jax.types import Array, Signals, Trajectory
 
 
@@ -48,6 +49,11 @@ class FilmShelf:
         kept[film.episode] = film
         if len(kept) > self._num_kept:
             del kept[max(kept)]
+
+    def gather(self) -> None:
+        """Takes the films of all processes, in process 0."""
+        for film in [film for films in pod.gather(self.films, on_main=True) for film in films]:
+            self.put(film)
 
     def drop(self, episode: int) -> None:
         """Forgets an episode, if there is a film of it."""

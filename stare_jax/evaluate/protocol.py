@@ -24,6 +24,7 @@ from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.rounds import collect_round
+from stare_jax.sharding import pod
 from stare_jax.stages import TaskSpecs, as_specs, shared_stage_names, take_turns
 from stare_jax.types import PyTree, Trajectory
 
@@ -193,9 +194,9 @@ def evaluate_act(
 ) -> tuple[Evaluation, list[Film]]:
     """Runs an actor to the horizon, success or not, from reproducible resets, in about ten parts.
 
-    Episodes that are lost with a simulator are run again, up to three times. With a `folder`, the results are on disk
-    after every part; a later call with the same arguments goes on after the last finished part, and its result equals
-    that of an uninterrupted call. The caller deletes the folder when the result is stored.
+    Processes share a part. Episodes that are lost with a simulator are run again, up to three times. With a `folder`,
+    the results are on disk after every part; a later call with the same arguments goes on after the last finished part,
+    and its result equals that of an uninterrupted call. The caller deletes the folder when the result is stored.
 
     Args:
         act_of: makes the actor of a part.
@@ -211,8 +212,8 @@ def evaluate_act(
         clock: charged with the time in the simulator and in the actor.
 
     Returns:
-        The evaluation, and films of the first `max(1, num_videos)` successes and as many failures; the films have
-        frames only if `num_videos` is positive.
+        The evaluation, and films of the first `max(1, num_videos)` successes and as many failures, in process 0 of
+        all, elsewhere of its own; the films have frames only if `num_videos` is positive.
 
     Raises:
         Interrupted: `should_stop` answered True.
@@ -224,7 +225,7 @@ def evaluate_act(
     seeds = [seed for seed in episode_seeds(config) for _ in as_specs(spec)]
     tasks = take_turns(spec, range(len(seeds)))
     identity = _identity(env, spec, config, conditions)
-    done = NOTHING_DONE if folder is None else load_parts(folder, identity)
+    done = NOTHING_DONE if folder is None else pod.on_main(load_parts, folder, identity)
     num_before = 0 if done.episodes is None else len(done.episodes.seed)
     num_successes = 0 if done.episodes is None else int(done.episodes.success_once.sum())
     shelf = FilmShelf(max(1, config.num_videos), done.films)
@@ -247,9 +248,10 @@ def evaluate_act(
             if not rollout.is_complete:
                 kept = "" if folder is None else f"; {indices.start} are kept on disk"
                 raise Interrupted(f"{desc}: stopped after {num_over} of {len(seeds)} episodes{kept}")
+            shelf.gather()
             part_seeds = [seeds[e] for e in indices]
             done = _add_part(done, spec, rollout, part_seeds, time.monotonic() - start, shelf.films)
-            if folder is not None:
+            if folder is not None and pod.is_main():
                 save_parts(folder, identity, done)
     return Evaluation(_info(env, spec, config, conditions, done), done.episodes), list(done.films)
 
@@ -307,13 +309,9 @@ class _Part:
             tasks=None if self.tasks is None else self.tasks[episodes],
             reproducible=True,
             on_episode=film_and_tell,
-            keep_images=_forget_images if has_frames else False,
+            # Images are freed as soon as an episode is over, because its film is a copy.
+            keep_images=(lambda row, episode: False) if has_frames else False,
         )
-
-
-def _forget_images(row: int, episode: Trajectory) -> bool:
-    """Returns False: images are freed as soon as an episode is over, because its film is a copy."""
-    return False
 
 
 def _add_part(
@@ -340,6 +338,8 @@ def _identity(env: VecEnv, spec: TaskSpecs, config: EvalConfig, conditions: Cond
     layout = {"num_groups": len(env.groups)} if len(env.groups) > 1 else {}  # Earlier versions had one, and no spares.
     if any(group.spare_of_env is not None for group in env.groups):
         layout["has_spares"] = True
+    if pod.num_processes() > 1:
+        layout["num_processes"] = pod.num_processes()
     return layout | {
         "env_id": env.env_id,
         "horizon": env.horizon,

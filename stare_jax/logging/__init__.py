@@ -35,6 +35,7 @@ from stare_jax.logging.terminal import print_table as print_table
 from stare_jax.logging.terminal import progress as progress
 from stare_jax.logging.terminal import progress_bytes as progress_bytes
 from stare_jax.logging.terminal import say as say
+from stare_jax.logging.terminal import silence as silence
 from stare_jax.logging.window import Window as Window
 from stare_jax.logging.window import check_finite as check_finite
 from stare_jax.logging.window import reduce_metrics as reduce_metrics

@@ -96,9 +96,9 @@ def make_writer(
         tensorboard, wandb: as in `LoggingConfig`.
         config: configuration of the run, for W&B.
     """
-    import jax
+    from stare_jax.sharding import pod  # here, so that a command that prints a line need not wait for JAX
 
-    if jax.process_index() != 0:
+    if not pod.is_main():
         return Writer(None)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

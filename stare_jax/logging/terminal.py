@@ -13,6 +13,13 @@ MEGABYTE = 10**6
 """Text that is said before a loop falls silent to compile something."""
 
 _num_open_lines = 0
+_is_silent = False
+
+
+def silence() -> None:
+    """Lets all functions here show nothing from now on: another process of the run shows the same."""
+    global _is_silent
+    _is_silent = True
 
 
 @contextlib.contextmanager
@@ -43,6 +50,9 @@ def progress(
     """
     global _num_open_lines
     stream = stream or sys.stderr
+    if _is_silent:
+        yield _Nothing()
+        return
     if initial and (total is None or initial < total):
         of_all = "" if total is None else f" of {total}"
         announce(f"{desc}: going on at {unit} {initial + 1}{of_all}", stream=stream)
@@ -82,6 +92,8 @@ def progress_bytes(total: int, desc: str) -> Iterator[Callable[[int], None]]:
 
 def say(text: str = "") -> None:
     """Prints a line to standard output without tearing the bars of `progress`."""
+    if _is_silent:
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
@@ -93,6 +105,8 @@ def announce(text: str, *, stream: Any = None) -> None:
         text: the line.
         stream: where to print; standard error if None.
     """
+    if _is_silent:
+        return
     stream = stream or sys.stderr
     tqdm.write(text, file=stream)
     stream.flush()
@@ -127,6 +141,11 @@ def announce_compiling(name: str, compiled: Callable) -> Callable:
         return compiled(*arguments)
 
     return call
+
+
+class _Nothing:
+    def update(self, n: int = 1, **postfix: Any) -> None:
+        pass
 
 
 class _Bar:

@@ -21,6 +21,7 @@ from stare_jax.rollout.kept import KEPT_ROW, ContextStore, jit_sample_and_keep
 from stare_jax.rollout.places import Budget, Places, Waiting
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.records import KeepImages, Moment, Records
+from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import BATCH_AXES, batch_sharding
 from stare_jax.types import Observation, PyTree, Trajectory
 
@@ -258,7 +259,7 @@ def policy_act(
     Args:
         policy: its `sample` is compiled once per batch size, however many actors are made.
         params: on the devices where they are to be used; from `prepare_params`, or prepared here.
-        key: consumed; tick n of the actor uses `fold_in(key, n)`.
+        key: consumed; tick n of the actor uses `fold_in(key, n)`, of several processes each of a key of its own.
         temperature: temperature of the action distribution; 0 is greedy.
         mesh: the devices that act; None takes those of `params`.
         keep: takes the contexts of all calls, on the devices of `mesh`, and decisions say in their trace which row each
@@ -268,7 +269,7 @@ def policy_act(
     sample = _announced_sample(policy.sample) if keep is None else _announced_keeping(policy.sample, policy.encode)
     sharding = acting_sharding(params) if mesh is None else batch_sharding(mesh)
     ticks = itertools.count()
-    temperature = np.float32(temperature)
+    key, temperature = pod.own_key(key), np.float32(temperature)
 
     def act(observation, signals, instructions, is_first):
         del signals, is_first

@@ -12,6 +12,7 @@ from stare_jax.envs.seeds import VALIDATION_SEEDS, phase_key, take_seeds
 from stare_jax.logging import Clock
 from stare_jax.rollout.collect import collect_episodes
 from stare_jax.rollout.decisions import Act
+from stare_jax.sharding import pod
 from stare_jax.stages.several import TaskSpecs, take_turns
 
 VALIDATED = "validation/success"
@@ -58,22 +59,23 @@ def validate(
     """
     if not config.every or iteration % config.every:
         return {}
-    numbers = np.arange(config.num_episodes)
+    numbers = pod.share(np.arange(config.num_episodes))
     with clock("validation"):
         rollout = collect_episodes(
             env,
             act(phase_key(seed, "validation"), temperature=config.temperature),
-            take_seeds(VALIDATION_SEEDS, seed, 0, len(numbers)),
+            np.array(take_seeds(VALIDATION_SEEDS, seed, 0, config.num_episodes))[numbers],
             stop_at_success=False,
             tasks=take_turns(spec, numbers),
             should_stop=should_stop,
             keep_images=False,
             in_turns=True,
         )
-    if not rollout.is_complete:
+    if pod.agree(not rollout.is_complete):
         return {}
     valid = rollout.trajectory.valid
     is_success = rollout.trajectory.signals.success[valid.any(axis=1)]  # without episodes that were lost
+    is_success = np.concatenate(pod.gather(is_success))
     names = (VALIDATED, f"{VALIDATED}_end")
     shares = (is_success.any(axis=1), is_success[:, -1])
     return {name: float(share.mean()) if len(share) else math.nan for name, share in zip(names, shares, strict=True)}

@@ -7,14 +7,17 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from stare_jax.sharding import pod
+
 
 @contextlib.contextmanager
 def keep_compiled(directory: Path) -> Iterator[None]:
     """Keeps what is compiled while open in a folder, unless `jax_compilation_cache_dir` names another already.
 
-    The folder belongs to one process: two that write at once would read each other's half-written files.
+    The folder belongs to one process, of several to process 0: two that write at once would read each other's
+    half-written files.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if not pod.is_main() or jax.config.jax_compilation_cache_dir:
         yield
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))

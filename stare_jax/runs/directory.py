@@ -32,6 +32,7 @@ from stare_jax.runs.circumstances import fingerprint_statistics
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
+from stare_jax.sharding import pod
 from stare_jax.state.train_state import CHECKPOINTS
 
 SHARED_FIELDS = (
@@ -109,11 +110,16 @@ def _sections(phase: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keeps other processes out of a run directory while open; the lock of a process that dies is free again.
+    """Keeps other runs out of a run directory while open; the lock of a process that dies is free again.
+
+    Of the processes of a run, process 0 holds it.
 
     Raises:
         ConfigError: another process holds the lock.
     """
+    if not pod.is_main():
+        yield
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / _LOCK).open("a", encoding="utf-8") as file:
         try:

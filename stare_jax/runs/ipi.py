@@ -10,7 +10,6 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 
@@ -74,6 +73,7 @@ from stare_jax.runs.start import (
     start_source,
     write_statistics,
 )
+from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.stages import TaskSpecs
 from stare_jax.state.checkpoint import load_params
@@ -83,7 +83,7 @@ from stare_jax.train.loop import Run
 from stare_jax.train.ppo import train_ppo
 from stare_jax.train.sft import train_sft
 from stare_jax.train.tpo import train_tpo
-from stare_jax.types import PyTree
+from stare_jax.types import NormStats, PyTree
 from stare_jax.weights.load import initial_params
 
 StartSimulator = Callable[[], VecEnv]
@@ -102,7 +102,8 @@ def run_ipi(
 ) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
-    In a directory that holds a run of the same configuration it goes on with that run.
+    In a directory that holds a run of the same configuration it goes on with that run. Several processes (`pod.joined`)
+    call it together, with the same arguments; process 0 owns the directory, which all can read.
 
     Args:
         config: see `RunConfig`.
@@ -135,16 +136,16 @@ def run_ipi(
     check_fit(config)
     check_statistics(config, source_stats)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    plan_run(dataclasses.replace(config, model=shorten_prompts(config, config.model)))  # the last, as it takes seconds
+    plan_run(dataclasses.replace(config, model=shorten_prompts(config, config.model)), mesh)  # last: it takes seconds
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(directory))
-        changed = check_directory(directory, config, again=again)
+        changed = pod.on_main(check_directory, directory, config, again=again)
         if changed:
             say(f"changed since the run began: {in_words(changed)}")
-        if again and (folder := set_aside(directory, again)):
+        if again and (folder := pod.on_main(set_aside, directory, again)):
             say(f"{redo} and what follows it are done again; what was there is in {folder}")
-        write_config(directory, to_dict(config))
+        pod.on_main(write_config, directory, to_dict(config))
 
         # ---- Set-up -------------------------------------------------------------------------------------------------
         interruption = stack.enter_context(Interruption(grace=grace))
@@ -158,7 +159,7 @@ def run_ipi(
                 config=to_dict(config),
             )
         )
-        profiler = stack.enter_context(Profiler(directory, profile))
+        profiler = stack.enter_context(Profiler(directory, profile if pod.is_main() else 0))
         spec = config.specs
 
         @functools.cache
@@ -167,20 +168,18 @@ def run_ipi(
 
         def should_stop() -> bool:
             heartbeat.beat()
-            return interruption.requested
+            return pod.is_stopping(interruption.requested)
 
         # ---- Demonstrations and statistics --------------------------------------------------------------------------
-        # Statistics with which no phase has begun may be those of other demonstrations.
-        has_any = any(has_begun(directory / phase) for phase in PHASES)
-        demonstrations, stats = None, read_statistics(directory) if has_any else None
-        if "sft" in config.phases and (demos_only or not is_finished(directory, "sft", config)):
+        demonstrations, stats = None, pod.on_main(_statistics_of_phases, directory)
+        if "sft" in config.phases and (demos_only or not pod.on_main(is_finished, directory, "sft", config)):
             demonstrations = _demonstrations(config, directory, simulator, writer, should_stop)
         if demos_only:
             return demonstrations.directory
         if stats is None:
             folder = demonstrations_folder(directory, config)
             stats = demonstration_statistics(config, folder) if source_stats is None else source_stats
-            write_statistics(directory, stats)
+            pod.on_main(write_statistics, directory, stats)
         network = initial_model(config)
         policy = make_policy(shorten_prompts(config, network), stats)
         if demonstrations is not None and source_stats is not None:
@@ -192,19 +191,19 @@ def run_ipi(
         for phase in config.phases:
             # A phase, or its evaluation, uses the memory of what it is given: nothing here may keep it.
             held: list[PyTree] = []
-            if not is_finished(directory, phase, config):
-                start, source = start_name(directory, config, phase), start_source(directory, config, phase)
+            if not pod.on_main(is_finished, directory, phase, config):
+                start = pod.on_main(start_name, directory, config, phase)
                 data = describe_demonstrations(demonstrations) if phase == "sft" else {}
                 record = record_phase(config, phase, start=start, data=data)
-                begin_phase(directory / phase, record, circumstances_of(config))
-                run = dataclasses.replace(run, start=start)
-                set_aside_evaluation(directory, phase)
+                pod.on_main(begin_phase, directory / phase, record, circumstances_of(config))
+                pod.on_main(set_aside_evaluation, directory, phase)
+                source, run = start_source(directory, config, phase), dataclasses.replace(run, start=start)
                 held.append(initial_params(source, policy, network, mesh, jax.random.key(config.seed)))
                 if phase == "sft":
                     batches = functools.partial(_imitation_batches, config, policy, demonstrations)
                     trained = train_sft(policy, held.pop(), batches, config.sft, run)
                 elif phase == "tpo":
-                    actor = policy_actor(lambda held=held: (policy, held[0]), config.pairs, source=start)
+                    actor = policy_actor(lambda held=held: (policy, pod.on_host(held[0])), config.pairs, source=start)
                     pairs = _pairs(config, directory, actor, simulator, writer, should_stop)
                     del actor
                     pairs = load_pairs(*pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
@@ -214,13 +213,18 @@ def run_ipi(
                     trained = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run, experts)
                 held.append(trained)
                 del trained
-                finish_phase(directory / phase)
-            if config.has_evaluation and not _is_evaluated(directory, phase, config):
+                pod.on_main(finish_phase, directory / phase)
+            if config.has_evaluation and not pod.on_main(_is_evaluated, directory, phase, config):
                 held = held or [load_params(directory / phase / CHECKPOINTS, abstract_params(policy, mesh))]
                 _evaluate_phase(config, directory, phase, policy, held, spec, simulator, should_stop)
-        report = write_report(directory)
-        print_report(directory)
+        report = pod.on_main(write_report, directory)
+        pod.on_main(print_report, directory)
     return report
+
+
+def _statistics_of_phases(directory: Path) -> NormStats | None:
+    """Returns the statistics of a run. Those with which no phase has begun may be of other demonstrations."""
+    return read_statistics(directory) if any(has_begun(directory / phase) for phase in PHASES) else None
 
 
 def _experts(config: RunConfig) -> list[Expert]:
@@ -243,7 +247,7 @@ def _demonstrations(
         should_stop=should_stop,
         clock=clock,
     )
-    _report_collection("demos", demonstrations, clock, directory, writer)
+    _report_collection("demos", demonstrations, clock, directory, writer, {})
     return demonstrations
 
 
@@ -281,12 +285,7 @@ def _pairs(
 
 
 def _report_collection(
-    phase: str,
-    dataset: Dataset,
-    clock: Clock,
-    directory: Path,
-    writer: Writer,
-    metrics: Mapping[str, float] = MappingProxyType({}),
+    phase: str, dataset: Dataset, clock: Clock, directory: Path, writer: Writer, metrics: Mapping[str, float]
 ) -> None:
     """Says how much was collected, and where the time went; once, also where a kill came between."""
     is_new = "env" in clock.seconds()
@@ -323,10 +322,10 @@ def _evaluate_phase(
 ) -> None:
     """Evaluates a phase with the parameters that `held` has, which it takes, and shows some of its episodes."""
     clock, file = Clock(), evaluation_file(directory, phase)
-    _, checkpoint = identify_checkpoint(directory / phase)
+    _, checkpoint = pod.on_main(identify_checkpoint, directory / phase)
     evaluation, films = evaluate(
         policy,
-        held.pop(),
+        pod.on_host(held.pop()),
         simulator(),
         spec,
         config.evaluation,
@@ -337,7 +336,8 @@ def _evaluate_phase(
         clock=clock,
     )
     say(f"evaluate {phase}: {len(evaluation.episodes.seed)} episodes | {clock.line()}")
-    record_evaluation(
+    pod.on_main(
+        record_evaluation,
         directory,
         phase,
         evaluation,

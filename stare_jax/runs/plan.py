@@ -41,14 +41,16 @@ class StepPlan(NamedTuple):
     """further arguments of the step; arrays of NumPy's, and shapes where parameters or contexts are among them."""
 
 
-def plan_run(config: RunConfig) -> dict[str, StepPlan]:
-    """Traces one optimiser step of every phase of a run on shapes alone.
+def plan_run(config: RunConfig, mesh: Mesh | None = None) -> dict[str, StepPlan]:
+    """Traces one optimiser step of every phase of a run on shapes alone; checks batches by the hosts of a mesh, if any.
 
     Raises:
         ConfigError: a phase would train parameters of less than float32, lacks the adapters it asks for, freezes
             nothing by a pattern, or does not fit its batch.
         ShardingError: the rules, the mesh, the model and the batches do not fit.
     """
+    for phase in config.phases if mesh is not None else ():
+        {"sft": sft, "tpo": tpo, "ppo": ppo}[phase].check_mesh(getattr(config, phase), mesh)
     return {phase: plan_phase(config, phase) for phase in config.phases}
 
 

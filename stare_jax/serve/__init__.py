@@ -1,8 +1,22 @@
 """A policy behind a socket: openpi's protocol, one batch for requests that arrive together."""
 
 from stare_jax.serve.batching import Batcher
+from stare_jax.serve.client import Adapter, RemoteError, RemotePolicy, read_adapter
 from stare_jax.serve.messages import MessageError, pack, unpack
 from stare_jax.serve.requests import Keys, RequestReader
 from stare_jax.serve.server import Limits, PolicyServer
 
-__all__ = ["Batcher", "Keys", "Limits", "MessageError", "PolicyServer", "RequestReader", "pack", "unpack"]
+__all__ = [
+    "Adapter",
+    "RemoteError",
+    "RemotePolicy",
+    "read_adapter",
+    "Batcher",
+    "Keys",
+    "Limits",
+    "MessageError",
+    "PolicyServer",
+    "RequestReader",
+    "pack",
+    "unpack",
+]

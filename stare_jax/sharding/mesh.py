@@ -26,17 +26,18 @@ class ShardingError(UserError, ValueError):
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of the first `data * fsdp * tensor` devices.
+    """Returns a mesh of the first `data * fsdp * tensor` devices; of all, host by host, where there are several hosts.
 
     Args:
         data: replicas of the model; -1 takes all devices that the other two leave.
         fsdp: over how many devices weights and optimiser state are cut; the batch is cut over these, too.
         tensor: over how many devices single matrices are cut.
-        devices: to choose from; all of this process's if None.
+        devices: to choose from; those of all processes if None.
 
     Raises:
-        ShardingError: more devices asked for than there are.
+        ShardingError: more devices asked for than there are, or fewer, so that a process would have none.
     """
+    num_hosts = 1 if devices is not None else len({device.process_index for device in jax.devices()})
     devices = jax.devices() if devices is None else devices
     num_devices = len(devices)
     if data == -1:
@@ -45,7 +46,13 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequenc
     if min(sizes) < 1 or np.prod(sizes) > num_devices:
         expected = f"at most {num_devices} device(s), and at least 1 along each axis"
         raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected {expected}")
-    return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=devices[: int(np.prod(sizes))])
+    if num_hosts == 1:
+        return jax.make_mesh(sizes, AXES, AXIS_TYPES, devices=devices[: int(np.prod(sizes))])
+    if np.prod(sizes) < num_devices:
+        expected = f"all {num_devices} devices of {num_hosts} processes"
+        raise ShardingError(f"mesh: got data x fsdp x tensor = {sizes}, expected {expected}; data = -1 takes them")
+    by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(by_host).reshape(sizes), AXES, AXIS_TYPES)
 
 
 def make_abstract_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> AbstractMesh:
@@ -136,18 +143,27 @@ def num_parts(mesh: Mesh | AbstractMesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
-def place(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts a batch onto the mesh, cut along its leading axis, whose size `num_parts` divides."""
-    return jax.device_put(tree, batch_sharding(mesh))
+def num_hosts(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of processes whose devices a mesh has; 1 for devices that need not be there."""
+    return 1 if isinstance(mesh, AbstractMesh) else len({device.process_index for device in mesh.devices.flat})
 
 
-def check_microbatch(microbatch_size: int | None, size: int, name: str) -> None:
-    """Raises ValueError unless `microbatch_size` is None or divides the batch size, whose config field is `name`."""
-    if microbatch_size is not None and (microbatch_size < 1 or size % microbatch_size):
-        raise ValueError(f"microbatch_size: got {microbatch_size}, expected a divisor of {name} = {size}, or None")
+def has_own_parts(mesh: Mesh | AbstractMesh) -> bool:
+    """Returns whether each part of a batch lies on the devices of one process: `tensor` stays within a host."""
+    return num_parts(mesh) % num_hosts(mesh) == 0
+
+
+def check_shares(name: str, size: int, unit: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ShardingError unless processes can share `size` in equal parts of whole units; `name` is to blame."""
+    if size % (num_hosts(mesh) * unit):
+        expected = f"a multiple of {num_hosts(mesh)} processes" + (f" x {unit}" if unit > 1 else "")
+        raise ShardingError(f"{name}: got {size}, expected {expected}")
 
 
 def check_batch_size(name: str, size: int | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError unless a batch of `size` can be cut over the mesh; `name` is the config field to blame."""
     if size is not None and size % num_parts(mesh):
         raise ShardingError(f"{name}: got {size}, expected a multiple of data x fsdp = {num_parts(mesh)}")
+    if size is not None and not has_own_parts(mesh) and size % mesh.size:
+        expected = f"a multiple of {mesh.size}, all devices, as tensor = {mesh.shape['tensor']} goes across hosts"
+        raise ShardingError(f"{name}: got {size}, expected {expected}")

@@ -21,17 +21,16 @@ import numpy as np
 
 from stare_jax.documents.reader import NOTHING, check_record
 from stare_jax.documents.statistics import check_norm_stats
-from stare_jax.logging import move_aside, say
+from stare_jax.logging import Interrupted, move_aside, say
+from stare_jax.sharding import pod
 from stare_jax.state import storage
 from stare_jax.state.checksums import CheckpointError
 from stare_jax.state.finite import check_state
 from stare_jax.state.train_state import CHECKPOINTS, TrainState
 from stare_jax.types import NormStats, PyTree
 
-FROZEN = "frozen"
-"""Folder of frozen parameters, beside the steps."""
-MAX_NAMES = 20
-"""Paths that an error message lists."""
+FROZEN = "frozen"  # a folder beside the steps
+MAX_NAMES = 20  # of paths that an error message lists
 
 
 class _Extra(NamedTuple):
@@ -57,31 +56,32 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one phase, newest `keep` kept; saving goes on in the background. Use it in a `with`."""
+    """The checkpoints of one phase, newest `keep` kept, saved in the background by all processes. For a `with`."""
 
     def __init__(self, directory: str | Path, *, keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep: got {keep}, expected >= 1")
         self._directory = Path(directory).absolute()
-        self._directory.mkdir(parents=True, exist_ok=True)
         self._last: int | None = None
+        pod.on_main(self._tidy_up)
+        self._writer = storage.BackgroundWriter(self._directory, keep=keep)
+
+    def _tidy_up(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
         for path in storage.remove_leftovers(self._directory, re.compile(rf"\d+|{FROZEN}")):
             say(f"removed {path}, which was half written when its process was killed")
         frozen = self._directory / FROZEN
         if complete_steps(self._directory):
             _check_whole(frozen)
-        # Frozen parameters without a step may be those of other starting weights.
         elif folder := move_aside(self._directory, [frozen]):
-            say(f"{frozen} is of no checkpoint; it is in {folder} now")
-        self._writer = storage.BackgroundWriter(self._directory, keep=keep)
+            say(f"{frozen} is of no checkpoint; it is in {folder} now")  # and may be of other starting weights
 
     def save(
         self, step: int, state: TrainState, *, norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]
     ) -> None:
         """Starts to save; returns when the arrays are copied, so that the caller may go on and donate them.
 
-        The first call writes the frozen parameters and waits for them; others leave them out. FloatingPointError
-        names what is not finite.
+        The first call writes the frozen parameters and waits for them; others leave them out.
 
         Args:
             step: name of the checkpoint; one that is there already, or that is being written, is left as it is.
@@ -91,9 +91,9 @@ class Checkpoints:
             counters: progress of the loop, as JSON takes it.
         """
         check_state(self._directory.parent.name, state)
-        if step == self._last or step in complete_steps(self._directory):
+        if step == self._last or pod.on_main(lambda: step in complete_steps(self._directory)):
             return
-        if jax.tree.leaves(state.frozen) and not (self._directory / FROZEN).exists():
+        if jax.tree.leaves(state.frozen) and not pod.on_main((self._directory / FROZEN).exists):
             storage.write(self._directory / FROZEN, {"params": state.frozen}, {})
         self._writer.write(step, _items(state), _metadata(norm_stats, model, counters))
         self._last = step
@@ -105,8 +105,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        # After an error of one process the others do not come to finish a checkpoint.
+        if pod.num_processes() == 1 or kind is None or issubclass(kind, Interrupted):
+            self.close()
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:
@@ -129,8 +131,7 @@ def save_params(
         norm_stats: normalisation statistics of the policy.
         model: configuration of the policy's model, as JSON takes it.
     """
-    path = Path(directory).absolute() / str(step)
-    storage.write(path, {"params": params}, _metadata(norm_stats, model, {}))
+    storage.write(Path(directory).absolute() / str(step), {"params": params}, _metadata(norm_stats, model, {}))
 
 
 def _metadata(norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +208,6 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     Raises:
         CheckpointError: none there, a damaged one, or other paths, shapes or dtypes than `like`; or one that an earlier
             version of this library wrote.
-        FloatingPointError: what is trained has values that are not finite.
     """
     path, wanted = step_path(directory, step), _items(like)
     storage.check(path, *wanted)

@@ -22,6 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from stare_jax.documents import DocumentError, read_json
+from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import path_name
 from stare_jax.state.checksums import CheckpointError, check_sums, write_sums
 from stare_jax.types import Array, PyTree
@@ -113,6 +114,7 @@ class BackgroundWriter:
             self._thread.shutdown()
             with _writing(self._directory):
                 self._checkpointer.close()
+            pod.from_main(None)
 
     def _wait(self) -> None:
         if self._finishing is not None:
@@ -122,8 +124,8 @@ class BackgroundWriter:
     def _finish(self, saving: Any, folder: Path) -> None:
         with _writing(folder):
             saving.result()
-            write_sums(folder)
-        for step in whole_steps(self._directory)[: -self._keep]:
+            write_sums(folder) if pod.is_main() else None
+        for step in whole_steps(self._directory)[: -self._keep] if pod.is_main() else ():
             # Under this name it is known to be half deleted, should the process be killed now.
             old = (self._directory / str(step)).rename(self._directory / f"{step}{PARTIAL}")
             _remove(old)
@@ -155,7 +157,7 @@ def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> N
     """Writes a new folder with checksums, and waits; raises CheckpointError where the disk does not take it."""
     with _writing(folder):
         _write(folder, items, metadata)
-        write_sums(folder)
+        pod.on_main(write_sums, folder)
 
 
 def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:

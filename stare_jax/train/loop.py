@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from stare_jax.logging import Profiler
 from stare_jax.models.policy import Policy
 from stare_jax.models.stored import check_same_model, model_from_dict
+from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state import checkpoint, finite
 from stare_jax.state.checkpoint import CheckpointError, Checkpoints
@@ -38,9 +39,9 @@ class Run:
     writer: Callable[..., None] = _write_nothing
     """writer(step, {"area/quantity": float}, phase="sft"); see `logging.make_writer`."""
     should_stop: Callable[[], bool] = lambda: False
-    """polled once a step: the loop saves and raises `logging.Interrupted`."""
+    """polled once a step: all processes save and raise `logging.Interrupted` where one is told to stop."""
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
-    """devices of the parameters and of all batches."""
+    """devices, of all processes, of the parameters and of all batches."""
     start: str = ""
     """name of the weights that the phase starts from, no others have it; with it scores of a reference are kept."""
     resume: bool = False
@@ -79,7 +80,7 @@ def start_phase(
     freeze, rules = frozen_params(policy, config), policy.sharding_rules
     check_precision(split_params(params, freeze)[0])
     directory = checkpoint_directory(run, phase)
-    steps = checkpoint.complete_steps(directory)
+    steps = pod.from_main(checkpoint.complete_steps(directory))
     if not steps:
         state = create_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
         finite.check_state(phase, state)
@@ -112,7 +113,7 @@ class Turn(NamedTuple):
 def next_turn(run: Run, step: int, num_steps: int, *, log_every: int = 1, checkpoint_every: int) -> Turn:
     """Returns the duties of a loop after step number `step` of `num_steps`."""
     is_last = step == num_steps
-    is_stopping = run.should_stop() and not is_last
+    is_stopping = pod.agree(run.should_stop()) and not is_last
     is_saving = step % checkpoint_every == 0 or is_last or is_stopping
     return Turn(is_saving, is_saving or step % log_every == 0, is_stopping)
 

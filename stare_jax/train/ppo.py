@@ -19,10 +19,12 @@ from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, Window, progress, say
 from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Rollout, policy_act
+from stare_jax.rollout.collect import policy_act
 from stare_jax.rollout.jump_start import JumpStartConfig, lead
 from stare_jax.rollout.validation import ValidationConfig, validate
-from stare_jax.sharding.mesh import check_batch_size, check_microbatch, num_parts, place
+from stare_jax.sharding import pod
+from stare_jax.sharding.mesh import check_batch_size, check_shares, num_hosts, num_parts
+from stare_jax.sharding.microbatch import check_microbatch
 from stare_jax.stages import Reward, TaskSpec, TerminalPotential, TimeLimit, check_ends
 from stare_jax.stages.several import TaskSpecs, as_specs, by_task
 from stare_jax.state import optimizer
@@ -80,7 +82,7 @@ class PPOConfig:
     context_gb: NonNegative = 0.0
     """memory in GB, on all devices together, for the contexts of an iteration's decisions (`Policy.encode`). Where they
     fit, the actor keeps those that it makes; where those of decisions alone fit, and not of idle environments, they are
-    computed once an iteration; and otherwise in every epoch."""
+    computed once an iteration; and otherwise, or by several processes, in every epoch."""
     rescore: bool | None = None
     """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
     None: where the network computes in less than float32."""
@@ -138,7 +140,7 @@ class PPOConfig:
 
 
 # ---- Batch: `ppo_batch.DecisionBatch` -------------------------------------------------------------------------------
-def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[[Rollout], ppo_batch.PPOBatch]:
+def make_prepare(spec: TaskSpecs, config: PPOConfig, *, chunk: int = 1) -> Callable[..., ppo_batch.PPOBatch]:
     """Returns the function that computes rewards and advantages of a rollout whose decisions are on `chunk` actions."""
     targets_fn = by_task(spec, lambda one, *episode: make_targets_fn(one, config, chunk=chunk)(*episode))
     return ppo_batch.compile_targets(
@@ -230,9 +232,11 @@ def make_ppo_step(
 
 
 def check_mesh(config: PPOConfig, mesh: AbstractMesh) -> None:
-    """Raises ShardingError where the mesh does not divide a minibatch."""
+    """Raises ShardingError where the mesh does not divide a minibatch, or its hosts do not the episodes."""
     check_batch_size("ppo.minibatch_size", config.minibatch_size, mesh)
     check_batch_size("ppo.microbatch_size", config.microbatch_size, mesh)
+    name = "num_episodes" if config.num_steps is None else "num_steps"
+    check_shares(f"ppo.{name}", getattr(config, name), config.group_size, mesh)
 
 
 def plan_contexts(
@@ -243,7 +247,7 @@ def plan_contexts(
     num_decisions = config.num_steps or config.num_episodes * -(-horizon // policy.chunk)
     size = config.microbatch_size or config.minibatch_size
     num_acting = num_acting_rows(num_decisions, horizon, policy.chunk, groups, num_parts(mesh))
-    return kept_contexts(policy, num_decisions, num_acting, size, config.context_gb)
+    return kept_contexts(policy, num_decisions, num_acting, size, config.context_gb * (num_hosts(mesh) == 1))
 
 
 # ---- Loop -----------------------------------------------------------------------------------------------------------
@@ -272,8 +276,7 @@ def train_ppo(
         Interrupted: `run.should_stop` asked for it; a checkpoint has been saved. A batch that was being collected is
             collected again when the run goes on; an update that was under way has been finished.
         FloatingPointError: the loss is not finite.
-        SimulatorError: every episode of an iteration was lost.
-        CheckpointError: see `loop.start_phase`.
+        SimulatorError, CheckpointError: every episode of an iteration was lost; see `loop.start_phase`.
     """
     # ---- Set-up -----------------------------------------------------------------------------------------------------
     check_mesh(config, run.mesh)
@@ -299,48 +302,49 @@ def train_ppo(
         while counters.iteration < config.num_iterations:
             # ---- Collect --------------------------------------------------------------------------------------------
             key = jax.random.fold_in(phase_key(config.seed, PHASE), counters.iteration)
-            acting = functools.partial(policy_act, policy, state.params, mesh=run.mesh)
+            acting = functools.partial(policy_act, policy, pod.on_host(state.params))
             rates = validate(
                 acting, env, spec, config.validation, counters.iteration, config.seed, run.should_stop, window.clock
             )
             store = ppo_batch.make_store(kept, run.mesh)
-            rollout = ppo_batch.collect(  # An actor with a name would keep what it prepared through the updates.
+            rollout, whole, after = ppo_batch.collect(  # An actor with a name would keep what it prepared.
                 acting(key, temperature=config.temperature, keep=store), led, spec, counters, config, run, window
             )
-            if not rollout.is_complete:
+            if not whole.is_complete:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
                 raise Interrupted(stopped.format(counters.iteration))
+            del acting
 
             # ---- Targets and updates; a stop waits for them ---------------------------------------------------------
             train_policy = np.bool_(counters.iteration >= config.value_warmup_iterations)
             fraction_done = np.float32(counters.iteration / config.num_iterations)
             rng = np.random.default_rng((config.seed, counters.iteration))
             with window.clock("update"):
-                batch = encode(state.params, prepare(rollout), run.mesh, store)
+                batch = encode(state.params, prepare(rollout, whole), run.mesh, store)
                 batch = rescore(state.params, batch, run.mesh) if is_rescoring else batch
                 epochs = ppo_batch.minibatches(batch, size=config.minibatch_size, rng=rng, num_epochs=config.num_epochs)
                 for minibatch in epochs:
-                    placed = place(minibatch, run.mesh)
+                    placed = pod.to_mesh(minibatch, run.mesh)
                     with run.profiler.step(PHASE, counters.iteration):
                         state, metrics = step_fn(state, placed, train_policy, fraction_done, reference, batch.contexts)
                     window.add(metrics)
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
-            updates, counters = window.read(state.trainable), counters.after(rollout, config.group_size)
+            updates, counters = window.read(state.trainable), after
             turn = next_turn(run, counters.iteration, config.num_iterations, checkpoint_every=config.checkpoint_every)
 
             # ---- Report ---------------------------------------------------------------------------------------------
             metrics = rates | {"env/steps": counters.env_steps}
-            metrics |= iteration_metrics(rollout, batch, updates, spec, config.minibatch_size, config.shaping)
+            metrics |= iteration_metrics(whole, batch, updates, spec, config.minibatch_size, config.shaping)
             say(f"{report_line(counters.iteration, config.num_iterations, metrics)} | {window.clock.line()}")
             is_warned = warn_of_rounding(metrics, is_warned=is_warned)
-            window.write(counters.iteration, metrics, env_steps=rollout.num_steps)
+            window.write(counters.iteration, metrics, env_steps=whole.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
 
             # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, counters.iteration, state, run, counters._asdict())
-            del rollout, batch, epochs  # Images and contexts of one iteration are enough to hold.
+            del rollout, whole, batch, epochs  # Images and contexts of one iteration are enough to hold.
             if turn.is_stopping:
                 raise Interrupted(stopped.format(counters.iteration))
     return state.result

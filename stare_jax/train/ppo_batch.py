@@ -21,11 +21,12 @@ from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.jump_start import draw_stages
 from stare_jax.rollout.kept import KEPT_ROW, ContextStore, write_rows
-from stare_jax.sharding.mesh import place
+from stare_jax.rollout.rounds import gather_rollout
+from stare_jax.sharding import pod
+from stare_jax.sharding.microbatch import map_rows
 from stare_jax.stages.several import TaskSpecs, as_specs, take_turns
 from stare_jax.state.contexts import Kept, lay_out, score_rows
 from stare_jax.targets import Targets
-from stare_jax.train import update
 from stare_jax.train.loop import Run
 from stare_jax.types import Array, Decisions, Observation, PyTree
 
@@ -45,10 +46,6 @@ class Counters(NamedTuple):
     env_steps: Natural = 0
     seeds: Natural = 0
     """starts of episodes; every group of episodes, or every episode, takes the next seed of the run."""
-
-    def after(self, rollout: Rollout, group_size: int) -> "Counters":
-        seeds = self.seeds + len(rollout.trajectory.valid) // group_size
-        return Counters(self.iteration + 1, self.env_steps + rollout.num_steps, seeds)
 
 
 class DecisionBatch(NamedTuple):
@@ -96,6 +93,8 @@ class PPOBatch(NamedTuple):
     """float32 `[E, D]`, whitened over the decisions that count (`WhitenOver`); those of a group are not."""
     explained_variance: np.ndarray
     """float32 scalar, share of the returns' variance that the values explain, at the time of acting."""
+    everyones: Targets | None = None
+    """the targets of the episodes of all processes."""
     contexts: PyTree | None = None
     """leaves `[P, R, ...]`, each of the P parts of a mesh's batches with R rows of its own; None: not kept."""
     row: np.ndarray | None = None
@@ -104,18 +103,23 @@ class PPOBatch(NamedTuple):
 
 def collect(
     act: Act, env: VecEnv, spec: TaskSpecs, counters: Counters, config: "PPOConfig", run: Run, window: Window
-) -> Rollout:
-    """Returns the episodes of an iteration; raises SimulatorError where every one was lost."""
+) -> tuple[Rollout, Rollout, Counters]:
+    """Returns this process's episodes of an iteration, those of all (`gather_rollout`), and the counters after it.
+
+    Raises SimulatorError where every episode was lost.
+    """
     batch_size, unit = (config.num_episodes, "episode") if config.num_steps is None else (config.num_steps, "step")
-    starts = np.arange(batch_size) // config.group_size
-    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(starts[-1]) + 1))
+    batch_size //= pod.num_processes()
+    start = np.arange(batch_size) // config.group_size
+    start = pod.deal(start[-1] + 1, len(as_specs(spec)))[start]
+    seeds = np.array(take_seeds(PPO_SEEDS, config.seed, counters.seeds, int(start[-1]) + 1))[start]
     with progress(batch_size, "collect", unit) as bar:
         rollout = collect_episodes(
             env,
             act,
-            seeds[starts],
+            seeds,
             stop_at_success=config.stop_at_success,
-            tasks=take_turns(spec, counters.seeds + starts),
+            tasks=take_turns(spec, counters.seeds + start),
             max_steps=config.num_steps,
             on_episode=lambda e, row: bar.update(1 if config.num_steps is None else int(row.valid[1:].sum())),
             should_stop=run.should_stop,
@@ -123,11 +127,14 @@ def collect(
             keep_images="decisions",
             in_turns=True,
         )
-    stages = draw_stages(config.jump_start, seeds[starts][: len(rollout.instructions)], as_specs(spec)[0].num_stages)
+    num_episodes = len(rollout.instructions)
+    stages = draw_stages(config.jump_start, seeds[:num_episodes], as_specs(spec)[0].num_stages)
     rollout = rollout._replace(handover=stages)
-    if rollout.is_complete and not rollout.trajectory.valid.any():
-        raise SimulatorError(f"ppo: iteration {counters.iteration + 1} lost all {rollout.num_dropped} episodes")
-    return rollout
+    whole = gather_rollout(rollout)
+    if whole.is_complete and not whole.trajectory.valid.any():
+        raise SimulatorError(f"ppo: iteration {counters.iteration + 1} lost all {whole.num_dropped} episodes")
+    added = Counters(1, whole.num_steps, max(pod.gather(int(start[num_episodes - 1]))) + 1)
+    return rollout, whole, Counters(*map(sum, zip(counters, added, strict=True)))
 
 
 def compile_targets(
@@ -139,8 +146,11 @@ def compile_targets(
     num_parts: int = 1,
     advantage: Advantage = "gae",
     group_size: int = 1,
-) -> Callable[[Rollout], PPOBatch]:
+) -> Callable[..., PPOBatch]:
     """Returns a function that computes the targets of all episodes of a rollout in one compiled call.
+
+    It takes this process's rollout, and that of all processes where there are several (`gather_rollout`): advantages
+    are whitened among those of all.
 
     Args:
         targets_fn: (task, signals, valid, value) -> `episode_targets` with its keyword arguments, those of the task.
@@ -171,7 +181,8 @@ def compile_targets(
         whitened = sum(whiten(targets.advantage_d, part) for part in parts)  # 0 outside a part
         return targets, whitened, explained
 
-    def prepare(rollout):
+    def prepare(own, rollout=None):
+        rollout = own if rollout is None else rollout
         trajectory, decisions = rollout.trajectory, rollout.trajectory.decisions
         num_episodes, num_decisions = decisions.valid.shape
         # However many episodes make up the steps of a batch, the shapes are those of the most there can be.
@@ -181,15 +192,22 @@ def compile_targets(
         padding = (0, num_rows - num_episodes)
         padded = jax.tree.map(lambda x: np.pad(x, [padding] + [(0, 0)] * (x.ndim - 1)), inputs)
         results = jax.device_get(all_episodes(*padded))
-        targets, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
-        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], trajectory.observation)
-        decisions = decisions._replace(valid=decisions.valid & targets.valid_d)
-        if not decisions.valid.any():
+        everyones, *others = jax.tree.map(lambda x: x[:num_episodes] if x.ndim else x, results)
+        targets, *others = _own_episodes((everyones, *others), len(own.trajectory.valid))
+        observation = jax.tree.map(lambda x: x[:, ::chunk][:, :num_decisions], own.trajectory.observation)
+        valid = own.trajectory.decisions.valid & targets.valid_d
+        if not pod.agree(valid.any()):
             got = f"got no decision of the policy in {num_episodes} episodes, as experts never came to a later stage"
             raise UserError(f"ppo.jump_start.fraction: {got}; expected a smaller fraction, or more episodes in a batch")
-        return PPOBatch(observation, decisions, targets, *others)
+        return PPOBatch(observation, own.trajectory.decisions._replace(valid=valid), targets, *others, everyones)
 
     return prepare
+
+
+def _own_episodes(of_all: PyTree, num_own: int) -> PyTree:
+    """Returns the rows of this process's episodes among those of all processes, one after the other."""
+    first = sum(pod.gather(num_own)[: pod.process_id()])
+    return jax.tree.map(lambda x: x[first : first + num_own] if x.ndim else x, of_all)
 
 
 def minibatches(
@@ -202,11 +220,17 @@ def minibatches(
     decisions, and measure the KL divergence by them.
     """
     blocks = _blocks(batch)
-    num_minibatches = math.ceil(max(map(len, blocks)) * len(blocks) / size)
+    own, num_minibatches = _own_parts(blocks, size)
     for _ in range(num_epochs):
         shares = (np.array_split(rng.permutation(block), num_minibatches) for block in blocks)
         for chosen in zip(*shares, strict=True):
-            yield _minibatch(batch, chosen, size)
+            yield _minibatch(batch, chosen, own)
+
+
+def _own_parts(blocks: Sequence[np.ndarray], size: int) -> tuple[int, int]:
+    """Returns this process's rows of `size` decisions, and the parts that the blocks of any process make up."""
+    own = size // pod.num_processes()
+    return own, max(pod.gather(math.ceil(max(map(len, blocks)) * len(blocks) / own)))
 
 
 def _blocks(batch: PPOBatch) -> list[np.ndarray]:
@@ -219,17 +243,19 @@ def _blocks(batch: PPOBatch) -> list[np.ndarray]:
 
 
 def _in_order(batch: PPOBatch, size: int) -> Iterator[list[np.ndarray]]:
-    """Yields the decisions of each block in parts of `size` together."""
+    """Yields the decisions of each block in parts of `size` together, in all processes."""
     blocks = _blocks(batch)
-    share = size // len(blocks)
-    yield from ([block[i : i + share] for block in blocks] for i in range(0, max(map(len, blocks)), share))
+    own, num_parts = _own_parts(blocks, size)
+    share = own // len(blocks)
+    yield from ([block[i * share : (i + 1) * share] for block in blocks] for i in range(num_parts))
 
 
 def _minibatch(batch: PPOBatch, chosen: Sequence[np.ndarray], size: int) -> DecisionBatch:
     """Returns the decisions with the chosen numbers of each block, every block filled up to its share of `size`."""
     share = size // len(chosen)
     number = np.concatenate([np.append(block, np.zeros(share - len(block), int)) for block in chosen])
-    at = tuple(x[number] for x in np.nonzero(batch.decisions.valid))
+    decided = np.nonzero(batch.decisions.valid)
+    at = tuple(x[number] if len(x) else number for x in decided)  # a process may have lost all of its episodes
     valid = np.concatenate([np.arange(share) < len(block) for block in chosen])
     observation, trace, row = jax.tree.map(lambda x: x[at], (batch.observation, batch.decisions.trace, batch.row))
     if batch.contexts is not None:
@@ -277,7 +303,7 @@ def make_encode(policy: Policy, kept: Kept | None, size: int) -> Callable[..., P
             row[batch.decisions.valid] = number % parts * num_rows + number // parts
             batch = batch._replace(contexts=contexts, row=row)
             for i, chosen in enumerate(_in_order(batch, size)):
-                observation = place(_minibatch(batch, chosen, size).observation, mesh)
+                observation = pod.to_mesh(_minibatch(batch, chosen, size).observation, mesh)
                 contexts = write(contexts, params, observation, np.int32(i * size // parts))
         return batch._replace(observation=without_scene(batch.observation), contexts=contexts, row=row)
 
@@ -293,16 +319,16 @@ def make_rescore(policy: Policy, temperature: float, size: int, microbatch_size:
             observation, trace, row = part
             return score_rows(policy, contexts, row)(params, observation, trace, temperature=temperature).logp
 
-        return update.map_rows(one, rows, microbatch_size)
+        return map_rows(one, rows, microbatch_size)
 
     score = announce_compiling("compiling the scores of decisions", score)
 
     def rescore(params, batch, mesh):
         logp, at = np.zeros_like(batch.decisions.logp), np.argwhere(batch.decisions.valid)
         for chosen in _in_order(batch, size):
-            part = _minibatch(batch, chosen, size)
-            rows = place((part.observation, part.trace, part.row), mesh)
-            scores = np.asarray(score(params, rows, batch.contexts))[part.valid]
+            part = _minibatch(batch, chosen, size // pod.num_processes())
+            rows = pod.to_mesh((part.observation, part.trace, part.row), mesh)
+            scores = pod.own_rows(score(params, rows, batch.contexts))[part.valid]
             logp[tuple(at[np.concatenate(chosen)].T)] = scores
         return batch._replace(decisions=batch.decisions._replace(logp=logp))
 

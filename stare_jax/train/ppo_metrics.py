@@ -25,9 +25,10 @@ def iteration_metrics(
     shaping: bool,
 ) -> dict[str, float]:
     """Returns all that an iteration says about learning; arguments as for the functions below."""
+    targets = batch.everyones
     return (
-        update_metrics(updates, num_decisions=batch.targets.valid_d.sum(), size=size)
-        | rollout_metrics(rollout, batch.targets, spec, shaping=shaping)
+        update_metrics(updates, num_decisions=targets.valid_d.sum(), size=size)
+        | rollout_metrics(rollout, targets, spec, shaping=shaping)
         | {"ppo/explained_variance": float(batch.explained_variance), "ppo/num_minibatches": len(updates)}
     )
 

@@ -3,22 +3,25 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh
 
 from stare_jax.config import Count, NonNegative, Positive, Seed, check_fields
+from stare_jax.data.pairs import pair_indices
 from stare_jax.data.scores import keep_scores
 from stare_jax.logging import Interrupted, Window, progress, reduce_metrics, say
 from stare_jax.losses import Margin, StageNorm, sta_tpo_loss, tpo_loss
 from stare_jax.models.nn.lora import drop_adapters
 from stare_jax.models.policy import Policy
-from stare_jax.sharding.mesh import check_batch_size, place
+from stare_jax.sharding import pod
+from stare_jax.sharding.mesh import check_batch_size
+from stare_jax.sharding.microbatch import map_rows, reduce_parts, split_rows
 from stare_jax.stages import TaskSpecs
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.optimizer import VALUE_PARAMS, OptimizerConfig, make_optimizer, merge_params
@@ -117,17 +120,6 @@ def batch_shapes(config: TPOConfig, policy: Policy, *, horizon: int, num_stages:
     return PairBatch(side, side)
 
 
-def pair_indices(step: int, *, num_pairs: int, batch_size: int, seed: int) -> np.ndarray:
-    """Returns the pairs of one optimiser step, int `[batch_size]`.
-
-    Batches are cut from epochs laid end to end, each a permutation of its own, so that all pairs are seen equally often
-    and the step number alone says which come next.
-    """
-    position = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {e: np.random.default_rng((seed, e)).permutation(num_pairs) for e in np.unique(position // num_pairs)}
-    return np.array([orders[p // num_pairs][p % num_pairs] for p in position])
-
-
 # ---- Step -----------------------------------------------------------------------------------------------------------
 def make_tpo_step(
     policy: Policy, tx: optax.GradientTransformation, config: TPOConfig
@@ -157,14 +149,14 @@ def make_tpo_step(
             loss_fn = jax.grad(lambda trainable: loss_of_logp(logp_fn(trainable, decisions)), has_aux=True)
             grads, metrics = loss_fn(state.trainable)
         else:
-            logp = update.map_rows(functools.partial(logp_fn, state.trainable), decisions, config.microbatch_size)
+            logp = map_rows(functools.partial(logp_fn, state.trainable), decisions, config.microbatch_size)
             weight, metrics = jax.grad(loss_of_logp, has_aux=True)(logp)
 
             def weighted(part, weight):
                 return jax.grad(lambda trainable: jnp.vdot(logp_fn(trainable, part), weight))(state.trainable), {}
 
-            parts = update.split_rows((decisions, weight), config.microbatch_size)
-            grads, _ = update.reduce_parts(weighted, parts)
+            parts = split_rows((decisions, weight), config.microbatch_size)
+            grads, _ = reduce_parts(weighted, parts)
         return update.apply_gradients(state, grads, tx), metrics | {"grad/norm": optax.tree.norm(grads)}
 
     return step
@@ -256,7 +248,7 @@ def train_tpo(
     params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract_params(policy, run.mesh)))
     scored = score_pairs(
         policy,
-        drop_adapters(params) if config.reference == "base" else params,
+        pod.on_host(drop_adapters(params) if config.reference == "base" else params),
         pairs,
         spec,
         batch_size=config.reference_batch_size,
@@ -279,9 +271,9 @@ def train_tpo(
             # ---- Update ---------------------------------------------------------------------------------------------
             with window.clock("data"):
                 rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
-                batch = jax.tree.map(lambda x, rows=rows: x[rows], scored)
+                batch = jax.tree.map(operator.itemgetter(pod.share(rows)), scored)
             with window.clock("update"), run.profiler.step(PHASE, step):
-                state, metrics = step_fn(state, place(batch, run.mesh))
+                state, metrics = step_fn(state, pod.to_mesh(batch, run.mesh))
             window.add(metrics)
             turn = next_turn(run, step, num_steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every)
 

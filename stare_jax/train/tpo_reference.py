@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from stare_jax.config import ConfigError
-from stare_jax.data.decisions import decisions_of
+from stare_jax.data.pairs import decisions_of
 from stare_jax.data.scores import Keep
 from stare_jax.logging import Interrupted, announce_compiling, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
 from stare_jax.rollout.collect import acting_sharding, place_rows
+from stare_jax.sharding import pod
 from stare_jax.stages import TaskSpecs, action_stages, by_task
 from stare_jax.types import Array, Observation, PreferencePair, PyTree, Trajectory
 
@@ -73,7 +74,7 @@ def score_pairs(
 
     Args:
         policy: the reference policy.
-        params: parameters of the reference policy.
+        params: parameters of the reference policy, on this process's devices; processes share the decisions.
         pairs: NumPy leaves `[P, ...]`.
         spec: the task's stages; of several tasks all, of which `pairs.task` are indices.
         batch_size: decisions scored at a time, cut over the devices of `params`.
@@ -101,20 +102,25 @@ def score_pairs(
         observation, decision, is_decided = decisions_of(policy, trajectory)
         shape = (*is_decided.shape, 1 if policy.preference_score is None else num_draws)
         seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-        pair, d = np.nonzero(is_decided)
 
         def compute() -> np.ndarray:
             scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
+            pair, d = map(pod.share, np.nonzero(is_decided))
+            is_stopped = False
             with progress(len(pair), f"tpo: reference, {side}", "decision") as bar:
                 for start in range(0, len(pair), batch_size):
-                    if should_stop():
-                        raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
+                    if is_stopped := should_stop():
+                        break
                     rows = np.arange(start, start + batch_size) % len(pair)
                     at = (pair[rows], d[rows])
                     inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
                     placed = place_rows(inputs, acting_sharding(params))
                     scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
                     bar.update(min(batch_size, len(pair) - start))
+            if pod.agree(is_stopped):
+                raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
+            for *at, found in pod.gather((pair, d, scores[pair, d])):
+                scores[tuple(at)] = found
             return scores
 
         scores = keep(side, (observation, decision, is_decided, seed), compute)

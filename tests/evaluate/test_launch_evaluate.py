@@ -212,7 +212,7 @@ def test_says_what_is_wrong_before_it_evaluates(command, trained_run, capsys, ar
 def test_a_run_needs_a_phase(command, capsys):
     with pytest.raises(SystemExit):
         command.main(["--run=x"])
-    assert "--run needs --phase or --weights" in capsys.readouterr().err
+    assert "--run needs --phase or --weights, or --policy=ws://HOST:PORT" in capsys.readouterr().err
 
 
 def test_perturbed_episodes_are_evaluated_beside_undisturbed_ones(command, trained_run, capsys, monkeypatch):
@@ -316,7 +316,7 @@ def test_the_expert_is_evaluated_without_a_run(command, trained_run, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([CONFIG], "--config needs --weights=FOLDER, or --phase=expert"),
+        ([CONFIG], "--config needs --weights=FOLDER, --policy=ws://HOST:PORT, or --phase=expert"),
         ([CONFIG, "--phase=sft"], "phases are those of a --run"),
         (["--run=x", "--phase=ppo", "--config.seed=1"], "--config.seed=1 goes with --config=FILE"),
         (["--run=x", "--phase=ppo", "--workdir=y"], "--workdir goes with --config"),

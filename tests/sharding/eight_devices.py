@@ -12,7 +12,8 @@ from toy_task import NUM_ENVS, Writer, random_pairs
 
 from stare_jax.envs import toy
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.sharding.mesh import ShardingError, check_batch_size, make_mesh, place
+from stare_jax.sharding import pod
+from stare_jax.sharding.mesh import ShardingError, check_batch_size, make_mesh
 from stare_jax.state import checkpoint
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import abstract_params, abstract_state, create_state
@@ -40,7 +41,7 @@ def ppo_batch():
 def step_on(mesh, make_step, config, batch, *extra):
     tx = make_optimizer(config.optimizer, num_steps=10)
     state = create_state(PARAMS, tx, mesh=mesh, rules=POLICY.sharding_rules)
-    state, _ = jax.jit(make_step(POLICY, tx, config), donate_argnums=0)(state, place(batch, mesh), *extra)
+    state, _ = jax.jit(make_step(POLICY, tx, config), donate_argnums=0)(state, pod.to_mesh(batch, mesh), *extra)
     return state
 
 

@@ -12,6 +12,7 @@ from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, rand
 
 from stare_jax.config import ConfigError, to_dict
 from stare_jax.data.arrays import ArraysError
+from stare_jax.data.pairs import pair_indices
 from stare_jax.data.scores import keep_scores
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
@@ -28,7 +29,7 @@ from stare_jax.train import ppo_batch, update
 from stare_jax.train.loop import checkpoint_directory, start_phase
 from stare_jax.train.ppo import PPOConfig, train_ppo
 from stare_jax.train.sft import SFTConfig, train_sft
-from stare_jax.train.tpo import TPOConfig, pair_indices, train_tpo
+from stare_jax.train.tpo import TPOConfig, train_tpo
 from stare_jax.train.tpo_reference import score_pairs
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=3, schedule="linear")

@@ -107,7 +107,7 @@ class ToyEnv(VecEnv):
         return self._observe(self._measured)
 
     def close(self) -> None:
-        del self._state, self._measured
+        self._state = self._measured = None
 
     def _observe(self, measured) -> EnvStep:
         images, state, signals = jax.device_get(measured)
