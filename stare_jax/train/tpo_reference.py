@@ -90,13 +90,7 @@ def score_pairs(
     """
     task = np.zeros(len(pairs.chosen.valid), np.int32) if pairs.task is None else pairs.task
 
-    @jax.jit
-    def score_decisions(params, observation, decision, seed):
-        if policy.preference_score is None:
-            return policy.log_prob(params, observation, decision).logp.sum(axis=1)[:, None, None]
-        return policy.preference_score(params, observation, decision, seed)
-
-    score_aloud = announce_compiling("tpo: compiling the scores of the reference policy", score_decisions)
+    score_aloud = _make_score(policy)
 
     def score(side: str, trajectory: Trajectory) -> ScoredTrajectory:
         observation, decision, is_decided = decisions_of(policy, trajectory)
@@ -132,6 +126,18 @@ def score_pairs(
         return ScoredTrajectory(observation, decision, seed, ref_logp, valid, mask, cost, completed)
 
     return PairBatch(score("chosen", pairs.chosen), score("rejected", pairs.rejected))
+
+
+def _make_score(policy: Policy) -> Callable:
+    """Compiles (parameters, observation, decision, seed) -> the scores of the reference policy, `[B, G, C or 1]`."""
+
+    @jax.jit
+    def score_decisions(params, observation, decision, seed):
+        if policy.preference_score is None:
+            return policy.log_prob(params, observation, decision).logp.sum(axis=1)[:, None, None]
+        return policy.preference_score(params, observation, decision, seed)
+
+    return announce_compiling("tpo: compiling the scores of the reference policy", score_decisions)
 
 
 @functools.lru_cache(maxsize=16)
