@@ -41,7 +41,7 @@ del sys.modules["tensorflow"]
 
 
 # Files are shared among processes as they come: with a long one at the end, one would work and the others wait.
-_LONG = ("test_end_to_end.py", "test_sharding.py", "test_pi05_sharding.py")
+_LONG = ("test_end_to_end.py", "test_sharding.py", "test_pi05_sharding.py", "test_pod.py")
 
 
 def pytest_collection_modifyitems(items):

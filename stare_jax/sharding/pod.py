@@ -93,8 +93,6 @@ def _fail(text: str) -> None:
         if earlier := [key for key, _ in _client().key_value_dir_get(f"{_SAID}/failed")]:
             print(f"the first error is that of process {earlier[0].rsplit('/', 1)[1]}", file=sys.stderr)
         _client().key_value_set(f"{_SAID}/failed/{process_id()}", text)
-    if is_main():  # The others hear of it as long as the store is there.
-        time.sleep(4 * _WATCH_S)
     atexit.register(_leave)  # Runs before JAX's own, which waits for all processes.
     timer = threading.Timer(_LAST_S, _leave)
     timer.daemon = True
@@ -102,6 +100,14 @@ def _fail(text: str) -> None:
 
 
 def _leave() -> None:
+    """Ends this process; process 0 when the others have left, to whom JAX would give another reason."""
+    deadline = time.monotonic() + _LAST_S
+    with contextlib.suppress(Exception):
+        _client().key_value_set(f"{_SAID}/left/{process_id()}", "", allow_overwrite=True)
+        while is_main() and time.monotonic() < deadline:
+            if len(_client().key_value_dir_get(f"{_SAID}/left")) == num_processes():
+                break
+            time.sleep(_MAX_WAIT_S)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -118,7 +124,7 @@ def _watch() -> None:
                 key, text = failed[0]
                 print(f"error: process {key.rsplit('/', 1)[1]}: {text}", file=sys.stderr)
                 _leave()
-            if len(said) > len(failed):
+            if any(key.endswith("/stop") for key in said):
                 _stopping.set()
 
 

@@ -214,7 +214,6 @@ def test_what_is_collected_is_known_without_a_simulator(demos, tmp_path):
             r"settings.noise_scales is \[\[0.0, 0.4\], \[0.5, 0.6\]\], not \[\[0.0, 1.0\]\]",
         ),
         ({"reproducible": True}, {}, "settings.reproducible is False, not True"),
-        ({"idle_translation": 0.01}, {}, "filters.idle is None, not {'translation': 0.01, 'rotation': 0.0}"),
         ({}, {"env_id": "PushCube-v1"}, "env_id is 'ToyPush-v0', not 'PushCube-v1'"),
         ({}, {"horizon": 60}, "settings.horizon is 30, not 60"),
         ({}, {"control_mode": "pd"}, "control_mode is '', not 'pd'"),
@@ -238,6 +237,9 @@ def test_what_is_idle_is_measured_by_the_largest_command(tmp_path):
     manifest = Dataset(tmp_path).manifest
     assert manifest.filters == {"idle": {"translation": 0.0005, "rotation": 0.021}}
     assert manifest.settings["jitter"] == "none" and manifest.settings["horizon"] == toy.HORIZON
+    kept = DemosConfig(num_demos=1, idle_translation=-1.0)
+    with pytest.raises(DatasetError, match="its filters.idle is {'translation': 0.0005, 'rotation': 0.021}, not None"):
+        _collect(tmp_path, kept, expert=still, settings={"jitter": "none"})
 
 
 def test_an_expert_that_fails_is_given_up_on(tmp_path):

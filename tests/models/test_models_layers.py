@@ -1,5 +1,6 @@
 """Building blocks against independent implementations: attention, linear layers, patches, rotary positions, norms."""
 
+import math
 from functools import partial
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from stare_jax.models.nn.norms import RMSNorm
 from stare_jax.models.nn.placement import FEW_TOKENS, MANY_TOKENS, place_token
 from stare_jax.models.nn.rotary import rotary_angles, rotate
 from stare_jax.models.nn.vit import ConvStem, ViT, ViTBlock, ViTConfig, patchify, strided_windows
+from stare_jax.plan.text import Program
 
 FLOAT32 = Execution()
 
@@ -35,12 +37,21 @@ def test_attention_equals_jax_nn_with_grouped_heads_and_a_mask():
 
 
 def test_attention_over_two_segments_equals_attention_over_one():
-    query, key, value = normal(0, 2, 3, 4, 8), normal(1, 2, 7, 4, 8), normal(2, 2, 7, 4, 8)
+    query, key, value = normal(0, 2, 3, 4, 8), normal(1, 2, 7, 2, 8), normal(2, 2, 7, 2, 8)
     mask = normal(3, 2, 3, 7) > -0.5
     whole = jit(attend)(query, [KeyValue(key, value)], [mask])
     parts = [KeyValue(key[:, :4], value[:, :4]), KeyValue(key[:, 4:], value[:, 4:])]
     got = jit(attend)(query, parts, [mask[..., :4], mask[..., 4:]])
     np.testing.assert_allclose(got, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_scores_of_a_whole_sequence_are_not_transposed(num_kv_heads):
+    query, key, mask = normal(0, 2, 24, 4, 8), normal(1, 2, 24, num_kv_heads, 8), np.ones((2, 24, 24), bool)
+    compiled = jit(attend).lower(query, [KeyValue(key, key)], [mask]).compile()
+    transposes = [one for one, _, _ in Program(compiled.as_text()).walk() if one.opcode == "transpose"]
+    sizes = {math.prod(one.results[0].shape) for one in transposes}
+    assert query.size in sizes and 2 * 4 * 24 * 24 not in sizes
 
 
 def test_scores_are_scaled_in_float32():

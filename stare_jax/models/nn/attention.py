@@ -75,15 +75,23 @@ def attend(query: jax.Array, segments: Sequence[KeyValue], masks: Sequence[jax.A
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = segments[0].key.shape[2]
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    # Products write and read the scores of a whole sequence in order if queries and results, which are smaller, are
+    # brought into that order. Few queries after a cache gain nothing by it, nor do heads with keys of their own.
+    is_ordered = len(segments) == 1 and num_kv_heads < num_heads
+    axes = "bkgtd" if is_ordered else "btkgd"
+    if is_ordered:
+        grouped = grouped.transpose(0, 2, 3, 1, 4)
     scores = []
     for segment, mask in zip(segments, masks, strict=True):
-        score = jnp.einsum("btkgd,bskd->bkgts", grouped, segment.key, preferred_element_type=jnp.float32)
+        score = jnp.einsum(f"{axes},bskd->bkgts", grouped, segment.key, preferred_element_type=jnp.float32)
         score = score * head_dim**-0.5  # in float32; a query of 16 bits that is scaled before is rounded once more
         scores.append(score if mask is None else jnp.where(mask[:, None, None], score, jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(segments[0].value.dtype)
     out, start = 0.0, 0
     for segment in segments:
         stop = start + segment.key.shape[1]
-        out += jnp.einsum("bkgts,bskd->btkgd", weights[..., start:stop], segment.value)
+        out += jnp.einsum(f"bkgts,bskd->{axes}", weights[..., start:stop], segment.value)
         start = stop
+    if is_ordered:
+        out = out.transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, num_heads, head_dim)
