@@ -91,7 +91,7 @@ def train(directory, at=0, jump=0):
     set_clock(jump)
     with pytest.MonkeyPatch.context() as patch:
         toy_run.replace_simulator(patch)
-        patch.setattr(ipi, "plan_run", lambda config: None)  # takes seconds, and writes nothing
+        patch.setattr(ipi, "plan_run", lambda *arguments: None)  # takes seconds, and writes nothing
         counted = count_events(directory, at)
         ipi.run_ipi(make_config(), directory)
     return counted[0]
