@@ -4,7 +4,7 @@ Importing it makes the library importable from a clone that was not installed, q
 and lets every text be printed; so a command imports it before `stare_jax`.
 
 Exit codes: 0 done; 1 a mistake that the user can put right, named in one line; 2 a command line that cannot be read;
-130 stopped by Ctrl-C or SIGTERM.
+75 stopped by SIGTERM where the same command goes on, so that a scheduler may start it again; 130 stopped otherwise.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from absl import logging
 
 from stare_jax.config import ConfigError, Count, Natural, Positive, UserError, convert, home_path
-from stare_jax.logging import Interrupted, say
+from stare_jax.logging import RESTART, Interrupted, Interruption, say
 
 ROOT = Path(__file__).resolve().parents[1]
 if TYPE_CHECKING:  # importing JAX and all of a run would slow every command down, also one that cannot be read
@@ -154,15 +154,16 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
     """
     is_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
     previous = signal.signal(signal.SIGTERM, _stop) if is_main else None
+    Interruption.last_signal = None
     advice = f"go on with: {go_on}" if go_on else after_stop
     try:
         return work() or DONE
     except Interrupted as stopped:
         say(f"{stopped}\n{advice}")
-        return STOPPED
+        return _stopped(go_on)
     except KeyboardInterrupt:
         print(f"\nstopped; {advice}", file=sys.stderr)
-        return STOPPED
+        return _stopped(go_on)
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -176,5 +177,10 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
             signal.signal(signal.SIGTERM, previous)
 
 
+def _stopped(go_on: str) -> int:
+    return RESTART if go_on and Interruption.last_signal == signal.SIGTERM else STOPPED
+
+
 def _stop(number: int, frame: Any) -> None:
+    Interruption.last_signal = number
     raise KeyboardInterrupt

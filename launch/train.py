@@ -8,10 +8,12 @@
     python launch/train.py --config=configs/ipi_widowx.py --plan
     python launch/train.py --config=configs/ipi_widowx.py --coordinator=auto     on every host (docs/pods.md)
 
-Ctrl-C or SIGTERM saves and stops; the same command goes on. A run goes on with its own configuration only: what differs
-is named and refused, but for phases that have not begun and a larger number of steps.
+Ctrl-C or SIGTERM saves and stops; the same command goes on, as it does after a crash or a kill (docs/resume.md). A run
+goes on with its own configuration only: what differs is named and refused, but for phases that have not begun and a
+larger number of steps.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -29,6 +31,13 @@ _PROFILE = flags.DEFINE_integer(
 )
 _PLAN = flags.DEFINE_bool("plan", False, "Print the shapes and sizes of model, optimiser and batches, and stop.")
 _DEMOS_ONLY = flags.DEFINE_bool("demos_only", False, "Collect the demonstrations into data/demos, and stop.")
+_GRACE = flags.DEFINE_float(
+    "grace", 0.0, "End at the latest this many seconds after SIGTERM, saved or not; 0 waits.", lower_bound=0.0
+)
+_HANG_TIMEOUT = flags.DEFINE_float(
+    "hang_timeout", 0.0, "End with code 75 after this many seconds without a sign of life; 0 waits.", lower_bound=0.0
+)
+_DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Let XLA use programs alone that repeat their bits on GPUs.")
 flags.DEFINE_bool("resume", True, "Does nothing: a run in the run directory is gone on with in any case.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0 of several, or auto: JAX asks the machine. SLURM's variables suffice."
@@ -40,6 +49,8 @@ _LOST_AFTER_S = flags.DEFINE_integer(
 )
 flags.mark_flag_as_required("config")
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+"""Flags of XLA with which a GPU repeats its bits: no sums in a varying order, no program chosen by its time."""
 _values: dict[str, Any] = {}
 """The configuration, once the command line has been read."""
 
@@ -66,6 +77,8 @@ def train() -> None:
         check_fit(config, is_here=False)
         print_plan(shorten_planned_prompts(config))
         return
+    if _DETERMINISTIC.value:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
     from stare_jax.sharding import pod
 
     pod_flags = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _LOST_AFTER_S.value)
@@ -75,7 +88,8 @@ def train() -> None:
         from stare_jax.runs.ipi import run_ipi
 
         demos_only = _DEMOS_ONLY.value
-        made = run_ipi(config, workdir, redo=_REDO.value, profile=_PROFILE.value, demos_only=demos_only)
+        options = {"redo": _REDO.value, "profile": _PROFILE.value, "demos_only": demos_only}
+        made = run_ipi(config, workdir, **options, grace=_GRACE.value, hang_timeout=_HANG_TIMEOUT.value)
         say(f"{'demonstrations' if demos_only else 'report'}: {made}")
 
 

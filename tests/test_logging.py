@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -16,8 +18,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from stare_jax.config import ConfigError, UserError
 from stare_jax.logging import (
+    HEARTBEAT_FILE,
     METRICS_FILE,
+    RESTART,
     Clock,
+    Heartbeat,
     Interruption,
     Profiler,
     Writer,
@@ -452,6 +457,47 @@ def test_interruption_puts_the_handlers_back():
     with Interruption() as interruption:
         assert signal.getsignal(signal.SIGINT) != before and not interruption.requested
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_signal_ends_the_process_when_the_time_of_grace_is_over(capfd):
+    ended, codes = threading.Event(), []
+    with Interruption(grace=0.01, end=lambda code: codes.append(code) or ended.set()) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(30) and interruption.requested
+    assert codes == [RESTART] and Interruption.last_signal == signal.SIGTERM
+    assert "not done 0.01 s after the signal" in capfd.readouterr().err
+    with Interruption(grace=1000.0, end=codes.append) as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+    interruption._timer.join(30)  # nobody waits for it once the work is done
+    assert not interruption._timer.is_alive() and codes == [RESTART]
+
+
+def test_a_heartbeat_is_written_now_and_then(tmp_path):
+    clock, file = itertools.count(0.0, 4.0), tmp_path / HEARTBEAT_FILE
+    with Heartbeat(tmp_path, every=10.0, now=lambda: next(clock)) as heartbeat:
+        counts = []
+        for _ in range(5):
+            counts.append(json.loads(file.read_text())["num_beats"])
+            heartbeat.beat()
+    assert counts == [1, 1, 1, 4, 4] and json.loads(file.read_text())["pid"] == os.getpid()
+    file.unlink()
+    file.mkdir()  # where nothing can be written the work goes on
+    Heartbeat(tmp_path).beat()
+
+
+def test_work_that_hangs_is_ended_and_says_where(tmp_path, capfd):
+    ended, codes = threading.Event(), []
+    seconds = [0.0]
+    heartbeat = Heartbeat(
+        tmp_path, hang_timeout=0.04, now=lambda: seconds[0], end=lambda code: codes.append(code) or ended.set()
+    )
+    with heartbeat:
+        assert not ended.wait(0.2)  # the clock stands still
+        seconds[0] = 90.0
+        assert ended.wait(30)
+    assert codes == [RESTART]
+    said = capfd.readouterr().err
+    assert "hangs: no sign of life for 90 s" in said and "test_work_that_hangs" in said
 
 
 # ------------------------------------------------------------------------------------------------------------ profile

@@ -63,6 +63,18 @@ def take_seeds(region: int, run_seed: int, start: int, count: int) -> range:
     return range(first + start, first + start + count)
 
 
+def region_of(seed: int) -> str:
+    """Returns the name of the region that a seed is in."""
+    names = {
+        EVALUATION_SEEDS: "evaluation",
+        DEMO_SEEDS: "demonstrations",
+        PAIR_SEEDS: "pairs",
+        PPO_SEEDS: "ppo",
+        VALIDATION_SEEDS: "validation",
+    }
+    return names.get(seed // REGION_SIZE * REGION_SIZE, "collection")
+
+
 def is_for_evaluation(seed: int) -> bool:
     """Says whether a seed is one that policies are judged by."""
     return seed < EVALUATION_SEEDS + REGION_SIZE

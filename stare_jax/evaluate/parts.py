@@ -1,7 +1,6 @@
 """Parts of an evaluation, and the folder that holds the results of finished parts until the whole is finished."""
 
 import contextlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stare_jax.config import UserError
+from stare_jax.data.arrays import read_arrays, write_arrays
 from stare_jax.evaluate.episodes import Episodes
 from stare_jax.evaluate.films import Film
-from stare_jax.logging import move_aside, replace_bytes, say
+from stare_jax.logging import move_aside, say
 from stare_jax.types import Array, Signals
 
 NUM_PARTS = 10
@@ -20,10 +19,6 @@ NUM_PARTS = 10
 _RESULTS_FILE = "episodes.npz"
 _HEADER = ("films", "initial", "num_parts", "num_steps", "wall_s")
 """Names of the arrays beside those of `Episodes`."""
-
-
-class PartsError(UserError):
-    """Results of finished parts that are damaged; the message names the file."""
 
 
 class PartsDone(NamedTuple):
@@ -64,11 +59,11 @@ def save_parts(folder: Path, identity: Mapping[str, Any], done: PartsDone) -> No
         if film.episode not in saved:
             file = _film_file(folder, film.episode)
             frames = {} if film.frames is None else {"frames": film.frames}
-            _write(file, {"valid": film.valid} | film.signals._asdict() | frames)
+            write_arrays(file, {"valid": film.valid} | film.signals._asdict() | frames)
     numbers = {"num_parts": done.num_parts, "num_steps": done.num_steps, "wall_s": done.wall_s}
     films = np.array([film.episode for film in done.films], np.int64)
     header = {"identity": json.dumps(identity), "films": films, "initial": done.initial}
-    _write(folder / _RESULTS_FILE, numbers | header | done.episodes._asdict())
+    write_arrays(folder / _RESULTS_FILE, numbers | header | done.episodes._asdict())
     for episode in saved - set(films.tolist()):
         _film_file(folder, episode).unlink(missing_ok=True)
 
@@ -81,7 +76,7 @@ def load_parts(folder: Path, identity: Mapping[str, Any]) -> PartsDone:
         identity: JSON values that have to be equal to those that were saved.
 
     Raises:
-        PartsError: a file of theirs is missing or damaged.
+        ArraysError: a file of theirs is missing or damaged.
     """
     if not (folder / _RESULTS_FILE).exists():
         return NOTHING_DONE
@@ -123,21 +118,6 @@ def _film_file(folder: Path, episode: int) -> Path:
     return folder / f"film_{episode}.npz"
 
 
-def _write(file: Path, arrays: Mapping[str, Any]) -> None:
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    replace_bytes(file, content.getvalue())
-
-
 def _read(file: Path, *names: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file, these names among them; raises PartsError where it is missing or damaged."""
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            arrays = dict(stored)
-        if missing := sorted(set(names) - set(arrays)):
-            raise ValueError(f"no {', '.join(missing)}")
-        return arrays
-    except Exception as error:  # zip files, compression and arrays have no common class of errors
-        got = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        advice = f"move {file.parent} away to evaluate from the beginning"
-        raise PartsError(f"{file}: cannot be read ({got}), expected a part of an evaluation; {advice}") from error
+    advice = f"move {file.parent} away to evaluate from the beginning"
+    return read_arrays(file, *names, expected="a part of an evaluation", advice=advice)

@@ -3,6 +3,7 @@
 Imports little else of the library, so that every layer with a loop may use it.
 """
 
+from stare_jax.logging.clock import RESTART as RESTART
 from stare_jax.logging.clock import Clock as Clock
 from stare_jax.logging.clock import Interrupted as Interrupted
 from stare_jax.logging.clock import Interruption as Interruption
@@ -13,6 +14,8 @@ from stare_jax.logging.files import new_directory as new_directory
 from stare_jax.logging.files import replace_bytes as replace_bytes
 from stare_jax.logging.files import replace_text as replace_text
 from stare_jax.logging.files import sync_directory as sync_directory
+from stare_jax.logging.heartbeat import HEARTBEAT_FILE as HEARTBEAT_FILE
+from stare_jax.logging.heartbeat import Heartbeat as Heartbeat
 from stare_jax.logging.memory import PeakMemory as PeakMemory
 from stare_jax.logging.memory import available_bytes as available_bytes
 from stare_jax.logging.metadata import versions as versions

@@ -81,6 +81,10 @@ def _in_words(seconds: dict[str, float]) -> str:
     return "  ".join(f"{_AREA_NAMES.get(area, area)} {100 * part:.0f} %" for area, part in _fractions(seconds).items())
 
 
+RESTART = 75
+"""Exit code of a process that was stopped from outside and is to be started again: EX_TEMPFAIL of `sysexits.h`."""
+
+
 class Interrupted(Exception):
     """A loop was asked to stop and has saved what it needs to go on."""
 
@@ -91,12 +95,22 @@ class Interruption:
     Loops poll `requested`, save, and raise `Interrupted`. Outside the main thread, where Python allows no handlers,
     it does nothing.
 
+    Args:
+        grace: seconds after the first signal after which the process ends with the code `RESTART`, finished or not; 0
+            waits for ever.
+        end: ends the process.
+
     Raises:
         KeyboardInterrupt: at the second signal, wherever the program is then.
     """
 
-    def __init__(self) -> None:
+    last_signal: int | None = None
+    """the signal that was handled last in this process, for its exit code."""
+
+    def __init__(self, *, grace: float = 0.0, end: Callable[[int], None] = os._exit) -> None:
         self.requested = False
+        self._grace, self._end = grace, end
+        self._timer: threading.Timer | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -107,11 +121,22 @@ class Interruption:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _handle(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
+        Interruption.last_signal = number
         if self.requested:
             raise KeyboardInterrupt(f"second signal ({name})")
         self.requested = True
+        if self._grace > 0:
+            self._timer = threading.Timer(self._grace, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
         # os.write, because print is not safe in a signal handler.
         os.write(2, f"\n{name}: stopping after this step and saving; once more to stop at once\n".encode())
+
+    def _give_up(self) -> None:
+        os.write(2, f"\nnot done {self._grace:g} s after the signal: what was saved before it counts\n".encode())
+        self._end(RESTART)

@@ -1,7 +1,9 @@
 """The numbers of a training loop between two reports: metrics of its steps, time by area of work, compilations."""
 
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +29,11 @@ class Window:
         if self._compiled is None:
             self._compiled = num_compilations()
 
-    def read(self) -> list[dict[str, float]]:
+    def read(self, params: Any = None) -> list[dict[str, float]]:
         """Returns the metrics that were added since the last call, on the host, once they have been found finite.
+
+        Args:
+            params: tree of arrays, looked through for values that are not finite where a metric is not.
 
         Raises:
             FloatingPointError: a loss or a gradient is not.
@@ -38,7 +43,7 @@ class Window:
         with self.clock("update"):
             updates = jax.device_get(self._pending)
         self._pending = []
-        self._num_steps = check_finite(updates, phase=self._phase, num_steps=self._num_steps)
+        self._num_steps = check_finite(updates, phase=self._phase, num_steps=self._num_steps, params=params)
         return updates
 
     def write(self, number: int, metrics: Mapping[str, float], **amounts: int) -> None:
@@ -65,23 +70,38 @@ class Window:
         self.clock.reset()
 
 
-def check_finite(updates: Sequence[Mapping[str, float]], *, phase: str, num_steps: int) -> int:
+def check_finite(updates: Sequence[Mapping[str, float]], *, phase: str, num_steps: int, params: Any = None) -> int:
     """Stops a run whose loss or gradient is not finite; returns the number of optimiser steps after these updates.
 
     Args:
         updates: metrics of consecutive updates; one that was refused (`ppo/stopped`) is no step.
         phase: name of the phase; its loss is the metric `<phase>/loss`.
         num_steps: optimiser steps before them.
+        params: as for `Window.read`.
 
     Raises:
-        FloatingPointError: names the step.
+        FloatingPointError: names phase, step, metric and host, and arrays of `params` that are not finite.
     """
     for metrics in updates:
         for name in (f"{phase}/loss", "grad/norm"):
             if not math.isfinite(metrics[name]):
-                raise FloatingPointError(f"{phase}: {name} of step {num_steps + 1} is {metrics[name]}")
+                arrays = _not_finite(params)
+                since = f"; not finite since: {', '.join(arrays[:3])}{', ..' * (len(arrays) > 3)}" if arrays else ""
+                step = f"step {num_steps + 1} is {metrics[name]}, on host {platform.node()}"
+                raise FloatingPointError(f"{phase}: {name} of {step}{since}")
         num_steps += int(1 - metrics.get("ppo/stopped", 0))
     return num_steps
+
+
+def _not_finite(params: Any) -> list[str]:
+    """Returns the paths of arrays with values that are not finite, among those of this host."""
+    import jax
+
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if not all(np.isfinite(np.asarray(shard.data)).all() for shard in leaf.addressable_shards)
+    ]
 
 
 def reduce_metrics(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:

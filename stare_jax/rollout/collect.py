@@ -16,6 +16,7 @@ from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
 from stare_jax.logging import Clock, announce_compiling
 from stare_jax.models.policy import Decision, Policy, with_prompt
 from stare_jax.rollout.decisions import Act, Chunk
+from stare_jax.rollout.finite import check_actions, check_states
 from stare_jax.rollout.kept import KEPT_ROW, ContextStore, jit_sample_and_keep
 from stare_jax.rollout.places import Budget, Places, Waiting
 from stare_jax.rollout.prepared import prepare_params
@@ -101,7 +102,8 @@ def collect_episodes(
             With several tasks, or spare simulators, rows of episodes that have not begun may lie between others; they
             have no valid state.
             None: every seed is played.
-        reproducible: passed to the simulator's resets.
+        reproducible: passed to the simulator's resets. The first one of every environment, and of every spare
+            simulator, is reproducible in any case: no collection depends on what was simulated before it.
         perturb: (action [B, A], is_first [B]) -> the action to execute instead; the one recorded stays as it was.
         on_episode: called with (e, views of row e) when an episode is over or cut short; one that is dropped, or cut
             before its first action, has no valid state.
@@ -115,6 +117,7 @@ def collect_episodes(
 
     Raises:
         ValueError: no seeds, no steps, a task without an environment, or `linger` without `stop_at_success`.
+        FloatingPointError: a state or an action is not finite; names the episode.
         SimulatorError: no environment is alive after `MAX_DEAD_CALLS` calls in a row, and episodes are still to begin.
     """
     if not len(seeds):
@@ -136,10 +139,10 @@ def collect_episodes(
     def play_episodes(group: int, env: VecEnv, places: Places) -> Iterator[None]:
         """Runs episodes in one group of environments, and pauses while its simulators work."""
         nonlocal num_dropped, is_stopped
-        chunk, num_dead = None, 0
+        chunk, num_dead, rebuilds = None, 0, True
         with clock("env"):
             first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
-            state = env.reset(first, reproducible=reproducible)
+            state = env.reset(first, reproducible=rebuilds)
 
         while True:
             # Simulators that start again are waited for, but not without end.
@@ -175,6 +178,7 @@ def collect_episodes(
             # ---- Step; record and end episodes while simulators work ------------------------------------------------
             if not is_over:
                 # The action for a simulator on a device has not left it.
+                check_actions(recorded_action, state, tick, seeds)
                 executed = action if isinstance(state.signals.success, jax.Array) else recorded_action
                 executed = executed if perturb is None else perturb(recorded_action, is_first)
                 xp = executed.__array_namespace__()
@@ -184,9 +188,11 @@ def collect_episodes(
                 options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(is_drawn, env.num_envs)}
                 with clock("env"):
                     next_seeds = places.reserve(seeds)
-                    env.send(sent, reset_seeds, reproducible=reproducible, next_seeds=next_seeds, **options)
+                    env.send(sent, reset_seeds, reproducible=rebuilds, next_seeds=next_seeds, **options)
+                rebuilds = reproducible  # Spare simulators have begun their first episodes, too.
             seen = seen if keep_images else seen._replace(images={})
             observation, signals = jax.device_get((seen, state.signals))
+            check_states(observation.state, signals, tick, seeds)
             moment = Moment(instructions, observation, signals, recorded_action, decision, is_new, chunk.size)
             records.write(tick, moment)
             records.end_episodes(tick, on_episode)

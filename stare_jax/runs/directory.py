@@ -28,6 +28,7 @@ from stare_jax.config import ConfigError, to_dict
 from stare_jax.documents import check_record, read_json
 from stare_jax.logging import move_aside, replace_text, say, write_versions
 from stare_jax.report.perturbed import ood_folder
+from stare_jax.runs.circumstances import fingerprint_statistics
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.load import CONFIG_FILE, load_config, of_this_version
 from stare_jax.runs.start import STATISTICS_FILE, describe_present, previous_phase, start_name
@@ -48,6 +49,8 @@ GROWING_FIELDS = {"sft": "num_steps", "ppo": "num_iterations"}
 """Field by which a phase may be made longer; a decaying learning rate follows the longer schedule from then on."""
 
 _LOCK = "lock"
+_DECISIVE = ("config", "start", "data", "statistics")
+"""Fields of a `Record` that have to stay the same."""
 _RECORD, _FINISHED = "record.json", "finished.json"
 
 
@@ -83,6 +86,12 @@ class Record(NamedTuple):
     "random"."""
     data: dict[str, Any]
     """the data set of demonstrations, {} for phases that read none."""
+    statistics: str = ""
+    """fingerprint of the normalisation statistics; "" in records of earlier versions."""
+    circumstances: dict[str, Any] = {}
+    """`circumstances_of` the configuration when the phase was last begun or gone on with; {} where nobody said."""
+    changes: tuple[str, ...] = ()
+    """changes of the circumstances since the phase began: from each on its numbers may differ in the last bits."""
 
 
 def record_phase(config: RunConfig, phase: str, *, start: str, data: Mapping[str, Any] | None = None) -> Record:
@@ -209,18 +218,42 @@ def _has_checkpoints(phase_directory: Path) -> bool:
     return any(path.name.isdigit() for path in (phase_directory / CHECKPOINTS).glob("*"))
 
 
-def begin_phase(phase_directory: Path, record: Record) -> None:
-    """Records what a phase begins with, or goes on with.
+def begin_phase(phase_directory: Path, record: Record, circumstances: Mapping[str, Any] | None = None) -> None:
+    """Records what a phase begins with, or goes on with; says so where it goes on in other circumstances.
+
+    Args:
+        phase_directory: folder of the phase.
+        record: all that decides what the phase makes.
+        circumstances: see `circumstances_of`; None compares none.
 
     Raises:
         ConfigError: it was begun with something else; names the fields.
     """
+    record = record._replace(statistics=fingerprint_statistics(phase_directory.parent))
     if has_begun(phase_directory):
-        _check_records(phase_directory, read_record(phase_directory), record)
+        old = read_record(phase_directory)
+        _check_records(phase_directory, old, record)
+        record = record._replace(circumstances=old.circumstances, changes=old.changes)
     else:
         write_versions(phase_directory)
+    if circumstances is not None:
+        record = _with_circumstances(phase_directory, record, _plain(dict(circumstances)))
     (phase_directory / _FINISHED).unlink(missing_ok=True)
     replace_text(phase_directory / _RECORD, json.dumps(record._asdict(), indent=1) + "\n")
+
+
+def _with_circumstances(phase_directory: Path, record: Record, now: dict[str, Any]) -> Record:
+    """Returns a record with the circumstances of now; says what is new since this phase, or the one before, went on."""
+    before = record.circumstances
+    for phase in PHASES:
+        if not before and phase != phase_directory.name and has_begun(phase_directory.parent / phase):
+            before = read_record(phase_directory.parent / phase).circumstances
+    changes = differences(before, now, "") if before else []
+    if not changes:
+        return record._replace(circumstances=now)
+    words = in_words(changes).removeprefix(".").replace("; .", "; ")
+    say(f"{phase_directory.name}: not bit-equal from here to a run in the circumstances it began in: {words}")
+    return record._replace(circumstances=now, changes=(*record.changes, words))
 
 
 def finish_phase(phase_directory: Path) -> None:
@@ -236,7 +269,7 @@ def read_record(phase_directory: Path) -> Record:
     """
     file, types = phase_directory / _RECORD, typing.get_type_hints(RunConfig)
     stored = read_json(file)
-    if set(stored) != set(Record._fields):
+    if not {"config", "start", "data"} <= set(stored) <= set(Record._fields):
         raise ConfigError(
             f"{file}: was written by an earlier version; --workdir chooses another directory, and "
             f"--config.init_from={phase_directory} starts from these weights"
@@ -254,12 +287,15 @@ def _check_phase(phase_directory: Path, config: RunConfig, start: str, data: Map
     these data; None stands for those that it has begun with."""
     record = read_record(phase_directory)
     data = record.data if data is None else data
-    _check_records(phase_directory, record, record_phase(config, phase_directory.name, start=start, data=data))
+    now = record_phase(config, phase_directory.name, start=start, data=data)
+    _check_records(phase_directory, record, now._replace(statistics=fingerprint_statistics(phase_directory.parent)))
 
 
 def _check_records(phase_directory: Path, old: Record, new: Record) -> None:
     phase = phase_directory.name
-    changes = differences(old._asdict(), new._asdict(), phase)
+    names = [name for name in _DECISIVE if old.statistics or name != "statistics"]
+    old_fields, new_fields = ({name: getattr(record, name) for name in names} for record in (old, new))
+    changes = differences(old_fields, new_fields, phase)
     if changes := [change for change in changes if not _is_longer(phase, change)]:
         raise ConfigError(
             f"{phase_directory}: was begun with another configuration: {in_words(changes)}; --redo={phase} does it and "

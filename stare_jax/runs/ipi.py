@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -18,7 +18,7 @@ from stare_jax.data.batches import imitation_batches
 from stare_jax.data.demos import collect_demos
 from stare_jax.data.pairs import Pair, count_kinds, load_pairs
 from stare_jax.data.reader import Dataset
-from stare_jax.data.rollouts import collect_pairs, policy_actor
+from stare_jax.data.rollouts import Actor, collect_pairs, policy_actor
 from stare_jax.documents import read_json
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.base import VecEnv
@@ -26,10 +26,21 @@ from stare_jax.envs.experts.base import Expert
 from stare_jax.envs.tasks import make_expert
 from stare_jax.evaluate.protocol import evaluate
 from stare_jax.evaluate.record import evaluation_file, partial_folder, set_aside_evaluation
-from stare_jax.logging import Clock, Interruption, Profiler, Writer, make_writer, say, write_config
+from stare_jax.logging import (
+    Clock,
+    Heartbeat,
+    Interruption,
+    Profiler,
+    Writer,
+    make_writer,
+    read_metrics,
+    say,
+    write_config,
+)
 from stare_jax.models import Policy, make_policy
 from stare_jax.report.films import record_evaluation
 from stare_jax.report.report import print_report, write_report
+from stare_jax.runs.circumstances import circumstances_of
 from stare_jax.runs.compiled import keep_compiled
 from stare_jax.runs.config import PHASES, RunConfig
 from stare_jax.runs.directory import (
@@ -80,7 +91,14 @@ StartSimulator = Callable[[], VecEnv]
 
 
 def run_ipi(
-    config: RunConfig, directory: str | Path, *, redo: str = "", profile: int = 0, demos_only: bool = False
+    config: RunConfig,
+    directory: str | Path,
+    *,
+    redo: str = "",
+    profile: int = 0,
+    demos_only: bool = False,
+    grace: float = 0.0,
+    hang_timeout: float = 0.0,
 ) -> Path:
     """Runs the phases, evaluates after each on the same seeds, and returns the path of the report.
 
@@ -93,6 +111,8 @@ def run_ipi(
         redo: a phase to do again, with all that follow it; what is there of them moves to `set_aside/`.
         profile: optimiser steps of every phase to trace into `profile/`, after the first; 0 traces none.
         demos_only: collect the demonstrations that imitation would read, and return their folder.
+        grace: seconds after SIGTERM after which the process ends, whether it has saved or not; 0 waits until it has.
+        hang_timeout: seconds without a sign of life after which the process ends (`logging.Heartbeat`); 0 waits.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; all that is finished is safe, and the next call goes on from there.
@@ -128,7 +148,8 @@ def run_ipi(
         pod.on_main(write_config, directory, to_dict(config))
 
         # ---- Set-up -------------------------------------------------------------------------------------------------
-        interruption = stack.enter_context(Interruption())
+        interruption = stack.enter_context(Interruption(grace=grace))
+        heartbeat = stack.enter_context(Heartbeat(directory, hang_timeout=hang_timeout))
         stack.enter_context(keep_compiled(directory / "compiled"))
         writer = stack.enter_context(
             make_writer(
@@ -146,6 +167,7 @@ def run_ipi(
             return stack.enter_context(contextlib.closing(make_vec_env(config.env)))
 
         def should_stop() -> bool:
+            heartbeat.beat()
             return pod.is_stopping(interruption.requested)
 
         # ---- Demonstrations and statistics --------------------------------------------------------------------------
@@ -172,38 +194,20 @@ def run_ipi(
             if not pod.on_main(is_finished, directory, phase, config):
                 start = pod.on_main(start_name, directory, config, phase)
                 data = describe_demonstrations(demonstrations) if phase == "sft" else {}
-                pod.on_main(begin_phase, directory / phase, record_phase(config, phase, start=start, data=data))
+                record = record_phase(config, phase, start=start, data=data)
+                pod.on_main(begin_phase, directory / phase, record, circumstances_of(config))
                 pod.on_main(set_aside_evaluation, directory, phase)
-                source = start_source(directory, config, phase)
+                source, run = start_source(directory, config, phase), dataclasses.replace(run, start=start)
                 held.append(initial_params(source, policy, network, mesh, jax.random.key(config.seed)))
                 if phase == "sft":
                     batches = functools.partial(_imitation_batches, config, policy, demonstrations)
                     trained = train_sft(policy, held.pop(), batches, config.sft, run)
                 elif phase == "tpo":
-                    clock = Clock()
                     actor = policy_actor(lambda held=held: (policy, pod.on_host(held[0])), config.pairs, source=start)
-                    rollouts, pairs = collect_pairs(
-                        simulator,
-                        config.env.info,
-                        actor,
-                        spec,
-                        config.pairs,
-                        directory / phase / "pairs",
-                        should_stop=should_stop,
-                        clock=clock,
-                    )
+                    pairs = _pairs(config, directory, actor, simulator, writer, should_stop)
                     del actor
-                    if "env" in clock.seconds():  # something was missing
-                        _report_collection("pairs", rollouts, clock, writer)
-                    _report_pairs(pairs, rollouts, config, writer)
-                    trained = train_tpo(
-                        policy,
-                        held.pop(),
-                        load_pairs(rollouts, pairs, horizon=config.env.horizon, tokenize=policy.tokenize),
-                        spec,
-                        config.tpo,
-                        run,
-                    )
+                    pairs = load_pairs(*pairs, horizon=config.env.horizon, tokenize=policy.tokenize)
+                    trained = train_tpo(policy, held.pop(), pairs, spec, config.tpo, run)
                 else:
                     experts = _experts(config) if jump_starts(config) else []
                     trained = train_ppo(policy, held.pop(), simulator(), spec, config.ppo, run, experts)
@@ -243,8 +247,7 @@ def _demonstrations(
         should_stop=should_stop,
         clock=clock,
     )
-    if "env" in clock.seconds():  # something was missing
-        _report_collection("demos", demonstrations, clock, writer)
+    _report_collection("demos", demonstrations, clock, directory, writer, {})
     return demonstrations
 
 
@@ -261,21 +264,40 @@ def _imitation_batches(config: RunConfig, policy: Policy, demonstrations: Datase
     )
 
 
-def _report_collection(phase: str, dataset: Dataset, clock: Clock, writer: Writer) -> None:
-    """Says how much was collected, and where the time went."""
-    num_steps = dataset.manifest.progress["num_steps"]
-    metrics = {"env/num_episodes": dataset.num_episodes, "env/steps": num_steps}
-    metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
-    writer(dataset.num_episodes, metrics, phase=phase)
-    say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
-
-
-def _report_pairs(pairs: Sequence[Pair], rollouts: Dataset, config: RunConfig, writer: Writer) -> None:
-    """Says how many pairs there are, and of which kinds."""
+def _pairs(
+    config: RunConfig,
+    directory: Path,
+    actor: Actor,
+    simulator: StartSimulator,
+    writer: Writer,
+    should_stop: Callable[[], bool],
+) -> tuple[Dataset, list[Pair]]:
+    """Returns the rollouts of a policy and their pairs: on disk from before, or collected now."""
+    clock, folder = Clock(), directory / "tpo" / "pairs"
+    rollouts, pairs = collect_pairs(
+        simulator, config.env.info, actor, config.specs, config.pairs, folder, should_stop=should_stop, clock=clock
+    )
     kinds = {kind: count for kind, count in count_kinds(pairs).items() if count}
     say(f"pairs: {len(pairs)} of {config.pairs.num_pairs * len(config.specs)} wanted: {kinds}")
     counts = {f"pairs/{kind.replace(', ', '_').replace(' ', '_')}": count for kind, count in kinds.items()}
-    writer(rollouts.num_episodes, {"pairs/num_pairs": len(pairs)} | counts, phase="pairs")
+    _report_collection("pairs", rollouts, clock, directory, writer, {"pairs/num_pairs": len(pairs)} | counts)
+    return rollouts, pairs
+
+
+def _report_collection(
+    phase: str, dataset: Dataset, clock: Clock, directory: Path, writer: Writer, metrics: Mapping[str, float]
+) -> None:
+    """Says how much was collected, and where the time went; once, also where a kill came between."""
+    is_new = "env" in clock.seconds()
+    written = {(line["phase"], line["step"]) for line in read_metrics(directory)}
+    if not is_new and (phase, dataset.num_episodes) in written:
+        return
+    num_steps = dataset.manifest.progress["num_steps"]
+    metrics = {"env/num_episodes": dataset.num_episodes, "env/steps": num_steps, **metrics}
+    metrics |= {f"time/{area}_s": seconds for area, seconds in clock.seconds().items()}
+    writer(dataset.num_episodes, metrics, phase=phase)
+    if is_new:
+        say(f"{phase}: {dataset.num_episodes} episodes, {num_steps} simulator steps | {clock.line()}")
 
 
 def _is_evaluated(directory: Path, phase: str, config: RunConfig) -> bool:

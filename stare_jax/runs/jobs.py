@@ -22,14 +22,14 @@ from typing import IO, Literal, NamedTuple
 from stare_jax.config import Fraction, Natural, NonNegative
 from stare_jax.documents import DocumentError, read_record
 from stare_jax.documents.reader import show
-from stare_jax.logging import Interrupted, replace_text
+from stare_jax.logging import RESTART, Interrupted, replace_text
 from stare_jax.runs.study import Job
 
 State = Literal["waiting", "running", "elsewhere", "finished", "failed", "blocked"]
 """elsewhere: a process of an earlier study is still at work; blocked: a job that it begins with has failed."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-STOPPED = 130
-"""Exit code of a run that was asked to stop and has saved."""
+STOPPED = (130, RESTART)
+"""Exit codes of a run that was asked to stop and has saved."""
 
 
 class Record(NamedTuple):
@@ -158,7 +158,7 @@ class Queue:
             attempt.process.terminate()
         for name, attempt in list(self.attempts.items()):
             self._end(name, attempt, attempt.process.wait())
-            if attempt.process.returncode == STOPPED:
+            if attempt.process.returncode in STOPPED:
                 self.states[name] = "waiting"
 
     def kill(self) -> None:

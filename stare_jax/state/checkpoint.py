@@ -25,13 +25,12 @@ from stare_jax.logging import Interrupted, move_aside, say
 from stare_jax.sharding import pod
 from stare_jax.state import storage
 from stare_jax.state.checksums import CheckpointError
+from stare_jax.state.finite import check_state
 from stare_jax.state.train_state import CHECKPOINTS, TrainState
 from stare_jax.types import NormStats, PyTree
 
-FROZEN = "frozen"
-"""Name of the folder of frozen parameters, beside the steps."""
-MAX_NAMES = 20
-"""Number of paths that an error message lists."""
+FROZEN = "frozen"  # a folder beside the steps
+MAX_NAMES = 20  # of paths that an error message lists
 
 
 class _Extra(NamedTuple):
@@ -91,6 +90,7 @@ class Checkpoints:
             model: configuration of the policy's model, as JSON takes it.
             counters: progress of the loop, as JSON takes it.
         """
+        check_state(self._directory.parent.name, state)
         if step == self._last or pod.on_main(lambda: step in complete_steps(self._directory)):
             return
         if jax.tree.leaves(state.frozen) and not pod.on_main((self._directory / FROZEN).exists):
@@ -131,8 +131,7 @@ def save_params(
         norm_stats: normalisation statistics of the policy.
         model: configuration of the policy's model, as JSON takes it.
     """
-    path = Path(directory).absolute() / str(step)
-    storage.write(path, {"params": params}, _metadata(norm_stats, model, {}))
+    storage.write(Path(directory).absolute() / str(step), {"params": params}, _metadata(norm_stats, model, {}))
 
 
 def _metadata(norm_stats: NormStats, model: dict[str, Any], counters: dict[str, Any]) -> dict[str, Any]:
@@ -227,6 +226,7 @@ def restore(directory: str | Path, like: TrainState, *, step: int | None = None)
     rest = items["state"]
     trainable, average = (items["params"], None) if like.average is None else (rest["trainable"], items["params"])
     state = TrainState(rest["step"], trainable, frozen, rest["opt_state"], average)
+    check_state(Path(directory).parent.name, state)
     return Restored(state, load_counters(directory, step=step))
 
 

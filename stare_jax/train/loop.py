@@ -14,7 +14,7 @@ from stare_jax.models.policy import Policy
 from stare_jax.models.stored import check_same_model, model_from_dict
 from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import make_mesh
-from stare_jax.state import checkpoint
+from stare_jax.state import checkpoint, finite
 from stare_jax.state.checkpoint import CheckpointError, Checkpoints
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, split_params
 from stare_jax.state.train_state import CHECKPOINTS, TrainState, abstract_state, check_precision, create_state
@@ -42,6 +42,8 @@ class Run:
     """polled once a step: all processes save and raise `logging.Interrupted` where one is told to stop."""
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
     """devices, of all processes, of the parameters and of all batches."""
+    start: str = ""
+    """name of the weights that the phase starts from, no others have it; with it scores of a reference are kept."""
     resume: bool = False
     """go on from the phase's latest checkpoint, if there is one."""
     profiler: Profiler = dataclasses.field(default_factory=Profiler)
@@ -70,6 +72,7 @@ def start_phase(
     before it is loaded.
 
     Raises:
+        FloatingPointError: what is trained has values that are not finite.
         CheckpointError: not resuming, but the phase has checkpoints here already; or they were made with other
             statistics.
         ConfigError: parameters of less than float32 would be trained, or the checkpoints are of another model.
@@ -80,6 +83,7 @@ def start_phase(
     steps = pod.from_main(checkpoint.complete_steps(directory))
     if not steps:
         state = create_state(params, tx, mesh=run.mesh, rules=rules, freeze=freeze, has_average=has_average)
+        finite.check_state(phase, state)
         return state, {}
     if not run.resume:
         raise CheckpointError(

@@ -330,7 +330,7 @@ def train_ppo(
                     window.add(metrics)
                     if config.target_kl is not None and metrics["ppo/stopped"]:
                         break
-            updates, counters = window.read(), after
+            updates, counters = window.read(state.trainable), after
             turn = next_turn(run, counters.iteration, config.num_iterations, checkpoint_every=config.checkpoint_every)
 
             # ---- Report ---------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def train_sft(
 
             # ---- Report ---------------------------------------------------------------------------------------------
             if turn.is_reporting:
-                updates = window.read()
+                updates = window.read(state.trainable)
                 means = reduce_metrics(updates)
                 window.write(step, means, frames=len(updates) * config.batch_size)
                 bar.update(len(updates), loss=means["sft/loss"])

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from stare_jax.config import Count, NonNegative, Positive, Seed, check_fields
 from stare_jax.data.pairs import pair_indices
+from stare_jax.data.scores import keep_scores
 from stare_jax.logging import Interrupted, Window, progress, reduce_metrics, say
 from stare_jax.losses import Margin, StageNorm, sta_tpo_loss, tpo_loss
 from stare_jax.models.nn.lora import drop_adapters
@@ -253,6 +254,7 @@ def train_tpo(
         batch_size=config.reference_batch_size,
         num_draws=config.num_draws,
         should_stop=run.should_stop,
+        keep=keep_scores(run.directory, run.start and f"{run.start}, {config.reference}"),
     )
     tx = make_optimizer(config.optimizer, num_steps=num_steps)
     state, _ = start_phase(PHASE, run, policy, params, tx, config.optimizer)
@@ -277,7 +279,7 @@ def train_tpo(
 
             # ---- Report ---------------------------------------------------------------------------------------------
             if turn.is_reporting:
-                updates = window.read()
+                updates = window.read(state.trainable)
                 means = reduce_metrics(updates)
                 window.write(step, means, pairs=len(updates) * config.batch_size)
                 bar.update(len(updates), loss=means["tpo/loss"], accuracy=means["tpo/accuracy"])

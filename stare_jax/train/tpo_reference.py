@@ -10,6 +10,7 @@ import numpy as np
 
 from stare_jax.config import ConfigError
 from stare_jax.data.pairs import decisions_of
+from stare_jax.data.scores import Keep
 from stare_jax.logging import Interrupted, announce_compiling, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
@@ -67,6 +68,7 @@ def score_pairs(
     batch_size: int,
     num_draws: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
+    keep: Keep = lambda side, inputs, compute: compute(),
 ) -> PairBatch:
     """Computes the scores of the reference policy, stage masks and stage costs.
 
@@ -78,6 +80,7 @@ def score_pairs(
         batch_size: decisions scored at a time, cut over the devices of `params`.
         num_draws: G, estimates of each score where the policy makes estimates.
         should_stop: polled before each batch of decisions.
+        keep: asked for the scores of each side, which it has or computes (`data.scores.keep_scores`).
 
     Returns:
         NumPy leaves `[P, ...]`.
@@ -87,35 +90,34 @@ def score_pairs(
     """
     task = np.zeros(len(pairs.chosen.valid), np.int32) if pairs.task is None else pairs.task
 
-    @jax.jit
-    def score_decisions(params, observation, decision, seed):
-        if policy.preference_score is None:
-            return policy.log_prob(params, observation, decision).logp.sum(axis=1)[:, None, None]
-        return policy.preference_score(params, observation, decision, seed)
-
-    score_aloud = announce_compiling("tpo: compiling the scores of the reference policy", score_decisions)
+    score_aloud = _make_score(policy)
 
     def score(side: str, trajectory: Trajectory) -> ScoredTrajectory:
         observation, decision, is_decided = decisions_of(policy, trajectory)
         shape = (*is_decided.shape, 1 if policy.preference_score is None else num_draws)
         seed = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-        scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
-        pair, d = map(pod.share, np.nonzero(is_decided))
-        is_stopped = False
-        with progress(len(pair), f"tpo: reference, {side}", "decision") as bar:
-            for start in range(0, len(pair), batch_size):
-                if is_stopped := should_stop():
-                    break
-                rows = np.arange(start, start + batch_size) % len(pair)
-                at = (pair[rows], d[rows])
-                inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
-                placed = place_rows(inputs, acting_sharding(params))
-                scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
-                bar.update(min(batch_size, len(pair) - start))
-        if pod.agree(is_stopped):
-            raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
-        for *at, found in pod.gather((pair, d, scores[pair, d])):
-            scores[tuple(at)] = found
+
+        def compute() -> np.ndarray:
+            scores = np.zeros((*shape, 1 if policy.preference_score is None else policy.chunk), np.float32)
+            pair, d = map(pod.share, np.nonzero(is_decided))
+            is_stopped = False
+            with progress(len(pair), f"tpo: reference, {side}", "decision") as bar:
+                for start in range(0, len(pair), batch_size):
+                    if is_stopped := should_stop():
+                        break
+                    rows = np.arange(start, start + batch_size) % len(pair)
+                    at = (pair[rows], d[rows])
+                    inputs = jax.tree.map(lambda x, at=at: x[at], (observation, decision, seed))
+                    placed = place_rows(inputs, acting_sharding(params))
+                    scores[at] = np.asarray(score_aloud(params, *placed))[:batch_size]
+                    bar.update(min(batch_size, len(pair) - start))
+            if pod.agree(is_stopped):
+                raise Interrupted("tpo: stopped while the reference scored pairs; nothing has been trained yet")
+            for *at, found in pod.gather((pair, d, scores[pair, d])):
+                scores[tuple(at)] = found
+            return scores
+
+        scores = keep(side, (observation, decision, is_decided, seed), compute)
         mask, cost, completed = jax.device_get(_jitted_stages(spec)(task, trajectory.signals, trajectory.valid))
         valid = np.asarray(trajectory.valid)[:, 1:]
         if policy.preference_score is None:
@@ -124,6 +126,18 @@ def score_pairs(
         return ScoredTrajectory(observation, decision, seed, ref_logp, valid, mask, cost, completed)
 
     return PairBatch(score("chosen", pairs.chosen), score("rejected", pairs.rejected))
+
+
+def _make_score(policy: Policy) -> Callable:
+    """Compiles (parameters, observation, decision, seed) -> the scores of the reference policy, `[B, G, C or 1]`."""
+
+    @jax.jit
+    def score_decisions(params, observation, decision, seed):
+        if policy.preference_score is None:
+            return policy.log_prob(params, observation, decision).logp.sum(axis=1)[:, None, None]
+        return policy.preference_score(params, observation, decision, seed)
+
+    return announce_compiling("tpo: compiling the scores of the reference policy", score_decisions)
 
 
 @functools.lru_cache(maxsize=16)

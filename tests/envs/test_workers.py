@@ -206,6 +206,13 @@ def test_a_spare_simulator_takes_the_place_of_one_that_would_have_to_be_reset():
     assert tell(b"s s r8") == ({}, [0, 0])
     assert tell(b"r8 s -") == ({}, [8, 0])
     assert log == [("b", 13, False), ("a", 13, False), ("b", 8, True)]
+    # A reproducible beginning serves whoever asks for its seed, and is not begun again; a plain one serves no more.
+    log.clear()
+    assert tell(b"s s R20") == ({}, [0, 0])
+    assert tell(b"s s r20") == ({}, [0, 0])
+    assert tell(b"r20 s r21") == ({}, [20, 0])
+    assert tell(b"s R21 -") == ({}, [0, 21])
+    assert [(seed, reproducible) for _, seed, reproducible in log] == [(20, True), (21, False), (21, True)]
     ours.send_bytes(b"c")
     thread.join(10)
     assert not thread.is_alive()

@@ -90,7 +90,7 @@ def test_a_stopped_evaluation_goes_on_by_the_same_command(command, trained_run, 
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(command, "make_vec_env", lambda config: StopsAfter(config.num_envs))
-        assert command.main([*arguments, "--name=stopped"]) == 130
+        assert command.main([*arguments, "--name=stopped"]) == 75
     said = capsys.readouterr().out
     assert "stopped after 4 of 7 episodes; 4 are kept on disk" in said and "--name=stopped" in said
     assert not (trained_run / "eval/stopped.json").exists() and (trained_run / "eval/stopped.partial").is_dir()

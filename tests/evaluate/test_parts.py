@@ -5,7 +5,8 @@ import re
 import pytest
 from file_kinds import IDENTITY, write_parts
 
-from stare_jax.evaluate.parts import PartsError, load_parts
+from stare_jax.data.arrays import ArraysError
+from stare_jax.evaluate.parts import load_parts
 
 
 @pytest.mark.parametrize("name", ["episodes.npz", "film_0.npz"])
@@ -30,7 +31,7 @@ def test_a_damaged_part_is_named(tmp_path, name, change, message):
         assert load_parts(folder, IDENTITY).num_parts == 0
         return
     files = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(PartsError, match=re.escape(f"{folder / name}: {message}")):
+    with pytest.raises(ArraysError, match=re.escape(f"{folder / name}: {message}")):
         load_parts(folder, IDENTITY)
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
 
@@ -43,5 +44,5 @@ def test_a_part_without_one_of_its_arrays_is_named(tmp_path):
     with np.load(file) as stored:
         arrays = {name: array for name, array in stored.items() if name not in ("seed", "films")}
     np.savez(file, **arrays)
-    with pytest.raises(PartsError, match=r"cannot be read \(ValueError: no films, seed\), expected a part of an"):
+    with pytest.raises(ArraysError, match=r"cannot be read \(ValueError: no films, seed\), expected a part of an"):
         load_parts(file.parent, IDENTITY)

@@ -24,6 +24,7 @@ from stare_jax.config import from_dict, to_dict
 from stare_jax.data.norm_stats import compute_statistics, read_norm_stats
 from stare_jax.data.pairs import read_pairs
 from stare_jax.data.reader import Dataset
+from stare_jax.data.scores import keep_scores
 from stare_jax.data.writer import DatasetWriter
 from stare_jax.documents.openvla import read_colours, read_description
 from stare_jax.documents.peft import read_adapter
@@ -367,6 +368,11 @@ def write_parts(folder):
     )
 
 
+def read_scores(folder):
+    """Scores that are not there are computed again."""
+    return keep_scores(folder, "sft/4/aaaa")("chosen", np.arange(3), lambda: np.float32([[1, 2], [3, 4], [5, 6]]))
+
+
 JOB = Job("task/ppo/seed_0", ("--config=x.py", "--config.seed=0"), (), "ppo")
 
 
@@ -458,4 +464,5 @@ RUNS = (
         "*.py",
         is_lawful=lambda old, new: True,
     ),
+    Kind("scores of a reference", read_scores, read_scores, "*.npz", may_miss=("chosen.npz",)),
 )

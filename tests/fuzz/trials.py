@@ -29,6 +29,10 @@ Rules = Mapping[str, Callable[[Any], bool]]
 """path in a document, as a regular expression -> whether a value may be there that changes what is read"""
 
 
+Change = Callable[[str, Mapping[str, bytes], Random], bytes | None]
+"""(name of a file, all files of its folder, random numbers) -> its new content, None for a file that is gone"""
+
+
 class Kind(NamedTuple):
     """Files that are read together, of which one is changed at a time."""
 
@@ -89,7 +93,14 @@ def either(*checks: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: any(check(value) for check in checks)
 
 
-def try_kind(kind: Kind, folder: Path, count: int, seed: int = 0) -> tuple[Counter, list[str]]:
+def change_one(name: str, whole: Mapping[str, bytes], rng: Random) -> bytes | None:
+    """Returns the content of a file of a folder with one change; None for a file that is gone."""
+    return change_file(name, whole[name], rng)
+
+
+def try_kind(
+    kind: Kind, folder: Path, count: int, seed: int = 0, *, change: Change = change_one
+) -> tuple[Counter, list[str]]:
     """Tries changes of the files of a kind in a new folder; returns the numbers of outcomes, and the failures."""
     rng, counts, failures = Random(f"{kind.name} {seed}"), Counter(), []
     folder.mkdir(parents=True)
@@ -101,7 +112,7 @@ def try_kind(kind: Kind, folder: Path, count: int, seed: int = 0) -> tuple[Count
     names = [name for name in sorted(whole) if Path(name).match(kind.files)]
     for _ in range(count):
         name = rng.choice(names)
-        content = change_file(name, whole[name], rng)
+        content = change(name, whole, rng)
         _put(folder / name, content)
         outcome, problem = _try(kind, folder, name, whole[name], content, before)
         counts[outcome] += 1

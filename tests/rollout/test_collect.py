@@ -153,6 +153,46 @@ def test_every_seed_is_one_whole_episode_in_its_own_row(num_envs):
     assert env.reproducible == {True}
 
 
+def test_a_collection_begins_with_a_reproducible_reset_of_every_environment_and_every_spare():
+    calls = []
+
+    class Noting(ScriptedEnv):
+        def _advance(self, action, reset_seeds, reproducible, is_idle=None):
+            calls.append((sorted(reset_seeds.values()), reproducible))
+            return super()._advance(action, reset_seeds, reproducible, is_idle)
+
+    for _ in range(2):
+        collect_episodes(Noting(3, SCRIPTS), scripted_act, SEEDS, stop_at_success=True)
+    begin, *later = calls[: len(calls) // 2]
+    assert begin == ([10, 11, 12], True)
+    assert later[0] == ([], True)  # where spare simulators begin
+    assert {reproducible for _, reproducible in later[1:]} == {False} and any(seeds for seeds, _ in later[1:])
+    assert calls[len(calls) // 2 :] == [begin, *later]
+
+
+@pytest.mark.parametrize("where", ["state", "signal", "action"])
+def test_what_is_not_finite_ends_a_collection_and_is_named(where):
+    class Diverging(ScriptedEnv):
+        def _advance(self, *arguments):
+            state = super()._advance(*arguments)
+            row = (self._seed == 300_000_011) & (self._t == 2)
+            if where == "state":
+                state.observation.state[row] = np.nan
+            elif where == "signal":
+                state.signals.obj_pos[row] = np.inf
+            return state
+
+    def act(observation, signals, instructions, is_first):
+        action = np.zeros((3, 2), np.float32)
+        action[observation.state[:, 1] == 2] = np.nan if where == "action" else 0
+        return Decision(action), observation
+
+    name = {"state": "observation.state", "signal": "signals.obj_pos", "action": "action"}[where]
+    message = rf"ppo: {name} of seed 3000000\d\d after 2 actions \(environment \d, host \S+\): got .*(nan|inf)"
+    with pytest.raises(FloatingPointError, match=message):
+        collect_episodes(Diverging(3, {}), act, range(300_000_010, 300_000_013), stop_at_success=True)
+
+
 @pytest.mark.parametrize("num_envs", [1, 3, 9])
 @pytest.mark.parametrize("options", [{}, {"max_steps": 11}], ids=["whole episodes", "steps"])
 def test_environments_without_an_episode_are_not_stepped(num_envs, options):

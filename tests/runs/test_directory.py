@@ -276,6 +276,37 @@ def test_versions_are_those_a_phase_began_with(tmp_path, monkeypatch):
     assert not (tmp_path / "versions.json").exists()
 
 
+def test_other_circumstances_are_said_and_kept(tmp_path, capsys):
+    record, now = record_phase(CONFIG, "sft", start="random"), {"device": "1 x cpu", "env": {"num_workers": 2}}
+    begin_phase(tmp_path / "sft", record, now)
+    begin_phase(tmp_path / "sft", record, now)
+    assert "not bit-equal" not in capsys.readouterr().out and read_record(tmp_path / "sft").changes == ()
+    other = {"device": "2 x cpu", "env": {"num_workers": 3}}
+    words = "device was '1 x cpu', is '2 x cpu'; env.num_workers was 2, is 3"
+    begin_phase(tmp_path / "sft", record, other)
+    said = capsys.readouterr().out
+    assert said == f"sft: not bit-equal from here to a run in the circumstances it began in: {words}\n"
+    begin_phase(tmp_path / "sft", record, other)
+    assert capsys.readouterr().out == "" and read_record(tmp_path / "sft").changes == (words,)
+    # A phase that begins elsewhere is no less different.
+    begin_phase(tmp_path / "tpo", record_phase(CONFIG, "tpo", start="sft/4/aaaa"), now)
+    assert "tpo: not bit-equal from here" in capsys.readouterr().out
+
+
+def test_a_record_knows_the_statistics_and_one_of_an_earlier_version_knows_none(tmp_path):
+    record = record_phase(CONFIG, "sft", start="random")
+    (tmp_path / "norm_stats.json").write_text("{}")
+    begin_phase(tmp_path / "sft", record)
+    assert len(read_record(tmp_path / "sft").statistics) == 12
+    (tmp_path / "norm_stats.json").write_text("{} ")
+    with pytest.raises(ConfigError, match=r"sft.statistics was '\w{12}', is '\w{12}'; --redo=sft"):
+        begin_phase(tmp_path / "sft", record)
+    early = {name: getattr(record, name) for name in ("config", "start", "data")}
+    (tmp_path / "sft" / "record.json").write_text(json.dumps(early))
+    assert read_record(tmp_path / "sft") == record
+    begin_phase(tmp_path / "sft", record)
+
+
 def test_records_keep_what_they_are_given(tmp_path):
     record = record_phase(CONFIG, "tpo", start="sft/4/aaaa")
     assert set(record.config) == {"tpo", "pairs"} and record.data == {}

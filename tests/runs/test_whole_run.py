@@ -125,7 +125,7 @@ def test_a_finished_run_loads_nothing_and_starts_nothing(run, monkeypatch, capsy
     run_ipi(CONFIG, run)
     assert "success at any step" in capsys.readouterr().out
     changed = {path for path, data in content(run).items() if files.get(path) != data}
-    assert {path.rsplit("/", 1)[1] for path in changed} <= {"report.html"} | {
+    assert {path.rsplit("/", 1)[1] for path in changed} <= {"report.html", "heartbeat.json"} | {
         path.rsplit("/", 1)[1] for path in changed if "/figures/" in path
     }
 

@@ -11,7 +11,9 @@ import pytest
 from toy_task import NUM_ENVS, Writer, demo_batches, demonstrations, fresh, random_pairs
 
 from stare_jax.config import ConfigError, to_dict
+from stare_jax.data.arrays import ArraysError
 from stare_jax.data.pairs import pair_indices
+from stare_jax.data.scores import keep_scores
 from stare_jax.envs import toy
 from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.seeds import VALIDATION_SEEDS, first_seed, phase_key
@@ -391,8 +393,55 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(policy, params, mak
         for step, (seen, acted, valid) in enumerate(found, start_step + 1):
             yield seen, np.where(step < 3, acted, np.float32("nan")), valid
 
-    with pytest.raises(FloatingPointError, match="sft: sft/loss of step 3 is nan"):
+    with pytest.raises(
+        FloatingPointError, match=r"sft: sft/loss of step 3 is nan, on host \S+; not finite since: \w+/"
+    ):
         train_sft(policy, fresh(params), batches, dataclasses.replace(SFT, log_every=5), make_run())
+
+
+def test_a_state_that_is_not_finite_is_not_saved_and_named(policy, params, make_run):
+    run = make_run()
+    params = fresh(params)
+    params["trunk_0"]["kernel"] = params["trunk_0"]["kernel"].at[0, 0].set(np.nan)
+    with pytest.raises(
+        FloatingPointError, match=r"sft: after step 0, on host \S+: got values in trainable/trunk_0/ker"
+    ):
+        train_sft(policy, params, None, SFT, run)
+    start = jax.jit(policy.init)(jax.random.key(0))
+    state, _ = start_phase("sft", run, policy, start, make_optimizer(VALUE_FROZEN, num_steps=1), VALUE_FROZEN)
+    moments = jax.tree.map(lambda x: x + np.float32("inf") if x.dtype == np.float32 else x, state.opt_state)
+    message = r"sft: after step 0, .* in opt_state/.* and \d+ more that are"
+    with (
+        checkpoint.Checkpoints(checkpoint_directory(run, "sft")) as checkpoints,
+        pytest.raises(FloatingPointError, match=message),
+    ):
+        state = state.replace(opt_state=moments)
+        checkpoints.save(1, state, norm_stats=run.norm_stats, model={}, counters={})
+    assert checkpoint.complete_steps(checkpoint_directory(run, "sft")) == []
+
+
+def test_scores_of_a_reference_are_computed_once(policy, params, spec, tmp_path):
+    pairs, calls = random_pairs(policy, params, 3), []
+    counted = policy._replace(log_prob=lambda *arguments: calls.append(0) or policy.log_prob(*arguments))
+
+    def score(source, pairs=pairs):
+        calls.clear()
+        scored = score_pairs(counted, params, pairs, spec, batch_size=16, keep=keep_scores(tmp_path, source))
+        return scored, len(calls)
+
+    first, num_calls = score("sft/4/aaaa, start")
+    again, num_again = score("sft/4/aaaa, start")
+    assert num_calls > 0 and num_again == 0
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert score("sft/4/bbbb, start")[1] > 0  # other parameters
+    other = jax.tree.map(lambda x: x[::-1], pairs)
+    assert score("sft/4/bbbb, start", other)[1] > 0
+    assert score("")[1] > 0
+    (tmp_path / "tpo/reference/rejected.npz").write_bytes(b"")
+    with pytest.raises(
+        ArraysError, match="rejected.npz: cannot be read .*, expected scores of a reference policy; delete"
+    ):
+        score("sft/4/bbbb, start", other)
 
 
 def test_ppo_without_a_surviving_episode_is_an_error(policy, params, spec, make_run):

@@ -174,7 +174,7 @@ def _serve(
                 if command == STAY:
                     continue
                 try:
-                    if command == begun[0] and begun[1] is not None and row not in broken:
+                    if _serves(begun[0], command) and begun[1] is not None and row not in broken:
                         simulators[row - first], spare = spare, simulators[row - first]
                         frame, begun = begun[1], (STAY, None)
                     else:
@@ -188,11 +188,16 @@ def _serve(
                     broken.discard(row)
             broken.update(failures)
             _answer(connection, failures)
-            if command_of_spare not in (STAY, begun[0]):
+            if command_of_spare != STAY and not _serves(begun[0], command_of_spare):
                 begun = command_of_spare, _begin(spare, command_of_spare, is_broken=is_spare_broken)
                 is_spare_broken = begun[1] is None
         except (EOFError, OSError):
             return
+
+
+def _serves(begun: bytes, command: bytes) -> bool:
+    """Says whether a reset that was executed is the one asked for now, or a reproducible one with its seed."""
+    return begun == command or (command[:1] == RESET and begun == RESET_REPRODUCIBLY + command[1:])
 
 
 def _begin(spare: Simulator, command: bytes, *, is_broken: bool) -> Frame | None:
