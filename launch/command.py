@@ -160,10 +160,11 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
         return work() or DONE
     except Interrupted as stopped:
         say(f"{stopped}\n{advice}")
-        return _stopped(go_on)
+        # Without a signal of its own, another process of the run was told to stop.
+        return RESTART if go_on and Interruption.last_signal != signal.SIGINT else STOPPED
     except KeyboardInterrupt:
         print(f"\nstopped; {advice}", file=sys.stderr)
-        return _stopped(go_on)
+        return RESTART if go_on and Interruption.last_signal == signal.SIGTERM else STOPPED
     except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -175,10 +176,6 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, previous)
-
-
-def _stopped(go_on: str) -> int:
-    return RESTART if go_on and Interruption.last_signal == signal.SIGTERM else STOPPED
 
 
 def _stop(number: int, frame: Any) -> None:

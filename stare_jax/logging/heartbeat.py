@@ -26,7 +26,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Path | None,
         *,
         hang_timeout: float = 0.0,
         every: float = 10.0,
@@ -35,14 +35,15 @@ class Heartbeat:
     ):
         """
         Args:
-            directory: folder of the file.
+            directory: folder of the file; None writes none, as of several processes one does.
             hang_timeout: seconds without a beat after which the process prints what all its threads do, and ends with
                 the code `RESTART`; 0 waits for ever.
             every: seconds between two writings of the file.
             now: the clock.
             end: ends the process.
         """
-        self._file, self._every, self._now, self._end = Path(directory) / HEARTBEAT_FILE, every, now, end
+        self._file = None if directory is None else directory / HEARTBEAT_FILE
+        self._every, self._now, self._end = every, now, end
         self._hang_timeout = hang_timeout
         self._last, self._written, self._num_beats = now(), -float("inf"), 0
         self._done = threading.Event()
@@ -51,7 +52,7 @@ class Heartbeat:
         """Takes note that the loop is alive; writes the file if the last writing is long ago."""
         self._last = self._now()
         self._num_beats += 1
-        if self._last - self._written >= self._every:
+        if self._file is not None and self._last - self._written >= self._every:
             self._written = self._last
             about = {"time": time.time(), "pid": os.getpid(), "host": platform.node(), "num_beats": self._num_beats}
             with contextlib.suppress(OSError):  # A disk that is full is said where something is lost by it.

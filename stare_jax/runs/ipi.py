@@ -149,7 +149,8 @@ def run_ipi(
 
         # ---- Set-up -------------------------------------------------------------------------------------------------
         interruption = stack.enter_context(Interruption(grace=grace))
-        heartbeat = stack.enter_context(Heartbeat(directory, hang_timeout=hang_timeout))
+        beats_in = directory if pod.is_main() else None
+        heartbeat = stack.enter_context(Heartbeat(beats_in, hang_timeout=hang_timeout))
         stack.enter_context(keep_compiled(directory / "compiled"))
         writer = stack.enter_context(
             make_writer(

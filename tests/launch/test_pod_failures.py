@@ -39,7 +39,7 @@ def test_a_stop_of_one_stops_all_and_one_process_goes_on(tmp_path):
     wait_for(run, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
     results = in_pod.finish(processes, timeout=120)
-    assert [code for code, _, _ in results] == [130, 130], results[0][2][-3000:]
+    assert [code for code, _, _ in results] == [75, 75], results[0][2][-3000:]
     assert "ppo: stopped and saved after" in results[0][1] and "ppo" not in results[1][1]
     done = read_metrics(run)[-1]["step"]
     assert 2 <= done < 40 and complete_steps(run / "ppo" / "checkpoints")[-1] == done
