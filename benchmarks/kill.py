@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stare_jax.config import UserError  # noqa: E402
+from stare_jax.config import UserError, home_path  # noqa: E402
 from stare_jax.data.reader import Dataset  # noqa: E402
 from stare_jax.evaluate.record import load_results  # noqa: E402
 from stare_jax.logging import last_lines, read_metrics  # noqa: E402
@@ -210,7 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workdir", type=Path, required=True, help="a new folder for the runs")
+    parser.add_argument("--workdir", type=home_path, required=True, help="a new folder for the runs")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     base = arguments.workdir.absolute()

@@ -160,8 +160,7 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
         return work() or DONE
     except Interrupted as stopped:
         say(f"{stopped}\n{advice}")
-        # Without a signal of its own, another process of the run was told to stop.
-        return RESTART if go_on and Interruption.last_signal != signal.SIGINT else STOPPED
+        return RESTART if go_on and _is_told_to_end() else STOPPED
     except KeyboardInterrupt:
         print(f"\nstopped; {advice}", file=sys.stderr)
         return RESTART if go_on and Interruption.last_signal == signal.SIGTERM else STOPPED
@@ -176,6 +175,15 @@ def run(work: Callable[[], int | None], *, go_on: str = "", after_stop: str = "n
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _is_told_to_end() -> bool:
+    """Says whether SIGTERM was it that stopped the run; one that came to another of its processes is taken for it."""
+    from stare_jax.sharding import pod  # here, so that a command that prints a line need not wait for JAX
+
+    if Interruption.last_signal is None:
+        return pod.num_processes() > 1
+    return Interruption.last_signal == signal.SIGTERM
 
 
 def _stop(number: int, frame: Any) -> None:

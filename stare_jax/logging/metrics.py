@@ -68,8 +68,9 @@ class Writer:
         values = {name: float(value) for name, value in metrics.items()}
         line = dict(zip(_Header._fields, (int(step), phase, time.time()), strict=True))
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        data = (json.dumps(line) + "\n").encode()
+        while data:  # Nothing is held back, which a full disk would refuse when the file is closed.
+            data = data[self._file.write(data) :]
         for sink in self._sinks:
             sink(int(step), values, phase)
 
@@ -164,7 +165,7 @@ def _open_to_append(path: Path):
                 file.write(b"\n")
             else:
                 file.truncate(len(whole) + 1 if whole else 0)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 def _is_json(line: bytes) -> bool:

@@ -36,7 +36,7 @@ def test_iterations_are_measured_on_the_meshes_that_there_are(tmp_path, capsys):
     (row,), (error,) = result["rows"], result["errors"]
     # Six episodes of three actions: 18 decisions, in two minibatches.
     assert (row["rows"], row["num_decisions"], row["num_updates"]) == (2, 18, 2)
-    assert sum(row[part] for part in iteration.PARTS) == pytest.approx(row["iteration_s"], rel=0.05)
+    assert sum(row[part] for part in iteration.PARTS) == pytest.approx(row["iteration_s"], rel=0.2)
     assert min(row[part] for part in iteration.PARTS) > 0 and row["act"]["median_s"] > 0 < row["device"]["median_s"]
     assert row["first_log_ratio_rms"] < 1e-5 and set(row["peak_bytes"]) == {"start", "rollout", "update"}
     assert "expected at most 1 device" in error and "data1, peak after update" in capsys.readouterr().out

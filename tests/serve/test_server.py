@@ -1,6 +1,7 @@
 """The command in a process of its own: openpi's protocol over a real socket, and clients that misbehave."""
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import serve
 from serving_toy import request, toy_policy, write_checkpoint
 
 from stare_jax.models.policy import with_prompt
@@ -22,6 +22,10 @@ from stare_jax.serve.messages import pack, unpack
 from stare_jax.serve.requests import Keys, RequestReader, join_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+# By its path: a file of benchmarks/ has the same name.
+_command = importlib.util.spec_from_file_location("launch_serve", ROOT / "launch" / "serve.py")
+serve = importlib.util.module_from_spec(_command)
+_command.loader.exec_module(serve)
 client = pytest.importorskip("websockets.sync.client", reason="the extra serve is not installed")
 ConnectionClosed = pytest.importorskip("websockets.exceptions").ConnectionClosed
 InvalidStatus = pytest.importorskip("websockets.exceptions").InvalidStatus
