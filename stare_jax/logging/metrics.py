@@ -1,5 +1,6 @@
 """Metrics of a run: JSON lines, TensorBoard, W&B."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -75,10 +76,10 @@ class Writer:
             sink(int(step), values, phase)
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-        if self._file is not None:
-            self._file.close()
+        with contextlib.ExitStack() as stack:  # What one of them cannot close keeps no other open.
+            for part in (self._file, *self._sinks):
+                if part is not None:
+                    stack.callback(part.close)
 
     def __enter__(self) -> "Writer":
         return self
