@@ -1,4 +1,4 @@
-"""The main job on the real simulator, small: stopped in the middle by Ctrl-C, gone on with, reported."""
+"""The main job on the real simulator, small: all phases, evaluated, filmed, reported; stopped and gone on with."""
 
 import json
 import os
@@ -60,32 +60,34 @@ def read_metrics(run_directory: Path) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Starts, interrupts during imitation, goes on to the end."""
+    """Starts, and waits for the end."""
     if not (has_gpu_driver() or software_driver()):
         pytest.skip("rendering needs a Vulkan driver, and there is none on this machine (python launch/doctor.py)")
     directory = tmp_path_factory.mktemp("end_to_end") / "run"
     log_file = directory.parent / "log.txt"
+    with log_file.open("w") as log:
+        code = start(directory, log=log).wait(timeout=900)
+    assert code == 0, log_file.read_text()[-5000:]
+    return {"directory": directory, "log": log_file.read_text()}
+
+
+@pytest.mark.slow  # tests/runs kills and interrupts runs of a toy
+def test_an_interrupted_run_says_how_to_go_on_and_does(run, tmp_path):
+    directory, log_file = tmp_path / "run", tmp_path / "log.txt"
     with log_file.open("w") as log:
         first = start(directory, log=log)
         deadline = time.monotonic() + 600
         while first.poll() is None and not read_metrics(directory)["sft"] and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(first.pid, signal.SIGINT)
-        first_code = first.wait(timeout=120)
-        steps_before = [line["step"] for line in read_metrics(directory)["sft"]]
-        second_code = start(directory, log=log).wait(timeout=900)
+        assert first.wait(timeout=120) == 130
+        before = [line["step"] for line in read_metrics(directory)["sft"]]
+        assert start(directory, log=log).wait(timeout=900) == 0
     text = log_file.read_text()
-    assert second_code == 0, text[-5000:]
-    return {"directory": directory, "code": first_code, "steps_before": steps_before, "log": text}
-
-
-def test_an_interrupted_run_says_how_to_go_on_and_does(run):
-    assert run["code"] == 130, run["log"][-5000:]
-    assert "go on with: " in run["log"] and f"--workdir={run['directory']}" in run["log"]
-    assert "Traceback" not in run["log"]
-    steps = [line["step"] for line in read_metrics(run["directory"])["sft"]]
+    assert "go on with: " in text and f"--workdir={directory}" in text and "Traceback" not in text
+    steps = [line["step"] for line in read_metrics(directory)["sft"]]
     assert steps == sorted(set(steps)), "a step was done twice"
-    assert steps[-1] == 60 and 0 < run["steps_before"][-1] < 60
+    assert steps[-1] == 60 and 0 < before[-1] < 60
 
 
 def test_every_phase_ran_stayed_finite_and_compiled_once(run):

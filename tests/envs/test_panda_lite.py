@@ -52,6 +52,7 @@ def test_physics_is_a_copy_and_visuals_are_small(made):
     assert 5_000 < num_faces < 15_000
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(monkeypatch, tmp_path, made):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:

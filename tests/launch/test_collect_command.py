@@ -344,6 +344,7 @@ def test_a_policy_acts_on_the_mesh_that_is_asked_for(collect, run, capsys):
     assert "mesh: got data x fsdp x tensor" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_eight_devices_share_the_rows_of_a_policy(tmp_path):
     here = Path(__file__).parent
     environment = os.environ | {

@@ -110,6 +110,7 @@ def test_frame(answer, output, status, said):
     assert said in check.detail
 
 
+@pytest.mark.slow
 def test_a_frame_for_real():
     vulkan = doctor.check_vulkan()
     if vulkan.status != "ok":

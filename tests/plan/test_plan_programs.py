@@ -4,6 +4,7 @@ import pytest
 from on_eight_devices import run_on_eight_devices
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_small_run_on_eight_devices(tmp_path):
     found = run_on_eight_devices("../plan/planned.py", str(tmp_path / "kept"), timeout=600)
     # Two of 16 rows on a device, five layers of 64 x 64; seven eighths of the weights come from elsewhere.

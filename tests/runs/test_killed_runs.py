@@ -18,7 +18,7 @@ def run_killed(base, num_kills, seed):
 
 @pytest.mark.parametrize(
     ("num_kills", "seed"),
-    [pytest.param(4, 0, id="4"), pytest.param(10, 1, id="10", marks=pytest.mark.slow)],
+    [pytest.param(3, 0, id="3"), pytest.param(10, 1, id="10", marks=pytest.mark.slow)],
 )
 def test_killed_runs_are_the_run_that_nobody_killed(tmp_path, num_kills, seed):
     outcome, printed = run_killed(tmp_path, num_kills, seed)

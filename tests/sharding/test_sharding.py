@@ -44,6 +44,7 @@ def test_a_mesh_that_the_machine_cannot_give_is_refused():
     assert make_mesh(data=-1).shape["data"] == jax.device_count()
 
 
+@pytest.mark.slow
 def test_eight_devices_step_like_one_and_checkpoints_move_between_meshes(tmp_path):
     report = run_on_eight_devices("eight_devices.py", str(tmp_path), timeout=300)
     assert report["num_devices"] == 8
