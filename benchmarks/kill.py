@@ -62,7 +62,7 @@ class Kill(NamedTuple):
     """A run that was killed."""
 
     seconds: float
-    """after its process had begun."""
+    """Seconds after its process had begun."""
     place: str
     """what it was doing, see `place_of`."""
 
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
     kills: list[Kill]
     lost: list[str]
-    """what the run did that did not go on; [] if all came to their end."""
+    """Doings of the run that did not go on; [] if all came to their end."""
     different: list[str]
     """names of what differs from the run that nobody killed."""
 

@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,9 @@ class Subject(NamedTuple):
     chunk: int
     """Actions of a decision."""
     policy: Policy | None = None
-    """None for experts."""
+    """None for experts, and for servers."""
+    close: Callable[[], None] = lambda: None
+    """Ends what belongs to it, such as connections."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -199,7 +201,7 @@ def load_subject(
     if arguments.policy:
         adapter = Adapter() if arguments.adapter is None else read_adapter(arguments.adapter)
         remote = RemotePolicy(arguments.policy, adapter, simulators.action_dim, api_key=arguments.api_key)
-        return Subject(remote.act_of, depends_on_batch=True, name=remote.name, chunk=adapter.chunk)
+        return Subject(remote.act_of, depends_on_batch=True, name=remote.name, chunk=adapter.chunk, close=remote.close)
     mesh = command.make_run_mesh(config.mesh, arguments)
     folder = arguments.weights or arguments.run / arguments.phase
     step, name = identify_checkpoint(folder, step=arguments.step)
@@ -273,8 +275,9 @@ def evaluate_subject(arguments: argparse.Namespace) -> None:
         episodes = eval_config(config.evaluation, arguments)
         simulators = env_config(config.env, arguments)
         perturbations = choose_perturbations(arguments.perturb, simulators)
-    with Interruption() as interruption:
+    with Interruption() as interruption, contextlib.ExitStack() as stack:
         subject = load_subject(config, simulators, perturbations, episodes.temperature, arguments)
+        stack.callback(subject.close)
         if not perturbations:
             play(subject, config, simulators, episodes, directory, name, interruption)
             return

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,8 @@ class RemotePolicy:
         Raises:
             RemoteError: the server cannot be reached, or does not send its metadata.
         """
+        if importlib.util.find_spec("websockets") is None:
+            raise RemoteError(f"{address}: websockets is not installed; pip install websockets, or stare_jax[serve]")
         self.address, self.adapter, self.action_dim = address, adapter, action_dim
         self._timeout_s, self._api_key = timeout_s, api_key
         self._connections: list[Any] = []

@@ -21,9 +21,9 @@ class Keys(NamedTuple):
     """Names of a request's parts; a part inside another is written `images/cam_high`."""
 
     images: tuple[str, ...] = ("observation/image", "observation/wrist_image")
-    """of the cameras, in the policy's order; those that it does not see are ignored."""
+    """Keys of the cameras, in the policy's order; those that it does not see are ignored."""
     state: tuple[str, ...] = ("observation/state",)
-    """joined in this order."""
+    """Keys of the state's parts, joined in this order."""
     prompt: str = "prompt"
 
 

@@ -26,11 +26,11 @@ class Limits(NamedTuple):
 
     max_clients: Count = 64
     max_message_mb: Positive = 32.0
-    """of a request."""
+    """Size of a request, at most."""
     request_s: Positive = 60.0
-    """seconds until a request has its answer, or an error."""
+    """Seconds until a request has its answer, or an error."""
     idle_s: Positive = 600.0
-    """seconds of silence after which a client is let go of."""
+    """Seconds of silence after which a client is let go of."""
 
 
 LIMITS = Limits()

@@ -26,8 +26,6 @@ from stare_jax.serve import (
     read_adapter,
 )
 
-websockets = pytest.importorskip("websockets", reason="the extra serve is not installed")
-
 
 @contextlib.contextmanager
 def answering(handle):
@@ -129,6 +127,12 @@ def replying(reply, seen=None):
     return handle
 
 
+def of_row(seen, row, key):
+    """Returns the request of a row: clients are served in threads, in any order."""
+    (found,) = (request for request in seen if np.array_equal(request[key], observation(2).state[row]))
+    return found
+
+
 def test_requests_and_replies_follow_the_adapter():
     seen, reply = [], {"action": np.array([[0.1, 0.0], [0.2, 0.25], [0.3, 1.0]])}
     adapter = Adapter(("images/front",), 16, True, "state", "instruction", "action", 2, "closed_is_one")
@@ -137,11 +141,13 @@ def test_requests_and_replies_follow_the_adapter():
     np.testing.assert_allclose(action, [[[0.1, 1.0], [0.2, 0.5]]] * 2, atol=1e-6)
     assert len(seen) == 2 and seen[0].keys() == {"images/front", "state", "instruction"}
     assert seen[0]["images/front"].shape == (16, 16, 3) and seen[0]["images/front"].dtype == np.uint8
-    np.testing.assert_array_equal(seen[1]["state"], observation(2).state[1])
+    assert of_row(seen, 0, "state") is not of_row(seen, 1, "state")
     seen.clear()
     with answering(replying({"actions": [0.5, 0.25]}, seen)) as address:
         np.testing.assert_allclose(ask(address, Adapter(gripper="open_is_one")), [[0.5, -0.5]] * 2)
-    np.testing.assert_array_equal(seen[0]["observation/image"], observation(2).images["base_camera"][0])
+    shown = observation(2).images["base_camera"]
+    for row in range(2):
+        np.testing.assert_array_equal(of_row(seen, row, "observation/state")["observation/image"], shown[row])
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,12 @@ def test_requests_and_replies_follow_the_adapter():
 def test_replies_that_are_no_actions_are_told(reply, said):
     with answering(replying(reply)) as address, pytest.raises(RemoteError, match=f"{address}: {said}"):
         ask(address)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RemoteError, match="ws://127.0.0.1:9: websockets is not installed"):
+        RemotePolicy("ws://127.0.0.1:9", Adapter(), 2)
 
 
 def test_a_server_that_is_not_there_or_ends_is_told():

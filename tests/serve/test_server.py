@@ -16,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 from serving_toy import request, toy_policy, write_checkpoint
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync import client
 
 from stare_jax.models.policy import with_prompt
 from stare_jax.serve.messages import pack, unpack
@@ -26,9 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 _command = importlib.util.spec_from_file_location("launch_serve", ROOT / "launch" / "serve.py")
 serve = importlib.util.module_from_spec(_command)
 _command.loader.exec_module(serve)
-client = pytest.importorskip("websockets.sync.client", reason="the extra serve is not installed")
-ConnectionClosed = pytest.importorskip("websockets.exceptions").ConnectionClosed
-InvalidStatus = pytest.importorskip("websockets.exceptions").InvalidStatus
 KEY = "Api-Key secret"
 
 
