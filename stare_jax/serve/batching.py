@@ -131,7 +131,7 @@ class Batcher:
     def _decide(self, rows: Sequence[Row]) -> list[Answer]:
         started = time.monotonic()
         size = next(size for size in self.sizes if size >= len(rows))
-        observation, instructions = join_rows(self.policy, rows, size)
+        observation, instructions = join_rows(rows, size)
         seen = place_rows(with_prompt(self.policy, observation, instructions), self._sharding)
         decision = self._sample(self._params, seen, self._key, np.uint32(self._tick), self._temperature)
         self._tick = (self._tick + 1) % 2**32

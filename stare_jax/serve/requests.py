@@ -76,7 +76,6 @@ class RequestReader:
             raise MessageError(f"images: got {', '.join(keys.images)}, expected {expected}")
         self.image_shape, self.keys, self.prompt = image_shape, keys, prompt
         self.state_dim, self.needs_state = shape.state.shape[1], needs_state
-        self._policy = policy
 
     def read(self, request: Any) -> Row:
         """Returns a request's parts.
@@ -134,7 +133,7 @@ class RequestReader:
         return state
 
 
-def join_rows(policy: Policy, rows: Sequence[Row], size: int) -> tuple[Observation, list[str]]:
+def join_rows(rows: Sequence[Row], size: int) -> tuple[Observation, list[str]]:
     """Returns rows as a batch of `size`, the last one repeated, with empty prompts; and their instructions."""
     rows = [*rows, *[rows[-1]] * (size - len(rows))]
     images = {camera: np.stack([row.images[camera] for row in rows]) for camera in rows[0].images}

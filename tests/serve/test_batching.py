@@ -52,7 +52,7 @@ def test_requests_that_wait_together_are_one_batch_and_its_size_was_compiled(toy
     batcher.num_clients = 3
     answers = [future.result(60) for future in [batcher.submit(row) for row in rows(3)]]
     assert [answer.batch_size for answer in answers] == [3, 3, 3] and traced == [1, 4]
-    observation, instructions = join_rows(policy, rows(3), 3)
+    observation, instructions = join_rows(rows(3), 3)
     seen = with_prompt(policy, observation, instructions)
     expected = jax.jit(policy.sample)(params, seen, jax.random.key(0), temperature=0.0)
     for answer, action, value in zip(answers, expected.action, expected.value, strict=True):

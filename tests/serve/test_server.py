@@ -75,7 +75,7 @@ def served(tmp_path_factory):
 def test_a_client_gets_the_metadata_then_the_policys_own_decisions(served):
     policy, params = toy_policy()
     reader = RequestReader(policy, (0, 0), Keys())
-    observation, instructions = join_rows(policy, [reader.read(request(i)) for i in range(5)], 5)
+    observation, instructions = join_rows([reader.read(request(i)) for i in range(5)], 5)
     seen = with_prompt(policy, observation, instructions)
     expected = jax.jit(policy.sample)(params, seen, jax.random.key(0), temperature=0.0)
     with served.connect() as (connection, metadata):
