@@ -15,6 +15,7 @@ setup(
         "annotated-types>=0.7,<1",
         "array_record>=0.8,<0.9",
         "chex>=0.1.91,<0.2",
+        "etils[epy]>=1.13,<2",
         "fast_simplification>=0.1.9,<0.3",
         "flax>=0.12.8,<0.13",
         "grain>=0.2.15,<0.3",

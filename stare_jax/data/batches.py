@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import grain
 import numpy as np
 
 from stare_jax.data.filters import imitation_frames
@@ -111,6 +110,8 @@ def imitation_batches(
         if windows is None:
             return ImitationBatch(observation, frames.action, np.ones(len(rows), bool))
         return ImitationBatch(observation, *windows(indices[rows], frames.episode))
+
+    import grain  # here: a command that only prints its help does without
 
     order = grain.MapDataset.range(len(indices)).seed(seed).shuffle().repeat().batch(batch_size)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=num_prefetched)

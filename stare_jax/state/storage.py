@@ -19,13 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import v1 as ocp
+from etils import epy
 
 from stare_jax.documents import DocumentError, read_json
 from stare_jax.sharding import pod
 from stare_jax.sharding.mesh import path_name
 from stare_jax.state.checksums import CheckpointError, check_sums, write_sums
 from stare_jax.types import Array, PyTree
+
+with epy.lazy_imports():  # a quarter of what importing a run takes, also for a command that only prints its help
+    import orbax.checkpoint as orbax
 
 METADATA_FILE = "_CHECKPOINT_METADATA"
 """Name of the file that Orbax writes last into a folder."""
@@ -90,12 +93,9 @@ class BackgroundWriter:
     def __init__(self, directory: Path, *, keep: int):
         check_place(directory)
         self._directory, self._keep = directory, keep
+        every_step = orbax.v1.training.save_decision_policies.FixedIntervalPolicy(1)  # the default leaves some out
         with explained(directory):  # the metadata of all steps is read
-            self._checkpointer = ocp.training.Checkpointer(
-                directory,
-                # Which steps to save is the caller's choice; Orbax's own default skips some.
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            )
+            self._checkpointer = orbax.v1.training.Checkpointer(directory, save_decision_policy=every_step)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._finishing: Future | None = None
 
@@ -162,7 +162,7 @@ def write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> N
 
 def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> None:
     check_place(folder)
-    leaves, context = jax.tree.leaves(items), ocp.Context()
+    leaves, context = jax.tree.leaves(items), orbax.v1.Context()
     shards = [s.data.nbytes for leaf in leaves if isinstance(leaf, jax.Array) for s in leaf.addressable_shards]
     sizes = [leaf.nbytes for leaf in leaves]
     # Without a limit Orbax collects all it writes in one transaction: a second copy of the model.
@@ -172,7 +172,7 @@ def _write(folder: Path, items: dict[str, PyTree], metadata: dict[str, Any]) -> 
     # Otherwise replicas share the writing of a leaf, and the programs that cut it do not keep the bits of a NaN.
     context.array.saving.use_replica_parallel = False
     with context:
-        ocp.save_checkpointables(folder, items, custom_metadata=metadata)
+        orbax.v1.save_checkpointables(folder, items, custom_metadata=metadata)
 
 
 def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dict[str, PyTree]:
@@ -192,11 +192,11 @@ def read(folder: Path, like: dict[str, PyTree], *, partial: bool = False) -> dic
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) if is_jax else leaf
 
     with _reading(like, partial), explained(folder):
-        return ocp.load_checkpointables(folder, jax.tree.map(abstract, like))
+        return orbax.v1.load_checkpointables(folder, jax.tree.map(abstract, like))
 
 
-def _reading(like: PyTree, partial: bool) -> ocp.Context:
-    context = ocp.Context()
+def _reading(like: PyTree, partial: bool) -> "orbax.v1.Context":
+    context = orbax.v1.Context()
     sizes = map(num_bytes, jax.tree.leaves(like))
     context.memory.read_concurrent_bytes = max([_READ_BYTES, *sizes]) + 1
     context.pytree.loading.partial_load = partial
@@ -242,7 +242,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """
     check(folder)
     with explained(folder):
-        return ocp.checkpointables_metadata(folder).custom_metadata or {}
+        return orbax.v1.checkpointables_metadata(folder).custom_metadata or {}
 
 
 def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -253,7 +253,7 @@ def item_shapes(folder: Path) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """
     check(folder)
     with explained(folder):
-        items = ocp.checkpointables_metadata(folder).metadata
+        items = orbax.v1.checkpointables_metadata(folder).metadata
         if damaged := [name for name, tree in items.items() if tree is None]:
             raise ValueError(f"{', '.join(damaged)}: got no list of what is in it")
         return {name: _shapes(tree) for name, tree in items.items()}
@@ -271,7 +271,7 @@ def tree_shapes(folder: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """
     path, name = _tree_at(folder)
     with explained(Path(folder)):
-        return _shapes(ocp.metadata(path, checkpointable_name=name).metadata)
+        return _shapes(orbax.v1.metadata(path, checkpointable_name=name).metadata)
 
 
 def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) -> Array:
@@ -279,7 +279,7 @@ def load_leaf(folder: str | Path, leaf_path: str, like: jax.ShapeDtypeStruct) ->
     path, name = _tree_at(folder)
     wanted = like if like.sharding is not None else np.empty(like.shape, like.dtype)  # nothing is written to it
     with _reading(like, partial=True), explained(Path(folder)):
-        tree = ocp.load(path, nest({leaf_path: wanted}), checkpointable_name=name)
+        tree = orbax.v1.load(path, nest({leaf_path: wanted}), checkpointable_name=name)
     return jax.tree.leaves(tree)[0]
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import show_stages
 import study
-import train
-from absl import flags
+from train_here import run_train
 
 from stare_jax.data.norm_stats import compute_statistics, write_statistics
 from stare_jax.data.schema import Episode, Manifest, Shard, ShardFile, write_manifest
@@ -75,18 +74,6 @@ def replace_start(monkeypatch, start):
     """Calls `start(config)` where a simulator would be started."""
     for module in (ipi, collect, evaluate, show_stages):
         monkeypatch.setattr(module, "make_vec_env", start)
-
-
-def run_train(arguments):
-    """Runs launch/train.py in this process, and returns its exit code."""
-    train._values.clear()
-    try:
-        train.parse_flags(["train.py", *arguments])
-        return train.main([])
-    except SystemExit as stopped:
-        return stopped.code
-    finally:
-        flags.FLAGS.unparse_flags()
 
 
 FITS_NOT = [

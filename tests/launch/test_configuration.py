@@ -7,6 +7,7 @@ from pathlib import Path
 import command
 import pytest
 from configuration import load_configuration, split_fields
+from train_here import run_train
 
 from stare_jax.config import ConfigError, from_dict
 from stare_jax.runs.config import RunConfig
@@ -103,12 +104,12 @@ def test_a_mistake_in_a_file_is_one_line_that_names_the_place(tmp_path, content,
         ([], "--config"),
     ],
 )
-def test_training_answers_with_one_line(arguments, line):
-    command_line = [sys.executable, "launch/train.py", *arguments]
-    result = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2, result.stderr
-    assert line in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert "ValueError" not in result.stderr and "(python launch/train.py --help)" in result.stderr
+def test_training_answers_with_one_line(arguments, line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert run_train(arguments) == 2
+    said = capsys.readouterr().err
+    assert line in said and said.startswith("error: ") and said.count("\n") == 1
+    assert "ValueError" not in said and "(python launch/train.py --help)" in said
 
 
 @pytest.mark.parametrize("argument", ["--wrokdir=x", "--config=configs/nothing.py"])
