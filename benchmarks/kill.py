@@ -9,6 +9,7 @@ did not come to their end, and what differs. Exit code 1 where there is any of e
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from stare_jax.data.pairs import read_pairs  # noqa: E402
 from stare_jax.data.reader import Dataset  # noqa: E402
 from stare_jax.documents import read_json  # noqa: E402
 from stare_jax.evaluate.record import load_results  # noqa: E402
-from stare_jax.logging import last_lines, read_metrics, replace_text  # noqa: E402
+from stare_jax.logging import HEARTBEAT_FILE, last_lines, read_metrics, replace_text  # noqa: E402
 from stare_jax.runs.config import PHASES  # noqa: E402
 from stare_jax.state import checkpoint, storage  # noqa: E402
 from stare_jax.state.train_state import CHECKPOINTS  # noqa: E402
@@ -150,14 +151,69 @@ def wait_for(pid: int, seconds: float) -> int | None:
         time.sleep(0.005)
 
 
+def wait_for_changes(pid: int, directory: Path, number: int, seconds: float) -> tuple[int | None, int]:
+    """Waits until a process has changed its run's files so often.
+
+    Args:
+        pid: the process.
+        directory: the run's.
+        number: changes to wait for, counted ten times a second; 0 returns at once.
+        seconds: to wait at most.
+
+    Returns:
+        The exit code as of `wait_for`, and the number of changes.
+    """
+    deadline, count, before = time.monotonic() + seconds, 0, _files(directory)
+    while count < number and time.monotonic() < deadline:
+        if (code := wait_for(pid, 0.1)) is not None:
+            return code, count
+        after = _files(directory)
+        count, before = count + (after != before), after
+    return wait_for(pid, 0.0), count
+
+
+def _files(directory: Path) -> set[tuple[str, int, int]]:
+    """Returns names, sizes and times of a run's files, but of those that say only that a process has begun or lives."""
+    found = set()
+    for folder, _, names in os.walk(directory):
+        for name in set(names) - {"lock", "config.json", HEARTBEAT_FILE}:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(FileNotFoundError):  # gone since
+                about = os.stat(path)
+                found.add((path, about.st_size, about.st_mtime_ns))
+    return found
+
+
+class Whole(NamedTuple):
+    """The run that nobody killed."""
+
+    contents: dict[str, Any]
+    """see `contents_of`"""
+    num_changes: int
+    """changes of its files, see `wait_for_changes`"""
+    seconds: float
+    """time that it took"""
+    overhead: float = 0.0
+    """the part of it that a process takes before it goes on with the work"""
+
+    def draw(self, rng: random.Random, num_kills: int) -> tuple[int, float]:
+        """Returns when to kill a process: the changes to wait for, and the seconds after them.
+
+        One of five dies while it begins. The others die after at most `2 / num_kills` of all changes and within the
+        time from one to the next, wherever the work is and however slow the machine.
+        """
+        if rng.random() < 0.2:
+            return 0, rng.uniform(0.0, self.overhead)
+        gap = (self.seconds - self.overhead) / self.num_changes
+        return rng.randint(1, max(1, 2 * self.num_changes // num_kills)), rng.uniform(0.0, gap)
+
+
 def kill_runs(
     start: Callable[[Path, random.Random | None], int],
     base: Path,
-    whole: dict[str, Any],
+    whole: Whole,
     *,
     num_kills: int,
-    seconds: float,
-    overhead: float = 0.0,
     rng: random.Random,
     contents: Callable[[Path], dict[str, Any]] = contents_of,
     report: Callable[[str], None] = print,
@@ -168,11 +224,8 @@ def kill_runs(
         start: begins or goes on with the run of a directory in a process that leads a group of its own, and returns its
             number. It may let the run kill itself at a moment of its random numbers, but not where these are None.
         base: folder of the runs; a run that comes to its end before enough kills is followed by another.
-        whole: contents of the run that nobody killed.
+        whole: the run that nobody killed.
         num_kills: number of kills.
-        seconds: the time that the work of that run took.
-        overhead: the time a process takes before it goes on with it. A kill comes after this and `2 / num_kills` of the
-            work at most, anywhere from the beginning of the process on.
         rng: of the moments.
         contents: see `contents_of`.
         report: is told of every kill, and of every end.
@@ -184,7 +237,12 @@ def kill_runs(
         directory = base / str(number)
         begin, is_last = time.monotonic(), len(kills) >= num_kills
         pid = start(directory, None if is_last else rng)
-        code = wait_for(pid, 3600.0 if is_last else rng.uniform(0.0, overhead + 2.0 * seconds / num_kills))
+        if is_last:
+            code = wait_for(pid, 3600.0)
+        else:
+            num_changes, seconds = whole.draw(rng, num_kills)
+            code, _ = wait_for_changes(pid, directory, num_changes, 3600.0)
+            code = wait_for(pid, seconds) if code is None else code
         if code is None:
             os.killpg(pid, signal.SIGKILL)
             code = wait_for(pid, 60.0)
@@ -194,7 +252,7 @@ def kill_runs(
             continue
         if code != 0:
             return Outcome(kills, [f"exit code {code} at {place_of(directory)}"], different)
-        found = differing(whole, contents(directory))
+        found = differing(whole.contents, contents(directory))
         report(f"run {number} came to its end; {', '.join(found) or 'nothing'} differs")
         different += found
         number += 1
@@ -221,24 +279,26 @@ def main() -> int:
     os.chdir(ROOT)
     base = arguments.workdir.absolute()
     base.mkdir(parents=True)
-    rng, times = random.Random(arguments.seed), []
+    times: list[float] = []
+    counts: list[int] = []
     for _ in range(2):  # the second time it is finished
-        begin = time.monotonic()
-        if code := wait_for(start_training(base / "whole", rng), 36_000.0):
+        begin, pid = time.monotonic(), start_training(base / "whole", None)
+        code, num_changes = wait_for_changes(pid, base / "whole", sys.maxsize, 36_000.0)
+        if code != 0:
             print(f"error: the run that nobody killed ended with {code}, see {base / 'whole.log'}", file=sys.stderr)
             return 1
         times.append(time.monotonic() - begin)
-    seconds, overhead = times
-    print(f"the run that nobody killed took {seconds:.0f} s, {overhead:.0f} of them to begin and to end", flush=True)
+        counts.append(num_changes)
+    seconds, overhead = times[0], min(times)
+    said = f"the run that nobody killed took {seconds:.0f} s, {overhead:.0f} of them to begin and to end"
+    print(f"{said}, and changed its files {counts[0]} times", flush=True)
     try:
         outcome = kill_runs(
             start_training,
             base,
-            contents_of(base / "whole"),
+            Whole(contents_of(base / "whole"), counts[0], seconds, overhead),
             num_kills=arguments.kills,
-            seconds=max(0.0, seconds - overhead),
-            overhead=overhead,
-            rng=rng,
+            rng=random.Random(arguments.seed),
             report=lambda text: print(text, flush=True),
         )
     except UserError as error:

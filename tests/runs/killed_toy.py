@@ -107,7 +107,9 @@ def contents(directory):
 
 def main(base, num_kills, seed):
     begin, count = time.monotonic(), base / "count"
-    assert kill.wait_for(fork(lambda: count.write_text(str(train(base / "whole")))), 1800.0) == 0
+    pid = fork(lambda: count.write_text(str(train(base / "whole"))))
+    code, num_changes = kill.wait_for_changes(pid, base / "whole", sys.maxsize, 1800.0)
+    assert code == 0
     seconds, num_events = time.monotonic() - begin, int(count.read_text())
 
     def start(directory, rng):
@@ -117,13 +119,11 @@ def main(base, num_kills, seed):
         at = rng.randrange(1, 1 + 2 * num_events // num_kills) if rng.random() < 0.5 else 0
         return fork(lambda: train(directory, at, jump=rng.choice((0, -86_400, 86_400))))
 
-    whole = contents(base / "whole")
-    again = kill.differing(whole, contents(base / "whole"))
-    outcome = kill.kill_runs(
-        start, base, whole, num_kills=num_kills, seconds=seconds, rng=random.Random(seed), contents=contents
-    )
+    whole = kill.Whole(contents(base / "whole"), num_changes, seconds, overhead=seconds / 20)
+    again = kill.differing(whole.contents, contents(base / "whole"))
+    outcome = kill.kill_runs(start, base, whole, num_kills=num_kills, rng=random.Random(seed), contents=contents)
     (base / "outcome.json").write_text(
-        json.dumps({**outcome._asdict(), "names": sorted(whole), "again": again, "num_events": num_events})
+        json.dumps({**outcome._asdict(), "names": sorted(whole.contents), "again": again, "num_events": num_events})
     )
 
 
