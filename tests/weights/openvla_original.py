@@ -15,14 +15,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# PyTorch's torchvision for CUDA beside a build of torch for CPUs cannot be imported without these signatures, which
-# nothing here calls.
-_signatures = torch.library.Library("torchvision", "FRAGMENT")
-if not hasattr(torch.ops.torchvision, "nms"):
-    for _operator in ("nms", "qnms"):
-        _signatures.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-timm = importlib.import_module("timm")
+def import_timm():
+    """Imports timm, and with it torchvision.
+
+    PyTorch's torchvision for CUDA beside a build of torch for CPUs cannot be imported without the signatures of two
+    operators, which nothing here calls; a torchvision that fits its torch makes them itself, and ends the process where
+    they are there.
+    """
+    try:
+        return importlib.import_module("timm")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for operator in ("nms", "qnms"):
+        _SIGNATURES.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
+        del sys.modules[name]  # what was imported until then
+    return importlib.import_module("timm")
+
+
+_SIGNATURES = torch.library.Library("torchvision", "FRAGMENT")
+timm = import_timm()
 
 
 def load_class(code):
