@@ -14,8 +14,12 @@ from stare_jax.state.checkpoint import load_model, load_params, param_shapes
 from stare_jax.state.storage import num_bytes
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 from stare_jax.types import PyTree
-from stare_jax.weights.formats import FORMATS, find_format, is_ours, open_weights, read_params
+from stare_jax.weights.formats import FORMATS, OPENVLA, find_format, is_ours, open_weights, read_params
 from stare_jax.weights.side_files import CONFIG
+
+UNTOLD = ("camera", "resize", "center_crop", "prompt_template", "label_width", "restrict_logits")
+"""fields that no file of an OpenVLA checkpoint tells and no parameter depends on: a converted one has them of a preset, and
+a run that starts from it chooses its own"""
 
 
 def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh: Mesh, key: jax.Array) -> PyTree:
@@ -60,7 +64,9 @@ def check_source(source: Path, model: ModelConfig, *, name: str = "") -> None:
     """
     name = name or str(source)
     if stored := stored_model(source):
-        check_same_model(stored, model, source=name)
+        untold = UNTOLD if is_ours(source) and (source / OPENVLA.kept).is_dir() else ()
+        told = {field: value for field, value in stored.items() if field not in untold}
+        check_same_model(told, model, source=name)
     else:
         say(f"{name}: its configuration is not in it, so that only names and shapes of its parameters are compared")
 

@@ -92,6 +92,14 @@ def tuned(base, tmp_path_factory):
     return save_run(directory / "run", config, moved(start)), start
 
 
+def test_a_run_chooses_what_no_file_of_the_converted_checkpoint_tells(base):
+    model = run_config(base, base / "ours").model
+    chosen = dataclasses.replace(model, camera="hand_camera", resize="lanczos3", center_crop=0.9)
+    starting.check_source(base / "ours", chosen)
+    with pytest.raises(ConfigError, match="is of another model:\n  model.critic: got 'shared', expected 'detached'$"):
+        starting.check_source(base / "ours", dataclasses.replace(chosen, critic="detached"))
+
+
 def test_a_run_starts_from_the_converted_checkpoint(base, tuned):
     """bfloat16 weights become the float32 ones that are trained; the checkpoint itself gives the same."""
     _, start = tuned
