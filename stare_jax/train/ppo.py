@@ -19,7 +19,7 @@ from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, Window, progress, say
 from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import policy_act
+from stare_jax.rollout.acting import policy_act
 from stare_jax.rollout.jump_start import JumpStartConfig, lead
 from stare_jax.rollout.validation import Best, ValidationConfig, check_best, validate
 from stare_jax.sharding import arrays
