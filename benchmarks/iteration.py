@@ -47,7 +47,8 @@ from stare_jax.envs.toys import push
 from stare_jax.logging import Clock, print_table, replace_text
 from stare_jax.models import Policy
 from stare_jax.plan.programs import Forecast, with_mesh
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.runs.config import MeshConfig, RunConfig
 from stare_jax.runs.fit import check_fit
 from stare_jax.runs.plan import plan_policy

@@ -175,7 +175,8 @@ def wait_for_changes(pid: int, directory: Path, number: int, seconds: float) -> 
 def _files(directory: Path) -> set[tuple[str, int, int]]:
     """Returns names, sizes and times of a run's files, but of those that say only that a process has begun or lives."""
     found = set()
-    for folder, _, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory):
+        folders[:] = set(folders) - {"compiled", "tb"}
         for name in set(names) - {"lock", "config.json", HEARTBEAT_FILE}:
             path = os.path.join(folder, name)
             with contextlib.suppress(FileNotFoundError):  # gone since

@@ -25,7 +25,8 @@ from stare_jax.config import home_path
 from stare_jax.envs import make_vec_env
 from stare_jax.envs.seeds import PPO_SEEDS
 from stare_jax.models import Policy
-from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.runs.load import LoadedPolicy, load_policy
 from stare_jax.state.optimizer import frozen_params, make_optimizer, split_params
 from stare_jax.state.train_state import TrainState

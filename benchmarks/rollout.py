@@ -4,7 +4,9 @@ All cases take turns in one run, over the same simulators, and each is compared 
 
 - a free policy: the part of the time that is neither the simulators' nor the policy's;
 - a policy as dear as the simulators, in one group of environments and in two that take turns. The policy waits, as this
-  process does for an accelerator, in proportion to the rows that it decides for;
+  process does for an accelerator, in proportion to the rows that it decides for. There are twice as many processes as
+  cores, so that either group alone keeps all cores at work: with as many as cores, a group has half of them, and two
+  groups cannot be more than 4 / 3 times as fast as one;
 - decisions on some actions at a time, with images of all states and with those alone that decisions are made in;
 - of another task, whose resets are dear: a step in which an environment of every process begins an episode, with and
   without spare simulators, beside steps in which none does.
@@ -199,8 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--task", default="PushCube-v1", help="(%(default)s)")
-    add("--workers", type=int, default=2, help="processes, an even number (%(default)s)")
-    add("--envs-per-worker", type=int, default=8, help="(%(default)s)")
+    add("--workers", type=int, default=4, help="processes, an even number, twice the cores (%(default)s)")
+    add("--envs-per-worker", type=int, default=4, help="(%(default)s)")
     add("--image-size", type=int, default=64, help="pixels; 0 draws nothing (%(default)s)")
     add("--chunk", type=int, default=5, help="actions of a decision (%(default)s)")
     add("--rounds", type=int, default=2, help="episodes of an environment (%(default)s)")
@@ -220,7 +222,7 @@ def main() -> None:
         image_size=args.image_size,
     )
     rows = compare(config, args.chunk, args.rounds, args.repeats)
-    resetting = EnvConfig(args.reset_task, num_workers=args.workers, envs_per_worker=4, image_size=args.image_size)
+    resetting = EnvConfig(args.reset_task, num_workers=args.workers // 2, envs_per_worker=4, image_size=args.image_size)
     resets = {
         name: measure_resets(dataclasses.replace(resetting, has_spares=has_spares), args.reset_steps)
         for name, has_spares in (("no spares", False), ("spares", True))

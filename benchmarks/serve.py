@@ -7,6 +7,9 @@ Two servers, `launch/serve.py` in processes of their own, answer in turn: one de
 (`--max-batch=1`), the other for all that wait. Clients are threads of this process, each of which asks as soon as it
 has its answer. Every case is run in `--passes` rounds, so that both servers meet the same machine; percentiles are over
 all rounds. Compiling is over before anything is measured.
+
+The policy without a server is measured in the same rounds, in this process: what a batch takes beside what one request
+takes is the most that batches can gain on a machine.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from stare_jax.envs import EnvConfig
 from stare_jax.logging import print_table, replace_text, say
 from stare_jax.models import make_policy, openvla_tiny
 from stare_jax.runs.config import RunConfig
+from stare_jax.runs.load import load_policy
 from stare_jax.serve import pack, unpack
 from stare_jax.state.checkpoint import Checkpoints
 from stare_jax.state.train_state import TrainState
@@ -40,6 +44,7 @@ from stare_jax.types import NormStats
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = {"one at a time": 1, "batches": 8}
+ALONE = "none, the policy alone"
 
 
 def write_random(folder: Path) -> Path:
@@ -107,9 +112,34 @@ def drive(address: str, request: dict[str, Any], num_clients: int, seconds: floa
     return latencies, len(latencies) / (time.perf_counter() - started)
 
 
+def decider(checkpoint: Path, size: int) -> Callable[[], None]:
+    """Returns a compiled call of the policy alone, with a batch of that size."""
+    _, policy, params = load_policy(checkpoint)
+    observation = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), policy.observation_shape(size))
+    sample = jax.jit(policy.sample).lower(params, observation, jax.random.key(0)).compile()
+    return lambda: jax.block_until_ready(sample(params, observation, jax.random.key(0))) and None
+
+
+def decide(call: Callable[[], None], size: int, seconds: float) -> tuple[list[float], float]:
+    """Returns latencies in milliseconds and decisions a second, as `drive` does."""
+    latencies, stop_at = [], time.perf_counter() + seconds
+    while (started := time.perf_counter()) < stop_at:
+        call()
+        latencies.append(1000 * (time.perf_counter() - started))
+    return latencies, 1000 * size * len(latencies) / sum(latencies)
+
+
 def measure(args: argparse.Namespace, checkpoint: Path) -> list[dict[str, Any]]:
-    """Returns a row for each server and number of clients."""
+    """Returns a row for each server and number of clients, and for the policy alone and each size of a batch."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
+    alone = {size: decider(checkpoint, size) for size in args.clients}
+
+    def keep(number: int, name: str, clients: int, latencies: list[float], rate: float) -> None:
+        row = rows.setdefault((name, clients), {"latencies": [], "rates": []})
+        row["latencies"] += latencies
+        row["rates"].append(rate)
+        say(f"pass {number + 1} of {args.passes}: {name}, {clients}: {rate:.0f} answers/s")
+
     with contextlib.ExitStack() as stack:
         addresses = {
             name: stack.enter_context(served(checkpoint, size, args.window_ms)) for name, size in BATCHES.items()
@@ -118,11 +148,9 @@ def measure(args: argparse.Namespace, checkpoint: Path) -> list[dict[str, Any]]:
             for name, address in addresses.items():
                 request = make_request(address)
                 for clients in args.clients:
-                    latencies, rate = drive(address, request, clients, args.seconds)
-                    row = rows.setdefault((name, clients), {"latencies": [], "rates": []})
-                    row["latencies"] += latencies
-                    row["rates"].append(rate)
-                    say(f"pass {number + 1} of {args.passes}: {name}, {clients} clients: {rate:.0f} answers/s")
+                    keep(number, name, clients, *drive(address, request, clients, args.seconds))
+            for size, call in alone.items():
+                keep(number, ALONE, size, *decide(call, size, args.seconds))
     return [
         {
             "server": name,
@@ -136,20 +164,22 @@ def measure(args: argparse.Namespace, checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table, and ratios to one client whose requests are answered one at a time."""
-    base = rows[0]["answers_s"]
+    """Prints the table, with ratios to one client whose requests are answered one at a time, or to one row alone."""
+    base = {row["server"] == ALONE: row["answers_s"] for row in reversed(rows)}
     cells = [
         (
             row["server"],
             row["clients"],
             f"{row['answers_s']:.0f}",
-            f"{row['answers_s'] / base:.2f}",
+            f"{row['answers_s'] / base[row['server'] == ALONE]:.2f}",
             *(f"{row[f'p{q}_ms']:.1f}" for q in (50, 90, 99)),
             f"{row['p99_ms'] / row['p50_ms']:.2f}",
         )
         for row in rows
     ]
-    print_table(("server", "clients", "answers/s", "ratio", "median ms", "90 %", "99 %", "99 % / median"), cells)
+    print_table(
+        ("server", "clients or batch", "answers/s", "ratio", "median ms", "90 %", "99 %", "99 % / median"), cells
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

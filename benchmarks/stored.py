@@ -17,7 +17,7 @@ from stare_jax.envs.base import EnvStep
 from stare_jax.envs.toys import ToyEnv, push
 from stare_jax.models import Policy
 from stare_jax.models.policy import Decision, with_prompt
-from stare_jax.rollout.collect import acting_sharding, jit_sample, place_rows, policy_act
+from stare_jax.rollout.acting import acting_sharding, jit_sample, place_rows, policy_act
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.sharding.mesh import batch_sharding, make_mesh, path_name
 from stare_jax.state.train_state import abstract_params

@@ -95,7 +95,7 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def _classes_in(hint: Any) -> list[type]:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):  # and not a range, which annotates a number
         return [hint]
     return [found for item in typing.get_args(hint) for found in _classes_in(item)]
 
@@ -108,8 +108,8 @@ def _markdown(section: Section) -> str:
     for field in dataclasses.fields(cls):
         lines += [f"`{field.name}`: {in_words(hints[field.name])}; {default_of(field)}"]
         inner = _classes_in(hints[field.name])
-        text = texts.get(field.name, inspect.getdoc(inner[0]).split("\n\n")[0] if inner else "")
-        lines += [f": {_escape(' '.join(text.split())) or '&nbsp;'}", ""]
+        text = texts[field.name] if field.name in texts or not inner else inspect.getdoc(inner[0]).split("\n\n")[0]
+        lines += [f": {_escape(' '.join(text.split()))}", ""]
     return "\n".join(lines)
 
 

@@ -30,7 +30,8 @@ from stare_jax.envs.experts.base import Expert, execution_noise
 from stare_jax.envs.seeds import PAIR_SEEDS, first_seed, phase_key, take_seeds
 from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.rounds import collect_round

@@ -39,8 +39,9 @@ class EnvConfig:
     `num_workers` is 1; with "auto" the batch is as large as all processes together."""
     num_groups: Count = 1
     """groups into which the processes are divided, and with them the environments: while the simulators of one group
-    work, the policy decides for the next. 2 pays where a policy takes as long as the simulators. Policies decide for
-    one group at a time, so that sampled actions depend on the number of groups. For simulators on the CPU."""
+    work, the policy decides for the next. 2 pays where a policy takes as long as the simulators, and each group has as
+    many processes as there are cores. Policies decide for one group at a time, so that sampled actions depend on the
+    number of groups. For simulators on the CPU."""
     has_spares: bool = False
     """one simulator more in every process: while the policy decides, it begins the episode that one of the process's
     environments takes next, so that nobody waits for a reset where policies take longer than that. A policy's episodes

@@ -20,7 +20,8 @@ from stare_jax.evaluate.films import Film, FilmShelf, film_of
 from stare_jax.evaluate.parts import NOTHING_DONE, PartsDone, load_parts, save_parts, split_into_parts
 from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import Rollout, collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import Rollout, collect_episodes
 from stare_jax.rollout.decisions import Act
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.rounds import collect_round
@@ -168,8 +169,7 @@ def policy_act_of(
 ) -> ActOf:
     """Returns the actors of a policy: their random numbers depend on the part, and not on the parts before it.
 
-    Random numbers are drawn for all environments at once, so the actors depend on the batch. Parameters are prepared
-    once, for all parts.
+    Parameters are prepared once. Random numbers are drawn for all environments at once: actors depend on the batch.
     """
     params = prepare_params(policy, params)
 

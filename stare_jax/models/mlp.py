@@ -33,11 +33,15 @@ class MLPConfig:
     """Sizes of the network: an actor with independent bins for each action dimension, and a critic of its own."""
 
     state_dim: Count = 6
+    """numbers of a state."""
     action_dim: Count = 2
+    """numbers of an action."""
     num_bins: Annotated[int, Interval(ge=3)] = 12
     """ids per action dimension; the last two share a centre (`models.bins`), so there are `num_bins` - 1 values."""
     hidden_dims: tuple[Count, ...] = (64, 64)
+    """sizes of the actor's hidden layers."""
     value_dims: tuple[Count, ...] = (64, 64)
+    """sizes of the critic's hidden layers."""
     label_width: NonNegative = 0.0
     """standard deviation of the imitation target in bins; 0 is one-hot."""
     greedy: Greedy = "mean"

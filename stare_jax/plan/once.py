@@ -21,7 +21,7 @@ from stare_jax.logging import PeakMemory, announced, available_bytes
 from stare_jax.models import MLPConfig, ModelConfig
 from stare_jax.models.blank import blank_policy
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import jit_sample
+from stare_jax.rollout.acting import jit_sample
 from stare_jax.rollout.prepared import prepare_params, prepared_shapes
 from stare_jax.runs.config import RunConfig
 from stare_jax.sharding.mesh import path_name

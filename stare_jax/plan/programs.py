@@ -19,7 +19,7 @@ from stare_jax.plan.chips import GIB, Chip, Devices
 from stare_jax.plan.exchanges import read_collectives
 from stare_jax.plan.products import read_products
 from stare_jax.plan.text import Program
-from stare_jax.rollout.collect import jit_sample
+from stare_jax.rollout.acting import jit_sample
 from stare_jax.rollout.kept import jit_sample_and_keep
 from stare_jax.rollout.prepared import prepared_shapes
 from stare_jax.runs.config import MeshConfig, RunConfig

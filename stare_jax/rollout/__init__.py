@@ -1,4 +1,5 @@
-"""Episodes as they happen: `collect` runs them, `decisions` is the interface of actors, `rounds` runs lost ones again.
+"""Episodes as they happen: `collect` runs them, `acting` lets policies decide, `rounds` runs lost ones again.
 
-`places` decides which episode an environment is in, `records` stores the episodes as they grow.
+`decisions` is the interface of actors, `places` decides which episode an environment is in, `records` stores the
+episodes as they grow.
 """

@@ -1,29 +1,23 @@
 """The one collector: environments in lock-step, or groups of them that take turns; one list of seeds, whose order is
 that of the episodes."""
 
-import functools
-import itertools
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
 
 from stare_jax.envs.base import EnvStep, SimulatorError, VecEnv
-from stare_jax.logging import Clock, announce_compiling
-from stare_jax.models.policy import Decision, Policy, with_prompt
+from stare_jax.logging import Clock
+from stare_jax.models.policy import Decision
 from stare_jax.rollout.decisions import Act, Chunk
 from stare_jax.rollout.finite import check_actions, check_states
-from stare_jax.rollout.kept import KEPT_ROW, ContextStore, jit_sample_and_keep
 from stare_jax.rollout.places import Budget, Places, Waiting
-from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.records import KeepImages, Moment, Records
-from stare_jax.sharding import pod
-from stare_jax.sharding.mesh import BATCH_AXES, batch_sharding
-from stare_jax.types import Observation, PyTree, Trajectory
+from stare_jax.types import Array, Observation, Trajectory
 
 MAX_DEAD_CALLS = 100
 """Calls of simulators in a row that may leave no environment alive, before a collection gives up."""
@@ -126,22 +120,73 @@ def collect_episodes(
         raise ValueError(f"max_steps: got {max_steps}, expected >= 1 or None")
     if linger < 0 or (linger and not stop_at_success):
         raise ValueError(f"linger: got {linger}, expected >= 0, and 0 without stop_at_success")
-    seeds = [int(seed) for seed in seeds]
-    clock = clock or Clock()
     task_of_episode = np.zeros(len(seeds), np.int32) if tasks is None else np.asarray(tasks, np.int32)
     tasks_of_envs = [0] if tasks is None else np.asarray(env.task_index).tolist()
     if missing := set(task_of_episode.tolist()) - set(tasks_of_envs):
         raise ValueError(f"tasks: got {sorted(missing)}, expected tasks of environments: {tasks_of_envs}")
-    waiting, budget, under_way = Waiting(task_of_episode), Budget(max_steps), []
-    records = Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images)
-    num_dropped, is_stopped = 0, False
+    collection = _Collection(
+        act=act,
+        seeds=[int(seed) for seed in seeds],
+        end={"stop_at_success": stop_at_success, "linger": linger},
+        reproducible=reproducible,
+        perturb=perturb,
+        on_episode=on_episode,
+        should_stop=should_stop,
+        clock=clock or Clock(),
+        keep_images=keep_images,
+        waiting=Waiting(task_of_episode),
+        budget=Budget(max_steps),
+        records=Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images),
+    )
+    turns: deque[Iterator[None]] = deque()
+    under_way: list[Places] = []
+    # Every environment takes its first episode before a spare simulator reserves any.
+    for number, group in enumerate(env.groups if in_turns else [env]):
+        task_of_env = np.zeros(group.num_envs, int) if tasks is None else np.asarray(group.task_index)
+        if collection.waiting.are_left(task_of_env):
+            spares = group.spare_of_env if in_turns else None
+            under_way.append(Places(number, task_of_env, collection.waiting, spares))
+            turns.append(collection.play(number, group, under_way[-1]))
+    while turns and not collection.is_stopped:
+        loop = turns.popleft()
+        if next(loop, "over") is None:
+            turns.append(loop)
 
-    def play_episodes(group: int, env: VecEnv, places: Places) -> Iterator[None]:
+    records, num_rows = collection.records, collection.waiting.num_rows
+    unfinished = [e for places in under_way for e in places.episode.tolist() if e >= 0]
+    trajectory, instructions = records.finish(num_rows, unfinished)
+    images = records.images if callable(keep_images) else None
+    num_dropped, is_complete = collection.num_dropped, not collection.is_stopped
+    task = task_of_episode[: len(instructions)]
+    return Rollout(trajectory, instructions, task, records.num_steps, num_dropped, is_complete, images)
+
+
+@dataclasses.dataclass
+class _Collection:
+    """What groups of environments share, whose turns are those of `play`; see `collect_episodes` for the first ones."""
+
+    act: Act
+    seeds: list[int]
+    end: dict[str, Any]
+    """options of `Places.judge`"""
+    reproducible: bool
+    perturb: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+    on_episode: Callable[[int, Trajectory], None] | None
+    should_stop: Callable[[], bool] | None
+    clock: Clock
+    keep_images: KeepImages
+    waiting: Waiting
+    """episodes that have not begun"""
+    budget: Budget
+    records: Records
+    num_dropped: int = 0
+    is_stopped: bool = False
+
+    def play(self, group: int, env: VecEnv, places: Places) -> Iterator[None]:
         """Runs episodes in one group of environments, and pauses while its simulators work."""
-        nonlocal num_dropped, is_stopped
-        chunk, num_dead, rebuilds = None, 0, True
-        with clock("env"):
-            first = [seeds[e if e >= 0 else i % len(seeds)] for i, e in enumerate(places.episode)]
+        chunk, num_dead, rebuilds, budget = None, 0, True, self.budget
+        with self.clock("env"):
+            first = [self.seeds[e if e >= 0 else i % len(self.seeds)] for i, e in enumerate(places.episode)]
             state = env.reset(first, reproducible=rebuilds)
 
         while True:
@@ -150,78 +195,88 @@ def collect_episodes(
             if num_dead > MAX_DEAD_CALLS:
                 raise SimulatorError(
                     f"{env.env_id}: none of {env.num_envs} environments came back alive in {num_dead} calls in a row; "
-                    f"{len(seeds) - waiting.num_started} of {len(seeds)} episodes wait to begin"
+                    f"{len(self.seeds) - self.waiting.num_started} of {len(self.seeds)} episodes wait to begin"
                 )
 
-            # ---- Decide ---------------------------------------------------------------------------------------------
-            # Instructions are those of now: `send` changes them.
-            is_first, is_new, instructions = places.is_first, chunk is None or chunk.is_over, tuple(env.instructions)
-            shown = _observed(state)
-            decision, seen = None, shown
-            with clock("policy"):
-                if is_new:
-                    decided, seen = act(shown, state.signals, instructions, is_first)
-                    chunk = Chunk(decided)
-                    decision = chunk.decision
-                elif (places.t == env.horizon).any():  # for the value of last states
-                    decision = jax.device_get(act(shown, state.signals, instructions, is_first)[0])
-                action, recorded_action = chunk.next()
+            # ---- Decide; instructions are those of now, as `send` changes them --------------------------------------
+            is_new, is_first, instructions = chunk is None or chunk.is_over, places.is_first, tuple(env.instructions)
+            chunk, decision, seen = self.decide(env, state, places, instructions, chunk)
+            action, recorded_action = chunk.next()
 
             # ---- Judge, hand out the next seeds ---------------------------------------------------------------------
             most = budget.left(group) / chunk.size if is_new else math.inf
-            tick = places.judge(state, env.horizon, stop_at_success=stop_at_success, linger=linger, budget=most)
+            tick = places.judge(state, env.horizon, budget=most, **self.end)
             budget.spend(group, int(tick.is_acting.sum()), chunk.size if is_new else None)
             is_open = chunk.is_over and budget.left(group) >= chunk.size
-            reset_seeds = places.hand_out(tick, state.alive, seeds, is_open=is_open)
+            reset_seeds = places.hand_out(tick, state.alive, self.seeds, is_open=is_open)
             is_over = places.are_empty and not (places.are_left and budget.left(group) >= chunk.size)
 
             # ---- Step; record and end episodes while simulators work ------------------------------------------------
             if not is_over:
-                # The action for a simulator on a device has not left it.
-                check_actions(recorded_action, state, tick, seeds)
-                executed = action if isinstance(state.signals.success, jax.Array) else recorded_action
-                executed = executed if perturb is None else perturb(recorded_action, is_first)
-                xp = executed.__array_namespace__()
-                sent = xp.where(tick.is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
-                # The actor looks at all when a chunk is over, and at last states.
-                is_drawn = chunk.is_over or keep_images is True or callable(keep_images) or places.t == env.horizon
-                options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(is_drawn, env.num_envs)}
-                with clock("env"):
-                    next_seeds = places.reserve(seeds)
-                    env.send(sent, reset_seeds, reproducible=rebuilds, next_seeds=next_seeds, **options)
-                rebuilds = reproducible  # Spare simulators have begun their first episodes, too.
-            seen = seen if keep_images else seen._replace(images={})
+                check_actions(recorded_action, state, tick, self.seeds)
+                executed = self.executed(action, recorded_action, state, tick.is_acting, is_first)
+                self.send(env, places, executed, reset_seeds, rebuilds, is_drawn=chunk.is_over)
+                rebuilds = self.reproducible  # Spare simulators have begun their first episodes, too.
+            seen = seen if self.keep_images else seen._replace(images={})
             observation, signals = jax.device_get((seen, state.signals))
-            check_states(observation.state, signals, tick, seeds)
+            check_states(observation.state, signals, tick, self.seeds)
             moment = Moment(instructions, observation, signals, recorded_action, decision, is_new, chunk.size)
-            records.write(tick, moment)
-            records.end_episodes(tick, on_episode)
-            num_dropped += int(tick.is_lost.sum())
-            is_stopped = is_stopped or not is_over and should_stop is not None and should_stop()
-            if is_over or is_stopped:
+            self.records.write(tick, moment)
+            self.records.end_episodes(tick, self.on_episode)
+            self.num_dropped += int(tick.is_lost.sum())
+            is_asked = not is_over and self.should_stop is not None and self.should_stop()
+            self.is_stopped = self.is_stopped or is_asked
+            if is_over or self.is_stopped:
                 budget.release(group)
                 return
             yield
-            with clock("env"):
+            with self.clock("env"):
                 state = env.receive()
 
-    turns: deque[Iterator[None]] = deque()
-    # Every environment takes its first episode before a spare simulator reserves any.
-    for number, group in enumerate(env.groups if in_turns else [env]):
-        task_of_env = np.zeros(group.num_envs, int) if tasks is None else np.asarray(group.task_index)
-        if waiting.are_left(task_of_env):
-            under_way.append(Places(number, task_of_env, waiting, group.spare_of_env if in_turns else None))
-            turns.append(play_episodes(number, group, under_way[-1]))
-    while turns and not is_stopped:
-        loop = turns.popleft()
-        if next(loop, "over") is None:
-            turns.append(loop)
+    def decide(
+        self, env: VecEnv, state: EnvStep, places: Places, instructions: tuple[str, ...], chunk: Chunk | None
+    ) -> tuple[Chunk, Decision | None, Observation]:
+        """Returns the chunk to play, what was decided now, and what the actor has seen.
 
-    unfinished = [e for places in under_way for e in places.episode.tolist() if e >= 0]
-    trajectory, instructions = records.finish(waiting.num_rows, unfinished)
-    images = records.images if callable(keep_images) else None
-    task = task_of_episode[: len(instructions)]
-    return Rollout(trajectory, instructions, task, records.num_steps, num_dropped, not is_stopped, images)
+        Within a chunk only the value of last states is asked for.
+        """
+        shown = _observed(state)
+        with self.clock("policy"):
+            if chunk is None or chunk.is_over:
+                decided, seen = self.act(shown, state.signals, instructions, places.is_first)
+                chunk = Chunk(decided)
+                return chunk, chunk.decision, seen
+            if (places.t == env.horizon).any():
+                decided, _ = self.act(shown, state.signals, instructions, places.is_first)
+                return chunk, jax.device_get(decided), shown
+        return chunk, None, shown
+
+    def executed(
+        self, action: Array, recorded_action: np.ndarray, state: EnvStep, is_acting: np.ndarray, is_first: np.ndarray
+    ) -> Array:
+        """Returns the actions that simulators take; those for one on a device have not left it."""
+        executed = action if isinstance(state.signals.success, jax.Array) else recorded_action
+        executed = executed if self.perturb is None else self.perturb(recorded_action, is_first)
+        xp = executed.__array_namespace__()
+        return xp.where(is_acting[:, None], executed, xp.float32(0.0)).astype(xp.float32)
+
+    def send(
+        self,
+        env: VecEnv,
+        places: Places,
+        executed: Array,
+        reset_seeds: dict[int, int],
+        rebuilds: bool,
+        *,
+        is_drawn: bool,
+    ) -> None:
+        """Lets simulators step, or begin episodes, and draw what somebody looks at: an actor all states after a chunk,
+        and last ones."""
+        draws = is_drawn or self.keep_images is True or callable(self.keep_images) or places.t == env.horizon
+        options = {"is_idle": places.is_idle, "is_drawn": np.broadcast_to(draws, env.num_envs)}
+        with self.clock("env"):
+            next_seeds = places.reserve(self.seeds)
+            env.send(executed, reset_seeds, reproducible=rebuilds, next_seeds=next_seeds, **options)
 
 
 def _observed(state: EnvStep) -> Observation:
@@ -238,103 +293,3 @@ def get_episode(rollout: Rollout, e: int) -> Trajectory:
     if e not in (rollout.images or {}):
         return episode
     return episode._replace(observation=episode.observation._replace(images=rollout.images[e]))
-
-
-def policy_act(
-    policy: Policy,
-    params: PyTree,
-    key: jax.Array,
-    *,
-    temperature: float = 1.0,
-    mesh: Mesh | None = None,
-    keep: ContextStore | None = None,
-) -> Act:
-    """Returns an `Act` that samples from a policy; equal keys act equally, new parameters compile nothing.
-
-    Observations are put where the policy acts, in one place for all callers: their rows are split over the batch axes
-    of the mesh, after repeating some where the mesh does not divide their number B. Decisions have B rows again. A
-    simulator whose states are on a device finds the actions there. What sampling reads in another type or layout is
-    in memory beside the parameters for as long as the actor is.
-
-    Args:
-        policy: its `sample` is compiled once per batch size, however many actors are made.
-        params: on the devices where they are to be used; from `prepare_params`, or prepared here.
-        key: consumed; tick n of the actor uses `fold_in(key, n)`, of several processes each of a key of its own.
-        temperature: temperature of the action distribution; 0 is greedy.
-        mesh: the devices that act; None takes those of `params`.
-        keep: takes the contexts of all calls, on the devices of `mesh`, and decisions say in their trace which row each
-            has (`KEPT_ROW`); None keeps none. For policies with `encode`.
-    """
-    params = prepare_params(policy, params)
-    sample = _announced_sample(policy.sample) if keep is None else _announced_keeping(policy.sample, policy.encode)
-    sharding = acting_sharding(params) if mesh is None else batch_sharding(mesh)
-    ticks = itertools.count()
-    key, temperature = pod.own_key(key), np.float32(temperature)
-
-    def act(observation, signals, instructions, is_first):
-        del signals, is_first
-        seen = with_prompt(policy, observation, instructions)
-        inputs = (params, place_rows(seen, sharding), key, np.uint32(next(ticks)), temperature)
-        if keep is None:
-            return _take_rows(sample(*inputs), len(instructions), observation), seen
-        decision, row = keep.write(functools.partial(sample, *inputs), len(inputs[1].state))
-        decision = _take_rows(decision, len(instructions), observation)
-        return decision._replace(trace=decision.trace | {KEPT_ROW: row[: len(instructions)]}), seen
-
-    return act
-
-
-def acting_sharding(params: PyTree) -> Sharding | None:
-    """Returns the sharding of a batch that meets parameters: split over the batch axes of their mesh, or on their only
-    device; None for NumPy arrays, with which any device will do."""
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
-    return batch_sharding(named[0].mesh) if named else next(iter(shardings), None)
-
-
-def place_rows(batch: PyTree, sharding: Sharding | None) -> PyTree:
-    """Puts a batch on devices, wherever it is now; rows are repeated until the sharding divides their number.
-
-    Args:
-        batch: leaves `[B, ...]`, NumPy or JAX arrays on any device.
-        sharding: the sharding that `acting_sharding` returns; None leaves the batch as it is.
-    """
-    if sharding is None:
-        return batch
-    num_rows = len(jax.tree.leaves(batch)[0])
-    is_split = isinstance(sharding, NamedSharding)
-    num_parts = math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES) if is_split else 1
-    if num_missing := -num_rows % num_parts:
-        rows = np.arange(num_rows + num_missing) % num_rows
-        batch = jax.tree.map(lambda x: x[rows], batch)
-    return jax.device_put(batch, sharding)
-
-
-def _take_rows(decision: Decision, num_rows: int, observation: Observation) -> Decision:
-    """Returns the first rows of a decision, its action on the device that the observation is on, if it is on one."""
-    if len(decision.logp) != num_rows:
-        decision = jax.tree.map(lambda x: x[:num_rows], jax.device_get(decision))
-    if isinstance(observation.state, jax.Array):
-        decision = decision._replace(action=jax.device_put(decision.action, observation.state.sharding))
-    return decision
-
-
-@functools.lru_cache(maxsize=16)
-def jit_sample(sample: Callable) -> Callable:
-    """Compiles what an actor runs at every tick: (params, observation, key, tick, temperature) -> Decision."""
-
-    @jax.jit
-    def sample_at(params, observation, key, tick, temperature):
-        return sample(params, observation, jax.random.fold_in(key, tick), temperature=temperature)
-
-    return sample_at
-
-
-@functools.lru_cache(maxsize=16)
-def _announced_sample(sample: Callable) -> Callable:
-    return announce_compiling("compiling the policy that acts", jit_sample(sample))
-
-
-@functools.lru_cache(maxsize=16)
-def _announced_keeping(sample: Callable, encode: Callable) -> Callable:
-    return announce_compiling("compiling the policy that acts", jit_sample_and_keep(sample, encode))

@@ -13,7 +13,7 @@ import numpy as np
 from stare_jax.logging import say
 from stare_jax.models.observation import ObservationError
 from stare_jax.models.policy import Policy, with_prompt
-from stare_jax.rollout.collect import acting_sharding, jit_sample, place_rows
+from stare_jax.rollout.acting import acting_sharding, jit_sample, place_rows
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.serve.messages import MessageError
 from stare_jax.serve.requests import Row, join_rows

@@ -62,11 +62,15 @@ class StageParams:
     """Reference point of the transport cost."""
 
     d_reach: Positive = 0.1
-    """Metres: length scale of the reach potential, and likewise of the potentials below."""
+    """Length scale of the reach potential, in metres."""
     d_trans: Positive = 0.1
+    """Length scale of the transport potential, in metres."""
     d_place: Positive = 0.05
+    """Length scale of the place potential, in metres."""
     d_push: Positive = 0.1
+    """Length scale of the push and pull potentials, in metres."""
     h_lift: Positive = 0.095
+    """Height that scales the lift potential, in metres."""
     beta1: NonNegative = 0.5
     """Weight of the indicator in the grasp and contact potentials."""
     beta2: NonNegative = 0.5

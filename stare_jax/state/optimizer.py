@@ -26,14 +26,19 @@ class OptimizerConfig:
     """AdamW's settings; paths of parameters are `/`-joined and matched by `re.search`."""
 
     learning_rate: Positive = 1e-4
+    """learning rate after the warm-up."""
     value_learning_rate: Positive | None = None
     """learning rate of the parameters that `value_params` matches; None: the same."""
     value_params: Pattern = VALUE_PARAMS
     """regex of the critic's parameters."""
     b1: _Decay = 0.9
+    """decay of the gradient's mean."""
     b2: _Decay = 0.999
+    """decay of its square."""
     eps: Positive = 1e-8
+    """number that is added to the root of the square."""
     weight_decay: NonNegative = 0.01
+    """decay of the parameters, times the learning rate."""
     no_decay: Pattern = r"(bias|scale|embedding)"
     """regex of the parameters that are not decayed."""
     max_grad_norm: Positive | None = 1.0

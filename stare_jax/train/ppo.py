@@ -19,7 +19,7 @@ from stare_jax.envs.seeds import phase_key
 from stare_jax.logging import Interrupted, Window, progress, say
 from stare_jax.losses import Ratio, ppo_loss, reference_penalty
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import policy_act
+from stare_jax.rollout.acting import policy_act
 from stare_jax.rollout.jump_start import JumpStartConfig, lead
 from stare_jax.rollout.validation import Best, ValidationConfig, check_best, validate
 from stare_jax.sharding import arrays
@@ -40,7 +40,6 @@ from stare_jax.types import PyTree
 PHASE = "ppo"
 
 
-# ---- Config ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
     """PPO and STA-PPO; the defaults are the paper's (B.3, B.4), or RL4VLA's where the paper is silent."""
@@ -65,13 +64,16 @@ class PPOConfig:
     microbatch_size: Count | None = None
     """decisions in one forward and backward pass; None takes the whole minibatch."""
     gamma: Fraction = 0.99
+    """discount of rewards and potentials, an action or a decision (`chunk_discount`)."""
     advantage: ppo_batch.Advantage = "gae"
     """"gae", over the critic; "grpo" or "rloo", of an episode's return over those of its group: the critic is frozen,
     and nothing is whitened (`losses.group_advantages`)."""
     group_size: Count = 1
     """episodes of each start, one after the other, of which `num_episodes` is a multiple."""
     gae_lambda: Fraction = 0.95
+    """decay of generalised advantage estimation."""
     clip_eps: Positive = 0.2
+    """distance from 1 at which ratios are clipped."""
     clip_eps_high: Positive | None = None
     """upper clip; None: the same."""
     dual_clip: Positive | None = None
@@ -87,11 +89,13 @@ class PPOConfig:
     """True computes log-probabilities of the rollout again, rounded as those of the updates, so that ratios begin at 1;
     None: where the network computes in less than float32."""
     value_coef: NonNegative = 1.0
+    """weight of the value's error in the loss."""
     value_clip_eps: Positive | None = None
     """clip of the value's change from that of the rollout; None: no clip."""
     huber_delta: Positive | None = None
     """error of the value at which its loss becomes linear; None: a squared error."""
     entropy_coef: NonNegative = 0.0
+    """weight of the entropy bonus in the loss."""
     target_kl: Positive | None = None
     """a minibatch whose approximate KL divergence from the policy that acted is above this ends the iteration."""
     value_warmup_iterations: Natural = 0
@@ -117,6 +121,7 @@ class PPOConfig:
     checkpoint_every: Count = 10
     """iterations."""
     keep_checkpoints: Count = 2
+    """newest checkpoints that are kept, beside the best if `validation.keep_best`."""
 
     def __post_init__(self):
         check_fields(self)
@@ -325,7 +330,6 @@ def train_ppo(
             updates, counters = window.read(state.trainable), after
             turn = next_turn(run, counters.iteration, config.num_iterations, checkpoint_every=config.checkpoint_every)
 
-            # ---- Report ---------------------------------------------------------------------------------------------
             metrics = rates | {"env/steps": counters.env_steps}
             metrics |= iteration_metrics(whole, batch, updates, spec, config.minibatch_size, config.shaping)
             say(f"{report_line(counters.iteration, config.num_iterations, metrics)} | {window.clock.line()}")
@@ -333,7 +337,6 @@ def train_ppo(
             window.write(counters.iteration, metrics, env_steps=whole.num_steps)
             bar.update(1, success=metrics["env/success"], kl=metrics["ppo/approx_kl"])
 
-            # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, counters.iteration, state, run, counters._asdict() | best.kept)
             del rollout, whole, batch, epochs  # Images and contexts of one iteration are enough to hold.

@@ -28,7 +28,6 @@ from stare_jax.types import Array, Observation, PyTree
 PHASE = "sft"
 
 
-# ---- Config ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Supervised fine-tuning; the defaults are the paper's (B.1)."""
@@ -51,6 +50,7 @@ class SFTConfig:
     checkpoint_every: Count = 1000
     """steps."""
     keep_checkpoints: Count = 2
+    """newest checkpoints that are kept."""
 
     def __post_init__(self):
         check_fields(self)
@@ -147,7 +147,6 @@ def train_sft(
         progress(config.num_steps, PHASE, "step", initial=first) as bar,
     ):
         for step in range(first + 1, config.num_steps + 1):
-            # ---- Update ---------------------------------------------------------------------------------------------
             with window.clock("data"):
                 batch = SFTBatch(*next(batch_iterator))
             with window.clock("update"), run.profiler.step(PHASE, step):
@@ -157,14 +156,12 @@ def train_sft(
                 run, step, config.num_steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every
             )
 
-            # ---- Report ---------------------------------------------------------------------------------------------
             if turn.is_reporting:
                 updates = window.read(state.trainable)
                 means = reduce_metrics(updates)
                 window.write(step, means, frames=len(updates) * config.batch_size)
                 bar.update(len(updates), loss=means["sft/loss"])
 
-            # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, step, state, run, {})
             if turn.is_stopping:

@@ -34,7 +34,6 @@ from stare_jax.types import Array, Observation, PreferencePair, PyTree
 PHASE = "tpo"
 
 
-# ---- Config ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class TPOConfig:
     """TPO and STA-TPO; learning rate and optimiser are the paper's (B.2)."""
@@ -49,6 +48,7 @@ class TPOConfig:
     microbatch_size: Count | None = None
     """decisions in one forward and backward pass; None takes all of a batch of pairs."""
     beta: Positive = 0.1
+    """factor of the differences from the reference in (1) and (6)."""
     cost_coef: NonNegative = 10.0
     """lambda, weight of the stage costs (STA-TPO)."""
     stage_norm: StageNorm = "K"
@@ -76,6 +76,7 @@ class TPOConfig:
     checkpoint_every: Count = 100
     """steps."""
     keep_checkpoints: Count = 2
+    """newest checkpoints that are kept."""
 
     def __post_init__(self):
         check_fields(self)
@@ -268,7 +269,6 @@ def train_tpo(
         progress(num_steps, PHASE, "step", initial=first) as bar,
     ):
         for step in range(first + 1, num_steps + 1):
-            # ---- Update ---------------------------------------------------------------------------------------------
             with window.clock("data"):
                 rows = pair_indices(step - 1, num_pairs=num_pairs, batch_size=config.batch_size, seed=config.seed)
                 batch = jax.tree.map(operator.itemgetter(pod.share(rows)), scored)
@@ -277,14 +277,12 @@ def train_tpo(
             window.add(metrics)
             turn = next_turn(run, step, num_steps, log_every=config.log_every, checkpoint_every=config.checkpoint_every)
 
-            # ---- Report ---------------------------------------------------------------------------------------------
             if turn.is_reporting:
                 updates = window.read(state.trainable)
                 means = reduce_metrics(updates)
                 window.write(step, means, pairs=len(updates) * config.batch_size)
                 bar.update(len(updates), loss=means["tpo/loss"], accuracy=means["tpo/accuracy"])
 
-            # ---- Save -----------------------------------------------------------------------------------------------
             if turn.is_saving:
                 save(checkpoints, step, state, run, {})
             if turn.is_stopping:

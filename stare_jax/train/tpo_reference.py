@@ -14,7 +14,7 @@ from stare_jax.data.scores import Keep
 from stare_jax.logging import Interrupted, announce_compiling, progress
 from stare_jax.models.nn.lora import keep_adapters
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import acting_sharding, place_rows
+from stare_jax.rollout.acting import acting_sharding, place_rows
 from stare_jax.sharding import pod
 from stare_jax.stages import ActionStages, TaskSpecs, action_stages, annotated_stages, by_task
 from stare_jax.types import Array, Observation, PreferencePair, PyTree, Trajectory

@@ -8,7 +8,8 @@ from gradient_noise import ARMS, batched, first_layer, mean_cosine
 
 from stare_jax.envs import EnvConfig, toy
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.load import LoadedPolicy
 from stare_jax.stages import get_task

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import doctor
@@ -88,6 +89,13 @@ def test_the_texts_below_fields_and_their_ranges_are_read():
     assert "`clip_eps`: number > 0; default: `0.2`" in text
     assert "`num_steps`: whole number ≥ 1, or None; default: `None`\n: actions of a batch, whose last episodes" in text
     assert "`reward`: `'success'`, `'rl4vla'`, `'dense'`; default: `'success'`" in text
+    assert "`gamma`: number ≥ 0 and ≤ 1; default: `0.99`\n: discount of rewards" in text
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_has_a_text_of_its_own_or_is_a_section(cls):
+    is_section = {name for name, hint in typing.get_type_hints(cls).items() if fields._classes_in(hint)}
+    assert {field.name for field in dataclasses.fields(cls)} - fields.field_texts(cls).keys() <= is_section
 
 
 @pytest.mark.parametrize(

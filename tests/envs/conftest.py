@@ -9,6 +9,13 @@ from stare_jax.envs.maniskill import vulkan
 from stare_jax.envs.maniskill.simulator import Simulator
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Leaves what is in memory to itself, as workers do: ManiSkill collects garbage with every scene that it builds or
+    closes, and the process of a suite has a second's worth of objects."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def vulkan_driver():
     """Skips where nothing can be rendered."""
@@ -24,10 +31,11 @@ def simulators():
     def get(env_id):
         if env_id not in built:
             built[env_id] = Simulator(EnvConfig(env_id=env_id, image_size=None, use_state="tcp"))
-            gc.freeze()  # as workers do: rebuilding a scene collects garbage, and what was imported is none
+            gc.freeze()  # ManiSkill has been imported
         return built[env_id]
 
     yield get
+    gc.freeze()
     for simulator in built.values():
         simulator.close()
 
@@ -37,4 +45,5 @@ def rendering_simulator(vulkan_driver):
     """PushCube with 64-pixel images of the low-polygon scene."""
     simulator = Simulator(EnvConfig(image_size=64))
     yield simulator
+    gc.freeze()
     simulator.close()

@@ -306,6 +306,7 @@ def test_a_lost_worker_is_restarted_and_the_others_go_on(number, pool):
     assert state.signals.success.all()
 
 
+@pytest.mark.slow
 def test_the_process_that_forks_workers_is_replaced_when_it_is_lost(pool):
     pool.reset([0, 1, 2, 3])
     orphan, server = pool._workers[0].process, fork_server._servers[-1].process

@@ -324,7 +324,8 @@ def test_a_camera_that_is_left_out_is_one_that_is_masked():
     assert np.abs(jit(velocity)(scene, None) - masked).max() > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["dots", "full"])
 def test_what_is_computed_again_is_the_same(remat):
     """Layers are computed again in the vision tower and in both experts."""
     _, params, observation = case("sde")

@@ -11,7 +11,8 @@ from stare_jax.data.rollouts import policy_actor
 from stare_jax.envs import toy
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
 from stare_jax.models.mlp import MLPConfig, make_mlp
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.sharding.mesh import make_mesh, tree_shardings
 from stare_jax.types import Observation
 

@@ -17,7 +17,7 @@ from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.nn.layout import store_as
 from stare_jax.models.normalize import identity_stats
 from stare_jax.rollout import prepared
-from stare_jax.rollout.collect import acting_sharding, place_rows, policy_act
+from stare_jax.rollout.acting import acting_sharding, place_rows, policy_act
 from stare_jax.sharding.mesh import batch_sharding, make_mesh
 from stare_jax.types import Observation
 

@@ -13,7 +13,8 @@ from stare_jax.logging import Clock
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.normalize import identity_stats
 from stare_jax.models.policy import Decision
-from stare_jax.rollout.collect import collect_episodes, get_episode, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes, get_episode
 from stare_jax.types import Observation, Signals
 
 

@@ -10,7 +10,8 @@ from stare_jax.envs import toy
 from stare_jax.envs.groups import GroupedEnvs
 from stare_jax.models.mlp import MLPConfig, make_mlp
 from stare_jax.models.policy import Decision
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 
 
 class LoggingEnv(ScriptedEnv):

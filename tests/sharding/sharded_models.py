@@ -24,7 +24,7 @@ from stare_jax.models.nn.linear import Execution
 from stare_jax.models.nn.siglip import SigLIPConfig
 from stare_jax.models.observation import without_scene
 from stare_jax.plan.exchanges import read_collectives
-from stare_jax.rollout.collect import policy_act
+from stare_jax.rollout.acting import policy_act
 from stare_jax.sharding import arrays
 from stare_jax.sharding.mesh import make_mesh, num_parts, path_name, tree_shardings
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer

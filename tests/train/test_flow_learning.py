@@ -11,7 +11,8 @@ from toy_task import Writer, demo_batches, demo_windows, fresh
 
 from stare_jax.data.pairs import make_pairs, measure_outcomes
 from stare_jax.envs import toy
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.state.optimizer import OptimizerConfig
 from stare_jax.train.loop import Run
 from stare_jax.train.ppo import PPOConfig, train_ppo

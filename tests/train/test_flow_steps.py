@@ -13,7 +13,8 @@ from stare_jax.data.schema import DatasetError
 from stare_jax.envs import toy
 from stare_jax.logging import Interrupted
 from stare_jax.models.policy import Policy
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import OptimizerConfig, frozen_params, make_optimizer
 from stare_jax.state.train_state import copy_trainable, create_state

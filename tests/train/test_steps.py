@@ -10,7 +10,8 @@ import pytest
 from toy_task import NUM_ENVS, demonstrations, random_pairs
 
 from stare_jax.envs import toy
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.sharding.mesh import make_mesh
 from stare_jax.state.optimizer import OptimizerConfig, make_optimizer
 from stare_jax.state.train_state import create_state

@@ -9,7 +9,8 @@ import numpy as np
 from stare_jax.data.windows import window_indices
 from stare_jax.envs import toy
 from stare_jax.models.policy import Decision
-from stare_jax.rollout.collect import collect_episodes, policy_act
+from stare_jax.rollout.acting import policy_act
+from stare_jax.rollout.collect import collect_episodes
 from stare_jax.types import PreferencePair
 
 

@@ -37,11 +37,17 @@ class GemmaConfig:
     """Sizes of one expert; depth and heads are the same for both."""
 
     width: Count
+    """size of a token."""
     depth: Count
+    """layers."""
     mlp_dim: Count
+    """size of the hidden layer of each MLP."""
     num_heads: Count
+    """attention heads."""
     num_kv_heads: Count
+    """heads of keys and values, a divisor of `num_heads`."""
     head_dim: Count
+    """size of a head, an even number."""
 
     def __post_init__(self):
         check_fields(self)

@@ -24,12 +24,19 @@ class LlamaConfig:
     """Sizes of the decoder."""
 
     vocab_size: Count
+    """rows of the embedding table."""
     width: Count
+    """size of a token."""
     depth: Count
+    """layers."""
     num_heads: Count
+    """attention heads, which divide the width among them."""
     num_kv_heads: Count
+    """heads of keys and values, a divisor of `num_heads`."""
     mlp_dim: Count
+    """size of the hidden layer of each MLP."""
     rope_theta: Positive = 10_000.0
+    """base of the rotary wavelengths."""
     norm_eps: Positive = 1e-6
     """1e-6 as in OpenVLA's Hugging Face checkpoints, not Llama 2's 1e-5."""
 

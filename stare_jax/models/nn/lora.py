@@ -31,8 +31,11 @@ class LoRAOverride:
     """A rank and an alpha of their own for the products whose module path one regex matches."""
 
     pattern: Pattern
+    """regex of module paths."""
     rank: Count
+    """rank of their adapters."""
     alpha: Positive
+    """numerator of their scale, alpha / rank."""
 
     def __post_init__(self):
         check_fields(self)
@@ -43,7 +46,9 @@ class LoRAConfig:
     """Products that have adapters, and the sizes of these; alpha is 16 in OpenVLA and RL4VLA, the rank in RLinf."""
 
     rank: Count = 32
+    """rank of the adapters."""
     alpha: Positive = 16.0
+    """numerator of their scale, alpha / rank."""
     targets: Annotated[tuple[Pattern, ...], MinLen(1)] = ALL_LINEAR
     """regexes of module paths such as `llm/layers/q_proj`, `dino/patch_embed`, `llm/lm_head`."""
     overrides: tuple[LoRAOverride, ...] = ()

@@ -20,10 +20,15 @@ class SigLIPConfig:
     """Sizes of the tower."""
 
     width: Count
+    """size of a token of a patch."""
     depth: Count
+    """blocks."""
     num_heads: Count
+    """attention heads, which divide the width among them."""
     mlp_dim: Count
+    """size of the hidden layer of each MLP."""
     patch_size: Count = 14
+    """side of a patch in pixels."""
 
     def __post_init__(self):
         check_fields(self)

@@ -26,10 +26,13 @@ class ViTConfig:
     """One tower."""
 
     width: Count
+    """size of a token of a patch."""
     depth: Annotated[int, Interval(ge=2)]
     """blocks in the checkpoint, two or more; the forward pass runs `depth - 1` of them."""
     num_heads: Count
+    """attention heads, which divide the width among them."""
     mlp_dim: Count
+    """size of the hidden layer of each MLP."""
     patch_size: Count = 14
     """side of a patch in pixels of the tower's input: the image, or the output of the stem where there is one."""
     num_prefix: Natural = 0
@@ -39,6 +42,7 @@ class ViTConfig:
     mean: tuple[Finite, Finite, Finite] = (0.5, 0.5, 0.5)
     """mean of each channel of RGB in [0, 1], subtracted from images; `std`, which divides them, likewise."""
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    """see `mean`."""
 
     def __post_init__(self):
         check_fields(self)

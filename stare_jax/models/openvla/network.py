@@ -69,6 +69,7 @@ class OpenVLAConfig:
     state_tokens: Natural = 0
     """number of tokens into which the state is embedded in place of images; 0 uses images."""
     action_dim: Annotated[int, Interval(ge=2)] = 7
+    """numbers of an action, one token each."""
     state_dim: Natural = 0
     """numbers of the state; 0 where the policy reads none."""
     label_width: NonNegative = 0.0
@@ -79,6 +80,7 @@ class OpenVLAConfig:
     """decision at temperature 0, see `models.bins.Greedy`; the bin that holds it is the token that the next one sees.
     OpenVLA is published with "mode"."""
     value_dims: tuple[Count, ...] = (512, 128)
+    """sizes of the hidden layers of the value head."""
     critic: Literal["shared", "detached", "own", "state"] = "shared"
     """input of the value head: "shared", the decoder's last hidden state of the prompt; "detached", the same without a
     gradient; "own", features of a stem of its own, or the state where there are no images; "state", the state, also

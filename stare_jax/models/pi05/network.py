@@ -45,6 +45,7 @@ class Pi05Config:
     paligemma: GemmaConfig
     expert: GemmaConfig
     vocab_size: Count
+    """rows of the embedding table."""
     tokenizer: str
     """folder of a Hugging Face tokenizer, or "words" for the built-in one."""
     prompt_template: str
@@ -88,6 +89,7 @@ class Pi05Config:
     """True teaches the policy to repeat an episode's last action beyond its end, as openpi does; False leaves actions
     beyond the end out of the loss."""
     value_dims: tuple[Count, ...] = (1024, 512, 256)
+    """sizes of the hidden layers of the value head."""
     critic: Literal["shared", "detached", "state"] = "shared"
     """input of the value head: "shared", the mean of PaliGemma's valid tokens; "detached", the same without a gradient;
     "state", the state, also where the policy does not see it (an asymmetric critic, arXiv:1710.06542)."""
