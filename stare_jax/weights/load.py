@@ -18,8 +18,8 @@ from stare_jax.weights.formats import FORMATS, OPENVLA, find_format, is_ours, op
 from stare_jax.weights.side_files import CONFIG
 
 UNTOLD = ("camera", "resize", "center_crop", "prompt_template", "label_width", "restrict_logits")
-"""fields that no file of an OpenVLA checkpoint tells and no parameter depends on: a converted one has them of a preset, and
-a run that starts from it chooses its own"""
+"""fields that no file of an OpenVLA checkpoint tells and no parameter depends on: a converted one has a preset's, and a
+run that starts from it chooses its own"""
 
 
 def initial_params(source: Path | None, policy: Policy, model: ModelConfig, mesh: Mesh, key: jax.Array) -> PyTree:
