@@ -113,9 +113,11 @@ def _load(name: str) -> Task:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Imports a file under a name that no other file has."""
+    """Imports a file under a name that no other file has, once: what it registers in the simulator is there then."""
     path = path.resolve()
     module_name = f"stare_jax_task:{path}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # Dataclasses look their module up.
