@@ -307,7 +307,8 @@ def main() -> int:
         return 1
     print(f"{len(outcome.kills)} kills, {len(outcome.lost)} lost, {len(outcome.different)} differing")
     if arguments.json is not None:
-        numbers = {"command": " ".join(sys.argv), "seconds": seconds, "overhead": overhead} | outcome._asdict()
+        command = f"python benchmarks/kill.py --kills={arguments.kills} --seed={arguments.seed}"
+        numbers = {"command": command, "seconds": seconds, "overhead": overhead} | outcome._asdict()
         numbers["kills"] = [kill._asdict() for kill in outcome.kills]
         replace_text(arguments.json, json.dumps(numbers, indent=1) + "\n")
     for line in (*outcome.lost, *outcome.different):
