@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from stare_jax.config import ConfigError, from_dict
 from stare_jax.documents import read_json
+from stare_jax.envs import load_task
 from stare_jax.models import ModelConfig, Policy, make_policy
 from stare_jax.models.prompts import with_short_prompts
 from stare_jax.runs.config import RunConfig
@@ -39,12 +40,17 @@ def load_config(run_directory: str | Path) -> RunConfig:
     """Returns the configuration of a run; fields that were added since it was written have their defaults.
 
     Raises:
-        ConfigError: the directory is not that of a run, or its configuration has a field that no longer exists.
+        ConfigError: the directory is not that of a run, its task's file is not there, or its configuration has a field
+            that no longer exists.
     """
     file = Path(run_directory) / CONFIG_FILE
     if not file.exists():
         raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
-    return of_this_version(RunConfig, read_json(file), file)
+    values = read_json(file)
+    env = values.get("env")
+    if isinstance(env, dict) and env.get("task") and isinstance(env["task"], str):
+        load_task(env["task"])  # A file of the user's is missing or broken by no other version of the library.
+    return of_this_version(RunConfig, values, file)
 
 
 def of_this_version(cls: type, values: Mapping[str, Any], file: Path) -> Any:

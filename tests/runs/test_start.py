@@ -139,6 +139,12 @@ def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
             load_config(tmp_path)
 
 
+def test_a_task_whose_file_is_elsewhere_is_no_other_version(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"env": {"task": "nowhere/task.py"}}))
+    with pytest.raises(ConfigError, match="^task: got 'nowhere/task.py', expected a Python file; there is none in /"):
+        load_config(tmp_path)
+
+
 def with_range(stats, low, high):
     size = len(stats.action_q01)
     return stats._replace(action_q01=np.full(size, low, np.float32), action_q99=np.full(size, high, np.float32))
