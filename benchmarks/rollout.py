@@ -26,6 +26,7 @@ import json
 import os
 import statistics
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,23 +71,39 @@ def cases(chunk: int) -> list[Case]:
     ]
 
 
+class Promise:
+    """An action that is on its way from a device, as JAX's arrays are: reading it waits until it is there."""
+
+    def __init__(self, action: np.ndarray, ready_at: float):
+        self._action, self._ready_at = action, ready_at
+        self.shape, self.ndim = action.shape, action.ndim
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        time.sleep(max(0.0, self._ready_at - time.perf_counter()))
+        return self._action
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._action[index]
+
+
 def waiting_act(case: Case, env: VecEnv, step_s: float) -> Act:
-    """Returns an actor that waits and then moves at random, slowly.
+    """Returns an actor that moves at random, slowly, as a device does that makes one decision after another.
 
     Args:
         case: cost and number of actions of a decision.
         env: simulators of the whole batch.
         step_s: seconds that these take for a step.
     """
-    rng = np.random.default_rng(0)
+    rng, ready_at = np.random.default_rng(0), 0.0
 
     def act(observation, signals, instructions, is_first):
+        nonlocal ready_at
         rows = len(is_first)
-        time.sleep(case.policy_cost * step_s * rows / env.num_envs)
+        ready_at = max(ready_at, time.perf_counter()) + case.policy_cost * step_s * rows / env.num_envs
         action = rng.uniform(-0.3, 0.3, (rows, case.chunk, env.action_dim)).astype(np.float32)
         zeros = np.zeros(rows, np.float32)
         action = action if case.chunk > 1 else action[:, 0]
-        return Decision(action, {}, zeros, zeros), observation
+        return Decision(Promise(action, ready_at), {}, zeros, zeros), observation
 
     return act
 

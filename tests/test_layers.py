@@ -72,7 +72,7 @@ FILE_CAPS = (
 )
 """Lines of a file, by the beginning of its path; the first that fits counts."""
 FUNCTION_CAP, LOOP_CAP = 50, 120
-LOOPS = ("train_sft", "train_tpo", "train_ppo", "run_ipi", "collect_episodes")
+LOOPS = ("train_sft", "train_tpo", "train_ppo", "run_ipi", "collect_episodes", "play")
 """The flat loops; every other function is held to FUNCTION_CAP. Docstrings do not count."""
 
 Check = Callable[[str, str], Iterator[str]]

@@ -78,7 +78,8 @@ def collect_episodes(
     the next such tick to be followed by another.
 
     Groups of environments that take turns are each in lock-step, and take episodes from one list: while the simulators
-    of one work, `act` decides for another. Which episode begins where follows from the episodes alone, so that equal
+    of one work, `act` decides for another, and while it decides on C actions the others play theirs. Which episode
+    begins where follows from the episodes alone, so that equal
     seeds and keys give equal rollouts for one number of groups. Another number gives the same episodes to actors for
     which rows do not depend on what else is in a call or on the number of calls before it; those that draw random
     numbers for a batch draw others. Spare simulators, which begin episodes in advance, change their order alone.
@@ -138,7 +139,8 @@ def collect_episodes(
         budget=Budget(max_steps),
         records=Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images),
     )
-    turns: deque[Iterator[None]] = deque()
+    turns: deque[Iterator[bool]] = deque()
+    deciding: deque[Iterator[bool]] = deque()
     under_way: list[Places] = []
     # Every environment takes its first episode before a spare simulator reserves any.
     for number, group in enumerate(env.groups if in_turns else [env]):
@@ -147,10 +149,10 @@ def collect_episodes(
             spares = group.spare_of_env if in_turns else None
             under_way.append(Places(number, task_of_env, collection.waiting, spares))
             turns.append(collection.play(number, group, under_way[-1]))
-    while turns and not collection.is_stopped:
-        loop = turns.popleft()
-        if next(loop, "over") is None:
-            turns.append(loop)
+    while (turns or deciding) and not collection.is_stopped:
+        loop = (turns or deciding).popleft()
+        if (is_deciding := next(loop, None)) is not None:
+            (deciding if is_deciding else turns).append(loop)
 
     records, num_rows = collection.records, collection.waiting.num_rows
     unfinished = [e for places in under_way for e in places.episode.tolist() if e >= 0]
@@ -182,8 +184,9 @@ class _Collection:
     num_dropped: int = 0
     is_stopped: bool = False
 
-    def play(self, group: int, env: VecEnv, places: Places) -> Iterator[None]:
-        """Runs episodes in one group of environments, and pauses while its simulators work."""
+    def play(self, group: int, env: VecEnv, places: Places) -> Iterator[bool]:
+        """Runs episodes in one group of environments, and pauses: at False its simulators work, at True its policy
+        decides on several actions, and other groups may play all of theirs meanwhile."""
         chunk, num_dead, rebuilds, budget = None, 0, True, self.budget
         with self.clock("env"):
             first = [self.seeds[e if e >= 0 else i % len(self.seeds)] for i, e in enumerate(places.episode)]
@@ -200,7 +203,13 @@ class _Collection:
 
             # ---- Decide; instructions are those of now, as `send` changes them --------------------------------------
             is_new, is_first, instructions = chunk is None or chunk.is_over, places.is_first, tuple(env.instructions)
-            chunk, decision, seen = self.decide(env, state, places, instructions, chunk)
+            decision, seen = self.decide(env, state, places, instructions, is_new)
+            if is_new:
+                if decision.action.ndim > 2:
+                    yield True
+                with self.clock("policy"):
+                    chunk = Chunk(decision)
+                decision = chunk.decision
             action, recorded_action = chunk.next()
 
             # ---- Judge, hand out the next seeds ---------------------------------------------------------------------
@@ -229,27 +238,25 @@ class _Collection:
             if is_over or self.is_stopped:
                 budget.release(group)
                 return
-            yield
+            yield False
             with self.clock("env"):
                 state = env.receive()
 
     def decide(
-        self, env: VecEnv, state: EnvStep, places: Places, instructions: tuple[str, ...], chunk: Chunk | None
-    ) -> tuple[Chunk, Decision | None, Observation]:
-        """Returns the chunk to play, what was decided now, and what the actor has seen.
+        self, env: VecEnv, state: EnvStep, places: Places, instructions: tuple[str, ...], is_new: bool
+    ) -> tuple[Decision | None, Observation]:
+        """Returns a decision, which a device may still be at, and what the actor has seen.
 
         Within a chunk only the value of last states is asked for.
         """
         shown = _observed(state)
         with self.clock("policy"):
-            if chunk is None or chunk.is_over:
-                decided, seen = self.act(shown, state.signals, instructions, places.is_first)
-                chunk = Chunk(decided)
-                return chunk, chunk.decision, seen
+            if is_new:
+                return self.act(shown, state.signals, instructions, places.is_first)
             if (places.t == env.horizon).any():
                 decided, _ = self.act(shown, state.signals, instructions, places.is_first)
-                return chunk, jax.device_get(decided), shown
-        return chunk, None, shown
+                return jax.device_get(decided), shown
+        return None, shown
 
     def executed(
         self, action: Array, recorded_action: np.ndarray, state: EnvStep, is_acting: np.ndarray, is_first: np.ndarray

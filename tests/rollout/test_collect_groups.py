@@ -84,6 +84,19 @@ def test_one_group_decides_and_records_while_the_other_steps():
     assert log == ["act", *sent, *received, "act", *sent, "over 0", *tick, *tick, *received, "act", "over 1"]
 
 
+def test_one_group_plays_all_its_actions_while_the_decision_of_the_other_is_on_its_way():
+    log = []
+    act = chunk_act(2, [])
+
+    def noted_act(*arguments):
+        log.append("act")
+        return act(*arguments)
+
+    collect_episodes(grouped((1, 1), {}, log), noted_act, SEEDS[:2], stop_at_success=False, in_turns=True)
+    chunks = [["send x", "receive x", "send x", "receive x", "act"]] * 2  # of an episode; the last looks at its end
+    assert log == ["act", "act", *[entry.replace("x", name) for chunk in chunks for name in "ab" for entry in chunk]]
+
+
 def test_sampled_actions_follow_from_the_key_and_the_groups():
     policy = make_mlp(MLPConfig(hidden_dims=(16,), value_dims=(16,)), toy.norm_stats())
     params = policy.init(jax.random.key(0))
