@@ -18,7 +18,7 @@ from stare_jax.data.pairs import dataset_outcomes, load_pairs, make_pairs, read_
 from stare_jax.envs import EnvConfig
 from stare_jax.evaluate.protocol import EvalConfig
 from stare_jax.logging import read_metrics
-from stare_jax.models import MLPConfig, openvla_tiny
+from stare_jax.models import MLPConfig, openvla_tiny, pi05_tiny
 from stare_jax.runs.config import RunConfig
 from stare_jax.runs.ipi import run_ipi
 from stare_jax.stages import action_stages, annotated_stages
@@ -121,9 +121,15 @@ def test_without_costs_their_terms_are_off(labelled, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_image_policy_learns_from_recordings_with_changed_images(recorded, tmp_path):
-    model = openvla_tiny(camera="wrist", prompt_length=48)
-    sft = SFTConfig(num_steps=2, batch_size=4, log_every=1, augment="openvla")
+@pytest.mark.parametrize(
+    ("model", "augment"),
+    [
+        pytest.param(openvla_tiny(camera="wrist", prompt_length=48), "openvla", id="openvla"),
+        pytest.param(pi05_tiny(cameras=("wrist",), prompt_length=48, preference="flow"), "openpi", id="pi05"),
+    ],
+)
+def test_an_image_policy_learns_from_recordings_with_changed_images(recorded, tmp_path, model, augment):
+    sft = SFTConfig(num_steps=2, batch_size=4, log_every=1, augment=augment)
     config = make_config(recorded.directory, model, sft=sft, tpo=TPOConfig(num_epochs=1, batch_size=2))
     run_ipi(config, tmp_path / "run")
     lines = read_metrics(tmp_path / "run")

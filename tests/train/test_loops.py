@@ -19,7 +19,7 @@ from stare_jax.envs.base import SimulatorError
 from stare_jax.envs.seeds import VALIDATION_SEEDS, first_seed, phase_key
 from stare_jax.logging import Interrupted, check_finite
 from stare_jax.models import MLPConfig, openvla_tiny
-from stare_jax.rollout import collect
+from stare_jax.rollout import acting
 from stare_jax.rollout.prepared import prepare_params
 from stare_jax.rollout.validation import Best, ValidationConfig
 from stare_jax.state import checkpoint
@@ -372,7 +372,7 @@ def test_what_is_prepared_for_the_rollout_is_freed_before_the_updates(policy, pa
         alive.append(made[-1]())
         return batch
 
-    monkeypatch.setattr(collect, "prepare_params", noting)
+    monkeypatch.setattr(acting, "prepare_params", noting)
     monkeypatch.setattr(ppo_batch, "make_rescore", lambda *_: rescore)
     copying = policy._replace(prepare=lambda params: jax.tree.map(lambda x: x + 0, params))
     config = dataclasses.replace(PPO, num_iterations=2, rescore=True)

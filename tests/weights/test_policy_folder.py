@@ -70,7 +70,8 @@ def test_three_lines_load_what_a_run_has_learned(run, tmp_path, monkeypatch):
     states = np.asarray(jax.random.uniform(jax.random.key(2), (3, 6)), np.float32)
     tokens = np.zeros((3, 0), np.int32)
     scope = {"observation": Observation({}, states, tokens, tokens.astype(bool))}
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text("utf-8"), flags=re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text("utf-8"), flags=re.S)
+    (lines,) = [block for block in blocks if "load_policy" in block]
     assert len(lines.split("\n\n")[1].splitlines()) == 3
     monkeypatch.chdir(tmp_path)
     exec(compile(lines, "weights.md", "exec"), scope)
