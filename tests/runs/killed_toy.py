@@ -26,7 +26,10 @@ import toy_run  # noqa: E402
 from stare_jax.logging import LoggingConfig  # noqa: E402
 from stare_jax.runs import ipi  # noqa: E402
 
-for _name in ("matplotlib.pyplot", "matplotlib.backends.backend_agg", "jax.experimental.compilation_cache"):
+for _name in (
+    *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "jax.experimental.compilation_cache"),
+    *("grain", "orbax.checkpoint"),
+):
     importlib.import_module(_name)
 
 WRITING = ("open", "os.", "shutil.")
