@@ -18,13 +18,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from configs.presets import base_config, demos_with_recoveries, imitation_on_cpu
 from stare_jax.config import from_dict, home_path
 from stare_jax.envs import EnvConfig, make_vec_env
 from stare_jax.evaluate.protocol import EvalConfig, evaluate
@@ -42,6 +42,7 @@ from stare_jax.stages import TASKS
 from stare_jax.state.checkpoint import load_params
 from stare_jax.state.train_state import CHECKPOINTS, abstract_params
 
+ROOT = Path(__file__).resolve().parents[1]
 LINGER = 8
 """actions of a demonstration after its success, so that the imitation learns to stay"""
 
@@ -69,6 +70,9 @@ def make_model(name: str, state_dim: int, label_width: float) -> ModelConfig:
 
 
 def run_config(env_id: str, args: argparse.Namespace, seed: int) -> RunConfig:
+    sys.path.insert(0, str(ROOT))
+    from configs.presets import base_config, demos_with_recoveries, imitation_on_cpu
+
     env = EnvConfig(
         env_id, image_size=0, use_state="low_dim", num_workers=args.workers, envs_per_worker=args.environments
     )

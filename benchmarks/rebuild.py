@@ -9,12 +9,13 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from configs import quickstart
 from stare_jax.config import from_dict, home_path
 from stare_jax.envs.maniskill.simulator import Simulator
 from stare_jax.logging import replace_text
@@ -26,6 +27,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=home_path, help="file for the numbers")
     arguments = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from configs import quickstart
+
     values = quickstart.get_config().to_dict()
     config = from_dict(RunConfig, {name: value for name, value in values.items() if name != "name"})
     simulator = Simulator(config.env)
