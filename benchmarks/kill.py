@@ -205,7 +205,7 @@ class Whole(NamedTuple):
         """
         if rng.random() < 0.2:
             return 0, rng.uniform(0.0, self.overhead)
-        gap = (self.seconds - self.overhead) / self.num_changes
+        gap = (self.seconds - self.overhead) / max(1, self.num_changes)
         return rng.randint(1, max(1, 2 * self.num_changes // num_kills)), rng.uniform(0.0, gap)
 
 
@@ -242,7 +242,10 @@ def kill_runs(
             code = wait_for(pid, 3600.0)
         else:
             num_changes, seconds = whole.draw(rng, num_kills)
-            code, _ = wait_for_changes(pid, directory, num_changes, 3600.0)
+            code, count = wait_for_changes(pid, directory, num_changes, 3600.0)
+            if code is None and count < num_changes:
+                os.killpg(pid, signal.SIGKILL)
+                return Outcome(kills, [f"nothing was written for an hour at {place_of(directory)}"], different)
             code = wait_for(pid, seconds) if code is None else code
         if code is None:
             os.killpg(pid, signal.SIGKILL)

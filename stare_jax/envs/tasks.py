@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from stare_jax.envs.toys import CAMERA, TOY_TASKS, Toy
 from stare_jax.stages import TASKS, TaskSpec, get_task
 from stare_jax.types import Signals
 
+_IMPORTING = threading.RLock()  # a thread that finds a module finds it whole
 TASK_NAME = "TASK"
 TASK_NAMES = (*TASKS, *TOY_TASKS)
 """The tasks that need no file: the eight of the paper, and the toys."""
@@ -109,24 +111,30 @@ def _load(name: str) -> Task:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})"
         raise ConfigError(f"task: {name} cannot be imported: {reason}") from error
-    return _checked(getattr(module, TASK_NAME, None), name)
+    try:
+        return _checked(getattr(module, TASK_NAME, None), name)
+    except ConfigError:
+        if is_file:  # It is read anew when it has been put right.
+            sys.modules.pop(module.__name__, None)
+        raise
 
 
 def _import_file(path: Path) -> ModuleType:
     """Imports a file under a name that no other file has, once: what it registers in the simulator is there then."""
     path = path.resolve()
     module_name = f"stare_jax_task:{path}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # Dataclasses look their module up.
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
+    with _IMPORTING:
+        if module_name in sys.modules:
+            return sys.modules[module_name]
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # Dataclasses look their module up.
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+        return module
 
 
 def _import_module(name: str) -> ModuleType:

@@ -205,7 +205,7 @@ class _Collection:
             is_new, is_first, instructions = chunk is None or chunk.is_over, places.is_first, tuple(env.instructions)
             decision, seen = self.decide(env, state, places, instructions, is_new)
             if is_new:
-                if decision.action.ndim > 2:
+                if decision.action.ndim > 2 and not isinstance(decision.action, np.ndarray):
                     yield True
                 with self.clock("policy"):
                     chunk = Chunk(decision)

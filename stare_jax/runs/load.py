@@ -48,8 +48,10 @@ def load_config(run_directory: str | Path) -> RunConfig:
         raise ConfigError(f"{run_directory}: expected a run directory; {file} does not exist")
     values = read_json(file)
     env = values.get("env")
-    if isinstance(env, dict) and env.get("task") and isinstance(env["task"], str):
-        load_task(env["task"])  # A file of the user's is missing or broken by no other version of the library.
+    env = env if isinstance(env, dict) else {}
+    for name in [env.get("task"), *(name for name in env.get("tasks") or () if str(name).endswith(".py"))]:
+        if name and isinstance(name, str):
+            load_task(name)  # A file of the user's is missing or broken by no other version of the library.
     return of_this_version(RunConfig, values, file)
 
 

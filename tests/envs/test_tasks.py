@@ -56,6 +56,15 @@ def test_a_file_is_imported_once_by_whatever_path(monkeypatch):
     assert load_task(str(OWN_STAGES.relative_to(ROOT))) is load_task(str(OWN_STAGES))
 
 
+def test_a_file_that_was_put_right_is_read_anew(tmp_path):
+    file = tmp_path / "task.py"
+    file.write_text("SPEC = 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="TASK: got nothing"):
+        load_task(str(file))
+    file.write_text("from stare_jax.envs import load_task\nTASK = load_task('PushCube-v1')  # longer\n", "utf-8")
+    assert load_task(str(file)) is load_task("PushCube-v1")
+
+
 def test_a_module_in_the_working_directory_is_a_task(tmp_path, monkeypatch):
     package = tmp_path / "sphere_tasks"
     package.mkdir()

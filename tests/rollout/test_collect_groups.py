@@ -90,7 +90,8 @@ def test_one_group_plays_all_its_actions_while_the_decision_of_the_other_is_on_i
 
     def noted_act(*arguments):
         log.append("act")
-        return act(*arguments)
+        decision, seen = act(*arguments)
+        return decision._replace(action=jax.numpy.asarray(decision.action)), seen
 
     collect_episodes(grouped((1, 1), {}, log), noted_act, SEEDS[:2], stop_at_success=False, in_turns=True)
     chunks = [["send x", "receive x", "send x", "receive x", "act"]] * 2  # of an episode; the last looks at its end

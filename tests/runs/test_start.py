@@ -139,8 +139,9 @@ def test_a_damaged_configuration_of_a_run_is_one_line(tmp_path):
             load_config(tmp_path)
 
 
-def test_a_task_whose_file_is_elsewhere_is_no_other_version(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"env": {"task": "nowhere/task.py"}}))
+@pytest.mark.parametrize("env", [{"task": "nowhere/task.py"}, {"tasks": ["PushCube-v1", "nowhere/task.py"]}])
+def test_a_task_whose_file_is_elsewhere_is_no_other_version(tmp_path, env):
+    (tmp_path / "config.json").write_text(json.dumps({"env": env}))
     with pytest.raises(ConfigError, match="^task: got 'nowhere/task.py', expected a Python file; there is none in /"):
         load_config(tmp_path)
 
