@@ -49,7 +49,8 @@ def load_config(run_directory: str | Path) -> RunConfig:
     values = read_json(file)
     env = values.get("env")
     env = env if isinstance(env, dict) else {}
-    for name in [env.get("task"), *(name for name in env.get("tasks") or () if str(name).endswith(".py"))]:
+    tasks = env.get("tasks") if isinstance(env.get("tasks"), list) else []
+    for name in [env.get("task"), *(name for name in tasks if str(name).endswith(".py"))]:
         if name and isinstance(name, str):
             load_task(name)  # A file of the user's is missing or broken by no other version of the library.
     return of_this_version(RunConfig, values, file)
