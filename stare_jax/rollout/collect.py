@@ -140,7 +140,6 @@ def collect_episodes(
         records=Records(len(seeds), env.horizon, grows=max_steps is not None, keep_images=keep_images),
     )
     turns: deque[Iterator[bool]] = deque()
-    deciding: deque[Iterator[bool]] = deque()
     under_way: list[Places] = []
     # Every environment takes its first episode before a spare simulator reserves any.
     for number, group in enumerate(env.groups if in_turns else [env]):
@@ -149,10 +148,7 @@ def collect_episodes(
             spares = group.spare_of_env if in_turns else None
             under_way.append(Places(number, task_of_env, collection.waiting, spares))
             turns.append(collection.play(number, group, under_way[-1]))
-    while (turns or deciding) and not collection.is_stopped:
-        loop = (turns or deciding).popleft()
-        if (is_deciding := next(loop, None)) is not None:
-            (deciding if is_deciding else turns).append(loop)
+    collection.take_turns(turns)
 
     records, num_rows = collection.records, collection.waiting.num_rows
     unfinished = [e for places in under_way for e in places.episode.tolist() if e >= 0]
@@ -165,7 +161,7 @@ def collect_episodes(
 
 @dataclasses.dataclass
 class _Collection:
-    """What groups of environments share, whose turns are those of `play`; see `collect_episodes` for the first ones."""
+    """State that groups of environments share; the fields without a text are arguments of `collect_episodes`."""
 
     act: Act
     seeds: list[int]
@@ -183,6 +179,17 @@ class _Collection:
     records: Records
     num_dropped: int = 0
     is_stopped: bool = False
+
+    def take_turns(self, turns: deque[Iterator[bool]]) -> None:
+        """Resumes the groups' `play` one after the other, those whose policy is deciding only when all others are, too.
+
+        The order follows from the episodes alone, and not from time, so that collections repeat.
+        """
+        deciding: deque[Iterator[bool]] = deque()
+        while (turns or deciding) and not self.is_stopped:
+            loop = (turns or deciding).popleft()
+            if (is_deciding := next(loop, None)) is not None:
+                (deciding if is_deciding else turns).append(loop)
 
     def play(self, group: int, env: VecEnv, places: Places) -> Iterator[bool]:
         """Runs episodes in one group of environments, and pauses: at False its simulators work, at True its policy
