@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import jax
 import numpy as np
-from annotated_types import MinLen
+from annotated_types import Interval, MinLen
 
 from stare_jax.config import Count, Finite, Natural, NonNegative, Positive, Seed, check_fields
 from stare_jax.data.norm_stats import clear_statistics, renew_statistics
@@ -24,7 +24,7 @@ from stare_jax.data.reader import Dataset
 from stare_jax.data.schema import MANIFEST_FILE, DatasetError, Manifest, read_manifest
 from stare_jax.data.writer import DatasetWriter, Kind, require_same_kind
 from stare_jax.envs.base import SimulatorInfo, VecEnv
-from stare_jax.envs.experts.base import Expert, execution_noise
+from stare_jax.envs.experts.base import Expert, execution_noise, hesitation
 from stare_jax.envs.seeds import DEMO_SEEDS, first_seed, take_seeds
 from stare_jax.logging import Clock, Interrupted, progress
 from stare_jax.models.policy import Decision
@@ -47,6 +47,9 @@ class DemosConfig:
     noise_scales: Annotated[tuple[tuple[NonNegative, Positive], ...], MinLen(1)] = ((0.0, 1.0),)
     """Pairs of (standard deviation of the noise as a fraction of the action's range, share of the demonstrations with
     this noise); shares need not sum to 1."""
+    hesitation: Annotated[float, Interval(ge=0.0, lt=1.0)] = 0.0
+    """Fraction of the expert's actions, drawn at random, at which the arm pauses instead, as the arms of people who
+    teleoperate do. Pauses are imitated; hence only with a negative `idle_translation`, which keeps idle actions."""
     seed: Seed = 0
     """Seed of the run, from which the simulator seeds (`envs.seeds`) and the noise follow."""
     idle_translation: Finite = 0.01
@@ -70,6 +73,9 @@ class DemosConfig:
         scales = [scale for scale, _ in self.noise_scales]
         if len(set(scales)) < len(scales):
             raise ValueError(f"noise_scales: got scales {scales}, expected each once")
+        if self.hesitation and self.idle_translation >= 0:
+            got = f"{self.hesitation} with idle_translation = {self.idle_translation}"
+            raise ValueError(f"hesitation: got {got}, expected idle_translation < 0: pauses are idle, to be imitated")
 
 
 def demo_quotas(config: DemosConfig) -> dict[float, int]:
@@ -104,6 +110,16 @@ def experts_act(expert_of: Callable[[int], Expert]) -> Act:
         return Decision(np.stack(actions).astype(np.float32)), observation
 
     return act
+
+
+def _hesitating(act: Act, hesitate: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Act:
+    """Returns an `Act` whose actions have gone through `hesitate(action, is_first)`."""
+
+    def acting(observation, signals, instructions, is_first):
+        decision, seen = act(observation, signals, instructions, is_first)
+        return decision._replace(action=hesitate(decision.action, is_first)), seen
+
+    return acting
 
 
 def collect_demos(
@@ -194,9 +210,10 @@ def _fill(
 
             def run(chosen, tell, task=task, scale=scale, seeds=seeds):
                 chosen_seeds, scales, expert = [seeds[e] for e in chosen], [scale] * len(chosen), experts[task]
+                hesitate = hesitation(chosen_seeds, config.hesitation, expert.action_scale)
                 return collect_episodes(
                     env,
-                    expert_act(expert),
+                    _hesitating(expert_act(expert), hesitate) if config.hesitation else expert_act(expert),
                     chosen_seeds,
                     stop_at_success=True,
                     tasks=[task] * len(chosen) if len(experts) > 1 else None,
@@ -227,8 +244,8 @@ def _kind(expert: Expert, config: DemosConfig, info: SimulatorInfo) -> Kind:
     total = sum(share for _, share in config.noise_scales)
     common = {"source": EXPERT_SOURCE, "seed": config.seed, "reproducible": config.reproducible}
     common["noise_scales"] = [[scale, round(share / total, 9)] for scale, share in config.noise_scales]
-    if config.linger:  # not named by data sets that were begun before there was a choice
-        common["linger"] = config.linger
+    # Not named by data sets that were begun before there was a choice.
+    common |= {name: value for name in ("hesitation", "linger") if (value := getattr(config, name))}
     translation = config.idle_translation * max(expert.action_scale[:3])
     rotation = config.idle_rotation * max(expert.action_scale[3:-1], default=0.0)
     idle = {"translation": round(translation, 9), "rotation": round(rotation, 9)}  # 0.021 and not 0.0209...98

@@ -56,6 +56,15 @@ def demos(tmp_path_factory):
     return _collect(tmp_path_factory.mktemp("demos"))
 
 
+def test_hesitations_are_executed_stored_and_named(demos, tmp_path):
+    hesitant = _collect(tmp_path, dataclasses.replace(CONFIG, num_demos=4, noise_scales=((0.0, 1.0),), hesitation=0.5))
+    pauses = np.concatenate([~hesitant.episode(i)[0].action.any(axis=1) for i in range(4)])
+    assert 0.2 < pauses.mean() < 0.8
+    assert hesitant.manifest.settings["hesitation"] == 0.5 and "hesitation" not in demos.manifest.settings
+    with pytest.raises(ValueError, match=r"hesitation: got 0.5 with idle_translation = 0.01, expected idle_translation"):
+        dataclasses.replace(CONFIG, hesitation=0.5, idle_translation=0.01)
+
+
 def _assert_same_data(got, expected, assert_same):
     assert got.manifest.episodes == expected.manifest.episodes
     for i in range(expected.num_episodes):

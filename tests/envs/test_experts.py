@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from stare_jax.envs.experts.base import execution_noise
+from stare_jax.envs.experts.base import execution_noise, hesitation
 from stare_jax.envs.experts.panda import BASE, MAX_LEAN, PEG_GRIP, REACH, TOOL_DOWN, _leant_outwards
 from stare_jax.envs.state import low_dim_state
 from stare_jax.envs.tasks import make_expert
@@ -204,6 +204,20 @@ def test_noise_follows_from_the_seed_of_the_episode_whichever_row_it_is_in():
     alone = execution_noise([7, 9], [0.2, 0.4], (1.0,) * 7)
     for expected, is_first in ((first[0], True), (second[0], False), (second[1], True)):
         np.testing.assert_array_equal(alone(still[:1], np.array([is_first]))[0], expected)
+
+
+def test_pauses_keep_the_gripper_and_follow_from_the_seed_of_the_episode():
+    action = np.tile(np.linspace(0.1, 1, 7, dtype=np.float32), (400, 1))
+    hesitate = hesitation(range(400), 0.3, (1.0,) * 7)
+    first, second = hesitate(action, np.ones(400, bool)), hesitate(action, np.zeros(400, bool))
+    is_pause = ~first[:, :6].any(axis=1)
+    np.testing.assert_array_equal(first[~is_pause], action[~is_pause])
+    np.testing.assert_array_equal(first[:, 6], action[:, 6])
+    assert abs(is_pause.mean() - 0.3) < 0.07
+    assert (is_pause != ~second[:, :6].any(axis=1)).any()
+    alone = hesitation([int(np.argmax(is_pause))], 0.3, (1.0,) * 7)
+    np.testing.assert_array_equal(alone(action[:1], np.ones(1, bool))[0], first[is_pause][0])
+    assert not hesitation([0], 0.999, (1.0, 1.0))(action[:1, :2], np.ones(1, bool)).any()  # a toy without a gripper
 
 
 def test_unknown_task():

@@ -79,3 +79,31 @@ def execution_noise(
         return perturbed
 
     return perturb
+
+
+def hesitation(
+    seeds: Sequence[int], fraction: float, action_scale: Sequence[float]
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Returns `hesitate(action [B, A], is_first [B])`: the action, or at random a pause that keeps the gripper's command.
+
+    The pauses of an episode follow from its seed alone, whichever environment it is in.
+
+    Args:
+        seeds: one an episode, in the order in which episodes begin; rows that begin in the same call count upwards.
+        fraction: of the actions that are pauses, in [0, 1).
+        action_scale: `[A]`, an expert's; of more than three numbers the last is the gripper's.
+    """
+    is_moved = np.arange(len(action_scale)) < max(len(action_scale) - 1, 3)
+    episodes = iter(seeds)
+    running: dict[int, np.random.Generator] = {}
+
+    def hesitate(action: np.ndarray, is_first: np.ndarray) -> np.ndarray:
+        for row in np.flatnonzero(is_first):
+            running[row] = np.random.default_rng(np.random.SeedSequence(next(episodes), spawn_key=(2,)))
+        action = np.array(action, np.float32)
+        for row, generator in running.items():
+            if generator.random() < fraction:
+                action[row, is_moved] = 0.0
+        return action
+
+    return hesitate
