@@ -147,7 +147,12 @@ class Workplace:
     def start(self, words: Sequence[str], log) -> subprocess.Popen:
         """Starts a process in a session of its own, whose processes all get a signal, as from Ctrl-C in a terminal."""
         settings = {"cwd": self.folder, "env": self.env, "stdin": subprocess.DEVNULL, "start_new_session": True}
-        return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, **settings)
+        # A signal that is ignored here, as Ctrl-C is in the background of a script, would be ignored there, too.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, **settings)
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
     def run(self, words: Sequence[str], code: int = 0) -> None:
         """Runs a command to its end, which has to be this exit code, and no traceback."""
