@@ -55,6 +55,7 @@ SMALL = (
     (r"collect\.py --pairs", ("--pairs=1", "--max-rollouts=8", *SIMULATORS)),
     (r"convert\.py .*--model=pi05", ("--model=given/pi05.json",)),
     (r"serve\.py --checkpoint", ("--port=0", "--max-batch=2")),
+    (r"plan\.py --config=configs/ipi_", ("--programs=sample",)),
     (r"benchmarks/openvla\.py", ("--update-batch=2", "--microbatch=2", *MEASURED_ONCE)),
     (r"benchmarks/pi05\.py", ("--steps=2", "--train-batch=2", *MEASURED_ONCE)),
     (r"benchmarks/rebuild\.py", ("--rounds=2",)),

@@ -21,8 +21,11 @@ NOT_RUN = {
     "python launch/plan.py --config=configs/ipi_widowx.py --run-once": (
         "17 GB and twenty minutes; tests/plan/test_plan_once.py makes a small model's decision"
     ),
+    "python launch/plan.py --config=configs/ipi_maniskill.py --topology=v5e:2x4 --config.mesh.fsdp=8": (
+        "libtpu, which is not in the environment; tests/plan/test_plan_command.py has what is said without it"
+    ),
     "python benchmarks/kill.py --kills=50 --workdir=/tmp/kills --json=kills.json": (
-        "ten minutes with one kill; tests/runs/test_killed_runs.py kills runs of a toy by the same functions"
+        "two runs of four minutes each, even with one kill; tests/runs/test_killed_runs.py kills runs of a toy by the same functions"
     ),
 }
 """Command -> why it is not run, and what is instead."""
