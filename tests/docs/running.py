@@ -56,6 +56,7 @@ SMALL = (
     (r"convert\.py .*--model=pi05", ("--model=given/pi05.json",)),
     (r"serve\.py --checkpoint", ("--port=0", "--max-batch=2")),
     (r"plan\.py --config=configs/ipi_", ("--programs=sample",)),
+    (r"plan\.py --config=configs/quickstart\.py", ("--tries=1",)),
     (r"benchmarks/openvla\.py", ("--update-batch=2", "--microbatch=2", *MEASURED_ONCE)),
     (r"benchmarks/pi05\.py", ("--steps=2", "--train-batch=2", *MEASURED_ONCE)),
     (r"benchmarks/rebuild\.py", ("--rounds=2",)),

@@ -25,7 +25,7 @@ NOT_RUN = {
         "libtpu, which is not in the environment; tests/plan/test_plan_command.py has what is said without it"
     ),
     "python benchmarks/kill.py --kills=50 --workdir=/tmp/kills --json=kills.json": (
-        "two runs of four minutes each, even with one kill; tests/runs/test_killed_runs.py kills runs of a toy by the same functions"
+        "ten minutes, even with one kill; tests/runs/test_killed_runs.py kills runs of a toy by the same functions"
     ),
 }
 """Command -> why it is not run, and what is instead."""
