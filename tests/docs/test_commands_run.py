@@ -1,6 +1,6 @@
 """Every command of the pages that is not marked with what it needs is run, as it stands, by a process of its own.
 
-    python -m pytest -m slow tests/docs/test_commands_run.py      half an hour on two cores
+    python -m pytest -m slow tests/docs/test_commands_run.py      an hour of one core
 
 Commands follow each other as on the pages, README first, in one copy of the repository, so that what one has made is
 there for the next. A reader's own weights, recordings and runs are small ones in the real formats (`given.py`); words
