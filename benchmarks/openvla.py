@@ -182,8 +182,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--microbatch", type=int, default=16 if has_gpu else 8, help="decisions at once (%(default)s here)")
     add("--remat", choices=("none", "full", "dots"), default="dots", help="of our update (%(default)s)")
     add("--torch-remat", action="store_true", help="PyTorch's update recomputes every layer, too, as ours with full")
-    attention = "cudnn" if has_gpu else "xla"
-    add("--attention", choices=("xla", "cudnn"), default=attention, help="ours over whole sequences (%(default)s here)")
+    add("--attention", choices=("xla", "cudnn"), help="ours over whole sequences (a GPU, bfloat16: cudnn, else xla)")
     add("--unstack", action=argparse.BooleanOptionalAction, default=has_gpu, help="OpenVLAConfig.unstack_layers")
     add("--compile", action=argparse.BooleanOptionalAction, default=has_gpu, help="measure PyTorch compiled, too")
     add("--repeats", type=int, default=5, help="of each measurement in a pass (%(default)s)")
@@ -192,14 +191,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     add("--profile", metavar="DIR", help="also write a JAX trace of one run of each case there")
     add("--out", type=home_path, metavar="PATH", help="also write the result there, as JSON")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.dtype = args.dtype or ("bfloat16" if args.size == "7b" else "float32")
+    args.attention = args.attention or ("cudnn" if has_gpu and args.dtype == "bfloat16" else "xla")
+    if args.attention == "cudnn" and args.dtype == "float32":
+        parser.error("--attention: got cudnn with float32, which it does not take, expected xla or --dtype=bfloat16")
+    return args
 
 
 def main() -> None:
     args = parse()
     spec = Spec(
         size=args.size,
-        dtype=args.dtype or ("bfloat16" if args.size == "7b" else "float32"),
+        dtype=args.dtype,
         cases=args.cases,
         batches=args.batch,
         prompt_length=args.prompt_length,

@@ -253,6 +253,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and inputs (%(default)s)")
     add("--out", type=home_path, metavar="PATH", help="also write the result there, as JSON")
     args = parser.parse_args(arguments)
+    if args.attention == "cudnn" and args.dtype == "float32":
+        parser.error("--attention: got cudnn with float32, which it does not take, expected xla or --dtype=bfloat16")
     args.tolerance = args.tolerance or TOLERANCE[args.dtype]
     return args
 

@@ -1,7 +1,7 @@
 """Imports a LeRobotDataset v3.0: demonstrations, and what people said of them, success and stages.
 
     python launch/import_lerobot.py --data=~/lerobot/cups --out=data/cups --gripper=0:100
-    python launch/import_lerobot.py --data=~/lerobot/cups --out=data/cups --camera=observation.images.front=front \\
+    python launch/import_lerobot.py --data=~/lerobot/cups --out=data/staged --camera=observation.images.front=front \\
         --stages='reach; grasp=Grasp the cup|Take the cup; carry=Move to the shelf; place=Release it'
 
 The result is a data set (stare_jax/data/schema.py) with its statistics, norm_stats.json, and a picture of some

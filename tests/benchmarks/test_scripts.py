@@ -1,5 +1,6 @@
-"""Benchmarks that import configurations say where these are: no installed package has them."""
+"""Benchmarks that import configurations say where these are: no installed package has them. What cuDNN takes."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,17 @@ def test_a_script_finds_the_configurations(name):
 
 def test_there_are_some():
     assert {"imitation.py", "rebuild.py"} <= set(USERS)
+
+
+@pytest.mark.parametrize("name", ["openvla", "pi05"])
+def test_cudnn_with_float32_is_refused_in_a_line(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(name).parse(["--attention=cudnn", "--dtype=float32"])
+    assert stopped.value.code == 2 and "got cudnn with float32" in capsys.readouterr().err
+
+
+def test_a_gpu_measures_the_reduced_openvla_with_the_attention_of_float32(monkeypatch):
+    openvla = importlib.import_module("openvla")
+    monkeypatch.setattr(openvla.Path, "exists", lambda path: True)
+    chosen = [openvla.parse([size]) for size in ("--size=reduced", "--size=7b")]
+    assert [(args.dtype, args.attention) for args in chosen] == [("float32", "xla"), ("bfloat16", "cudnn")]

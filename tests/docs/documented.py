@@ -26,6 +26,7 @@ MARK = re.compile(r"\*Needs [^*]+\*")
 block, or at the beginning of the first one below the page's title, for all of the page."""
 HARMLESS = ("source .venv/bin/activate", "pip config ", "pip install ", "sudo apt-get install ")
 PLACEHOLDERS = {"METHOD": "sta_ppo", "NAME": "franka_state", "$run": "runs/study", "RUN/": "runs/x/", "FILE": "FILE.py"}
+PLACEHOLDERS |= {"--config=...": "--config=configs/quickstart.py", "--workdir=...": "--workdir=runs/quickstart"}
 """Words of the pages for what a reader puts there -> something that is."""
 
 
@@ -71,7 +72,6 @@ def words_of(line: str) -> list[str]:
     line = re.sub(r"\$\([^)]*\)", "ppo", line.removesuffix("; do"))
     for name, value in PLACEHOLDERS.items():
         line = line.replace(name, value)
-    line = line.replace("--config=...", "--config=configs/quickstart.py")
     words = shlex.split(line, comments=True)
     return words[: words.index(">")] if ">" in words else [word for word in words if word != "..."]
 

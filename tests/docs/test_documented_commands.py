@@ -1,7 +1,7 @@
 """Every command of the README and of the pages is one that its own parser takes, or is marked with what it needs.
 
 Commands of ours are parsed by the command itself: its flags, the configuration that it names, and every field that it
-sets. What they do is tested where they are: all phases from a command line (`test_end_to_end.py`), `tests/launch`.
+sets. `test_commands_run.py` runs those that are not marked, one after another; it is slow.
 """
 
 import pytest
