@@ -84,7 +84,7 @@ def execution_noise(
 def hesitation(
     seeds: Sequence[int], fraction: float, action_scale: Sequence[float]
 ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Returns `hesitate(action [B, A], is_first [B])`: the action, or at random a pause that keeps the gripper's command.
+    """Returns `hesitate(action [B, A], is_first [B])`: the action or, at random, a pause that leaves the gripper.
 
     The pauses of an episode follow from its seed alone, whichever environment it is in.
 
