@@ -70,8 +70,7 @@ def execution_noise(
     def perturb(action: np.ndarray, is_first: np.ndarray) -> np.ndarray:
         for row in np.flatnonzero(is_first):
             seed, scale = next(episodes)
-            # A stream of its own: the simulator draws the first state from the same seed.
-            running[row] = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,))), scale
+            running[row] = _generator(seed, 1), scale
         perturbed = np.array(action, np.float32)
         for row, (generator, scale) in running.items():
             drawn = action[row, :3] + scale * span * generator.standard_normal(len(span))
@@ -99,7 +98,7 @@ def hesitation(
 
     def hesitate(action: np.ndarray, is_first: np.ndarray) -> np.ndarray:
         for row in np.flatnonzero(is_first):
-            running[row] = np.random.default_rng(np.random.SeedSequence(next(episodes), spawn_key=(2,)))
+            running[row] = _generator(next(episodes), 2)
         action = np.array(action, np.float32)
         for row, generator in running.items():
             if generator.random() < fraction:
@@ -107,3 +106,9 @@ def hesitation(
         return action
 
     return hesitate
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    """Returns random numbers of an episode's seed, of a stream of their own: the simulator draws the first state from
+    the same seed."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream,)))
