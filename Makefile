@@ -3,6 +3,9 @@
 
 VENV ?= .venv
 ARGS ?=
+# Images of containers set it. Packages are installed uncompiled: every process would compile all that it imports, for
+# seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON := $(VENV)/bin/python
 # Files side by side, so that what a file sets up is set up once; -n 0 turns it off.
 IN_PARALLEL := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder

@@ -1,4 +1,4 @@
-"""`make quickstart`: the last line after Ctrl-C is the command's own, and a failure is a failure."""
+"""`make quickstart`: the last line after Ctrl-C is the command's own, a failure is a failure; modules stay compiled."""
 
 import os
 import signal
@@ -18,6 +18,11 @@ exit {status}
 """
 
 
+def outside_of_make():
+    """Returns the environment without what make tells those that it starts: it may have started the tests."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+
+
 def make(tmp_path, *, sends=None, to_make=True, stopped=130, status=0):
     """Runs `make quickstart` with a script for Python, and returns (exit status, lines of its output)."""
     script = tmp_path / "python"
@@ -25,8 +30,7 @@ def make(tmp_path, *, sends=None, to_make=True, stopped=130, status=0):
     script.chmod(0o755)
     argv = ["make", "-o", "setup-vulkan", "quickstart", f"PYTHON={script}", "ARGS=--config.phases=sft,ppo"]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # The tests may have been started by make, which tells what it starts that it is there.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    env = outside_of_make()
     # A shell cannot trap a signal that was ignored when it was started, as Ctrl-C is in the background of a script.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True, **output) as process:
@@ -61,3 +65,14 @@ def test_a_failure_keeps_its_status_and_is_said(tmp_path, sends, stopped, status
 
 def test_a_run_that_ends_is_a_success(tmp_path):
     assert make(tmp_path)[0] == 0
+
+
+def test_what_python_compiles_is_kept_where_the_shell_says_otherwise(tmp_path):
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\necho "${PYTHONDONTWRITEBYTECODE-kept}"\n')
+    script.chmod(0o755)
+    argv, env = ["make", "-o", "setup", "test", f"PYTHON={script}"], outside_of_make()
+    for value in ({}, {"PYTHONDONTWRITEBYTECODE": "1"}):
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
+        done = subprocess.run(argv, cwd=ROOT, env=env | value, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "kept", done
