@@ -21,7 +21,7 @@ def get_config(variant: str = ""):
     if variant not in ("", "tcp", "pi05"):
         raise ValueError(f"quickstart: got {variant!r}, expected 'tcp', 'pi05' or nothing")
     use_state = "tcp" if variant == "tcp" else "low_dim"
-    horizon = 30 if variant == "pi05" else 25
+    horizon = 30 if variant == "pi05" else 16
     env = EnvConfig("PushCube-v1", num_workers=2, horizon=horizon, image_size=64, use_state=use_state)
     # Without "tcp" the policy sees images alone; its critic, which is gone after training, sees the state.
     if variant == "pi05":
@@ -30,7 +30,7 @@ def get_config(variant: str = ""):
         model = openvla_tiny(env.state_dim, critic="own" if variant else "state")
     config = base_config(env, model, name=f"quickstart_{variant}".strip("_"))
     demos_with_recoveries(config)
-    imitation_on_cpu(config, num_steps=1200)
+    imitation_on_cpu(config, num_steps=1200 if variant == "pi05" else 1050)
     preference_on_cpu(config)
 
     config.stages.progressive = True
@@ -48,13 +48,12 @@ def get_config(variant: str = ""):
 
 
 def _from_pauses(config: ml_collections.ConfigDict) -> None:
-    """Demonstrations whose arm pauses: a weak start, which PPO improves at the temperature that is evaluated."""
-    config.demos.num_demos = 400
-    config.demos.hesitation = 0.4
+    """Demonstrations whose arm pauses, and little time: a start that PPO improves at the temperature of evaluation."""
+    config.demos.num_demos = 350
+    config.demos.hesitation = 0.2
     config.demos.idle_translation = -1.0  # pauses are imitated
-    config.demos.linger = 8  # so is staying where the cube is at its goal
-    config.tpo.optimizer.learning_rate = 6e-5
-    config.ppo.num_iterations = 10
+    config.demos.linger = 5  # so is staying where the cube is at its goal
+    config.ppo.num_iterations = 12
     config.ppo.temperature = config.evaluation.temperature = 0.6
     config.ppo.gamma = 0.95
     config.ppo.gae_lambda = 0.8
